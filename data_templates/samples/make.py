@@ -1,0 +1,592 @@
+"""Write the sample data of the quickstart: three small tasks with train and test rows.
+
+Every word list and every phrasing below was written by hand for this project. The script only
+combines them, with no randomness besides a seeded hash for the order of rows, so it gives the
+same bytes on every machine and Python version.
+
+    python data_templates/samples/make.py            rewrite the files
+    python data_templates/samples/make.py --check    exit 1 if a file differs
+
+The two splits share no entity and no wording, within a task and across the three tasks: a model
+trained on all of `train` has met nothing that `test` asks about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SEED = "mtl-lora samples 1"
+SPLITS = ("train", "test")
+GRADES = ("irrelevant", "partial", "relevant")
+
+Row = dict[str, str | list[str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, with what it was made from (for checks; not written to the file)."""
+
+    row: Row
+    label: str
+    wordings: tuple[str, ...]
+    entities: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------- task 1: kinds
+
+
+@dataclass(frozen=True)
+class Category:
+    """A kind of thing. Names in `members` take an article unless `mass` is set."""
+
+    one: str
+    many: str
+    members: tuple[str, ...]
+    mass: bool = False
+
+
+def _category(one: str, many: str, members: str, mass: bool = False) -> Category:
+    return Category(one, many, tuple(members.split()), mass)
+
+
+# Inside a split no member belongs to a second category of that split, so every question about
+# another category is truly answered "no".
+KINDS: dict[str, tuple[Category, ...]] = {
+    "train": (
+        _category(
+            "fish",
+            "fish",
+            "trout salmon herring mackerel haddock sardine halibut carp flounder anchovy",
+        ),
+        _category("tree", "trees", "oak maple birch willow spruce poplar cedar larch elm sycamore"),
+        _category(
+            "musical instrument",
+            "musical instruments",
+            "violin cello trumpet clarinet flute trombone harp banjo accordion oboe",
+        ),
+        _category(
+            "tool",
+            "tools",
+            "hammer screwdriver wrench chisel hacksaw crowbar spanner mallet axe drill",
+        ),
+        _category(
+            "fruit",
+            "fruits",
+            "banana mango cherry peach pear plum apricot papaya strawberry pineapple",
+        ),
+        _category(
+            "metal",
+            "metals",
+            "copper iron zinc nickel aluminum titanium tin platinum tungsten cobalt",
+            mass=True,
+        ),
+        _category(
+            "sport",
+            "sports",
+            "tennis hockey basketball volleyball rugby badminton baseball golf football wrestling",
+            mass=True,
+        ),
+        _category(
+            "vehicle",
+            "vehicles",
+            "truck bus tram tractor motorcycle taxi minibus ambulance scooter van",
+        ),
+        _category(
+            "insect",
+            "insects",
+            "beetle wasp mosquito ant moth grasshopper cockroach termite dragonfly bee",
+        ),
+        _category(
+            "piece of furniture",
+            "pieces of furniture",
+            "sofa armchair wardrobe bookcase sideboard stool bench dresser cupboard desk",
+        ),
+        _category(
+            "building",
+            "buildings",
+            "church castle barn cottage warehouse skyscraper palace chapel hotel factory",
+        ),
+        _category(
+            "drink",
+            "drinks",
+            "tea coffee lemonade wine beer cider milk cocoa whiskey juice",
+            mass=True,
+        ),
+    ),
+    "test": (
+        _category(
+            "bird", "birds", "sparrow robin eagle owl pigeon swan falcon crow penguin parrot"
+        ),
+        _category(
+            "flower",
+            "flowers",
+            "tulip daisy rose orchid lily daffodil carnation marigold dahlia geranium",
+        ),
+        _category(
+            "vegetable",
+            "vegetables",
+            "carrot cabbage onion turnip leek potato cauliflower parsnip radish zucchini",
+        ),
+        _category(
+            "garment",
+            "garments",
+            "jacket shirt sweater skirt coat blouse cardigan dress vest hoodie",
+        ),
+        _category(
+            "disease",
+            "diseases",
+            "malaria measles cholera tuberculosis influenza smallpox pneumonia diabetes leprosy "
+            "typhoid",
+            mass=True,
+        ),
+        _category(
+            "weapon",
+            "weapons",
+            "sword rifle pistol dagger spear cannon crossbow musket grenade revolver",
+        ),
+        _category(
+            "gem",
+            "gems",
+            "diamond ruby emerald sapphire opal topaz garnet amethyst zircon aquamarine",
+        ),
+        _category(
+            "boat",
+            "boats",
+            "canoe kayak yacht ferry dinghy gondola schooner trawler catamaran sloop",
+        ),
+        _category(
+            "mammal",
+            "mammals",
+            "horse elephant rabbit wolf squirrel giraffe deer bear kangaroo camel",
+        ),
+        _category(
+            "cheese",
+            "cheeses",
+            "cheddar brie gouda mozzarella feta parmesan camembert ricotta gruyere halloumi",
+            mass=True,
+        ),
+    ),
+}
+
+# {x} the thing with its article, {c} the category, {ac} with its article, {cs} its plural.
+KINDS_WORDINGS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "Is {x} a kind of {c}?",
+        "Is {x} rightly described as {ac}?",
+        "Does {x} belong with the {cs}?",
+        "Should {x} be listed under {cs}?",
+        "Is {x} an example of {ac}?",
+        "May {x} be grouped with other {cs}?",
+    ),
+    "test": (
+        "Would you call {x} {ac}?",
+        "Does {x} count as {ac}?",
+        "Do people think of {x} as {ac}?",
+        "Could {x} appear in a picture book of {cs}?",
+        "Among {cs}, would you look for {x}?",
+        "Are {cs} a group that includes {x}?",
+    ),
+}
+
+# --------------------------------------------------------------------------- task 2: uses
+
+# One theme a paragraph, "thing: use" separated by semicolons. Wrong options come from three other
+# themes, so that no wrong option is a second right one.
+USES_TEXT: dict[str, str] = {
+    "train": """
+a hammer: pounding pegs; a drill: boring holes; a saw: cutting planks;
+a wrench: loosening bolts; an axe: chopping logs;
+sandpaper: smoothing rough wood; a paintbrush: decorating walls; a ladder: reaching high places
+
+a kettle: boiling water; an oven: baking bread; a saucepan: simmering stew;
+a knife: slicing meat; a corkscrew: uncorking bottles; a sieve: sifting flour;
+a rolling pin: flattening dough; a cup: drinking tea
+
+a pen: signing letters; an eraser: rubbing out mistakes; a keyboard: typing text;
+a calculator: adding numbers; an envelope: mailing documents; a diary: confessing secrets;
+a stapler: joining pages; glue: sticking things together; a pencil: sketching drawings
+
+a shovel: digging soil; a rake: gathering leaves; a lawnmower: trimming the grass;
+a hose: watering plants; a wheelbarrow: moving earth; a greenhouse: growing seedlings;
+fertilizer: feeding crops; a pergola: shading a patio
+
+a toothbrush: cleaning teeth; a razor: shaving a beard; shampoo: washing hair;
+perfume: smelling nice; a tissue: blowing your nose; soap: removing germs;
+a towel: drying the body
+
+a stethoscope: hearing heartbeats; a bandage: covering wounds; a syringe: injecting medicine;
+an aspirin: easing pain; a crutch: walking when injured; an ambulance: rushing to hospital
+
+a television: watching shows; a telephone: talking to friends; headphones: private listening;
+a microphone: recording voices; a telescope: studying stars; a battery: storing power;
+a printer: making paper copies
+
+a thermometer: measuring temperature; a ruler: checking length; a compass: finding north;
+a metronome: keeping tempo; a scale: weighing things; a barometer: predicting storms
+
+a helmet: protecting the head; a padlock: securing gates; a parachute: falling safely;
+an extinguisher: putting out flames; a fence: marking borders; handcuffs: restraining prisoners
+
+a suitcase: packing for trips; a passport: entering other countries; a bus: carrying passengers;
+an airplane: flying abroad; an elevator: going between floors; a map: planning a route;
+a bridge: crossing rivers; a submarine: diving undersea
+
+a pillow: resting in bed; a blanket: keeping warm; a crib: putting babies to sleep;
+a bookcase: storing novels; a sofa: sitting comfortably; a wardrobe: hanging up outfits
+
+a needle: sewing cloth; a loom: weaving fabric; yarn: knitting hats;
+a tape recorder: capturing sound; a thimble: guarding the thumb
+
+a treadmill: running indoors; a dumbbell: building muscle; a racket: hitting balls;
+a tent: camping outdoors; a hammock: lounging between trees; a bicycle: pedaling to work
+
+a trumpet: playing jazz; a doll: pretend play; a puzzle: fitting pieces together;
+a novel: reading stories; a theater: seeing actors perform; a violin: playing in orchestras
+
+a bank: saving money; a school: teaching children; a bakery: selling loaves;
+a church: praying together; a hotel: staying overnight; a prison: locking up criminals;
+a factory: producing goods
+""",
+    "test": """
+a toaster: browning slices; a blender: mixing smoothies; a microwave: reheating leftovers;
+a whisk: beating eggs; a peeler: skinning potatoes; a colander: draining pasta;
+a ladle: serving soup; a spatula: flipping pancakes; a refrigerator: chilling groceries;
+a straw: sipping soda; a grill: barbecuing burgers
+
+a broom: sweeping floors; a mop: wiping up spills; a vacuum: sucking up dust;
+a plunger: unclogging toilets; a bucket: hauling liquids; a dustbin: collecting garbage;
+a washer: doing laundry
+
+a highlighter: marking sentences; chalk: writing on blackboards; a stamp: paying for postage;
+a bookmark: saving your place; a dictionary: looking up words; a crayon: coloring pictures;
+a shredder: destroying records; a projector: displaying slides
+
+a comb: untangling curls; a mirror: seeing your reflection; lipstick: reddening the mouth;
+tweezers: pulling splinters; deodorant: hiding sweat; lotion: moisturizing skin
+
+a vaccine: preventing infection; a scalpel: performing surgery; an inhaler: treating asthma;
+a stretcher: transporting patients; an antibiotic: killing bacteria; eyeglasses: correcting vision
+
+a camera: taking photographs; a lamp: brightening a room; a radio: tuning in to broadcasts;
+a flashlight: exploring dark caves; a microscope: examining cells; binoculars: spotting wildlife;
+a fan: cooling the air; a radiator: heating apartments
+
+a clock: telling the time; a calendar: tracking dates; an hourglass: counting minutes;
+a seismograph: detecting earthquakes; a sundial: reading shadows; an odometer: logging miles
+
+an airbag: cushioning crashes; a siren: warning of danger; goggles: shielding the eyes;
+a key: unlocking doors; a vault: guarding gold; a mask: concealing the face;
+armor: surviving battle
+
+a canoe: paddling downstream; a rocket: launching satellites; a sled: sliding over snow;
+a saddle: riding horses; a tunnel: driving through mountains; a runway: landing jets;
+an anchor: mooring ships; a crane: lifting heavy loads; a bulldozer: clearing rubble
+
+a guitar: strumming chords; a drum: pounding rhythms; a kite: soaring in the wind;
+a trampoline: bouncing up and down; a swing: playground fun; dice: playing board games;
+skis: gliding down slopes; a balloon: celebrating birthdays
+
+a belt: holding up pants; an apron: staying clean while cooking; a sock: covering toes;
+a zipper: closing jackets; a swimsuit: bathing at the beach; a button: fastening shirts
+
+a rifle: shooting targets; a sword: dueling knights; a shield: blocking blows;
+a trap: catching mice; bait: luring animals; a net: scooping butterflies
+
+a vase: arranging flowers; a curtain: blocking sunlight; a rug: softening hard flooring;
+a doorbell: announcing visitors; a chimney: releasing smoke; a candle: giving a gentle glow;
+a coffin: burying the dead
+
+a library: borrowing books; a museum: exhibiting art; a stadium: hosting matches;
+a pharmacy: buying pills; a courtroom: judging lawsuits; a laboratory: conducting experiments;
+a cemetery: remembering ancestors
+""",
+}
+
+USES_WORDINGS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "What use is made of {x}?",
+        "What do people do with {x}?",
+        "Which job suits {x}?",
+        "Name the normal use of {x}.",
+        "Choose what {x} can help with.",
+    ),
+    "test": (
+        "What would you need {x} for?",
+        "Which activity calls for {x}?",
+        "Pick the purpose of {x}.",
+        "Why might somebody want {x}?",
+        "Having {x} matters most for what?",
+    ),
+}
+
+# Steps through the list of things: row i offers the use of things i, i + a, i + b, i + c. Every
+# use is then the right option once a round and a wrong one three times, so knowing the options
+# alone does not help. The steps are wider than a theme, so the four themes differ.
+USES_STEPS: tuple[tuple[int, int, int], ...] = ((23, 47, 71), (18, 40, 63))
+
+# --------------------------------------------------------------------------- task 3: search ads
+
+
+@dataclass(frozen=True)
+class Family:
+    """Products that a shop keeps on one shelf; the attributes exclude one another."""
+
+    area: str
+    attributes: tuple[str, ...]
+    products: tuple[str, str, str, str]
+
+
+def _family(area: str, attributes: str, products: str) -> Family:
+    one, two, three, four = (name.strip() for name in products.split(","))
+    return Family(area, tuple(attributes.split()), (one, two, three, four))
+
+
+# Families of one area stand together: an irrelevant ad is taken from another area.
+SHELVES: dict[str, tuple[Family, ...]] = {
+    "train": (
+        _family("wear", "leather suede canvas", "boots, sandals, sneakers, slippers"),
+        _family("wear", "wool fleece cashmere", "scarf, gloves, mittens, beanie"),
+        _family("wear", "leather canvas nylon", "backpack, handbag, wallet, briefcase"),
+        _family("tech", "red black blue", "headphones, speaker, microphone, earbuds"),
+        _family("tech", "black orange blue", "keyboard, laptop, printer, monitor"),
+        _family("home", "blue brown red", "pillow, blanket, quilt, mattress"),
+        _family("home", "oak pine walnut", "bookcase, wardrobe, desk, sideboard"),
+        _family("home", "steel iron copper", "frying pan, saucepan, wok, kettle"),
+        _family("home", "blue brown orange", "towel, bathrobe, shower cap, bath mat"),
+        _family("food", "salted roasted raw", "almonds, peanuts, cashews, pistachios"),
+        _family("food", "strawberry banana cherry", "jam, yogurt, ice cream, milkshake"),
+        _family("outdoor", "orange blue brown", "tent, sleeping bag, hammock, camp stove"),
+        _family("outdoor", "black red blue", "dumbbells, treadmill, yoga mat, kettlebell"),
+        _family("outdoor", "red black orange", "bicycle, bike helmet, bike lock, bike pump"),
+        _family("kids", "wooden rubber cardboard", "puzzle, doll, toy train, building blocks"),
+        _family("kids", "brown blue black", "stroller, crib, high chair, baby bottle"),
+        _family("work", "electric manual pneumatic", "drill, sander, saw, screwdriver"),
+        _family("work", "steel wooden aluminum", "shovel, rake, hoe, wheelbarrow"),
+        _family("office", "red blue black", "pen, pencil, marker, notebook"),
+        _family("pets", "small large medium", "dog collar, cat tree, dog bed, aquarium"),
+    ),
+    "test": (
+        _family("wear", "green white pink", "shirt, blouse, sweater, hoodie"),
+        _family("wear", "denim linen cotton", "skirt, shorts, trousers, overalls"),
+        _family("wear", "gold silver pearl", "necklace, bracelet, earrings, ring"),
+        _family("sport", "white green yellow", "skis, snowboard, sled, skates"),
+        _family("sport", "pink yellow purple", "swimsuit, goggles, snorkel, swim fins"),
+        _family("house", "ceramic glass plastic", "plate, bowl, mug, jug"),
+        _family("house", "white gray green", "blender, toaster, microwave, juicer"),
+        _family("house", "velvet linen cotton", "drapes, cushion, tablecloth, rug"),
+        _family("house", "brass glass bamboo", "lamp, lantern, chandelier, vase"),
+        _family("house", "gray green yellow", "broom, mop, dustpan, bucket"),
+        _family("sweets", "vanilla mint caramel", "chocolate, cake, cookies, fudge"),
+        _family("gadgets", "gray white silver", "camera, tripod, drone, camcorder"),
+        _family("gadgets", "pink white gold", "phone case, phone charger, tablet, smartwatch"),
+        _family("music", "white purple green", "guitar, ukulele, piano, drum kit"),
+        _family("beauty", "pink purple gold", "lipstick, eyeliner, eyeshadow, mascara"),
+        _family("gifts", "white pink yellow", "roses, tulips, lilies, orchids"),
+        _family("gifts", "gold silver purple", "balloons, party hats, streamers, confetti"),
+    ),
+}
+
+# {p} the product with its attribute; {P} the same with a capital.
+QUERY_WORDINGS: dict[str, tuple[str, ...]] = {
+    "train": ("buy {p}", "{p} for sale", "{p} near me", "find {p}"),
+    "test": ("{p} online", "order {p}", "best {p}", "{p} deals"),
+}
+AD_WORDINGS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "{P}. In stock, free delivery.",
+        "{P} at a fair price. Ships today.",
+        "New season: {p}. Order before Sunday.",
+        "Shop our {p}. Easy returns.",
+        "{P}, tested and trusted. Save now.",
+        "Big sale: {p}. While stocks last.",
+    ),
+    "test": (
+        "{P} - our top seller. Pick up in store.",
+        "Just arrived: {p}. Fast shipping.",
+        "Discover {p} you will love. Gift wrap included.",
+        "{P} made to last. Full guarantee.",
+        "Treat yourself: {p}. Limited offer.",
+        "Looking for {p}? Pay later with us.",
+    ),
+}
+
+# --------------------------------------------------------------------------- building
+
+
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "and",
+        "with",
+        "for",
+        "in",
+        "to",
+        "up",
+        "out",
+        "on",
+        "by",
+        "pair",
+        "piece",
+    ]
+)
+
+
+def content_words(text: str) -> set[str]:
+    """The words of `text` in lower case without articles and plural endings."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return {re.sub(r"(?<=[a-z]{3})s$", "", word) for word in words if word not in STOP_WORDS}
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _order(key: str) -> str:
+    return hashlib.sha256(f"{SEED}|{key}".encode()).hexdigest()
+
+
+def _shuffled(examples: Iterable[Example]) -> list[Example]:
+    """An order without pattern; by hash, as it must not depend on the Python version."""
+    return sorted(examples, key=lambda example: _order(json.dumps(example.row)))
+
+
+def _kinds(split: str) -> Iterator[Example]:
+    """Each thing twice: once with its own category (yes), once with another one (no)."""
+    categories = KINDS[split]
+    wordings = KINDS_WORDINGS[split]
+    count = 0
+    for place, category in enumerate(categories):
+        for index, member in enumerate(category.members):
+            # The step runs over the other categories, the same for all: every category is
+            # asked about as often with "no" as with "yes".
+            step = 1 + index % (len(categories) - 1)
+            other = categories[(place + step) % len(categories)]
+            for label, asked, shift in (("yes", category, 0), ("no", other, 3)):
+                wording = wordings[(count + shift) % len(wordings)]
+                question = wording.format(
+                    x=member if category.mass else with_article(member),
+                    c=asked.one,
+                    ac=with_article(asked.one),
+                    cs=asked.many,
+                )
+                row: Row = {"question": question, "answer": label}
+                yield Example(row, label, (wording,), (member, asked.one))
+            count += 1
+
+
+def uses(split: str) -> list[tuple[int, str, str]]:
+    """(theme number, thing with its article, use) in the order of the text."""
+    found = []
+    for theme, paragraph in enumerate(USES_TEXT[split].strip().split("\n\n")):
+        for item in " ".join(paragraph.split()).split(";"):
+            thing, use = item.split(":")
+            found.append((theme, thing.strip(), use.strip()))
+    return found
+
+
+def _uses(split: str) -> Iterator[Example]:
+    things = uses(split)
+    wordings = USES_WORDINGS[split]
+    for number, steps in enumerate(USES_STEPS):
+        for index, (_, thing, use) in enumerate(things):
+            wrong = [things[(index + step) % len(things)][2] for step in steps]
+            wrong.sort(key=lambda text: _order(f"{number}|{thing}|{text}"))
+            # All places of the right option come equally often, each with every wording.
+            place = (index // len(wordings) + index + number) % 4
+            options = [*wrong[:place], use, *wrong[place:]]
+            wording = wordings[(index + 2 * number) % len(wordings)]
+            row: Row = {"question": wording.format(x=thing), "options": options, "answer": use}
+            yield Example(row, "ABCD"[place], (wording,), (thing,))
+
+
+def _search_ads(split: str) -> Iterator[Example]:
+    """Each query three times, with one ad of each grade.
+
+    relevant: the product and the attribute asked for. partial: by turns the product with another
+    attribute, or another product of the family with the attribute. irrelevant: a product of
+    another area, by turns with the attribute asked for where that product can have it.
+    """
+    goods = [
+        (family, number, product)
+        for family in SHELVES[split]
+        for number, product in enumerate(family.products)
+    ]
+    widest = max(sum(f.area == area for f, _, _ in goods) for area in {f.area for f, _, _ in goods})
+    for index, (family, number, product) in enumerate(goods):
+        attribute = family.attributes[index % 3]
+        # Steps of whole families would pair the same shelves four times; one off mixes them.
+        far, _, stranger = goods[(index + widest + 1) % len(goods)]
+        same = attribute in far.attributes and index % 2 == 0
+        ads = {
+            "relevant": (attribute, product),
+            "partial": (
+                (attribute, family.products[(number + 1) % 4])
+                if (index + index // 4) % 2
+                else (family.attributes[(index + 1) % 3], product)
+            ),
+            "irrelevant": (attribute if same else far.attributes[(index + 2) % 3], stranger),
+        }
+        for shift, grade in enumerate(GRADES):
+            query_wording = QUERY_WORDINGS[split][(index + shift) % len(QUERY_WORDINGS[split])]
+            ad_wording = AD_WORDINGS[split][(index + 2 * shift) % len(AD_WORDINGS[split])]
+            offered = " ".join(ads[grade])
+            row: Row = {
+                "query": query_wording.format(p=f"{attribute} {product}"),
+                "ad": ad_wording.format(p=offered, P=offered[0].upper() + offered[1:]),
+                "grade": grade,
+            }
+            entities = (attribute, product, *ads[grade])
+            yield Example(row, grade, (query_wording, ad_wording), entities)
+
+
+BUILDERS = {"kinds": _kinds, "uses": _uses, "search_ads": _search_ads}
+
+
+def build() -> dict[str, dict[str, list[Example]]]:
+    """All examples: task, then split, in the order of the files."""
+    return {
+        task: {split: _shuffled(builder(split)) for split in SPLITS}
+        for task, builder in BUILDERS.items()
+    }
+
+
+def render() -> dict[str, str]:
+    """The text of each file, by its path below this folder."""
+    return {
+        f"{task}/{split}.jsonl": "".join(json.dumps(e.row) + "\n" for e in examples)
+        for task, splits in build().items()
+        for split, examples in splits.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if a file differs")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for name, text in render().items():
+        path = HERE / name
+        if path.is_file() and path.read_bytes() == text.encode("ascii"):
+            continue
+        stale.append(name)
+        if not arguments.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode("ascii"))
+    for name in stale:
+        print(f"{'differs' if arguments.check else 'written'}: {name}")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

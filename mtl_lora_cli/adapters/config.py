@@ -1,0 +1,44 @@
+"""What an adapter is made of, apart from its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The numbers and kinds of an MTL-LoRA adapter (arXiv 2410.09437).
+
+    Attributes:
+        rank: r, rows of the shared down-projection A [r, in].
+        alpha: the update is scaled by s = alpha / rank.
+        up_projections: n, number of shared up-projections B_i [out, r].
+        temperature: τ of the gate softmax(w_t / τ).
+        transform: Λ_t is a full [r, r] matrix or a diagonal [r].
+        gate: w_t is learned as it stands (`weights`), or is G e_t with one task embedding e_t [d]
+            for the whole model and a projection G [n, d] in each layer (`embedding`).
+        embedding_size: d.
+        dropout: probability of dropping an input feature before A, while training.
+        gate_start: standard deviation of the gate's logits w_t / τ at the start. It must not be 0:
+            equal gates give every B_i the same gradient, and the B_i stay copies of each other.
+        target_modules: names (or last parts of names, or patterns with `*`) of the layers to adapt.
+        method: name of the method, as the adapter file spells it.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    up_projections: int = 3
+    temperature: float = 0.5
+    transform: Literal["full", "diagonal"] = "full"
+    gate: Literal["weights", "embedding"] = "weights"
+    embedding_size: int = 16
+    dropout: float = 0.0
+    gate_start: float = 2.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    method: Literal["mtl-lora"] = "mtl-lora"
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank

@@ -1,0 +1,171 @@
+"""Reading and writing adapters: `mtl_lora_config.json` beside `mtl_lora.safetensors`.
+
+The names differ from PEFT's on purpose: PEFT would try to read the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.errors import MtlLoraError, did_you_mean
+
+CONFIG_FILE = "mtl_lora_config.json"
+TENSOR_FILE = "mtl_lora.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder says, weights aside.
+
+    Attributes:
+        config: sizes and kinds.
+        tasks: names in the order of their ids.
+        base_model: name, revision and fingerprint of the base model, as the writer gave them.
+        modules: module path → its kind and sizes.
+        checksums: tensor name → SHA-256 of its bytes.
+    """
+
+    config: AdapterConfig
+    tasks: tuple[str, ...]
+    base_model: Mapping[str, Any]
+    modules: Mapping[str, Mapping[str, Any]]
+    checksums: Mapping[str, str]
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 of the tensor's bytes in memory order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) -> None:
+    """Write the two files into `folder`, which must exist. Tensors are written as trained."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}
+    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    config = dataclasses.asdict(adapter.config)
+    content = {
+        "format_version": FORMAT_VERSION,
+        **config,
+        "tasks": list(adapter.tasks),
+        "base_model": dict(base_model),
+        "modules": {
+            path: {
+                "kind": "linear",
+                "in_features": layer.base_layer.in_features,
+                "out_features": layer.base_layer.out_features,
+                "tied_to": None,
+            }
+            for path, layer in adapter.layers.items()
+        },
+        "checksums": {name: tensor_checksum(tensor) for name, tensor in tensors.items()},
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_adapter_file(folder: Path) -> AdapterFile:
+    """Read the configuration of an adapter folder.
+
+    Raises:
+        MtlLoraError: it is missing, not JSON, of a newer format, or lacks or adds a key.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MtlLoraError(f"{path}: no such file; the folder holds no finished adapter") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MtlLoraError(f"{path}: not valid JSON: {error}") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise MtlLoraError(
+            f"{path}: format_version {version!r} is not known; this release reads {FORMAT_VERSION}"
+        )
+    names = {field.name for field in dataclasses.fields(AdapterConfig)}
+    expected = names | {"format_version", "tasks", "base_model", "modules", "checksums"}
+    for key in sorted(expected ^ set(content)):
+        kind = "unknown" if key in content else "missing"
+        raise MtlLoraError(f"{path}: {kind} key '{key}'")
+    fields = {name: content[name] for name in names}
+    fields["target_modules"] = tuple(fields["target_modules"])
+    return AdapterFile(
+        config=AdapterConfig(**fields),
+        tasks=tuple(content["tasks"]),
+        base_model=content["base_model"],
+        modules=content["modules"],
+        checksums=content["checksums"],
+    )
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read an adapter's tensors and check each against its checksum.
+
+    Raises:
+        MtlLoraError: the file is missing or damaged, or a tensor is missing, unexpected or damaged.
+    """
+    file = read_adapter_file(folder)
+    path = folder / TENSOR_FILE
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise MtlLoraError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise MtlLoraError(f"{path}: damaged: {error}") from None
+    for name, checksum in file.checksums.items():
+        if name not in tensors:
+            raise MtlLoraError(f"{path}: tensor '{name}' is missing")
+        if tensor_checksum(tensors[name]) != checksum:
+            raise MtlLoraError(f"{path}: tensor '{name}' is damaged: its checksum differs")
+    return tensors
+
+
+def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy tensors into an injected adapter.
+
+    Raises:
+        MtlLoraError: a tensor is missing, unexpected or of another shape; nothing is copied then.
+    """
+    own = adapter.tensors()
+    for name in own:
+        if name not in tensors:
+            raise MtlLoraError(f"{source}: tensor '{name}' is missing")
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise MtlLoraError(f"{source}: unexpected tensor '{name}'{did_you_mean(name, own)}")
+        if tensor.shape != own[name].shape:
+            raise MtlLoraError(
+                f"{source}: tensor '{name}' has shape {list(tensor.shape)}, "
+                f"expected {list(own[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
+    """Read a folder's tensors into an injected adapter of the same tasks.
+
+    Raises:
+        MtlLoraError: task names differ, or a tensor is missing, unexpected, misshapen or damaged.
+    """
+    file = read_adapter_file(folder)
+    if file.tasks != adapter.tasks:
+        raise MtlLoraError(
+            f"{folder / CONFIG_FILE}: tasks are {', '.join(file.tasks)}; "
+            f"expected {', '.join(adapter.tasks)}"
+        )
+    load_tensors(adapter, read_tensors(folder), folder / TENSOR_FILE)
+    return file

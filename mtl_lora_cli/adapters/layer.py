@@ -1,0 +1,124 @@
+"""MTL-LoRA on one linear layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.function import AdaptedLinear
+from mtl_lora_cli.adapters.routing import Routing
+
+ROLES = ("lora_A", "lora_B", "task_transform", "task_gate", "gate_projection")
+
+
+class MultiTaskLinear(nn.Module):
+    """y = W x + s · Σ_i g_{t,i} B_i Λ_t A x,   g_t = softmax(w_t / τ),   s = alpha / r.
+
+    Source: MTL-LoRA, arXiv 2410.09437, equations 3 to 5; `gate: embedding` takes w_t = G e_t with
+    one task embedding e_t for the whole model. The update starts at zero (every B_i = 0).
+
+    Parameters, float32 unless the model is float64: `lora_A` [1, r, in], `lora_B` [n, out, r],
+    `task_transform` [T, r, r] or [T, r], and `task_gate` [T, n] or `gate_projection` [n, d].
+
+    Args:
+        base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
+        config: sizes and kinds.
+        routing: tells which task each activation belongs to; shared by the model's layers.
+        task_embedding: e [T, d] of the whole model, where `config.gate` is `embedding`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: AdapterConfig,
+        routing: Routing,
+        task_embedding: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.config = config
+        self.routing = routing
+        # In a tuple: the parameter belongs to the model and must not be registered here again.
+        self._shared = (task_embedding,)
+        r, n, tasks = config.rank, config.up_projections, routing.tasks
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        factory: Any = {"dtype": dtype, "device": base.weight.device}
+
+        down = torch.empty(1, r, base.in_features, **factory)
+        nn.init.kaiming_uniform_(down[0], a=math.sqrt(5))
+        self.lora_A = nn.Parameter(down)
+        self.lora_B = nn.Parameter(torch.zeros(n, base.out_features, r, **factory))
+        identity = torch.ones(r, **factory)
+        if config.transform == "full":
+            identity = torch.diag(identity)
+        self.task_transform = nn.Parameter(identity.expand(tasks, *identity.shape).clone())
+        spread = config.gate_start * config.temperature
+        if config.gate == "weights":
+            self.task_gate = nn.Parameter(torch.randn(tasks, n, **factory) * spread)
+        else:
+            size = config.embedding_size
+            projection = torch.randn(n, size, **factory) * (spread / math.sqrt(size))
+            self.gate_projection = nn.Parameter(projection)
+
+    def gates(self, tasks: Tensor) -> Tensor:
+        """g [P, n] of the tasks [P]: softmax(w_t / τ), float32 or better."""
+        if self.config.gate == "weights":
+            logits = self.task_gate[tasks]
+        else:
+            embedding = cast(nn.Parameter, self._shared[0])
+            logits = embedding[tasks] @ self.gate_projection.T
+        return torch.softmax(logits / self.config.temperature, dim=-1)
+
+    def mixing(self, tasks: Tensor) -> Tensor:
+        """M [P, n·r, r] of the tasks [P]: M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]."""
+        transform = self.task_transform[tasks]
+        if self.config.transform == "diagonal":
+            transform = torch.diag_embed(transform)
+        product = self.gates(tasks)[:, :, None, None] * transform[:, None]
+        return product.reshape(len(tasks), -1, self.config.rank)
+
+    @torch.no_grad()
+    def task_update(self, task: int) -> tuple[Tensor, Tensor]:
+        """The ordinary LoRA that the adapter is for one task.
+
+        B'_t = Σ_i g_{t,i} B_i Λ_t, so that ΔW_t = s · B'_t A exactly.
+
+        Returns:
+            A [r, in] and B'_t [out, r], both float64.
+        """
+        index = torch.tensor([task], device=self.lora_B.device)
+        mixing = self.mixing(index)[0].double()
+        up = self.lora_B.permute(1, 0, 2).reshape(self.lora_B.shape[1], -1).double()
+        return self.lora_A[0].double(), up @ mixing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*lead, in] → [*lead, out]; the task ids must lead `lead`."""
+        lead = x.shape[:-1]
+        slots = self.routing.slots(lead, x.device)
+        if slots.count == 0:
+            return cast(Tensor, self.base_layer(x))
+        mask = None
+        if self.training and self.config.dropout:
+            mask = nn.functional.dropout(
+                torch.ones_like(x), self.config.dropout, training=True
+            ).reshape(-1, x.shape[-1])
+        y = AdaptedLinear.apply(
+            x.reshape(-1, x.shape[-1]),
+            self.base_layer.weight,
+            self.base_layer.bias,
+            self.lora_A[0].to(x.dtype),
+            self.lora_B.to(x.dtype),
+            self.mixing(slots.present).to(x.dtype),
+            slots,
+            self.config.scale,
+            mask,
+        )
+        return cast(Tensor, y).view(*lead, -1)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"rank={c.rank}, up_projections={c.up_projections}, tasks={self.routing.tasks}"

@@ -1,0 +1,146 @@
+"""Which task each activation belongs to, shared by all adapted layers of a model.
+
+Nothing here knows what an activation means: task ids are given for the leading axes of a tensor
+and hold for every position of the axes that follow them, up to the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BASE_ONLY = -1  # the id of activations that get the base model alone
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The routing of one flattened activation.
+
+    Attributes:
+        present: [P] int64, the distinct task ids that occur, ascending, without `BASE_ONLY`.
+        slot: [N] int64, for each position the place of its task in `present` (0 for `BASE_ONLY`).
+        active: [N, 1] bool, False where the base model alone counts; None if no position is such.
+    """
+
+    present: Tensor
+    slot: Tensor
+    active: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """P, the number of tasks present."""
+        return int(self.present.shape[0])
+
+
+@dataclass
+class _Assignment:
+    ids: Tensor  # int64 on the CPU, so that finding the tasks present never waits for a device
+    cache: dict[tuple[torch.Size, torch.device], Slots] = field(default_factory=dict)
+
+
+class Routing:
+    """Task ids for the activations that are passing through the model.
+
+    Example:
+        with routing.assign(ids):        # ids: [rows, tokens] or [rows]
+            loss = model(x)
+            loss.backward()              # recomputation reads the same ids
+
+    Args:
+        tasks: T, the number of tasks; ids lie in [-1, T).
+    """
+
+    def __init__(self, tasks: int) -> None:
+        if tasks < 1:
+            raise ValueError(f"expected at least one task, received {tasks}")
+        self.tasks = tasks
+        self._current: _Assignment | None = None
+
+    @contextmanager
+    def assign(self, ids: Tensor | Sequence[int]) -> Iterator[None]:
+        """Route by `ids` inside the block; blocks may be nested. Keep `backward()` inside, too.
+
+        Args:
+            ids: integers, shape = the leading axes of the activations ([rows, tokens], [rows], …).
+                They are brought to the CPU, so ids already there cost no wait.
+
+        Raises:
+            ValueError: an id below -1 or not below T, or ids that are not integers.
+        """
+        tensor = torch.as_tensor(ids).detach().cpu()
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"task ids must be integers, received {tensor.dtype}")
+        tensor = tensor.long()
+        if tensor.numel():
+            low, high = int(tensor.min()), int(tensor.max())
+            if low < BASE_ONLY or high >= self.tasks:
+                raise ValueError(
+                    f"task ids must lie in [-1, {self.tasks}), received {low} to {high}"
+                )
+        previous, self._current = self._current, _Assignment(tensor)
+        try:
+            yield
+        finally:
+            self._current = previous
+
+    @contextmanager
+    def select(self, index: Tensor) -> Iterator[None]:
+        """Inside the block only the positions `index` of the flattened activations are left.
+
+        Args:
+            index: [S] int64, places in the flattened ids of the block around.
+
+        Raises:
+            ValueError: there is no block around, or an index lies outside its ids.
+        """
+        ids = self._require().ids.reshape(-1)
+        index = index.detach().cpu()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < ids.numel():
+            raise ValueError(
+                f"index {int(index.min())} to {int(index.max())} does not fit {ids.numel()} task ids"
+            )
+        with self.assign(ids[index]):
+            yield
+
+    @contextmanager
+    def fan_out(self, tasks: Sequence[int]) -> Iterator[None]:
+        """Inside the block activations lead with one stream a task: [len(tasks), …, features]."""
+        with self.assign(torch.tensor(list(tasks), dtype=torch.long)):
+            yield
+
+    def slots(self, shape: torch.Size, device: torch.device) -> Slots:
+        """The routing of an activation of shape [*shape, features], flattened to N positions.
+
+        Raises:
+            ValueError: no ids are assigned, or their shape does not lead `shape`.
+        """
+        current = self._require()
+        key = (shape, device)
+        if key not in current.cache:
+            current.cache[key] = _slots(current.ids, shape, device)
+        return current.cache[key]
+
+    def _require(self) -> _Assignment:
+        if self._current is None:
+            raise ValueError(
+                "no task ids are assigned; call the model inside `routing.assign(ids)`"
+            )
+        return self._current
+
+
+def _slots(ids: Tensor, shape: torch.Size, device: torch.device) -> Slots:
+    if ids.shape != shape[: ids.ndim]:
+        raise ValueError(
+            f"task ids of shape {tuple(ids.shape)} do not lead activations of shape {tuple(shape)}"
+        )
+    wide = ids.reshape(ids.shape + (1,) * (len(shape) - ids.ndim)).expand(shape).reshape(-1)
+    present, slot = torch.unique(wide, return_inverse=True)
+    active = None
+    if present.numel() and present[0] == BASE_ONLY:
+        active = (wide != BASE_ONLY).unsqueeze(1).to(device)
+        present, slot = present[1:], (slot - 1).clamp_(min=0)
+    return Slots(present.to(device), slot.to(device), active)

@@ -1,0 +1,103 @@
+"""What every command stands in: one clean line for a failure, a clean stdout for results.
+
+Inside the frame everything that prints to stdout, libraries included, is sent to stderr; only
+`emit` writes to the real stdout. So `--json` can be piped whatever a library says while importing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from mtl_lora_cli.errors import ExitCode, MtlLoraError
+
+_debug = False
+_stdout: int | None = None  # the real stdout while a frame is open
+
+
+def set_debug(on: bool) -> None:
+    """Show tracebacks instead of single lines."""
+    global _debug
+    _debug = on
+
+
+@contextmanager
+def framed() -> Iterator[None]:
+    """Run a command's body.
+
+    Raises:
+        typer.Exit: with the exit code of whatever went wrong.
+    """
+    global _stdout
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not _debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+        warnings.filterwarnings("ignore")
+    sys.stdout.flush()
+    _stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except MtlLoraError as error:
+        _fail(error.lines, error.exit_code)
+    except KeyboardInterrupt as error:
+        _fail([str(error) or "interrupted"], ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        os._exit(ExitCode.FAILED)  # the reader of our output went away; nobody is left to tell
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        _fail([f"internal error: {text} (--debug shows where)"], ExitCode.FAILED)
+    finally:
+        sys.stdout.flush()
+        os.dup2(_stdout, 1)
+        os.close(_stdout)
+        _stdout = None
+
+
+def _fail(lines: list[str], code: ExitCode) -> None:
+    if _debug:
+        traceback.print_exc()
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    raise typer.Exit(int(code))
+
+
+def emit(text: str) -> None:
+    """Write a result to the real stdout."""
+    data = (text + "\n").encode()
+    if _stdout is None:
+        sys.stdout.write(text + "\n")
+        return
+    sys.stderr.flush()
+    while data:
+        data = data[os.write(_stdout, data) :]
+
+
+def emit_json(content: Any) -> None:
+    """Write a result as one JSON document."""
+    emit(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str) -> None:
+    """A message to the person at the terminal."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def stdout_width() -> int:
+    """Columns for a table: those of the terminal, or 100 where there is none."""
+    try:
+        return os.get_terminal_size(1 if _stdout is None else _stdout).columns
+    except OSError:
+        return 100

@@ -1,0 +1,50 @@
+"""The command `mtl-lora`: options that all commands share, and the list of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mtl_lora_cli.cli import evaluate, frame, merge, train
+
+app = typer.Typer(
+    help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
+    epilog="First steps: mtl-lora train quickstart; mtl-lora eval --task all; mtl-lora merge --task uses",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train.register(app)
+evaluate.register(app)
+merge.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mtl-lora {version('mtl-lora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and library warnings.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    frame.set_debug(debug)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

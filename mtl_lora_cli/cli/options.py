@@ -1,0 +1,18 @@
+"""Options that several commands take, so that they read alike everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Name or path of a run; default: the newest one.")
+]
+RunsOption = Annotated[
+    Path, typer.Option("--runs", envvar="MTL_LORA_RUNS", help="Folder in which runs lie.")
+]
+TaskOption = Annotated[str, typer.Option("--task", help="A task of the run, or 'all'.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RUNS = Path("runs")

@@ -1,0 +1,46 @@
+"""From packed rows to one pass of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.packed import PackedBatch
+
+
+def training_batch(
+    rows: Sequence[Sequence[Place]], splits: Sequence[EncodedSplit], *, loss_on: str
+) -> PackedBatch:
+    """Lay rows behind each other and ask for every supervised token.
+
+    Args:
+        rows: packed rows, as task id and example number.
+        splits: encoded examples of each task.
+        loss_on: `answer` supervises answer and end token; `all` every token but the first.
+    """
+    places = [place for row in rows for place in row]
+    parts = [splits[task].example(number) for task, number in places]
+    lengths = [len(part) for part in parts]
+    starts = np.cumsum([0, *lengths])
+    positions, targets = [], []
+    for (task, number), part, start in zip(places, parts, starts, strict=False):
+        first = 1 if loss_on == "all" else max(1, int(splits[task].prompt_lengths[number]))
+        positions.append(np.arange(start + first - 1, start + len(part) - 1))
+        targets.append(part[first:])
+    asked = np.concatenate(positions)
+    task_ids = np.repeat([task for task, _ in places], lengths)
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(parts).astype(np.int64)).unsqueeze(0),
+        position_ids=torch.from_numpy(position_ids).unsqueeze(0),
+        task_ids=torch.from_numpy(task_ids.astype(np.int64)).unsqueeze(0),
+        segments=Segments.build(lengths),
+        positions=torch.from_numpy(asked),
+        owner=torch.arange(len(asked)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    )

@@ -1,0 +1,250 @@
+"""One file of rows: JSON, JSON lines, CSV, TSV (each also gzipped) and Parquet.
+
+A file is read whole, and what is wrong with it is an error that names the file and the line: a row
+that is quietly dropped or bent would be learned as if it were right.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from mtl_lora_cli.errors import UsageError, file_problem
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, and where each of them stands."""
+
+    rows: Sequence[Mapping[str, Any]]
+    file: str  # as errors show it: a file, or `hub:owner/name[config]/split`
+    fingerprint: str  # the same for the same content only
+    places: Sequence[str]  # of each row
+
+    def where(self, index: int) -> str:
+        """`path/file.jsonl:12`; `path/file.parquet, row 12` where there are no lines."""
+        return self.places[index]
+
+
+_Numbered = Iterator[tuple[Any, int]]  # rows, each with the line on which it begins, or 0
+
+
+def fingerprint(content: bytes) -> str:
+    """The first 16 digits of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def ending(path: Path) -> str | None:
+    """The ending that names the file's format, such as `.jsonl.gz`; None where it is unknown."""
+    name = path.name.lower()
+    return next((known for known in ENDINGS if name.endswith(known)), None)
+
+
+def read_file(path: Path) -> Rows:
+    """Read one file in the format that its ending names.
+
+    Raises:
+        UsageError: the file is missing, cannot be read, has an unknown ending, has no rows, or is
+            not what its ending says.
+    """
+    file = str(path)
+    if (known := ending(path)) is None:
+        raise file_problem(file, f"unknown ending, expected one of {', '.join(ENDINGS)}")
+    try:
+        data = path.read_bytes()
+        plain = gzip.decompress(data) if known.endswith(".gz") else data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise file_problem(file, f"not a whole gzip file: {error}") from None
+    except OSError as error:
+        raise file_problem(file, f"cannot be read: {error.strerror}") from None
+    numbered = list(_READERS[known.removesuffix(".gz")](plain, file))
+    if not numbered:
+        raise file_problem(file, "has no rows, expected at least one")
+    rows = [row for row, _ in numbered]
+    lines = [line for _, line in numbered]
+    if lines[0] and len(set(lines)) == len(lines):
+        places = [f"{file}:{line}" for line in lines]
+    else:  # no lines, or several rows on one
+        places = [f"{file}, row {number}" for number in range(1, len(rows) + 1)]
+    for row, place in zip(rows, places, strict=True):
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: expected an object for each row, received {row!r:.60}")
+    return Rows(rows, file, fingerprint(data), places)
+
+
+def _text(data: bytes, file: str) -> str:
+    data = data.removeprefix(codecs.BOM_UTF8)  # some editors and spreadsheets write it
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise file_problem(file, f"not UTF-8 text: byte 0x{byte:02x}", line=line) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise file_problem(file, "not text: has a null byte", line=line)
+    return text
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key '{key}' stands twice")
+    return fields
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"expected a number or null, received {word}")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_VISIBLE = re.compile(r"[^ \t\r\n]|\Z")
+# Half a character, `\ud83d` without its other half: valid JSON, but no text that can be tokenized.
+_HALF_CHARACTER = re.compile(
+    r"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F])"
+)
+
+
+class _Json(NamedTuple):
+    """JSON text that stands in `file` from `line` on, read from a position that moves forward."""
+
+    text: str
+    file: str
+    line: int = 1
+
+    def value(self, position: int) -> tuple[Any, int]:
+        """The value at a position, and the position of what follows it."""
+        try:
+            value, end = _DECODER.raw_decode(self.text, position)
+            if _HALF_CHARACTER.search(self.text, position, end):
+                json.dumps(value, ensure_ascii=False).encode()
+            return value, self.visible(end)
+        except json.JSONDecodeError as error:
+            raise self.problem(error.msg[0].lower() + error.msg[1:], error.pos) from None
+        except (ValueError, RecursionError) as error:
+            raise self.problem(str(error), position) from None
+
+    def visible(self, position: int) -> int:
+        """The first position from here on that is not white space."""
+        found = _VISIBLE.search(self.text, position)
+        return found.start() if found else len(self.text)
+
+    def expect_end(self, position: int, hint: str = "") -> None:
+        if position < len(self.text):
+            raise self.problem(f"more after the end{hint}", position)
+
+    def problem(self, message: str, position: int) -> UsageError:
+        line = self.line + self.text.count("\n", 0, position)
+        column = position - self.text.rfind("\n", 0, position)
+        return file_problem(self.file, f"not valid JSON: {message} (column {column})", line=line)
+
+
+def _json_lines(data: bytes, file: str) -> _Numbered:
+    # Not splitlines(): a string may hold U+2028 and other ends of line that are none here.
+    for number, text in enumerate(_text(data, file).split("\n"), start=1):
+        line = _Json(text, file, number)
+        if (start := line.visible(0)) < len(text):
+            row, end = line.value(start)
+            line.expect_end(end)
+            yield row, number
+
+
+def _json(data: bytes, file: str) -> _Numbered:
+    source = _Json(_text(data, file), file)
+    start = source.visible(0)
+    if source.text.startswith("[", start):
+        yield from _json_array(source, start)
+    elif start < len(source.text):
+        top, end = source.value(start)
+        source.expect_end(end, "; a file with an object on each line is named .jsonl")
+        rows = top.get("data") if isinstance(top, dict) else None
+        if not isinstance(rows, list):
+            raise file_problem(
+                file, f'expected an array or {{"data": [...]}}, received {top!r:.60}'
+            )
+        yield from ((row, 0) for row in rows)
+
+
+def _json_array(source: _Json, position: int) -> _Numbered:
+    """Element by element, because `json.loads` does not say on which line an element begins."""
+    text, line, before = source.text, 1, 0
+    end = source.visible(position + 1)
+    more = not text.startswith("]", end)
+    while more:
+        line, before = line + text.count("\n", before, end), end
+        row, end = source.value(end)
+        yield row, line
+        more = text.startswith(",", end)
+        if more:
+            end = source.visible(end + 1)
+        elif not text.startswith("]", end):
+            raise source.problem("expected ',' or ']'", end)
+    source.expect_end(source.visible(end + 1))
+
+
+def _delimited(data: bytes, file: str, delimiter: str) -> _Numbered:
+    """Values stay strings: whether `007` is a number is for the template to say."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    text = io.StringIO(_text(data, file), newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for record in reader:
+            first, line = line, reader.line_num + 1  # a quoted value may span lines
+            if not record:
+                continue
+            if header is None:
+                header = _unique_columns(record, file, first)
+            elif len(record) == len(header):
+                yield dict(zip(header, record, strict=True)), first
+            else:
+                expected = f"expected {len(header)} columns ({', '.join(header)})"
+                raise file_problem(file, f"{expected}, received {len(record)}", line=first)
+    except csv.Error as error:
+        raise file_problem(file, f"broken quoting: {error}", line=line) from None
+
+
+def _parquet(data: bytes, file: str) -> _Numbered:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
+        names = _unique_columns(table.column_names, file, None)
+        columns = [column.to_pylist() for column in table.columns]
+    # pyarrow's own errors are ValueErrors, OSErrors and so on, by no single base class.
+    except (pyarrow.ArrowException, ValueError, OSError, ArithmeticError, MemoryError) as error:
+        raise file_problem(file, f"not a whole Parquet file: {error}") from None
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True)), 0
+
+
+def _unique_columns(names: list[str], file: str, line: int | None) -> list[str]:
+    if len(set(names)) < len(names):
+        name = Counter(names).most_common(1)[0][0]
+        raise file_problem(file, f"the column '{name}' stands twice", line=line)
+    return names
+
+
+_READERS: dict[str, Callable[[bytes, str], _Numbered]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": partial(_delimited, delimiter=","),
+    ".tsv": partial(_delimited, delimiter="\t"),
+}
+ENDINGS = (*_READERS, *(f"{name}.gz" for name in _READERS), ".parquet")
+_READERS[".parquet"] = _parquet

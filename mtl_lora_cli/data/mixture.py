@@ -1,0 +1,173 @@
+"""Which examples an epoch holds, and in which rows they stand.
+
+Everything follows from the seed, the epoch and the tasks' names: no state is kept, so any position
+of the stream can be found again, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from mtl_lora_cli.data.packing import pack
+
+Place = tuple[int, int]  # task id, number of the example in its task
+
+
+def _generator(seed: int, *what: int | str) -> np.random.Generator:
+    """A generator of its own for each purpose: adding a task changes no other task's draw."""
+    words = [seed]
+    for part in what:
+        digest = hashlib.sha256(str(part).encode()).digest()
+        words.append(int.from_bytes(digest[:8], "little"))
+    return np.random.default_rng(words)
+
+
+def subset(size: int, at_most: int | None, seed: int, task: str) -> np.ndarray:
+    """Numbers of the examples that `max_examples` keeps, ascending: the same in every epoch."""
+    if at_most is None or at_most >= size:
+        return np.arange(size)
+    return np.sort(_generator(seed, "subset", task).permutation(size)[:at_most])
+
+
+def shares(
+    sizes: Sequence[int], strategy: str, weights: Sequence[float], temperature: float = 1.0
+) -> list[float]:
+    """The share of the drawn examples that each task gets.
+
+    `proportional`: n_t / Σ n;  `uniform`: 1 / T;  `weights`: w_t / Σ w;
+    `temperature`: n_t^(1/τ) / Σ n^(1/τ).
+    """
+    raw: list[float] = {
+        "proportional": [float(n) for n in sizes],
+        "uniform": [1.0] * len(sizes),
+        "weights": list(weights),
+        "temperature": [n ** (1 / temperature) for n in sizes],
+    }[strategy]
+    total = math.fsum(raw)
+    return [value / total for value in raw]
+
+
+def counts(sizes: Sequence[int], wanted: Sequence[float]) -> list[int]:
+    """How many examples of each task an epoch draws: as many in all as there are examples.
+
+    Largest remainders are rounded up, so that the counts add up; proportional shares give each
+    example exactly once.
+    """
+    total = sum(sizes)
+    exact = [share * total for share in wanted]
+    whole = [math.floor(value + 1e-9) for value in exact]
+    order = sorted(range(len(exact)), key=lambda t: (whole[t] - exact[t], t))
+    for task in order[: total - sum(whole)]:
+        whole[task] += 1
+    return whole
+
+
+def draw(size: int, count: int, seed: int, epoch: int, task: str) -> np.ndarray:
+    """`count` example numbers below `size`: whole shuffled passes, then a part of another one."""
+    generator = _generator(seed, "draw", epoch, task)
+    passes = [generator.permutation(size) for _ in range(-(-count // size))] if count else []
+    return np.concatenate(passes)[:count] if passes else np.arange(0)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The stream of packed rows of a whole run.
+
+    Attributes:
+        names: task names in the order of their ids.
+        lengths: for each task the token count of each of its examples.
+        row_length: tokens in a row.
+        rows_per_step: rows of one optimiser step, over all processes.
+        strategy, weights, temperature: see `shares`.
+        seed: of every draw.
+    """
+
+    names: tuple[str, ...]
+    lengths: tuple[np.ndarray, ...]
+    row_length: int
+    rows_per_step: int
+    strategy: str = "proportional"
+    weights: tuple[float, ...] = ()
+    temperature: float = 1.0
+    seed: int = 0
+
+    def planned_counts(self) -> list[int]:
+        """Examples of each task in one epoch."""
+        sizes = [len(lengths) for lengths in self.lengths]
+        return counts(sizes, shares(sizes, self.strategy, self.weights, self.temperature))
+
+    def epoch(self, number: int) -> list[list[Place]]:
+        """The rows of one epoch, in the order in which they are learned."""
+        return _epoch(_Identity(self), number)
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimiser steps of so many epochs; a part of an epoch is a part of its rows."""
+        whole = math.floor(epochs)
+        steps = sum(self._epoch_steps(number) for number in range(whole))
+        if epochs > whole:
+            steps += max(1, round((epochs - whole) * self._epoch_steps(whole)))
+        return steps
+
+    def step(self, number: int) -> tuple[int, list[list[Place]]]:
+        """The epoch and the rows of optimiser step `number`, counted from 0."""
+        epoch = 0
+        while number >= (steps := self._epoch_steps(epoch)):
+            number -= steps
+            epoch += 1
+        start = number * self.rows_per_step
+        return epoch, self.epoch(epoch)[start : start + self.rows_per_step]
+
+    def _epoch_steps(self, number: int) -> int:
+        return _epoch_steps(_Identity(self), number)
+
+
+class _Identity:
+    """Makes a mixture a cache key by identity: its arrays cannot be hashed."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.mixture is self.mixture
+
+    def __hash__(self) -> int:
+        return id(self.mixture)
+
+
+@lru_cache(maxsize=4096)
+def _epoch_steps(identity: _Identity, number: int) -> int:
+    return -(-len(_epoch(identity, number)) // identity.mixture.rows_per_step)
+
+
+@lru_cache(maxsize=2)
+def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
+    mixture = identity.mixture
+    places: list[Place] = []
+    for task, count in enumerate(mixture.planned_counts()):
+        name = mixture.names[task]
+        drawn = draw(len(mixture.lengths[task]), count, mixture.seed, number, name)
+        places += [(task, int(example)) for example in drawn]
+    order = _generator(mixture.seed, "order", number)
+    places = [places[i] for i in order.permutation(len(places))]
+    lengths = [int(mixture.lengths[task][example]) for task, example in places]
+    rows = [[places[i] for i in row] for row in pack(lengths, mixture.row_length)]
+    return [rows[i] for i in order.permutation(len(rows))]
+
+
+def planned_epochs(mixture: Mixture, steps: int) -> Mapping[str, float]:
+    """How many times `steps` optimiser steps go over each task's examples."""
+    seen = [0] * len(mixture.names)
+    for number in range(steps):
+        for row in mixture.step(number)[1]:
+            for task, _ in row:
+                seen[task] += 1
+    return {
+        name: seen[task] / max(1, len(mixture.lengths[task]))
+        for task, name in enumerate(mixture.names)
+    }

@@ -1,0 +1,249 @@
+"""Where a task's rows come from: a bundled sample, a file or folder, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mtl_lora_cli.data.file_formats import ENDINGS, Rows, ending, fingerprint, read_file
+from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
+from mtl_lora_cli.recipe.schema import SPLITS, Source
+from mtl_lora_cli.resources import bundled
+
+__all__ = ["Rows", "available_splits", "read_split", "resolve", "split_by_column"]
+
+HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+# The hub's own files are parts, such as `train-00000-of-00002.parquet`.
+_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(?:-\d+-of-(\d+)(?:-\w+)?)?\..+")
+
+
+def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | None:
+    """All rows of one split (train, validation or test); None where the source has no such split.
+
+    Args:
+        base: the folder that relative paths start from (the recipe's).
+        task: the task's name, for errors.
+
+    Raises:
+        UsageError: the source does not exist or cannot be reached, or its rows cannot be read.
+    """
+    if source.hub is not None:
+        return _read_hub(source, split)
+    files = _split_files(source, base, task).get(split)
+    if files is None:
+        return None
+    parts = [read_file(file) for file in files]
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        rows=list(chain.from_iterable(part.rows for part in parts)),
+        file=f"{files[0]} and {len(files) - 1} more",
+        fingerprint=fingerprint(" ".join(part.fingerprint for part in parts).encode()),
+        places=list(chain.from_iterable(part.places for part in parts)),
+    )
+
+
+def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...]:
+    """Which of train, validation and test the source has.
+
+    Raises:
+        UsageError: the source does not exist, cannot be reached, or is a folder that has none.
+    """
+    if source.hub is not None:
+        known = source.splits or _hub_builder(source).info.splits
+    else:
+        known = _split_files(source, base, task)
+    return tuple(split for split in SPLITS if split in known)
+
+
+def resolve(source: Source, *, base: Path) -> Source:
+    """The same source with an absolute path, to be read from elsewhere than beside its recipe."""
+    if source.path is None:
+        return source
+    # Not Path.resolve(): a link stays a link, so that the data behind it may move.
+    return source.model_copy(update={"path": os.path.abspath(base / source.path)})  # noqa: PTH100
+
+
+def split_by_column(rows: Rows, column: str, names: Mapping[str, str] | None) -> dict[str, Rows]:
+    """The rows of each task, where a column says which task a row belongs to.
+
+    Args:
+        column: its values are integers or strings.
+        names: a value, as a string, to the task's name; None: the value is the name.
+
+    Returns:
+        The tasks in the order in which they first appear; their rows in the order of the file.
+
+    Raises:
+        UsageError: a row has no such column, or a value that is not in `names`.
+    """
+    members: dict[str, list[int]] = {}
+    expected = "a task's id or name" if names is None else f"one of {', '.join(names)}"
+    for index, row in enumerate(rows.rows):
+        value = row.get(column)
+        task = str(value) if type(value) in (int, str) else ""
+        if names is not None:
+            task = names.get(task, "")
+        if not task:
+            received = f"received {value!r:.60}" if column in row else "the row does not have it"
+            raise UsageError(f"{rows.where(index)}: {column}: expected {expected}, {received}")
+        members.setdefault(task, []).append(index)
+    return {task: _selected(rows, indices, task) for task, indices in members.items()}
+
+
+def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
+    return Rows(
+        rows=[rows.rows[index] for index in indices],
+        file=rows.file,
+        fingerprint=fingerprint(f"{rows.fingerprint} {task} {indices}".encode()),
+        places=[rows.places[index] for index in indices],
+    )
+
+
+def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]:
+    """The files of each split that a sample, file or folder has."""
+    root = _sample(source.sample, task) if source.sample is not None else base / str(source.path)
+    key = f"source of task '{task}'"
+    try:
+        if root.is_file() and not source.splits:
+            return {"train": [root]}
+        if root.is_file():
+            raise file_problem(root, "'splits' goes with a folder, received a file", key=key)
+        if not root.is_dir():
+            raise file_problem(root, "no such file or folder", key=key)
+        if source.splits:
+            return {
+                split: _matching(root, pattern, f"{key}: splits.{split}")
+                for split, pattern in source.splits.items()
+            }
+        return _found_in(root, key)
+    except OSError as error:
+        raise file_problem(root, f"cannot be read: {error.strerror}", key=key) from None
+
+
+def _sample(name: str, task: str) -> Path:
+    samples = bundled("data_templates") / "samples"
+    if not (samples / name).is_dir():
+        known = sorted(each.name for each in samples.glob("*") if each.is_dir())
+        hint = did_you_mean(name, known) or f"; known samples: {', '.join(known) or 'none'}"
+        raise UsageError(f"source of task '{task}': unknown sample '{name}'{hint}")
+    return samples / name
+
+
+def _matching(folder: Path, pattern: str, key: str) -> list[Path]:
+    """The file of that name, else all that match the pattern, in the order of their names."""
+    if (folder / pattern).is_file():
+        return [folder / pattern]
+    absolute = str(Path(glob.escape(str(folder))) / pattern)  # a pattern may start at the root
+    found = sorted(glob.glob(absolute, recursive=True))  # noqa: PTH207
+    files = [Path(match) for match in found if Path(match).is_file()]
+    if not files:
+        raise file_problem(folder, f"no file matches '{pattern}'", key=key)
+    return files
+
+
+def _found_in(folder: Path, key: str) -> dict[str, list[Path]]:
+    """Files by the names of splits; several are one split only if they are its numbered parts."""
+    splits: dict[str, list[Path]] = {}
+    parts: dict[str, set[int]] = {}  # how many files a split has, as its files' names tell it
+    for file in sorted(folder.iterdir()):
+        found = _SPLIT_FILE.fullmatch(file.name)
+        if found and ending(file) and file.is_file():
+            split = _NAMES.get(found[1], found[1])
+            splits.setdefault(split, []).append(file)
+            parts.setdefault(split, set()).add(int(found[2] or 1))
+    if not splits:
+        names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "an empty folder"
+        expected = f"train.*, validation.* or test.* with the ending {', '.join(ENDINGS)}"
+        raise file_problem(folder, f"expected {expected}; received {names}", key=key)
+    for split, files in splits.items():
+        if parts[split] != {len(files)}:
+            names = ", ".join(file.name for file in files[:5])
+            expected = f"expected one file for {split}, or all its numbered parts"
+            raise file_problem(folder, f"{expected}; received {names}", key=key)
+    return splits
+
+
+def _read_hub(source: Source, split: str) -> Rows | None:
+    if source.splits:
+        name = {str(ours): theirs for ours, theirs in source.splits.items()}.get(split)
+    else:
+        name = split if split in _hub_builder(source).info.splits else None
+    if name is None:
+        return None
+    builder = _hub_builder(source)
+    try:
+        dataset = builder.as_dataset(split=name)
+    except Exception as error:
+        raise UsageError(f"{_hub_name(source)}: {_first_line(error)}") from None
+    config = f"[{source.config}]" if source.config is not None else ""
+    content = f"{source.hub} {source.config} {builder.hash} {name}"
+    return _dataset_rows(dataset, f"hub:{source.hub}{config}/{name}", fingerprint(content.encode()))
+
+
+def _dataset_rows(dataset: Any, file: str, content: str) -> Rows:
+    """The rows of a `datasets.Dataset`; class labels stay the numbers that they are stored as."""
+    rows = dataset.to_list()
+    if not rows:
+        raise file_problem(file, "has no rows, expected at least one")
+    return Rows(rows, file, content, [f"{file}, row {number + 1}" for number in range(len(rows))])
+
+
+def _hub_name(source: Source) -> str:
+    config = f" (config '{source.config}')" if source.config is not None else ""
+    return f"hub data set '{source.hub}'{config}"
+
+
+def _hub_builder(source: Source) -> Any:
+    """A `datasets` builder whose data lie in the local cache, fetched from the hub if need be."""
+    hub, name = str(source.hub), _hub_name(source)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub):
+        raise UsageError(f"{name}: expected owner/name")
+    if Path(hub).exists():  # `datasets` would read it in place of the hub's
+        raise UsageError(f"{name} is also a local path; use source: {{path: {hub}}}")
+    try:
+        return _fetched(hub, source.config, source.revision)
+    except ConnectionError as error:
+        advice = "download it elsewhere and use source: {path: FOLDER}"
+        raise UsageError(f"cannot reach {name}: {_first_line(error)}; {advice}") from None
+    except Exception as error:  # of several libraries, by no single base class
+        raise UsageError(f"cannot read {name}: {_first_line(error)}") from None
+
+
+@lru_cache
+def _fetched(hub: str, config: str | None, revision: str | None) -> Any:
+    """Raises ConnectionError where the hub does not answer and the cache cannot stand in."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    offline, reason = datasets.config.HF_HUB_OFFLINE, ""
+    try:
+        HfApi().dataset_info(hub, revision=revision, timeout=HUB_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ValueError("no such data set or revision, or a token is needed") from None
+    except Exception as error:  # the HTTP library's own; which library, depends on the version
+        reason = _first_line(error)
+        # Else `datasets` tries again for half a minute before it looks into its cache.
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        builder = datasets.load_dataset_builder(hub, config, revision=revision)
+        builder.download_and_prepare()
+    except Exception as error:
+        raise ConnectionError(reason) if reason else error from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    if reason and revision not in (None, builder.hash):  # the cache does not look at revisions
+        raise ConnectionError(f"{reason} and the copy in the cache is of revision {builder.hash}")
+    return builder
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,229 @@
+"""Evaluating a run's tasks, and keeping what was found in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.prepare import Examples, read_examples
+from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar, measure
+from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
+from mtl_lora_cli.tasks.task import Task
+
+PROTOCOL = "choices"  # summed log-probability of the candidate answers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is evaluated, besides the task: two results with one setting can be compared."""
+
+    split: str | None = None  # None: test, or validation where there is no test split
+    limit: int | None = None  # the first rows only
+    base_only: bool = False
+
+
+def select_tasks(tasks: Sequence[Task], name: str) -> list[Task]:
+    """The tasks that `--task NAME|all` names.
+
+    Raises:
+        UsageError: the run has no such task.
+    """
+    if name == "all":
+        return list(tasks)
+    found = [task for task in tasks if task.name == name]
+    if not found:
+        known = [task.name for task in tasks]
+        raise UsageError(
+            f"unknown task '{name}'{did_you_mean(name, known)}; tasks of this run: {', '.join(known)}"
+        )
+    return found
+
+
+def held_out(task: Task, setting: Setting) -> Examples:
+    """The rows that a task is evaluated on.
+
+    Raises:
+        UsageError: it has no such split, or its template has no choices to score.
+    """
+    if task.template.choices is None:
+        raise UsageError(
+            f"task '{task.name}': its template '{task.template_name}' has free answers; "
+            f"the protocol '{PROTOCOL}' scores choices"
+        )
+    splits = [setting.split] if setting.split else ["test", "validation"]
+    for split in splits:
+        examples = read_examples(task, split)
+        if examples is not None:
+            end = setting.limit
+            return dataclasses.replace(
+                examples,
+                examples=examples.examples[:end],
+                wheres=examples.wheres[:end],
+                rows=examples.rows[:end],
+            )
+    raise UsageError(f"task '{task.name}': its source has no {' or '.join(splits)} split")
+
+
+def evaluate(
+    opened: OpenRun,
+    tasks: Sequence[Task],
+    setting: Setting,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Score tasks and write one result each into the run folder.
+
+    Args:
+        opened: the run with its model.
+        tasks: some of its tasks.
+        setting: rows, and whether the base model alone is asked.
+        advance: called with (examples done, examples in all).
+
+    Returns:
+        The results, as they stand in `evaluations/ID.json`.
+    """
+    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
+    held = [held_out(task, setting) for task in tasks]
+    requests: list[Request] = []
+    for task, examples in zip(tasks, held, strict=True):
+        number = -1 if setting.base_only else task.id
+        requests += build_requests(examples.examples, number, encoder, opened.longest)
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(done, len(requests))
+
+    started = time.monotonic()
+    scores = score(
+        opened.packed,
+        requests,
+        device=opened.device,
+        tokens_per_pass=opened.tokens_per_pass,
+        advance=step,
+    )
+    seconds = time.monotonic() - started
+    results, start = [], 0
+    for task, examples in zip(tasks, held, strict=True):
+        end = start + len(examples.examples)
+        result = _result(opened, task, examples, requests[start:end], scores[start:end], setting)
+        result["seconds"] = seconds * result["tokens"] / max(1, sum(r.cost for r in requests))
+        _store(opened.folder, result)
+        results.append(result)
+        start = end
+    return results
+
+
+def _result(
+    opened: OpenRun,
+    task: Task,
+    examples: Examples,
+    requests: Sequence[Request],
+    scores: Sequence[np.ndarray],
+    setting: Setting,
+) -> dict[str, Any]:
+    outcome = outcome_of(task, examples, scores)
+    gold = [example.gold for example in examples.examples]
+    count, majority = len(gold), Counter(gold).most_common(1)[0][1]
+    return {
+        "task": task.name,
+        "split": examples.split,
+        "protocol": PROTOCOL,
+        "normalisation": "sum",
+        "prompt_format": opened.recipe.prompt_format,
+        "loss_on": opened.recipe.training.loss_on,
+        "template": {"name": task.template_name, "version": task.template.version},
+        "model": "base" if setting.base_only else "adapter",
+        "checkpoint": None if setting.base_only else opened.checkpoint,
+        "base_model": opened.base.identity(),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "quantization": opened.recipe.quantization,
+        "limit": setting.limit,
+        "rows_fingerprint": examples.fingerprint,
+        "examples": count,
+        "truncated_prompts": sum(request.truncated for request in requests),
+        "tokens": sum(request.cost for request in requests),
+        "majority": majority / count,
+        "chance": float(np.mean([1 / len(example.choices) for example in examples.examples])),
+        "metrics": {
+            name: dataclasses.asdict(measure(name, outcome)) for name in task.template.metrics
+        },
+        "gold": gold,
+        "predicted": outcome.predicted.tolist(),
+    }
+
+
+def outcome_of(task: Task, examples: Examples, scores: Sequence[np.ndarray]) -> Outcome:
+    """Predictions from log-probabilities: the likeliest choice, or the expected value."""
+    template = task.template
+    gold = np.asarray([example.gold for example in examples.examples])
+    predicted = np.asarray([int(np.argmax(values)) for values in scores])
+    probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in scores]
+    if template.scoring == "expectation":
+        grid = np.asarray([float(label) for label in template.labels or []])
+        return Outcome(
+            gold,
+            predicted,
+            gold_value=np.asarray([example.value for example in examples.examples]),
+            predicted_value=np.asarray([float(p @ grid) for p in probabilities]),
+        )
+    positive = template.positive_index
+    two = all(len(values) == 2 for values in scores)
+    return Outcome(
+        gold,
+        predicted,
+        positive_score=np.asarray([p[positive] for p in probabilities]) if two else None,
+        positive=positive,
+    )
+
+
+def compare_with_base(folder: RunFolder, result: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored result of the untouched base model on the same rows, with a paired test.
+
+    Returns:
+        Its metrics and, under `p_value`, McNemar's exact test; None where there is none yet.
+    """
+    same = ("task", "split", "protocol", "prompt_format", "limit", "rows_fingerprint", "template")
+    for entry in reversed(stored(folder)):
+        if entry["model"] != "base" or any(entry[key] != result[key] for key in same):
+            continue
+        right = [
+            [g == p for g, p in zip(r["gold"], r["predicted"], strict=True)]
+            for r in (entry, result)
+        ]
+        return {"metrics": entry["metrics"], "p_value": mcnemar(*right)}
+    return None
+
+
+def stored(folder: RunFolder) -> list[dict[str, Any]]:
+    """All results of a run, oldest first."""
+    index = folder.evaluations / "index.json"
+    if not index.is_file():
+        return []
+    return [read_json(folder.evaluations / f"{i}.json") for i in read_json(index)["evaluations"]]
+
+
+def _store(folder: RunFolder, result: dict[str, Any]) -> None:
+    what = json.dumps(
+        [result[key] for key in ("task", "split", "protocol", "model", "checkpoint", "limit")]
+    )
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{stamp}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+    folder.evaluations.mkdir(exist_ok=True)
+    save_json(folder.evaluations / f"{name}.json", {"id": name, **result})
+    index = folder.evaluations / "index.json"
+    known = read_json(index)["evaluations"] if index.is_file() else []
+    save_json(index, {"evaluations": [*[i for i in known if i != name], name]})

@@ -1,0 +1,100 @@
+"""Opening a finished run: everything comes from its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, read_adapter_file
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.runs.folder import RunFolder, read_json
+from mtl_lora_cli.tasks.task import Task
+
+
+@dataclass
+class OpenRun:
+    """A finished run with its model loaded.
+
+    Attributes:
+        folder, recipe, tasks: of the run.
+        base: the base model's place on this disk.
+        tokenizer: of the base model.
+        packed: the adapted model.
+        adapter: handle on its adapter.
+        device, dtype: of the model.
+        longest: positions that the model knows.
+        checkpoint: hash of the adapter's configuration, checksums of its tensors included.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    tasks: list[Task]
+    base: BaseModel
+    tokenizer: Any
+    packed: PackedModel
+    adapter: Adapter
+    device: torch.device
+    dtype: torch.dtype
+    longest: int
+    checkpoint: str
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens that are scored together: enough to keep the device busy, little memory."""
+        return 32768 if self.device.type == "cuda" else 2048
+
+
+def read_tasks(folder: RunFolder) -> list[Task]:
+    """The tasks of a run, from its tasks.json."""
+    return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
+
+
+def open_run(folder: RunFolder, *, quantization: str | None = None) -> OpenRun:
+    """Load a run's base model and adapter.
+
+    Args:
+        folder: of a finished run.
+        quantization: another one than the recipe's.
+
+    Raises:
+        UsageError: the run is unfinished, or its base model is gone or another one by now.
+    """
+    path = folder.require_adapter()
+    recipe = load_recipe(folder.recipe).recipe
+    file = read_adapter_file(path)
+    base = find_base_model(recipe.base_model)
+    if base.fingerprint != file.base_model.get("fingerprint"):
+        raise UsageError(
+            f"run '{folder.name}': the base model at {base.folder} is not the one that the adapter "
+            f"was trained on (fingerprint {base.fingerprint}, expected "
+            f"{file.base_model.get('fingerprint')})"
+        )
+    device = pick_device()
+    dtype = pick_dtype(recipe.dtype, device)
+    model = load_model(
+        base, dtype=dtype, device=device, quantization=quantization or recipe.quantization
+    )
+    adapter = inject(model, file.config, file.tasks)
+    load_adapter(adapter, path)
+    return OpenRun(
+        folder=folder,
+        recipe=recipe,
+        tasks=read_tasks(folder),
+        base=base,
+        tokenizer=load_tokenizer(base),
+        packed=PackedModel(model, adapter).eval(),
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        longest=getattr(model.config, "max_position_embeddings", 2**31),
+        checkpoint=hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16],
+    )

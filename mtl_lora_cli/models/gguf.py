@@ -1,0 +1,99 @@
+"""Turning a GGUF file into an ordinary transformers folder, once.
+
+transformers expands the quantised weights; what it does not carry over is how the tokenizer cuts
+text before the byte-level step. `tokenizer.ggml.pre` names that rule; SmolLM's splits digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.runs.atomic import new_folder
+
+CONVERSION = 1  # raise it when a conversion gives another result than before
+
+
+def cache_folder() -> Path:
+    """Where converted models and encoded data are kept: MTL_LORA_CACHE, or ~/.cache/mtl-lora."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mtl-lora"
+    return Path(os.environ.get("MTL_LORA_CACHE", default)).expanduser()
+
+
+def converted_folder(path: Path) -> Path:
+    """The safetensors folder of a GGUF file, converting it if that was not done before.
+
+    Raises:
+        UsageError: the file is not a GGUF file that transformers can read.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise UsageError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
+    folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
+    if not folder.is_dir():
+        print(
+            f"converting {path.name} to safetensors (once, about half a minute for 135M)",
+            file=sys.stderr,
+        )
+        _convert(path, folder)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fields = GGUFReader(str(path)).fields
+    pre = fields.get("tokenizer.ggml.pre")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError) as error:
+        raise UsageError(f"{path}: cannot be converted: {' '.join(str(error).split())}") from None
+    _restore_pre_tokenizer(tokenizer, pre.contents() if pre else "default", path)
+    try:
+        with new_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except OSError:
+        if not folder.is_dir():  # another process may have been faster
+            raise
+
+
+def _restore_pre_tokenizer(tokenizer: object, pre: str, path: Path) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    if pre in ("smollm", "starcoder", "refact", "command-r", "codeshell"):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), byte_level]
+        )
+    elif pre in ("llama-bpe", "llama3", "llama-v3"):
+        words = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(words), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif pre not in ("default", "gpt-2"):
+        raise MtlLoraError(
+            f"{path}: its tokenizer cuts text by the rule '{pre}', which is not known here; "
+            "use the model's safetensors folder instead"
+        )

@@ -1,0 +1,109 @@
+"""Loading a base model and its tokenizer for packed rows."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models import attention
+from mtl_lora_cli.models.base import BaseModel
+
+
+def pick_device() -> torch.device:
+    """The CUDA device of this process, or the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `dtype:` asks for; `auto` is bfloat16 on CUDA and float32 on a CPU.
+
+    bfloat16 on a CPU without the instructions for it is about ten times slower than float32.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        UsageError: there is none, or none that knows the places of its tokens in the text.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"base_model: '{base.name}': no tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"base_model: '{base.name}': its tokenizer has no fast version (tokenizer.json)"
+        )
+    # What does not fit is counted and handled where it shows, not warned of in passing.
+    tokenizer.model_max_length = 10**9
+    return tokenizer
+
+
+def load_model(
+    base: BaseModel, *, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> Any:
+    """The frozen base model, ready for packed rows.
+
+    Args:
+        base: where it lies.
+        dtype: of the weights, and of the computation where the weights are 4-bit.
+        device: where it goes.
+        quantization: `none`, or `nf4` (bitsandbytes, double quantisation).
+
+    Raises:
+        UsageError: the folder holds no causal language model that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    attention.register()
+    extra: dict[str, Any] = {}
+    if quantization == "nf4":
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                base.folder,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=attention.NAME,
+                **extra,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quiet() -> Any:
+    """transformers' own progress bar of loading weights says nothing that ours does not."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,176 @@
+"""From a recipe file and overrides on the command line to a checked, resolved recipe."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.recipe.schema import ENVIRONMENT, Recipe
+from mtl_lora_cli.recipe.yaml_file import (
+    Document,
+    KeyPath,
+    parse_scalar,
+    read_document,
+    spelled,
+    validate_document,
+)
+from mtl_lora_cli.resources import bundled
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe and where it came from.
+
+    Attributes:
+        recipe: checked, with defaults filled in.
+        path: the file.
+        document: its keys' lines, for errors that only show later.
+    """
+
+    recipe: Recipe
+    path: Path
+    document: Document
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths in the recipe are relative to."""
+        return self.path.resolve().parent
+
+    def problem(self, path: KeyPath, message: str) -> ProblemsError:
+        """An error about one key, naming its file and line."""
+        file, line = self.document.where(path)
+        return ProblemsError([Problem(file, line, ".".join(map(str, path)), message)])
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file: as named, or one of the bundled recipes (`quickstart`, `quickstart.yaml`).
+
+    Raises:
+        UsageError: neither exists.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    known = {file.stem: file for file in sorted(bundled("recipes").glob("*.yaml"))}
+    stem = path.name.removesuffix(".yaml")
+    if stem in known and path.parent.name in ("", "recipes"):
+        return known[stem]
+    raise UsageError(
+        f"{name}: no such recipe file{did_you_mean(stem, known)}; "
+        f"bundled recipes: {', '.join(known) or 'none'}"
+    )
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value`; values are read as YAML; a task is named by its name or index.
+
+    Raises:
+        ProblemsError: with one line for every fault.
+        UsageError: an override that is not `key.path=value`.
+    """
+    document = read_document(path)
+    data = copy.deepcopy(document.data)
+    if isinstance(data, dict):
+        for override in overrides:
+            _override(data, override, document)
+        problems: list[Problem] = []
+        data = _expand(data, (), document, problems)
+        if problems:
+            raise ProblemsError(problems)
+    document.data = data
+    return LoadedRecipe(validate_document(document, Recipe), path, document)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default filled in."""
+    data = recipe.model_dump(mode="json", exclude_none=False)
+    for task in data["tasks"]:
+        task["source"] = task["source"] and {
+            k: v for k, v in task["source"].items() if v is not None
+        }
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _override(data: dict[str, Any], text: str, document: Document) -> None:
+    key, separator, value = text.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise UsageError(f"'{text}': expected key.path=value, such as training.seed=1")
+    try:
+        parsed = parse_scalar(value)
+    except yaml.YAMLError:
+        raise UsageError(f"'{text}': the value is not valid YAML") from None
+    here: Any = data
+    path: list[str | int] = []
+    for part in parts[:-1]:
+        place = _place(here, part, text)
+        path.append(place)
+        if isinstance(here, dict) and not isinstance(here.get(place), (dict, list)):
+            here[place] = {}
+        here = here[place]
+    place = _place(here, parts[-1], text)
+    path.append(place)
+    here[place] = parsed
+    document.origins[spelled(tuple(path))] = "command line"
+
+
+def _place(here: Any, part: str, text: str) -> str | int:
+    if not isinstance(here, list):
+        return part
+    names = [item.get("name") if isinstance(item, dict) else None for item in here]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(here):
+        return int(part)
+    known = [str(name) for name in names if name]
+    raise UsageError(
+        f"'{text}': no entry '{part}'{did_you_mean(part, known)}; known: {', '.join(known)}"
+    )
+
+
+def _expand(value: Any, path: KeyPath, document: Document, problems: list[Problem]) -> Any:
+    """Replace `${NAME}` and `${NAME:-default}` in every string, and a leading `~` in paths."""
+    if isinstance(value, dict):
+        return {k: _expand(v, (*path, k), document, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, (*path, i), document, problems) for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: Any) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            file, line = document.where(path)
+            key = ".".join(map(str, path))
+            problems.append(Problem(file, line, key, f"the environment variable {name} is not set"))
+            return ""
+        return str(found)
+
+    text = ENVIRONMENT.sub(replace, value)
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+def describe_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Lines `key: before → after` for every key in which two recipes differ."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += describe_changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} → {new!r}")
+    return lines

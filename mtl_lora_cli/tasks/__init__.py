@@ -1,0 +1,1 @@
+"""Templates: how a task's rows become prompts, choices and answers."""

@@ -1,0 +1,188 @@
+"""From a row of data to an example: prompt, candidate answers, and which of them is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.tasks.jinja import Expression, Text, explain
+from mtl_lora_cli.tasks.template import Each, Template, index_of, number
+
+Result = TypeVar("Result")
+Variables = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a model reads and should answer."""
+
+    prompt: str
+    answer: str  # the text to learn, without a leading space; "" where there is no label
+    choices: tuple[str, ...]  # candidate answers in order; () for a free answer
+    gold: int  # index into choices; -1 for a free answer or where there is no label
+    value: float | None = None  # the label as a number, with `scoring: expectation`
+
+
+class Renderer:
+    """Renders the rows of one task; compiles the template once."""
+
+    def __init__(self, template: Template, task: str) -> None:
+        self.template = template
+        self.task = task
+        self._fields = [(name, Expression(text)) for name, text in template.fields.items()]
+        self._prompt = Text(template.prompt)
+        self._label = Expression(template.label or "none")
+        self._answer = Text(template.answer)
+        self._candidates = _candidates(template)
+        # Most rows wrap the same few choices, and Jinja is the slowest thing here.
+        self._wrap_alone = lru_cache(maxsize=4096)(lambda text: self._answer({"choice": text}))
+
+    def render(self, row: Mapping[str, Any], where: str, *, labelled: bool = True) -> Example:
+        """One row as an example.
+
+        Args:
+            row: the fields of the row.
+            where: its place, such as `train.jsonl:12`; errors begin with it.
+            labelled: False for rows to predict, whose label is not even looked at.
+
+        Raises:
+            UsageError: one line; the row lacks a field that the template reads, its label is none
+                of the choices, a text is empty, or fewer than two distinct choices are left.
+        """
+        variables: Variables = {**row, "row": row}
+        for name, expression in self._fields:
+            variables[name] = self._get(f"fields.{name}", expression, variables, where)
+        prompt = self._get("prompt", self._prompt, variables, where).rstrip()
+        if not prompt:
+            raise self._error(where, "prompt", "is empty for this row")
+        if self._candidates is None:
+            return self._free(prompt, variables, where, labelled)
+        texts, labels = self._get("choices", self._candidates, variables, where)
+        choices = self._wrapped([text.strip() for text in texts], variables, where)
+        if not labelled:
+            return Example(prompt, "", choices, -1)
+        gold, value = self._gold(labels, variables, where)
+        return Example(prompt, choices[gold], choices, gold, value)
+
+    def _free(self, prompt: str, variables: Variables, where: str, labelled: bool) -> Example:
+        if not labelled:
+            return Example(prompt, "", (), -1)
+        answer = self._get("answer", self._answer, variables, where).strip()
+        if not answer:
+            raise self._error(where, "answer", "is empty for this row")
+        return Example(prompt, answer, (), -1)
+
+    def _wrapped(self, texts: list[str], variables: Variables, where: str) -> tuple[str, ...]:
+        """The choices as answers, checked: two or more, none empty, no two alike."""
+
+        def wrap(variables: Variables) -> tuple[str, ...]:
+            if self._answer.names <= {"choice"}:
+                return tuple(self._wrap_alone(text) for text in texts)
+            return tuple(self._answer({**variables, "choice": text}) for text in texts)
+
+        if len(texts) < 2:
+            raise self._error(
+                where, "choices", f"at least two are needed, received {_listed(texts)}"
+            )
+        if not all(texts):
+            raise self._error(where, "choices", f"one of {_listed(texts)} is empty")
+        choices = tuple(map(str.strip, self._get("answer", wrap, variables, where)))
+        if len(set(choices)) < len(choices):
+            repeated = next(choice for choice in choices if choices.count(choice) > 1)
+            raise self._error(where, "choices", f"{_short(repeated)} stands twice")
+        return choices
+
+    def _gold(
+        self, labels: Sequence[Any], variables: Variables, where: str
+    ) -> tuple[int, float | None]:
+        label = self._get("label", self._label, variables, where)
+        if label is None:
+            raise self._error(where, "label", f"is null, expected one of {_listed(labels)}")
+        if self.template.scoring == "expectation":
+            return self._nearest(label, labels, where)
+        gold = index_of(label, labels)
+        if gold is None:
+            raise self._error(
+                where, "label", f"received {_short(label)}, expected one of {_listed(labels)}"
+            )
+        return gold, None
+
+    def _nearest(self, label: Any, labels: Sequence[Any], where: str) -> tuple[int, float]:
+        """The choice nearest to a number (the earlier of two), and the number itself."""
+        value = number(label)
+        grid = [number(known) for known in labels]
+        numbers = [known for known in grid if known is not None]
+        if len(numbers) < len(grid):
+            raise self._error(where, "choices", f"labels must be numbers, not {_listed(labels)}")
+        if value is None or not min(numbers) <= value <= max(numbers):
+            expected = f"expected a number from {min(numbers)} to {max(numbers)}"
+            raise self._error(where, "label", f"received {_short(label)}, {expected}")
+        return min(range(len(numbers)), key=lambda index: abs(numbers[index] - value)), value
+
+    def _get(
+        self, key: str, compiled: Callable[[Variables], Result], variables: Variables, where: str
+    ) -> Result:
+        try:
+            return compiled(variables)
+        except Exception as error:  # a template may raise whatever Python can
+            raise self._error(where, key, explain(error, variables["row"])) from None
+
+    def _error(self, where: str, key: str, message: str) -> UsageError:
+        return UsageError(f"{where}: task '{self.task}': {key}: {message}")
+
+
+def prefix_conflict(choices: Sequence[str]) -> tuple[str, str] | None:
+    """Two choices of which the first begins the second, if there are such.
+
+    Reading a generated answer, `not` cannot be told from the beginning of `not sure`.
+    """
+    ordered = sorted(choices)
+    for shorter, longer in pairwise(ordered):
+        if longer.startswith(shorter):
+            return shorter, longer
+    return None
+
+
+def _candidates(
+    template: Template,
+) -> Callable[[Variables], tuple[list[str], Sequence[Any]]] | None:
+    """A function from a row's variables to the texts and label values of its choices."""
+    choices = template.choices
+    if choices is None:
+        return None
+    if isinstance(choices, Each):
+        each = Expression(choices.each)
+        labels_of = Expression(choices.labels) if choices.labels is not None else None
+
+        def from_row(variables: Variables) -> tuple[list[str], Sequence[Any]]:
+            texts = _as_list(each(variables))
+            labels = texts if labels_of is None else _as_list(labels_of(variables))
+            if len(texts) != len(labels):
+                raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
+            if None in texts:
+                raise ValueError(f"a null stands in {_listed(texts)}")
+            return [str(text) for text in texts], labels
+
+        return from_row
+    labels = template.labels or []
+    texts = [Text(text) for text in (choices.values() if isinstance(choices, dict) else choices)]
+    return lambda variables: ([text(variables) for text in texts], labels)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"expected a list, received {_short(value)}")
+    return list(value)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(_short(value) for value in values) or "none"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

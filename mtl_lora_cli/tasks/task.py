@@ -1,0 +1,81 @@
+"""A task as the rest of the program knows it, and as a run folder keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
+from mtl_lora_cli.tasks.template import Template
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named unit with a template, a source, choices or a free answer, and metrics.
+
+    Attributes:
+        name: unique in the recipe; files name tasks by it.
+        id: its index in the recipe's order.
+        template_name, template_text, template: what it is rendered by.
+        source: with absolute paths.
+        objective: how it is learned.
+        tags: free words to select tasks by.
+        loss_weight, sampling_weight, max_examples: as in the recipe.
+        fingerprints: split → hash of the rows that were read.
+    """
+
+    name: str
+    id: int
+    template_name: str
+    template_text: str
+    template: Template
+    source: Source
+    objective: str = "causal_lm"
+    tags: tuple[str, ...] = ()
+    loss_weight: float = 1.0
+    sampling_weight: float = 1.0
+    max_examples: int | None = None
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Enough to evaluate and predict without the recipe and the template file."""
+        return {
+            "name": self.name,
+            "id": self.id,
+            "template": {
+                "name": self.template_name,
+                "version": self.template.version,
+                "text": self.template_text,
+            },
+            "labels": self.template.labels,
+            "metrics": list(self.template.metrics),
+            "source": self.source.model_dump(exclude_none=True),
+            "objective": self.objective,
+            "tags": list(self.tags),
+            "loss_weight": self.loss_weight,
+            "sampling_weight": self.sampling_weight,
+            "max_examples": self.max_examples,
+            "fingerprints": dict(self.fingerprints),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Task:
+        """The inverse of `to_json`."""
+        template = content["template"]
+        document = parse_document(template["text"], f"template {template['name']}")
+        return cls(
+            name=content["name"],
+            id=content["id"],
+            template_name=template["name"],
+            template_text=template["text"],
+            template=validate_document(document, Template),
+            source=Source.model_validate(content["source"]),
+            objective=content["objective"],
+            tags=tuple(content["tags"]),
+            loss_weight=content["loss_weight"],
+            sampling_weight=content["sampling_weight"],
+            max_examples=content["max_examples"],
+            fingerprints=content["fingerprints"],
+        )

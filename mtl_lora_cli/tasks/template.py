@@ -1,0 +1,241 @@
+"""A template: one YAML file that says how a task's rows become prompts, choices and answers.
+
+    description: Is a movie review positive or negative?
+    prompt: "Review: {{ sentence }}\\nSentiment (positive or negative):"
+    label: label
+    choices: {0: negative, 1: positive}
+
+Texts (`prompt`, `answer`, each choice) are Jinja templates, and expressions (`label`, those of
+`fields` and of `each`) are what stands between Jinja's braces. Both see the row's fields under
+their names, what `fields` computed, and `row` for names like `row['a b']`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+
+from mtl_lora_cli.recipe.schema import Name, Source
+from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
+from mtl_lora_cli.tasks.jinja import Expression, Text
+
+Label = bool | int | float | str
+Metric = Literal[
+    "accuracy",
+    "macro_f1",
+    "matthews",
+    "quadratic_kappa",
+    "f1",
+    "roc_auc",
+    "pearson",
+    "spearman",
+    "exact_match",
+]
+
+
+def _is_text(source: str) -> str:
+    Text(source)
+    return source
+
+
+def _is_expression(source: str) -> str:
+    Expression(source)
+    return source
+
+
+JinjaText = Annotated[str, AfterValidator(_is_text)]
+JinjaExpression = Annotated[str, AfterValidator(_is_expression)]
+FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Each(StrictModel):
+    """Choices that a row brings along: their texts, and the label value of each."""
+
+    each: JinjaExpression
+    labels: JinjaExpression | None = None  # default: the texts themselves
+
+
+def _form(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return "each" if "each" in value else "by label"
+    if isinstance(value, Each):
+        return "each"
+    return "by index" if isinstance(value, list) else None
+
+
+Choices = Annotated[
+    Annotated[Each, Tag("each")]
+    | Annotated[dict[Label, JinjaText], Tag("by label")]
+    | Annotated[list[JinjaText], Tag("by index")],
+    Discriminator(
+        _form,
+        custom_error_type="choices",
+        custom_error_message="Expected label: text pairs, a list of texts, or each and labels",
+    ),
+]
+
+
+class Template(StrictModel):
+    """How one task's rows become examples, and how its answers are measured."""
+
+    description: str
+    version: Annotated[int, Field(ge=1)] = 1  # recorded beside every result
+    tags: list[Name] = Field(default=[])
+    source: Source | None = None  # where the rows come from unless the recipe says otherwise
+    fields: dict[FieldName, JinjaExpression] = Field(default={})  # computed first, in order
+    prompt: JinjaText
+    choices: Choices | None = None  # none: a free answer
+    # The value that picks the gold choice: a key of the mapping, or the index in the list.
+    label: JinjaExpression | None = Field(default=None, validate_default=True)
+    # What the model answers: each choice wrapped, or the free answer.
+    answer: JinjaText = Field(default="", validate_default=True)
+    # `expectation`: labels are numbers, and the prediction is sum p_i * label_i.
+    scoring: Literal["argmax", "expectation"] = "argmax"
+    metrics: list[Metric] = Field(default=[], validate_default=True)
+    positive: Label | None = None  # for f1 and roc_auc; default: the second choice
+
+    @property
+    def labels(self) -> list[Label] | None:
+        """The label values in the order of the choices, or None where they vary by row."""
+        return _labels(self.choices)
+
+    @property
+    def positive_index(self) -> int:
+        """Which of two choices is the positive class."""
+        index = None if self.positive is None else index_of(self.positive, self.labels or [])
+        return 1 if index is None else index
+
+    @field_validator("fields")
+    @classmethod
+    def _free_names(cls, fields: dict[str, str]) -> dict[str, str]:
+        for name in {"row", "choice"} & set(fields):
+            raise ValueError(f"'{name}' has a meaning of its own; choose another name")
+        return fields
+
+    @field_validator("choices")
+    @classmethod
+    def _choices_differ(cls, choices: Choices | None) -> Choices | None:
+        if isinstance(choices, dict | list):
+            texts = list(choices.values()) if isinstance(choices, dict) else choices
+            if len(texts) < 2:
+                raise ValueError(f"at least two choices are needed, received {len(texts)}")
+            repeated = [text for text in texts if texts.count(text) > 1]
+            if repeated:
+                raise ValueError(f"two choices have the same text {repeated[0]!r}")
+        return choices
+
+    @field_validator("label")
+    @classmethod
+    def _label_goes_with_choices(cls, label: str | None, info: ValidationInfo) -> str | None:
+        if "choices" in info.data and (label is None) != (info.data["choices"] is None):
+            raise ValueError(
+                "goes with choices; a free answer has no label"
+                if label
+                else "is required with choices: the expression that picks one of them"
+            )
+        return label
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _answer_or_choice(cls, answer: Any, info: ValidationInfo) -> Any:
+        if answer != "" or "choices" not in info.data:
+            return answer
+        if info.data["choices"] is None:
+            raise ValueError("is required where there are no choices")
+        return "{{ choice }}"
+
+    @field_validator("scoring")
+    @classmethod
+    def _labels_are_numbers(cls, scoring: str, info: ValidationInfo) -> str:
+        if scoring == "expectation" and "choices" in info.data:
+            if info.data["choices"] is None:
+                raise ValueError("expectation goes with choices")
+            for label in _labels(info.data["choices"]) or []:
+                if number(label) is None:
+                    raise ValueError(f"expectation needs numbers as labels, received {label!r}")
+        return scoring
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_fit(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
+        if not {"choices", "scoring"} <= info.data.keys():
+            return metrics
+        possible = _metrics_for(info.data["choices"], info.data["scoring"])
+        for metric in metrics:
+            if metric not in possible:
+                raise ValueError(f"'{metric}' does not fit; possible here: {', '.join(possible)}")
+        return metrics or possible[:1]
+
+    @field_validator("positive")
+    @classmethod
+    def _positive_is_a_label(cls, positive: Label | None, info: ValidationInfo) -> Label | None:
+        if positive is not None and "choices" in info.data:
+            labels = _labels(info.data["choices"]) or []
+            if len(labels) != 2:
+                raise ValueError("goes with exactly two choices")
+            if index_of(positive, labels) is None:
+                raise ValueError(f"expected one of {labels}, received {positive!r}")
+        return positive
+
+
+def read_template(path: str | Path) -> Template:
+    """Read one template file.
+
+    Raises:
+        ProblemsError: a line for each fault, with file, line and key; Jinja's faults included.
+    """
+    return read_model(path, Template, what="template")
+
+
+def index_of(label: Any, labels: Sequence[Any]) -> int | None:
+    """The place of a label among `labels`, or None.
+
+    The same label is 0 in one file, "0" in the next and false in a third: values match by
+    equality first (0 == 0.0 == False), then by their text without regard to case.
+    """
+    for index, known in enumerate(labels):
+        if known == label:
+            return index
+    text = str(label).casefold()
+    for index, known in enumerate(labels):
+        if str(known).casefold() == text:
+            return index
+    return None
+
+
+def number(label: Any) -> float | None:
+    """A label as a finite number, or None."""
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _labels(choices: Choices | None) -> list[Label] | None:
+    if isinstance(choices, dict):
+        return list(choices)
+    return list(range(len(choices))) if isinstance(choices, list) else None
+
+
+def _metrics_for(choices: Choices | None, scoring: str) -> list[str]:
+    """The metrics that mean something; the first one is the default."""
+    if choices is None:
+        return ["exact_match"]
+    if scoring == "expectation":
+        return ["pearson", "spearman"]
+    if isinstance(choices, Each):  # the second choice of one row has no kin in the next
+        return ["accuracy"]
+    metrics = ["accuracy", "macro_f1", "matthews", "quadratic_kappa"]
+    return [*metrics, "f1", "roc_auc"] if len(choices) == 2 else metrics

@@ -1,0 +1,224 @@
+"""A whole training run: from a recipe to a run folder that holds a finished adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.files import save_adapter
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.runs.atomic import new_folder, write_text
+from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, save_json
+from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.environment import describe
+from mtl_lora_cli.training.loop import Trainer
+from mtl_lora_cli.training.progress import TrainingProgress
+
+
+def adapter_config(recipe: Recipe) -> AdapterConfig:
+    """The recipe's `adapter`, as the adapters' room knows it."""
+    fields = recipe.adapter.model_dump()
+    fields["target_modules"] = tuple(fields["target_modules"])
+    return AdapterConfig(**fields)
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to learn.
+
+    Attributes:
+        recipe: resolved: absolute paths, no relative source.
+        base: the base model's place on this disk.
+        tokenizer: of the base model.
+        data: encoded tasks.
+        total_steps: optimiser steps.
+        device, dtype: where and in what the base model computes.
+    """
+
+    recipe: Recipe
+    base: BaseModel
+    tokenizer: Any
+    data: TrainingData
+    total_steps: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def build(self) -> tuple[PackedModel, Adapter]:
+        """The base model with a fresh adapter; the seed decides its start."""
+        set_seed(self.recipe.training.seed)
+        model = load_model(
+            self.base,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.recipe.quantization,
+        )
+        names = [task.name for task in self.data.tasks]
+        adapter = inject(model, adapter_config(self.recipe), names)
+        if self.recipe.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return PackedModel(model, adapter), adapter
+
+
+def prepare(loaded: LoadedRecipe) -> Prepared:
+    """Find, read, render and encode everything that a recipe names; write nothing.
+
+    Raises:
+        UsageError: anything that the recipe names is missing or wrong.
+    """
+    from transformers import AutoConfig
+
+    recipe = loaded.recipe
+    tasks = bind_tasks(loaded)
+    base = find_base_model(recipe.base_model, beside=loaded.base)
+    tokenizer = load_tokenizer(base)
+    longest = getattr(AutoConfig.from_pretrained(base.folder), "max_position_embeddings", 2**31)
+    data = prepare_training(tasks, recipe, tokenizer, longest)
+    steps = data.mixture.steps_in(recipe.training.epochs)
+    if recipe.training.max_steps is not None:
+        steps = min(steps, recipe.training.max_steps)
+    device = pick_device()
+    return Prepared(
+        recipe=_resolved(recipe, data, base),
+        base=base,
+        tokenizer=tokenizer,
+        data=data,
+        total_steps=steps,
+        device=device,
+        dtype=pick_dtype(recipe.dtype, device),
+    )
+
+
+def _resolved(recipe: Recipe, data: TrainingData, base: BaseModel) -> Recipe:
+    """The recipe with absolute paths, so that the run folder can be read from anywhere."""
+    tasks = [
+        entry.model_copy(update={"source": task.source, "template": task.template_name})
+        for entry, task in zip(recipe.tasks, data.tasks, strict=True)
+    ]
+    path = Path(recipe.base_model).expanduser()
+    name = recipe.base_model
+    if path.exists():
+        name = str(path.resolve())
+    elif (
+        base.revision is None and base.folder.is_dir() and "/" in name and not name.startswith("/")
+    ):
+        name = str(base.folder)
+    return recipe.model_copy(update={"tasks": tasks, "base_model": name})
+
+
+def start(loaded: LoadedRecipe) -> RunFolder:
+    """Train a new run from its recipe.
+
+    Raises:
+        UsageError: something is wrong with what the recipe names, or the run folder exists.
+        Interrupted: the user stopped the run; it can be resumed.
+    """
+    settings = loaded.recipe.run
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = settings.name or f"{loaded.path.stem}-{stamp}"
+    directory = Path(settings.directory)
+    if (directory / name).exists():
+        create_run(directory, name)  # raises; said before any work is done
+    prepared = prepare(loaded)
+    packed, adapter = prepared.build()
+    run = create_run(directory, name)
+    recipe = prepared.recipe.model_copy(
+        update={
+            "run": settings.model_copy(update={"name": name, "directory": str(directory.resolve())})
+        }
+    )
+    write_text(run.recipe, dump_recipe(recipe))
+    save_json(run.tasks, {"tasks": [task.to_json() for task in prepared.data.tasks]})
+    save_json(run.environment, describe(prepared.device, prepared.dtype))
+    mark_latest(run)
+    _learn(run, prepared, packed, adapter, resume=False)
+    return run
+
+
+def resume(run: RunFolder, recipe_path: Path | None, overrides: Sequence[str]) -> RunFolder:
+    """Go on with a run from its newest complete checkpoint; from the start where there is none.
+
+    Args:
+        run: the run.
+        recipe_path: a recipe to compare with the run's own, or None.
+        overrides: on the command line, for that recipe.
+
+    Raises:
+        UsageError: the run is finished, or the recipe differs from the run's own.
+    """
+    own = load_recipe(run.recipe)
+    if run.adapter.is_dir():
+        raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
+    prepared = prepare(own)
+    if recipe_path is not None:
+        given = prepare(load_recipe(recipe_path, overrides)).recipe
+        before = own.recipe.model_dump(mode="json", exclude={"run"})
+        changes = describe_changes(before, given.model_dump(mode="json", exclude={"run"}))
+        if changes:
+            raise UsageError(
+                f"the recipe differs from that of run '{run.name}': {'; '.join(changes)}"
+            )
+    packed, adapter = prepared.build()
+    _learn(run, prepared, packed, adapter, resume=True)
+    return run
+
+
+def _learn(
+    run: RunFolder, prepared: Prepared, packed: PackedModel, adapter: Adapter, *, resume: bool
+) -> None:
+    accelerator = Accelerator(cpu=prepared.device.type == "cpu")
+    identity = prepared.base.identity()
+    trainer = Trainer(
+        accelerator,
+        packed,
+        adapter,
+        prepared.data,
+        prepared.recipe.training,
+        run,
+        identity,
+        prepared.total_steps,
+    )
+    checkpoint = newest_checkpoint(run.checkpoints) if resume else None
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
+    progress = TrainingProgress(prepared.total_steps, trainer.position.step)
+    try:
+        trainer.train(progress)
+    finally:
+        progress.close()
+    with new_folder(run.adapter) as folder:
+        save_adapter(adapter, folder, identity)
+        write_text(folder / "README.md", _adapter_readme(prepared, trainer))
+
+
+def _adapter_readme(prepared: Prepared, trainer: Trainer) -> str:
+    recipe = prepared.recipe
+    names = ", ".join(task.name for task in prepared.data.tasks)
+    return (
+        "---\n"
+        "library_name: mtl-lora\n"
+        "---\n"
+        f"# A multi-task adapter for {recipe.base_model}\n\n"
+        f"Method: {recipe.adapter.method}, rank {recipe.adapter.rank}, "
+        f"{recipe.adapter.up_projections} up-projections, "
+        f"{trainer.adapter.parameter_count():,} trained values.\n\n"
+        f"Tasks: {names}.\n\n"
+        f"Trained for {trainer.position.step} steps on {trainer.position.tokens:,} tokens.\n\n"
+        "Read it with `mtl-lora eval` and `mtl-lora merge`; PEFT cannot read this format.\n"
+    )

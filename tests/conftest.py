@@ -1,0 +1,30 @@
+"""Shared fixtures: where the real data and the tiny real model lie, if they are here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _shared(variable: str, default: Path, what: str) -> Path:
+    folder = Path(os.environ.get(variable, default))
+    if not folder.is_dir():
+        pytest.skip(f"{what} not found at {folder}; set {variable} to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """GLUE, commonsense and ad data as gzipped JSON lines (see docs/real-data.md)."""
+    return _shared("MTL_LORA_DATA", REPOSITORY.parent / "shared" / "data", "the real data")
+
+
+@pytest.fixture(scope="session")
+def stories_folder() -> Path:
+    """A trained LLaMA-architecture model of 260 thousand parameters."""
+    default = REPOSITORY.parent / "shared" / "models" / "stories260k"
+    return _shared("MTL_LORA_STORIES", default, "the model stories260k")
