@@ -40,159 +40,79 @@ class Example:
     entities: tuple[str, ...]
 
 
-# --------------------------------------------------------------------------- task 1: kinds
+# --------------------------------------------------------------------------- task 1: animals
 
-
-@dataclass(frozen=True)
-class Category:
-    """A kind of thing. Names in `members` take an article unless `mass` is set."""
-
-    one: str
-    many: str
-    members: tuple[str, ...]
-    mass: bool = False
-
-
-def _category(one: str, many: str, members: str, mass: bool = False) -> Category:
-    return Category(one, many, tuple(members.split()), mass)
-
-
-# Inside a split no member belongs to a second category of that split, so every question about
-# another category is truly answered "no".
-KINDS: dict[str, tuple[Category, ...]] = {
-    "train": (
-        _category(
-            "fish",
-            "fish",
-            "trout salmon herring mackerel haddock sardine halibut carp flounder anchovy",
-        ),
-        _category("tree", "trees", "oak maple birch willow spruce poplar cedar larch elm sycamore"),
-        _category(
-            "musical instrument",
-            "musical instruments",
-            "violin cello trumpet clarinet flute trombone harp banjo accordion oboe",
-        ),
-        _category(
-            "tool",
-            "tools",
-            "hammer screwdriver wrench chisel hacksaw crowbar spanner mallet axe drill",
-        ),
-        _category(
-            "fruit",
-            "fruits",
-            "banana mango cherry peach pear plum apricot papaya strawberry pineapple",
-        ),
-        _category(
-            "metal",
-            "metals",
-            "copper iron zinc nickel aluminum titanium tin platinum tungsten cobalt",
-            mass=True,
-        ),
-        _category(
-            "sport",
-            "sports",
-            "tennis hockey basketball volleyball rugby badminton baseball golf football wrestling",
-            mass=True,
-        ),
-        _category(
-            "vehicle",
-            "vehicles",
-            "truck bus tram tractor motorcycle taxi minibus ambulance scooter van",
-        ),
-        _category(
-            "insect",
-            "insects",
-            "beetle wasp mosquito ant moth grasshopper cockroach termite dragonfly bee",
-        ),
-        _category(
-            "piece of furniture",
-            "pieces of furniture",
-            "sofa armchair wardrobe bookcase sideboard stool bench dresser cupboard desk",
-        ),
-        _category(
-            "building",
-            "buildings",
-            "church castle barn cottage warehouse skyscraper palace chapel hotel factory",
-        ),
-        _category(
-            "drink",
-            "drinks",
-            "tea coffee lemonade wine beer cider milk cocoa whiskey juice",
-            mass=True,
-        ),
-    ),
-    "test": (
-        _category(
-            "bird", "birds", "sparrow robin eagle owl pigeon swan falcon crow penguin parrot"
-        ),
-        _category(
-            "flower",
-            "flowers",
-            "tulip daisy rose orchid lily daffodil carnation marigold dahlia geranium",
-        ),
-        _category(
-            "vegetable",
-            "vegetables",
-            "carrot cabbage onion turnip leek potato cauliflower parsnip radish zucchini",
-        ),
-        _category(
-            "garment",
-            "garments",
-            "jacket shirt sweater skirt coat blouse cardigan dress vest hoodie",
-        ),
-        _category(
-            "disease",
-            "diseases",
-            "malaria measles cholera tuberculosis influenza smallpox pneumonia diabetes leprosy "
-            "typhoid",
-            mass=True,
-        ),
-        _category(
-            "weapon",
-            "weapons",
-            "sword rifle pistol dagger spear cannon crossbow musket grenade revolver",
-        ),
-        _category(
-            "gem",
-            "gems",
-            "diamond ruby emerald sapphire opal topaz garnet amethyst zircon aquamarine",
-        ),
-        _category(
-            "boat",
-            "boats",
-            "canoe kayak yacht ferry dinghy gondola schooner trawler catamaran sloop",
-        ),
-        _category(
-            "mammal",
-            "mammals",
-            "horse elephant rabbit wolf squirrel giraffe deer bear kangaroo camel",
-        ),
-        _category(
-            "cheese",
-            "cheeses",
-            "cheddar brie gouda mozzarella feta parmesan camembert ricotta gruyere halloumi",
-            mass=True,
-        ),
-    ),
+ANIMALS: dict[str, str] = {
+    "train": """
+trout salmon herring mackerel haddock halibut carp anchovy sardine cod shark eel
+beetle wasp mosquito ant moth grasshopper cockroach termite dragonfly bee flea cricket
+horse elephant rabbit wolf squirrel giraffe deer bear camel lion tiger zebra donkey hamster
+hedgehog weasel dog cat pig whale seal walrus bison moose hyena lemur sloth armadillo porcupine
+mole badger baboon chimpanzee koala wombat
+lizard crocodile frog toad iguana chameleon cobra python
+sparrow robin owl pigeon swan duck goose rooster hen pelican flamingo woodpecker hummingbird
+canary peacock seagull heron stork magpie
+scorpion centipede crab lobster squid snail slug worm
+hare bull cockerel tadpole bumblebee minnow marlin guppy vole shrew gnat weevil swallow wren
+swift ibis ape dingo caribou narwhal
+""",
+    "test": """
+kangaroo monkey gorilla leopard rhinoceros goat sheep cow otter beaver dolphin buffalo panda
+cheetah panther fox raccoon skunk antelope gazelle llama alpaca reindeer elk boar ferret meerkat
+mongoose hippopotamus orangutan coyote jackal lynx cougar chipmunk gopher rat mouse yak ox mule
+pony stallion lamb kitten puppy manatee platypus opossum anteater
+eagle falcon crow penguin parrot ostrich vulture raven hawk finch nightingale cuckoo kingfisher
+albatross toucan condor quail pheasant partridge dove lark starling cockatoo
+snake turtle tortoise alligator gecko viper rattlesnake salamander newt
+butterfly spider ladybug hornet caterpillar locust mantis
+octopus shrimp tuna swordfish catfish stingray piranha barracuda sturgeon prawn crayfish
+""",
+}
+# Plants, foods, things, buildings and places: nothing here is an animal in any reading.
+OTHERS: dict[str, str] = {
+    "train": """
+oak maple birch willow spruce poplar cedar larch elm sycamore
+violin cello clarinet flute trombone harp banjo accordion trumpet oboe
+wrench chisel hacksaw crowbar spanner mallet hammer screwdriver ladder nail
+banana mango cherry peach pear plum apricot papaya pineapple strawberry
+tram tractor motorcycle taxi truck van minibus scooter bus ambulance
+armchair stool bench dresser cupboard sofa bookcase sideboard wardrobe desk
+castle barn cottage warehouse skyscraper palace chapel hotel factory church
+pizza sandwich burger biscuit waffle omelet sausage pretzel muffin doughnut
+tuxedo cape poncho bonnet beret turban kimono toga scarf mitten
+pebble mountain valley volcano glacier island lake brick magnet rope
+basket bottle barrel spoon pot newspaper poem statue poster ticket
+contract triangle sonnet pillow blanket suitcase passport bridge needle pencil
+""",
+    "test": """
+tulip daisy daffodil carnation marigold dahlia geranium sunflower orchid cactus
+carrot cabbage onion turnip leek potato cauliflower parsnip radish tomato
+jacket coat cardigan dress vest waistcoat blazer skirt blouse sweater
+pistol dagger spear cannon crossbow musket grenade revolver sword rifle
+diamond ruby emerald sapphire opal topaz garnet amethyst necklace brooch
+kayak yacht ferry dinghy gondola schooner catamaran helicopter rocket tricycle
+cookie brownie cupcake tart scone baguette quiche custard cucumber pumpkin
+cathedral lighthouse windmill pyramid igloo temple mosque garage museum stadium
+desert canyon waterfall meteor rainbow sculpture photograph magazine dictionary trophy
+umbrella teapot fork plate carpet chair engine saxophone harmonica piano
+""",
 }
 
-# {x} the thing with its article, {c} the category, {ac} with its article, {cs} its plural.
-KINDS_WORDINGS: dict[str, tuple[str, ...]] = {
+# {x} is the thing with its article. All ask the same: is it an animal?
+ANIMALS_WORDINGS: dict[str, tuple[str, ...]] = {
     "train": (
-        "Is {x} a kind of {c}?",
-        "Is {x} rightly described as {ac}?",
-        "Does {x} belong with the {cs}?",
-        "Should {x} be listed under {cs}?",
-        "Is {x} an example of {ac}?",
-        "May {x} be grouped with other {cs}?",
+        "Is {x} an animal?",
+        "Does {x} belong to the animal kingdom?",
+        "Is {x} a member of some animal species?",
+        "Should {x} be listed with the animals?",
+        "Does {x} move with muscles?",
     ),
     "test": (
-        "Would you call {x} {ac}?",
-        "Does {x} count as {ac}?",
-        "Do people think of {x} as {ac}?",
-        "Could {x} appear in a picture book of {cs}?",
-        "Among {cs}, would you look for {x}?",
-        "Are {cs} a group that includes {x}?",
+        "Does {x} count as a creature?",
+        "Would a zoologist study {x}?",
+        "Was {x} once born or hatched?",
+        "Can {x} feel hunger?",
+        "Might {x} look for a mate?",
     ),
 }
 
@@ -354,20 +274,16 @@ SHELVES: dict[str, tuple[Family, ...]] = {
     "train": (
         _family("wear", "leather suede canvas", "boots, sandals, sneakers, slippers"),
         _family("wear", "wool fleece cashmere", "scarf, gloves, mittens, beanie"),
-        _family("wear", "leather canvas nylon", "backpack, handbag, wallet, briefcase"),
         _family("tech", "red black blue", "headphones, speaker, microphone, earbuds"),
-        _family("tech", "black orange blue", "keyboard, laptop, printer, monitor"),
         _family("home", "blue brown red", "pillow, blanket, quilt, mattress"),
         _family("home", "oak pine walnut", "bookcase, wardrobe, desk, sideboard"),
         _family("home", "steel iron copper", "frying pan, saucepan, wok, kettle"),
         _family("home", "blue brown orange", "towel, bathrobe, shower cap, bath mat"),
         _family("food", "salted roasted raw", "almonds, peanuts, cashews, pistachios"),
         _family("food", "strawberry banana cherry", "jam, yogurt, ice cream, milkshake"),
-        _family("outdoor", "orange blue brown", "tent, sleeping bag, hammock, camp stove"),
         _family("outdoor", "black red blue", "dumbbells, treadmill, yoga mat, kettlebell"),
         _family("outdoor", "red black orange", "bicycle, bike helmet, bike lock, bike pump"),
         _family("kids", "wooden rubber cardboard", "puzzle, doll, toy train, building blocks"),
-        _family("kids", "brown blue black", "stroller, crib, high chair, baby bottle"),
         _family("work", "electric manual pneumatic", "drill, sander, saw, screwdriver"),
         _family("work", "steel wooden aluminum", "shovel, rake, hoe, wheelbarrow"),
         _family("office", "red blue black", "pen, pencil, marker, notebook"),
@@ -393,6 +309,9 @@ SHELVES: dict[str, tuple[Family, ...]] = {
         _family("gifts", "gold silver purple", "balloons, party hats, streamers, confetti"),
     ),
 }
+
+# Train asks for each product with two attributes, test with one.
+SEARCH_ROUNDS = {"train": 2, "test": 1}
 
 # {p} the product with its attribute; {P} the same with a capital.
 QUERY_WORDINGS: dict[str, tuple[str, ...]] = {
@@ -461,28 +380,22 @@ def _shuffled(examples: Iterable[Example]) -> list[Example]:
     return sorted(examples, key=lambda example: _order(json.dumps(example.row)))
 
 
-def _kinds(split: str) -> Iterator[Example]:
-    """Each thing twice: once with its own category (yes), once with another one (no)."""
-    categories = KINDS[split]
-    wordings = KINDS_WORDINGS[split]
-    count = 0
-    for place, category in enumerate(categories):
-        for index, member in enumerate(category.members):
-            # The step runs over the other categories, the same for all: every category is
-            # asked about as often with "no" as with "yes".
-            step = 1 + index % (len(categories) - 1)
-            other = categories[(place + step) % len(categories)]
-            for label, asked, shift in (("yes", category, 0), ("no", other, 3)):
-                wording = wordings[(count + shift) % len(wordings)]
-                question = wording.format(
-                    x=member if category.mass else with_article(member),
-                    c=asked.one,
-                    ac=with_article(asked.one),
-                    cs=asked.many,
-                )
-                row: Row = {"question": question, "answer": label}
-                yield Example(row, label, (wording,), (member, asked.one))
-            count += 1
+def things(split: str) -> list[tuple[str, str]]:
+    """(label, thing) of the yes/no task."""
+    return [
+        (label, thing)
+        for label, text in (("yes", ANIMALS[split]), ("no", OTHERS[split]))
+        for thing in text.split()
+    ]
+
+
+def _animals(split: str) -> Iterator[Example]:
+    """Each thing once; each wording as often with an animal as with something else."""
+    wordings = ANIMALS_WORDINGS[split]
+    for index, (label, thing) in enumerate(things(split)):
+        wording = wordings[index % len(wordings)]
+        row: Row = {"question": wording.format(x=with_article(thing)), "answer": label}
+        yield Example(row, label, (wording,), (thing,))
 
 
 def uses(split: str) -> list[tuple[int, str, str]]:
@@ -511,7 +424,7 @@ def _uses(split: str) -> Iterator[Example]:
 
 
 def _search_ads(split: str) -> Iterator[Example]:
-    """Each query three times, with one ad of each grade.
+    """Each query three times, with one ad of each grade, all in the same wordings.
 
     relevant: the product and the attribute asked for. partial: by turns the product with another
     attribute, or another product of the family with the attribute. irrelevant: a product of
@@ -522,35 +435,37 @@ def _search_ads(split: str) -> Iterator[Example]:
         for family in SHELVES[split]
         for number, product in enumerate(family.products)
     ]
-    widest = max(sum(f.area == area for f, _, _ in goods) for area in {f.area for f, _, _ in goods})
-    for index, (family, number, product) in enumerate(goods):
-        attribute = family.attributes[index % 3]
-        # Steps of whole families would pair the same shelves four times; one off mixes them.
-        far, _, stranger = goods[(index + widest + 1) % len(goods)]
-        same = attribute in far.attributes and index % 2 == 0
-        ads = {
-            "relevant": (attribute, product),
-            "partial": (
-                (attribute, family.products[(number + 1) % 4])
-                if (index + index // 4) % 2
-                else (family.attributes[(index + 1) % 3], product)
-            ),
-            "irrelevant": (attribute if same else far.attributes[(index + 2) % 3], stranger),
-        }
-        for shift, grade in enumerate(GRADES):
-            query_wording = QUERY_WORDINGS[split][(index + shift) % len(QUERY_WORDINGS[split])]
-            ad_wording = AD_WORDINGS[split][(index + 2 * shift) % len(AD_WORDINGS[split])]
-            offered = " ".join(ads[grade])
-            row: Row = {
-                "query": query_wording.format(p=f"{attribute} {product}"),
-                "ad": ad_wording.format(p=offered, P=offered[0].upper() + offered[1:]),
-                "grade": grade,
+    areas = [family.area for family, _, _ in goods]
+    # The goods of one area stand together, so this many steps on is always another area.
+    leap = max(areas.count(area) for area in areas)
+    for turn in range(SEARCH_ROUNDS[split]):
+        for index, (family, number, product) in enumerate(goods):
+            attribute, other = (family.attributes[(index + turn + n) % 3] for n in (0, 1))
+            sibling = family.products[(number + 1 + turn) % 4]
+            far, _, stranger = goods[(index + leap + 5 * turn) % len(goods)]
+            shared = attribute in far.attributes and (index + turn) % 2 == 0
+            ads = {
+                "irrelevant": (attribute if shared else far.attributes[index % 3], stranger),
+                "partial": (
+                    (attribute, sibling) if (index + index // 4 + turn) % 2 else (other, product)
+                ),
+                "relevant": (attribute, product),
             }
-            entities = (attribute, product, *ads[grade])
-            yield Example(row, grade, (query_wording, ad_wording), entities)
+            count = index + len(goods) * turn
+            query_wording = QUERY_WORDINGS[split][count % len(QUERY_WORDINGS[split])]
+            ad_wording = AD_WORDINGS[split][count // 4 % len(AD_WORDINGS[split])]
+            for grade, ad in ads.items():
+                offered = " ".join(ad)
+                row: Row = {
+                    "query": query_wording.format(p=f"{attribute} {product}"),
+                    "ad": ad_wording.format(p=offered, P=offered[0].upper() + offered[1:]),
+                    "grade": grade,
+                }
+                entities = (attribute, product, *ad)
+                yield Example(row, grade, (query_wording, ad_wording), entities)
 
 
-BUILDERS = {"kinds": _kinds, "uses": _uses, "search_ads": _search_ads}
+BUILDERS = {"animals": _animals, "uses": _uses, "search_ads": _search_ads}
 
 
 def build() -> dict[str, dict[str, list[Example]]]:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 NAME = "mtl_lora_packed"
+
+# torch 2.12 asks to be told of grouped heads; before, the kernel took them without a word.
+_GQA = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,6 @@ def _by_segment(
 def _in_kernel(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, segments: Segments
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     if segments.key_index is not None:
         k, v = k[segments.key_index], v[segments.key_index]
@@ -161,7 +164,7 @@ def _in_kernel(
         segments.longest_key,
         scale=scaling,
         window_size=(-1, 0),  # causal, aligned at the end: a branch sees all of its context
-        enable_gqa=q.shape[1] != k.shape[1],
+        **_GQA,
     )
     return cast(Tensor, out).unsqueeze(0)
 

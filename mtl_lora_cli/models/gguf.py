@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.runs.atomic import new_folder
 
 CONVERSION = 1  # raise it when a conversion gives another result than before
@@ -41,7 +42,7 @@ def converted_folder(path: Path) -> Path:
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if not folder.is_dir():
         print(
-            f"converting {path.name} to safetensors (once, about half a minute for 135M)",
+            f"converting {path.name} to safetensors (once; seconds to minutes)",
             file=sys.stderr,
         )
         _convert(path, folder)
@@ -56,10 +57,15 @@ def _convert(path: Path, folder: Path) -> None:
     fields = GGUFReader(str(path)).fields
     pre = fields.get("tokenizer.ggml.pre")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # The weights are ordinary numbers now; transformers would refuse to save a quantised model.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(f"{path}: cannot be converted: {' '.join(str(error).split())}") from None
     _restore_pre_tokenizer(tokenizer, pre.contents() if pre else "default", path)

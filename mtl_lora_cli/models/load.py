@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.quiet import quiet_loading
 
 
 def pick_device() -> torch.device:
@@ -80,7 +80,7 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        with _quiet():
+        with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(
                 base.folder,
                 dtype=dtype,
@@ -93,17 +93,3 @@ def load_model(
             f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
     return model.requires_grad_(False).eval()
-
-
-@contextmanager
-def _quiet() -> Any:
-    """transformers' own progress bar of loading weights says nothing that ours does not."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -59,6 +59,7 @@ class Adapter(StrictModel):
     temperature: PositiveFloat = 0.5  # the gate is softmax(w / temperature)
     transform: Literal["full", "diagonal"] = "full"
     gate: Literal["weights", "embedding"] = "weights"
+    gate_start: NonNegativeFloat = 2.0  # standard deviation of the gate's logits w / temperature
     embedding_size: Positive = 16  # of the task embedding, where gate is `embedding`
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[list[str], Field(min_length=1)] = [
