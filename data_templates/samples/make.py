@@ -54,17 +54,17 @@ sparrow robin owl pigeon swan duck goose rooster hen pelican flamingo woodpecker
 canary peacock seagull heron stork magpie
 scorpion centipede crab lobster squid snail slug worm
 hare bull cockerel tadpole bumblebee minnow marlin guppy vole shrew gnat weevil swallow wren
-swift ibis ape dingo caribou narwhal
+swift ibis ape dingo caribou narwhal cormorant gander hound vixen macaw hornbill
 """,
     "test": """
 kangaroo monkey gorilla leopard rhinoceros goat sheep cow otter beaver dolphin buffalo panda
 cheetah panther fox raccoon skunk antelope gazelle llama alpaca reindeer elk boar ferret meerkat
-mongoose hippopotamus orangutan coyote jackal lynx cougar chipmunk gopher rat mouse yak ox mule
-pony stallion lamb kitten puppy manatee platypus opossum anteater
+mongoose hippopotamus orangutan coyote jackal lynx cougar chipmunk gopher rat mouse yak warthog
+bobcat pony stallion ram ewe spaniel manatee platypus opossum anteater
 eagle falcon crow penguin parrot ostrich vulture raven hawk finch nightingale cuckoo kingfisher
 albatross toucan condor quail pheasant partridge dove lark starling cockatoo
 snake turtle tortoise alligator gecko viper rattlesnake salamander newt
-butterfly spider ladybug hornet caterpillar locust mantis
+butterfly spider ladybug hornet wallaby locust mantis
 octopus shrimp tuna swordfish catfish stingray piranha barracuda sturgeon prawn crayfish
 """,
 }
@@ -150,7 +150,7 @@ a microphone: recording voices; a telescope: studying stars; a battery: storing 
 a printer: making paper copies
 
 a thermometer: measuring temperature; a ruler: checking length; a compass: finding north;
-a metronome: keeping tempo; a scale: weighing things; a barometer: predicting storms
+a metronome: setting the tempo; a scale: weighing things; a barometer: predicting storms
 
 a helmet: protecting the head; a padlock: securing gates; a parachute: falling safely;
 an extinguisher: putting out flames; a fence: marking borders; handcuffs: restraining prisoners
@@ -162,7 +162,7 @@ a bridge: crossing rivers; a submarine: diving undersea
 a pillow: resting in bed; a blanket: keeping warm; a crib: putting babies to sleep;
 a bookcase: storing novels; a sofa: sitting comfortably; a wardrobe: hanging up outfits
 
-a needle: sewing cloth; a loom: weaving fabric; yarn: knitting hats;
+a needle: sewing cloth; a loom: weaving fabric; yarn: knitting mittens;
 a tape recorder: capturing sound; a thimble: guarding the thumb
 
 a treadmill: running indoors; a dumbbell: building muscle; a racket: hitting balls;
@@ -250,7 +250,10 @@ USES_WORDINGS: dict[str, tuple[str, ...]] = {
 # Steps through the list of things: row i offers the use of things i, i + a, i + b, i + c. Every
 # use is then the right option once a round and a wrong one three times, so knowing the options
 # alone does not help. The steps are wider than a theme, so the four themes differ.
-USES_STEPS: tuple[tuple[int, int, int], ...] = ((23, 47, 71), (18, 40, 63))
+USES_STEPS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "train": ((23, 47, 71), (18, 40, 63), (31, 55, 80)),
+    "test": ((23, 47, 71), (18, 40, 63)),
+}
 
 # --------------------------------------------------------------------------- task 3: search ads
 
@@ -411,7 +414,7 @@ def uses(split: str) -> list[tuple[int, str, str]]:
 def _uses(split: str) -> Iterator[Example]:
     things = uses(split)
     wordings = USES_WORDINGS[split]
-    for number, steps in enumerate(USES_STEPS):
+    for number, steps in enumerate(USES_STEPS[split]):
         for index, (_, thing, use) in enumerate(things):
             wrong = [things[(index + step) % len(things)][2] for step in steps]
             wrong.sort(key=lambda text: _order(f"{number}|{thing}|{text}"))

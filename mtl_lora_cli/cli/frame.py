@@ -41,7 +41,8 @@ def framed() -> Iterator[None]:
     if not _debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore")
     sys.stdout.flush()
     _stdout = os.dup(1)
@@ -95,9 +96,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def stdout_width() -> int:
-    """Columns for a table: those of the terminal, or 100 where there is none."""
-    try:
-        return os.get_terminal_size(1 if _stdout is None else _stdout).columns
-    except OSError:
-        return 100
+def stdout_is_terminal() -> bool:
+    """Whether a person reads the results as they come, in colours unless NO_COLOR is set."""
+    return os.isatty(1 if _stdout is None else _stdout) and not os.environ.get("NO_COLOR")

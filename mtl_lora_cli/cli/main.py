@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli import evaluate, frame, merge, train
+from mtl_lora_cli.cli import data, evaluate, frame, merge, tasks, train, validate
 
 app = typer.Typer(
     help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
@@ -19,6 +19,9 @@ app = typer.Typer(
 train.register(app)
 evaluate.register(app)
 merge.register(app)
+validate.register(app)
+tasks.register(app)
+data.register(app)
 
 
 def _version(wanted: bool) -> None:

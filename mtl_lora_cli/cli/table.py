@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned left for the first, right for the others."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """The first column aligned left, the others right, or all of them left."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def shown(line: Sequence[str]) -> str:
         first, *others = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if left or column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         return "  ".join([first, *others]).rstrip()

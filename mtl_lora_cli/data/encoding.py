@@ -6,6 +6,7 @@ the boundary is the one that evaluation will see, and the way is that of lm-eval
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
         self._tokenizer = tokenizer
+        self._format = prompt_format
         self._chat = prompt_format == "chat"
         self._delimiter = "" if self._chat else " "
         self.end = int(tokenizer.eos_token_id)
@@ -46,6 +48,18 @@ class Encoder:
         self._starts = 0 if self._chat else max(0, len(start) - len(bare))
         if start and bare and start[-1] != bare[-1]:  # an end token set by the tokenizer itself
             self._starts = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides how a text becomes tokens."""
+        parts = (
+            self._tokenizer.backend_tokenizer.to_str(),
+            self._tokenizer.chat_template if self._chat else None,
+            self._format,
+            self._starts,
+            self.end,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def prompts(self, texts: Sequence[str]) -> list[str]:
         """The prompts as the model reads them."""

@@ -85,6 +85,7 @@ class Mixture:
         row_length: tokens in a row.
         rows_per_step: rows of one optimiser step, over all processes.
         strategy, weights, temperature: see `shares`.
+        repeats: how often an epoch goes over each task; a task's size counts so many times.
         seed: of every draw.
     """
 
@@ -95,11 +96,13 @@ class Mixture:
     strategy: str = "proportional"
     weights: tuple[float, ...] = ()
     temperature: float = 1.0
+    repeats: tuple[float, ...] = ()
     seed: int = 0
 
     def planned_counts(self) -> list[int]:
         """Examples of each task in one epoch."""
-        sizes = [len(lengths) for lengths in self.lengths]
+        repeats = self.repeats or (1.0,) * len(self.lengths)
+        sizes = [round(len(n) * times) for n, times in zip(self.lengths, repeats, strict=True)]
         return counts(sizes, shares(sizes, self.strategy, self.weights, self.temperature))
 
     def epoch(self, number: int) -> list[list[Place]]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.data import cache
+from mtl_lora_cli.data.audit import Audit, audit
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import Mixture, subset
-from mtl_lora_cli.data.sources import read_split, resolve
+from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in
 from mtl_lora_cli.errors import ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
@@ -44,21 +46,24 @@ class TrainingData:
     Attributes:
         tasks: in the order of their ids, with fingerprints.
         splits: encoded training examples of each task.
+        audits: what was noticed about each task's rows.
         mixture: the stream of rows.
     """
 
     tasks: list[Task]
     splits: list[EncodedSplit]
+    audits: list[Audit]
     mixture: Mixture
 
 
 def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
-    """Find each task's template and source.
+    """Find each task's template and source; a source with a task column becomes several tasks.
 
     Raises:
-        ProblemsError: an unknown template, a fault in one, or a task without a source.
+        ProblemsError: an unknown template, a fault in one, a task without a source, or a name that
+            stands twice.
     """
-    tasks = []
+    tasks: list[Task] = []
     for index, entry in enumerate(loaded.recipe.tasks):
         try:
             name, path, template = find_template(entry.template, loaded.base)
@@ -66,28 +71,35 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
             raise
         except UsageError as error:
             raise loaded.problem(("tasks", index, "template"), str(error)) from None
-        source = entry.source or template.source
-        if source is None:
+        given = entry.source or template.source
+        if given is None:
             raise loaded.problem(
                 ("tasks", index, "name"),
                 f"the template '{name}' has no source of its own; give the task '{entry.name}' one",
             )
-        tasks.append(
-            Task(
-                name=entry.name,
-                id=index,
-                # A path is kept whole: the run folder lies elsewhere than the recipe.
-                template_name=str(path.resolve()) if name.endswith((".yaml", ".yml")) else name,
-                template_text=path.read_text(encoding="utf-8"),
-                template=template,
-                source=resolve(source, base=loaded.base if entry.source else path.parent),
-                objective=entry.objective,
-                tags=(*template.tags, *entry.tags),
-                loss_weight=entry.loss_weight,
-                sampling_weight=entry.sampling_weight,
-                max_examples=entry.max_examples,
+        source = resolve(given, base=loaded.base if entry.source else path.parent)
+        fans_out = source.task_column is not None and source.task is None
+        names = tasks_in(source, base=Path(), task=entry.name) if fans_out else (entry.name,)
+        for one in names:
+            if any(task.name == one for task in tasks):
+                raise loaded.problem(("tasks", index), f"the task '{one}' stands twice")
+            tasks.append(
+                Task(
+                    name=one,
+                    id=len(tasks),
+                    # A path is kept whole: the run folder lies elsewhere than the recipe.
+                    template_name=str(path.resolve()) if name.endswith((".yaml", ".yml")) else name,
+                    template_text=path.read_text(encoding="utf-8"),
+                    template=template,
+                    source=source.model_copy(update={"task": one}) if fans_out else source,
+                    objective=entry.objective,
+                    tags=tuple(dict.fromkeys([*template.tags, *entry.tags])),
+                    loss_weight=entry.loss_weight,
+                    sampling_weight=entry.sampling_weight,
+                    max_examples=entry.max_examples,
+                    repeat=entry.repeat,
+                )
             )
-        )
     return tasks
 
 
@@ -119,10 +131,19 @@ def read_examples(
     return Examples(split, examples, wheres, rows, found.fingerprint)
 
 
+def held_out_examples(task: Task, split: str | None = None) -> Examples | None:
+    """The rows that a task is evaluated on: test, or validation where there is no test split."""
+    for name in [split] if split else ["test", "validation"]:
+        examples = read_examples(task, name)
+        if examples is not None:
+            return examples
+    return None
+
+
 def prepare_training(
     tasks: Sequence[Task], recipe: Recipe, tokenizer: Any, longest: int
 ) -> TrainingData:
-    """Read, render and encode every task's training split.
+    """Read, render, encode and audit every task's training split, or take it from the cache.
 
     Args:
         tasks: bound tasks.
@@ -135,23 +156,19 @@ def prepare_training(
     """
     training = recipe.training
     encoder = Encoder(tokenizer, recipe.prompt_format)
-    splits, bound = [], []
+    limit = min(training.row_length, longest)
+    bound, splits, audits = [], [], []
     for task in tasks:
-        examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
-        if examples is None:
-            raise UsageError(f"task '{task.name}': its source has no train split")
-        splits.append(
-            encode_split(
-                examples.examples,
-                examples.wheres,
-                encoder,
-                task=task.name,
-                limit=min(training.row_length, longest),
-                on_overflow=training.on_overflow,
-            )
-        )
-        bound.append(replace(task, fingerprints={"train": examples.fingerprint}))
-    strategy = recipe.mixing if isinstance(recipe.mixing, str) else "temperature"
+        known, encoded, found = _prepare_task(task, recipe, encoder, limit)
+        bound.append(known)
+        splits.append(encoded)
+        audits.append(found)
+    mixing = recipe.mixing
+    strategy, temperature = (
+        ("temperature", mixing.temperature)
+        if isinstance(mixing, TemperatureMixing)
+        else (mixing, 1.0)
+    )
     mixture = Mixture(
         names=tuple(task.name for task in tasks),
         lengths=tuple(split.lengths for split in splits),
@@ -159,7 +176,53 @@ def prepare_training(
         rows_per_step=training.rows_per_step,
         strategy=strategy,
         weights=tuple(task.sampling_weight for task in tasks),
-        temperature=1.0 if isinstance(recipe.mixing, str) else recipe.mixing.temperature,
+        temperature=temperature,
+        repeats=tuple(task.repeat for task in tasks),
         seed=training.seed,
     )
-    return TrainingData(bound, splits, mixture)
+    return TrainingData(bound, splits, audits, mixture)
+
+
+def _prepare_task(
+    task: Task, recipe: Recipe, encoder: Encoder, limit: int
+) -> tuple[Task, EncodedSplit, Audit]:
+    training = recipe.training
+    prints = {
+        split: split_fingerprint(task.source, split, base=Path(), task=task.name)
+        for split in SPLITS
+    }
+    if prints["train"] is None:
+        raise UsageError(f"task '{task.name}': its source has no train split")
+    found = {split: value for split, value in prints.items() if value is not None}
+    bound = replace(task, fingerprints=found)
+    key = cache.key_of(
+        template=task.template_text,
+        fingerprints=found,
+        encoder=encoder.fingerprint,
+        limit=limit,
+        on_overflow=training.on_overflow,
+        subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,
+    )
+    stored = cache.load(key)
+    if stored is not None:
+        return bound, *stored
+    examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
+    assert examples is not None  # it has a fingerprint
+    encoded = encode_split(
+        examples.examples,
+        examples.wheres,
+        encoder,
+        task=task.name,
+        limit=limit,
+        on_overflow=training.on_overflow,
+    )
+    held = held_out_examples(task)
+    noticed = audit(
+        examples.examples,
+        held.examples if held else [],
+        held.split if held else None,
+        cut_prompts=encoded.truncated,
+        dropped=encoded.dropped,
+    )
+    cache.store(key, encoded, noticed)
+    return bound, encoded, noticed

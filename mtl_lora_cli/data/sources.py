@@ -16,7 +16,15 @@ from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import SPLITS, Source
 from mtl_lora_cli.resources import bundled
 
-__all__ = ["Rows", "available_splits", "read_split", "resolve", "split_by_column"]
+__all__ = [
+    "Rows",
+    "available_splits",
+    "read_split",
+    "resolve",
+    "split_by_column",
+    "split_fingerprint",
+    "tasks_in",
+]
 
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 _NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
@@ -34,6 +42,10 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
     Raises:
         UsageError: the source does not exist or cannot be reached, or its rows cannot be read.
     """
+    if source.task_column is not None:
+        return _by_task(source.model_dump_json(exclude={"task"}), split, base, task).get(
+            source.task or task
+        )
     if source.hub is not None:
         return _read_hub(source, split)
     files = _split_files(source, base, task).get(split)
@@ -48,6 +60,52 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
         fingerprint=fingerprint(" ".join(part.fingerprint for part in parts).encode()),
         places=list(chain.from_iterable(part.places for part in parts)),
     )
+
+
+def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> str | None:
+    """A hash of what one split's rows are read from, without reading them as rows.
+
+    Raises:
+        UsageError: the source does not exist or cannot be reached.
+    """
+    if source.hub is not None:
+        if split not in available_splits(source, base=base, task=task):
+            return None
+        content = f"{_hub_builder(source).hash} {source.splits} {split}"
+    else:
+        files = _split_files(source, base, task).get(split)
+        if files is None:
+            return None
+        try:
+            content = " ".join(fingerprint(file.read_bytes()) for file in files)
+        except OSError as error:
+            raise file_problem(files[0], f"cannot be read: {error.strerror}") from None
+    chosen = f"{source.task_column} {source.task_names} {source.task}"
+    return fingerprint(f"{content} {chosen}".encode())
+
+
+def tasks_in(source: Source, *, base: Path, task: str) -> tuple[str, ...]:
+    """The tasks that a source with a task column stands for.
+
+    Raises:
+        UsageError: it has no train split, or a row's task is not known.
+    """
+    if source.task_names is not None:
+        return tuple(dict.fromkeys(source.task_names.values()))
+    return tuple(_by_task(source.model_dump_json(exclude={"task"}), "train", base, task))
+
+
+@lru_cache(maxsize=4)
+def _by_task(source_json: str, split: str, base: Path, task: str) -> dict[str, Rows]:
+    """Read a file with a task column once for all of its tasks."""
+    source = Source.model_validate_json(source_json)
+    column, names = str(source.task_column), source.task_names
+    whole = source.model_copy(update={"task_column": None, "task_names": None, "task": None})
+    rows = read_split(whole, split, base=base, task=task)
+    if rows is None:
+        return {}
+    spelled = None if names is None else {str(value): name for value, name in names.items()}
+    return split_by_column(rows, column, spelled)
 
 
 def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...]:

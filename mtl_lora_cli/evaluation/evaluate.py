@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples, read_examples
+from mtl_lora_cli.data.prepare import Examples, held_out_examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar, measure
@@ -63,18 +63,17 @@ def held_out(task: Task, setting: Setting) -> Examples:
             f"task '{task.name}': its template '{task.template_name}' has free answers; "
             f"the protocol '{PROTOCOL}' scores choices"
         )
-    splits = [setting.split] if setting.split else ["test", "validation"]
-    for split in splits:
-        examples = read_examples(task, split)
-        if examples is not None:
-            end = setting.limit
-            return dataclasses.replace(
-                examples,
-                examples=examples.examples[:end],
-                wheres=examples.wheres[:end],
-                rows=examples.rows[:end],
-            )
-    raise UsageError(f"task '{task.name}': its source has no {' or '.join(splits)} split")
+    examples = held_out_examples(task, setting.split)
+    if examples is None:
+        wanted = setting.split or "test or validation"
+        raise UsageError(f"task '{task.name}': its source has no {wanted} split")
+    end = setting.limit
+    return dataclasses.replace(
+        examples,
+        examples=examples.examples[:end],
+        wheres=examples.wheres[:end],
+        rows=examples.rows[:end],
+    )
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 NAME = "mtl_lora_packed"
 
 # torch 2.12 asks to be told of grouped heads; before, the kernel took them without a word.
-_GQA = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+_GQA: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,15 @@ text before the byte-level step. `tokenizer.ggml.pre` names that rule; SmolLM's 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.runs.atomic import new_folder
+from mtl_lora_cli.runs.paths import cache_folder
 
 CONVERSION = 1  # raise it when a conversion gives another result than before
-
-
-def cache_folder() -> Path:
-    """Where converted models and encoded data are kept: MTL_LORA_CACHE, or ~/.cache/mtl-lora."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mtl-lora"
-    return Path(os.environ.get("MTL_LORA_CACHE", default)).expanduser()
 
 
 def converted_folder(path: Path) -> Path:

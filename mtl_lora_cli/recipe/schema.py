@@ -27,6 +27,11 @@ class Source(StrictModel):
     revision: str | None = None  # the hub data set's revision
     # split of ours -> file below `path`, or name of the hub's split
     splits: dict[Literal["train", "validation", "test"], str] | None = None
+    # One file for many tasks: the column that says which task a row belongs to. A recipe's entry
+    # with such a source stands for all of its tasks, or for the one that `task` names.
+    task_column: str | None = None
+    task_names: dict[int | str, Name] | None = None  # value in the column -> task name
+    task: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +51,9 @@ class Source(StrictModel):
         for name in ("config", "revision"):
             if getattr(self, name) is not None and self.hub is None:
                 raise ValueError(f"'{name}' goes with a hub source only")
+        for name in ("task_names", "task"):
+            if getattr(self, name) is not None and self.task_column is None:
+                raise ValueError(f"'{name}' goes with a task_column only")
         return self
 
 
@@ -81,6 +89,7 @@ class Task(StrictModel):
     sampling_weight: NonNegativeFloat = 1.0  # read by mixing: weights
     loss_weight: PositiveFloat = 1.0
     max_examples: Positive | None = None  # of the train split, drawn with the run's seed
+    repeat: PositiveFloat = 1.0  # an epoch goes over the task so many times
 
 
 class Training(StrictModel):

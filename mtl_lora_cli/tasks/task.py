@@ -22,7 +22,7 @@ class Task:
         source: with absolute paths.
         objective: how it is learned.
         tags: free words to select tasks by.
-        loss_weight, sampling_weight, max_examples: as in the recipe.
+        loss_weight, sampling_weight, max_examples, repeat: as in the recipe.
         fingerprints: split → hash of the rows that were read.
     """
 
@@ -37,6 +37,7 @@ class Task:
     loss_weight: float = 1.0
     sampling_weight: float = 1.0
     max_examples: int | None = None
+    repeat: float = 1.0
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Task:
             "loss_weight": self.loss_weight,
             "sampling_weight": self.sampling_weight,
             "max_examples": self.max_examples,
+            "repeat": self.repeat,
             "fingerprints": dict(self.fingerprints),
         }
 
@@ -77,5 +79,6 @@ class Task:
             loss_weight=content["loss_weight"],
             sampling_weight=content["sampling_weight"],
             max_examples=content["max_examples"],
+            repeat=content["repeat"],
             fingerprints=content["fingerprints"],
         )

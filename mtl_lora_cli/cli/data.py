@@ -1,0 +1,93 @@
+"""`mtl-lora data show`: what the model reads, token by token."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mtl_lora_cli.cli.frame import emit, framed, say, stdout_is_terminal
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.training.run import Prepared
+
+_SUPERVISED = ("\x1b[1;32m", "\x1b[0m")  # bold green on a terminal
+_PLAIN = ("⟦", "⟧")  # elsewhere
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        help="Look at the data as the model reads them.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    group.callback()(_data)
+    group.command("show", epilog="Example: mtl-lora data show quickstart --task animals")(show)
+    app.add_typer(group, name="data")
+
+
+def _data() -> None:
+    """Look at the data as the model reads them."""
+
+
+def show(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it: key.path=value …")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="A task of the recipe.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many examples or rows.")] = 3,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Whole packed rows, with segments and task ids.")
+    ] = False,
+) -> None:
+    """Print tokens; those that count in the loss are green, or stand in ⟦ ⟧ without a terminal."""
+    with framed():
+        from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+
+        loaded = load_recipe(find_recipe(recipe), overrides or ())
+        say("loading libraries")
+        from mtl_lora_cli.evaluation.evaluate import select_tasks
+        from mtl_lora_cli.training.run import prepare
+
+        prepared = prepare(loaded)
+        chosen = select_tasks(prepared.data.tasks, task or "all")
+        if packed:
+            _show_rows(prepared, {one.id for one in chosen}, count)
+            return
+        for one in chosen:
+            for number in range(min(count, len(prepared.data.splits[one.id]))):
+                emit(f"--- {one.name}, example {number}")
+                emit(_marked(prepared, one.id, number))
+
+
+def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
+    """The first rows of epoch 0 that hold one of the wanted tasks."""
+    data = prepared.data
+    rows = [row for row in data.mixture.epoch(0) if any(task in wanted for task, _ in row)]
+    for number, row in enumerate(rows[:count]):
+        used = sum(int(data.splits[task].lengths[example]) for task, example in row)
+        length = data.mixture.row_length
+        emit(f"=== row {number}: {len(row)} segments, {used} of {length} tokens")
+        start = 0
+        for task, example in row:
+            end = start + int(data.splits[task].lengths[example])
+            emit(f"--- tokens {start} to {end - 1}, task id {task} ({data.tasks[task].name})")
+            emit(_marked(prepared, task, example))
+            start = end
+
+
+def _marked(prepared: Prepared, task: int, number: int) -> str:
+    """An example token by token, `|` between them, the supervised ones marked."""
+    split = prepared.data.splits[task]
+    tokens = split.example(number).tolist()
+    first = 1 if prepared.recipe.training.loss_on == "all" else int(split.prompt_lengths[number])
+    before, after = _SUPERVISED if stdout_is_terminal() else _PLAIN
+    # By what each token adds: some tokenizers lose a space when a token is decoded alone.
+    whole = [prepared.tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
+    texts = [longer[len(shorter) :] for shorter, longer in pairwise(whole)]
+    return "|".join(
+        f"{before}{text}{after}" if place >= first else text for place, text in enumerate(texts)
+    )

@@ -1,0 +1,91 @@
+"""What a recipe would do, as `train`, `train --dry-run` and `validate` show it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mtl_lora_cli.cli.frame import emit, emit_json
+from mtl_lora_cli.cli.table import table
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.training.run import Prepared
+
+
+def task_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    """One entry a task: rows, tokens, its share of the examples drawn, epochs over it."""
+    from mtl_lora_cli.data.mixture import planned_epochs
+
+    data = prepared.data
+    planned = data.mixture.planned_counts()
+    epochs = planned_epochs(data.mixture, prepared.total_steps)
+    return [
+        {
+            "task": task.name,
+            "template": task.template_name,
+            "examples": len(split),
+            "tokens": int(split.lengths.sum()),
+            "supervised": split.supervised,
+            "share": count / sum(planned),
+            "epochs": epochs[task.name],
+            "audit": audit.to_json(),
+        }
+        for task, split, audit, count in zip(
+            data.tasks, data.splits, data.audits, planned, strict=True
+        )
+    ]
+
+
+def findings(prepared: Prepared) -> list[str]:
+    """What the audit noticed, a line each."""
+    data = prepared.data
+    return [
+        line
+        for task, audit in zip(data.tasks, data.audits, strict=True)
+        for line in audit.findings(task.name)
+    ]
+
+
+def tasks_table(prepared: Prepared) -> str:
+    """The mixture as a table, what the audit noticed, and how long the run is."""
+    header = ("task", "rows", "examples", "tokens", "supervised", "share", "epochs")
+    rows = [
+        (
+            entry["task"],
+            f"{entry['audit']['rows']:,}",
+            f"{entry['examples']:,}",
+            f"{entry['tokens']:,}",
+            f"{entry['supervised']:,}",
+            f"{entry['share']:.1%}",
+            f"{entry['epochs']:.2f}",
+        )
+        for entry in task_rows(prepared)
+    ]
+    training = prepared.recipe.training
+    steps = (
+        f"{prepared.total_steps:,} optimiser steps of {training.rows_per_step} rows of "
+        f"{training.row_length:,} tokens, {str(prepared.dtype).removeprefix('torch.')} "
+        f"on {prepared.device}"
+    )
+    notes = [f"note: {line}" for line in findings(prepared)]
+    return "\n".join([table(header, rows), *notes, steps])
+
+
+def emit_plan(prepared: Prepared, as_json: bool) -> None:
+    """The resolved recipe, its tasks, and the size of what would be trained, to stdout."""
+    from mtl_lora_cli.recipe.load import dump_recipe
+
+    _, adapter = prepared.build()
+    if as_json:
+        emit_json(
+            {
+                "recipe": prepared.recipe.model_dump(mode="json"),
+                "tasks": task_rows(prepared),
+                "findings": findings(prepared),
+                "steps": prepared.total_steps,
+                "trainable_parameters": adapter.parameter_count(),
+            }
+        )
+        return
+    emit(dump_recipe(prepared.recipe))
+    emit(tasks_table(prepared))
+    emit(f"{adapter.parameter_count():,} trainable parameters")

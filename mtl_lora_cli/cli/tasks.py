@@ -1,0 +1,113 @@
+"""`mtl-lora tasks` and `mtl-lora tasks show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mtl_lora_cli.cli.frame import emit, emit_json, framed
+from mtl_lora_cli.cli.options import JsonOption
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        help="The tasks that templates describe.",
+        invoke_without_command=True,
+        epilog="Example: mtl-lora tasks show sst2 --source my/folder",
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    group.callback()(list_tasks)
+    group.command("show", epilog="Example: mtl-lora tasks show boolq --source my/folder")(show)
+    app.add_typer(group, name="tasks")
+
+
+def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the templates that there are."""
+    if context.invoked_subcommand is not None:
+        return
+    with framed():
+        from mtl_lora_cli.cli.table import table
+        from mtl_lora_cli.tasks.registry import installed_templates, template_names
+        from mtl_lora_cli.tasks.template import read_template
+
+        found = {**installed_templates(), **template_names()}
+        templates = {name: read_template(path) for name, path in found.items()}
+        if as_json:
+            emit_json(
+                [
+                    {
+                        "name": name,
+                        "description": template.description,
+                        "version": template.version,
+                        "tags": template.tags,
+                        "metrics": template.metrics,
+                        "labels": template.labels,
+                        "source": template.source and template.source.model_dump(exclude_none=True),
+                    }
+                    for name, template in templates.items()
+                ]
+            )
+            return
+        rows = [
+            (name, ", ".join(template.metrics), template.description)
+            for name, template in templates.items()
+        ]
+        emit(table(("template", "metrics", "description"), rows, left=True))
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A template, such as sst2 or glue/sst2, or a file.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--source", help="A file or folder to read; default: the template's own."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many examples.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Render a few examples of a task."""
+    with framed():
+        from mtl_lora_cli.data.prepare import read_examples
+        from mtl_lora_cli.data.sources import resolve
+        from mtl_lora_cli.errors import UsageError
+        from mtl_lora_cli.recipe.schema import Source
+        from mtl_lora_cli.tasks.registry import find_template
+        from mtl_lora_cli.tasks.task import Task
+
+        full, path, template = find_template(name, Path())
+        given = template.source if source is None else Source.model_validate(source)
+        if given is None:
+            raise UsageError(
+                f"the template '{full}' has no source of its own; name one with --source"
+            )
+        task = Task(
+            name=Path(full).stem,
+            id=0,
+            template_name=full,
+            template_text=path.read_text(encoding="utf-8"),
+            template=template,
+            source=resolve(given, base=Path() if source else path.parent),
+        )
+        examples = read_examples(task, "train", at_most=count) or read_examples(
+            task, "test", at_most=count
+        )
+        if examples is None:
+            raise UsageError(f"the source of '{full}' has neither a train nor a test split")
+        shown: list[dict[str, Any]] = [
+            {
+                "where": where,
+                "prompt": example.prompt,
+                "choices": list(example.choices),
+                "answer": example.answer,
+            }
+            for where, example in zip(examples.wheres, examples.examples, strict=True)
+        ]
+        if as_json:
+            emit_json(shown)
+            return
+        for entry in shown:
+            emit(f"--- {entry['where']}\n{entry['prompt']} [{entry['answer']}]")
+            if entry["choices"]:
+                emit(f"choices: {' | '.join(entry['choices'])}")

@@ -1,0 +1,45 @@
+"""`mtl-lora validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
+from mtl_lora_cli.cli.options import JsonOption
+from mtl_lora_cli.cli.plan import findings, task_rows, tasks_table
+
+
+def register(app: typer.Typer) -> None:
+    app.command("validate", epilog="Example: mtl-lora validate my-recipe.yaml")(validate)
+
+
+def validate(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a bundled recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it: key.path=value …")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read a recipe and all its data, audit every row, and train nothing."""
+    with framed():
+        from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+
+        loaded = load_recipe(find_recipe(recipe), overrides or ())
+        say("loading libraries")
+        from mtl_lora_cli.training.run import prepare
+
+        prepared = prepare(loaded)
+        if as_json:
+            emit_json(
+                {
+                    "valid": True,
+                    "tasks": task_rows(prepared),
+                    "findings": findings(prepared),
+                    "steps": prepared.total_steps,
+                }
+            )
+            return
+        emit(tasks_table(prepared))
+        emit(f"{loaded.path} is valid")

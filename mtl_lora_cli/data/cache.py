@@ -1,0 +1,64 @@
+"""Encoded tasks kept on disk, under a key made of everything that determines them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mtl_lora_cli.data.audit import Audit
+from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.runs.paths import cache_folder
+
+FORMAT = 1  # raise it when encoding or auditing gives another result than before
+
+
+def key_of(**parts: Any) -> str:
+    """A key for everything that determines an encoding: template text, fingerprints, lengths, …"""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def load(key: str) -> tuple[EncodedSplit, Audit] | None:
+    """What was stored under the key; None where there is nothing, or nothing readable."""
+    path = _path(key)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()["about"])
+            encoded = EncodedSplit(
+                tokens=file.get_tensor("tokens"),
+                starts=file.get_tensor("starts"),
+                prompt_lengths=file.get_tensor("prompt_lengths"),
+                **about["counts"],
+            )
+        return encoded, Audit.from_json(about["audit"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def store(key: str, encoded: EncodedSplit, audit: Audit) -> None:
+    """Keep an encoding; a cache that cannot be written is no reason to stop."""
+    counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows")}
+    about = json.dumps({"counts": counts, "audit": audit.to_json()})
+    tensors = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
+    path = _path(key)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        os.close(handle)
+        save_file(tensors, temporary, metadata={"about": about})
+        Path(temporary).replace(path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "encoded" / f"{key}.safetensors"

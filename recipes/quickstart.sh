@@ -1,0 +1,26 @@
+#!/bin/sh
+# The quickstart, step by step; every line can be typed by hand. BIN is the folder of `mtl-lora`.
+set -eu
+mtl() { "${BIN:+$BIN/}mtl-lora" "$@"; }
+step() { printf '\n== %s\n' "$*" >&2; }
+
+step "1 of 4: training three tasks at once on SmolLM2-135M (about four minutes)"
+run=$(mtl train quickstart)
+step "2 of 4: how good was the base model before?"
+mtl eval --run "$run" --task all --base-only
+step "3 of 4: how good is it now?"
+mtl eval --run "$run" --task all
+step "4 of 4: one task as an ordinary model"
+merged=merged/$(basename "$run")/search_ads
+mtl merge --run "$run" --task search_ads --output "$merged"
+
+cat >&2 <<EOF
+
+Done. The run is in $run, the merged model in $merged.
+Try next:
+  ${BIN:+$BIN/}mtl-lora eval --task animals --json        one task's result for a script
+  ${BIN:+$BIN/}mtl-lora tasks                             the tasks that come with templates
+  ${BIN:+$BIN/}mtl-lora train real-small --dry-run        real data: see docs/real-data.md
+  ${BIN:+$BIN/}mtl-lora train quickstart adapter.gate=embedding training.seed=1
+The quickstart's data are small samples written for this project, not a benchmark.
+EOF

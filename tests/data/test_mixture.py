@@ -1,0 +1,198 @@
+"""The stream of rows: who is in an epoch, how often, and that it can be found again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtl_lora_cli.data.mixture import Mixture, Place, counts, draw, planned_epochs, shares, subset
+
+SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=6)
+
+
+def mixture(sizes: tuple[int, ...] = (40, 7, 90), **keys: Any) -> Mixture:
+    generator = np.random.default_rng(0)
+    return Mixture(
+        names=tuple(f"task{number}" for number in range(len(sizes))),
+        lengths=tuple(generator.integers(3, 20, size=size) for size in sizes),
+        **{"row_length": 32, "rows_per_step": 4, "seed": 5, **keys},
+    )
+
+
+def places(rows: list[list[Place]]) -> list[Place]:
+    return list(chain.from_iterable(rows))
+
+
+@given(SIZES)
+def test_proportional_shares_draw_every_example_once(sizes: list[int]) -> None:
+    assert counts(sizes, shares(sizes, "proportional", [])) == sizes
+
+
+@given(SIZES, st.data())
+def test_counts_add_up_and_lie_next_to_the_shares(sizes: list[int], data: st.DataObject) -> None:
+    weights = data.draw(
+        st.lists(st.floats(0, 10), min_size=len(sizes), max_size=len(sizes)).filter(
+            lambda values: sum(values) > 1e-3
+        )
+    )
+    wanted = shares(sizes, "weights", weights)
+    got = counts(sizes, wanted)
+    assert sum(got) == sum(sizes)
+    assert all(abs(n - share * sum(sizes)) < 1 for n, share in zip(got, wanted, strict=True))
+
+
+@given(SIZES, st.floats(0.1, 1000))
+def test_temperature_lies_between_proportional_and_uniform(sizes: list[int], t: float) -> None:
+    got = shares(sizes, "temperature", [], max(1.0, t))
+    assert sum(got) == pytest.approx(1)
+    for small, large in zip(
+        shares(sizes, "proportional", []), shares(sizes, "uniform", []), strict=True
+    ):
+        low, high = sorted((small, large))
+        assert any(low - 1e-9 <= share <= high + 1e-9 for share in got)
+
+
+def test_the_shares_by_hand() -> None:
+    sizes = [100, 400]
+    assert shares(sizes, "proportional", []) == pytest.approx([0.2, 0.8])
+    assert shares(sizes, "uniform", []) == pytest.approx([0.5, 0.5])
+    assert shares(sizes, "weights", [3, 1]) == pytest.approx([0.75, 0.25])
+    assert shares(sizes, "temperature", [], 2.0) == pytest.approx([1 / 3, 2 / 3])
+    assert shares(sizes, "temperature", [], 1.0) == pytest.approx([0.2, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, [40, 7, 90]),
+        ({"strategy": "uniform"}, [46, 46, 45]),
+        ({"strategy": "weights", "weights": (1.0, 0.0, 3.0)}, [34, 0, 103]),
+        ({"strategy": "temperature", "temperature": 2.0}, [47, 20, 70]),
+    ],
+)
+def test_an_epoch_reaches_the_shares(keys: dict[str, Any], expected: list[int]) -> None:
+    rows = mixture(**keys).epoch(0)
+    got = Counter(task for task, _ in places(rows))
+    assert all(abs(got[task] - count) <= 1 for task, count in enumerate(expected))
+    assert sum(got.values()) == 137
+
+
+def test_a_proportional_epoch_holds_each_example_exactly_once() -> None:
+    mixed = mixture()
+    everything = [(t, n) for t, size in enumerate((40, 7, 90)) for n in range(size)]
+    for number in range(3):
+        assert sorted(places(mixed.epoch(number))) == everything
+
+
+def test_a_small_task_is_repeated_evenly() -> None:
+    drawn = Counter(n for t, n in places(mixture(strategy="uniform").epoch(0)) if t == 1)
+    assert set(drawn) == set(range(7))
+    assert max(drawn.values()) - min(drawn.values()) <= 1
+
+
+def test_a_large_task_is_never_repeated_within_an_epoch() -> None:
+    drawn = Counter(n for t, n in places(mixture(strategy="uniform").epoch(0)) if t == 2)
+    assert set(drawn.values()) == {1}
+
+
+def test_every_epoch_draws_anew() -> None:
+    mixed = mixture(strategy="uniform")
+    first, second = mixed.epoch(0), mixed.epoch(1)
+    assert first != second
+    assert {n for t, n in places(first) if t == 2} != {n for t, n in places(second) if t == 2}
+
+
+def test_rows_mix_tasks_and_hold_their_examples() -> None:
+    mixed = mixture()
+    rows = mixed.epoch(0)
+    for row in rows:
+        assert sum(int(mixed.lengths[task][number]) for task, number in row) <= 32
+    assert sum(len({task for task, _ in row}) > 1 for row in rows) > len(rows) / 3
+
+
+def test_long_rows_are_not_learned_first() -> None:
+    """Packing puts the longest examples into the first rows; the stream must not."""
+    mixed = mixture((500,))
+    longest = [max(int(mixed.lengths[t][n]) for t, n in row) for row in mixed.epoch(0)]
+    half = len(longest) // 2
+    assert abs(np.mean(longest[:half]) - np.mean(longest[half:])) < 2
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 40))
+def test_any_step_can_be_found_again(step: int) -> None:
+    whole = [mixture().step(number) for number in range(41)]
+    assert mixture().step(step) == whole[step]
+
+
+def test_steps_walk_through_whole_epochs() -> None:
+    mixed = mixture()
+    per_epoch = mixed.steps_in(1)
+    for number in range(2):
+        rows: list[list[Place]] = []
+        for step in range(number * per_epoch, mixed.steps_in(number + 1)):
+            epoch, part = mixed.step(step)
+            assert epoch == number
+            assert 1 <= len(part) <= 4
+            rows += part
+        assert rows == mixed.epoch(number)
+
+
+def test_a_part_of_an_epoch_is_a_part_of_its_steps() -> None:
+    mixed = mixture()
+    whole = mixed.steps_in(1)
+    assert mixed.steps_in(0.5) == round(whole / 2)
+    assert mixed.steps_in(1e-9) == 1
+    assert whole < mixed.steps_in(1.5) < mixed.steps_in(2)
+
+
+def test_another_seed_is_another_stream() -> None:
+    assert mixture().epoch(0) != replace(mixture(), seed=6).epoch(0)
+
+
+def test_two_mixtures_do_not_share_their_epochs() -> None:
+    one, two = mixture((5, 5)), mixture((9, 2))
+    assert len(places(one.epoch(0))) == 10
+    assert len(places(two.epoch(0))) == 11
+
+
+def test_a_further_task_changes_no_other_tasks_draw() -> None:
+    few = [n for t, n in sorted(places(mixture((40, 90), strategy="uniform").epoch(0))) if t == 0]
+    assert few == sorted(draw(40, len(few), 5, 0, "task0").tolist())
+
+
+@given(st.integers(1, 50), st.integers(0, 200), st.integers(0, 3))
+def test_a_draw_passes_over_everything_before_it_repeats(size: int, count: int, epoch: int) -> None:
+    drawn = draw(size, count, 7, epoch, "t")
+    assert len(drawn) == count
+    times = np.bincount(drawn, minlength=size) if count else np.zeros(size)
+    assert len(times) == size
+    assert times.max() - times.min() <= 1
+
+
+@given(st.integers(0, 100), st.none() | st.integers(1, 120))
+def test_a_subset_is_the_same_each_time(size: int, at_most: int | None) -> None:
+    kept = subset(size, at_most, 3, "t")
+    assert kept.tolist() == subset(size, at_most, 3, "t").tolist()
+    assert len(kept) == (size if at_most is None else min(size, at_most))
+    assert sorted(set(kept.tolist())) == kept.tolist()
+    assert all(0 <= number < size for number in kept)
+
+
+def test_a_subset_differs_by_seed_and_task_and_is_no_prefix() -> None:
+    kept = subset(100, 20, 3, "t").tolist()
+    assert kept != list(range(20))
+    assert kept != subset(100, 20, 4, "t").tolist()
+    assert kept != subset(100, 20, 3, "u").tolist()
+
+
+def test_planned_epochs_count_what_is_drawn() -> None:
+    mixed = mixture()
+    assert planned_epochs(mixed, mixed.steps_in(2)) == {"task0": 2.0, "task1": 2.0, "task2": 2.0}

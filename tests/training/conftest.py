@@ -1,0 +1,177 @@
+"""Small runs on the tiny real model and a few rows of real tasks."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.loop import Interrupted, Trainer
+from mtl_lora_cli.training.progress import TrainingProgress
+from mtl_lora_cli.training.run import Prepared, prepare
+
+FOLDERS = {"sst2": "glue/sst2", "rte": "glue/rte", "cola": "glue/cola", "home_depot": "ads/home_depot"}
+
+
+@pytest.fixture(scope="session")
+def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 120 training rows of four real tasks, a folder each."""
+    root = tmp_path_factory.mktemp("small-data")
+    for name, folder in FOLDERS.items():
+        (root / name).mkdir()
+        with gzip.open(data_folder / folder / "train.jsonl.gz", "rt", encoding="utf-8") as rows:
+            (root / name / "train.jsonl").write_text("".join(itertools.islice(rows, 120)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def recipe_file(
+    small_data: Path, stories_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A recipe of four tasks and six steps."""
+    folder = tmp_path_factory.mktemp("recipe")
+    content = {
+        "base_model": str(stories_folder),
+        "adapter": {"rank": 4, "dropout": 0.1},
+        "tasks": [
+            {"name": name, "template": name, "source": str(small_data / name)} for name in FOLDERS
+        ],
+        "training": {
+            "max_steps": 6,
+            "learning_rate": 3e-3,
+            "row_length": 128,
+            "rows_per_step": 4,
+            "on_overflow": "truncate_prompt",
+            "checkpoint_every": 2,
+            "keep_checkpoints": 9,
+        },
+        "run": {"name": "mine", "directory": str(folder / "runs")},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(recipe_file: Path) -> Prepared:
+    return prepare(load_recipe(recipe_file))
+
+
+class _Watch(TrainingProgress):
+    """Calls something after each step, as a user would do something while a run goes on."""
+
+    def __init__(self, steps: int, done: int, after: Callable[[int], None]) -> None:
+        super().__init__(steps, done, Console(file=io.StringIO()))
+        self._after = after
+
+    def update(self, event: Mapping[str, Any]) -> None:
+        super().update(event)
+        self._after(event["step"])
+
+
+@dataclass
+class Small:
+    """A run that can be trained, stopped and read."""
+
+    trainer: Trainer
+    run: RunFolder
+
+    def train(
+        self, *, stop_after: int | None = None, after: Callable[[int], None] = lambda step: None
+    ) -> Small:
+        def watch(step: int) -> None:
+            after(step)
+            if step == stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        progress = _Watch(self.trainer.total_steps, self.trainer.position.step, watch)
+        if stop_after is None:
+            self.trainer.train(progress)
+        else:
+            with pytest.raises(Interrupted):
+                self.trainer.train(progress)
+        return self
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self.trainer.adapter.tensors().items()}
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return list(self.run.events())
+
+    @property
+    def losses(self) -> list[tuple[int, float, dict[str, float]]]:
+        return [(event["step"], event["loss"], event["task_loss"]) for event in self.events]
+
+
+@pytest.fixture
+def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
+    """Builds a run; keywords are the recipe's `training`, besides these:
+
+    folder: an earlier run's folder, to go on with it.
+    weights: a `loss_weight` for each task.
+    adapter: another configuration of the adapter.
+    steps: optimiser steps.
+    """
+    numbers = itertools.count()
+
+    def build(
+        *,
+        folder: Path | None = None,
+        weights: tuple[float, ...] | None = None,
+        adapter: AdapterConfig | None = None,
+        steps: int = 6,
+        **training: Any,
+    ) -> Small:
+        settings = prepared.recipe.training.model_copy(update=training)
+        recipe = prepared.recipe.model_copy(update={"training": settings})
+        data = prepared.data
+        mixture = replace(
+            data.mixture,
+            row_length=settings.row_length,
+            rows_per_step=settings.rows_per_step,
+            seed=settings.seed,
+        )
+        tasks = data.tasks
+        if weights is not None:
+            tasks = [replace(t, loss_weight=w) for t, w in zip(tasks, weights, strict=True)]
+        own = replace(prepared, recipe=recipe, data=replace(data, mixture=mixture, tasks=tasks))
+        packed, handle = own.build()
+        if adapter is not None:
+            from accelerate.utils import set_seed
+
+            from mtl_lora_cli.models.load import load_model
+            from mtl_lora_cli.models.packed import PackedModel
+
+            set_seed(settings.seed)
+            model = load_model(own.base, dtype=own.dtype, device=own.device)
+            handle = inject(model, adapter, [task.name for task in tasks])
+            packed = PackedModel(model, handle)
+        if folder is None:
+            folder = tmp_path / f"run{next(numbers)}"
+            folder.mkdir()
+        run = RunFolder(folder)
+        trainer = Trainer(
+            Accelerator(cpu=True), packed, handle, own.data, settings, run, own.base.identity(), steps
+        )
+        return Small(trainer, run)
+
+    return build
