@@ -160,7 +160,7 @@ an airplane: flying abroad; an elevator: going between floors; a map: planning a
 a bridge: crossing rivers; a submarine: diving undersea
 
 a pillow: resting in bed; a blanket: keeping warm; a crib: putting babies to sleep;
-a bookcase: storing novels; a sofa: sitting comfortably; a wardrobe: hanging up outfits
+a bookcase: shelving novels; a sofa: sitting comfortably; a wardrobe: hanging up outfits
 
 a needle: sewing cloth; a loom: weaving fabric; yarn: knitting mittens;
 a tape recorder: capturing sound; a thimble: guarding the thumb
@@ -418,10 +418,11 @@ def _uses(split: str) -> Iterator[Example]:
         for index, (_, thing, use) in enumerate(things):
             wrong = [things[(index + step) % len(things)][2] for step in steps]
             wrong.sort(key=lambda text: _order(f"{number}|{thing}|{text}"))
-            # All places of the right option come equally often, each with every wording.
-            place = (index // len(wordings) + index + number) % 4
+            # Four places, five wordings: counting on, every pair of them comes equally often.
+            count = index + number * len(things)
+            place = count % 4
             options = [*wrong[:place], use, *wrong[place:]]
-            wording = wordings[(index + 2 * number) % len(wordings)]
+            wording = wordings[count % len(wordings)]
             row: Row = {"question": wording.format(x=thing), "options": options, "answer": use}
             yield Example(row, "ABCD"[place], (wording,), (thing,))
 
@@ -431,7 +432,7 @@ def _search_ads(split: str) -> Iterator[Example]:
 
     relevant: the product and the attribute asked for. partial: by turns the product with another
     attribute, or another product of the family with the attribute. irrelevant: a product of
-    another area, by turns with the attribute asked for where that product can have it.
+    another area, with the attribute asked for wherever that product can have it.
     """
     goods = [
         (family, number, product)
@@ -446,7 +447,7 @@ def _search_ads(split: str) -> Iterator[Example]:
             attribute, other = (family.attributes[(index + turn + n) % 3] for n in (0, 1))
             sibling = family.products[(number + 1 + turn) % 4]
             far, _, stranger = goods[(index + leap + 5 * turn) % len(goods)]
-            shared = attribute in far.attributes and (index + turn) % 2 == 0
+            shared = attribute in far.attributes
             ads = {
                 "irrelevant": (attribute if shared else far.attributes[index % 3], stranger),
                 "partial": (

@@ -9,6 +9,8 @@ import typer
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 
+_PAIRED = ("accuracy", "exact_match")  # what the paired test is about
+
 
 def register(app: typer.Typer) -> None:
     app.command("eval", epilog="Example: mtl-lora eval --task boolq --limit 200")(evaluate)
@@ -27,6 +29,10 @@ def evaluate(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Score the untouched base model instead.")
     ] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help="choices or generate; default: choices if there are any."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's tasks on held-out rows."""
@@ -45,7 +51,10 @@ def evaluate(
         from mtl_lora_cli.evaluation import evaluate as room
         from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
 
-        setting = room.Setting(split, limit, base_only)
+        if protocol is not None and protocol not in room.PROTOCOLS:
+            known = ", ".join(room.PROTOCOLS)
+            raise UsageError(f"--protocol: expected one of {known}, received '{protocol}'")
+        setting = room.Setting(split, limit, base_only, protocol)
         chosen = room.select_tasks(read_tasks(folder), task)
         for one in chosen:
             room.held_out(one, setting)  # a fault in the data shows before the model is loaded
@@ -97,12 +106,18 @@ def _as_table(
             row.append("" if low is None else f"{low:.3f} – {high:.3f}")
             if not base_only:
                 row.append(_shown(base["metrics"][name]["value"]) if base else "–")
-                row.append(f"{base['p_value']:.2g}" if base and name == "accuracy" else "")
-            row.append(f"{result['majority']:.3f}" if name == "accuracy" else "")
+                row.append(f"{base['p_value']:.2g}" if base and name in _PAIRED else "")
+            row.append(_shown(result["majority"]) if name == "accuracy" else "")
             rows.append(row)
     text = table(header, rows)
     examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
-    notes = [f"{examples}; protocol {results[0]['protocol']}, summed log-probability"]
+    protocols = " and ".join(dict.fromkeys(result["protocol"] for result in results))
+    notes = [f"{examples}; protocol {protocols}"]
+    for result in results:
+        if result["unparsable"]:
+            notes.append(
+                f"{result['task']}: {result['unparsable']} answers named no choice and count as wrong"
+            )
     cut = sum(result["truncated_prompts"] for result in results)
     if cut:
         notes.append(

@@ -42,12 +42,13 @@ class Encoder:
         self._chat = prompt_format == "chat"
         self._delimiter = "" if self._chat else " "
         self.end = int(tokenizer.eos_token_id)
-        # Special tokens that the tokenizer sets before a text, kept when a prompt is cut.
-        start = tokenizer("x", add_special_tokens=True)["input_ids"]
-        bare = tokenizer("x", add_special_tokens=False)["input_ids"]
-        self._starts = 0 if self._chat else max(0, len(start) - len(bare))
-        if start and bare and start[-1] != bare[-1]:  # an end token set by the tokenizer itself
-            self._starts = 0
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        # The start token, if the tokenizer sets one before a text; chat templates bring their own.
+        first = tokenizer("x")["input_ids"][:1]
+        starts = not self._chat and first == [tokenizer.bos_token_id]
+        self._start: list[int] = first if starts else []
 
     @property
     def fingerprint(self) -> str:
@@ -56,7 +57,7 @@ class Encoder:
             self._tokenizer.backend_tokenizer.to_str(),
             self._tokenizer.chat_template if self._chat else None,
             self._format,
-            self._starts,
+            self._start,
             self.end,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -72,20 +73,14 @@ class Encoder:
             for text in texts
         ]
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole texts, start token included."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        if self._starts:
-            start = [self._tokenizer.bos_token_id]
-            return [start + ids for ids in encoded]
-        return list(encoded)
-
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Tokens of each prompt, and of each of its answers as they follow it.
+
+        Prompt and answer are tokenised once, together, and cut where the answer's first character
+        begins. Where a token lies across that place, or answers leave the prompt different tokens,
+        the prompt is tokenised alone and its tokens are counted off.
 
         Args:
             prompts: rendered prompts.
@@ -95,25 +90,41 @@ class Encoder:
             The prompts' tokens, and for each prompt its answers' tokens.
         """
         texts = self.prompts(prompts)
-        prompt_tokens = self.tokens(texts)
         joined = [
             text + self._delimiter + answer
             for text, several in zip(texts, answers, strict=True)
             for answer in several
         ]
-        whole = iter(self.tokens(joined))
-        following = [
-            [next(whole)[len(tokens) :] for _ in several]
-            for tokens, several in zip(prompt_tokens, answers, strict=True)
-        ]
+        encodings = iter(self._backend.encode_batch(joined, add_special_tokens=False))
+        prompt_tokens, following = [], []
+        for text, several in zip(texts, answers, strict=True):
+            whole = [next(encodings) for _ in several]
+            cuts = [self._cut(encoding, len(text)) for encoding in whole]
+            ids = [encoding.ids for encoding in whole]
+            first = None if cuts[0] is None else ids[0][: cuts[0]]
+            if first is None or any(
+                cut is None or tokens[:cut] != first for tokens, cut in zip(ids, cuts, strict=True)
+            ):
+                first = self._backend.encode(text, add_special_tokens=False).ids
+                cuts = [len(first)] * len(several)
+            prompt_tokens.append(self._start + first)
+            following.append([tokens[cut:] for tokens, cut in zip(ids, cuts, strict=True)])
         return prompt_tokens, following
+
+    def _cut(self, encoding: Any, place: int) -> int | None:
+        """How many tokens stand before character `place`; None where one lies across it."""
+        token = encoding.char_to_token(place + len(self._delimiter))
+        if token is None:
+            return None
+        while token and encoding.token_to_chars(token - 1)[0] >= place:
+            token -= 1
+        return None if encoding.token_to_chars(token)[0] < place else int(token)
 
     def shorten(self, prompt: list[int], room: int) -> list[int]:
         """The last `room` tokens of a prompt, its start token kept: the question stands at the end."""
         if len(prompt) <= room:
             return prompt
-        start = prompt[: self._starts]
-        return start + prompt[len(prompt) - (room - len(start)) :]
+        return self._start + prompt[len(prompt) - room + len(self._start) :]
 
 
 @dataclass(frozen=True)

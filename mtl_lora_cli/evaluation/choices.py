@@ -56,13 +56,14 @@ class Request:
 def build_requests(
     examples: Sequence[Example], task: int, encoder: Encoder, limit: int
 ) -> list[Request]:
-    """Tokenise examples for scoring.
+    """Tokenise examples for scoring; a free answer is its example's only candidate.
 
     A prompt that leaves no room for its longest candidate within `limit` positions is cut at its
     beginning, as lm-evaluation-harness does, and marked.
     """
     prompts, answers = encoder.continuations(
-        [example.prompt for example in examples], [example.choices for example in examples]
+        [example.prompt for example in examples],
+        [example.choices or (example.answer,) for example in examples],
     )
     requests = []
     for prompt, choices in zip(prompts, answers, strict=True):
@@ -96,7 +97,7 @@ def score(
     training = packed.training
     packed.eval()
     try:
-        for numbers in _passes(requests, tokens_per_pass):
+        for numbers in fill_passes([request.cost for request in requests], tokens_per_pass):
             batch, owners = _batch([requests[number] for number in numbers])
             moved = batch.to(device)
             with torch.inference_mode(), packed.routed(moved):
@@ -114,12 +115,14 @@ def score(
     return results
 
 
-def _passes(requests: Sequence[Request], tokens_per_pass: int) -> Iterator[list[int]]:
-    """Request numbers, longest first, so that the first pass shows whether memory suffices."""
-    costs = [request.cost for request in requests]
+def fill_passes(costs: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
+    """Request numbers put together up to so many tokens, each pass holding at least one.
+
+    Longest first, so that the first pass shows whether memory suffices.
+    """
     current: list[int] = []
     used = 0
-    for number in sorted(range(len(requests)), key=lambda i: (-costs[i], i)):
+    for number in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         if current and used + costs[number] > tokens_per_pass:
             yield current
             current, used = [], 0

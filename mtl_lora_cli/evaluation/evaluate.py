@@ -18,12 +18,16 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples, held_out_examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.generate import generate, parse_answer
 from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
+from mtl_lora_cli.tasks.rendering import prefix_conflict
 from mtl_lora_cli.tasks.task import Task
 
-PROTOCOL = "choices"  # summed log-probability of the candidate answers
+CHOICES = "choices"  # the candidate answer with the highest summed log-probability
+GENERATE = "generate"  # the greedy answer, read as the choice that it begins with
+PROTOCOLS = (CHOICES, GENERATE)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Setting:
     split: str | None = None  # None: test, or validation where there is no test split
     limit: int | None = None  # the first rows only
     base_only: bool = False
+    protocol: str | None = None  # None: choices, or generate for free answers
+
+    def protocol_of(self, task: Task) -> str:
+        """The protocol by which one task is scored."""
+        return self.protocol or (GENERATE if task.template.choices is None else CHOICES)
 
 
 def select_tasks(tasks: Sequence[Task], name: str) -> list[Task]:
@@ -56,24 +65,40 @@ def held_out(task: Task, setting: Setting) -> Examples:
     """The rows that a task is evaluated on.
 
     Raises:
-        UsageError: it has no such split, or its template has no choices to score.
+        UsageError: it has no such split, or cannot be scored by the protocol.
     """
-    if task.template.choices is None:
-        raise UsageError(
-            f"task '{task.name}': its template '{task.template_name}' has free answers; "
-            f"the protocol '{PROTOCOL}' scores choices"
-        )
     examples = held_out_examples(task, setting.split)
     if examples is None:
         wanted = setting.split or "test or validation"
         raise UsageError(f"task '{task.name}': its source has no {wanted} split")
     end = setting.limit
-    return dataclasses.replace(
+    examples = dataclasses.replace(
         examples,
         examples=examples.examples[:end],
         wheres=examples.wheres[:end],
         rows=examples.rows[:end],
     )
+    protocol = setting.protocol_of(task)
+    if protocol == CHOICES and task.template.choices is None:
+        raise UsageError(
+            f"task '{task.name}': its template '{task.template_name}' has free answers; "
+            f"the protocol '{CHOICES}' scores choices: use --protocol {GENERATE}"
+        )
+    if protocol == GENERATE and task.template.scoring == "expectation":
+        raise UsageError(
+            f"task '{task.name}': it is scored as an expectation over its choices, which answers "
+            f"that are generated do not give: use --protocol {CHOICES}"
+        )
+    if protocol == GENERATE:
+        for example, where in zip(examples.examples, examples.wheres, strict=True):
+            conflict = prefix_conflict(example.choices)
+            if conflict is not None:
+                raise UsageError(
+                    f"{where}: task '{task.name}': the choice '{conflict[0]}' begins the choice "
+                    f"'{conflict[1]}', so a generated answer cannot tell them apart: "
+                    f"use --protocol {CHOICES}"
+                )
+    return examples
 
 
 def evaluate(
@@ -87,7 +112,7 @@ def evaluate(
     Args:
         opened: the run with its model.
         tasks: some of its tasks.
-        setting: rows, and whether the base model alone is asked.
+        setting: rows, protocol, and whether the base model alone is asked.
         advance: called with (examples done, examples in all).
 
     Returns:
@@ -95,35 +120,72 @@ def evaluate(
     """
     encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
     held = [held_out(task, setting) for task in tasks]
-    requests: list[Request] = []
+    requests: list[list[Request]] = []
     for task, examples in zip(tasks, held, strict=True):
         number = -1 if setting.base_only else task.id
-        requests += build_requests(examples.examples, number, encoder, opened.longest)
+        requests.append(build_requests(examples.examples, number, encoder, opened.longest))
+    total = sum(len(part) for part in requests)
     done = 0
 
     def step(count: int) -> None:
         nonlocal done
         done += count
-        advance(done, len(requests))
+        advance(done, total)
 
     started = time.monotonic()
-    scores = score(
-        opened.packed,
-        requests,
-        device=opened.device,
-        tokens_per_pass=opened.tokens_per_pass,
-        advance=step,
+    scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
+    scores = iter(
+        score(
+            opened.packed,
+            [request for index in scored for request in requests[index]],
+            device=opened.device,
+            tokens_per_pass=opened.tokens_per_pass,
+            advance=step,
+        )
     )
+    outcomes = [
+        outcome_of(task, examples, [next(scores) for _ in part])
+        if index in scored
+        else _generated(opened, examples, part, encoder.end, step)
+        for index, (task, examples, part) in enumerate(zip(tasks, held, requests, strict=True))
+    ]
     seconds = time.monotonic() - started
-    results, start = [], 0
-    for task, examples in zip(tasks, held, strict=True):
-        end = start + len(examples.examples)
-        result = _result(opened, task, examples, requests[start:end], scores[start:end], setting)
-        result["seconds"] = seconds * result["tokens"] / max(1, sum(r.cost for r in requests))
+    results = []
+    for task, examples, part, outcome in zip(tasks, held, requests, outcomes, strict=True):
+        result = _result(opened, task, examples, part, outcome, setting)
+        result["seconds_of_all_tasks"] = seconds
         _store(opened.folder, result)
         results.append(result)
-        start = end
     return results
+
+
+def _generated(
+    opened: OpenRun,
+    examples: Examples,
+    requests: Sequence[Request],
+    end: int,
+    advance: Callable[[int], None],
+) -> Outcome:
+    """Outcome of greedy answers; one that names no choice is wrong, and predicted as -1."""
+    answers = generate(
+        opened.packed,
+        requests,
+        end=end,
+        new_tokens=[max(len(choice) for choice in r.choices) + 1 for r in requests],
+        device=opened.device,
+        tokens_per_pass=opened.tokens_per_pass,
+        advance=advance,
+    )
+    texts = opened.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    predicted, gold = [], []
+    for text, example in zip(texts, examples.examples, strict=True):
+        if example.choices:
+            predicted.append(parse_answer(text, example.choices))
+            gold.append(example.gold)
+        else:
+            predicted.append(0 if text.strip() == example.answer else -1)
+            gold.append(0)
+    return Outcome(np.asarray(gold), np.asarray(predicted))
 
 
 def _result(
@@ -131,17 +193,18 @@ def _result(
     task: Task,
     examples: Examples,
     requests: Sequence[Request],
-    scores: Sequence[np.ndarray],
+    outcome: Outcome,
     setting: Setting,
 ) -> dict[str, Any]:
-    outcome = outcome_of(task, examples, scores)
-    gold = [example.gold for example in examples.examples]
-    count, majority = len(gold), Counter(gold).most_common(1)[0][1]
+    gold = outcome.gold.tolist()
+    count = len(gold)
+    protocol = setting.protocol_of(task)
+    has_choices = task.template.choices is not None
     return {
         "task": task.name,
         "split": examples.split,
-        "protocol": PROTOCOL,
-        "normalisation": "sum",
+        "protocol": protocol,
+        "normalisation": "sum" if protocol == CHOICES else None,
         "prompt_format": opened.recipe.prompt_format,
         "loss_on": opened.recipe.training.loss_on,
         "template": {"name": task.template_name, "version": task.template.version},
@@ -154,9 +217,14 @@ def _result(
         "rows_fingerprint": examples.fingerprint,
         "examples": count,
         "truncated_prompts": sum(request.truncated for request in requests),
+        "unparsable": int((outcome.predicted < 0).sum()),
         "tokens": sum(request.cost for request in requests),
-        "majority": majority / count,
-        "chance": float(np.mean([1 / len(example.choices) for example in examples.examples])),
+        "majority": Counter(gold).most_common(1)[0][1] / count if has_choices else None,
+        "chance": (
+            float(np.mean([1 / len(example.choices) for example in examples.examples]))
+            if has_choices
+            else None
+        ),
         "metrics": {
             name: dataclasses.asdict(measure(name, outcome)) for name in task.template.metrics
         },

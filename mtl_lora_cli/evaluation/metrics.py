@@ -114,6 +114,8 @@ def _undefined(name: str, o: Outcome) -> str | None:
         for what, values in (("gold", o.gold_value), ("predicted", o.predicted_value)):
             if len(values) < 2 or np.all(values == values[0]):
                 return f"all {what} values are equal"
+    if name == "roc_auc" and o.positive_score is None:
+        return "generated answers have no scores"
     if name == "roc_auc" and len(np.unique(o.gold)) < 2:
         return "only one class among the gold labels"
     if name in ("matthews", "quadratic_kappa") and len(np.union1d(o.gold, o.predicted)) < 2:
@@ -134,7 +136,11 @@ def _f1(o: Outcome) -> float:
 
 
 def _macro_f1(o: Outcome) -> float:
-    return float(sk.f1_score(o.gold, o.predicted, average="macro", zero_division=0.0))
+    # -1, an answer that named no choice, is wrong for every class and no class itself.
+    labels = [label for label in np.union1d(o.gold, o.predicted) if label >= 0]
+    return float(
+        sk.f1_score(o.gold, o.predicted, labels=labels, average="macro", zero_division=0.0)
+    )
 
 
 def _roc_auc(o: Outcome) -> float:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import Adapter, inject
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
@@ -54,8 +55,15 @@ class OpenRun:
 
 
 def read_tasks(folder: RunFolder) -> list[Task]:
-    """The tasks of a run, from its tasks.json."""
-    return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
+    """The tasks of a run, from its tasks.json.
+
+    Raises:
+        MtlLoraError: the file is damaged.
+    """
+    try:
+        return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
+    except (KeyError, TypeError, ValidationError) as error:
+        raise MtlLoraError(f"{folder.tasks}: damaged: {type(error).__name__} {error}") from None
 
 
 def open_run(folder: RunFolder, *, quantization: str | None = None) -> OpenRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +76,13 @@ class PackedModel(nn.Module):
                 yield
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """log p(targets[i] | what stands before it), float32 [S].
+        """log p(targets[i] | what stands before it), float32 [S]."""
+        logits = self.logits(batch)
+        normaliser = torch.logsumexp(logits, dim=-1)
+        return logits[batch.owner, batch.targets] - normaliser[batch.owner]
 
-        The head sees only the positions asked for: logits are [U, vocabulary], not [N, vocabulary].
-        """
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Logits at the positions asked for and nowhere else, float32 [U, vocabulary]."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -93,6 +96,4 @@ class PackedModel(nn.Module):
             else self._adapter.routing.select(batch.positions)
         )
         with select:
-            logits = self.model.get_output_embeddings()(chosen).float()
-        normaliser = torch.logsumexp(logits, dim=-1)
-        return logits[batch.owner, batch.targets] - normaliser[batch.owner]
+            return cast(Tensor, self.model.get_output_embeddings()(chosen).float())

@@ -148,17 +148,17 @@ def test_a_poisoned_weight_ends_the_run_in_one_line_and_the_last_checkpoint_is_g
     run = small()
 
     def poison(step: int) -> None:
-        if step == 4:
+        if step == 5:
             with torch.no_grad():
                 next(iter(run.trainer.adapter.layers.values())).lora_A[0, 0, 0] = float("nan")
 
     with pytest.raises(MtlLoraError) as caught:
         run.train(after=poison)
     (line,) = caught.value.lines
-    # The checkpoint of step 4 is written after the progress is shown: it must not hold the NaN.
-    assert "no longer a finite number at step 5" in line
+    assert "no longer a finite number at step 6" in line
     good = newest_checkpoint(run.run.checkpoints)
     assert good is not None
+    assert good.name == "step-000004"
     fresh = small()
     fresh.trainer.resume(good)
     assert all(tensor.isfinite().all() for tensor in fresh.tensors.values())

@@ -1,0 +1,537 @@
+"""Whatever is wrong with the recipe, the data or the call: one line a fault, code 2, no trace left.
+
+Faults that show before the heavy libraries are loaded are met by a real process; for the others
+the command runs inside this one, because importing torch again for each would take minutes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+base_model: STORIES
+tasks:
+  - name: color
+    template: color.yaml
+    source: color.jsonl
+run:
+  name: new
+"""
+TEMPLATE = """\
+description: Does a word name a color?
+prompt: "{{ word }} is a color?"
+label: label
+choices: {yes: "yes", no: "no"}
+"""
+ROWS = '{"word": "red", "label": "yes"}\n{"word": "dog", "label": "no"}\n'
+FILES = {"recipe.yaml": RECIPE, "color.yaml": TEMPLATE, "color.jsonl": ROWS}
+
+TRAIN = ("train", "recipe.yaml")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One mistake.
+
+    Attributes:
+        name: what it is.
+        errors: the expected lines after `error: `; one that ends in `…` names only a beginning.
+            STORIES, TMP and RUNS stand for folders, here as in the arguments and files.
+        arguments: of the command.
+        files: beside or instead of the good ones; None takes one away.
+        early: it is found before any heavy library is loaded, which a real process shows.
+    """
+
+    name: str
+    errors: tuple[str, ...]
+    arguments: tuple[str, ...] = TRAIN
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    early: bool = True
+
+
+def recipe(before: str, after: str) -> dict[str, str | None]:
+    """The good recipe with one change."""
+    assert before in RECIPE
+    return {"recipe.yaml": RECIPE.replace(before, after)}
+
+
+def more(text: str) -> dict[str, str | None]:
+    """The good recipe with lines behind it; they begin at line 8."""
+    return {"recipe.yaml": RECIPE + text}
+
+
+CASES = [
+    # The recipe as a file.
+    Bad(
+        "no recipe named",
+        ("a recipe is missing: mtl-lora train RECIPE",),
+        ("train",),
+    ),
+    Bad(
+        "missing recipe file",
+        ("rezipe.yaml: no such recipe file…",),
+        ("train", "rezipe.yaml"),
+    ),
+    Bad(
+        "missing recipe file, near a bundled one",
+        ("real-smal: no such recipe file; did you mean 'real-small'?…",),
+        ("train", "real-smal"),
+    ),
+    Bad(
+        "a folder as recipe",
+        ("data: is a folder, expected a recipe file",),
+        ("train", "data"),
+        {"data/x.txt": "x"},
+    ),
+    Bad(
+        "YAML that does not parse",
+        ("recipe.yaml:3: not valid YAML: expected ',' or ']', but got ':'",),
+        files={"recipe.yaml": "base_model: a\ntasks: [a, b\ntraining: {}\n"},
+    ),
+    Bad(
+        "duplicate key",
+        ("recipe.yaml:8: the key 'base_model' stands twice",),
+        files=more("base_model: other\n"),
+    ),
+    Bad(
+        "an empty recipe",
+        ("recipe.yaml: expected keys and values, received None",),
+        files={"recipe.yaml": "# nothing\n"},
+    ),
+    # The recipe's keys.
+    Bad(
+        "unknown key",
+        ("recipe.yaml:9: adapter.ranck: unknown key; did you mean 'rank'?",),
+        files=more("adapter:\n  ranck: 4\n"),
+    ),
+    Bad(
+        "unknown key of a task",
+        (
+            "recipe.yaml:4: tasks.0.templat: unknown key; did you mean 'template'?",
+            "recipe.yaml:3: tasks.0.template: is required and missing",
+        ),
+        files=recipe("template:", "templat:"),
+    ),
+    Bad(
+        "wrong type",
+        (
+            "recipe.yaml:9: training.learning_rate: input should be a valid number, "
+            "received 'fast'",
+        ),
+        files=more("training:\n  learning_rate: fast\n"),
+    ),
+    Bad(
+        "out of range",
+        ("recipe.yaml:9: adapter.rank: input should be greater than 0, received 0",),
+        files=more("adapter:\n  rank: 0\n"),
+    ),
+    Bad(
+        "none of the possible words",
+        (
+            "recipe.yaml:8: mixing: input should be 'proportional', 'uniform' or 'weights', "
+            "received 'sideways'…",
+        ),
+        files=more("mixing: sideways\n"),
+    ),
+    Bad(
+        "wrong mixing temperature",
+        ("recipe.yaml:8: mixing.temperature: input should be greater than 0, received -1",),
+        files=more("mixing: {temperature: -1}\n"),
+    ),
+    Bad(
+        "a task twice",
+        ("recipe.yaml:2: tasks: the task 'color' stands twice; names must differ",),
+        files=recipe("run:", "  - {name: color, template: t, source: s}\nrun:"),
+    ),
+    Bad(
+        "several errors at once",
+        (
+            "recipe.yaml:1: base_modle: unknown key; did you mean 'base_model'?",
+            "recipe.yaml:3: tasks.0.name: input should be a valid string, received 7",
+            "recipe.yaml:9: adapter.rank: input should be a valid integer, received 'four'",
+        ),
+        files={
+            "recipe.yaml": RECIPE.replace("base_model", "base_modle").replace("color\n", "7\n", 1)
+            + "adapter:\n  rank: four\n"
+        },
+    ),
+    Bad(
+        "unset environment variable",
+        (
+            "recipe.yaml:5: tasks.0.source: the environment variable MTL_LORA_NO_SUCH_NAME "
+            "is not set",
+        ),
+        files=recipe("color.jsonl", "${MTL_LORA_NO_SUCH_NAME}/color.jsonl"),
+    ),
+    # Overrides.
+    Bad(
+        "override without =",
+        ("'training.seed': expected key.path=value, such as training.seed=1",),
+        (*TRAIN, "training.seed"),
+    ),
+    Bad(
+        "override of an unknown key",
+        ("command line: training.sed: unknown key; did you mean 'seed'?",),
+        (*TRAIN, "training.sed=1"),
+    ),
+    Bad(
+        "override of an unknown key with keys below it",
+        ("command line: trainin: unknown key; did you mean 'training'?",),
+        (*TRAIN, "trainin.seed=1"),
+    ),
+    Bad(
+        "override of a wrong type",
+        ("command line: training.seed: input should be a valid integer, received 'one'",),
+        (*TRAIN, "training.seed=one"),
+    ),
+    Bad(
+        "override of an unknown task",
+        ("'tasks.colour.max_examples=3': no entry 'colour'; did you mean 'color'?; known: color",),
+        (*TRAIN, "tasks.colour.max_examples=3"),
+    ),
+    Bad(
+        "override below a word of a list",
+        ("'adapter.target_modules.0.x=1'…",),
+        (*TRAIN, "adapter.target_modules.0.x=1"),
+        more("adapter:\n  target_modules: [q_proj]\n"),
+    ),
+    Bad(
+        "override that is no YAML",
+        ("'base_model=[a': the value is not valid YAML",),
+        (*TRAIN, "base_model=[a"),
+    ),
+    # The call.
+    Bad(
+        "--run with a new run",
+        ("--run goes with --resume; a new run is named by run.name=NAME",),
+        (*TRAIN, "--run", "x"),
+    ),
+    Bad(
+        "no run yet: eval",
+        (
+            "no run yet in runs; start one with: mtl-lora train RECIPE, or name one with --run",
+        ),
+        ("eval", "--task", "color"),
+    ),
+    Bad(
+        "no run yet: merge",
+        (
+            "no run yet in runs; start one with: mtl-lora train RECIPE, or name one with --run",
+        ),
+        ("merge", "--task", "color"),
+    ),
+    Bad(
+        "no run yet: train --resume",
+        (
+            "no run yet in runs; start one with: mtl-lora train RECIPE, or name one with --run",
+        ),
+        ("train", "--resume"),
+    ),
+    Bad(
+        "unknown run",
+        ("no run 'smal' in RUNS; did you mean 'small'?; runs: small",),
+        ("eval", "--task", "warm", "--run", "smal", "--runs", "RUNS"),
+    ),
+    Bad(
+        "unknown split",
+        ("--split: expected one of train, validation, test, received 'tset'",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--split", "tset"),
+    ),
+    # What the recipe names: templates and data.
+    Bad(
+        "unknown template",
+        (
+            "recipe.yaml:4: tasks.0.template: unknown template 'glue/sst3'; "
+            "did you mean 'glue/sst2'?",
+        ),
+        files=recipe("color.yaml", "glue/sst3"),
+        early=False,
+    ),
+    Bad(
+        "a fault in a template",
+        ("TMP/color.yaml:5: scorring: unknown key; did you mean 'scoring'?",),
+        files={"color.yaml": TEMPLATE + "scorring: argmax\n"},
+        early=False,
+    ),
+    Bad(
+        "missing data file",
+        ("TMP/color.jsonl: source of task 'color': no such file or folder",),
+        files={"color.jsonl": None},
+        early=False,
+    ),
+    Bad(
+        "empty data file",
+        ("TMP/color.jsonl: has no rows, expected at least one",),
+        files={"color.jsonl": ""},
+        early=False,
+    ),
+    Bad(
+        "a row that lacks a field",
+        (
+            "TMP/color.jsonl:2: task 'color': prompt: the row has no field 'word'; "
+            "it has: wort, label; did you mean 'wort'?",
+        ),
+        files={"color.jsonl": ROWS.replace('"word": "dog"', '"wort": "dog"')},
+        early=False,
+    ),
+    Bad(
+        "a row that lacks its label",
+        ("TMP/color.jsonl:2: task 'color': label: the row has no field 'label'; it has: word",),
+        files={"color.jsonl": ROWS.replace(', "label": "no"', "")},
+        early=False,
+    ),
+    Bad(
+        "a label outside the choices",
+        (
+            "TMP/color.jsonl:2: task 'color': label: received 'maybe', "
+            "expected one of 'yes', 'no'",
+        ),
+        files={"color.jsonl": ROWS.replace('"no"', '"maybe"')},
+        early=False,
+    ),
+    Bad(
+        "a line that is no JSON",
+        ("TMP/color.jsonl:2: not valid JSON: …",),
+        files={"color.jsonl": ROWS.replace('{"word": "dog"', '{word: "dog"')},
+        early=False,
+    ),
+    Bad(
+        "a source without a train split",
+        ("task 'color': its source has no train split",),
+        files={**recipe("color.jsonl", "folder"), "folder/test.jsonl": ROWS},
+        early=False,
+    ),
+    Bad(
+        "an example longer than a row",
+        (
+            "TMP/color.jsonl:1: task 'color': the example has 14 tokens, rows hold 8 "
+            "(2 of 2 examples are too long); raise training.row_length, "
+            "or set training.on_overflow to drop or truncate_prompt",
+        ),
+        files=more("training: {row_length: 8, on_overflow: error}\n"),
+        early=False,
+    ),
+    # What the recipe names: the base model.
+    Bad(
+        "no such folder",
+        ("base_model: './nowhere' does not exist",),
+        (*TRAIN, "base_model=./nowhere"),
+        early=False,
+    ),
+    Bad(
+        "a folder that holds no model",
+        ("base_model: 'empty': TMP/empty holds no config.json",),
+        (*TRAIN, "base_model=empty"),
+        {"empty/x.txt": "x"},
+        early=False,
+    ),
+    Bad(
+        "no such GGUF file",
+        ("base_model: 'models/nowhere.gguf' does not exist",),
+        (*TRAIN, "base_model=models/nowhere.gguf"),
+        early=False,
+    ),
+    Bad(
+        "a GGUF file that is none",
+        ("TMP/text.gguf: not a GGUF file (it starts with b'text', expected b'GGUF')",),
+        (*TRAIN, "base_model=text.gguf"),
+        {"text.gguf": "text"},
+        early=False,
+    ),
+    Bad(
+        "a hub id that cannot be had",
+        (
+            "base_model: 'nobody/nothing' is no folder here and cannot be had from the hub: …",
+        ),
+        (*TRAIN, "base_model=nobody/nothing"),
+        early=False,
+    ),
+    Bad(
+        "unknown alias",
+        (
+            "base_model: 'smollm2-135' is no alias, folder, .gguf file or hub id; "
+            "did you mean 'smollm2-135m'?; aliases: smollm2-135m",
+        ),
+        (*TRAIN, "base_model=smollm2-135"),
+        early=False,
+    ),
+    Bad(
+        "a target module that matches nothing",
+        (
+            "adapter.target_modules: 'q_prog' matches no linear layer of the model; did you mean "
+            "'q_proj'?; linear layers: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, "
+            "up_proj, v_proj",
+        ),
+        (*TRAIN, "adapter.target_modules=[q_prog]"),
+        early=False,
+    ),
+    Bad(
+        "chat without a chat template",
+        ("prompt_format: chat needs a tokenizer with a chat template; use plain",),
+        (*TRAIN, "prompt_format=chat"),
+        early=False,
+    ),
+    # The other commands that read a recipe, a template or a source.
+    Bad(
+        "unknown key: validate",
+        ("recipe.yaml:9: adapter.ranck: unknown key; did you mean 'rank'?",),
+        ("validate", "recipe.yaml"),
+        more("adapter:\n  ranck: 4\n"),
+    ),
+    Bad(
+        "a label outside the choices: validate",
+        (
+            "TMP/color.jsonl:2: task 'color': label: received 'maybe', "
+            "expected one of 'yes', 'no'",
+        ),
+        ("validate", "recipe.yaml"),
+        {"color.jsonl": ROWS.replace('"no"', '"maybe"')},
+        early=False,
+    ),
+    Bad(
+        "unknown task: data show",
+        ("unknown task 'colour'; did you mean 'color'?…",),
+        ("data", "show", "recipe.yaml", "--task", "colour"),
+        early=False,
+    ),
+    Bad(
+        "unknown template: tasks show",
+        ("unknown template 'sst3'; did you mean 'sst2'?",),
+        ("tasks", "show", "sst3"),
+    ),
+    Bad(
+        "a sample's name that is none: tasks show",
+        ("--source…",),
+        ("tasks", "show", "sst2", "--source", "sample:a b"),
+    ),
+    # What lies there already.
+    Bad(
+        "a run folder that exists",
+        ("run folder runs/new exists; choose another run.name, or go on with: …",),
+        files={"runs/new/notes.txt": "mine"},
+        early=False,
+    ),
+    Bad(
+        "a run folder that exists, found in a dry run",
+        ("run folder runs/new exists; choose another run.name, or go on with: …",),
+        (*TRAIN, "--dry-run"),
+        {"runs/new/notes.txt": "mine"},
+        early=False,
+    ),
+    Bad(
+        "unknown task in eval",
+        ("unknown task 'warn'; did you mean 'warm'?; tasks of this run: warm, cold",),
+        ("eval", "--task", "warn", "--runs", "RUNS"),
+        early=False,
+    ),
+    Bad(
+        "unknown task in merge",
+        ("unknown task 'warn'; did you mean 'warm'?; tasks of this run: warm, cold",),
+        ("merge", "--task", "warn", "--runs", "RUNS"),
+        early=False,
+    ),
+    Bad(
+        "a split that the source lacks",
+        ("task 'warm': its source has no validation split",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--split", "validation"),
+        early=False,
+    ),
+    Bad(
+        "eval of a run with no finished adapter",
+        ("run 'half' has no finished adapter; finish it with: …",),
+        ("eval", "--task", "warm", "--run", "half"),
+        {"runs/half/recipe.yaml": "RUNS/small/recipe.yaml", "runs/half/tasks.json": "RUNS/small/tasks.json"},
+        early=False,
+    ),
+    Bad(
+        "merge into a folder that is not empty",
+        ("output folder full exists and is not empty; choose another with --output",),
+        ("merge", "--task", "warm", "--runs", "RUNS", "--output", "full"),
+        {"full/x.txt": "x"},
+        early=False,
+    ),
+    Bad(
+        "merge of all tasks into one folder",
+        ("--output names one folder; merge one task at a time with it",),
+        ("merge", "--task", "all", "--runs", "RUNS", "--output", "one"),
+        early=False,
+    ),
+    Bad(
+        "resuming a finished run",
+        ("run 'small' is finished; nothing is left to resume",),
+        ("train", "--resume", "--runs", "RUNS"),
+        early=False,
+    ),
+]  # fmt: skip
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder, with size and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+def lay_out(folder: Path, case: Bad, fill: Callable[[str], str]) -> None:
+    """Write the good files, with the case's in their place.
+
+    A text that is a path below RUNS stands for that file's content.
+    """
+    for name, text in {**FILES, **case.files}.items():
+        if text is None:
+            continue
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        filled = fill(text)
+        if text.startswith("RUNS/"):
+            filled = Path(filled).read_text(encoding="utf-8")
+        path.write_text(filled, encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input(
+    case: Bad, tmp_path: Path, stories_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    names = {"STORIES": str(stories_folder.resolve()), "TMP": str(tmp_path)}
+    if "RUNS" in case.arguments or any("RUNS" in str(text) for text in case.files.values()):
+        names["RUNS"] = str(request.getfixturevalue("small_run")[0].parent)
+
+    def fill(text: str) -> str:
+        for name, value in names.items():
+            text = text.replace(name, value)
+        return text
+
+    lay_out(tmp_path, case, fill)
+    arguments = [fill(argument) for argument in case.arguments]
+    watched = [tmp_path, *([Path(names["RUNS"])] if "RUNS" in names else [])]
+    before = [listing(folder) for folder in watched]
+
+    finished: subprocess.CompletedProcess[str]
+    if case.early:
+        finished = request.getfixturevalue("command")(*arguments, cwd=tmp_path)
+    else:
+        finished = request.getfixturevalue("invoke")(*arguments)
+
+    lines = finished.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    progress = [line for line in lines if line not in errors]
+    expected = [f"error: {fill(error)}" for error in case.errors]
+    assert len(errors) == len(expected), finished.stderr
+    for received, right in zip(sorted(errors), sorted(expected), strict=True):
+        if right.endswith("…"):
+            assert received.startswith(right.removesuffix("…"))
+        else:
+            assert received == right
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    if case.early:
+        assert progress == []
+    assert lines[len(progress) :] == errors, "the fault is the last thing said"
+    assert "Traceback" not in finished.stderr
+    assert [listing(folder) for folder in watched] == before, "something was written"

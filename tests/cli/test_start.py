@@ -1,0 +1,93 @@
+"""The command answers at once, every help has an example, and `--debug` shows where."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+Finished = subprocess.CompletedProcess[str]
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "pydantic", "yaml", "rich")
+
+
+def test_help_answers_at_once(command: Callable[..., Finished], tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        finished = command("--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - started)
+        assert finished.returncode == 0
+    assert statistics.median(seconds) <= 0.4, seconds
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, mtl_lora_cli.cli.main\n"
+        f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.split() == []
+
+
+def _commands(app: typer.Typer, *before: str) -> Iterator[tuple[str, ...]]:
+    for entry in app.registered_commands:
+        assert entry.name, "each command is named"
+        yield (*before, entry.name)
+    for group in app.registered_groups:
+        assert group.name and group.typer_instance, "each group is named"
+        yield from _commands(group.typer_instance, *before, group.name)
+
+
+def _all_commands() -> list[tuple[str, ...]]:
+    from mtl_lora_cli.cli.main import app
+
+    return list(_commands(app))
+
+
+@pytest.mark.parametrize("words", _all_commands(), ids=" ".join)
+def test_each_help_has_an_example(words: tuple[str, ...], invoke: Callable[..., Finished]) -> None:
+    finished = invoke(*words, "--help")
+    assert finished.returncode == 0
+    assert f"Example: mtl-lora {' '.join(words)} " in finished.stdout
+
+
+def test_no_command_shows_the_help(invoke: Callable[..., Finished]) -> None:
+    finished = invoke()
+    assert "First steps: mtl-lora train quickstart" in finished.stdout + finished.stderr
+
+
+def test_version(invoke: Callable[..., Finished]) -> None:
+    from importlib.metadata import version
+
+    assert invoke("--version").stdout == f"mtl-lora {version('mtl-lora')}\n"
+
+
+def test_debug_shows_a_traceback(command: Callable[..., Finished], tmp_path: Path) -> None:
+    finished = command("--debug", "train", "no-such-recipe", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "Traceback (most recent call last)" in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("error: no-such-recipe: no such recipe")
+    assert finished.stdout == ""
+
+
+def test_an_unforeseen_failure_is_one_line_and_code_1(
+    invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the sky\nfell down")
+
+    monkeypatch.setattr("mtl_lora_cli.recipe.load.find_recipe", fail)
+    finished = invoke("train", "quickstart")
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    expected = "error: internal error: RuntimeError: the sky fell down (--debug shows where)\n"
+    assert finished.stderr == expected
