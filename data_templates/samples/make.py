@@ -109,7 +109,7 @@ ANIMALS_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "test": (
         "Does {x} count as a creature?",
-        "Would a zoologist study {x}?",
+        "Is there a brain inside {x}?",
         "Was {x} once born or hatched?",
         "Can {x} feel hunger?",
         "Might {x} look for a mate?",
@@ -316,26 +316,26 @@ SHELVES: dict[str, tuple[Family, ...]] = {
 # Train asks for each product with two attributes, test with one.
 SEARCH_ROUNDS = {"train": 2, "test": 1}
 
-# {p} the product with its attribute; {P} the same with a capital.
+# {p} is the product with its attribute.
 QUERY_WORDINGS: dict[str, tuple[str, ...]] = {
-    "train": ("buy {p}", "{p} for sale", "{p} near me", "find {p}"),
-    "test": ("{p} online", "order {p}", "best {p}", "{p} deals"),
+    "train": ("buy {p}", "find {p}", "shop {p}", "need {p}"),
+    "test": ("order {p}", "best {p}", "compare {p}", "get {p}"),
 }
 AD_WORDINGS: dict[str, tuple[str, ...]] = {
     "train": (
-        "{P}. In stock, free delivery.",
-        "{P} at a fair price. Ships today.",
-        "New season: {p}. Order before Sunday.",
-        "Shop our {p}. Easy returns.",
-        "{P}, tested and trusted. Save now.",
-        "Big sale: {p}. While stocks last.",
+        "Now in stock: {p}. Free delivery.",
+        "Our {p} at a fair price. Ships today.",
+        "New season {p}. Easy returns.",
+        "Choose our {p}. Save now.",
+        "Tested and trusted {p}. Good value.",
+        "Big sale on {p}. While stocks last.",
     ),
     "test": (
-        "{P} - our top seller. Pick up in store.",
-        "Just arrived: {p}. Fast shipping.",
-        "Discover {p} you will love. Gift wrap included.",
-        "{P} made to last. Full guarantee.",
-        "Treat yourself: {p}. Limited offer.",
+        "Top seller: {p}. Pick up in store.",
+        "Just arrived, {p}. Fast shipping.",
+        "Discover {p}. Gift wrap included.",
+        "Expect {p} made to last. Full guarantee.",
+        "Treat yourself to {p}. Limited offer.",
         "Looking for {p}? Pay later with us.",
     ),
 }
@@ -459,10 +459,9 @@ def _search_ads(split: str) -> Iterator[Example]:
             query_wording = QUERY_WORDINGS[split][count % len(QUERY_WORDINGS[split])]
             ad_wording = AD_WORDINGS[split][count // 4 % len(AD_WORDINGS[split])]
             for grade, ad in ads.items():
-                offered = " ".join(ad)
                 row: Row = {
                     "query": query_wording.format(p=f"{attribute} {product}"),
-                    "ad": ad_wording.format(p=offered, P=offered[0].upper() + offered[1:]),
+                    "ad": ad_wording.format(p=" ".join(ad)),
                     "grade": grade,
                 }
                 entities = (attribute, product, *ad)

@@ -406,7 +406,7 @@ CASES = [
     ),
     Bad(
         "a sample's name that is none: tasks show",
-        ("--source…",),
+        ("…",),
         ("tasks", "show", "sst2", "--source", "sample:a b"),
     ),
     # What lies there already.

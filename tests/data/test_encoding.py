@@ -57,11 +57,10 @@ def test_a_merge_across_the_boundary_counts_off_the_prompts_tokens(small_tokeniz
 
 
 def test_the_start_token_is_the_tokenizers(stories_tokenizer: Any, small_tokenizer: Any) -> None:
-    (tokens,) = Encoder(stories_tokenizer, "plain").tokens(["a girl"])
-    assert tokens[0] == stories_tokenizer.bos_token_id
-    assert tokens == stories_tokenizer("a girl")["input_ids"]
-    (tokens,) = Encoder(small_tokenizer, "plain").tokens(["a girl"])
-    assert tokens == small_tokenizer("a girl")["input_ids"]
+    for tokenizer, starts in ((stories_tokenizer, True), (small_tokenizer, False)):
+        (tokens,), _ = Encoder(tokenizer, "plain").continuations(["a girl"], [["x"]])
+        assert tokens == tokenizer("a girl")["input_ids"]
+        assert (tokens[0] == tokenizer.bos_token_id) == starts
 
 
 def test_many_texts_give_what_each_gives_alone(stories_tokenizer: Any) -> None:
@@ -159,7 +158,7 @@ def test_truncation_without_a_start_token_keeps_the_prompts_end(small_tokenizer:
 @pytest.mark.parametrize("room", [1, 2, 3, 5])
 def test_a_shortened_prompt_has_the_length_asked_for(stories_tokenizer: Any, room: int) -> None:
     encoder = Encoder(stories_tokenizer, "plain")
-    (prompt,) = encoder.tokens([LONG])
+    (prompt,), _ = encoder.continuations([LONG], [["yes"]])
     short = encoder.shorten(prompt, room)
     assert len(short) == room
     assert short[0] == stories_tokenizer.bos_token_id

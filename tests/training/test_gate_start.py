@@ -19,7 +19,7 @@ def mean_cosine(small: Callable[..., Any], config: AdapterConfig) -> float:
         steps=100,
         learning_rate=3e-4,
         rows_per_step=1,
-        row_length=256,
+        row_length=128,
         checkpoint_every=None,
     ).train()
     cosines = [

@@ -15,7 +15,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import find_run
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.run import resume, start
+from mtl_lora_cli.training.run import Prepared, resume, start
 
 
 def same(one: Any, two: Any) -> None:
@@ -72,13 +72,16 @@ def test_signals_are_given_back(small: Callable[..., Any]) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_whole_run_is_started_and_resumed_by_its_folder(recipe_file: Path, tmp_path: Path) -> None:
-    run = start(load_recipe(recipe_file, [f"run.directory={tmp_path}", "run.name=first"]))
+def test_a_whole_run_is_started_and_resumed_by_its_folder(
+    recipe_file: Path, prepared: Prepared, tmp_path: Path
+) -> None:
+    loaded = load_recipe(recipe_file, [f"run.directory={tmp_path}", "run.name=first"])
+    run = start(loaded, prepared)
     finished = read_tensors(run.require_adapter())
     with pytest.raises(UsageError, match="run 'first' is finished"):
         resume(run, None, [])
     with pytest.raises(UsageError, match=r"run folder .*first exists"):
-        start(load_recipe(recipe_file, [f"run.directory={tmp_path}", "run.name=first"]))
+        start(loaded, prepared)
 
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "step-000006")

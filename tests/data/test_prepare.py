@@ -1,0 +1,211 @@
+"""From a recipe to encoded tasks: fan-out by a column, the cache, the audit, the shared stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtl_lora_cli.data import cache
+from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, read_examples
+from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_tokenizer
+from mtl_lora_cli.recipe.load import load_recipe
+
+TEMPLATE = """description: a task of a user's own
+prompt: "{{ text }}"
+label: label
+choices: {0: "no", 1: "yes"}
+"""
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows_of(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"text": f"row {i + start}", "label": i % 2} for i in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe's folder with one template, and a cache of its own."""
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.yaml").write_text(TEMPLATE, encoding="utf-8")
+    return tmp_path
+
+
+def prepare(folder: Path, stories: Path, tasks: str, *overrides: str) -> TrainingData:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"base_model: {stories}\ntasks:\n{tasks}", encoding="utf-8")
+    loaded = load_recipe(recipe, overrides)
+    tokenizer = load_tokenizer(find_base_model(str(stories)))
+    return prepare_training(bind_tasks(loaded), loaded.recipe, tokenizer, 512)
+
+
+def test_a_task_column_fans_out_into_tasks(folder: Path, stories_folder: Path) -> None:
+    rows = [{**row, "task_id": i % 3} for i, row in enumerate(rows_of(12))]
+    write_rows(folder / "all.jsonl", rows)
+    source = "{path: all.jsonl, task_column: task_id, task_names: {0: left, 1: middle, 2: right}}"
+    data = prepare(folder, stories_folder, f"- {{name: x, template: own.yaml, source: {source}}}\n")
+    assert [task.name for task in data.tasks] == ["left", "middle", "right"]
+    assert [task.id for task in data.tasks] == [0, 1, 2]
+    assert [len(split) for split in data.splits] == [4, 4, 4]
+    examples = read_examples(data.tasks[1], "train")
+    assert examples is not None
+    assert [example.prompt for example in examples.examples] == ["row 1", "row 4", "row 7", "row 10"]
+    assert examples.wheres[1].endswith("all.jsonl:5")
+
+
+def test_a_task_column_without_names_takes_its_values(folder: Path, stories_folder: Path) -> None:
+    rows = [{**row, "task": ("boolq", "piqa")[i % 2]} for i, row in enumerate(rows_of(6))]
+    write_rows(folder / "all.jsonl", rows)
+    tasks = "- {name: x, template: own.yaml, source: {path: all.jsonl, task_column: task}}\n"
+    data = prepare(folder, stories_folder, tasks)
+    assert [task.name for task in data.tasks] == ["boolq", "piqa"]
+
+
+def test_an_unknown_id_in_the_task_column_is_named(folder: Path, stories_folder: Path) -> None:
+    write_rows(folder / "all.jsonl", [{**row, "task_id": 7} for row in rows_of(2)])
+    source = "{path: all.jsonl, task_column: task_id, task_names: {0: left}}"
+    with pytest.raises(UsageError, match=r"all\.jsonl:1: task_id: expected one of 0, received 7"):
+        prepare(folder, stories_folder, f"- {{name: x, template: own.yaml, source: {source}}}\n")
+
+
+def test_the_second_start_is_served_by_the_cache_and_equal(
+    folder: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(20))
+    tasks = "- {name: own, template: own.yaml, source: d}\n"
+    first = prepare(folder, stories_folder, tasks)
+    monkeypatch.setattr(
+        "mtl_lora_cli.data.prepare.read_examples", lambda *a, **k: pytest.fail("read again")
+    )
+    second = prepare(folder, stories_folder, tasks)
+    np.testing.assert_array_equal(first.splits[0].tokens, second.splits[0].tokens)
+    np.testing.assert_array_equal(first.splits[0].starts, second.splits[0].starts)
+    assert first.audits == second.audits
+
+
+@pytest.mark.parametrize("change", ["template", "rows", "held-out rows", "row_length", "format"])
+def test_whatever_determines_the_encoding_misses_the_cache(
+    folder: Path, stories_folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(20))
+    write_rows(folder / "d" / "test.jsonl", rows_of(4, start=50))
+    tasks = "- {name: own, template: own.yaml, source: d}\n"
+    prepare(folder, stories_folder, tasks)
+    overrides = []
+    if change == "template":
+        text = TEMPLATE.replace("{{ text }}", "{{ text }}!")
+        (folder / "own.yaml").write_text(text, encoding="utf-8")
+    elif change == "rows":
+        write_rows(folder / "d" / "train.jsonl", rows_of(20, start=1))
+    elif change == "held-out rows":
+        write_rows(folder / "d" / "test.jsonl", rows_of(4))
+    elif change == "row_length":
+        overrides = ["training.row_length=64"]
+    else:
+        monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    stored = len(list((folder / "cache" / "encoded").iterdir()))
+    prepare(folder, stories_folder, tasks, *overrides)
+    assert len(list((folder / "cache" / "encoded").iterdir())) == stored + 1
+
+
+def test_a_damaged_cache_entry_is_made_again(folder: Path, stories_folder: Path) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(20))
+    tasks = "- {name: own, template: own.yaml, source: d}\n"
+    first = prepare(folder, stories_folder, tasks)
+    (entry,) = (folder / "cache" / "encoded").iterdir()
+    entry.write_bytes(entry.read_bytes()[:100])
+    second = prepare(folder, stories_folder, tasks)
+    np.testing.assert_array_equal(first.splits[0].tokens, second.splits[0].tokens)
+
+
+def test_the_audit_counts_leaks_repetitions_and_contradictions(
+    folder: Path, stories_folder: Path
+) -> None:
+    train = [*rows_of(6), {"text": "row 0", "label": 0}, {"text": "row 1", "label": 0}]
+    write_rows(folder / "d" / "train.jsonl", train)
+    write_rows(folder / "d" / "test.jsonl", [*rows_of(2), {"text": "new", "label": 1}])
+    data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+    (audit,) = data.audits
+    assert (audit.rows, audit.repeated, audit.contradictory, audit.leaked) == (8, 1, 2, 2)
+    assert audit.findings("own") == [
+        "own: 2 of 3 test rows also stand in train",
+        "own: 2 of 8 training rows have a prompt that also stands with another answer",
+        "own: 1 of 8 training rows repeat an earlier one",
+    ]
+
+
+def test_arc_easy_has_the_two_questions_that_stand_in_both_splits(
+    data_folder: Path, folder: Path, stories_folder: Path
+) -> None:
+    source = data_folder / "commonsense" / "ARC-Easy"
+    data = prepare(
+        folder,
+        stories_folder,
+        f"- {{name: arc, template: llm_adapters, source: {source}}}\n",
+        "training.on_overflow=truncate_prompt",
+    )
+    assert data.audits[0].leaked == 2
+
+
+def test_an_empty_split_is_an_error(folder: Path, stories_folder: Path) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    write_rows(folder / "d" / "test.jsonl", [])
+    with pytest.raises(UsageError, match=r"test\.jsonl"):
+        prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_stream_is_the_same_for_any_number_of_processes(
+    folder: Path, stories_folder: Path, processes: int
+) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(200))
+    tasks = "- {name: own, template: own.yaml, source: d}\n"
+    data = prepare(
+        folder, stories_folder, tasks, "training.row_length=32", "training.rows_per_step=4"
+    )
+    for number in range(data.mixture.steps_in(2)):
+        _, rows = data.mixture.step(number)
+        parts = [rows[rank::processes] for rank in range(processes)]
+        together = [parts[i % processes][i // processes] for i in range(len(rows))]
+        assert together == rows
+
+
+def test_repeat_goes_over_a_task_more_often(folder: Path, stories_folder: Path) -> None:
+    write_rows(folder / "a" / "train.jsonl", rows_of(10))
+    write_rows(folder / "b" / "train.jsonl", rows_of(30, start=100))
+    tasks = (
+        "- {name: a, template: own.yaml, source: a, repeat: 3}\n"
+        "- {name: b, template: own.yaml, source: b}\n"
+    )
+    mixture = prepare(folder, stories_folder, tasks).mixture
+    assert mixture.planned_counts() == [30, 30]
+    places = [place for row in mixture.epoch(0) for place in row]
+    assert all(places.count((0, i)) == 3 for i in range(10))
+    assert all(places.count((1, i)) == 1 for i in range(30))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixing.temperature=0", "mixing.temperature: input should be greater than 0, received 0"),
+        ("tasks.own.sampling_weight=-1", "tasks.0.sampling_weight: input should be greater than"),
+    ],
+)
+def test_mixing_that_means_nothing_is_refused(
+    folder: Path, stories_folder: Path, override: str, message: str
+) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    with pytest.raises(MtlLoraError) as error:
+        prepare(
+            folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n", override
+        )
+    assert any(message in line for line in error.value.lines), error.value.lines

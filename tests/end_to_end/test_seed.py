@@ -1,0 +1,33 @@
+"""The seed decides everything: two runs with one seed give the same adapter, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SHORT = (
+    "training.max_steps=8",
+    "adapter.dropout=0.2",
+    "adapter.gate=embedding",
+    "tasks.sst2.max_examples=100",
+)
+
+
+def test_one_seed_one_adapter(
+    command: Callable[..., subprocess.CompletedProcess[str]],
+    workplace: Path,
+    stories_folder: Path,
+) -> None:
+    def train(name: str, seed: int) -> bytes:
+        base = f"base_model={stories_folder.resolve()}"
+        command("train", "real-small", base, *SHORT, f"training.seed={seed}", f"run.name={name}")
+        return (workplace / "runs" / name / "adapter" / "mtl_lora.safetensors").read_bytes()
+
+    first = train("first", 3)
+    assert train("again", 3) == first
+    assert train("other", 4) != first

@@ -1,0 +1,67 @@
+"""The tiny real model with an adapter far from its start, and real rows of three tasks to score."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.evaluation.choices import Request, build_requests
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model, load_tokenizer
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.tasks.registry import find_template
+from mtl_lora_cli.tasks.rendering import Example, Renderer
+
+# Two choices of different length; three of which two begin alike; sentences of four and more words.
+TASKS = {
+    "sst2": "glue/sst2/validation",
+    "home_depot": "ads/home_depot/test",
+    "llm_adapters": "commonsense/openbookqa/test",
+    "stsb": "glue/stsb/validation",
+}
+
+
+@pytest.fixture(scope="session")
+def packed(stories_folder: Path) -> PackedModel:
+    base = find_base_model(str(stories_folder))
+    torch.manual_seed(0)
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), tuple(TASKS))
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    return PackedModel(model, adapter).eval()
+
+
+@pytest.fixture(scope="session")
+def examples(data_folder: Path) -> dict[str, list[Example]]:
+    """Twelve rendered rows of each task."""
+    found = {}
+    for name, file in TASKS.items():
+        _, _, template = find_template(name, None)
+        renderer = Renderer(template, name)
+        with gzip.open(data_folder / f"{file}.jsonl.gz", "rt", encoding="utf-8") as rows:
+            found[name] = [
+                renderer.render(json.loads(row), name) for row in itertools.islice(rows, 12)
+            ]
+    return found
+
+
+@pytest.fixture(scope="session")
+def requests(stories_folder: Path, examples: dict[str, list[Example]]) -> list[Request]:
+    """All of them, task after task."""
+    tokenizer = load_tokenizer(find_base_model(str(stories_folder)))
+    encoder = Encoder(tokenizer, "plain")
+    return [
+        request
+        for task, rows in enumerate(examples.values())
+        for request in build_requests(rows, task, encoder, 512)
+    ]

@@ -1,0 +1,157 @@
+"""Scores of candidate answers: what they are, and everything that must not change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_tokenizer
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.tasks.rendering import Example
+
+
+def scored(packed: PackedModel, requests: list[Request], tokens: int = 2048) -> list[np.ndarray]:
+    return score(packed, requests, device=torch.device("cpu"), tokens_per_pass=tokens)
+
+
+def naive(packed: PackedModel, request: Request) -> list[float]:
+    """Every candidate behind the whole prompt, a pass of its own each."""
+    sums = []
+    for choice in request.choices:
+        tokens = torch.tensor(request.prompt + choice)
+        places = torch.arange(len(request.prompt) - 1, len(tokens) - 1)
+        batch = PackedBatch(
+            input_ids=tokens[None],
+            position_ids=torch.arange(len(tokens))[None],
+            task_ids=torch.full((1, len(tokens)), request.task),
+            segments=Segments.build([len(tokens)]),
+            positions=places,
+            owner=torch.arange(len(places)),
+            targets=tokens[places + 1],
+        )
+        with torch.no_grad(), packed.routed(batch):
+            sums.append(float(packed(batch).double().sum()))
+    return sums
+
+
+def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.shape == two.shape
+        assert int(one.argmax()) == int(two.argmax())
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def together(packed: PackedModel, requests: list[Request]) -> list[np.ndarray]:
+    return scored(packed, requests)
+
+
+def test_the_requests_are_worth_testing(requests: list[Request]) -> None:
+    assert {len(request.choices) for request in requests} >= {2, 3, 4, 11}
+    assert any(request.shared > 1 for request in requests)
+    assert any(len(set(map(len, request.choices))) > 1 for request in requests)
+
+
+def test_scores_equal_whole_sequences_one_by_one(
+    packed: PackedModel, requests: list[Request], together: list[np.ndarray]
+) -> None:
+    same(together, [np.asarray(naive(packed, request)) for request in requests])
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 10**6])
+def test_scores_do_not_depend_on_what_passes_together(
+    packed: PackedModel, requests: list[Request], together: list[np.ndarray], tokens: int
+) -> None:
+    same(together, scored(packed, requests, tokens))
+
+
+def test_scores_do_not_depend_on_the_order(
+    packed: PackedModel, requests: list[Request], together: list[np.ndarray]
+) -> None:
+    order = np.random.default_rng(0).permutation(len(requests))
+    shuffled = scored(packed, [requests[number] for number in order])
+    same([together[number] for number in order], shuffled)
+
+
+def test_scores_of_a_task_do_not_depend_on_the_others(
+    packed: PackedModel, requests: list[Request], together: list[np.ndarray]
+) -> None:
+    for task in range(4):
+        numbers = [i for i, request in enumerate(requests) if request.task == task]
+        alone = scored(packed, [requests[number] for number in numbers])
+        same([together[number] for number in numbers], alone)
+
+
+def test_another_task_gives_other_scores(packed: PackedModel, requests: list[Request]) -> None:
+    first = requests[0]
+    scores = [
+        scored(packed, [Request(task, first.prompt, first.choices)])[0] for task in range(-1, 4)
+    ]
+    for i, one in enumerate(scores):
+        for two in scores[:i]:
+            assert np.abs(one - two).max() > 1e-3
+
+
+def test_advance_counts_every_request(packed: PackedModel, requests: list[Request]) -> None:
+    seen: list[int] = []
+    score(
+        packed, requests, device=torch.device("cpu"), tokens_per_pass=500, advance=seen.append
+    )
+    assert sum(seen) == len(requests)
+    assert len(seen) > 3
+
+
+def test_dropout_is_off_and_the_mode_comes_back(
+    packed: PackedModel, requests: list[Request], together: list[np.ndarray]
+) -> None:
+    packed.train()
+    try:
+        again = scored(packed, requests)
+        assert packed.training
+    finally:
+        packed.eval()
+    assert all(np.array_equal(one, two) for one, two in zip(together, again, strict=True))
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(3, 5), min_size=1, max_size=4), min_size=1, max_size=4
+    ),
+    st.lists(st.integers(3, 511), min_size=1, max_size=5),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_candidates(packed: PackedModel, choices: list[list[int]], prompt: list[int]) -> None:
+    """Also equal ones, one that begins another, and all of one token."""
+    request = Request(1, prompt, choices)
+    same(scored(packed, [request]), [np.asarray(naive(packed, request))])
+
+
+def test_shared_tokens_and_cost_by_hand() -> None:
+    request = Request(0, [1, 2, 3], [[5, 6, 7, 8], [5, 6, 9]])
+    assert request.shared == 2
+    assert request.cost == 3 + 2 + 1  # 5 and 6 once, then 7; 8 and 9 are only asked for
+    assert Request(0, [1], [[5], [6]]).cost == 1
+    assert Request(0, [1], [[5], [5, 6]]).shared == 1
+
+
+def test_a_long_prompt_is_cut_at_its_beginning_and_marked(stories_folder: Path) -> None:
+    tokenizer = load_tokenizer(find_base_model(str(stories_folder)))
+    encoder = Encoder(tokenizer, "plain")
+    long = Example("one two three four five six seven eight nine ten", "yes", ("yes", "no"), 0)
+    short = Example("a", "yes", ("yes", "no"), 0)
+    whole = build_requests([long], 0, encoder, 512)[0]
+    cut, kept = build_requests([long, short], 0, encoder, 12)
+    assert (cut.truncated, kept.truncated, whole.truncated) == (True, False, False)
+    assert cut.choices == whole.choices
+    assert len(cut.prompt) + max(map(len, cut.choices)) == 12
+    assert cut.prompt[0] == tokenizer.bos_token_id
+    assert cut.prompt[1:] == whole.prompt[-(len(cut.prompt) - 1) :]

@@ -1,0 +1,101 @@
+"""A finished run on the tiny real model, opened."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
+from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.training.run import prepare, start
+
+TASKS = {"sst2": ("glue/sst2", "validation"), "home_depot": ("ads/home_depot", "test")}
+
+
+@pytest.fixture(scope="session")
+def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("small-data")
+    for name, (folder, held_out) in TASKS.items():
+        (root / name).mkdir()
+        for split, file, count in (("train", "train", 60), ("test", held_out, 20)):
+            source = data_folder / folder / f"{file}.jsonl.gz"
+            with gzip.open(source, "rt", encoding="utf-8") as rows:
+                text = "".join(itertools.islice(rows, count))
+            (root / name / f"{split}.jsonl").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="session")
+def train(
+    small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., OpenRun]:
+    """Trains three steps on a base model and opens the run, its adapter far from zero."""
+
+    def run(base: Path, **keys: object) -> OpenRun:
+        folder = tmp_path_factory.mktemp("run")
+        content = {
+            "base_model": str(base),
+            "adapter": {"target_modules": ["q_proj", "down_proj"], "rank": 4},
+            "tasks": [
+                {"name": name, "template": name, "source": str(small_data / name)} for name in TASKS
+            ],
+            "training": {
+                "max_steps": 3,
+                "learning_rate": 1e-2,
+                "row_length": 256,
+                "rows_per_step": 2,
+                "on_overflow": "truncate_prompt",
+            },
+            "run": {"name": "mine", "directory": str(folder / "runs")},
+            **keys,
+        }
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+        loaded = load_recipe(folder / "recipe.yaml")
+        return open_run(start(loaded, prepare(loaded)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def opened(train: Callable[..., OpenRun], stories_folder: Path) -> OpenRun:
+    return train(stories_folder)
+
+
+@pytest.fixture(scope="session")
+def sharded(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in three shards with an index."""
+    folder = Path(shutil.copytree(stories_folder, tmp_path_factory.mktemp("base") / "sharded"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        part = {name: tensors[name] for name in names[number::3]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def half(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights in bfloat16."""
+    folder = Path(shutil.copytree(stories_folder, tmp_path_factory.mktemp("base") / "half"))
+    tensors = load_file(folder / "model.safetensors")
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "dtype": "bfloat16"}))
+    return folder

@@ -1,0 +1,78 @@
+"""A recipe that says everything, and a way to write one down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+COMPLETE = """\
+base_model: some/model
+dtype: float32
+quantization: none
+prompt_format: plain
+adapter:
+  method: mtl-lora
+  rank: 4
+  alpha: 8
+  up_projections: 2
+  temperature: 0.5
+  transform: full
+  gate: weights
+  gate_start: 1.0
+  embedding_size: 4
+  dropout: 0.1
+  target_modules: [q_proj, v_proj]
+tasks:
+  - name: first
+    template: glue/rte
+    source: {path: data/rte, splits: {train: a.jsonl}}
+    objective: causal_lm
+    tags: [one, two]
+    sampling_weight: 2.0
+    loss_weight: 0.5
+    repeat: 2.0
+    max_examples: 10
+  - name: second
+    template: glue/sst2
+    source: {hub: owner/name, config: sst2, revision: main}
+mixing: {temperature: 2.0}
+training:
+  epochs: 1.5
+  max_steps: 3
+  learning_rate: 3e-4
+  weight_decay: 0.0
+  schedule: linear
+  warmup: 0.1
+  max_gradient_norm: 1.0
+  row_length: 64
+  rows_per_step: 2
+  rows_per_pass: 1
+  on_overflow: drop
+  loss_on: answer
+  gradient_checkpointing: false
+  checkpoint_every: 2
+  keep_checkpoints: 1
+  log_every: 1
+  seed: 7
+run: {name: here, directory: there}
+"""
+
+
+@pytest.fixture(scope="session")
+def complete() -> str:
+    """A recipe with every key."""
+    return COMPLETE
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[str], Path]:
+    """`written(text)` puts a recipe into a file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
