@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Method = Literal["mtl-lora"]
+Transform = Literal["full", "diagonal"]
+Gate = Literal["weights", "embedding"]
+KINDS = {"method": get_args(Method), "transform": get_args(Transform), "gate": get_args(Gate)}
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,13 @@ class AdapterConfig:
     alpha: float = 16.0
     up_projections: int = 3
     temperature: float = 0.5
-    transform: Literal["full", "diagonal"] = "full"
-    gate: Literal["weights", "embedding"] = "weights"
+    transform: Transform = "full"
+    gate: Gate = "weights"
     embedding_size: int = 16
     dropout: float = 0.0
     gate_start: float = 2.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    method: Literal["mtl-lora"] = "mtl-lora"
+    method: Method = "mtl-lora"
 
     @property
     def scale(self) -> float:

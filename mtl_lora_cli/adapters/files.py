@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
@@ -100,6 +100,11 @@ def read_adapter_file(folder: Path) -> AdapterFile:
         kind = "unknown" if key in content else "missing"
         raise MtlLoraError(f"{path}: {kind} key '{key}'")
     fields = {name: content[name] for name in names}
+    for name, kinds in KINDS.items():
+        if fields[name] not in kinds:
+            raise MtlLoraError(
+                f"{path}: {name}: {fields[name]!r} is not known; known: {', '.join(kinds)}"
+            )
     fields["target_modules"] = tuple(fields["target_modules"])
     return AdapterFile(
         config=AdapterConfig(**fields),
@@ -159,7 +164,7 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
     """Read a folder's tensors into an injected adapter of the same tasks.
 
     Raises:
-        MtlLoraError: task names differ, or a tensor is missing, unexpected, misshapen or damaged.
+        MtlLoraError: task names or sizes and kinds differ, or a tensor is missing, unexpected, misshapen or damaged.
     """
     file = read_adapter_file(folder)
     if file.tasks != adapter.tasks:
@@ -167,5 +172,9 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
             f"{folder / CONFIG_FILE}: tasks are {', '.join(file.tasks)}; "
             f"expected {', '.join(adapter.tasks)}"
         )
+    for name in ("alpha", "temperature"):  # no tensor's shape would tell
+        theirs, ours = getattr(file.config, name), getattr(adapter.config, name)
+        if theirs != ours:
+            raise MtlLoraError(f"{folder / CONFIG_FILE}: {name} is {theirs}, expected {ours}")
     load_tensors(adapter, read_tensors(folder), folder / TENSOR_FILE)
     return file

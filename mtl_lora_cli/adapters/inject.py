@@ -77,16 +77,7 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
                 f"{did_you_mean(target, known)}; linear layers: {', '.join(known)}"
             )
         paths.update((path, linear[path]) for path in matched)
-    embeddings = {
-        id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
-    for path, module in paths.items():
-        if id(module.weight) in embeddings:
-            raise UsageError(
-                f"adapter.target_modules: '{path}' shares its weight with "
-                f"'{embeddings[id(module.weight)]}' and cannot be adapted alone"
-            )
-
+    _require_untied(model, paths)
     model.requires_grad_(False)
     routing = Routing(len(tasks))
     task_embedding = None
@@ -104,6 +95,22 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
         setattr(model.get_submodule(parent), name, layer)
         layers[path] = layer
     return Adapter(config, tasks, routing, layers, task_embedding)
+
+
+def _require_untied(model: nn.Module, paths: dict[str, nn.Linear]) -> None:
+    """Refuse a layer whose weight stands elsewhere, too: one place would be adapted, not the other."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            places.setdefault(id(weight), []).append(path)
+    for path, module in paths.items():
+        others = [other for other in places[id(module.weight)] if other != path]
+        if others:
+            raise UsageError(
+                f"adapter.target_modules: '{path}' shares its weight with '{others[0]}' "
+                "and cannot be adapted alone"
+            )
 
 
 def _matches(path: str, target: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.function import AdaptedLinear
+from mtl_lora_cli.adapters.function import AdaptedLinear, dense_weight
 from mtl_lora_cli.adapters.routing import Routing
 
 ROLES = ("lora_A", "lora_B", "task_transform", "task_gate", "gate_projection")
@@ -100,7 +100,9 @@ class MultiTaskLinear(nn.Module):
         lead = x.shape[:-1]
         slots = self.routing.slots(lead, x.device)
         if slots.count == 0:
-            return cast(Tensor, self.base_layer(x))
+            # Not base_layer(x): a 4-bit layer may repack its weight for its own kernels.
+            weight = dense_weight(self.base_layer.weight, x.dtype)
+            return nn.functional.linear(x, weight, self.base_layer.bias)
         mask = None
         if self.training and self.config.dropout:
             mask = nn.functional.dropout(

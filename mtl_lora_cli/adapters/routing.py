@@ -74,7 +74,7 @@ class Routing:
         tensor = torch.as_tensor(ids).detach().cpu()
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
             raise ValueError(f"task ids must be integers, received {tensor.dtype}")
-        tensor = tensor.long()
+        tensor = tensor.to(torch.long, copy=True)  # later changes of `ids` must not reach us
         if tensor.numel():
             low, high = int(tensor.min()), int(tensor.max())
             if low < BASE_ONLY or high >= self.tasks:

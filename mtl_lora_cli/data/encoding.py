@@ -118,6 +118,8 @@ class Encoder:
             return None
         while token and encoding.token_to_chars(token - 1)[0] >= place:
             token -= 1
+        if token and encoding.token_to_chars(token - 1)[1] > place:
+            return None
         return None if encoding.token_to_chars(token)[0] < place else int(token)
 
     def shorten(self, prompt: list[int], room: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,16 +73,22 @@ def measure(name: str, outcome: Outcome, seed: int = 0) -> Measured:
         right = int((outcome.gold == outcome.predicted).sum())
         low, high = wilson(right, len(outcome.gold))
         return Measured(value, low, high)
-    generator = np.random.default_rng(seed)
     samples = []
-    for _ in range(RESAMPLES):
-        part = outcome.take(generator.integers(len(outcome.gold), size=len(outcome.gold)))
+    for part in _resampled(outcome, seed):
         if not _undefined(name, part):
             samples.append(compute(part))
     if not samples:
         return Measured(value)
     low, high = np.quantile(samples, [0.025, 0.975]).tolist()
     return Measured(value, low, high)
+
+
+def _resampled(outcome: Outcome, seed: int) -> Iterator[Outcome]:
+    """Bootstrap samples: as many examples, drawn with repetition."""
+    generator = np.random.default_rng(seed)
+    size = len(outcome.gold)
+    for _ in range(RESAMPLES):
+        yield outcome.take(generator.integers(size, size=size))
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

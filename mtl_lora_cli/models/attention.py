@@ -59,6 +59,8 @@ class Segments:
             ValueError: a length below 1, or a context that is not an earlier, context-free segment.
         """
         contexts = tuple(contexts) if contexts is not None else (-1,) * len(lengths)
+        if len(contexts) != len(lengths):
+            raise ValueError(f"{len(lengths)} segments need as many contexts, not {len(contexts)}")
         if not lengths or min(lengths) < 1:
             raise ValueError(f"segments must hold at least one position, received {list(lengths)}")
         ends = torch.tensor([0, *lengths]).cumsum(0).tolist()

@@ -48,9 +48,8 @@ def _convert(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fields = GGUFReader(str(path)).fields
-    pre = fields.get("tokenizer.ggml.pre")
     try:
+        pre = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32
@@ -60,7 +59,7 @@ def _convert(path: Path, folder: Path) -> None:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, IndexError, OSError) as error:
         raise UsageError(f"{path}: cannot be converted: {' '.join(str(error).split())}") from None
     _restore_pre_tokenizer(tokenizer, pre.contents() if pre else "default", path)
     try:

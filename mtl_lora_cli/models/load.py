@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
@@ -81,15 +82,21 @@ def load_model(
         )
     try:
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 base.folder,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=attention.NAME,
+                output_loading_info=True,
                 **extra,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
             f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would fill them with random numbers and go on
+        raise UsageError(
+            f"base_model: '{base.name}': {len(missing)} weights are missing, the first is {missing[0]}"
+        )
     return model.requires_grad_(False).eval()

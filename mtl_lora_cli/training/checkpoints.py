@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-000200` with checksums, `COMPLETE` last, then remove the oldest beyond `keep`."""
     path = folder / f"step-{position.step:06d}"
-    if path.exists():
-        shutil.rmtree(path)  # an unfinished or older one of the same step
+    for number, other in _numbered(folder):
+        if number >= position.step:  # of a future that this run has left
+            shutil.rmtree(other)
     with new_folder(path) as temporary:
         save_adapter(adapter, temporary, base_model)
         save_file(_optimizer_tensors(optimizer, adapter), temporary / _OPTIMIZER)
@@ -62,14 +64,20 @@ def save_checkpoint(
         sums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _CHECKSUMS, sums)
         write_text(temporary / COMPLETE, f"{position.step}\n")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for _, old in _numbered(folder)[:-keep]:
         shutil.rmtree(old)
     return path
 
 
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run with their steps, oldest first."""
+    found = ((path.name.removeprefix("step-"), path) for path in folder.glob("step-*"))
+    return sorted((int(number), path) for number, path in found if number.isdigit())
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint whose files are what was written."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for _, path in reversed(_numbered(folder)):
         if (path / COMPLETE).is_file() and not list(_damaged(path)):
             return path
     return None
@@ -96,10 +104,10 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
 
 def _damaged(path: Path) -> Iterator[str]:
     try:
-        import json
-
         sums = json.loads((path / _CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        sums = None
+    if not isinstance(sums, dict):
         yield _CHECKSUMS
         return
     for name, checksum in sums.items():
@@ -129,6 +137,9 @@ def _restore_optimizer(
 ) -> None:
     inner = getattr(optimizer, "optimizer", optimizer)
     own = adapter.tensors()
+    for name in own:
+        if f"{name}/step" not in saved:
+            raise MtlLoraError(f"{_OPTIMIZER}: the state of '{name}' is missing")
     for name, value in saved.items():
         tensor_name, _, key = name.rpartition("/")
         if tensor_name not in own:

@@ -74,7 +74,10 @@ def shake(adapter: Adapter) -> None:
         (("q_proj",), {f"blocks.{i}.q_proj" for i in range(12)}),
         (("blocks.3.up_proj",), {"blocks.3.up_proj"}),
         (("3.up_proj",), {"blocks.3.up_proj"}),
-        (("blocks.1?.*_proj",), {f"blocks.{i}.{n}_proj" for i in (10, 11) for n in ("q", "up", "down")}),
+        (
+            ("blocks.1?.*_proj",),
+            {f"blocks.{i}.{n}_proj" for i in (10, 11) for n in ("q", "up", "down")},
+        ),
         (("*.4.q_proj", "head"), {"blocks.4.q_proj", "head"}),
         (("q_proj", "blocks.0.q_proj"), {f"blocks.{i}.q_proj" for i in range(12)}),
     ],

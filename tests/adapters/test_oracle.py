@@ -54,7 +54,10 @@ def compare(
     torch.testing.assert_close(x.grad.reshape(-1, 7), flat.grad, **CLOSE)
     for name, parameter in parameters.items():
         torch.testing.assert_close(
-            parameter.grad, theirs[name].grad, msg=lambda text, name=name: f"{name}: {text}", **CLOSE
+            parameter.grad,
+            theirs[name].grad,
+            msg=lambda text, name=name: f"{name}: {text}",
+            **CLOSE,
         )
 
 

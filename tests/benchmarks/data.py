@@ -32,7 +32,8 @@ def main() -> None:
     from mtl_lora_cli.training.run import prepare
 
     files = sorted(arguments.folder.glob("*/train.jsonl.gz"))
-    real = [json.loads(line) for file in files for line in gzip.open(file, "rt", encoding="utf-8")]
+    lines = [line for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
+    real = [json.loads(line) for line in lines]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (folder / "train.jsonl").open("w", encoding="utf-8") as out:

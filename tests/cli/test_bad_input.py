@@ -196,7 +196,7 @@ CASES = [
     ),
     Bad(
         "override below a word of a list",
-        ("'adapter.target_modules.0.x=1'…",),
+        ("…",),
         (*TRAIN, "adapter.target_modules.0.x=1"),
         more("adapter:\n  target_modules: [q_proj]\n"),
     ),

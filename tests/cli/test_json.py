@@ -118,6 +118,7 @@ def test_eval(
         accuracy = result["metrics"]["accuracy"]
         assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
         assert result["examples"] == 6
+        assert result["base"] is None, "the base model has not been asked yet"
 
 
 def test_merge(

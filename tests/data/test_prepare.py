@@ -58,7 +58,12 @@ def test_a_task_column_fans_out_into_tasks(folder: Path, stories_folder: Path) -
     assert [len(split) for split in data.splits] == [4, 4, 4]
     examples = read_examples(data.tasks[1], "train")
     assert examples is not None
-    assert [example.prompt for example in examples.examples] == ["row 1", "row 4", "row 7", "row 10"]
+    assert [example.prompt for example in examples.examples] == [
+        "row 1",
+        "row 4",
+        "row 7",
+        "row 10",
+    ]
     assert examples.wheres[1].endswith("all.jsonl:5")
 
 
@@ -205,7 +210,5 @@ def test_mixing_that_means_nothing_is_refused(
 ) -> None:
     write_rows(folder / "d" / "train.jsonl", rows_of(4))
     with pytest.raises(MtlLoraError) as error:
-        prepare(
-            folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n", override
-        )
+        prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n", override)
     assert any(message in line for line in error.value.lines), error.value.lines

@@ -43,14 +43,14 @@ def packed(stories_folder: Path) -> PackedModel:
 
 @pytest.fixture(scope="session")
 def examples(data_folder: Path) -> dict[str, list[Example]]:
-    """Twelve rendered rows of each task."""
+    """Six rendered rows of each task."""
     found = {}
     for name, file in TASKS.items():
         _, _, template = find_template(name, None)
         renderer = Renderer(template, name)
         with gzip.open(data_folder / f"{file}.jsonl.gz", "rt", encoding="utf-8") as rows:
             found[name] = [
-                renderer.render(json.loads(row), name) for row in itertools.islice(rows, 12)
+                renderer.render(json.loads(row), name) for row in itertools.islice(rows, 6)
             ]
     return found
 

@@ -103,9 +103,7 @@ def test_another_task_gives_other_scores(packed: PackedModel, requests: list[Req
 
 def test_advance_counts_every_request(packed: PackedModel, requests: list[Request]) -> None:
     seen: list[int] = []
-    score(
-        packed, requests, device=torch.device("cpu"), tokens_per_pass=500, advance=seen.append
-    )
+    score(packed, requests, device=torch.device("cpu"), tokens_per_pass=500, advance=seen.append)
     assert sum(seen) == len(requests)
     assert len(seen) > 3
 
@@ -123,9 +121,7 @@ def test_dropout_is_off_and_the_mode_comes_back(
 
 
 @given(
-    st.lists(
-        st.lists(st.integers(3, 5), min_size=1, max_size=4), min_size=1, max_size=4
-    ),
+    st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=4), min_size=1, max_size=4),
     st.lists(st.integers(3, 511), min_size=1, max_size=5),
 )
 @settings(max_examples=25, deadline=None)

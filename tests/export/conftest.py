@@ -35,9 +35,7 @@ def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def train(
-    small_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., OpenRun]:
+def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OpenRun]:
     """Trains three steps on a base model and opens the run, its adapter far from zero."""
 
     def run(base: Path, **keys: object) -> OpenRun:

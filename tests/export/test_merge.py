@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_a_bfloat16_base_is_cast_once(
     assert same > 0.999 * total  # all but near ties of the rounding
 
 
-def test_a_base_that_lacks_a_weight_leaves_nothing(opened: OpenRun, tmp_path: Path) -> None:
+def test_a_base_that_lacks_a_weight_is_named(opened: OpenRun, tmp_path: Path) -> None:
     base = Path(shutil.copytree(opened.base.folder, tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.3.mlp.down_proj.weight"]
@@ -153,11 +154,7 @@ def test_a_base_that_lacks_a_weight_leaves_nothing(opened: OpenRun, tmp_path: Pa
     )
 
 
-def test_a_failing_merge_leaves_nothing(
-    opened: OpenRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dataclasses import replace
-
+def test_a_failing_merge_leaves_nothing(opened: OpenRun, tmp_path: Path) -> None:
     base = Path(shutil.copytree(opened.base.folder, tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.3.mlp.down_proj.weight"]
@@ -165,7 +162,7 @@ def test_a_failing_merge_leaves_nothing(
     broken = replace(opened, base=find_base_model(str(base)))
     with pytest.raises(MtlLoraError, match="no weight"):
         merge(broken, tmp_path / "here" / "out")
-    assert [path for path in (tmp_path / "here").rglob("*")] == []
+    assert not list((tmp_path / "here").rglob("*"))
 
 
 def test_a_weight_of_another_shape_is_refused(opened: OpenRun, tmp_path: Path) -> None:
@@ -205,9 +202,7 @@ def test_beyond_tolerance_nothing_is_left(opened: OpenRun, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_merge_that_went_wrong_is_found_out(
-    opened: OpenRun, tmp_path: Path
-) -> None:
+def test_a_merge_that_went_wrong_is_found_out(opened: OpenRun, tmp_path: Path) -> None:
     """The check is no formality: another task's weights do not pass as this one's."""
     from mtl_lora_cli.export.check import compare_merged
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ def fault(name: str, beside: Path | None = None) -> str:
     (line,) = caught.value.lines
     assert line.startswith("base_model: ") or name in line
     return line
+
+
+def load(folder: Path) -> Any:
+    base = find_base_model(str(folder))
+    return load_model(base, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -65,7 +71,9 @@ def test_another_configuration_has_another_fingerprint(copied: Path) -> None:
     assert find_base_model(str(copied)).fingerprint != before
 
 
-@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "missing.gguf", "~/missing-model"])
+@pytest.mark.parametrize(
+    "name", ["./missing", "/missing/folder", "missing.gguf", "~/missing-model"]
+)
 def test_a_path_that_is_not_there(name: str) -> None:
     assert fault(name) == f"base_model: '{name}' does not exist"
 
@@ -98,9 +106,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     assert "not a GGUF file" in fault(str(file))
 
 
-def test_a_gguf_file_that_is_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_that_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF\x03\x00\x00\x00\x05\x00\x00")
@@ -108,7 +114,9 @@ def test_a_gguf_file_that_is_cut_short(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("name", ["nobody-at-all/no-such-model", "owner/two--hyphens", "owner/.dot"])
+@pytest.mark.parametrize(
+    "name", ["nobody-at-all/no-such-model", "owner/two--hyphens", "owner/.dot"]
+)
 def test_a_hub_model_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -131,9 +139,7 @@ def test_a_folder_with_a_model_of_an_unknown_kind(copied: Path) -> None:
     content |= {"model_type": "no-such-model", "architectures": ["NoSuchModel"]}
     (copied / "config.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
-        load_model(
-            find_base_model(str(copied)), dtype=torch.float32, device=torch.device("cpu")
-        )
+        load(copied)
     assert len(caught.value.lines) == 1
 
 
@@ -141,9 +147,7 @@ def test_a_folder_with_damaged_weights(copied: Path) -> None:
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
-        load_model(
-            find_base_model(str(copied)), dtype=torch.float32, device=torch.device("cpu")
-        )
+        load(copied)
     assert len(caught.value.lines) == 1
 
 
@@ -153,13 +157,10 @@ def test_a_folder_that_lacks_a_weight(copied: Path) -> None:
     del tensors["model.layers.2.self_attn.q_proj.weight"]
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"layers\.2\.self_attn\.q_proj"):
-        load_model(
-            find_base_model(str(copied)), dtype=torch.float32, device=torch.device("cpu")
-        )
+        load(copied)
 
 
 def test_everything_loaded_is_frozen(stories_folder: Path) -> None:
-    base = find_base_model(str(stories_folder))
-    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    model = load(stories_folder)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training

@@ -104,7 +104,10 @@ def test_branches_equal_whole_sequences(adapted: PackedModel, logprobs: LogProbs
     order = [prompt, first, other, second, third]
     lengths = [len(part) for part in order]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    places = [torch.arange(len(part)) + (20 if index in (1, 3, 4) else 0) for index, part in enumerate(order)]
+    places = [
+        torch.arange(len(part)) + (20 if index in (1, 3, 4) else 0)
+        for index, part in enumerate(order)
+    ]
     tokens = torch.cat(order)
     positions, targets = [], []
     for index, choice in zip((1, 3, 4), choices, strict=True):

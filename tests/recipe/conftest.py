@@ -15,7 +15,7 @@ prompt_format: plain
 adapter:
   method: mtl-lora
   rank: 4
-  alpha: 8
+  alpha: 8.0
   up_projections: 2
   temperature: 0.5
   transform: full

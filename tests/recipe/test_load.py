@@ -256,7 +256,9 @@ def test_dumped_and_loaded_again(complete: str, written: Written) -> None:
 
 
 _names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]{0,12}\Z")
-_texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20)
+# No line ends: PyYAML folds some of them, and no path or name has any.
+_characters = st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zl", "Zp"))
+_texts = st.text(_characters, min_size=1, max_size=20)
 _sources = st.one_of(
     st.builds(Source, path=_texts),
     st.builds(Source, hub=_texts, revision=st.none() | _texts, config=st.none() | _texts),

@@ -58,7 +58,7 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     target.mkdir()
     (target / "mine").write_text("x")
-    with pytest.raises(OSError), new_folder(target) as temporary:  # noqa: PT011 - by platform
+    with pytest.raises(OSError), new_folder(target) as temporary:
         (temporary / "file").write_text("y")
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "mine"]
 

@@ -75,7 +75,9 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:
     run = make(tmp_path, "mine")
-    with pytest.raises(UsageError, match="no finished adapter; finish it with: mtl-lora train --res"):
+    with pytest.raises(
+        UsageError, match="no finished adapter; finish it with: mtl-lora train --res"
+    ):
         run.require_adapter()
     run.adapter.mkdir()
     assert run.require_adapter() == run.adapter

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
-import json
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -27,7 +26,12 @@ from mtl_lora_cli.training.loop import Interrupted, Trainer
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.run import Prepared, prepare
 
-FOLDERS = {"sst2": "glue/sst2", "rte": "glue/rte", "cola": "glue/cola", "home_depot": "ads/home_depot"}
+FOLDERS = {
+    "sst2": "glue/sst2",
+    "rte": "glue/rte",
+    "cola": "glue/cola",
+    "home_depot": "ads/home_depot",
+}
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +174,14 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
             folder.mkdir()
         run = RunFolder(folder)
         trainer = Trainer(
-            Accelerator(cpu=True), packed, handle, own.data, settings, run, own.base.identity(), steps
+            Accelerator(cpu=True),
+            packed,
+            handle,
+            own.data,
+            settings,
+            run,
+            own.base.identity(),
+            steps,
         )
         return Small(trainer, run)
 

@@ -29,7 +29,9 @@ def kept() -> dict[str, Path]:
 
 
 @pytest.fixture
-def folder(small: Callable[..., Any], kept: dict[str, Path], tmp_path: Path, tmp_path_factory: Any) -> Path:
+def folder(
+    small: Callable[..., Any], kept: dict[str, Path], tmp_path: Path, tmp_path_factory: Any
+) -> Path:
     """The checkpoints of steps 2, 4 and 6 of one run, to be damaged at will."""
     if "folder" not in kept:
         kept["folder"] = tmp_path_factory.mktemp("checkpoints") / "kept"
