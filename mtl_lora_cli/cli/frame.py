@@ -6,6 +6,7 @@ Inside the frame everything that prints to stdout, libraries included, is sent t
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -62,6 +63,7 @@ def framed() -> Iterator[None]:
         _fail([f"internal error: {text} (--debug shows where)"], ExitCode.FAILED)
     finally:
         sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)  # what C libraries (NCCL, for one) still hold back
         os.dup2(_stdout, 1)
         os.close(_stdout)
         _stdout = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -46,7 +48,11 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    finally:
+        sys.stdout.flush()
+        os.dup2(2, 1)  # what libraries print at exit is no result
 
 
 if __name__ == "__main__":

@@ -77,7 +77,12 @@ def show(
         from mtl_lora_cli.tasks.task import Task
 
         full, path, template = find_template(name, Path())
-        given = template.source if source is None else Source.model_validate(source)
+        try:
+            given = template.source if source is None else Source.model_validate(source)
+        except ValueError:
+            raise UsageError(
+                f"--source: expected a path or sample:NAME, received '{source}'"
+            ) from None
         if given is None:
             raise UsageError(
                 f"the template '{full}' has no source of its own; name one with --source"

@@ -54,13 +54,13 @@ def train(
             say("loading libraries")
             from mtl_lora_cli.training import run as training
 
-            training.require_new(loaded)
+            path = training.new_run_path(loaded, runs)
             prepared = training.prepare(loaded)
             if dry_run:
                 emit_plan(prepared, as_json)
                 return
             say(tasks_table(prepared))
-            folder = training.start(loaded, prepared)
+            folder = training.start(prepared, path)
         if as_json:
             emit_json({"run": folder.name, "path": str(folder.path)})
         else:

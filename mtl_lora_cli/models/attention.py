@@ -10,21 +10,28 @@ in float32, a loop over segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 NAME = "mtl_lora_packed"
 
-# torch 2.12 asks to be told of grouped heads; before, the kernel took them without a word.
-_GQA: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
+@cache
+def _kernel() -> Callable[..., Any]:
+    """torch's variable-length attention; importing it takes seconds, so not before it is needed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.12 asks to be told of grouped heads; before, the kernel took them without a word.
+    grouped = "enable_gqa" in signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def _in_kernel(
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     if segments.key_index is not None:
         k, v = k[segments.key_index], v[segments.key_index]
-    out = varlen_attn(
+    out = _kernel()(
         q,
         k,
         v,
@@ -166,9 +173,8 @@ def _in_kernel(
         segments.longest_key,
         scale=scaling,
         window_size=(-1, 0),  # causal, aligned at the end: a branch sees all of its context
-        **_GQA,
     )
-    return cast(Tensor, out).unsqueeze(0)
+    return out.unsqueeze(0)
 
 
 def register() -> None:

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.schema import ENVIRONMENT, Recipe
 from mtl_lora_cli.recipe.yaml_file import (
     Document,
     KeyPath,
+    dump_yaml,
     parse_scalar,
     read_document,
-    spelled,
     validate_document,
 )
 from mtl_lora_cli.resources import bundled
@@ -99,7 +97,7 @@ def dump_recipe(recipe: Recipe) -> str:
         task["source"] = task["source"] and {
             k: v for k, v in task["source"].items() if v is not None
         }
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return dump_yaml(data)
 
 
 def _override(data: dict[str, Any], text: str, document: Document) -> None:
@@ -109,20 +107,22 @@ def _override(data: dict[str, Any], text: str, document: Document) -> None:
         raise UsageError(f"'{text}': expected key.path=value, such as training.seed=1")
     try:
         parsed = parse_scalar(value)
-    except yaml.YAMLError:
+    except ProblemsError:
         raise UsageError(f"'{text}': the value is not valid YAML") from None
     here: Any = data
     path: list[str | int] = []
     for part in parts[:-1]:
-        place = _place(here, part, text)
+        place: Any = _place(here, part, text)
         path.append(place)
-        if isinstance(here, dict) and not isinstance(here.get(place), (dict, list)):
+        below = here.get(place) if isinstance(here, dict) else here[place]
+        if not isinstance(below, dict | list):
             here[place] = {}
+            document.set_elsewhere(tuple(path), "command line")
         here = here[place]
     place = _place(here, parts[-1], text)
     path.append(place)
     here[place] = parsed
-    document.origins[spelled(tuple(path))] = "command line"
+    document.set_elsewhere(tuple(path), "command line")
 
 
 def _place(here: Any, part: str, text: str) -> str | int:
@@ -131,7 +131,7 @@ def _place(here: Any, part: str, text: str) -> str | int:
     names = [item.get("name") if isinstance(item, dict) else None for item in here]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(here):
+    if part.isdecimal() and int(part) < len(here):
         return int(part)
     known = [str(name) for name in names if name]
     raise UsageError(

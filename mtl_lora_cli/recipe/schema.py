@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
@@ -120,11 +120,23 @@ class TemperatureMixing(StrictModel):
     temperature: PositiveFloat
 
 
+def _mixing_form(value: Any) -> str:
+    return "by temperature" if isinstance(value, dict | TemperatureMixing) else "by name"
+
+
+# A discriminator, so that a fault is told for the form that was meant and not for both.
+Mixing = Annotated[
+    Annotated[Literal["proportional", "uniform", "weights"], Tag("by name")]
+    | Annotated[TemperatureMixing, Tag("by temperature")],
+    Discriminator(_mixing_form),
+]
+
+
 class Run(StrictModel):
     """Where the result goes."""
 
     name: Name | None = None  # default: the recipe's stem and the time
-    directory: str = "runs"
+    directory: str | None = None  # default: what --runs or MTL_LORA_RUNS says, else `runs`
 
 
 class Recipe(StrictModel):
@@ -136,7 +148,7 @@ class Recipe(StrictModel):
     prompt_format: Literal["plain", "chat"] = "plain"
     adapter: Adapter = Adapter()
     tasks: Annotated[list[Task], Field(min_length=1)]
-    mixing: Literal["proportional", "uniform", "weights"] | TemperatureMixing = "proportional"
+    mixing: Mixing = "proportional"
     training: Training = Training()
     run: Run = Run()
 

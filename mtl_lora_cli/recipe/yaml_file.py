@@ -77,6 +77,12 @@ class Document:
     lines: dict[Spelled, int] = field(default_factory=dict)
     origins: dict[Spelled, str] = field(default_factory=dict)  # keys set elsewhere than in the file
 
+    def set_elsewhere(self, path: KeyPath, origin: str) -> None:
+        """The key at `path`, and all below it, no longer come from the file."""
+        names = spelled(path)
+        self.lines = {key: n for key, n in self.lines.items() if key[: len(names)] != names}
+        self.origins[names] = origin
+
     def where(self, path: KeyPath) -> tuple[str, int | None]:
         """The file (or 'command line') and line of the nearest known key on the path."""
         names = spelled(path)
@@ -88,9 +94,27 @@ class Document:
         return self.file, self.lines.get(())
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would read as something else than text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that reads back as the same data, here and by readers of YAML 1.1."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def parse_scalar(text: str) -> Any:
     """A value as it would be read in a recipe: `3e-4` is a float, `[q_proj, k_proj]` a list."""
-    return yaml.load(text, Loader=_Loader)
+    return parse_document(text, "").data
 
 
 def read_document(path: str | Path, what: str = "recipe") -> Document:
@@ -128,7 +152,9 @@ def parse_document(text: str, file: str) -> Document:
         raise file_problem(file, f"not valid YAML: {error.problem}", line=line) from None
     except yaml.YAMLError as error:
         raise file_problem(file, f"not valid YAML: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise file_problem(file, "not valid YAML: nested too deeply, or within itself") from None
+    except (ValueError, KeyError, AttributeError) as error:  # a tag that its value does not fit
         raise file_problem(file, f"not valid YAML: {error}") from None
     return document
 

@@ -70,25 +70,33 @@ class RunFolder:
         if not self.adapter.is_dir():
             raise UsageError(
                 f"run '{self.name}' has no finished adapter; "
-                f"finish it with: mtl-lora train --resume {self.path}"
+                f"finish it with: mtl-lora train --resume --run {self.path}"
             )
         return self.adapter
 
 
-def create_run(directory: Path, name: str) -> RunFolder:
+def require_new(path: Path) -> None:
+    """Refuse a run folder that exists.
+
+    Raises:
+        UsageError: it exists.
+    """
+    if path.exists():
+        raise UsageError(
+            f"run folder {path} exists; choose another run.name, or go on with: "
+            f"mtl-lora train --resume --run {path}"
+        )
+
+
+def create_run(path: Path) -> RunFolder:
     """Make a new run folder.
 
     Raises:
         UsageError: it exists already, or cannot be made.
     """
-    path = directory / name
+    require_new(path)
     try:
         path.mkdir(parents=True)
-    except FileExistsError:
-        raise UsageError(
-            f"run folder {path} exists; choose another run.name, or go on with: "
-            f"mtl-lora train --resume {path}"
-        ) from None
     except OSError as error:
         raise UsageError(f"run folder {path} cannot be made: {error.strerror}") from None
     return RunFolder(path)

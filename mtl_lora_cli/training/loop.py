@@ -117,7 +117,10 @@ class Trainer:
                 if self._stop or last or (every and (step + 1) % every == 0):
                     self._save()
                 if self._stop and not last:
-                    raise Interrupted(f"stopped after step {step + 1} and saved")
+                    raise Interrupted(
+                        f"stopped after step {step + 1} and saved; go on with: "
+                        f"mtl-lora train --resume --run {self.run.path}"
+                    )
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.monotonic()

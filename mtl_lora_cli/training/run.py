@@ -23,9 +23,10 @@ from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pi
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Run as RunSettings
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.atomic import new_folder, write_text
-from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, save_json
+from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, require_new, save_json
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
@@ -131,35 +132,35 @@ def _resolved(recipe: Recipe, data: TrainingData, base: BaseModel) -> Recipe:
     return recipe.model_copy(update={"tasks": tasks, "base_model": name})
 
 
-def require_new(loaded: LoadedRecipe) -> None:
-    """Refuse a run whose folder exists, before any work is done.
+def new_run_path(loaded: LoadedRecipe, runs: Path) -> Path:
+    """Where a new run goes: `run.directory`, or `runs`; `run.name`, or the recipe's stem and time.
 
     Raises:
-        UsageError: it exists.
+        UsageError: it exists; said before any work is done.
     """
     settings = loaded.recipe.run
-    if settings.name and (Path(settings.directory) / settings.name).exists():
-        create_run(Path(settings.directory), settings.name)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory = Path(settings.directory) if settings.directory else runs
+    path = directory / (settings.name or f"{loaded.path.stem}-{stamp}")
+    require_new(path)
+    return path
 
 
-def start(loaded: LoadedRecipe, prepared: Prepared) -> RunFolder:
-    """Train a new run from its recipe.
+def start(prepared: Prepared, path: Path) -> RunFolder:
+    """Train a new run.
+
+    Args:
+        prepared: from its recipe.
+        path: of its folder.
 
     Raises:
         UsageError: the adapter fits nothing in the model, or the run folder exists.
         Interrupted: the user stopped the run; it can be resumed.
     """
-    settings = loaded.recipe.run
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = settings.name or f"{loaded.path.stem}-{stamp}"
-    directory = Path(settings.directory)
     packed, adapter = prepared.build()
-    run = create_run(directory, name)
-    recipe = prepared.recipe.model_copy(
-        update={
-            "run": settings.model_copy(update={"name": name, "directory": str(directory.resolve())})
-        }
-    )
+    run = create_run(path)
+    where = RunSettings(name=path.name, directory=str(path.parent.resolve()))
+    recipe = prepared.recipe.model_copy(update={"run": where})
     write_text(run.recipe, dump_recipe(recipe))
     save_json(run.tasks, {"tasks": [task.to_json() for task in prepared.data.tasks]})
     save_json(run.environment, describe(prepared.device, prepared.dtype))

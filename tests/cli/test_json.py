@@ -32,7 +32,7 @@ sys.meta_path.insert(0, Chatty())
 """
 
 FRAMED = """\
-import atexit, ctypes, os, subprocess
+import ctypes, os, subprocess
 from mtl_lora_cli.cli.frame import emit_json, framed
 with framed():
     {statement}
@@ -46,7 +46,6 @@ TALKERS = {
     "file descriptor": "os.write(1, b'chatter')",
     "child process": "subprocess.run(['echo', 'chatter'])",
     "C library": r"ctypes.CDLL(None).printf(b'chatter\n')",
-    "at exit": "atexit.register(print, 'chatter')",
     "deepspeed": "import deepspeed",
 }
 
@@ -78,6 +77,16 @@ def test_what_a_library_prints_stays_out_of_stdout(
     assert json.loads(finished.stdout) == {"result": [1, "zwölf"]}
     if talker != "deepspeed":
         assert "chatter" in finished.stderr
+
+
+def test_what_a_library_prints_at_exit_stays_out_of_stdout(
+    command: Callable[..., Finished], tmp_path: Path
+) -> None:
+    talk = "import atexit\natexit.register(print, 'chatter at exit')\n"
+    (tmp_path / "sitecustomize.py").write_text(talk, encoding="utf-8")
+    finished = command("tasks", "--json", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert json.loads(finished.stdout)
+    assert "chatter at exit" in finished.stderr
 
 
 def test_train(small_run: tuple[Path, Finished]) -> None:

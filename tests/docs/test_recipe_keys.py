@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.tasks.template import Each, Template
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -72,8 +71,3 @@ def test_every_recipe_key_is_documented_with_its_default() -> None:
 def test_every_template_key_is_documented() -> None:
     known = {*Template.model_fields, *(f"choices.{name}" for name in Each.model_fields)}
     assert set(documented("tasks.md", "Template keys")) == known
-
-
-@pytest.mark.parametrize("key", Source.model_fields)
-def test_the_source_keys_are_explained_among_the_tasks(key: str) -> None:
-    assert f"`{key}`" in (DOCS / "tasks.md").read_text(encoding="utf-8")

@@ -58,7 +58,7 @@ def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
         loaded = load_recipe(folder / "recipe.yaml")
-        return open_run(start(loaded, prepare(loaded)))
+        return open_run(start(prepare(loaded), folder / "runs" / "mine"))
 
     return run
 

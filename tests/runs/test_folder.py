@@ -18,7 +18,7 @@ from mtl_lora_cli.runs.folder import (
 
 
 def make(directory: Path, name: str) -> RunFolder:
-    run = create_run(directory, name)
+    run = create_run(directory / name)
     run.recipe.write_text("tasks: []\n")
     mark_latest(run)
     return run
@@ -64,13 +64,13 @@ def test_an_unknown_run_suggests_the_nearest(tmp_path: Path) -> None:
 def test_a_run_folder_is_made_once(tmp_path: Path) -> None:
     make(tmp_path, "mine")
     with pytest.raises(UsageError, match=r"run folder .*mine exists; choose another run\.name"):
-        create_run(tmp_path, "mine")
+        create_run(tmp_path / "mine")
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
-        create_run(tmp_path / "file", "mine")
+        create_run(tmp_path / "file" / "mine")
 
 
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:

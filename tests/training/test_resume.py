@@ -12,7 +12,6 @@ import torch
 
 from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import find_run
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.run import Prepared, resume, start
@@ -75,13 +74,12 @@ def test_signals_are_given_back(small: Callable[..., Any]) -> None:
 def test_a_whole_run_is_started_and_resumed_by_its_folder(
     recipe_file: Path, prepared: Prepared, tmp_path: Path
 ) -> None:
-    loaded = load_recipe(recipe_file, [f"run.directory={tmp_path}", "run.name=first"])
-    run = start(loaded, prepared)
+    run = start(prepared, tmp_path / "first")
     finished = read_tensors(run.require_adapter())
     with pytest.raises(UsageError, match="run 'first' is finished"):
         resume(run, None, [])
     with pytest.raises(UsageError, match=r"run folder .*first exists"):
-        start(loaded, prepared)
+        start(prepared, tmp_path / "first")
 
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoints / "step-000006")
