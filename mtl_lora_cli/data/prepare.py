@@ -77,7 +77,8 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
                 ("tasks", index, "name"),
                 f"the template '{name}' has no source of its own; give the task '{entry.name}' one",
             )
-        source = resolve(given, base=loaded.base if entry.source else path.parent)
+        key = ("tasks", index, "source")
+        source = resolve(given, base=loaded.base_of(key) if entry.source else path.parent)
         fans_out = source.task_column is not None and source.task is None
         names = tasks_in(source, base=Path(), task=entry.name) if fans_out else (entry.name,)
         for one in names:

@@ -102,7 +102,10 @@ def _resampled(outcome: Outcome, seed: int) -> Iterator[Outcome]:
         for weight in generator.multinomial(size, how_often / size, size=RESAMPLES):
             drawn = weight > 0
             yield Outcome(
-                pairs[0, drawn], pairs[1, drawn], positive=outcome.positive, weight=weight[drawn].astype(float)
+                pairs[0, drawn],
+                pairs[1, drawn],
+                positive=outcome.positive,
+                weight=weight[drawn].astype(float),
             )
         return
     for _ in range(RESAMPLES):

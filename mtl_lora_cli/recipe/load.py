@@ -21,6 +21,8 @@ from mtl_lora_cli.recipe.yaml_file import (
 )
 from mtl_lora_cli.resources import bundled
 
+COMMAND_LINE = "command line"
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -40,6 +42,13 @@ class LoadedRecipe:
     def base(self) -> Path:
         """The folder that relative paths in the recipe are relative to."""
         return self.path.resolve().parent
+
+    def base_of(self, path: KeyPath) -> Path:
+        """The folder that a relative path under one key is relative to.
+
+        What is typed on the command line is relative to where it is typed.
+        """
+        return Path.cwd() if self.document.where(path)[0] == COMMAND_LINE else self.base
 
     def problem(self, path: KeyPath, message: str) -> ProblemsError:
         """An error about one key, naming its file and line."""
@@ -117,12 +126,12 @@ def _override(data: dict[str, Any], text: str, document: Document) -> None:
         below = here.get(place) if isinstance(here, dict) else here[place]
         if not isinstance(below, dict | list):
             here[place] = {}
-            document.set_elsewhere(tuple(path), "command line")
+            document.set_elsewhere(tuple(path), COMMAND_LINE)
         here = here[place]
     place = _place(here, parts[-1], text)
     path.append(place)
     here[place] = parsed
-    document.set_elsewhere(tuple(path), "command line")
+    document.set_elsewhere(tuple(path), COMMAND_LINE)
 
 
 def _place(here: Any, part: str, text: str) -> str | int:
@@ -150,8 +159,8 @@ def _expand(value: Any, path: KeyPath, document: Document, problems: list[Proble
 
     def replace(match: Any) -> str:
         name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
-        if found is None:
+        found = os.environ.get(name) or default
+        if not found:
             file, line = document.where(path)
             key = ".".join(map(str, path))
             problems.append(Problem(file, line, key, f"the environment variable {name} is not set"))

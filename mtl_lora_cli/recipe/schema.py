@@ -110,7 +110,6 @@ class Training(StrictModel):
     gradient_checkpointing: bool = False
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
-    log_every: Positive = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 

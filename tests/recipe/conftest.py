@@ -54,7 +54,6 @@ training:
   gradient_checkpointing: false
   checkpoint_every: 2
   keep_checkpoints: 1
-  log_every: 1
   seed: 7
 run: {name: here, directory: there}
 """
