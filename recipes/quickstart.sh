@@ -4,7 +4,7 @@ set -eu
 mtl() { "${BIN:+$BIN/}mtl-lora" "$@"; }
 step() { printf '\n== %s\n' "$*" >&2; }
 
-step "1 of 4: training three tasks at once on SmolLM2-135M (about four minutes)"
+step "1 of 4: training three tasks at once on SmolLM2-135M (about five minutes)"
 run=$(mtl train quickstart)
 step "2 of 4: how good was the base model before?"
 mtl eval --run "$run" --task all --base-only

@@ -1,0 +1,73 @@
+"""Which task can be scored how, and what is said where it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.evaluate import Setting, held_out, select_tasks
+from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
+from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.template import Template
+
+PREFIX = "label: label\nchoices: {0: 'not', 1: not sure}"
+NUMBERS = "label: label\nchoices: {0: zero, 1: one}\nscoring: expectation"
+FREE = 'answer: "{{ label }}"'
+
+
+def task_with(folder: Path, answer: str, split: str = "test") -> Task:
+    rows: list[dict[str, Any]] = [{"text": f"row {i}", "label": i % 2} for i in range(4)]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{split}.jsonl").write_text(content, encoding="utf-8")
+    text = f'description: x\nprompt: "{{{{ text }}}}"\n{answer}\n'
+    return Task(
+        name="own",
+        id=0,
+        template_name="own.yaml",
+        template_text=text,
+        template=validate_document(parse_document(text, "own.yaml"), Template),
+        source=Source(path=str(folder)),
+    )
+
+
+def test_a_choice_that_begins_another_cannot_be_generated(tmp_path: Path) -> None:
+    task = task_with(tmp_path, PREFIX)
+    with pytest.raises(UsageError) as error:
+        held_out(task, Setting(protocol="generate"))
+    (line,) = error.value.lines
+    assert line.endswith(
+        "test.jsonl:1: task 'own': the choice 'not' begins the choice 'not sure', "
+        "so a generated answer cannot tell them apart: use --protocol choices"
+    )
+    assert len(held_out(task, Setting()).examples) == 4
+
+
+def test_a_free_answer_has_no_choices_to_score(tmp_path: Path) -> None:
+    task = task_with(tmp_path, FREE)
+    with pytest.raises(UsageError, match="has free answers.*use --protocol generate"):
+        held_out(task, Setting(protocol="choices"))
+    assert Setting().protocol_of(task) == "generate"
+
+
+def test_an_expectation_needs_the_choices_scores(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expectation over its choices.*use --protocol choices"):
+        held_out(task_with(tmp_path, NUMBERS), Setting(protocol="generate"))
+
+
+def test_test_comes_before_validation_and_a_missing_split_is_named(tmp_path: Path) -> None:
+    task = task_with(tmp_path, PREFIX, split="validation")
+    assert held_out(task, Setting()).split == "validation"
+    task_with(tmp_path, PREFIX, split="test")
+    assert held_out(task, Setting()).split == "test"
+    with pytest.raises(UsageError, match="task 'own': its source has no train split"):
+        held_out(task, Setting(split="train"))
+
+
+def test_an_unknown_task_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown task 'owm'; did you mean 'own'\?"):
+        select_tasks([task_with(tmp_path, PREFIX)], "owm")
