@@ -49,13 +49,13 @@ def test_a_choice_that_begins_another_cannot_be_generated(tmp_path: Path) -> Non
 
 def test_a_free_answer_has_no_choices_to_score(tmp_path: Path) -> None:
     task = task_with(tmp_path, FREE)
-    with pytest.raises(UsageError, match="has free answers.*use --protocol generate"):
+    with pytest.raises(UsageError, match=r"has free answers.*use --protocol generate"):
         held_out(task, Setting(protocol="choices"))
     assert Setting().protocol_of(task) == "generate"
 
 
 def test_an_expectation_needs_the_choices_scores(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="expectation over its choices.*use --protocol choices"):
+    with pytest.raises(UsageError, match=r"expectation over its choices.*use --protocol choices"):
         held_out(task_with(tmp_path, NUMBERS), Setting(protocol="generate"))
 
 
