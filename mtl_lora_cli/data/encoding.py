@@ -7,7 +7,9 @@ the boundary is the one that evaluation will see, and the way is that of lm-eval
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ import numpy as np
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example
+
+_CHUNK = 4096  # texts tokenised together while the chunk before is read
 
 Overflow = Literal["error", "drop", "truncate_prompt"]
 
@@ -95,7 +99,7 @@ class Encoder:
             for text, several in zip(texts, answers, strict=True)
             for answer in several
         ]
-        encodings = iter(self._backend.encode_batch(joined, add_special_tokens=False))
+        encodings = self._encoded(joined)
         prompt_tokens, following = [], []
         for text, several in zip(texts, answers, strict=True):
             whole = [next(encodings) for _ in several]
@@ -110,6 +114,22 @@ class Encoder:
             prompt_tokens.append(self._start + first)
             following.append([tokens[cut:] for tokens, cut in zip(ids, cuts, strict=True)])
         return prompt_tokens, following
+
+    def _encoded(self, texts: Sequence[str]) -> Iterator[Any]:
+        """The tokenizer's encodings in order, a chunk ahead of what is being read.
+
+        The tokenizer runs outside Python's lock, so the next chunk costs the reader no time.
+        """
+        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead = deque(pool.submit(self._encode, chunk) for chunk in chunks[:2])
+            for following in [*chunks[2:], None, None][: len(chunks)]:
+                yield from ahead.popleft().result()
+                if following is not None:
+                    ahead.append(pool.submit(self._encode, following))
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
     def _cut(self, encoding: Any, place: int) -> int | None:
         """How many tokens stand before character `place`; None where one lies across it."""

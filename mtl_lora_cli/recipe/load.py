@@ -160,7 +160,7 @@ def _expand(value: Any, path: KeyPath, document: Document, problems: list[Proble
     def replace(match: Any) -> str:
         name, default = match.group(1), match.group(2)
         found = os.environ.get(name) or default
-        if not found:
+        if found is None:
             file, line = document.where(path)
             key = ".".join(map(str, path))
             problems.append(Problem(file, line, key, f"the environment variable {name} is not set"))

@@ -174,7 +174,7 @@ def test_environment(complete: str, written: Written, monkeypatch: pytest.Monkey
         ("${MTL_TEST_SET:-there}", "here"),
         ("${MTL_TEST_UNSET:-there}/x", "there/x"),
         ("${MTL_TEST_UNSET:-}x", "x"),
-        ("${MTL_TEST_EMPTY}x", "x"),
+        ("${MTL_TEST_EMPTY:-there}", "there"),  # set to nothing is as good as not set
         ("$MTL_TEST_SET", "$MTL_TEST_SET"),
         ("{MTL_TEST_SET}", "{MTL_TEST_SET}"),
     ):
