@@ -107,7 +107,8 @@ class Encoder:
             ids = [encoding.ids for encoding in whole]
             first = None if cuts[0] is None else ids[0][: cuts[0]]
             if first is None or any(
-                cut is None or tokens[:cut] != first for tokens, cut in zip(ids, cuts, strict=True)
+                cut is None or tokens[:cut] != first
+                for tokens, cut in zip(ids[1:], cuts[1:], strict=True)
             ):
                 first = self._backend.encode(text, add_special_tokens=False).ids
                 cuts = [len(first)] * len(several)

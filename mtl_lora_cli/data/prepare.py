@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,8 @@ def prepare_training(
     limit = min(training.row_length, longest)
     bound, splits, audits = [], [], []
     for task in tasks:
-        known, encoded, found = _prepare_task(task, recipe, encoder, limit)
+        with _no_collection():
+            known, encoded, found = _prepare_task(task, recipe, encoder, limit)
         bound.append(known)
         splits.append(encoded)
         audits.append(found)
@@ -182,6 +185,18 @@ def prepare_training(
         seed=training.seed,
     )
     return TrainingData(bound, splits, audits, mixture)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of lists are made and none of them in cycles: looking for cycles costs a tenth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _prepare_task(
