@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, framed, say, stdout_is_terminal
+from mtl_lora_cli.cli.frame import emit, framed, status, stdout_is_terminal
 
 if TYPE_CHECKING:
     from mtl_lora_cli.training.run import Prepared
@@ -48,7 +48,7 @@ def show(
         from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
-        say("loading libraries")
+        status("loading libraries")
         from mtl_lora_cli.evaluation.evaluate import select_tasks
         from mtl_lora_cli.training.run import prepare
 

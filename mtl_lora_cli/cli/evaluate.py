@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 
 _PAIRED = ("accuracy", "exact_match")  # what the paired test is about
@@ -44,7 +44,7 @@ def evaluate(
         folder = find_run(run, runs)
         if split is not None and split not in SPLITS:
             raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, received '{split}'")
-        say("loading libraries")
+        status("loading libraries")
         from rich.console import Console
         from rich.progress import Progress
 
@@ -58,7 +58,7 @@ def evaluate(
         chosen = room.select_tasks(read_tasks(folder), task)
         for one in chosen:
             room.held_out(one, setting)  # a fault in the data shows before the model is loaded
-        say(f"loading run {folder.name}")
+        status(f"loading run {folder.name}")
         opened = open_run(folder)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("scoring", total=None)

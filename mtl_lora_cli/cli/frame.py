@@ -98,6 +98,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def status(text: str) -> None:
+    """What is going on, for a person who waits: said on a terminal only.
+
+    Elsewhere a call that fails leaves exactly the lines of its faults on stderr.
+    """
+    if sys.stderr.isatty():
+        say(text)
+
+
 def stdout_is_terminal() -> bool:
     """Whether a person reads the results as they come, in colours unless NO_COLOR is set."""
     return os.isatty(1 if _stdout is None else _stdout) and not os.environ.get("NO_COLOR")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 
 
@@ -35,7 +35,7 @@ def merge(
         from mtl_lora_cli.runs.folder import find_run
 
         folder = find_run(run, runs)
-        say("loading libraries")
+        status("loading libraries")
         from mtl_lora_cli.evaluation.evaluate import select_tasks
         from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
         from mtl_lora_cli.export.merge import require_empty
@@ -47,7 +47,7 @@ def merge(
         targets = [output or Path("merged") / folder.name / one.name for one in chosen]
         for target in targets:
             require_empty(target)
-        say(f"loading run {folder.name}")
+        status(f"loading run {folder.name}")
         # Merged into the full-precision weights, so compared on them, too.
         opened = open_run(folder, quantization="none")
         results = [

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
 
@@ -51,7 +51,7 @@ def train(
             if run is not None:
                 raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
             loaded = load_recipe(find_recipe(recipe), overrides or ())
-            say("loading libraries")
+            status("loading libraries")
             from mtl_lora_cli.training import run as training
 
             path = training.new_run_path(loaded, runs)
@@ -59,8 +59,7 @@ def train(
             if dry_run:
                 emit_plan(prepared, as_json)
                 return
-            say(tasks_table(prepared))
-            folder = training.start(prepared, path)
+            folder = training.start(prepared, path, lambda: say(tasks_table(prepared)))
         if as_json:
             emit_json({"run": folder.name, "path": str(folder.path)})
         else:

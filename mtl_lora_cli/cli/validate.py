@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, status
 from mtl_lora_cli.cli.options import JsonOption
 from mtl_lora_cli.cli.plan import findings, task_rows, tasks_table
 
@@ -27,7 +27,7 @@ def validate(
         from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
-        say("loading libraries")
+        status("loading libraries")
         from mtl_lora_cli.training.run import prepare
 
         prepared = prepare(loaded)

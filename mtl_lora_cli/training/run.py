@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -146,18 +146,20 @@ def new_run_path(loaded: LoadedRecipe, runs: Path) -> Path:
     return path
 
 
-def start(prepared: Prepared, path: Path) -> RunFolder:
+def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: None) -> RunFolder:
     """Train a new run.
 
     Args:
         prepared: from its recipe.
         path: of its folder.
+        ready: called once nothing can be wrong any more, before anything is written.
 
     Raises:
         UsageError: the adapter fits nothing in the model, or the run folder exists.
         Interrupted: the user stopped the run; it can be resumed.
     """
     packed, adapter = prepared.build()
+    ready()
     run = create_run(path)
     where = RunSettings(name=path.name, directory=str(path.parent.resolve()))
     recipe = prepared.recipe.model_copy(update={"run": where})
