@@ -1,125 +1,227 @@
-"""One autograd function for a frozen projection and its adapter.
+"""One autograd function for frozen projections of one input and their adapters.
 
-For a position of task t, with z = A x:
+For a position of task t and projection j, with z = A x:
 
-    y = W x + b + s · B_cat M_t z       M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]  [n·r, r]
+    y_j = W_j x + b_j + s · B_j M_{j,t} z_j       M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]  [n·r, r]
 
-(arXiv 2410.09437, regrouped; see docs/method.md). The function keeps the input, z, and the
-Parameter of the frozen weight, never a view or an expanded copy of it: 4-bit bytes can then be
-released between the passes. It computes no gradient for the frozen weight.
+(arXiv 2410.09437, regrouped; see docs/method.md). With M the identity it is LoRA. The adapter's
+product is accumulated into W x. The backward pass is given x, z, u = M z and the frozen Parameters
+themselves, never a view or an expanded copy of them: 4-bit bytes can then be released between the
+passes. It computes no gradient for frozen weights.
+
+`AdapterProducts` is the arithmetic, for others to build larger functions of; `AdaptedProjections`
+is the function.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.mix import mix, mix_gradient
 
 
-def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] as numbers: itself, or a 4-bit bitsandbytes weight expanded."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.to(dtype)
-    import bitsandbytes.functional as bnb
+class Factors(NamedTuple):
+    """A group's adapters in the dtype of the activations.
 
-    return bnb.dequantize_4bit(weight.data, state).to(dtype)
-
-
-def route(z: Tensor, mixing: Tensor, slots: Slots) -> Tensor:
-    """u_i = M_{task(i)} z_i, and 0 where the base model alone counts.
-
-    Every position is multiplied by the matrices of all tasks present (a tiny product), and its own
-    is then *chosen*, not summed with zeros: infinities of one task reach no other.
-
-    Args:
-        z: [N, r].
-        mixing: M, [P, k, r], one matrix a task present.
-        slots: the routing of the N positions.
-
-    Returns:
-        [N, k], same dtype as z.
+    Attributes:
+        down: [J·k, in], the A_j below each other.
+        ups: for each j B_j [out_j, m], its up-projections side by side.
+        mixing: M [J, P, m, k], float32 or better; None for plain LoRA, where m = k.
     """
-    tasks, size, _ = mixing.shape
-    if tasks == 1:
-        u = z @ mixing[0].T
-    else:
-        every = (z @ mixing.reshape(tasks * size, -1).T).view(-1, tasks, size)
-        u = every[torch.arange(z.shape[0], device=z.device), slots.slot]
-    return u if slots.active is None else torch.where(slots.active, u, 0.0)
+
+    down: Tensor
+    ups: tuple[Tensor, ...]
+    mixing: Tensor | None
 
 
-def _mixing_gradient(u_gradient: Tensor, z: Tensor, slots: Slots) -> Tensor:
-    """dM_t = Σ_{i of task t} du_i z_iᵀ, [P, k, r]."""
-    positions, size = u_gradient.shape
-    if slots.active is not None:
-        u_gradient = torch.where(slots.active, u_gradient, 0.0)
-    if slots.count == 1:
-        return (u_gradient.T @ z).unsqueeze(0)
-    spread = u_gradient.new_zeros(positions, slots.count, size)
-    spread[torch.arange(positions, device=z.device), slots.slot] = u_gradient
-    return (spread.view(positions, -1).T @ z).view(slots.count, size, -1)
+@dataclass(frozen=True)
+class AdapterProducts:
+    """The adapters' part of a group of projections.
+
+    Attributes:
+        spans: (start, stop) of each adapted projection in the group's output.
+        scale: s.
+        dropout: share of input features dropped before A while training.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    scale: float
+    dropout: float = 0.0
+
+    def factors(
+        self,
+        dtype: torch.dtype,
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        mixing: Tensor | None,
+    ) -> Factors:
+        """From the parameters: downs [nA, r, in] and ups [n, out_j, r] of each projection."""
+        rows = [down.shape[0] * down.shape[1] for down in downs]
+        together = torch.empty(sum(rows), downs[0].shape[2], dtype=dtype, device=downs[0].device)
+        for part, down in zip(together.split(rows), downs, strict=True):
+            part.copy_(down.detach().view_as(part))
+        stacked = []
+        for up in ups:
+            n, out, rank = up.shape
+            side_by_side = torch.empty(out, n * rank, dtype=dtype, device=up.device)
+            side_by_side.view(out, n, rank).copy_(up.detach().permute(1, 0, 2))
+            stacked.append(side_by_side)
+        return Factors(together, tuple(stacked), None if mixing is None else mixing.detach())
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Which features dropout keeps, bool like x; None without dropout."""
+        if not self.dropout:
+            return None
+        return torch.rand_like(x, dtype=torch.float32) >= self.dropout
+
+    def add(
+        self, y: Tensor, x: Tensor, mask: Tensor | None, factors: Factors, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """y_j += s B_j M_j A_j x in place.
+
+        Args:
+            y: [N, Σ out_j].
+            x: [N, in].
+            mask: from `mask`, or None.
+            factors: from `factors`.
+            slots: the routing of the N positions.
+
+        Returns:
+            z [N, J·k] and u [N, J·m], which the backward pass needs.
+        """
+        z = self._dropped(x, mask) @ factors.down.T
+        if factors.mixing is not None:
+            u = mix(z, factors.mixing, slots.index)
+        else:
+            u = z = z if slots.active is None else torch.where(slots.active, z, 0.0)
+        self.add_up(y, u, factors)
+        return z, u
+
+    def add_up(self, y: Tensor, u: Tensor, factors: Factors) -> None:
+        """y_j += s B_j u_j in place."""
+        for (start, stop), up, own in zip(
+            self.spans, factors.ups, u.chunk(len(self.spans), dim=1), strict=True
+        ):
+            y[:, start:stop].addmm_(own, up.T, alpha=self.scale)
+
+    def gradients(
+        self, dy: Tensor, z: Tensor, u: Tensor, factors: Factors, slots: Slots
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """From dy [N, Σ out_j]: dz [N, J·k], dM (or None), and s dy_jᵀ u_j [out_j, m] of each B_j."""
+        layers = len(self.spans)
+        dus, dups = [], []
+        for (start, stop), up, own in zip(
+            self.spans, factors.ups, u.chunk(layers, dim=1), strict=True
+        ):
+            part = dy[:, start:stop]
+            dus.append(part @ up)
+            dups.append(_wide_product(part.T, own).mul_(self.scale))
+        du = dus[0] if layers == 1 else torch.cat(dus, dim=1)
+        if factors.mixing is None:
+            dz = du.mul_(self.scale)
+            if slots.active is not None:
+                dz = torch.where(slots.active, dz, 0.0)
+            return dz, None, dups
+        dz = mix(du, factors.mixing, slots.index, transposed=True, scale=self.scale)
+        dmixing = mix_gradient(du, z, slots.index, factors.mixing.shape[1], layers)
+        return dz, dmixing.mul_(self.scale), dups
+
+    def add_input_gradient(
+        self, dx: Tensor, dz: Tensor, mask: Tensor | None, factors: Factors
+    ) -> None:
+        """dx += mask ⊙ (dz A) in place."""
+        if mask is None:
+            dx.addmm_(dz, factors.down)
+        else:
+            dx.add_(self._dropped(dz @ factors.down, mask))
+
+    def down_gradient(self, dz: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """dA = dzᵀ (mask ⊙ x), [J·k, in], float32 or better."""
+        return _wide_product(dz.T, self._dropped(x, mask))
+
+    def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x if mask is None else (x * mask).div_(1 - self.dropout)
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """y = W x + b + s · B_cat M_{task} A (mask ⊙ x), for flattened positions.
+def as_parameters(
+    like_downs: Sequence[Tensor], like_ups: Sequence[Tensor], ddown: Tensor, dups: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of the factors in the parameters' own shapes: all downs, then all ups."""
+    rows = [down.shape[0] * down.shape[1] for down in like_downs]
+    downs = [
+        part.view_as(down).to(down.dtype)
+        for part, down in zip(ddown.split(rows), like_downs, strict=True)
+    ]
+    ups = []
+    for part, up in zip(dups, like_ups, strict=True):
+        n, out, rank = up.shape
+        ups.append(part.view(out, n, rank).permute(1, 0, 2).contiguous().to(up.dtype))
+    return downs + ups
 
-    Shapes: x [N, in], weight [out, in] (or 4-bit), bias [out] or None, down [r, in],
-    up [n, out, r], mixing [P, n·r, r], mask [N, in] or None (dropout, already divided by 1 − p).
-    All of x's dtype. Returns [N, out].
+
+class AdaptedProjections(torch.autograd.Function):
+    """y = W x + b + s · B M_{task} A (mask ⊙ x), for flattened positions.
+
+    Args of `apply`: x [N, in]; frozen, products, slots and mask [N, in] (bool or None); mixing
+    [J, P, m, k] or None; then the frozen weights, the J downs and the J ups. Returns [N, Σ out_j].
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        mixing: Tensor,
+        frozen: FrozenWeights,
+        products: AdapterProducts,
         slots: Slots,
-        scale: float,
         mask: Tensor | None,
+        mixing: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
-        y = F.linear(x, dense_weight(weight, x.dtype), bias)
-        z = (x if mask is None else x * mask) @ down.T
-        u = route(z, mixing, slots)
-        y.addmm_(u, _stacked(up).T, alpha=scale)
-        ctx.save_for_backward(x, weight, down, up, mixing, z, mask)
-        ctx.slots, ctx.scale = slots, scale
+        weights, downs, ups = _split(tensors, len(frozen.layers), len(products.spans))
+        factors = products.factors(x.dtype, downs, ups, mixing)
+        y = frozen.product(x, weights)
+        z, u = products.add(y, x, mask, factors, slots)
+        ctx.save_for_backward(x, z, u, mask, factors.down, factors.mixing, *factors.ups, *tensors)
+        ctx.static = (frozen, products, slots)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, mixing, z, mask = ctx.saved_tensors
-        slots: Slots = ctx.slots
-        du = ctx.scale * (dy @ _stacked(up))
-        dz = route(du, mixing.transpose(1, 2), slots)
-        dx = ddown = dup = dmixing = None
+        frozen, products, slots = ctx.static
+        x, z, u, mask, down, mixing, *rest = ctx.saved_tensors
+        count = len(products.spans)
+        factors = Factors(down, tuple(rest[:count]), mixing)
+        weights, downs, ups = _split(rest[count:], len(frozen.layers), count)
+        dz, dmixing, dups = products.gradients(dy, z, u, factors, slots)
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ dense_weight(weight, dy.dtype)
-            if mask is None:
-                dx.addmm_(dz, down)
-            else:
-                dx.addcmul_(dz @ down, mask)
-        if ctx.needs_input_grad[3]:
-            ddown = dz.T @ (x if mask is None else x * mask)
-        if ctx.needs_input_grad[4]:
-            n, out, rank = up.shape
-            u = route(z, mixing, slots)
-            dup = (ctx.scale * (dy.T @ u)).view(out, n, rank).permute(1, 0, 2)
-        if ctx.needs_input_grad[5]:
-            dmixing = _mixing_gradient(du, z, slots)
-        return dx, None, None, ddown, dup, dmixing, None, None, None
+            dx = frozen.input_gradient(dy, weights)
+            products.add_input_gradient(dx, dz, mask, factors)
+        ddown = products.down_gradient(dz, x, mask)
+        if dmixing is not None:
+            dmixing = dmixing.to(mixing.dtype)
+        parameters = as_parameters(downs, ups, ddown, dups)
+        return dx, None, None, None, None, dmixing, *(None,) * len(weights), *parameters
 
 
-def _stacked(up: Tensor) -> Tensor:
-    """B_cat [out, n·r]: the up-projections [n, out, r] side by side."""
-    return up.permute(1, 0, 2).reshape(up.shape[1], -1)
+def _split(
+    tensors: Sequence[Tensor], weights: int, adapters: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    middle = weights + adapters
+    return tensors[:weights], tensors[weights:middle], tensors[middle:]
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 at least: the sums run over all positions."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.float64 if a.dtype == torch.float64 else torch.float32)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.function import AdaptedLinear, dense_weight
+from mtl_lora_cli.adapters.frozen import FrozenWeights
+from mtl_lora_cli.adapters.function import AdaptedProjections, AdapterProducts
 from mtl_lora_cli.adapters.routing import Routing
 
 ROLES = ("lora_A", "lora_B", "task_transform", "task_gate", "gate_projection")
@@ -66,20 +68,13 @@ class MultiTaskLinear(nn.Module):
 
     def gates(self, tasks: Tensor) -> Tensor:
         """g [P, n] of the tasks [P]: softmax(w_t / τ), float32 or better."""
-        if self.config.gate == "weights":
-            logits = self.task_gate[tasks]
-        else:
-            embedding = cast(nn.Parameter, self._shared[0])
-            logits = embedding[tasks] @ self.gate_projection.T
-        return torch.softmax(logits / self.config.temperature, dim=-1)
+        return _gates([self], tasks)[0]
 
     def mixing(self, tasks: Tensor) -> Tensor:
         """M [P, n·r, r] of the tasks [P]: M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]."""
-        transform = self.task_transform[tasks]
-        if self.config.transform == "diagonal":
-            transform = torch.diag_embed(transform)
-        product = self.gates(tasks)[:, :, None, None] * transform[:, None]
-        return product.reshape(len(tasks), -1, self.config.rank)
+        found = mixing_of([self], tasks)
+        assert found is not None
+        return found[0]
 
     @torch.no_grad()
     def task_update(self, task: int) -> tuple[Tensor, Tensor]:
@@ -99,28 +94,63 @@ class MultiTaskLinear(nn.Module):
         """x [*lead, in] → [*lead, out]; the task ids must lead `lead`."""
         lead = x.shape[:-1]
         slots = self.routing.slots(lead, x.device)
+        flat = x.reshape(-1, x.shape[-1])
+        frozen = FrozenWeights([self.base_layer])
         if slots.count == 0:
             # Not base_layer(x): a 4-bit layer may repack its weight for its own kernels.
-            weight = dense_weight(self.base_layer.weight, x.dtype)
-            return nn.functional.linear(x, weight, self.base_layer.bias)
-        mask = None
-        if self.training and self.config.dropout:
-            mask = nn.functional.dropout(
-                torch.ones_like(x), self.config.dropout, training=True
-            ).reshape(-1, x.shape[-1])
-        y = AdaptedLinear.apply(
-            x.reshape(-1, x.shape[-1]),
-            self.base_layer.weight,
-            self.base_layer.bias,
-            self.lora_A[0].to(x.dtype),
-            self.lora_B.to(x.dtype),
-            self.mixing(slots.present).to(x.dtype),
+            return frozen.product(flat, frozen.weights()).view(*lead, frozen.shape[0])
+        products = self.products(((0, self.base_layer.out_features),))
+        y = AdaptedProjections.apply(
+            flat,
+            frozen,
+            products,
             slots,
-            self.config.scale,
-            mask,
+            products.mask(flat) if self.training else None,
+            mixing_of([self], slots.present),
+            *frozen.weights(),
+            self.lora_A,
+            self.lora_B,
         )
-        return cast(Tensor, y).view(*lead, -1)
+        return cast(Tensor, y).view(*lead, frozen.shape[0])
+
+    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
+        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
+        return AdapterProducts(spans, self.config.scale, self.config.dropout)
 
     def extra_repr(self) -> str:
         c = self.config
         return f"rank={c.rank}, up_projections={c.up_projections}, tasks={self.routing.tasks}"
+
+
+def mixing_of(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor | None:
+    """M [L, P, n·r, r] of many layers of one configuration in a few operations, not a few each.
+
+    Args:
+        layers: of equal rank and number of up-projections.
+        tasks: [P] task ids, or None for all tasks.
+
+    Returns:
+        M_{l,t} = [g_{l,t,1} Λ_{l,t}; …], float32 or better, through which gradients flow.
+    """
+    config = layers[0].config
+    transform = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks)
+    if config.transform == "diagonal":
+        transform = torch.diag_embed(transform)
+    product = _gates(layers, tasks)[..., None, None] * transform[:, :, None]
+    return product.flatten(2, 3)
+
+
+def _gates(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
+    """g [L, P, n]."""
+    config = layers[0].config
+    if config.gate == "weights":
+        logits = _of_tasks(torch.stack([layer.task_gate for layer in layers]), tasks)
+    else:
+        embedding = cast(nn.Parameter, layers[0]._shared[0])
+        chosen = embedding if tasks is None else embedding[tasks]
+        logits = chosen @ torch.stack([layer.gate_projection for layer in layers]).mT
+    return torch.softmax(logits / config.temperature, dim=-1)
+
+
+def _of_tasks(stacked: Tensor, tasks: Tensor | None) -> Tensor:
+    return stacked if tasks is None else stacked[:, tasks]

@@ -22,12 +22,12 @@ class Slots:
 
     Attributes:
         present: [P] int64, the distinct task ids that occur, ascending, without `BASE_ONLY`.
-        slot: [N] int64, for each position the place of its task in `present` (0 for `BASE_ONLY`).
+        index: [N] int32, for each position the place of its task in `present`, −1 for `BASE_ONLY`.
         active: [N, 1] bool, False where the base model alone counts; None if no position is such.
     """
 
     present: Tensor
-    slot: Tensor
+    index: Tensor
     active: Tensor | None
 
     @property
@@ -132,15 +132,20 @@ class Routing:
         return self._current
 
 
+def slots_of(ids: Tensor, device: torch.device) -> Slots:
+    """The routing of positions whose ids are given one by one."""
+    return _slots(ids, ids.shape, device)
+
+
 def _slots(ids: Tensor, shape: torch.Size, device: torch.device) -> Slots:
     if ids.shape != shape[: ids.ndim]:
         raise ValueError(
             f"task ids of shape {tuple(ids.shape)} do not lead activations of shape {tuple(shape)}"
         )
     wide = ids.reshape(ids.shape + (1,) * (len(shape) - ids.ndim)).expand(shape).reshape(-1)
-    present, slot = torch.unique(wide, return_inverse=True)
+    present, place = torch.unique(wide, return_inverse=True)
     active = None
     if present.numel() and present[0] == BASE_ONLY:
         active = (wide != BASE_ONLY).unsqueeze(1).to(device)
-        present, slot = present[1:], (slot - 1).clamp_(min=0)
-    return Slots(present.to(device), slot.to(device), active)
+        present, place = present[1:], place - 1
+    return Slots(present.to(device), place.to(torch.int32).to(device), active)

@@ -124,9 +124,16 @@ def packed_attention(
         raise ValueError("packed attention needs `segments`; call the model through PackedModel")
     if query.shape[0] != 1:
         raise ValueError(f"packed rows form one sequence, received a batch of {query.shape[0]}")
-    in_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return attend_segments(query, key, value, scaling, segments), None
+
+
+def attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, segments: Segments
+) -> Tensor:
+    """q [1, heads, N, d], k and v [1, key heads, N, d] → [1, N, heads, d]."""
+    in_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     attend = _in_kernel if in_kernel else _by_segment
-    return attend(query, key, value, scaling, segments), None
+    return attend(q, k, v, scaling, segments)
 
 
 def _by_segment(

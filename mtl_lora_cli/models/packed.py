@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
+
+Engine = Literal["auto", "fused", "plain"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,33 @@ class PackedModel(nn.Module):
     Args:
         model: a transformers causal language model loaded with our packed attention.
         adapter: the adapter that was injected into it, or None for the base model alone.
+        engine: `fused` runs the layers as our blocks, `plain` as transformers wrote them; `auto` is
+            fused where that is possible.
+        keep: what the fused engine keeps for the backward pass.
+
+    Raises:
+        UsageError: `fused` was asked for and the model's layers are not of that kind.
     """
 
-    def __init__(self, model: Any, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter | None = None,
+        *,
+        engine: Engine = "auto",
+        keep: Keep | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self._adapter = adapter
+        self.keep = keep or Keep()
+        self.decoder: FusedDecoder | None = None
+        if engine != "plain":
+            reason = obstacle(model, adapter)
+            if reason is None:
+                self.decoder = FusedDecoder(model, adapter)
+            elif engine == "fused":
+                raise UsageError(f"engine: fused does not know this model: {reason}")
 
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:
@@ -83,13 +110,7 @@ class PackedModel(nn.Module):
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the positions asked for and nowhere else, float32 [U, vocabulary]."""
-        hidden = self.model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            segments=batch.segments,
-        ).last_hidden_state[0]
-        chosen = hidden[batch.positions.to(hidden.device)]
+        chosen = self._hidden(batch)
         select = (
             nullcontext()
             if self._adapter is None
@@ -97,3 +118,37 @@ class PackedModel(nn.Module):
         )
         with select:
             return cast(Tensor, self.model.get_output_embeddings()(chosen).float())
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        """Normed hidden states at the positions asked for, [U, d]."""
+        positions = batch.positions.to(batch.input_ids.device)
+        if self.decoder is None:
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                segments=batch.segments,
+            ).last_hidden_state[0]
+            return cast(Tensor, hidden[positions])
+        slots, chosen_slots = self._slots(batch)
+        return self.decoder.forward(
+            batch.input_ids,
+            batch.position_ids,
+            batch.segments,
+            positions,
+            slots,
+            chosen_slots,
+            training=self.training,
+            keep=self.keep,
+        )
+
+    def _slots(self, batch: PackedBatch) -> tuple[Slots, Slots]:
+        """The routing of all positions and of those asked for."""
+        device = batch.input_ids.device
+        if self._adapter is None:
+            none = slots_of(torch.full_like(batch.task_ids, BASE_ONLY), device)
+            return none, none
+        routing = self._adapter.routing
+        every = routing.slots(batch.task_ids.shape, device)
+        with routing.select(batch.positions):
+            return every, routing.slots(batch.positions.shape, device)

@@ -104,7 +104,9 @@ def test_without_a_task_the_output_is_the_base_exactly(make_layer: MakeLayer) ->
     layer = make_layer(base=four_bit(), dtype=torch.float32).eval()
     x = torch.randn(6, 64)
     with torch.no_grad():
-        base = four_bit().eval()(x)
+        # Not four_bit()(x): on processors with AVX-512 it takes a kernel that wants 32 outputs a block.
+        plain = four_bit()
+        base = nn.functional.linear(x, dequantised(plain), plain.bias)
         with layer.routing.assign(IDS):
             mixed = layer(x)
         with layer.routing.assign(torch.full_like(IDS, -1)):

@@ -45,11 +45,11 @@ def bare(base: BaseModel) -> PackedModel:
     return PackedModel(_load(base)).eval()
 
 
-def _batch(examples: Sequence[Tensor], tasks: Sequence[int]) -> PackedBatch:
+def _batch(examples: Sequence[Tensor], tasks: Sequence[int], every: int = 1) -> PackedBatch:
     lengths = [len(example) for example in examples]
     tokens = torch.cat(list(examples))
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    asked = torch.cat([torch.arange(ends[i], ends[i + 1] - 1) for i in range(len(lengths))])
+    asked = torch.cat([torch.arange(ends[i], ends[i + 1] - 1, every) for i in range(len(lengths))])
     return PackedBatch(
         input_ids=tokens.unsqueeze(0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
@@ -72,3 +72,15 @@ def logprobs() -> Callable[..., list[Tensor]]:
         return list(together.split([len(example) - 1 for example in examples]))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., PackedBatch]:
+    """Random examples of the given lengths and tasks; `every`-th positions are asked for."""
+
+    def build(lengths: Sequence[int], tasks: Sequence[int], every: int = 1) -> PackedBatch:
+        generator = torch.Generator().manual_seed(len(lengths))
+        examples = [torch.randint(3, 512, (length,), generator=generator) for length in lengths]
+        return _batch(examples, tasks, every)
+
+    return build

@@ -1,0 +1,81 @@
+"""RMS normalisation of a residual stream, with the addition before it and after its gradient.
+
+    x' = x + δ        r_i = (mean_j x'_ij² + ε)^(-1/2)        h = w ⊙ (r x')
+
+Source: RMSNorm (arXiv 1910.07467) as LLaMA uses it. The weight w is frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.kernels.backend import in_triton
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' = x + δ and its normalised form.
+
+    Args:
+        x: [N, d], the residual stream.
+        delta: [N, d], what the block before adds to it, or None for nothing.
+        weight: w [d].
+        eps: ε.
+
+    Returns:
+        x' [N, d] (x itself where delta is None), h [N, d], both of x's dtype, and r [N] float32
+        (x's dtype where that is wider).
+    """
+    if in_triton(x):
+        from mtl_lora_cli.kernels import triton_norm
+
+        return triton_norm.add_norm(x, delta, weight, eps)
+    total = x if delta is None else x + delta
+    wide = total.to(_wide(total))
+    inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    normed = weight * (wide * inverse[:, None]).to(x.dtype)
+    return total, normed, inverse
+
+
+def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """h again, from x' and r: what a backward pass recomputes instead of keeping."""
+    if in_triton(x):
+        from mtl_lora_cli.kernels import triton_norm
+
+        return triton_norm.apply_norm(x, inverse, weight)
+    return weight * (x.to(inverse.dtype) * inverse[:, None]).to(x.dtype)
+
+
+def norm_gradient(
+    dh: Tensor, dresidual: Tensor | None, x: Tensor, inverse: Tensor, weight: Tensor
+) -> Tensor:
+    """The gradient of x' from that of h, with the one that comes past the norm added.
+
+    With x̂ = r x':  dx' = r (w dh − x̂ mean(w dh x̂)) + dresidual.
+
+    Args:
+        dh: [N, d].
+        dresidual: [N, d], or None for zero.
+        x: x' [N, d].
+        inverse: r [N].
+        weight: w [d].
+
+    Returns:
+        [N, d], x's dtype.
+    """
+    if in_triton(x):
+        from mtl_lora_cli.kernels import triton_norm
+
+        return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight)
+    unit = x.to(inverse.dtype) * inverse[:, None]
+    weighted = weight.to(inverse.dtype) * dh.to(inverse.dtype)
+    gradient = inverse[:, None] * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
+    if dresidual is not None:
+        gradient = gradient + dresidual.to(inverse.dtype)
+    return gradient.to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

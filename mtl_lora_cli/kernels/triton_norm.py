@@ -1,0 +1,96 @@
+"""Triton kernels of `norm.py`: a program a row, the row in registers, every tensor touched once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_norm(x, delta, weight, total, normed, inverse, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, mask=inside, other=0.0)
+    if ADD:
+        value += tl.load(delta + row * width + at, mask=inside, other=0.0)
+        tl.store(total + row * width + at, value, mask=inside)
+    value = value.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    tl.store(inverse + row, factor)
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(
+        normed + row * width + at, (value * factor * scale).to(normed.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def _apply_norm(x, inverse, weight, normed, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    out = value * tl.load(inverse + row) * scale
+    tl.store(normed + row * width + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_gradient(dh, dresidual, x, inverse, weight, dx, width, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    factor = tl.load(inverse + row)
+    unit = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) * factor
+    weighted = tl.load(dh + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    weighted *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    out = factor * (weighted - unit * (tl.sum(weighted * unit, axis=0) / width))
+    if ADD:
+        out += tl.load(dresidual + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * width + at, out.to(dx.dtype.element_ty), mask=inside)
+
+
+def _launch(width: int) -> dict[str, Any]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `norm.add_norm`; x and delta contiguous, rows of at most 65,536."""
+    rows, width = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        _add_norm[(rows,)](
+            x, delta, weight, total, normed, inverse, width, eps, ADD=delta is not None, **_launch(width)
+        )
+    return total, normed, inverse
+
+
+def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """See `norm.apply_norm`."""
+    rows, width = x.shape
+    normed = torch.empty_like(x)
+    if rows:
+        _apply_norm[(rows,)](x, inverse, weight, normed, width, **_launch(width))
+    return normed
+
+
+def norm_gradient(
+    dh: Tensor, dresidual: Tensor | None, x: Tensor, inverse: Tensor, weight: Tensor
+) -> Tensor:
+    """See `norm.norm_gradient`."""
+    rows, width = x.shape
+    dx = torch.empty_like(x)
+    if rows:
+        _norm_gradient[(rows,)](
+            dh, dresidual, x, inverse, weight, dx, width, ADD=dresidual is not None, **_launch(width)
+        )
+    return dx

@@ -1,0 +1,345 @@
+"""The two halves of a LLaMA decoder layer, each one autograd function.
+
+    AttentionBlock   x' = x + δ,   δ' = O(attention(QKV(norm x')))
+    MlpBlock         x' = x + δ,   δ' = D(silu(G norm x') ⊙ (U norm x'))
+
+A block takes the residual stream x and what the block before has yet to add to it (δ), and returns
+both anew, so that each addition happens inside a norm's kernel. Written by hand rather than left to
+autograd because of what it saves: weights are frozen, so most inputs are needed by nobody; and what
+is needed can be dropped and computed again (`Keep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtl_lora_cli.adapters.frozen import FrozenWeights
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors, as_parameters
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
+from mtl_lora_cli.kernels.swiglu import swiglu, swiglu_gradient
+from mtl_lora_cli.models.packing import Packing, attend, attend_gradient
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What the forward pass leaves for the backward pass instead of having it computed again.
+
+    Attributes:
+        normed: outputs of the norms. Again: one pass over x.
+        attended: outputs of attention. Again: attention.
+        qkv, gate_up: outputs of these projections. Again: a large product each.
+    """
+
+    normed: bool = True
+    attended: bool = True
+    qkv: bool = True
+    gate_up: bool = True
+
+
+class Group:
+    """Projections of one input, some or all of them adapted.
+
+    Args:
+        layers: as they stand in the model: `MultiTaskLinear`, or a frozen linear layer.
+        frozen: their weights side by side.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], frozen: FrozenWeights) -> None:
+        self.frozen = frozen
+        self.adapted = [layer for layer in layers if isinstance(layer, MultiTaskLinear)]
+        self.products: AdapterProducts | None = None
+        if self.adapted:
+            spans = tuple(
+                span
+                for layer, span in zip(layers, frozen.spans, strict=True)
+                if isinstance(layer, MultiTaskLinear)
+            )
+            self.products = self.adapted[0].products(spans)
+
+    def tensors(self, mixing: Tensor | None) -> list[Tensor | None]:
+        """What autograd must know of: M, the downs, the ups."""
+        if self.products is None:
+            return []
+        downs = [layer.lora_A for layer in self.adapted]
+        return [mixing, *downs, *(layer.lora_B for layer in self.adapted)]
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
+    ) -> tuple[Tensor, Tape | None]:
+        """y, and what the backward pass needs of the adapters."""
+        y = self.frozen.product(x, self.frozen.weights())
+        if self.products is None or slots.count == 0:
+            return y, None
+        mixing, rest = tensors[0], tensors[1:]
+        count = len(self.adapted)
+        factors = self.products.factors(x.dtype, rest[:count], rest[count:], mixing)
+        mask = self.products.mask(x) if training else None
+        z, u = self.products.add(y, x, mask, factors, slots)
+        return y, Tape(factors, z, u, mask)
+
+    def again(self, x: Tensor, tape: Tape | None) -> Tensor:
+        """y once more."""
+        y = self.frozen.product(x, self.frozen.weights())
+        if self.products is not None and tape is not None:
+            self.products.add_up(y, tape.u, tape.factors)
+        return y
+
+    def backward(
+        self, dy: Tensor, tape: Tape | None, slots: Slots, wanted: bool
+    ) -> tuple[Tensor | None, Gradients | None]:
+        """dx where it is wanted, and the adapters' gradients, that of A unfinished."""
+        dx = self.frozen.input_gradient(dy, self.frozen.weights()) if wanted else None
+        if self.products is None or tape is None:
+            return dx, None
+        dz, dmixing, dups = self.products.gradients(dy, tape.z, tape.u, tape.factors, slots)
+        if dx is not None:
+            self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)
+        return dx, Gradients(dz, dmixing, dups)
+
+    def finish(
+        self, gradients: Gradients | None, x: Tensor, tape: Tape | None
+    ) -> list[Tensor | None]:
+        """The gradients of `tensors`, from the input x of the group."""
+        if self.products is None:
+            return []
+        if gradients is None or tape is None:
+            return [None] * (1 + 2 * len(self.adapted))
+        ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
+        parameters = as_parameters(
+            [layer.lora_A for layer in self.adapted],
+            [layer.lora_B for layer in self.adapted],
+            ddown,
+            gradients.dups,
+        )
+        return [gradients.dmixing, *parameters]
+
+
+@dataclass
+class Tape:
+    """What a group's forward pass leaves: factors in the activations' dtype, z, u, and the mask."""
+
+    factors: Factors
+    z: Tensor
+    u: Tensor
+    mask: Tensor | None
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.factors.down, *self.factors.ups, self.factors.mixing, self.z, self.u, self.mask]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Tape:
+        down, *ups, mixing, z, u, mask = tensors
+        return Tape(Factors(down, tuple(ups), mixing), z, u, mask)
+
+
+@dataclass
+class Gradients:
+    """What a group's backward pass has found before A's gradient is asked for."""
+
+    dz: Tensor
+    dmixing: Tensor | None
+    dups: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What holds for all layers of one pass through the model.
+
+    Attributes:
+        slots: the routing of the N positions.
+        packing: attention's view of them.
+        positions: [U] int64: the last layer goes on with these positions alone; None for all.
+        chosen_slots: the routing of the positions that go on.
+        keep: what is kept for the backward pass.
+        training: whether dropout is on.
+        learn: whether a backward pass will come.
+    """
+
+    slots: Slots
+    packing: Packing
+    positions: Tensor | None
+    chosen_slots: Slots
+    keep: Keep
+    training: bool
+    learn: bool
+
+
+class _Saved:
+    """Names for what a block saves: `save_for_backward` takes a flat list."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.names: list[tuple[str, int]] = []
+        self.flat: list[Tensor | None] = []
+        self._ctx = ctx
+
+    def add(self, name: str, *tensors: Tensor | None) -> None:
+        self.names.append((name, len(tensors)))
+        self.flat += tensors
+
+    def close(self) -> None:
+        self._ctx.save_for_backward(*self.flat)
+        self._ctx.names = self.names
+
+
+def _open(ctx: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    tensors = list(ctx.saved_tensors)
+    for name, count in ctx.names:
+        own, tensors = tensors[:count], tensors[count:]
+        found[name] = Tape.of(own) if name.startswith("tape") else own[0]
+    return found
+
+
+class AttentionBlock(torch.autograd.Function):
+    """x' = x + δ and δ' = O(attention(QKV(norm x'))).
+
+    Args of `apply`: norm (weight, ε), the groups QKV and O, the pass, x [N, d], δ [N, d] or None,
+    then the tensors of both groups. Returns x' and δ', [N, d] or, with `positions`, [U, d].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        norm: tuple[Tensor, float],
+        qkv_group: Group,
+        o_group: Group,
+        call: Pass,
+        x: Tensor,
+        delta: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        count = len(qkv_group.tensors(None))
+        total, normed, inverse = add_norm(x, delta, *norm)
+        qkv, qkv_tape = qkv_group.forward(normed, tensors[:count], call.slots, call.training)
+        attended, state = attend(qkv, call.packing, learn=call.learn)
+        chosen, residual = attended, total
+        if call.positions is not None:
+            chosen, residual = attended[call.positions], total[call.positions]
+        out, o_tape = o_group.forward(chosen, tensors[count:], call.chosen_slots, call.training)
+        if call.learn:
+            saved = _Saved(ctx)
+            saved.add("total", total)
+            saved.add("inverse", inverse)
+            if call.keep.normed and qkv_group.products is not None:
+                saved.add("normed", normed)
+            if call.keep.qkv:
+                saved.add("qkv", qkv)
+                # Of a graph the state holds all that would be computed again.
+                if call.keep.attended or not isinstance(state, Tensor):
+                    saved.add("attended", attended)
+            for name, tape in (("tape_qkv", qkv_tape), ("tape_o", o_tape)):
+                if tape is not None:
+                    saved.add(name, *tape.tensors())
+            saved.close()
+            ctx.state = state if call.keep.qkv else None
+            ctx.static = (norm[0], qkv_group, o_group, call)
+        return residual, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> tuple[Any, ...]:
+        weight, qkv_group, o_group, call = ctx.static
+        saved = _open(ctx)
+        total, inverse = saved["total"], saved["inverse"]
+        qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
+        normed, qkv, attended, state = saved.get("normed"), saved.get("qkv"), saved.get("attended"), ctx.state
+        if normed is None and (qkv is None or qkv_group.products is not None):
+            normed = apply_norm(total, inverse, weight)
+        if qkv is None:
+            qkv = qkv_group.again(normed, qkv_tape)
+        if attended is None:
+            attended, state = attend(qkv, call.packing, learn=True)
+        chosen = attended if call.positions is None else attended[call.positions]
+        dchosen, o_gradients = o_group.backward(dout, o_tape, call.chosen_slots, True)
+        o_found = o_group.finish(o_gradients, chosen, o_tape)
+        dattended = _spread(dchosen, call.positions, attended)
+        dqkv = attend_gradient(dattended, qkv, attended, state, call.packing)
+        ctx.state = state = None
+        wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+        dnormed, qkv_gradients = qkv_group.backward(dqkv, qkv_tape, call.slots, wanted)
+        qkv_found = qkv_group.finish(qkv_gradients, normed, qkv_tape)
+        dx = None
+        if wanted:
+            dx = norm_gradient(dnormed, _spread(dresidual, call.positions, total), total, inverse, weight)
+        return (None, None, None, None, *_both(ctx, dx, 4), *qkv_found, *o_found)
+
+
+class MlpBlock(torch.autograd.Function):
+    """x' = x + δ and δ' = D(silu(G h) ⊙ (U h)) with h = norm x'.
+
+    Args of `apply`: norm (weight, ε), the groups GU and D, the pass, x and δ [M, d], then the
+    tensors of both groups. Returns x' and δ' [M, d]; M is N, or U in the last layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        norm: tuple[Tensor, float],
+        gate_up_group: Group,
+        down_group: Group,
+        call: Pass,
+        slots: Slots,
+        x: Tensor,
+        delta: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        count = len(gate_up_group.tensors(None))
+        total, normed, inverse = add_norm(x, delta, *norm)
+        both, gate_up_tape = gate_up_group.forward(normed, tensors[:count], slots, call.training)
+        out, down_tape = down_group.forward(swiglu(both), tensors[count:], slots, call.training)
+        if call.learn:
+            saved = _Saved(ctx)
+            saved.add("total", total)
+            saved.add("inverse", inverse)
+            if call.keep.normed and gate_up_group.products is not None:
+                saved.add("normed", normed)
+            if call.keep.gate_up:
+                saved.add("both", both)
+            for name, tape in (("tape_gate_up", gate_up_tape), ("tape_down", down_tape)):
+                if tape is not None:
+                    saved.add(name, *tape.tensors())
+            saved.close()
+            ctx.static = (norm[0], gate_up_group, down_group, slots)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dout: Tensor) -> tuple[Any, ...]:
+        weight, gate_up_group, down_group, slots = ctx.static
+        saved = _open(ctx)
+        total, inverse = saved["total"], saved["inverse"]
+        gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
+        normed, both = saved.get("normed"), saved.get("both")
+        if normed is None and (both is None or gate_up_tape is not None):
+            normed = apply_norm(total, inverse, weight)
+        if both is None:
+            both = gate_up_group.again(normed, gate_up_tape)
+        dactivated, down_gradients = down_group.backward(dout, down_tape, slots, True)
+        dboth, activated = swiglu_gradient(dactivated, both, again=down_tape is not None)
+        down_found = down_group.finish(down_gradients, activated, down_tape)
+        del dactivated, activated
+        dnormed, gate_up_gradients = gate_up_group.backward(dboth, gate_up_tape, slots, True)
+        gate_up_found = gate_up_group.finish(gate_up_gradients, normed, gate_up_tape)
+        dx = norm_gradient(dnormed, dtotal, total, inverse, weight)
+        return (None, None, None, None, None, *_both(ctx, dx, 5), *gate_up_found, *down_found)
+
+
+def _both(ctx: Any, dx: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
+    """x and δ have one gradient."""
+    x_wanted, delta_wanted = ctx.needs_input_grad[at : at + 2]
+    return dx if x_wanted else None, dx if delta_wanted else None
+
+
+def _spread(chosen: Tensor, positions: Tensor | None, like: Tensor) -> Tensor:
+    """Rows put back to their positions, zero elsewhere."""
+    if positions is None:
+        return chosen
+    return torch.zeros_like(like).index_add_(0, positions, chosen)

@@ -1,0 +1,219 @@
+"""The decoder of a LLaMA-class model over packed rows, built of the blocks in `blocks.py`.
+
+It reads the weights of the transformers model that it is made from, and leaves that model as it is:
+the same parameters, the same adapted layers. What it saves is time and memory: one product for q, k
+and v, one for gate and up, norms and additions in one kernel, nothing kept that nobody needs, and in
+the last layer no work after attention where no answer is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl_lora_cli.adapters.frozen import FrozenWeights
+from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
+from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.norm import add_norm
+from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.blocks import AttentionBlock, Group, Keep, MlpBlock, Pass
+from mtl_lora_cli.models.packing import Packing, pick_way
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2")  # same layer: norms, rotary halves, SwiGLU, no extras
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies
+_QKV, _O, _GATE_UP, _DOWN = range(4)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: tuple[Tensor, float]
+    qkv: Group
+    o: Group
+    mlp_norm: tuple[Tensor, float]
+    gate_up: Group
+    down: Group
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+def obstacle(model: Any, adapter: Adapter | None) -> str | None:
+    """Why the blocks cannot stand for the model's own layers, or None where they can."""
+    config = model.config
+    if config.model_type not in _MODEL_TYPES:
+        return f"model type {config.model_type}"
+    if getattr(config, "hidden_act", None) != "silu":
+        return f"activation {getattr(config, 'hidden_act', None)}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "sliding-window attention"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        return f"rotary embedding of type {rope.get('rope_type')}"
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        return "no list of decoder layers"
+    if adapter is not None:
+        inside = {f"layers.{i}.{part}" for i in range(len(layers)) for part in _PARTS}
+        for path in adapter.layers:
+            tail = path[path.find("layers.") :]
+            if tail not in inside and not path.endswith("lm_head"):
+                return f"an adapter on {path}"
+    return None
+
+
+_PARTS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+class FusedDecoder:
+    """See the module.
+
+    Args:
+        model: a transformers causal language model for which `obstacle` is None.
+        adapter: the adapter in it, or None.
+    """
+
+    def __init__(self, model: Any, adapter: Adapter | None) -> None:
+        self._base = model.base_model
+        self._adapter = adapter
+        self.layers = [_layer(layer) for layer in self._base.layers]
+        attention = self._base.layers[0].self_attn
+        config = model.config
+        self._heads = config.num_attention_heads
+        self._key_heads = config.num_key_value_heads
+        self._head_dim = attention.head_dim
+        self._scaling = attention.scaling
+        self._norm = _norm(self._base.norm)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segments: Segments,
+        positions: Tensor,
+        slots: Slots,
+        chosen_slots: Slots,
+        *,
+        training: bool,
+        keep: Keep,
+    ) -> Tensor:
+        """Normed hidden states at the positions asked for.
+
+        Args:
+            input_ids, position_ids: int64 [1, N].
+            segments: of the N positions.
+            positions: int64 [U].
+            slots, chosen_slots: routing of all positions, and of those asked for.
+            training: dropout is on.
+            keep: what is kept for the backward pass.
+
+        Returns:
+            [U, d].
+        """
+        x = self._base.embed_tokens(input_ids)[0]
+        learn = torch.is_grad_enabled()
+        call = Pass(
+            slots, self._packing(x, position_ids, segments), None, slots, keep, training, learn
+        )
+        last = Pass(slots, call.packing, positions, chosen_slots, keep, training, learn)
+        delta = None
+        mixings = self._mixings(slots, chosen_slots)
+        for number, layer in enumerate(self.layers):
+            own = last if number + 1 == len(self.layers) else call
+            qkv, o, gate_up, down = mixings[number]
+            x, delta = AttentionBlock.apply(
+                layer.input_norm, layer.qkv, layer.o, own, x, delta,
+                *layer.qkv.tensors(qkv), *layer.o.tensors(o),
+            )  # fmt: skip
+            x, delta = MlpBlock.apply(
+                layer.mlp_norm, layer.gate_up, layer.down, own, own.chosen_slots, x, delta,
+                *layer.gate_up.tensors(gate_up), *layer.down.tensors(down),
+            )  # fmt: skip
+        return _FinalNorm.apply(x, delta, *self._norm)
+
+    def _packing(self, x: Tensor, position_ids: Tensor, segments: Segments) -> Packing:
+        wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        cos, sin = self._base.rotary_emb(wide, position_ids)
+        half = self._head_dim // 2
+        return Packing(
+            heads=self._heads,
+            key_heads=self._key_heads,
+            head_dim=self._head_dim,
+            scaling=self._scaling,
+            cos=cos[0, :, :half].contiguous(),
+            sin=sin[0, :, :half].contiguous(),
+            segments=segments,
+            way=pick_way(x, self._head_dim, segments),
+        )
+
+    def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
+        """M [J, P, m, k] of every group of every layer, made together."""
+        found: list[list[Tensor | None]] = [[None] * 4 for _ in self.layers]
+        last = len(self.layers) - 1
+        # The last layer's later groups see the chosen positions, where fewer tasks may be present.
+        for chosen, own in ((False, slots), (True, chosen_slots)):
+            places = [
+                (number, kind)
+                for number, layer in enumerate(self.layers)
+                for kind, group in enumerate(layer.groups)
+                if group.adapted and (number == last and kind != _QKV) == chosen
+            ]
+            if not places or own.count == 0:
+                continue
+            groups = [self.layers[number].groups[kind] for number, kind in places]
+            together = mixing_of([layer for group in groups for layer in group.adapted], own.present)
+            if together is None:
+                continue
+            parts = together.split([len(group.adapted) for group in groups])
+            for (number, kind), part in zip(places, parts, strict=True):
+                found[number][kind] = part
+        return found
+
+
+class _FinalNorm(torch.autograd.Function):
+    """norm(x + δ), the last step of the stream: [U, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        total, normed, inverse = add_norm(x, delta, weight, eps)
+        ctx.save_for_backward(total, inverse, weight)
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        from mtl_lora_cli.kernels.norm import norm_gradient
+
+        total, inverse, weight = ctx.saved_tensors
+        dx = norm_gradient(dnormed.contiguous(), None, total, inverse, weight)
+        return dx, dx, None, None
+
+
+def _layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        input_norm=_norm(layer.input_layernorm),
+        qkv=_group(attention.q_proj, attention.k_proj, attention.v_proj),
+        o=_group(attention.o_proj),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_group(mlp.gate_proj, mlp.up_proj),
+        down=_group(mlp.down_proj),
+    )
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
+
+
+def _group(*layers: nn.Module) -> Group:
+    bases = [layer.base_layer if isinstance(layer, MultiTaskLinear) else layer for layer in layers]
+    frozen = FrozenWeights(bases)  # type: ignore[arg-type]
+    frozen.lay_together()
+    return Group(layers, frozen)

@@ -1,0 +1,195 @@
+"""The fused engine against transformers' own layers: outputs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+
+SEVEN = ("*_proj",)
+FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
+CLOSE = 1e-4  # transformers' norms, the head and the log-probabilities are float32
+MakeBatch = Callable[..., PackedBatch]
+
+
+def build(
+    base: BaseModel,
+    *,
+    quantization: str = "none",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **config: Any,
+) -> tuple[Any, Adapter]:
+    """The tiny model with an adapter of three tasks that is far from its start."""
+    torch.manual_seed(seed)
+    model = load_model(
+        base, dtype=torch.float32, device=torch.device("cpu"), quantization=quantization
+    )
+    if quantization == "none":
+        model.to(dtype)
+    adapter = inject(model, AdapterConfig(**config), ("one", "two", "three"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+    return model, adapter
+
+
+def learned(
+    packed: PackedModel, adapter: Adapter, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities, and the gradients of a weighting of them."""
+    for tensor in adapter.tensors().values():
+        tensor.grad = None
+    with packed.routed(batch):
+        logprobs = packed(batch)
+        (logprobs * torch.linspace(1, 2, len(logprobs))).sum().backward()
+    grads = {name: t.grad.clone() for name, t in adapter.tensors().items() if t.grad is not None}
+    return logprobs.detach(), grads
+
+
+def assert_alike(
+    one: tuple[Tensor, dict[str, Tensor]], two: tuple[Tensor, dict[str, Tensor]], close: float
+) -> None:
+    torch.testing.assert_close(one[0], two[0], rtol=close, atol=close)
+    assert one[1].keys() == two[1].keys()
+    for name, gradient in one[1].items():
+        error = (gradient - two[1][name]).norm() / two[1][name].norm().clamp(min=1e-9)
+        assert error < close, f"{name}: {error}"
+
+
+@pytest.fixture
+def batch(make_batch: MakeBatch) -> PackedBatch:
+    """Five examples of three tasks and of none; only some positions are asked for."""
+    return make_batch([17, 1, 40, 9, 23], [0, 2, -1, 1, 0], every=3)
+
+
+@pytest.mark.parametrize("targets", [SEVEN, FOUR, ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("down_proj",)])
+@pytest.mark.parametrize("gate", ["weights", "embedding"])
+def test_equals_the_plain_layers(
+    base: BaseModel, batch: PackedBatch, targets: tuple[str, ...], gate: str
+) -> None:
+    model, adapter = build(base, target_modules=targets, gate=gate)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert len(plain[1]) == len(adapter.tensors())
+    assert_alike(fused, plain, CLOSE)
+
+
+@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_equals_the_plain_layers_for_other_forms(
+    base: BaseModel, batch: PackedBatch, transform: str, n: int
+) -> None:
+    model, adapter = build(base, target_modules=SEVEN, transform=transform, up_projections=n)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert_alike(fused, plain, CLOSE)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        Keep(normed=False),
+        Keep(attended=False),
+        Keep(qkv=False),
+        Keep(gate_up=False),
+        Keep(normed=False, attended=False, qkv=False, gate_up=False),
+    ],
+    ids=lambda keep: ",".join(name for name, kept in vars(keep).items() if not kept),
+)
+@pytest.mark.parametrize("targets", [SEVEN, ("o_proj",)])
+def test_what_is_computed_again_changes_no_bit(
+    base: BaseModel, batch: PackedBatch, keep: Keep, targets: tuple[str, ...]
+) -> None:
+    model, adapter = build(base, dtype=torch.float32, target_modules=targets)
+    kept = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    again = learned(PackedModel(model, adapter, engine="fused", keep=keep), adapter, batch)
+    assert torch.equal(kept[0], again[0])
+    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+def test_dropout_drops_the_same_features_when_computed_again(
+    base: BaseModel, batch: PackedBatch
+) -> None:
+    model, adapter = build(base, dtype=torch.float32, target_modules=SEVEN, dropout=0.3)
+    results = []
+    for keep in (Keep(), Keep(normed=False, attended=False, qkv=False, gate_up=False)):
+        torch.manual_seed(5)
+        packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
+        results.append(learned(packed, adapter, batch))
+    assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in results[0][1])
+    calm = learned(PackedModel(model, adapter, engine="fused").eval(), adapter, batch)
+    assert not torch.allclose(calm[0], results[0][0])
+
+
+def test_gradients_with_dropout_equal_differences(base: BaseModel, batch: PackedBatch) -> None:
+    """Along a random direction of all trained values, with the masks held fixed by the seed."""
+    model, adapter = build(base, target_modules=SEVEN, dropout=0.3)
+    packed = PackedModel(model, adapter, engine="fused").train()
+    torch.manual_seed(5)
+    _, gradients = learned(packed, adapter, batch)
+    tensors = adapter.tensors()
+    directions = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    slope = sum(float((gradients[name] * directions[name]).sum()) for name in tensors)
+
+    def value(step: float) -> float:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.add_(directions[name], alpha=step)
+            torch.manual_seed(5)
+            with packed.routed(batch):
+                logprobs = packed(batch).double()
+            for name, tensor in tensors.items():
+                tensor.sub_(directions[name], alpha=step)
+        return float((logprobs * torch.linspace(1, 2, len(logprobs))).sum())
+
+    step = 1e-4
+    measured = (value(step) - value(-step)) / (2 * step)
+    assert measured == pytest.approx(slope, rel=1e-3)
+
+
+def test_four_bit_weights_equal_the_plain_layers(base: BaseModel, batch: PackedBatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, adapter = build(base, quantization="nf4", dtype=torch.float32, target_modules=SEVEN)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert_alike(fused, plain, 1e-4)
+
+
+def test_asked_for_everywhere_equals_the_plain_layers(
+    base: BaseModel, make_batch: MakeBatch
+) -> None:
+    everywhere = make_batch([17, 2, 40], [0, 1, 2], every=1)
+    model, adapter = build(base, target_modules=SEVEN)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, everywhere)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, everywhere)
+    assert_alike(fused, plain, CLOSE)
+
+
+def test_the_model_keeps_its_parameters(base: BaseModel) -> None:
+    model, adapter = build(base, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    PackedModel(model, adapter, engine="fused")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_unknown_architecture_takes_the_plain_layers(base: BaseModel) -> None:
+    model, adapter = build(base)
+    model.config.model_type = "gemma"
+    assert PackedModel(model, adapter).decoder is None
+    with pytest.raises(UsageError, match="model type gemma"):
+        PackedModel(model, adapter, engine="fused")
