@@ -147,10 +147,10 @@ def _gates(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
         logits = _of_tasks(torch.stack([layer.task_gate for layer in layers]), tasks)
     else:
         embedding = cast(nn.Parameter, layers[0]._shared[0])
-        chosen = embedding if tasks is None else embedding[tasks]
+        chosen = embedding if tasks is None else embedding.index_select(0, tasks)
         logits = chosen @ torch.stack([layer.gate_projection for layer in layers]).mT
     return torch.softmax(logits / config.temperature, dim=-1)
 
 
 def _of_tasks(stacked: Tensor, tasks: Tensor | None) -> Tensor:
-    return stacked if tasks is None else stacked[:, tasks]
+    return stacked if tasks is None else stacked.index_select(1, tasks)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.kernels.logprob import token_logprobs
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
@@ -104,12 +105,13 @@ class PackedModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """log p(targets[i] | what stands before it), float32 [S]."""
-        logits = self.logits(batch)
-        normaliser = torch.logsumexp(logits, dim=-1)
-        return logits[batch.owner, batch.targets] - normaliser[batch.owner]
+        return token_logprobs(self._head(batch), batch.owner, batch.targets)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the positions asked for and nowhere else, float32 [U, vocabulary]."""
+        return self._head(batch).float()
+
+    def _head(self, batch: PackedBatch) -> Tensor:
         chosen = self._hidden(batch)
         select = (
             nullcontext()
@@ -117,7 +119,7 @@ class PackedModel(nn.Module):
             else self._adapter.routing.select(batch.positions)
         )
         with select:
-            return cast(Tensor, self.model.get_output_embeddings()(chosen).float())
+            return cast(Tensor, self.model.get_output_embeddings()(chosen))
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states at the positions asked for, [U, d]."""

@@ -1,0 +1,59 @@
+"""Log-probabilities of chosen tokens, without a float32 copy of the logits.
+
+    ℓ_s = L[o_s, t_s] − log Σ_v exp L[o_s, v]
+    dL[u, v] = Σ_{s: o_s = u} dℓ_s ([v = t_s] − softmax(L_u)_v)
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtl_lora_cli.kernels.backend import in_triton
+
+
+def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
+    """ℓ [S], float32 (float64 for float64 logits).
+
+    Args:
+        logits: L [U, V]. The backward pass may write their gradient over them.
+        owner: o int64 [S], rows of L.
+        targets: t int64 [S], columns of L.
+    """
+    return cast(Tensor, _TokenLogprobs.apply(logits, owner, targets))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
+        normaliser = _normaliser(logits)
+        ctx.save_for_backward(logits, normaliser, owner, targets)
+        return logits[owner, targets].to(normaliser.dtype) - normaliser[owner]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, normaliser, owner, targets = ctx.saved_tensors
+        weight = torch.zeros_like(normaliser).index_add_(0, owner, gradient)
+        if in_triton(logits):
+            from mtl_lora_cli.kernels import triton_logprob
+
+            dlogits = triton_logprob.minus_softmax(logits, normaliser, weight)
+        else:
+            wide = logits.to(normaliser.dtype)
+            dlogits = (wide - normaliser[:, None]).exp_().mul_(-weight[:, None]).to(logits.dtype)
+        # One question a row is the rule; several of one row and token add up.
+        dlogits.index_put_((owner, targets), gradient.to(dlogits.dtype), accumulate=True)
+        return dlogits, None, None
+
+
+def _normaliser(logits: Tensor) -> Tensor:
+    if in_triton(logits):
+        from mtl_lora_cli.kernels import triton_logprob
+
+        return triton_logprob.normaliser(logits)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.logsumexp(logits.to(wide), dim=-1)
