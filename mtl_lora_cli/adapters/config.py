@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Method = Literal["mtl-lora"]
+Method = Literal["mtl-lora", "lora"]
 Transform = Literal["full", "diagonal"]
 Gate = Literal["weights", "embedding"]
 KINDS = {"method": get_args(Method), "transform": get_args(Transform), "gate": get_args(Gate)}
@@ -13,7 +13,9 @@ KINDS = {"method": get_args(Method), "transform": get_args(Transform), "gate": g
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The numbers and kinds of an MTL-LoRA adapter (arXiv 2410.09437).
+    """The numbers and kinds of an adapter: MTL-LoRA (arXiv 2410.09437) or LoRA (arXiv 2106.09685).
+
+    LoRA is one A and one B for all tasks: it has one up-projection and no transform and no gate.
 
     Attributes:
         rank: r, rows of the shared down-projection A [r, in].
@@ -42,6 +44,15 @@ class AdapterConfig:
     gate_start: float = 2.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     method: Method = "mtl-lora"
+
+    def __post_init__(self) -> None:
+        if self.method == "lora" and self.up_projections != 1:
+            raise ValueError(f"lora has one up-projection, received {self.up_projections}")
+
+    @property
+    def routed(self) -> bool:
+        """Whether tasks differ: whether there are transforms and gates."""
+        return self.method != "lora"
 
     @property
     def scale(self) -> float:

@@ -10,11 +10,13 @@ W is ever computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.nf4 import expand
 
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -44,9 +46,10 @@ class FrozenWeights:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = tuple(layers)
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
-        self.spans = tuple(zip(ends[:-1], ends[1:], strict=True))
+        self.spans = tuple(pairwise(ends))
         self.shape = (ends[-1], layers[0].in_features)
         self._together: Tensor | None = None
+        self._rows: tuple[fp8.Rows, fp8.Rows] | None = None
 
     def weights(self) -> tuple[Tensor, ...]:
         """The layers' own parameters, as a backward pass should keep them."""
@@ -65,6 +68,26 @@ class FrozenWeights:
                 layer.weight.data = together[start:stop]
         self._together = together
 
+    def round_to_fp8(self) -> float:
+        """From now on multiply in 8-bit floats (`kernels/fp8.py`), forward and backward.
+
+        Two copies are kept, W scaled by rows and Wᵀ scaled by rows: each product wants the scale
+        along its output.
+
+        Returns:
+            ‖W − rounded W‖ / ‖W‖ of the forward copy.
+        """
+        dense = self._dense(self.weights(), self._dtype())
+        forward, backward = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
+        self._rows = forward, backward
+        rounded = forward.values.to(dense.dtype) * forward.scale.to(dense.dtype)
+        return float((rounded - dense).norm() / dense.norm())
+
+    def _dtype(self) -> torch.dtype:
+        weight = self.layers[0].weight
+        state = getattr(weight, "quant_state", None)
+        return weight.dtype if state is None else state.dtype
+
     def bias(self) -> Tensor | None:
         """b [Σ out_j], or None where no layer has one."""
         biases = [layer.bias for layer in self.layers]
@@ -76,14 +99,18 @@ class FrozenWeights:
             self.layers[0].weight.new_zeros(layer.out_features) if bias is None else bias
             for layer, bias in zip(self.layers, biases, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(list(parts))
 
     def product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """y = x Wᵀ + b: x [N, in] → [N, Σ out_j]."""
+        if self._rows is not None:
+            return fp8.product(fp8.to_rows(x), self._rows[0], x.dtype, self.bias())
         return F.linear(x, self._dense(weights, x.dtype), self.bias())
 
     def input_gradient(self, dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """dx = dy W: dy [N, Σ out_j] → [N, in]."""
+        if self._rows is not None:
+            return fp8.product(fp8.to_rows(dy), self._rows[1], dy.dtype)
         return dy @ self._dense(weights, dy.dtype)
 
     def _dense(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

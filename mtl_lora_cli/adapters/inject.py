@@ -81,7 +81,7 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
     model.requires_grad_(False)
     routing = Routing(len(tasks))
     task_embedding = None
-    if config.gate == "embedding":
+    if config.routed and config.gate == "embedding":
         some = next(iter(paths.values())).weight
         dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
         start = torch.randn(len(tasks), config.embedding_size, dtype=dtype, device=some.device)

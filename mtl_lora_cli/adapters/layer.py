@@ -1,4 +1,4 @@
-"""MTL-LoRA on one linear layer."""
+"""MTL-LoRA, or LoRA, on one linear layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class MultiTaskLinear(nn.Module):
     """y = W x + s · Σ_i g_{t,i} B_i Λ_t A x,   g_t = softmax(w_t / τ),   s = alpha / r.
 
     Source: MTL-LoRA, arXiv 2410.09437, equations 3 to 5; `gate: embedding` takes w_t = G e_t with
-    one task embedding e_t for the whole model. The update starts at zero (every B_i = 0).
+    one task embedding e_t for the whole model. The update starts at zero (every B_i = 0). With
+    `method: lora` there is one B and neither gate nor Λ: y = W x + s · B A x for every task.
 
     Parameters, float32 unless the model is float64: `lora_A` [1, r, in], `lora_B` [n, out, r],
     `task_transform` [T, r, r] or [T, r], and `task_gate` [T, n] or `gate_projection` [n, d].
@@ -54,6 +55,8 @@ class MultiTaskLinear(nn.Module):
         nn.init.kaiming_uniform_(down[0], a=math.sqrt(5))
         self.lora_A = nn.Parameter(down)
         self.lora_B = nn.Parameter(torch.zeros(n, base.out_features, r, **factory))
+        if not config.routed:
+            return
         identity = torch.ones(r, **factory)
         if config.transform == "full":
             identity = torch.diag(identity)
@@ -85,10 +88,11 @@ class MultiTaskLinear(nn.Module):
         Returns:
             A [r, in] and B'_t [out, r], both float64.
         """
-        index = torch.tensor([task], device=self.lora_B.device)
-        mixing = self.mixing(index)[0].double()
         up = self.lora_B.permute(1, 0, 2).reshape(self.lora_B.shape[1], -1).double()
-        return self.lora_A[0].double(), up @ mixing
+        mixing = mixing_of([self], torch.tensor([task], device=up.device))
+        if mixing is not None:
+            up = up @ mixing[0, 0].double()
+        return self.lora_A[0].double(), up
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*lead, in] → [*lead, out]; the task ids must lead `lead`."""
@@ -130,9 +134,12 @@ def mixing_of(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor
         tasks: [P] task ids, or None for all tasks.
 
     Returns:
-        M_{l,t} = [g_{l,t,1} Λ_{l,t}; …], float32 or better, through which gradients flow.
+        M_{l,t} = [g_{l,t,1} Λ_{l,t}; …], float32 or better, through which gradients flow; None
+        where the method has no such matrices.
     """
     config = layers[0].config
+    if not config.routed:
+        return None
     transform = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks)
     if config.transform == "diagonal":
         transform = torch.diag_embed(transform)

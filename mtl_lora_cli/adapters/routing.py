@@ -24,16 +24,23 @@ class Slots:
         present: [P] int64, the distinct task ids that occur, ascending, without `BASE_ONLY`.
         index: [N] int32, for each position the place of its task in `present`, −1 for `BASE_ONLY`.
         active: [N, 1] bool, False where the base model alone counts; None if no position is such.
+        all_tasks: `present` holds every task there is, so that nothing has to be picked out.
     """
 
     present: Tensor
     index: Tensor
     active: Tensor | None
+    all_tasks: bool = False
 
     @property
     def count(self) -> int:
         """P, the number of tasks present."""
         return int(self.present.shape[0])
+
+    @property
+    def wanted(self) -> Tensor | None:
+        """`present`, or None for all tasks."""
+        return None if self.all_tasks else self.present
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli import data, evaluate, frame, merge, tasks, train, validate
+from mtl_lora_cli.cli import bench, data, evaluate, frame, merge, tasks, train, validate
 
 app = typer.Typer(
     help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
@@ -24,6 +24,7 @@ merge.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)
+bench.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -14,16 +14,13 @@ def _available() -> bool:
     return find_spec("triton") is not None
 
 
-def interpreted() -> bool:
-    """Triton's interpreter runs kernels on the CPU, slowly: for tests of the kernels themselves."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and _available()
-
-
 def in_triton(tensor: Tensor) -> bool:
     """Kernels where the tensor is on a card and Triton is installed; plain torch elsewhere.
 
-    `MTL_LORA_KERNELS=plain` switches them off.
+    `MTL_LORA_KERNELS=plain` switches them off; `MTL_LORA_KERNELS=triton` switches them on wherever
+    the tensor is, for Triton's interpreter.
     """
-    if os.environ.get("MTL_LORA_KERNELS") == "plain":
-        return False
-    return (tensor.is_cuda or interpreted()) and _available()
+    wish = os.environ.get("MTL_LORA_KERNELS", "auto")
+    if wish == "auto":
+        return tensor.is_cuda and _available()
+    return wish == "triton"

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens, without a float32 copy of the logits.
 
-    ℓ_s = L[o_s, t_s] − log Σ_v exp L[o_s, v]
-    dL[u, v] = Σ_{s: o_s = u} dℓ_s ([v = t_s] − softmax(L_u)_v)
+ℓ_s = L[o_s, t_s] − log Σ_v exp L[o_s, v]
+dL[u, v] = Σ_{s: o_s = u} dℓ_s ([v = t_s] − softmax(L_u)_v)
 """
 
 from __future__ import annotations

@@ -31,5 +31,13 @@ def expand(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     import bitsandbytes.functional as bnb
 
     with torch.no_grad():
-        out.copy_(bnb.dequantize_4bit(packed.data, state).view(out.shape))
-    return out
+        if packed.is_cuda or out.shape[1] % state.blocksize == 0:
+            return out.copy_(bnb.dequantize_4bit(packed.data, state).view(out.shape))
+        # bitsandbytes 0.50 on a CPU starts each row with a new block; its quantisation does not.
+        scale = state.absmax
+        if state.nested:
+            scale = bnb.dequantize_blockwise(scale, state.state2) + state.offset
+        both = packed.data.reshape(-1).view(torch.uint8).long()
+        values = state.code[torch.stack([both >> 4, both & 15], dim=1).view(-1)]
+        each = scale.repeat_interleave(state.blocksize)[: values.numel()]
+        return out.copy_((values * each).view(out.shape))

@@ -1,6 +1,6 @@
 """SwiGLU over a fused buffer: gate and up side by side.
 
-    a = silu(g) ⊙ u,    silu(g) = g σ(g)        (arXiv 2002.05202)
+a = silu(g) ⊙ u,    silu(g) = g σ(g)        (arXiv 2002.05202)
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _normaliser(logits, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logit_normaliser(logits, out, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -29,7 +29,7 @@ def _normaliser(logits, out, stride, width, BLOCK: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _minus_softmax(logits, normaliser, weight, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logit_gradient(logits, normaliser, weight, out, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -43,7 +43,7 @@ def normaliser(logits: Tensor) -> Tensor:
     rows, width = logits.shape
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        _normaliser[(rows,)](logits, out, logits.stride(0), width, BLOCK=_BLOCK, num_warps=8)
+        _logit_normaliser[(rows,)](logits, out, logits.stride(0), width, BLOCK=_BLOCK, num_warps=8)
     return out
 
 
@@ -51,7 +51,7 @@ def minus_softmax(logits: Tensor, normaliser: Tensor, weight: Tensor) -> Tensor:
     """−weight_u softmax(L_u), written over the logits."""
     rows, width = logits.shape
     if rows:
-        _minus_softmax[(rows, triton.cdiv(width, _BLOCK))](
+        _logit_gradient[(rows, triton.cdiv(width, _BLOCK))](
             logits, normaliser, weight, logits, logits.stride(0), width, BLOCK=_BLOCK, num_warps=8
         )
     return logits

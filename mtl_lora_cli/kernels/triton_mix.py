@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_POSITIONS = 32  # of one program of `_mix`
-_CHUNK = 512  # positions of one program of `_mix_gradient`
+_POSITIONS = 32  # of one program of `_adapter_mix`
+_CHUNK = 512  # positions of one program of `_adapter_mix_gradient`
 
 
 @triton.jit
-def _mix(  # type: ignore[no-untyped-def]
+def _adapter_mix(
     z, mixing, slot, u, positions, rows, scale,
     layer_stride, slot_stride, row_stride, column_stride,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -24,7 +24,12 @@ def _mix(  # type: ignore[no-untyped-def]
     own = tl.load(slot + at, mask=inside, other=-1)
     active = own >= 0
     row = tl.arange(0, ROWS)
-    matrices = mixing + layer * layer_stride + own.to(tl.int64)[:, None] * slot_stride + row[None, :] * row_stride
+    matrices = (
+        mixing
+        + layer * layer_stride
+        + own.to(tl.int64)[:, None] * slot_stride
+        + row[None, :] * row_stride
+    )
     wanted = active[:, None] & (row < rows)[None, :]
     z += at.to(tl.int64) * (layers * COLUMNS) + layer * COLUMNS
     total = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
@@ -33,11 +38,13 @@ def _mix(  # type: ignore[no-untyped-def]
         matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
         total += value[:, None] * matrix
     u += at.to(tl.int64)[:, None] * (layers * rows) + layer * rows + row[None, :]
-    tl.store(u, (total * scale).to(u.dtype.element_ty), mask=inside[:, None] & (row < rows)[None, :])
+    tl.store(
+        u, (total * scale).to(u.dtype.element_ty), mask=inside[:, None] & (row < rows)[None, :]
+    )
 
 
 @triton.jit
-def _mix_gradient(  # type: ignore[no-untyped-def]
+def _adapter_mix_gradient(
     du, z, slot, partial, positions, slots, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +89,7 @@ def mix(
     positions = z.shape[0]
     u = torch.empty(positions, layers * rows, dtype=z.dtype, device=z.device)
     if positions:
-        _mix[(triton.cdiv(positions, _POSITIONS), layers)](
+        _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers)](
             z, mixing, slot, u, positions, rows, scale, *mixing.stride(),
             COLUMNS=columns, ROWS=triton.next_power_of_2(rows), BLOCK=_POSITIONS, num_warps=2,
         )  # fmt: skip
@@ -96,7 +103,7 @@ def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, slots: int, layers: int) -
     partial = torch.empty(
         chunks, layers, slots, rows, columns, dtype=torch.float32, device=z.device
     )
-    _mix_gradient[(chunks, slots, layers)](
+    _adapter_mix_gradient[(chunks, slots, layers)](
         du, z, slot, partial, positions, slots, rows, columns,
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=max(16, triton.next_power_of_2(columns)),
         CHUNK=_CHUNK, BLOCK=64, num_warps=4,

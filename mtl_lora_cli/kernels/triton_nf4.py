@@ -13,7 +13,7 @@ _BYTES = 1024  # of one program
 
 
 @triton.jit
-def _expand(  # type: ignore[no-untyped-def]
+def _nf4_expand(
     packed, code, absmax, absmax_code, absmax_scale, offset, out, count, width, row_stride,
     BLOCKSIZE: tl.constexpr, ABSMAX_BLOCKSIZE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def expand(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     """See `nf4.expand`; double quantisation only."""
     data = packed.detach().reshape(-1).view(torch.uint8)
     inner = state.state2
-    _expand[(triton.cdiv(data.numel(), _BYTES),)](
+    _nf4_expand[(triton.cdiv(data.numel(), _BYTES),)](
         data, state.code, state.absmax, inner.code, inner.absmax, state.offset, out,
         data.numel(), out.shape[1], out.stride(0),
         BLOCKSIZE=state.blocksize, ABSMAX_BLOCKSIZE=inner.blocksize, BYTES=_BYTES, num_warps=4,

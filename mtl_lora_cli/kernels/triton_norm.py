@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_norm(x, delta, weight, total, normed, inverse, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_norm(
+    x, delta, weight, total, normed, inverse, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -29,7 +31,7 @@ def _add_norm(x, delta, weight, total, normed, inverse, width, eps, ADD: tl.cons
 
 
 @triton.jit
-def _apply_norm(x, inverse, weight, normed, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _apply_norm(x, inverse, weight, normed, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -40,7 +42,9 @@ def _apply_norm(x, inverse, weight, normed, width, BLOCK: tl.constexpr):  # type
 
 
 @triton.jit
-def _norm_gradient(dh, dresidual, x, inverse, weight, dx, width, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_gradient(
+    dh, dresidual, x, inverse, weight, dx, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -69,7 +73,16 @@ def add_norm(
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _add_norm[(rows,)](
-            x, delta, weight, total, normed, inverse, width, eps, ADD=delta is not None, **_launch(width)
+            x,
+            delta,
+            weight,
+            total,
+            normed,
+            inverse,
+            width,
+            eps,
+            ADD=delta is not None,
+            **_launch(width),
         )
     return total, normed, inverse
 
@@ -91,6 +104,14 @@ def norm_gradient(
     dx = torch.empty_like(x)
     if rows:
         _norm_gradient[(rows,)](
-            dh, dresidual, x, inverse, weight, dx, width, ADD=dresidual is not None, **_launch(width)
+            dh,
+            dresidual,
+            x,
+            inverse,
+            weight,
+            dx,
+            width,
+            ADD=dresidual is not None,
+            **_launch(width),
         )
     return dx

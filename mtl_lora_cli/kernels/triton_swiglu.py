@@ -11,7 +11,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _swiglu(both, out, half, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu(both, out, half, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < half
@@ -22,7 +22,7 @@ def _swiglu(both, out, half, BLOCK: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _swiglu_gradient(da, both, dboth, out, half, AGAIN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_gradient(da, both, dboth, out, half, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < half

@@ -11,7 +11,7 @@ in float32, a loop over segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mtl_lora_cli.kernels.tiles import tile_table
 
 NAME = "mtl_lora_packed"
 
@@ -55,6 +57,28 @@ class Segments:
     key_index: Tensor | None
     longest_query: int
     longest_key: int
+    _tables: dict[tuple[int, bool], Tensor] = field(default_factory=dict, compare=False)
+
+    def tiles(self, block: int, *, of_keys: bool = False) -> Tensor:
+        """The tile table of our kernels (`kernels/tiles.py`), on the segments' device."""
+        key = (block, of_keys)
+        if key not in self._tables:
+            self._tables[key] = self.tile_table(block, of_keys=of_keys).to(
+                self.query_bounds.device, non_blocking=True
+            )
+        return self._tables[key]
+
+    def tile_table(
+        self, block: int, *, of_keys: bool = False, capacity: int | None = None
+    ) -> Tensor:
+        """The same anew on the CPU, filled up to `capacity` rows."""
+        lengths = [end - start for start, end in self.bounds]
+        contexts = self.contexts if self.key_index is not None else None
+        return tile_table(lengths, block, contexts, capacity, of_keys=of_keys)
+
+    def with_tables(self, tables: dict[tuple[int, bool], Tensor]) -> Segments:
+        """The same segments with tables that lie ready."""
+        return replace(self, _tables=tables)
 
     @classmethod
     def build(

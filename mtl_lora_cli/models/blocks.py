@@ -132,7 +132,14 @@ class Tape:
     mask: Tensor | None
 
     def tensors(self) -> list[Tensor | None]:
-        return [self.factors.down, *self.factors.ups, self.factors.mixing, self.z, self.u, self.mask]
+        return [
+            self.factors.down,
+            *self.factors.ups,
+            self.factors.mixing,
+            self.z,
+            self.u,
+            self.mask,
+        ]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Tape:
@@ -250,7 +257,12 @@ class AttentionBlock(torch.autograd.Function):
         saved = _open(ctx)
         total, inverse = saved["total"], saved["inverse"]
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
-        normed, qkv, attended, state = saved.get("normed"), saved.get("qkv"), saved.get("attended"), ctx.state
+        normed, qkv, attended, state = (
+            saved.get("normed"),
+            saved.get("qkv"),
+            saved.get("attended"),
+            ctx.state,
+        )
         if normed is None and (qkv is None or qkv_group.products is not None):
             normed = apply_norm(total, inverse, weight)
         if qkv is None:
@@ -268,7 +280,9 @@ class AttentionBlock(torch.autograd.Function):
         qkv_found = qkv_group.finish(qkv_gradients, normed, qkv_tape)
         dx = None
         if wanted:
-            dx = norm_gradient(dnormed, _spread(dresidual, call.positions, total), total, inverse, weight)
+            dx = norm_gradient(
+                dnormed, _spread(dresidual, call.positions, total), total, inverse, weight
+            )
         return (None, None, None, None, *_both(ctx, dx, 4), *qkv_found, *o_found)
 
 

@@ -92,6 +92,15 @@ class FusedDecoder:
         self._scaling = attention.scaling
         self._norm = _norm(self._base.norm)
 
+    def round_to_fp8(self) -> float:
+        """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`).
+
+        Returns:
+            The mean over the matrices of ‖W − rounded W‖ / ‖W‖.
+        """
+        losses = [g.frozen.round_to_fp8() for layer in self.layers for g in layer.groups]
+        return sum(losses) / len(losses)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -150,7 +159,7 @@ class FusedDecoder:
             cos=cos[0, :, :half].contiguous(),
             sin=sin[0, :, :half].contiguous(),
             segments=segments,
-            way=pick_way(x, self._head_dim, segments),
+            way=pick_way(x, self._head_dim),
         )
 
     def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
@@ -168,7 +177,7 @@ class FusedDecoder:
             if not places or own.count == 0:
                 continue
             groups = [self.layers[number].groups[kind] for number, kind in places]
-            together = mixing_of([layer for group in groups for layer in group.adapted], own.present)
+            together = mixing_of([layer for group in groups for layer in group.adapted], own.wanted)
             if together is None:
                 continue
             parts = together.split([len(group.adapted) for group in groups])

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.logprob import token_logprobs
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
 
 Engine = Literal["auto", "fused", "plain"]
+BaseCompute = Literal["dtype", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class PackedBatch:
             query_bounds=s.query_bounds.to(device),
             key_bounds=s.key_bounds.to(device),
             key_index=None if s.key_index is None else s.key_index.to(device),
+            _tables={},
         )
         return replace(self, segments=segments, **moved)
 
@@ -69,9 +73,12 @@ class PackedModel(nn.Module):
         engine: `fused` runs the layers as our blocks, `plain` as transformers wrote them; `auto` is
             fused where that is possible.
         keep: what the fused engine keeps for the backward pass.
+        base_compute: `dtype` multiplies with the frozen weights as they are; `fp8` in 8-bit floats,
+            which the fused engine alone can do.
 
     Raises:
-        UsageError: `fused` was asked for and the model's layers are not of that kind.
+        UsageError: `fused` or `fp8` was asked for and the model's layers are not of that kind, or
+            the card has no 8-bit floats.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class PackedModel(nn.Module):
         *,
         engine: Engine = "auto",
         keep: Keep | None = None,
+        base_compute: BaseCompute = "dtype",
     ) -> None:
         super().__init__()
         self.model = model
@@ -93,6 +101,16 @@ class PackedModel(nn.Module):
                 self.decoder = FusedDecoder(model, adapter)
             elif engine == "fused":
                 raise UsageError(f"engine: fused does not know this model: {reason}")
+        if base_compute == "fp8":
+            if self.decoder is None:
+                raise UsageError("base_compute: fp8 needs the fused engine")
+            device = next(model.parameters()).device
+            if not fp8.supported(device):
+                raise UsageError(
+                    "base_compute: fp8 needs a card of compute capability 9.0 or higher, found "
+                    f"{torch.cuda.get_device_name(device)}"
+                )
+            self.decoder.round_to_fp8()
 
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:
@@ -103,25 +121,36 @@ class PackedModel(nn.Module):
             with self._adapter.routing.assign(batch.task_ids):
                 yield
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """log p(targets[i] | what stands before it), float32 [S]."""
-        return token_logprobs(self._head(batch), batch.owner, batch.targets)
+    @property
+    def head_is_adapted(self) -> bool:
+        """Whether the output layer, too, carries an adapter."""
+        return isinstance(self.model.get_output_embeddings(), MultiTaskLinear)
+
+    def forward(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None = None) -> Tensor:
+        """log p(targets[i] | what stands before it), float32 [S].
+
+        Args:
+            batch: what is asked.
+            slots: the routing of all positions and of those asked for, where it lies ready on the
+                device; otherwise it is found from the batch's task ids.
+        """
+        return token_logprobs(self._head(batch, slots), batch.owner, batch.targets)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits at the positions asked for and nowhere else, float32 [U, vocabulary]."""
-        return self._head(batch).float()
+        return self._head(batch, None).float()
 
-    def _head(self, batch: PackedBatch) -> Tensor:
-        chosen = self._hidden(batch)
+    def _head(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
+        chosen = self._hidden(batch, slots)
         select = (
-            nullcontext()
-            if self._adapter is None
-            else self._adapter.routing.select(batch.positions)
+            self._adapter.routing.select(batch.positions)
+            if self._adapter is not None and self.head_is_adapted
+            else nullcontext()
         )
         with select:
             return cast(Tensor, self.model.get_output_embeddings()(chosen))
 
-    def _hidden(self, batch: PackedBatch) -> Tensor:
+    def _hidden(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
         """Normed hidden states at the positions asked for, [U, d]."""
         positions = batch.positions.to(batch.input_ids.device)
         if self.decoder is None:
@@ -132,14 +161,14 @@ class PackedModel(nn.Module):
                 segments=batch.segments,
             ).last_hidden_state[0]
             return cast(Tensor, hidden[positions])
-        slots, chosen_slots = self._slots(batch)
+        every, chosen = slots or self._slots(batch)
         return self.decoder.forward(
             batch.input_ids,
             batch.position_ids,
             batch.segments,
             positions,
-            slots,
-            chosen_slots,
+            every,
+            chosen,
             training=self.training,
             keep=self.keep,
         )

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.tiles import (
+    FORWARD,
+    KEY_BACKWARD,
+    LARGEST_DIM,
+    QUERY_BACKWARD,
+    launch_for,
+)
 from mtl_lora_cli.models.attention import Segments, attend_segments
 
 Way = Literal["triton", "torch"]
@@ -46,6 +53,15 @@ class Packing:
         q, k, v = each.split([self.heads, self.key_heads, self.key_heads], dim=1)
         return self._rotated(q), self._rotated(k), v
 
+    def kernel_arguments(self) -> dict[str, Any]:
+        """What our kernels are told beside the tensors."""
+        return {
+            "heads": self.heads,
+            "key_heads": self.key_heads,
+            "scaling": self.scaling,
+            "rotary": (self.cos, self.sin),
+        }
+
     def _rotated(self, x: Tensor) -> Tensor:
         cos, sin = self.cos.unsqueeze(1), self.sin.unsqueeze(1)
         wide = x.to(torch.promote_types(x.dtype, cos.dtype))
@@ -53,9 +69,18 @@ class Packing:
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
-def pick_way(qkv: Tensor, head_dim: int, segments: Segments) -> Way:
-    """Our kernels on a card for heads that fit them; torch elsewhere."""
-    return "triton" if in_triton(qkv) and head_dim <= 128 else "torch"
+def table_keys() -> set[tuple[int, bool]]:
+    """The tile tables (`Segments.tiles`) that the kernels may ask for."""
+    queries = {entry.tile for table in (FORWARD, QUERY_BACKWARD) for entry in table.values()}
+    keys = {entry.tile for entry in KEY_BACKWARD.values()}
+    return {(tile, False) for tile in queries} | {(tile, True) for tile in keys}
+
+
+def pick_way(x: Tensor, head_dim: int) -> Way:
+    """Our kernels in half precision on a card, for heads that fit them; torch elsewhere."""
+    if not in_triton(x) or head_dim > LARGEST_DIM:
+        return "torch"
+    return "torch" if x.is_cuda and x.dtype == torch.float32 else "triton"
 
 
 def attend(qkv: Tensor, packing: Packing, *, learn: bool) -> tuple[Tensor, Any]:
@@ -72,13 +97,12 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool) -> tuple[Tensor, Any]:
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
+        block = launch_for(FORWARD, packing.head_dim).tile
         return triton_attention.attention_forward(
             qkv,
-            packing.segments.query_tiles(triton_attention.FORWARD_BLOCK, qkv.device),
-            heads=packing.heads,
-            key_heads=packing.key_heads,
-            scaling=packing.scaling,
-            rotary=(packing.cos, packing.sin),
+            packing.segments.tiles(block),
+            contexts=packing.segments.key_index is not None,
+            **packing.kernel_arguments(),
         )
     with torch.set_grad_enabled(learn):
         leaf = qkv.detach().requires_grad_(learn)
@@ -93,17 +117,16 @@ def attend_gradient(dout: Tensor, qkv: Tensor, out: Tensor, state: Any, packing:
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
+        queries = launch_for(QUERY_BACKWARD, packing.head_dim).tile
+        keys = launch_for(KEY_BACKWARD, packing.head_dim).tile
         return triton_attention.attention_backward(
             dout,
             qkv,
             out,
             state,
-            packing.segments.query_tiles(triton_attention.BACKWARD_BLOCK, qkv.device),
-            packing.segments.query_tiles(triton_attention.BACKWARD_BLOCK, qkv.device),
-            heads=packing.heads,
-            key_heads=packing.key_heads,
-            scaling=packing.scaling,
-            rotary=(packing.cos, packing.sin),
+            packing.segments.tiles(queries),
+            packing.segments.tiles(keys, of_keys=True),
+            **packing.kernel_arguments(),
         )
     leaf, result = state
     return torch.autograd.grad(result, leaf, dout)[0]

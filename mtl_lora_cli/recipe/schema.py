@@ -57,10 +57,20 @@ class Source(StrictModel):
         return self
 
 
+_MTL_LORA_ONLY = (
+    "up_projections",
+    "temperature",
+    "transform",
+    "gate",
+    "gate_start",
+    "embedding_size",
+)
+
+
 class Adapter(StrictModel):
     """The adapter's mathematics; see docs/method.md."""
 
-    method: Literal["mtl-lora"] = "mtl-lora"
+    method: Literal["mtl-lora", "lora"] = "mtl-lora"
     rank: Positive = 8
     alpha: PositiveFloat = 16.0  # the update is scaled by alpha / rank
     up_projections: Positive = 3
@@ -76,6 +86,15 @@ class Adapter(StrictModel):
         "v_proj",
         "o_proj",
     ]
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> Adapter:
+        """A key that the method does not read must not be changed: it would do nothing."""
+        if self.method == "lora":
+            for name in _MTL_LORA_ONLY:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"'{name}' goes with method: mtl-lora only")
+        return self
 
 
 class Task(StrictModel):
@@ -144,6 +163,8 @@ class Recipe(StrictModel):
     base_model: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "nf4"] = "none"
+    engine: Literal["auto", "fused", "plain"] = "auto"  # who runs the base model's layers
+    base_compute: Literal["dtype", "fp8"] = "dtype"  # arithmetic of the frozen products
     prompt_format: Literal["plain", "chat"] = "plain"
     adapter: Adapter = Adapter()
     tasks: Annotated[list[Task], Field(min_length=1)]

@@ -136,6 +136,7 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer, adapter: Adapter, saved: Mapping[str, Tensor]
 ) -> None:
     inner = getattr(optimizer, "optimizer", optimizer)
+    on_card = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     own = adapter.tensors()
     for name in own:
         if f"{name}/step" not in saved:
@@ -145,6 +146,6 @@ def _restore_optimizer(
         if tensor_name not in own:
             raise MtlLoraError(f"{_OPTIMIZER}: unexpected tensor '{name}'")
         tensor = own[tensor_name]
-        # `step` is a scalar that torch's AdamW keeps on the CPU.
-        device = value.device if key == "step" else tensor.device
+        # `step` is a scalar that torch's AdamW keeps on the CPU, unless it runs as one kernel.
+        device = value.device if key == "step" and not on_card else tensor.device
         inner.state[tensor][key] = value.to(device)

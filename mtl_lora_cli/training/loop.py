@@ -22,10 +22,17 @@ from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import Position, load_checkpoint, save_checkpoint
+from mtl_lora_cli.training.passes import (
+    EagerPasses,
+    GraphedPasses,
+    Update,
+    make_optimizer,
+    worth_a_graph,
+)
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.schedule import learning_rate_factor
 
@@ -34,13 +41,24 @@ class Interrupted(KeyboardInterrupt):
     """The user asked to stop; the run was saved."""
 
 
-@dataclass
-class _StepSums:
-    """Sums over one optimiser step, per task."""
+@dataclass(frozen=True)
+class _Step:
+    """One optimiser step before it is run.
 
-    loss: Tensor  # [T] float64
-    supervised: Tensor  # [T] int64
-    tokens: int = 0
+    Attributes:
+        number, epoch: counted from 0.
+        rows: of all processes.
+        batches: of this process, one a pass.
+        owners: for each batch the task of each question [S].
+        supervised: int64 [T], supervised tokens of each task over all processes.
+    """
+
+    number: int
+    epoch: int
+    rows: list[list[Place]]
+    batches: list[PackedBatch]
+    owners: list[Tensor]
+    supervised: Tensor
 
 
 class Trainer:
@@ -78,13 +96,23 @@ class Trainer:
         self.run = run
         self.base_model = base_model
         self.total_steps = total_steps
-        optimizer = torch.optim.AdamW(
-            list(adapter.tensors().values()),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-        )
         self.packed = packed
-        self.model, self.optimizer = accelerator.prepare(packed, optimizer)
+        self.model = accelerator.prepare(packed)
+        parameters = list(adapter.tensors().values())
+        graphed = accelerator.num_processes == 1 and worth_a_graph(
+            packed, adapter, settings.row_length * settings.rows_per_pass, accelerator.device
+        )
+        self.optimizer = make_optimizer(
+            parameters, settings.learning_rate, settings.weight_decay, graphed=graphed
+        )
+        self._update = Update(
+            parameters, self.optimizer, settings.max_gradient_norm, graphed=graphed
+        )
+        eager = EagerPasses(self.model, packed, accelerator.device, accelerator.backward)
+        self._passes = (
+            GraphedPasses(packed, adapter, settings.row_length, eager) if graphed else eager
+        )
+        self._ahead: _Step | None = None
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._weights = torch.tensor([task.loss_weight for task in data.tasks])
         self._stop = False
@@ -124,29 +152,32 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, Any]:
         started = time.monotonic()
-        epoch, rows = self.data.mixture.step(step)
+        prepared = self._prepared(step)
         factor = learning_rate_factor(
             step, self.total_steps, self.settings.warmup, self.settings.schedule
         )
         rate = self.settings.learning_rate * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        sums = self._accumulate(rows)
-        norm = self.accelerator.clip_grad_norm_(
-            list(self.adapter.tensors().values()), self.settings.max_gradient_norm
-        )
-        if not (math.isfinite(float(sums.loss.sum())) and math.isfinite(float(norm))):
-            names = [self.data.tasks[task].name for task in sorted({t for r in rows for t, _ in r})]
+        loss = self._accumulate(prepared)
+        norm = self._update(rate)
+        if step + 1 < self.total_steps:  # while a card is busy with this step
+            self._ahead = self._prepare(step + 1)
+        loss = self.accelerator.reduce(loss).cpu()
+        if not (math.isfinite(float(loss.sum())) and math.isfinite(float(norm))):
+            present = sorted({task for row in prepared.rows for task, _ in row})
+            names = [self.data.tasks[task].name for task in present]
             raise MtlLoraError(
                 f"the loss is no longer a finite number at step {step + 1} (tasks {', '.join(names)}); "
                 f"checkpoints before it are intact; lower training.learning_rate"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return self._event(step, epoch, rate, float(norm), sums, time.monotonic() - started)
+        return self._event(prepared, rate, float(norm), loss, time.monotonic() - started)
 
-    def _accumulate(self, rows: list[list[Place]]) -> _StepSums:
-        """Forward and backward over this process's rows of one step."""
+    def _prepared(self, step: int) -> _Step:
+        ahead, self._ahead = self._ahead, None
+        return ahead if ahead is not None and ahead.number == step else self._prepare(step)
+
+    def _prepare(self, step: int) -> _Step:
+        """This process's batches of one step, with the weight of each question in the loss."""
+        epoch, rows = self.data.mixture.step(step)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         size = self.settings.rows_per_pass
         batches = [
@@ -160,20 +191,22 @@ class Trainer:
             torch.zeros(tasks, dtype=torch.long),
         )
         supervised = self.accelerator.reduce(supervised.to(self.accelerator.device)).cpu()
-        total = int(supervised.sum())
-        loss = torch.zeros(tasks, dtype=torch.float64, device=self.accelerator.device)
-        for number, (batch, owner) in enumerate(zip(batches, owners, strict=True)):
-            moved = batch.to(self.accelerator.device)
-            weights = self._weights[owner].to(self.accelerator.device)
-            last = number + 1 == len(batches)
-            with self._synchronised(last), self.packed.routed(moved):
-                logprobs = self.model(moved)
-                # Gradients are averaged over processes, the loss is a sum over them.
-                scale = self.accelerator.num_processes / total
-                self.accelerator.backward(-(logprobs * weights).sum() * scale)
-            loss.index_add_(0, owner.to(loss.device), -logprobs.detach().double())
-        tokens = sum(batch.input_ids.numel() for batch in batches)
-        return _StepSums(self.accelerator.reduce(loss).cpu(), supervised, tokens)
+        return _Step(step, epoch, rows, batches, owners, supervised)
+
+    def _accumulate(self, prepared: _Step) -> Tensor:
+        """Forward and backward over this process's rows; its summed loss of each task [T]."""
+        # Gradients are averaged over processes, the loss is a sum over them.
+        scale = self.accelerator.num_processes / int(prepared.supervised.sum())
+        loss = torch.zeros(
+            len(self.data.tasks), dtype=torch.float64, device=self.accelerator.device
+        )
+        for number, (batch, owner) in enumerate(
+            zip(prepared.batches, prepared.owners, strict=True)
+        ):
+            with self._synchronised(number + 1 == len(prepared.batches)):
+                logprobs = self._passes(batch, self._weights[owner] * scale)
+            loss.index_add_(0, owner.to(loss.device), -logprobs.double())
+        return loss
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -184,22 +217,22 @@ class Trainer:
                 yield
 
     def _event(
-        self, step: int, epoch: int, rate: float, norm: float, sums: _StepSums, seconds: float
+        self, prepared: _Step, rate: float, norm: float, loss: Tensor, seconds: float
     ) -> dict[str, Any]:
         names = [task.name for task in self.data.tasks]
-        weighted = float((sums.loss * self._weights.double()).sum())
+        supervised = prepared.supervised
         event: dict[str, Any] = {
             "event": "step",
-            "step": step + 1,
-            "epoch": epoch,
-            "loss": weighted / int(sums.supervised.sum()),
+            "step": prepared.number + 1,
+            "epoch": prepared.epoch,
+            "loss": float((loss * self._weights.double()).sum()) / int(supervised.sum()),
             "task_loss": {
-                name: float(loss) / int(count)
-                for name, loss, count in zip(names, sums.loss, sums.supervised, strict=True)
+                name: float(own) / int(count)
+                for name, own, count in zip(names, loss, supervised, strict=True)
                 if count
             },
-            "supervised": int(sums.supervised.sum()),
-            "tokens": sums.tokens,
+            "supervised": int(supervised.sum()),
+            "tokens": sum(batch.input_ids.numel() for batch in prepared.batches),
             "learning_rate": rate,
             "gradient_norm": norm,
             "seconds": seconds,

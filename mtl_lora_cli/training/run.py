@@ -37,6 +37,8 @@ def adapter_config(recipe: Recipe) -> AdapterConfig:
     """The recipe's `adapter`, as the adapters' room knows it."""
     fields = recipe.adapter.model_dump()
     fields["target_modules"] = tuple(fields["target_modules"])
+    if recipe.adapter.method == "lora":
+        fields["up_projections"] = 1
     return AdapterConfig(**fields)
 
 
@@ -74,7 +76,13 @@ class Prepared:
         adapter = inject(model, adapter_config(self.recipe), names)
         if self.recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return PackedModel(model, adapter), adapter
+        packed = PackedModel(
+            model,
+            adapter,
+            engine=self.recipe.engine,
+            base_compute=self.recipe.base_compute,
+        )
+        return packed, adapter
 
 
 def prepare(loaded: LoadedRecipe) -> Prepared:

@@ -75,7 +75,9 @@ def batch(make_batch: MakeBatch) -> PackedBatch:
     return make_batch([17, 1, 40, 9, 23], [0, 2, -1, 1, 0], every=3)
 
 
-@pytest.mark.parametrize("targets", [SEVEN, FOUR, ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("down_proj",)])
+@pytest.mark.parametrize(
+    "targets", [SEVEN, FOUR, ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("down_proj",)]
+)
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_equals_the_plain_layers(
     base: BaseModel, batch: PackedBatch, targets: tuple[str, ...], gate: str

@@ -1,0 +1,1 @@
+"""Many runs, one table: here the yardstick, which measures the speed of training steps."""

@@ -1,0 +1,205 @@
+"""One case of the yardstick: a model, an adapter, and whole training steps by the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.comparison import breakdown
+from mtl_lora_cli.comparison.cases import Case
+from mtl_lora_cli.comparison.floor import Rate, floor_json, flop_per_token
+from mtl_lora_cli.comparison.random_model import (
+    empty_model,
+    layer_linears,
+    layer_weights,
+    random_model,
+)
+from mtl_lora_cli.comparison.shapes import find_config
+from mtl_lora_cli.comparison.timing import peak_gib, reset_peak, synchronize, time_steps
+from mtl_lora_cli.comparison.yardstick import Step, Yardstick, supervised_share
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models import attention
+from mtl_lora_cli.models.load import pick_dtype
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.training.passes import (
+    EagerPasses,
+    GraphedPasses,
+    Update,
+    make_optimizer,
+    worth_a_graph,
+)
+
+LEARNING_RATE = 3e-4
+PROFILED_STEPS = 2
+LARGEST_ON_CPU = 2_000_000_000  # weights; one step of more would take most of an hour
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a case is measured.
+
+    Attributes:
+        device: where.
+        rate: of the device's own matrix products.
+        steps: timed ones.
+        warmup: steps before them.
+        breakdown: also say where the time goes.
+        seed: of weights, tokens and the rows' order.
+    """
+
+    device: torch.device
+    rate: Rate
+    steps: int
+    warmup: int
+    breakdown: bool
+    seed: int
+
+
+def adapter_config(method: str, rank: int, **others: Any) -> AdapterConfig:
+    """The adapter that a case asks for.
+
+    Raises:
+        UsageError: there is no such method here.
+    """
+    if method not in KINDS["method"]:
+        raise UsageError(
+            f"--method: '{method}' is not available here; methods: {', '.join(KINDS['method'])}"
+        )
+    return AdapterConfig(**{**others, "method": method, "rank": rank})  # type: ignore[arg-type]
+
+
+def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
+    """Build the model, train, and say how fast it was.
+
+    Raises:
+        UsageError: something that the case asks for does not exist here.
+        MtlLoraError: the loss is no finite number.
+        torch.OutOfMemoryError: it does not fit the card.
+    """
+    device = measuring.device
+    config = find_config(case.shape)
+    dtype = pick_dtype(case.dtype, device)
+    wanted = adapter_config(**case.adapter)
+    reset_peak(device)
+    started = time.perf_counter()
+    torch.manual_seed(measuring.seed)
+    sizes, flop = model_sizes(case.shape, device)
+    model = random_model(
+        config,
+        dtype=dtype,
+        device=device,
+        quantization=case.quantization,
+        attention=_register_attention(),
+    )
+    adapter = inject(model, wanted, [f"task{number}" for number in range(case.tasks)])
+    if case.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    packed = PackedModel(
+        model,
+        adapter,
+        engine=case.engine,
+        base_compute="fp8" if case.base_compute == "fp8" else "dtype",
+    ).train()
+    parameters = list(adapter.tensors().values())
+    graphed = worth_a_graph(packed, adapter, case.row_length * case.rows_per_pass, device)
+    optimizer = make_optimizer(parameters, LEARNING_RATE, 0.0, graphed=graphed)
+    update = Update(parameters, optimizer, case.max_gradient_norm, graphed=graphed)
+    eager = EagerPasses(packed, packed, device)
+    passes = GraphedPasses(packed, adapter, case.row_length, eager) if graphed else eager
+    synchronize(device)
+    built = {"build_seconds": time.perf_counter() - started, "build_memory_gib": peak_gib(device)}
+
+    profiled = PROFILED_STEPS if measuring.breakdown else 0
+    count = measuring.warmup + measuring.steps
+    steps = Yardstick.build(config.vocab_size, case.tasks, measuring.seed).steps(
+        count + profiled,
+        row_length=case.row_length,
+        rows_per_step=case.rows_per_step,
+        rows_per_pass=case.rows_per_pass,
+        seed=measuring.seed,
+    )
+
+    def step(one: Step) -> float:
+        return _step(passes, update, one.batches)
+
+    timing = time_steps(
+        step, steps[:count], lambda one: one.tokens, warmup=measuring.warmup, device=device
+    )
+    floor = floor_json(measuring.rate, flop)
+    result: dict[str, Any] = {
+        **timing.to_json(),
+        "supervised": [one.supervised for one in steps[measuring.warmup : count]],
+        "trained_parameters": adapter.parameter_count(),
+        **sizes,
+        **built,
+        "dtype": str(dtype).removeprefix("torch."),
+        "engine_used": "plain" if getattr(packed, "decoder", None) is None else "fused",
+        "floor": floor,
+        **shares_of_floor(timing.tokens_per_second, floor),
+    }
+    if profiled:
+        result["breakdown"] = breakdown.profile_steps(
+            step,
+            steps[count:],
+            device=device,
+            smallest_base=smallest_side(case.shape),
+            step_seconds=median(timing.seconds),
+        )
+    return result
+
+
+def model_sizes(shape: str, device: torch.device) -> tuple[dict[str, int], float]:
+    """N and H of a shape, and FLOP a token.
+
+    Raises:
+        UsageError: so large a model on a CPU.
+    """
+    empty = empty_model(find_config(shape), dtype=torch.float32)
+    layers = layer_weights(empty)
+    head = empty.get_output_embeddings().weight.numel()
+    if device.type == "cpu" and layers + head > LARGEST_ON_CPU:
+        raise UsageError(
+            f"--shape: '{shape}' has {layers + head:,} weights, too many for a CPU; "
+            "choose a smaller one, such as tiny or smollm2-135m"
+        )
+    sizes = {"layer_weights": layers, "head_weights": head}
+    return sizes, flop_per_token(layers, head, supervised_share())
+
+
+def shares_of_floor(tokens_per_second: float, floor: Mapping[str, Any]) -> dict[str, float | None]:
+    """What part of the possible was reached."""
+    known = floor["known_tokens_per_second"]
+    return {
+        "share_of_floor": tokens_per_second / floor["tokens_per_second"],
+        "share_of_known_floor": None if known is None else tokens_per_second / known,
+    }
+
+
+def smallest_side(shape: str) -> int:
+    """The smallest width of a base product: whatever has a smaller side belongs to an adapter."""
+    layers = layer_linears(empty_model(find_config(shape), dtype=torch.float32))
+    return min(min(layer.in_features, layer.out_features) for layer in layers)
+
+
+def _register_attention() -> str:
+    attention.register()
+    return attention.NAME
+
+
+def _step(
+    passes: EagerPasses | GraphedPasses, update: Update, batches: Sequence[PackedBatch]
+) -> float:
+    """One optimiser step as the training loop does it; the mean loss of its supervised tokens."""
+    total = sum(len(batch.owner) for batch in batches)
+    loss = [passes(batch, torch.full((len(batch.owner),), 1 / total)).sum() for batch in batches]
+    norm = update(LEARNING_RATE)
+    found = -torch.stack(loss).double().sum() / total
+    return float(found) if math.isfinite(float(norm)) else math.nan

@@ -1,0 +1,121 @@
+"""A frozen base model of a given shape with random weights, made where it computes.
+
+No weights are read: a model of eight billion is there in seconds. In 4 bit, one layer after the
+other is filled and quantised, so that memory never holds the whole model in 16 bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtl_lora_cli.errors import UsageError
+
+
+def random_model(
+    config: Any, *, dtype: torch.dtype, device: torch.device, quantization: str, attention: str
+) -> Any:
+    """A causal language model in evaluation mode, no weight of which asks for a gradient.
+
+    Args:
+        config: transformers' configuration of it.
+        dtype: of the weights, and of the computation where they are 4-bit.
+        device: where they are made.
+        quantization: `none`, or `nf4` (bitsandbytes, double quantisation) for all linear layers
+            but the head, as transformers does it.
+        attention: transformers' name of an attention implementation.
+
+    Raises:
+        UsageError: transformers knows no causal language model of this configuration.
+    """
+    model = empty_model(config, dtype=dtype, attention=attention)
+    spread = float(getattr(config, "initializer_range", 0.02))
+    four_bit = {id(m) for m in layer_linears(model)} if quantization == "nf4" else set()
+    made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter in two places
+    for path, module in list(model.named_modules()):
+        if hasattr(
+            module, "inv_freq"
+        ):  # computed, not learned; on the meta device it has no values
+            _replace(model, path, type(module)(config=config).to(device))
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            known = made.get(id(parameter))
+            if known is None:
+                values = _values(parameter.shape, name, spread, dtype, device)
+                known = nn.Parameter(values, requires_grad=False)
+                if id(module) not in four_bit:  # what is quantised must not be kept in 16 bit
+                    made[id(parameter)] = known
+            setattr(module, name, known)
+            del known
+        if id(module) in four_bit:
+            _replace(model, path, _four_bit(module, dtype, device))
+    return model.requires_grad_(False).eval()
+
+
+def empty_model(config: Any, *, dtype: torch.dtype, attention: str = "eager") -> Any:
+    """The model on the meta device: shapes without memory.
+
+    Raises:
+        UsageError: transformers knows no causal language model of this configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--shape: no causal language model can be made of it: {reason}") from None
+
+
+def layer_linears(model: Any) -> list[nn.Linear]:
+    """The matrix products of the layers: every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def layer_weights(model: Any) -> int:
+    """N, the weights that take part in matrix products in the layers; not of a 4-bit model."""
+    return sum(layer.weight.numel() for layer in layer_linears(model))
+
+
+def _values(
+    shape: torch.Size, name: str, spread: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Normal numbers for matrices; a norm's weight is 1 and a bias 0."""
+    values = torch.empty(shape, dtype=dtype, device=device)
+    if len(shape) > 1:
+        return values.normal_(0.0, spread)
+    return values.fill_(0.0 if name == "bias" else 1.0)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _four_bit(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The layer as bitsandbytes' `Linear4bit`; quantised at once, its 16-bit weight let go."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    new = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = Params4bit(
+        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    )
+    new.weight = weight.to(device)
+    if layer.bias is not None:
+        new.bias = layer.bias
+    del layer.weight
+    return new

@@ -1,0 +1,86 @@
+"""Shapes of models: sizes without weights, for speed does not depend on what the weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mtl_lora_cli.errors import UsageError, did_you_mean
+
+PROJECTIONS = {
+    "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def _llama(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    key_heads: int,
+    vocabulary: int,
+    *,
+    theta: float = 10_000.0,
+    tied: bool = False,
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128_256, theta=500_000.0),
+    "llama3.2-3b": _llama(3072, 8192, 28, 24, 8, 128_256, theta=500_000.0, tied=True),
+    "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, 128_256, theta=500_000.0, tied=True),
+    "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32_000),
+    "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32_000),
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49_152, theta=100_000.0, tied=True),
+    "tiny": _llama(64, 128, 2, 4, 2, 256),
+}
+
+
+def require_shape(name: str) -> None:
+    """Check a shape's name before anything heavy is loaded.
+
+    Raises:
+        UsageError: it is neither a known shape nor a folder with a `config.json`.
+    """
+    if name in SHAPES:
+        return
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--shape: the folder '{name}' holds no config.json")
+        return
+    raise UsageError(
+        f"--shape: '{name}' is neither a known shape nor a folder"
+        f"{did_you_mean(name, SHAPES)}; shapes: {', '.join(SHAPES)}"
+    )
+
+
+def find_config(name: str) -> Any:
+    """The transformers configuration of a shape, or of a folder's `config.json`.
+
+    Raises:
+        UsageError: there is no such shape, or the folder's file is no configuration of a model.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    require_shape(name)
+    if name in SHAPES:
+        return LlamaConfig(**SHAPES[name])
+    try:
+        return AutoConfig.from_pretrained(Path(name).expanduser())
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--shape: '{name}': its config.json cannot be read: {reason}") from None

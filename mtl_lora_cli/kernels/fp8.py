@@ -1,0 +1,62 @@
+"""Products of activations with a frozen weight in 8-bit floats, a scale for each row of both.
+
+    x ≈ a ⊙ X,  W ≈ b ⊙ V        x Wᵀ ≈ (X Vᵀ) ⊙ (a bᵀ)
+
+X and V hold e4m3 numbers (3 bits of mantissa, largest 448); a and b are float32, the largest
+magnitude of a row over 448. On Hopper and later such products run at twice the rate of bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.kernels.backend import in_triton
+
+LARGEST = 448.0  # of e4m3
+
+
+class Rows(NamedTuple):
+    """A matrix in 8-bit floats: values [rows, columns] e4m3, and scale float32 [rows, 1]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def to_rows(x: Tensor) -> Rows:
+    """Each row scaled so that its largest magnitude is 448, and rounded to e4m3.
+
+    Args:
+        x: [rows, columns].
+    """
+    if in_triton(x):
+        from mtl_lora_cli.kernels import triton_fp8
+
+        return Rows(*triton_fp8.to_rows(x))
+    wide = x.float()
+    scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return Rows((wide / scale).to(torch.float8_e4m3fn), scale)
+
+
+def product(x: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias in `dtype`: x [N, in], weight [out, in] → [N, out]."""
+    if x.values.is_cuda:
+        return torch._scaled_mm(
+            x.values,
+            weight.values.t(),
+            scale_a=x.scale,
+            scale_b=weight.scale.t(),
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    y = (x.values.float() @ weight.values.float().T) * x.scale * weight.scale.T
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def supported(device: torch.device) -> bool:
+    """Whether the card has matrix units for e4m3 with row scales (compute capability 9.0); on a CPU
+    the numbers are the same and nothing is gained."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)

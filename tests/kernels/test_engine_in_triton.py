@@ -1,0 +1,82 @@
+"""The whole fused engine on kernels, against transformers' own layers in plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+
+LENGTHS, TASKS = [9, 1, 18], [2, -1, 0]
+
+
+def batch() -> PackedBatch:
+    tokens = torch.randint(3, 512, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    asked = torch.arange(0, len(tokens) - 1, 3)
+    return PackedBatch(
+        input_ids=tokens.unsqueeze(0),
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0),
+        task_ids=torch.tensor(TASKS).repeat_interleave(torch.tensor(LENGTHS)).unsqueeze(0),
+        segments=Segments.build(LENGTHS),
+        positions=asked,
+        owner=torch.arange(len(asked)),
+        targets=tokens[asked + 1],
+    )
+
+
+def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    one = batch()
+    for tensor in tensors.values():
+        tensor.grad = None
+    with packed.routed(one):
+        logprobs = packed(one)
+        (logprobs * torch.linspace(1, 2, len(logprobs))).sum().backward()
+    return logprobs.detach(), {name: t.grad.clone() for name, t in tensors.items()}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/models/test_on_card.py does this there"
+)
+@pytest.mark.parametrize(
+    ("config", "quantization", "keep"),
+    [
+        ({}, "none", Keep()),
+        ({}, "nf4", Keep(False, False, False, False)),
+        ({"method": "lora", "up_projections": 1}, "none", Keep(attended=False)),
+    ],
+    ids=["mtl-lora", "nf4", "lora"],
+)
+def test_equals_the_plain_layers(
+    stories_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    quantization: str,
+    keep: Keep,
+) -> None:
+    base = find_base_model(str(stories_folder))
+    device = torch.device("cpu")
+    model = load_model(base, dtype=torch.float32, device=device, quantization=quantization)
+    torch.manual_seed(0)
+    adapter = inject(model, AdapterConfig(target_modules=("*_proj",), **config), "abc")
+    tensors = adapter.tensors()
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    plain = learned(PackedModel(model, adapter, engine="plain"), tensors)
+    monkeypatch.setenv("MTL_LORA_KERNELS", "triton")
+    fused = learned(PackedModel(model, adapter, engine="fused", keep=keep), tensors)
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-4)
+    for name, gradient in plain[1].items():
+        error = (fused[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
+        assert error < 1e-4, f"{name}: {error}"

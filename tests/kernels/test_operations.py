@@ -1,0 +1,182 @@
+"""Each operation's kernel against its plain form, which the oracle tests hold against the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.kernels import fp8, logprob, mix, nf4, norm, swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Result = Sequence[Tensor | None]
+WIDTHS = [16, 48, 1030]
+
+
+@pytest.fixture
+def same(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs something on kernels and in plain torch and compares."""
+
+    def check(run: Callable[[], Result], close: float = 1e-5) -> None:
+        monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+        plain = run()
+        monkeypatch.setenv("MTL_LORA_KERNELS", "triton")
+        for one, two in zip(run(), plain, strict=True):
+            assert (one is None) == (two is None)
+            if one is not None and two is not None:
+                assert one.dtype == two.dtype
+                torch.testing.assert_close(one, two, rtol=close, atol=close)
+
+    return check
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("adds", [True, False])
+def test_norms(same: Callable[..., None], width: int, adds: bool) -> None:
+    x, weight = normal(5, width), normal(width, seed=1)
+    delta = normal(5, width, seed=2) if adds else None
+    same(lambda: norm.add_norm(x, delta, weight, 1e-5))
+    _, _, inverse = norm.add_norm(x, None, weight, 1e-5)
+    same(lambda: [norm.apply_norm(x, inverse, weight)])
+    same(lambda: [norm.norm_gradient(normal(5, width, seed=3), delta, x, inverse, weight)])
+
+
+def test_a_norms_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    x = normal(4, 24).double().requires_grad_()
+    weight, dh, past = normal(24, seed=1).double(), normal(4, 24, seed=2).double(), normal(4, 24)
+    total, normed, inverse = norm.add_norm(x, None, weight, 1e-5)
+    (normed * dh).sum().backward()
+    ours = norm.norm_gradient(dh, past.double(), total.detach(), inverse.detach(), weight)
+    torch.testing.assert_close(ours, x.grad + past.double())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("again", [True, False])
+def test_swiglu(same: Callable[..., None], width: int, again: bool) -> None:
+    both, da = normal(5, 2 * width), normal(5, width, seed=1)
+    same(lambda: [swiglu.swiglu(both)])
+    same(lambda: swiglu.swiglu_gradient(da, both, again=again))
+
+
+def test_swiglus_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    both = normal(4, 24).double().requires_grad_()
+    da = normal(4, 12, seed=1).double()
+    activated = swiglu.swiglu(both)
+    (activated * da).sum().backward()
+    gradient, again = swiglu.swiglu_gradient(da, both.detach(), again=True)
+    torch.testing.assert_close(gradient, both.grad)
+    torch.testing.assert_close(again, activated.detach())
+
+
+@pytest.mark.parametrize(("m", "k"), [(24, 8), (6, 3), (17, 17)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_mixing(same: Callable[..., None], m: int, k: int, layers: int) -> None:
+    z, mixing = normal(700, layers * k), normal(layers, 4, m, k, seed=1)
+    slot = torch.randint(-1, 4, (700,), generator=torch.Generator().manual_seed(2)).int()
+    slot = slot.to(DEVICE)
+    same(lambda: [mix.mix(z, mixing, slot)])
+    u = mix.mix(z, mixing, slot)
+    same(lambda: [mix.mix(u, mixing, slot, transposed=True, scale=2.0)])
+    same(lambda: [mix.mix_gradient(u, z, slot, 4, layers)], 1e-3)
+
+
+def test_mixing_keeps_one_tasks_infinities_from_the_others() -> None:
+    z, mixing = normal(40, 8), normal(1, 3, 24, 8, seed=1)
+    slot = (torch.arange(40) % 4 - 1).int().to(DEVICE)
+    before = mix.mix(z, mixing, slot)
+    poisoned = mixing.clone()
+    poisoned[:, 1] = float("nan")
+    after = mix.mix(z, poisoned, slot)
+    assert torch.equal(before[slot != 1], after[slot != 1])
+    assert after[slot == 1].isnan().all()
+    z[slot == 1] = float("inf")
+    gradient = mix.mix_gradient(before, z, slot, 3, 1)
+    assert gradient[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (32, 128), (6, 96)])
+def test_expanding_four_bits(same: Callable[..., None], shape: tuple[int, int]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = normal(*shape)
+    packed, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    out = torch.zeros(shape[0], shape[1] + 16, device=DEVICE)
+    same(lambda: [nf4.expand(packed, state, out[:, : shape[1]]).clone()], 1e-6)
+    assert not out[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("width", [16, 5000, 49_152])
+def test_log_probabilities(same: Callable[..., None], width: int) -> None:
+    owner = torch.tensor([0, 1, 2, 2, 4]).to(DEVICE)
+    targets = torch.tensor([3, 0, width - 1, 5, 7]).to(DEVICE)
+
+    def run() -> Result:
+        logits = (10 * normal(5, width)).requires_grad_()
+        found = logprob.token_logprobs(logits, owner, targets)
+        (found * torch.arange(1.0, 6.0, device=DEVICE)).sum().backward()
+        return found, logits.grad
+
+    same(run, 1e-4)
+    logits = (10 * normal(5, width)).double().requires_grad_()
+    plain = logits.log_softmax(-1)[owner, targets]
+    (plain * torch.arange(1.0, 6.0, device=DEVICE)).sum().backward()
+    found, gradient = run()
+    torch.testing.assert_close(found, plain.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, logits.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_log_probabilities_where_a_lane_saw_minus_infinity(same: Callable[..., None]) -> None:
+    logits = normal(2, 5000)
+    logits[0, :4990] = float("-inf")
+    last = torch.tensor([4999, 4999]).to(DEVICE)
+    same(lambda: [logprob.token_logprobs(logits, torch.tensor([0, 1]).to(DEVICE), last)])
+
+
+compiled = pytest.mark.skipif(
+    DEVICE == "cpu", reason="Triton's interpreter cuts off where a card rounds to 8-bit floats"
+)
+
+
+@compiled
+@pytest.mark.parametrize("width", [16, 5000])
+def test_rounding_to_eight_bit_floats(same: Callable[..., None], width: int) -> None:
+    x = normal(6, width) * torch.logspace(-6, 3, 6, device=DEVICE)[:, None]
+    x[3] = 0
+
+    def run() -> Result:
+        rows = fp8.to_rows(x)
+        return rows.values.float() * rows.scale, rows.scale
+
+    same(run, 0.13)  # a quotient beside a border may round to either side: one step of 1/8
+
+
+@pytest.mark.parametrize("width", [16, 5000])
+def test_rounding_to_eight_bit_floats_loses_a_sixteenth_at_most(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    x = normal(6, width) * torch.logspace(-6, 3, 6, device=DEVICE)[:, None]
+    rows = fp8.to_rows(x)
+    back = rows.values.float() * rows.scale
+    assert ((back - x).abs() <= x.abs() / 16 + x.abs().amax(1, keepdim=True) * 2**-18).all()
+
+
+def test_a_product_in_eight_bit_floats_is_near_the_exact_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    x, weight = normal(64, 512), normal(32, 512, seed=1)
+    exact = x @ weight.T
+    ours = fp8.product(
+        fp8.to_rows(x), fp8.to_rows(weight), torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    )
+    assert (ours.float() - exact).norm() / exact.norm() < 0.05

@@ -1,0 +1,335 @@
+"""Attention kernels against ten naive lines in float64, one segment at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.kernels.tiles import FORWARD, KEY_BACKWARD, QUERY_BACKWARD, Launch, tile_table
+from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
+
+SMALL = Launch(tile=16, step=16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Case(NamedTuple):
+    lengths: list[int]
+    heads: int
+    key_heads: int
+    dim: int
+    qkv: Tensor
+    dout: Tensor
+    rotary: tuple[Tensor, Tensor] | None
+    scaling: float
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "heads": self.heads,
+            "key_heads": self.key_heads,
+            "scaling": self.scaling,
+            "rotary": self.rotary,
+        }
+
+
+def draw(
+    lengths: list[int],
+    heads: int = 2,
+    key_heads: int = 1,
+    dim: int = 16,
+    rotary: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    count = sum(lengths)
+    qkv = torch.randn(count, (heads + 2 * key_heads) * dim, generator=generator)
+    dout = torch.randn(count, heads * dim, generator=generator)
+    angles = torch.rand(count, dim // 2, generator=generator) * 6
+    turns = (angles.cos().to(DEVICE), angles.sin().to(DEVICE)) if rotary else None
+    return Case(
+        lengths,
+        heads,
+        key_heads,
+        dim,
+        qkv.to(DEVICE, dtype),
+        dout.to(DEVICE, dtype),
+        turns,
+        0.7 / math.sqrt(dim),
+    )
+
+
+def table(case: Case, block: int, **options: Any) -> Tensor:
+    return tile_table(case.lengths, block, **options).to(DEVICE)
+
+
+def naive(case: Case, contexts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse [H, N] and dqkv of each segment alone, in float64, by autograd."""
+    qkv = case.qkv.double().requires_grad_()
+    shapes = [case.heads, case.key_heads, case.key_heads]
+    x = qkv.unflatten(1, (-1, case.dim)).transpose(0, 1)
+    q, k, v = x.split(shapes)
+    if case.rotary is not None:
+        cos, sin = (angles.double() for angles in case.rotary)
+        q, k = (
+            torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+            for a, b in (part.chunk(2, -1) for part in (q, k))
+        )
+    k, v = (part.repeat_interleave(case.heads // case.key_heads, 0) for part in (k, v))
+    outs, logs, spans = [], [], []
+    start = 0
+    for number, length in enumerate(case.lengths):
+        spans.append(range(start, start + length))
+        context = contexts[number] if contexts else -1
+        seen = [*(spans[context] if context >= 0 else ()), *spans[-1]]
+        scores = case.scaling * q[:, spans[-1]] @ k[:, seen].mT
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=DEVICE)
+        scores = scores.masked_fill(~mask.tril(len(seen) - length), -torch.inf)
+        outs.append(scores.softmax(-1) @ v[:, seen])
+        logs.append(scores.logsumexp(-1))
+        start += length
+    out = torch.cat(outs, 1).transpose(0, 1).flatten(1)
+    (gradient,) = torch.autograd.grad(out, qkv, case.dout.double())
+    return out.detach(), torch.cat(logs, 1).detach(), gradient
+
+
+def run(
+    case: Case,
+    forward: Launch = SMALL,
+    query: Launch = SMALL,
+    key: Launch = SMALL,
+    capacity: int | None = None,
+    dqkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = table(case, forward.tile, capacity=capacity)
+    out, lse = attention_forward(case.qkv, tiles, contexts=False, launch=forward, **case.sizes)
+    gradient = attention_backward(
+        case.dout,
+        case.qkv,
+        out,
+        lse,
+        table(case, query.tile, capacity=capacity),
+        table(case, key.tile, capacity=capacity, of_keys=True),
+        dqkv=dqkv,
+        query_launch=query,
+        key_launch=key,
+        **case.sizes,
+    )
+    return out, lse, gradient
+
+
+def assert_as_naive(
+    case: Case, found: tuple[Tensor, Tensor, Tensor], tolerance: float = 1e-5
+) -> None:
+    for ours, theirs in zip(found, naive(case), strict=True):
+        limit = tolerance * float(theirs.abs().max())
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=limit)
+
+
+def apart(tensor: Tensor, more: int) -> Tensor:
+    """The same values in rows that lie `more` elements further apart, NaN between them."""
+    wide = torch.full((len(tensor), tensor.shape[1] + more), torch.nan, dtype=tensor.dtype)
+    wide = wide.to(tensor.device)
+    wide[:, : tensor.shape[1]] = tensor
+    return wide[:, : tensor.shape[1]]
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("lengths", [[1], [15, 16, 17], [1, 1, 50, 3], [32]])
+def test_every_length_of_segment_gives_what_it_gives_alone(
+    lengths: list[int], rotary: bool
+) -> None:
+    case = draw(lengths, rotary=rotary)
+    assert_as_naive(case, run(case))
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("heads, key_heads", [(2, 2), (4, 2), (4, 1)])
+def test_query_heads_share_key_heads(heads: int, key_heads: int, rotary: bool) -> None:
+    case = draw([19, 5], heads, key_heads, rotary=rotary)
+    assert_as_naive(case, run(case))
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128])
+def test_every_head_dimension_is_taken(dim: int, rotary: bool) -> None:
+    case = draw([18, 7], dim=dim, rotary=rotary)
+    assert_as_naive(case, run(case))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("tile, step", [(32, 16), (64, 16), (32, 32)])
+def test_every_shape_of_programs_gives_the_same(tile: int, step: int, split: bool) -> None:
+    case = draw([70, 9, 33])
+    launch = Launch(tile, step, split=split)
+    assert_as_naive(case, run(case, launch, launch, launch))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_default_shapes_are_right(dim: int) -> None:
+    case = draw([70, 3], dim=dim)
+    assert_as_naive(case, run(case, FORWARD[dim], QUERY_BACKWARD[dim], KEY_BACKWARD[dim]))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_rounds_like_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    case = draw([40, 21], dtype=dtype)
+    assert_as_naive(case, run(case), tolerance)
+
+
+def test_rows_may_lie_apart() -> None:
+    case = draw([20, 11])
+    dqkv = apart(torch.empty_like(case.qkv), 24)
+    wide = case._replace(qkv=apart(case.qkv, 16), dout=apart(case.dout, 8))
+    *found, gradient = run(wide, dqkv=dqkv)
+    assert gradient is dqkv
+    assert_as_naive(case, (*found, gradient))
+
+
+def test_angles_may_lie_apart() -> None:
+    case = draw([20, 11])
+    assert case.rotary is not None
+    cos, sin = (apart(angles, 8) for angles in case.rotary)
+    assert_as_naive(case, run(case._replace(rotary=(cos, sin))))
+
+
+def test_the_output_goes_where_it_is_asked_to_go() -> None:
+    case = draw([20, 11])
+    place = apart(torch.empty_like(case.dout), 8)
+    tiles = table(case, 16)
+    out, _ = attention_forward(case.qkv, tiles, out=place, launch=SMALL, **case.sizes)
+    assert out is place
+    expected, _ = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
+    assert torch.equal(out, expected)
+
+
+def test_unfilled_rows_of_a_table_change_nothing() -> None:
+    case = draw([20, 11])
+    for ours, theirs in zip(run(case, capacity=7), run(case), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_positions_that_no_tile_covers_are_not_written() -> None:
+    case = draw([20, 11])
+    tiles = tile_table([20], 16).to(DEVICE)
+    out = torch.full_like(case.dout, 7.0)
+    dqkv = torch.full_like(case.qkv, 7.0)
+    _, lse = attention_forward(case.qkv, tiles, out=out, launch=SMALL, **case.sizes)
+    attention_backward(
+        case.dout, case.qkv, out, lse, tiles, tiles, dqkv=dqkv,
+        query_launch=SMALL, key_launch=SMALL, **case.sizes,
+    )  # fmt: skip
+    assert (out[20:] == 7).all() and (dqkv[20:] == 7).all()
+    assert (out[:20] != 7).all() and (dqkv[:20] != 7).all()
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_segment_sees_all_of_its_context(rotary: bool) -> None:
+    contexts = [-1, 0, -1, 0, 2]
+    case = draw([20, 3, 17, 18, 1], rotary=rotary)
+    tiles = table(case, 16, contexts=contexts)
+    out, lse = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
+    expected = naive(case, contexts)
+    torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-5)
+
+
+def test_segments_with_contexts_have_no_backward_pass() -> None:
+    case = draw([4, 3])
+    tiles = table(case, 16, contexts=[-1, 0])
+    out, lse = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
+    with pytest.raises(ValueError, match="contexts have no backward"):
+        attention_backward(case.dout, case.qkv, out, lse, tiles, tiles, contexts=True, **case.sizes)
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_neighbours_infinities_reach_nobody(value: float, rotary: bool) -> None:
+    case = draw([18, 9, 21], rotary=rotary)
+    before = run(case)
+    # Neither through the values that a tile reads beyond its end, nor through what comes back.
+    case.qkv[18:27], case.dout[18:27] = value, value
+    if case.rotary is not None:
+        for angles in case.rotary:
+            angles[18:27] = value
+    after = run(case)
+    for old, new in zip(before, after, strict=True):
+        rows = (old.T, new.T) if old.shape == before[1].shape else (old, new)
+        for part in (slice(0, 18), slice(27, None)):
+            assert torch.equal(rows[0][part], rows[1][part])
+        assert not rows[1][18:27].isfinite().all()
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = draw([20, 11], heads=4, key_heads=2)
+    for one, other in zip(run(case), run(case), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_long_segments_come_first_and_their_tiles_stay_together() -> None:
+    assert tile_table([3, 40, 17], 16).tolist() == [
+        [35, 3, 43, 0, 0],
+        [19, 3, 43, 0, 0],
+        [3, 3, 43, 0, 0],
+        [59, 43, 60, 0, 0],
+        [43, 43, 60, 0, 0],
+        [0, 0, 3, 0, 0],
+    ]
+
+
+def test_the_first_tile_of_keys_comes_first() -> None:
+    assert tile_table([40], 16, of_keys=True)[:, 0].tolist() == [0, 16, 32]
+
+
+def test_a_table_holds_its_contexts_and_its_capacity() -> None:
+    assert tile_table([5, 2], 16, contexts=[-1, 0], capacity=3).tolist() == [
+        [5, 5, 7, 0, 5],
+        [0, 0, 5, 0, 0],
+        [-1, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([], 16), "at least one position"),
+        (([3, 0], 16), "at least one position"),
+        (([3, 2], 16, [-1]), "as many contexts"),
+        (([3, 2], 16, [1, -1]), "segment 0 cannot have segment 1"),
+        (([3, 2, 2], 16, [-1, 0, 1]), "segment 2 cannot have segment 1"),
+        (([40], 16, None, 2), "3 tiles of 16 do not fit a table of 2"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tile_table(*arguments)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"heads": 3, "key_heads": 2}, "do not share"),
+        ({"heads": 3}, "do not hold"),
+        ({"scaling": 0.0}, "must be positive"),
+        ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
+        ({"qkv": torch.zeros(8, 4 * 160), "rotary": None}, "at most 128, received 160"),
+        ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
+        ({"rotary": (torch.zeros(8, 16), torch.zeros(8, 16))}, "cos must be float32"),
+        ({"tiles": torch.zeros(1, 5)}, "table of tile_table"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    case = draw([8])
+    arguments = {"qkv": case.qkv, "tiles": table(case, 16), **case.sizes, **change}
+    with pytest.raises(ValueError, match=message):
+        attention_forward(**arguments)
+
+
+@pytest.mark.parametrize("tile, step", [(48, 16), (16, 8), (32, 64)])
+def test_a_shape_that_no_program_can_have_is_refused(tile: int, step: int) -> None:
+    with pytest.raises(ValueError, match=r"tile|step"):
+        Launch(tile, step)

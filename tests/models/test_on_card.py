@@ -1,0 +1,196 @@
+"""On a card, in bfloat16: the fused engine is as near to float32 as transformers' own layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.function import AdapterProducts
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.comparison.random_model import random_model
+from mtl_lora_cli.models import attention
+from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.training.passes import Capacity, EagerPasses, GraphedPasses, padded
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CARD = torch.device("cuda")
+SEVEN = ("*_proj",)
+FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
+NOTHING = Keep(normed=False, attended=False, qkv=False, gate_up=False)
+LENGTHS, TASKS = [17, 1, 140, 64, 333, 5, 65], [0, 2, -1, 1, 0, 3, 2]
+Learned = tuple[Tensor, dict[str, Tensor]]
+MakeBatch = Callable[..., PackedBatch]
+
+
+def build(
+    *,
+    head_dim: int = 64,
+    quantization: str = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    **config: Any,
+) -> tuple[Any, Adapter]:
+    """A small model of LLaMA's kind with grouped heads, and an adapter far from its start."""
+    attention.register()
+    shape = AutoConfig.for_model(
+        "llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=512,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = random_model(
+        shape,
+        dtype=torch.bfloat16,
+        device=CARD,
+        quantization=quantization,
+        attention=attention.NAME,
+    )
+    if dtype != torch.bfloat16:
+        model.to(dtype)
+    torch.manual_seed(1)
+    adapter = inject(model, AdapterConfig(**config), ("a", "b", "c", "d"))
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    return model, adapter
+
+
+def learned(packed: PackedModel, adapter: Adapter, batch: PackedBatch) -> Learned:
+    for tensor in adapter.tensors().values():
+        tensor.grad = None
+    weights = torch.linspace(1, 2, len(batch.targets))
+    logprobs = EagerPasses(packed, packed, CARD)(batch, weights)
+    return logprobs, {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
+
+
+def distances(one: Learned, exact: Learned) -> tuple[float, float]:
+    """Relative error of the log-probabilities, and of all gradients together."""
+    assert one[1].keys() == exact[1].keys()
+    flat, true = (torch.cat([g.flatten().float() for g in x[1].values()]) for x in (one, exact))
+    assert flat.isfinite().all()
+    assert one[0].isfinite().all()
+    return (
+        float((one[0] - exact[0]).norm() / exact[0].norm()),
+        float((flat - true).norm() / true.norm()),
+    )
+
+
+def assert_as_near(fused: Learned, plain: Learned, exact: Learned) -> None:
+    for ours, theirs in zip(distances(fused, exact), distances(plain, exact), strict=True):
+        print(f"fused {ours:.2e} plain {theirs:.2e}")
+        assert ours < 1.25 * theirs + 1e-4
+
+
+@pytest.fixture
+def batch(make_batch: MakeBatch) -> PackedBatch:
+    return make_batch(LENGTHS, TASKS, every=3)
+
+
+def exact_of(batch: PackedBatch, **config: Any) -> Learned:
+    model, adapter = build(dtype=torch.float32, **config)
+    return learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("targets", [FOUR, SEVEN])
+@pytest.mark.parametrize("keep", [Keep(), NOTHING], ids=["kept", "again"])
+def test_bfloat16(batch: PackedBatch, head_dim: int, targets: Sequence[str], keep: Keep) -> None:
+    config: dict[str, Any] = {"head_dim": head_dim, "target_modules": targets}
+    exact = exact_of(batch, **config)
+    model, adapter = build(**config)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused", keep=keep), adapter, batch)
+    assert_as_near(fused, plain, exact)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"method": "lora", "up_projections": 1}, {"gate": "embedding", "transform": "diagonal"}],
+)
+def test_other_forms(batch: PackedBatch, config: dict[str, Any]) -> None:
+    exact = exact_of(batch, target_modules=SEVEN, **config)
+    model, adapter = build(target_modules=SEVEN, **config)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert_as_near(fused, plain, exact)
+
+
+@pytest.mark.parametrize("keep", [Keep(), NOTHING], ids=["kept", "again"])
+def test_four_bit(batch: PackedBatch, keep: Keep) -> None:
+    model, adapter = build(target_modules=SEVEN, quantization="nf4")
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused", keep=keep), adapter, batch)
+    for distance in distances(fused, plain):
+        assert distance < 0.02
+
+
+def test_dropout_with_a_fixed_mask(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def mask(self: AdapterProducts, x: Tensor) -> Tensor:
+        at = torch.arange(x.numel(), device=x.device).view(x.shape)
+        return (at * 2654435761 % 1000) >= 1000 * self.dropout
+
+    monkeypatch.setattr(AdapterProducts, "mask", mask)
+    config: dict[str, Any] = {"target_modules": SEVEN, "dropout": 0.2}
+
+    def one(engine: Any, dtype: torch.dtype) -> Learned:
+        model, adapter = build(dtype=dtype, **config)
+        return learned(PackedModel(model, adapter, engine=engine).train(), adapter, batch)
+
+    exact = one("fused", torch.float32)
+    fused = one("fused", torch.bfloat16)
+    for distance in distances(fused, exact):
+        assert distance < 0.05
+
+
+def test_a_tail_of_padding_changes_only_rounding(batch: PackedBatch) -> None:
+    model, adapter = build(target_modules=SEVEN)
+    packed = PackedModel(model, adapter, engine="fused")
+    alone = learned(packed, adapter, batch)
+    capacity = Capacity.of(batch, 1500)
+    filled = padded(batch, capacity)
+    for tensor in adapter.tensors().values():
+        tensor.grad = None
+    weights = torch.zeros(capacity.questions)
+    weights[: len(batch.targets)] = torch.linspace(1, 2, len(batch.targets))
+    logprobs = EagerPasses(packed, packed, CARD)(filled, weights)[: len(batch.targets)]
+    grads = {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
+    for distance in distances((logprobs, grads), alone):
+        assert distance < 0.01
+
+
+def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
+    model, adapter = build(target_modules=SEVEN)
+    packed = PackedModel(model, adapter, engine="fused").train()
+    tensors = adapter.tensors()
+    eager = EagerPasses(packed, packed, CARD)
+    graphed = GraphedPasses(packed, adapter, 1024, eager)
+    kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for number in range(5):
+        lengths = [100 + 7 * number, 33, 400 - number, 1]
+        one = make_batch(lengths, [number % 4, -1, 2, 3], every=5)
+        weights = torch.linspace(1, 2, len(one.targets))
+        expected = learned(packed, adapter, one)
+        for name, tensor in tensors.items():
+            tensor.grad = kept[name].zero_()  # a graph adds where it was captured
+        found = graphed(one, weights)
+        for distance in distances((found, kept), expected):
+            assert distance < 0.01
+
+
+def test_eight_bit_floats_stay_near(batch: PackedBatch) -> None:
+    model, adapter = build(target_modules=SEVEN)
+    exact = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    packed = PackedModel(model, adapter, engine="fused", base_compute="fp8")
+    logprobs, gradients = distances(learned(packed, adapter, batch), exact)
+    print(f"fp8: log-probabilities {logprobs:.3f}, gradients {gradients:.3f}")
+    assert logprobs < 0.02
+    assert gradients < 0.15
