@@ -5,21 +5,36 @@
 One product for q, k and v, or for gate and up, instead of two or three. Dense weights are laid side
 by side once; 4-bit weights are expanded into one buffer that every layer uses again. No gradient of
 W is ever computed.
+
+Where there is *room*, the adapters' factors stand in margins of the same matrix, and their products
+happen inside the large ones instead of in another pass over the outputs:
+
+    y = [x | u] [W | s B]ᵀ        dx = [dy | dz] [W; A]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_lora_cli.kernels import fp8
+from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.nf4 import expand
 
+_ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants rows to start at
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class Room(NamedTuple):
+    """Margins of W: columns for s B, rows for A; none where the product cannot use them."""
+
+    columns: int = 0
+    rows: int = 0
 
 
 def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,6 +63,7 @@ class FrozenWeights:
         ends = torch.tensor([0, *(layer.out_features for layer in layers)]).cumsum(0).tolist()
         self.spans = tuple(pairwise(ends))
         self.shape = (ends[-1], layers[0].in_features)
+        self._room = Room()
         self._together: Tensor | None = None
         self._rows: tuple[fp8.Rows, fp8.Rows] | None = None
 
@@ -55,18 +71,45 @@ class FrozenWeights:
         """The layers' own parameters, as a backward pass should keep them."""
         return tuple(layer.weight for layer in self.layers)
 
-    def lay_together(self) -> None:
-        """Move dense weights of several layers into one piece of memory, each a view of its part."""
-        if len(self.layers) == 1 or any(is_four_bit(layer) for layer in self.layers):
+    @property
+    def room(self) -> Room:
+        """The margins that `product` and `input_gradient` can use."""
+        return Room() if self._rows is not None else self._room
+
+    def lay_together(self, wanted: Room = Room()) -> None:  # noqa: B008 - a tuple never changes
+        """Move dense weights into one piece of memory with margins, each a view of its part.
+
+        Args:
+            wanted: margins; granted in half precision on a card, and where they are aligned.
+        """
+        weight = self.layers[0].weight
+        half = self._dtype() in (torch.bfloat16, torch.float16) or not weight.is_cuda
+        if in_triton(weight) and half and not any(side % _ALIGNMENT for side in wanted):
+            self._room = wanted
+        four_bit = any(is_four_bit(layer) for layer in self.layers)
+        if four_bit or (len(self.layers) == 1 and self._room == Room()):
             return
-        together = torch.empty(
-            self.shape, dtype=self.layers[0].weight.dtype, device=self.layers[0].weight.device
-        )
+        together = torch.zeros(self._outer(), dtype=weight.dtype, device=weight.device)
         with torch.no_grad():
             for layer, (start, stop) in zip(self.layers, self.spans, strict=True):
-                together[start:stop].copy_(layer.weight)
-                layer.weight.data = together[start:stop]
+                place = together[start:stop, : self.shape[1]]
+                place.copy_(layer.weight)
+                layer.weight.data = place
         self._together = together
+
+    def factor_space(self, columns: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where s B [Σ out_j, columns] and A [rows, in] go: the margins, or new memory.
+
+        What lies outside the blocks of s B is zero and stays so.
+        """
+        (out, width), room = self.shape, self.room
+        if self._together is not None and room == (columns, rows) and room.columns:
+            return self._together[:out, width:], self._together[out:, :width]
+        device = self.layers[0].weight.device
+        return (
+            torch.zeros(out, columns, dtype=dtype, device=device),
+            torch.empty(rows, width, dtype=dtype, device=device),
+        )
 
     def round_to_fp8(self) -> float:
         """From now on multiply in 8-bit floats (`kernels/fp8.py`), forward and backward.
@@ -83,11 +126,6 @@ class FrozenWeights:
         rounded = forward.values.to(dense.dtype) * forward.scale.to(dense.dtype)
         return float((rounded - dense).norm() / dense.norm())
 
-    def _dtype(self) -> torch.dtype:
-        weight = self.layers[0].weight
-        state = getattr(weight, "quant_state", None)
-        return weight.dtype if state is None else state.dtype
-
     def bias(self) -> Tensor | None:
         """b [Σ out_j], or None where no layer has one."""
         biases = [layer.bias for layer in self.layers]
@@ -101,24 +139,81 @@ class FrozenWeights:
         ]
         return torch.cat(list(parts))
 
-    def product(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """y = x Wᵀ + b: x [N, in] → [N, Σ out_j]."""
+    def product(self, x: Tensor, weights: Sequence[Tensor], up: Tensor | None = None) -> Tensor:
+        """y = x Wᵀ + b.
+
+        Args:
+            x: [N, in]; with `up` [x | u] [N, in + columns].
+            weights: from `weights`.
+            up: s B [Σ out_j, columns], where there is room.
+
+        Returns:
+            [N, Σ out_j]
+        """
         if self._rows is not None:
             return fp8.product(fp8.to_rows(x), self._rows[0], x.dtype, self.bias())
-        return F.linear(x, self._dense(weights, x.dtype), self.bias())
+        if up is None:
+            return F.linear(x, self._dense(weights, x.dtype), self.bias())
+        wide = self._with_margins(weights, x.dtype, up=up)
+        return F.linear(x, wide[: self.shape[0]], self.bias())
 
-    def input_gradient(self, dy: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """dx = dy W: dy [N, Σ out_j] → [N, in]."""
+    def input_gradient(
+        self, dy: Tensor, weights: Sequence[Tensor], down: Tensor | None = None
+    ) -> Tensor:
+        """dx = dy W.
+
+        Args:
+            dy: [N, Σ out_j]; with `down` [dy | dz] [N, Σ out_j + rows].
+            weights: from `weights`.
+            down: A [rows, in], where there is room.
+
+        Returns:
+            [N, in]
+        """
         if self._rows is not None:
             return fp8.product(fp8.to_rows(dy), self._rows[1], dy.dtype)
-        return dy @ self._dense(weights, dy.dtype)
+        if down is None:
+            return dy @ self._dense(weights, dy.dtype)
+        return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
+
+    def _dtype(self) -> torch.dtype:
+        weight = self.layers[0].weight
+        state = getattr(weight, "quant_state", None)
+        return weight.dtype if state is None else state.dtype
+
+    def _outer(self) -> tuple[int, int]:
+        return self.shape[0] + self._room.rows, self.shape[1] + self._room.columns
 
     def _dense(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """W [Σ out_j, in]."""
         if len(weights) == 1 and getattr(weights[0], "quant_state", None) is None:
             return weights[0].to(dtype)
+        rows, columns = self.shape
         if self._together is not None:
-            return self._together.to(dtype)
-        out = _buffer(self.shape, weights[0].device, dtype)
+            return self._together[:rows, :columns].to(dtype)
+        return self._filled(_buffer(self.shape, weights[0].device, dtype), weights)
+
+    def _with_margins(
+        self,
+        weights: Sequence[Tensor],
+        dtype: torch.dtype,
+        *,
+        up: Tensor | None = None,
+        down: Tensor | None = None,
+    ) -> Tensor:
+        """W with one of its margins filled: [Σ out_j + rows, in + columns]."""
+        if self._together is not None:  # the factors stand there already
+            return self._together
+        rows, columns = self.shape
+        out = _buffer(self._outer(), weights[0].device, dtype)
+        self._filled(out[:rows, :columns], weights)
+        if up is not None:
+            out[:rows, columns:].copy_(up)
+        if down is not None:
+            out[rows:, :columns].copy_(down)
+        return out
+
+    def _filled(self, out: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for weight, (start, stop) in zip(weights, self.spans, strict=True):
             state = getattr(weight, "quant_state", None)
             if state is None:

@@ -32,13 +32,14 @@ class Factors(NamedTuple):
     """A group's adapters in the dtype of the activations.
 
     Attributes:
-        down: [J·k, in], the A_j below each other.
-        ups: for each j B_j [out_j, m], its up-projections side by side.
+        down: A [J·k, in], the A_j below each other.
+        up: s B [Σ out_j, J·m], block-diagonal: B_j, its up-projections side by side, in the rows of
+            projection j and the columns of u_j.
         mixing: M [J, P, m, k], float32 or better; None for plain LoRA, where m = k.
     """
 
     down: Tensor
-    ups: tuple[Tensor, ...]
+    up: Tensor
     mixing: Tensor | None
 
 
@@ -58,81 +59,67 @@ class AdapterProducts:
 
     def factors(
         self,
+        frozen: FrozenWeights,
         dtype: torch.dtype,
         downs: Sequence[Tensor],
         ups: Sequence[Tensor],
         mixing: Tensor | None,
     ) -> Factors:
-        """From the parameters: downs [nA, r, in] and ups [n, out_j, r] of each projection."""
+        """From the parameters: downs [nA, r, in] and ups [n, out_j, r] of each projection.
+
+        They may stand in the margins of the frozen weights, and then hold until the next call.
+        """
         rows = [down.shape[0] * down.shape[1] for down in downs]
-        together = torch.empty(sum(rows), downs[0].shape[2], dtype=dtype, device=downs[0].device)
-        for part, down in zip(together.split(rows), downs, strict=True):
+        widths = [up.shape[0] * up.shape[2] for up in ups]
+        block, below = frozen.factor_space(sum(widths), sum(rows), dtype)
+        for part, down in zip(below.split(rows), downs, strict=True):
             part.copy_(down.detach().view_as(part))
-        stacked = []
-        for up in ups:
-            n, out, rank = up.shape
-            side_by_side = torch.empty(out, n * rank, dtype=dtype, device=up.device)
-            side_by_side.view(out, n, rank).copy_(up.detach().permute(1, 0, 2))
-            stacked.append(side_by_side)
-        return Factors(together, tuple(stacked), None if mixing is None else mixing.detach())
+        for (start, stop), part, up in zip(
+            self.spans, block.split(widths, dim=1), ups, strict=True
+        ):
+            place = part[start:stop].unflatten(1, (up.shape[0], up.shape[2]))
+            torch.mul(up.detach().permute(1, 0, 2), self.scale, out=place)
+        return Factors(below, block, None if mixing is None else mixing.detach())
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Which features dropout keeps, bool like x; None without dropout."""
         if not self.dropout:
             return None
-        return torch.rand_like(x, dtype=torch.float32) >= self.dropout
+        return torch.rand(x.shape, dtype=torch.float32, device=x.device) >= self.dropout
 
-    def add(
-        self, y: Tensor, x: Tensor, mask: Tensor | None, factors: Factors, slots: Slots
-    ) -> tuple[Tensor, Tensor]:
-        """y_j += s B_j M_j A_j x in place.
+    def narrow(self, x: Tensor, mask: Tensor | None, factors: Factors) -> Tensor:
+        """z = A (mask ⊙ x): x [N, in] → [N, J·k]."""
+        return self._dropped(x, mask) @ factors.down.T
 
-        Args:
-            y: [N, Σ out_j].
-            x: [N, in].
-            mask: from `mask`, or None.
-            factors: from `factors`.
-            slots: the routing of the N positions.
-
-        Returns:
-            z [N, J·k] and u [N, J·m], which the backward pass needs.
-        """
-        z = self._dropped(x, mask) @ factors.down.T
+    def spread(
+        self, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
+    ) -> Tensor:
+        """u_j = M_j z_j: [N, J·k] → [N, J·m], written to `out` if given."""
         if factors.mixing is not None:
-            u = mix(z, factors.mixing, slots.index)
-        else:
-            u = z = z if slots.active is None else torch.where(slots.active, z, 0.0)
-        self.add_up(y, u, factors)
-        return z, u
+            return mix(z, factors.mixing, slots.index, out=out)
+        u = z if slots.active is None else torch.where(slots.active, z, 0.0)
+        return u if out is None else out.copy_(u)
 
     def add_up(self, y: Tensor, u: Tensor, factors: Factors) -> None:
         """y_j += s B_j u_j in place."""
-        for (start, stop), up, own in zip(
-            self.spans, factors.ups, u.chunk(len(self.spans), dim=1), strict=True
-        ):
-            y[:, start:stop].addmm_(own, up.T, alpha=self.scale)
+        for (start, stop), up, own in self._parts(factors.up, u):
+            y[:, start:stop].addmm_(own, up.T)
 
     def gradients(
         self, dy: Tensor, z: Tensor, u: Tensor, factors: Factors, slots: Slots
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """From dy [N, Σ out_j]: dz [N, J·k], dM (or None), and s dy_jᵀ u_j [out_j, m] of each B_j."""
-        layers = len(self.spans)
         dus, dups = [], []
-        for (start, stop), up, own in zip(
-            self.spans, factors.ups, u.chunk(layers, dim=1), strict=True
-        ):
+        for (start, stop), up, own in self._parts(factors.up, u):
             part = dy[:, start:stop]
             dus.append(part @ up)
             dups.append(_wide_product(part.T, own).mul_(self.scale))
-        du = dus[0] if layers == 1 else torch.cat(dus, dim=1)
+        du = dus[0] if len(dus) == 1 else torch.cat(dus, dim=1)
         if factors.mixing is None:
-            dz = du.mul_(self.scale)
-            if slots.active is not None:
-                dz = torch.where(slots.active, dz, 0.0)
-            return dz, None, dups
-        dz = mix(du, factors.mixing, slots.index, transposed=True, scale=self.scale)
-        dmixing = mix_gradient(du, z, slots.index, factors.mixing.shape[1], layers)
-        return dz, dmixing.mul_(self.scale), dups
+            return du if slots.active is None else torch.where(slots.active, du, 0.0), None, dups
+        dz = mix(du, factors.mixing, slots.index, transposed=True)
+        layers, tasks = factors.mixing.shape[:2]
+        return dz, mix_gradient(du, z, slots.index, tasks, layers), dups
 
     def add_input_gradient(
         self, dx: Tensor, dz: Tensor, mask: Tensor | None, factors: Factors
@@ -146,6 +133,16 @@ class AdapterProducts:
     def down_gradient(self, dz: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """dA = dzᵀ (mask ⊙ x), [J·k, in], float32 or better."""
         return _wide_product(dz.T, self._dropped(x, mask))
+
+    def _parts(self, up: Tensor, u: Tensor) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
+        """(span, s B_j, u_j) of each projection."""
+        count = len(self.spans)
+        return [
+            (span, block[span[0] : span[1]], own)
+            for span, block, own in zip(
+                self.spans, up.chunk(count, dim=1), u.chunk(count, dim=1), strict=True
+            )
+        ]
 
     def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return x if mask is None else (x * mask).div_(1 - self.dropout)
@@ -186,10 +183,12 @@ class AdaptedProjections(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         weights, downs, ups = _split(tensors, len(frozen.layers), len(products.spans))
-        factors = products.factors(x.dtype, downs, ups, mixing)
+        factors = products.factors(frozen, x.dtype, downs, ups, mixing)
         y = frozen.product(x, weights)
-        z, u = products.add(y, x, mask, factors, slots)
-        ctx.save_for_backward(x, z, u, mask, factors.down, factors.mixing, *factors.ups, *tensors)
+        z = products.narrow(x, mask, factors)
+        u = products.spread(z, factors, slots)
+        products.add_up(y, u, factors)
+        ctx.save_for_backward(x, z, u, mask, *factors, *tensors)
         ctx.static = (frozen, products, slots)
         return y
 
@@ -197,10 +196,9 @@ class AdaptedProjections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         frozen, products, slots = ctx.static
-        x, z, u, mask, down, mixing, *rest = ctx.saved_tensors
-        count = len(products.spans)
-        factors = Factors(down, tuple(rest[:count]), mixing)
-        weights, downs, ups = _split(rest[count:], len(frozen.layers), count)
+        x, z, u, mask, down, up, mixing, *tensors = ctx.saved_tensors
+        factors = Factors(down, up, mixing)
+        weights, downs, ups = _split(tensors, len(frozen.layers), len(products.spans))
         dz, dmixing, dups = products.gradients(dy, z, u, factors, slots)
         dx = None
         if ctx.needs_input_grad[0]:

@@ -33,8 +33,8 @@ from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
     Update,
+    graphs_possible,
     make_optimizer,
-    worth_a_graph,
 )
 
 LEARNING_RATE = 3e-4
@@ -109,7 +109,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
     ).train()
     parameters = list(adapter.tensors().values())
-    graphed = worth_a_graph(packed, adapter, case.row_length * case.rows_per_pass, device)
+    graphed = graphs_possible(packed, adapter, device)
     optimizer = make_optimizer(parameters, LEARNING_RATE, 0.0, graphed=graphed)
     update = Update(parameters, optimizer, case.max_gradient_norm, graphed=graphed)
     eager = EagerPasses(packed, packed, device)

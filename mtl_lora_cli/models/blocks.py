@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.adapters.frozen import FrozenWeights
+from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
 from mtl_lora_cli.adapters.function import AdapterProducts, Factors, as_parameters
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
@@ -47,22 +47,40 @@ class Keep:
 class Group:
     """Projections of one input, some or all of them adapted.
 
+    Inputs and output gradients come with room behind their columns (`room`), where the adapter's
+    own small factor goes, so that the large product takes both; see `adapters/frozen.py`.
+
     Args:
         layers: as they stand in the model: `MultiTaskLinear`, or a frozen linear layer.
-        frozen: their weights side by side.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], frozen: FrozenWeights) -> None:
-        self.frozen = frozen
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        bases = [
+            layer.base_layer if isinstance(layer, MultiTaskLinear) else layer for layer in layers
+        ]
+        self.frozen = FrozenWeights(bases)  # type: ignore[arg-type]
         self.adapted = [layer for layer in layers if isinstance(layer, MultiTaskLinear)]
         self.products: AdapterProducts | None = None
+        wanted = Room()
         if self.adapted:
             spans = tuple(
                 span
-                for layer, span in zip(layers, frozen.spans, strict=True)
+                for layer, span in zip(layers, self.frozen.spans, strict=True)
                 if isinstance(layer, MultiTaskLinear)
             )
             self.products = self.adapted[0].products(spans)
+            wanted = Room(
+                columns=sum(
+                    layer.lora_B.shape[0] * layer.lora_B.shape[2] for layer in self.adapted
+                ),
+                rows=sum(layer.lora_A.shape[0] * layer.lora_A.shape[1] for layer in self.adapted),
+            )
+        self.frozen.lay_together(wanted)
+
+    @property
+    def room(self) -> Room:
+        """Columns to leave free behind the group's input, and behind its output's gradient."""
+        return self.frozen.room
 
     def tensors(self, mixing: Tensor | None) -> list[Tensor | None]:
         """What autograd must know of: M, the downs, the ups."""
@@ -72,45 +90,64 @@ class Group:
         return [mixing, *downs, *(layer.lora_B for layer in self.adapted)]
 
     def forward(
-        self, x: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
+        self, wide: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
     ) -> tuple[Tensor, Tape | None]:
-        """y, and what the backward pass needs of the adapters."""
-        y = self.frozen.product(x, self.frozen.weights())
+        """y from [x | room], and what the backward pass needs of the adapters."""
+        x = self.input(wide)
         if self.products is None or slots.count == 0:
-            return y, None
+            return self.frozen.product(x, self.frozen.weights()), None
         mixing, rest = tensors[0], tensors[1:]
         count = len(self.adapted)
-        factors = self.products.factors(x.dtype, rest[:count], rest[count:], mixing)
+        factors = self.products.factors(self.frozen, x.dtype, rest[:count], rest[count:], mixing)
         mask = self.products.mask(x) if training else None
-        z, u = self.products.add(y, x, mask, factors, slots)
-        return y, Tape(factors, z, u, mask)
+        z = self.products.narrow(x, mask, factors)
+        tape = Tape(factors, z, mask)
+        return self._product(wide, tape, slots), tape
 
-    def again(self, x: Tensor, tape: Tape | None) -> Tensor:
+    def again(self, wide: Tensor, tape: Tape | None, slots: Slots) -> Tensor:
         """y once more."""
-        y = self.frozen.product(x, self.frozen.weights())
-        if self.products is not None and tape is not None:
-            self.products.add_up(y, tape.u, tape.factors)
-        return y
+        if tape is None:
+            return self.frozen.product(self.input(wide), self.frozen.weights())
+        return self._product(wide, tape, slots)
+
+    def input(self, wide: Tensor) -> Tensor:
+        """x of [x | room]."""
+        return wide[:, : self.frozen.shape[1]]
 
     def backward(
-        self, dy: Tensor, tape: Tape | None, slots: Slots, wanted: bool
+        self, wide: Tensor, tape: Tape | None, slots: Slots, wanted: bool, *, roomy: bool
     ) -> tuple[Tensor | None, Gradients | None]:
-        """dx where it is wanted, and the adapters' gradients, that of A unfinished."""
-        dx = self.frozen.input_gradient(dy, self.frozen.weights()) if wanted else None
+        """dx where it is wanted, and the adapters' gradients, that of A unfinished.
+
+        Args:
+            wide: [dy | room], or dy alone where it is not `roomy`.
+            tape, slots: of the forward pass.
+            wanted: whether dx is.
+            roomy: whether there is room behind dy.
+        """
+        weights = self.frozen.weights()
+        dy = wide[:, : self.frozen.shape[0]]
         if self.products is None or tape is None:
-            return dx, None
-        dz, dmixing, dups = self.products.gradients(dy, tape.z, tape.u, tape.factors, slots)
-        if dx is not None:
-            self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)
-        return dx, Gradients(dz, dmixing, dups)
+            return self.frozen.input_gradient(dy, weights) if wanted else None, None
+        u = self.products.spread(tape.z, tape.factors, slots)
+        dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots)
+        found = Gradients(dz, dmixing, dups)
+        if not wanted:
+            return None, found
+        if roomy and self.room.rows and tape.mask is None:
+            wide[:, self.frozen.shape[0] :].copy_(dz)
+            return self.frozen.input_gradient(wide, weights, tape.factors.down), found
+        dx = self.frozen.input_gradient(dy, weights)
+        self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)
+        return dx, found
 
     def finish(
-        self, gradients: Gradients | None, x: Tensor, tape: Tape | None
+        self, gradients: Gradients | None, x: Tensor | None, tape: Tape | None
     ) -> list[Tensor | None]:
         """The gradients of `tensors`, from the input x of the group."""
         if self.products is None:
             return []
-        if gradients is None or tape is None:
+        if gradients is None or tape is None or x is None:
             return [None] * (1 + 2 * len(self.adapted))
         ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
         parameters = as_parameters(
@@ -121,30 +158,32 @@ class Group:
         )
         return [gradients.dmixing, *parameters]
 
+    def _product(self, wide: Tensor, tape: Tape, slots: Slots) -> Tensor:
+        assert self.products is not None
+        weights = self.frozen.weights()
+        if self.room.columns:
+            self.products.spread(tape.z, tape.factors, slots, out=wide[:, self.frozen.shape[1] :])
+            return self.frozen.product(wide, weights, tape.factors.up)
+        y = self.frozen.product(wide, weights)
+        self.products.add_up(y, self.products.spread(tape.z, tape.factors, slots), tape.factors)
+        return y
+
 
 @dataclass
 class Tape:
-    """What a group's forward pass leaves: factors in the activations' dtype, z, u, and the mask."""
+    """What a group's forward pass leaves: factors in the activations' dtype, z, and the mask."""
 
     factors: Factors
     z: Tensor
-    u: Tensor
     mask: Tensor | None
 
     def tensors(self) -> list[Tensor | None]:
-        return [
-            self.factors.down,
-            *self.factors.ups,
-            self.factors.mixing,
-            self.z,
-            self.u,
-            self.mask,
-        ]
+        return [*self.factors, self.z, self.mask]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Tape:
-        down, *ups, mixing, z, u, mask = tensors
-        return Tape(Factors(down, tuple(ups), mixing), z, u, mask)
+        down, up, mixing, z, mask = tensors
+        return Tape(Factors(down, up, mixing), z, mask)
 
 
 @dataclass
@@ -224,9 +263,11 @@ class AttentionBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(qkv_group.tensors(None))
-        total, normed, inverse = add_norm(x, delta, *norm)
+        total, normed, inverse = add_norm(x, delta, *norm, room=qkv_group.room.columns)
         qkv, qkv_tape = qkv_group.forward(normed, tensors[:count], call.slots, call.training)
-        attended, state = attend(qkv, call.packing, learn=call.learn)
+        call.packing.rotate_(qkv)
+        o_room = o_group.room.columns
+        attended, state = attend(qkv, call.packing, learn=call.learn, room=o_room)
         chosen, residual = attended, total
         if call.positions is not None:
             chosen, residual = attended[call.positions], total[call.positions]
@@ -235,7 +276,7 @@ class AttentionBlock(torch.autograd.Function):
             saved = _Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
-            if call.keep.normed and qkv_group.products is not None:
+            if call.keep.normed and qkv_tape is not None:
                 saved.add("normed", normed)
             if call.keep.qkv:
                 saved.add("qkv", qkv)
@@ -255,34 +296,31 @@ class AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> tuple[Any, ...]:
         weight, qkv_group, o_group, call = ctx.static
         saved = _open(ctx)
-        total, inverse = saved["total"], saved["inverse"]
+        total, inverse, state = saved["total"], saved["inverse"], ctx.state
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
-        normed, qkv, attended, state = (
-            saved.get("normed"),
-            saved.get("qkv"),
-            saved.get("attended"),
-            ctx.state,
-        )
-        if normed is None and (qkv is None or qkv_group.products is not None):
-            normed = apply_norm(total, inverse, weight)
+        normed, qkv, attended = (saved.get(name) for name in ("normed", "qkv", "attended"))
+        if normed is None and (qkv is None or qkv_tape is not None):
+            normed = apply_norm(total, inverse, weight, room=qkv_group.room.columns)
         if qkv is None:
-            qkv = qkv_group.again(normed, qkv_tape)
+            qkv = call.packing.rotate_(qkv_group.again(normed, qkv_tape, call.slots))
         if attended is None:
             attended, state = attend(qkv, call.packing, learn=True)
+        attended = o_group.input(attended)
         chosen = attended if call.positions is None else attended[call.positions]
-        dchosen, o_gradients = o_group.backward(dout, o_tape, call.chosen_slots, True)
+        dchosen, o_gradients = o_group.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
         o_found = o_group.finish(o_gradients, chosen, o_tape)
         dattended = _spread(dchosen, call.positions, attended)
-        dqkv = attend_gradient(dattended, qkv, attended, state, call.packing)
+        room = qkv_group.room.rows
+        dqkv = attend_gradient(dattended, qkv, attended, state, call.packing, room=room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        dnormed, qkv_gradients = qkv_group.backward(dqkv, qkv_tape, call.slots, wanted)
-        qkv_found = qkv_group.finish(qkv_gradients, normed, qkv_tape)
+        dnormed, qkv_gradients = qkv_group.backward(dqkv, qkv_tape, call.slots, wanted, roomy=True)
+        x = None if normed is None else qkv_group.input(normed)
+        qkv_found = qkv_group.finish(qkv_gradients, x, qkv_tape)
         dx = None
         if wanted:
-            dx = norm_gradient(
-                dnormed, _spread(dresidual, call.positions, total), total, inverse, weight
-            )
+            dresidual = _spread(dresidual, call.positions, total)
+            dx = norm_gradient(dnormed, dresidual, total, inverse, weight)
         return (None, None, None, None, *_both(ctx, dx, 4), *qkv_found, *o_found)
 
 
@@ -306,14 +344,15 @@ class MlpBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = len(gate_up_group.tensors(None))
-        total, normed, inverse = add_norm(x, delta, *norm)
+        total, normed, inverse = add_norm(x, delta, *norm, room=gate_up_group.room.columns)
         both, gate_up_tape = gate_up_group.forward(normed, tensors[:count], slots, call.training)
-        out, down_tape = down_group.forward(swiglu(both), tensors[count:], slots, call.training)
+        activated = swiglu(both, room=down_group.room.columns)
+        out, down_tape = down_group.forward(activated, tensors[count:], slots, call.training)
         if call.learn:
             saved = _Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
-            if call.keep.normed and gate_up_group.products is not None:
+            if call.keep.normed and gate_up_tape is not None:
                 saved.add("normed", normed)
             if call.keep.gate_up:
                 saved.add("both", both)
@@ -333,15 +372,20 @@ class MlpBlock(torch.autograd.Function):
         gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
         normed, both = saved.get("normed"), saved.get("both")
         if normed is None and (both is None or gate_up_tape is not None):
-            normed = apply_norm(total, inverse, weight)
+            normed = apply_norm(total, inverse, weight, room=gate_up_group.room.columns)
         if both is None:
-            both = gate_up_group.again(normed, gate_up_tape)
-        dactivated, down_gradients = down_group.backward(dout, down_tape, slots, True)
-        dboth, activated = swiglu_gradient(dactivated, both, again=down_tape is not None)
+            both = gate_up_group.again(normed, gate_up_tape, slots)
+        dactivated, down_gradients = down_group.backward(dout, down_tape, slots, True, roomy=False)
+        dboth, activated = swiglu_gradient(
+            dactivated, both, again=down_tape is not None, room=gate_up_group.room.rows
+        )
         down_found = down_group.finish(down_gradients, activated, down_tape)
         del dactivated, activated
-        dnormed, gate_up_gradients = gate_up_group.backward(dboth, gate_up_tape, slots, True)
-        gate_up_found = gate_up_group.finish(gate_up_gradients, normed, gate_up_tape)
+        dnormed, gate_up_gradients = gate_up_group.backward(
+            dboth, gate_up_tape, slots, True, roomy=True
+        )
+        own = None if normed is None else gate_up_group.input(normed)
+        gate_up_found = gate_up_group.finish(gate_up_gradients, own, gate_up_tape)
         dx = norm_gradient(dnormed, dtotal, total, inverse, weight)
         return (None, None, None, None, None, *_both(ctx, dx, 5), *gate_up_found, *down_found)
 

@@ -8,15 +8,15 @@ the last layer no work after attention where no answer is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
+from mtl_lora_cli.adapters.layer import mixing_of
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.norm import add_norm
 from mtl_lora_cli.models.attention import Segments
@@ -92,6 +92,11 @@ class FusedDecoder:
         self._scaling = attention.scaling
         self._norm = _norm(self._base.norm)
 
+    def fixed_shapes(self, device: torch.device) -> bool:
+        """Whether a pass launches the same kernels whatever the segments are."""
+        weight = self._norm[0].to(device)
+        return pick_way(weight, self._head_dim) == "triton"
+
     def round_to_fp8(self) -> float:
         """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`).
 
@@ -111,7 +116,7 @@ class FusedDecoder:
         chosen_slots: Slots,
         *,
         training: bool,
-        keep: Keep,
+        keep: Sequence[Keep],
     ) -> Tensor:
         """Normed hidden states at the positions asked for.
 
@@ -121,21 +126,27 @@ class FusedDecoder:
             positions: int64 [U].
             slots, chosen_slots: routing of all positions, and of those asked for.
             training: dropout is on.
-            keep: what is kept for the backward pass.
+            keep: what each layer keeps for the backward pass.
 
         Returns:
             [U, d].
         """
         x = self._base.embed_tokens(input_ids)[0]
         learn = torch.is_grad_enabled()
-        call = Pass(
-            slots, self._packing(x, position_ids, segments), None, slots, keep, training, learn
-        )
-        last = Pass(slots, call.packing, positions, chosen_slots, keep, training, learn)
+        packing = self._packing(x, position_ids, segments)
         delta = None
         mixings = self._mixings(slots, chosen_slots)
         for number, layer in enumerate(self.layers):
-            own = last if number + 1 == len(self.layers) else call
+            last = number + 1 == len(self.layers)
+            own = Pass(
+                slots=slots,
+                packing=packing,
+                positions=positions if last else None,
+                chosen_slots=chosen_slots if last else slots,
+                keep=keep[number],
+                training=training,
+                learn=learn,
+            )
             qkv, o, gate_up, down = mixings[number]
             x, delta = AttentionBlock.apply(
                 layer.input_norm, layer.qkv, layer.o, own, x, delta,
@@ -209,20 +220,13 @@ def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         input_norm=_norm(layer.input_layernorm),
-        qkv=_group(attention.q_proj, attention.k_proj, attention.v_proj),
-        o=_group(attention.o_proj),
+        qkv=Group(attention.q_proj, attention.k_proj, attention.v_proj),
+        o=Group(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_group(mlp.gate_proj, mlp.up_proj),
-        down=_group(mlp.down_proj),
+        gate_up=Group(mlp.gate_proj, mlp.up_proj),
+        down=Group(mlp.down_proj),
     )
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
-
-
-def _group(*layers: nn.Module) -> Group:
-    bases = [layer.base_layer if isinstance(layer, MultiTaskLinear) else layer for layer in layers]
-    frozen = FrozenWeights(bases)  # type: ignore[arg-type]
-    frozen.lay_together()
-    return Group(layers, frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -72,7 +72,8 @@ class PackedModel(nn.Module):
         adapter: the adapter that was injected into it, or None for the base model alone.
         engine: `fused` runs the layers as our blocks, `plain` as transformers wrote them; `auto` is
             fused where that is possible.
-        keep: what the fused engine keeps for the backward pass.
+        keep: what the fused engine keeps for the backward pass, in all layers or in each; by
+            default everything.
         base_compute: `dtype` multiplies with the frozen weights as they are; `fp8` in 8-bit floats,
             which the fused engine alone can do.
 
@@ -87,18 +88,21 @@ class PackedModel(nn.Module):
         adapter: Adapter | None = None,
         *,
         engine: Engine = "auto",
-        keep: Keep | None = None,
+        keep: Keep | Sequence[Keep] | None = None,
         base_compute: BaseCompute = "dtype",
     ) -> None:
         super().__init__()
         self.model = model
         self._adapter = adapter
-        self.keep = keep or Keep()
         self.decoder: FusedDecoder | None = None
+        self.keep: list[Keep] = []
         if engine != "plain":
             reason = obstacle(model, adapter)
             if reason is None:
                 self.decoder = FusedDecoder(model, adapter)
+                one = Keep() if keep is None else keep
+                layers = len(self.decoder.layers)
+                self.keep = [one] * layers if isinstance(one, Keep) else list(one)
             elif engine == "fused":
                 raise UsageError(f"engine: fused does not know this model: {reason}")
         if base_compute == "fp8":

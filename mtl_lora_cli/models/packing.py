@@ -1,8 +1,8 @@
 """Attention over packed rows on the fused buffer [q | k | v], forward and backward.
 
-Three ways that give the same numbers up to rounding: our Triton kernels (positions rotated inside
-them, q, k, v and their gradients in one buffer), torch's built-in variable-length attention, and a
-loop over segments. `Packing.way` says which.
+Three ways that give the same numbers up to rounding: our Triton kernels (q, k, v and their gradients
+in one buffer), torch's built-in variable-length attention, and a loop over segments. `Packing.way`
+says which.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.backend import in_triton, with_room
+from mtl_lora_cli.kernels.rotary import rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
     KEY_BACKWARD,
@@ -47,26 +48,19 @@ class Packing:
     segments: Segments
     way: Way
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q rotated [N, H, D], k rotated and v [N, G, D], from the buffer [N, (H + 2G) D]."""
-        each = qkv.view(qkv.shape[0], self.heads + 2 * self.key_heads, self.head_dim)
-        q, k, v = each.split([self.heads, self.key_heads, self.key_heads], dim=1)
-        return self._rotated(q), self._rotated(k), v
+    def rotate_(self, qkv: Tensor) -> Tensor:
+        """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
+        return rotate_(qkv, self.cos, self.sin, heads=self.heads, key_heads=self.key_heads)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        """q [1, H, N, D], k and v [1, G, N, D], views of the buffer."""
+        each = qkv.unflatten(1, (self.heads + 2 * self.key_heads, self.head_dim))
+        parts = each.split([self.heads, self.key_heads, self.key_heads], dim=1)
+        return [part.transpose(0, 1).unsqueeze(0) for part in parts]
 
     def kernel_arguments(self) -> dict[str, Any]:
         """What our kernels are told beside the tensors."""
-        return {
-            "heads": self.heads,
-            "key_heads": self.key_heads,
-            "scaling": self.scaling,
-            "rotary": (self.cos, self.sin),
-        }
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos.unsqueeze(1), self.sin.unsqueeze(1)
-        wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-        first, second = wide.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        return {"heads": self.heads, "key_heads": self.key_heads, "scaling": self.scaling}
 
 
 def table_keys() -> set[tuple[int, bool]]:
@@ -83,50 +77,69 @@ def pick_way(x: Tensor, head_dim: int) -> Way:
     return "torch" if x.is_cuda and x.dtype == torch.float32 else "triton"
 
 
-def attend(qkv: Tensor, packing: Packing, *, learn: bool) -> tuple[Tensor, Any]:
+def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tuple[Tensor, Any]:
     """Causal attention inside each segment.
 
     Args:
-        qkv: [N, (H + 2G) D], not rotated.
+        qkv: [N, (H + 2G) D], rotated.
         packing: of the N positions.
         learn: whether a gradient will be asked for.
+        room: columns to leave free behind those of the result.
 
     Returns:
-        [N, H·D], and what `attend_gradient` needs.
+        [N, H·D + room], and what `attend_gradient` needs.
     """
+    width = packing.heads * packing.head_dim
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
-        block = launch_for(FORWARD, packing.head_dim).tile
-        return triton_attention.attention_forward(
+        out = qkv.new_empty(qkv.shape[0], width + room)
+        _, lse = triton_attention.attention_forward(
             qkv,
-            packing.segments.tiles(block),
+            packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
             contexts=packing.segments.key_index is not None,
+            out=out[:, :width],
             **packing.kernel_arguments(),
         )
+        return out, lse
     with torch.set_grad_enabled(learn):
         leaf = qkv.detach().requires_grad_(learn)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in packing.split(leaf))
+        q, k, v = packing.split(leaf)
         out = attend_segments(q, k, v, packing.scaling, packing.segments)
-        out = out.reshape(qkv.shape[0], -1)
-    return out.detach(), (leaf, out) if learn else None
+        out = out.reshape(qkv.shape[0], width)
+    return with_room(out.detach(), room), (leaf, out) if learn else None
 
 
-def attend_gradient(dout: Tensor, qkv: Tensor, out: Tensor, state: Any, packing: Packing) -> Tensor:
-    """d[q | k | v] from dout [N, H·D]; `state` as `attend` gave it."""
+def attend_gradient(
+    dout: Tensor, qkv: Tensor, out: Tensor, state: Any, packing: Packing, *, room: int = 0
+) -> Tensor:
+    """The gradient of [q | k | v] before its rotation, [N, (H + 2G) D + room].
+
+    Args:
+        dout: [N, H·D].
+        qkv: rotated.
+        out: [N, H·D], and `state`: as `attend` gave them.
+        packing: of the N positions.
+        room: columns to leave free behind those of the result.
+    """
+    width = qkv.shape[1]
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
-        queries = launch_for(QUERY_BACKWARD, packing.head_dim).tile
-        keys = launch_for(KEY_BACKWARD, packing.head_dim).tile
-        return triton_attention.attention_backward(
+        dqkv = qkv.new_empty(qkv.shape[0], width + room)
+        triton_attention.attention_backward(
             dout,
             qkv,
             out,
             state,
-            packing.segments.tiles(queries),
-            packing.segments.tiles(keys, of_keys=True),
+            packing.segments.tiles(launch_for(QUERY_BACKWARD, packing.head_dim).tile),
+            packing.segments.tiles(launch_for(KEY_BACKWARD, packing.head_dim).tile, of_keys=True),
+            dqkv=dqkv[:, :width],
+            turn=(packing.cos, packing.sin),
             **packing.kernel_arguments(),
         )
+        return dqkv
     leaf, result = state
-    return torch.autograd.grad(result, leaf, dout)[0]
+    gradient = torch.autograd.grad(result, leaf, dout)[0]
+    rotate_(gradient, packing.cos, -packing.sin, heads=packing.heads, key_heads=packing.key_heads)
+    return with_room(gradient, room)

@@ -1,8 +1,9 @@
 """One pass, forward and backward, and one update: launched kernel by kernel, or replayed as a graph.
 
-A small model at short rows is bound by the time that launching takes, not by arithmetic. A CUDA
-graph launches a whole pass at once; it wants every tensor at the same place and of the same size, so
-batches are padded to the size of a row and copied to fixed buffers.
+A small model at short rows is bound by the time that launching takes, not by arithmetic, and a large
+one still waits a tenth of its time. A CUDA graph launches a whole pass at once; it wants every tensor
+at the same place and of the same size, so batches are padded to the size of a row and copied to fixed
+buffers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 _SEGMENT = 256  # positions of a segment of padding
 _ROOM = 256  # questions and segments are padded to whole multiples of this
 _MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
-_WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get their memory
+_WARM_UP = 2  # passes and updates that run as they are: kernels are compiled, state gets its memory
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class EagerPasses:
 class GraphedPasses:
     """The same, replayed as CUDA graphs, one for each `Capacity` that turns up.
 
-    The first passes of each run as they are; nothing differs but the padding.
+    The first passes run as they are; nothing differs but the padding. Where memory does not suffice
+    for a graph, all do.
 
     Args:
         packed: base model with the adapter injected; its decoder is fused.
@@ -133,7 +135,8 @@ class GraphedPasses:
         self._packed, self._adapter, self._row_length = packed, adapter, row_length
         self._eager = eager
         self._graphs: dict[Capacity, _Graph] = {}
-        self._seen: dict[Capacity, int] = {}
+        self._passes = 0
+        self._fits = True
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
@@ -143,14 +146,22 @@ class GraphedPasses:
         capacity = Capacity.of(batch, rows * self._row_length)
         filled = padded(batch, capacity)
         weights = torch.cat([weights, weights.new_zeros(capacity.questions - count)])
-        seen = self._seen[capacity] = self._seen.get(capacity, 0) + 1
-        if seen <= _WARM_UP:
-            return self._eager(filled, weights)[:count]
+        self._passes += 1
+        if self._passes > _WARM_UP and self._fits and capacity not in self._graphs:
+            self._capture(filled, weights, capacity)
         if capacity not in self._graphs:
-            self._graphs[capacity] = _Graph(
-                self._packed, self._adapter, filled, weights, capacity, self._pool
-            )
+            return self._eager(filled, weights)[:count]
         return self._graphs[capacity].replay(filled, weights)[:count]
+
+    def _capture(self, batch: PackedBatch, weights: Tensor, capacity: Capacity) -> None:
+        torch.cuda.empty_cache()  # a graph has memory of its own
+        try:
+            self._graphs[capacity] = _Graph(
+                self._packed, self._adapter, batch, weights, capacity, self._pool
+            )
+        except torch.OutOfMemoryError:
+            self._fits = False
+            torch.cuda.empty_cache()
 
 
 class _Graph:
@@ -181,7 +192,7 @@ class _Graph:
         self._slots = [_all_tasks(present, own) for own in (ids, ids[batch.positions])]
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
             logprobs = packed(self._batch, slots=(self._slots[0], self._slots[1]))
             (-(logprobs * self._weights).sum()).backward()
         self._logprobs = logprobs.detach()
@@ -227,19 +238,15 @@ def _all_tasks(present: Tensor, ids: Tensor) -> Slots:
     return Slots(present, index, (index >= 0).unsqueeze(1), all_tasks=True)
 
 
-def worth_a_graph(packed: PackedModel, adapter: Adapter, tokens: int, device: torch.device) -> bool:
-    """Whether launching a pass would take longer than its arithmetic.
-
-    A layer's forward and backward pass are about 60 launches of 10 µs; its arithmetic is 4 N FLOP a
-    token at 400 TFLOP/s.
-    """
-    if device.type != "cuda" or packed.decoder is None or len(adapter.tasks) > _MOST_TASKS:
-        return False
-    if packed.head_is_adapted:  # its routing is looked up on the CPU
-        return False
-    layers = packed.decoder.layers
-    weights = sum(g.frozen.shape[0] * g.frozen.shape[1] for layer in layers for g in layer.groups)
-    return 4 * weights * tokens / 400e12 < len(layers) * 60 * 10e-6
+def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device) -> bool:
+    """Whether passes can be captured: nothing in them may ask the CPU anything."""
+    return (
+        device.type == "cuda"
+        and packed.decoder is not None
+        and packed.decoder.fixed_shapes(device)
+        and len(adapter.tasks) <= _MOST_TASKS
+        and not packed.head_is_adapted  # its routing is looked up on the CPU
+    )
 
 
 def make_optimizer(
