@@ -42,7 +42,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ),
 )
 _PATTERNS = tuple((group, re.compile(pattern, re.IGNORECASE)) for group, pattern in GROUPS)
-SHOWN_KERNELS = 15
+SHOWN_KERNELS = 30
 
 
 @dataclass(frozen=True)

@@ -24,3 +24,12 @@ def in_triton(tensor: Tensor) -> bool:
     if wish == "auto":
         return tensor.is_cuda and _available()
     return wish == "triton"
+
+
+def with_room(x: Tensor, room: int) -> Tensor:
+    """x [N, d] copied into the first columns of [N, d + room]; x itself without room."""
+    if not room:
+        return x
+    wide = x.new_empty(x.shape[0], x.shape[1] + room)
+    wide[:, : x.shape[1]].copy_(x)
+    return wide

@@ -14,16 +14,16 @@ from mtl_lora_cli.kernels.backend import in_triton
 
 
 def mix(
-    z: Tensor, mixing: Tensor, slot: Tensor, *, transposed: bool = False, scale: float = 1.0
+    z: Tensor, mixing: Tensor, slot: Tensor, *, transposed: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """u_ij = scale · M_{j,slot(i)} z_ij, or with M's transpose; 0 where slot(i) is −1.
+    """u_ij = M_{j,slot(i)} z_ij, or with M's transpose; 0 where slot(i) is −1.
 
     Args:
         z: [N, J·k]; with `transposed` [N, J·m].
         mixing: M [J, P, m, k].
         slot: int32 [N], in [−1, P).
         transposed: multiply by Mᵀ.
-        scale: a factor.
+        out: where to write; its rows may lie apart.
 
     Returns:
         [N, J·m], z's dtype; with `transposed` [N, J·k].
@@ -31,7 +31,7 @@ def mix(
     if in_triton(z):
         from mtl_lora_cli.kernels import triton_mix
 
-        return triton_mix.mix(z, mixing, slot, transposed=transposed, scale=scale)
+        return triton_mix.mix(z, mixing, slot, transposed=transposed, out=out)
     layers, slots = mixing.shape[:2]
     matrices = mixing.transpose(2, 3) if transposed else mixing
     rows, columns = matrices.shape[2:]
@@ -45,8 +45,9 @@ def mix(
         else:
             every = (part @ own.reshape(-1, columns).T).view(-1, slots, rows)
             chosen = every[everywhere, place]
-        parts.append(torch.where(active, chosen * scale if scale != 1.0 else chosen, 0.0))
-    return parts[0] if layers == 1 else torch.cat(parts, dim=1)
+        parts.append(torch.where(active, chosen, 0.0))
+    u = parts[0] if layers == 1 else torch.cat(parts, dim=1)
+    return u if out is None else out.copy_(u)
 
 
 def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, slots: int, layers: int) -> Tensor:

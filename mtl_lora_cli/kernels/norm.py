@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.backend import in_triton, with_room
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' = x + δ and its normalised form.
 
@@ -23,29 +23,30 @@ def add_norm(
         delta: [N, d], what the block before adds to it, or None for nothing.
         weight: w [d].
         eps: ε.
+        room: columns to leave free behind those of h.
 
     Returns:
-        x' [N, d] (x itself where delta is None), h [N, d], both of x's dtype, and r [N] float32
-        (x's dtype where that is wider).
+        x' [N, d] (x itself where delta is None), h [N, d + room], both of x's dtype, and r [N]
+        float32 (x's dtype where that is wider).
     """
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.add_norm(x, delta, weight, eps)
+        return triton_norm.add_norm(x, delta, weight, eps, room)
     total = x if delta is None else x + delta
     wide = total.to(_wide(total))
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
     normed = weight * (wide * inverse[:, None]).to(x.dtype)
-    return total, normed, inverse
+    return total, with_room(normed, room), inverse
 
 
-def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
-    """h again, from x' and r: what a backward pass recomputes instead of keeping."""
+def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, *, room: int = 0) -> Tensor:
+    """h again [N, d + room], from x' and r: what a backward pass recomputes instead of keeping."""
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.apply_norm(x, inverse, weight)
-    return weight * (x.to(inverse.dtype) * inverse[:, None]).to(x.dtype)
+        return triton_norm.apply_norm(x, inverse, weight, room)
+    return with_room(weight * (x.to(inverse.dtype) * inverse[:, None]).to(x.dtype), room)
 
 
 def norm_gradient(

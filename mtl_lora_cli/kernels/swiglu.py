@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.backend import in_triton, with_room
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """a [N, f] from [g | u] [N, 2f]."""
+def swiglu(both: Tensor, *, room: int = 0) -> Tensor:
+    """a [N, f + room], its last columns free, from [g | u] [N, 2f]."""
     if in_triton(both):
         from mtl_lora_cli.kernels import triton_swiglu
 
-        return triton_swiglu.swiglu(both)
+        return triton_swiglu.swiglu(both, room)
     gate, up = both.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return with_room(F.silu(gate) * up, room)
 
 
 def swiglu_gradient(
-    da: Tensor, both: Tensor, *, again: bool = False
+    da: Tensor, both: Tensor, *, again: bool = False, room: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """d[g | u] from da.
 
@@ -33,19 +33,20 @@ def swiglu_gradient(
         da: [N, f].
         both: [g | u] [N, 2f].
         again: compute a once more in passing.
+        room: columns to leave free behind those of the gradient.
 
     Returns:
-        [N, 2f], and a [N, f] or None.
+        [N, 2f + room], and a [N, f] or None.
     """
     if in_triton(both):
         from mtl_lora_cli.kernels import triton_swiglu
 
-        return triton_swiglu.swiglu_gradient(da, both, again=again)
+        return triton_swiglu.swiglu_gradient(da, both, again=again, room=room)
     gate, up = both.chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
-    gradient = torch.empty_like(both)
     half = gate.shape[-1]
+    gradient = both.new_empty(both.shape[0], 2 * half + room)
     torch.mul(da * up, sigmoid * (1 + gate - silu), out=gradient[:, :half])
-    torch.mul(da, silu, out=gradient[:, half:])
+    torch.mul(da, silu, out=gradient[:, half : 2 * half])
     return gradient, silu * up if again else None

@@ -50,7 +50,7 @@ class Launch:
 
 # By the largest head dimension that they serve. Segments are short, so that tiles of 128 would mostly
 # be mask, and registers limit how many programs a multiprocessor holds: steps of 32 and one loop need
-# fewer. Chosen by the registers that the compiler for sm_90 reports.
+# fewer. Chosen by time on an H100, 8192 positions of such segments.
 FORWARD = {64: Launch(64, 64), 128: Launch(64, 32)}
 QUERY_BACKWARD = {64: Launch(64, 32), 128: Launch(64, 32, split=False)}
 KEY_BACKWARD = {64: Launch(64, 32, split=False), 128: Launch(64, 32, split=False)}

@@ -13,9 +13,9 @@ A program's tile comes from a table (`tiles.tile_table`). Rows of the table whos
 -1 end at once: a fixed grid, as CUDA graphs need it, serves any segments. **Positions that no tile
 covers are never written**; whoever needs them to be zero covers them with segments.
 
-Rotary embedding happens on the way into registers, in float32, and is rounded to the input's dtype
-once. It needs the heads in two halves, x' = [x₁ cos − x₂ sin, x₂ cos + x₁ sin], hence two products
-where there would be one; the gradients are turned back by −θ before they are stored.
+Queries and keys come rotated (`rotary.py`): turning them here, for every program that reads them,
+takes longer than turning them once. Their gradients can be turned back by −θ while they are still
+in float32 registers, once a tile.
 """
 
 from __future__ import annotations
@@ -45,40 +45,32 @@ __all__ = [
 ]
 
 LOG2_E = 1.4426950408889634
-Rotary = tuple[Tensor, Tensor]
+Angles = tuple[Tensor, Tensor]
 
-# Inside the kernels a head is one part of SPAN = D columns, or two of SPAN = D / 2 with ROTARY; PART
-# and WIDTH are SPAN and D padded to what tl.dot takes. Without ROTARY the second part is an alias of
-# the first that nothing reads.
+# Inside the kernels WIDTH is D padded to what tl.dot takes.
 
 
 @triton.jit
 def _load(  # type: ignore[no-untyped-def]
-    pointer,
-    first,
-    limit,
-    stride,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """[ROWS, PART] from row `first`; zeros from row `limit` (if MASKED) and from column SPAN on.
+    pointer, first, limit, stride,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH] from row `first`; zeros from row `limit` (if MASKED) and from column DIM on.
 
     What lies behind `limit` belongs to a neighbour and may be infinite; it must not even meet a
     weight of zero.
     """
     rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, PART)[None, :]
+    columns = tl.arange(0, WIDTH)[None, :]
     # Only the tile's first row can lie beyond 2^31 elements; the way inside the tile is short.
     places = pointer + tl.cast(first, tl.int64) * stride + (rows * stride + columns)
     if MASKED:
         inside = rows < limit - first
-        if SPAN != PART:
-            inside = inside & (columns < SPAN)
+        if DIM != WIDTH:
+            inside = inside & (columns < DIM)
         values = tl.load(places, mask=inside, other=0.0)
-    elif SPAN != PART:
-        values = tl.load(places, mask=columns < SPAN, other=0.0)
+    elif DIM != WIDTH:
+        values = tl.load(places, mask=columns < DIM, other=0.0)
     else:
         values = tl.load(places)
     return values
@@ -86,119 +78,44 @@ def _load(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    pointer,
-    first,
-    limit,
-    stride,
-    values,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-):
+    pointer, first, limit, stride, values,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, PART)[None, :]
+    columns = tl.arange(0, WIDTH)[None, :]
     places = pointer + tl.cast(first, tl.int64) * stride + (rows * stride + columns)
     inside = rows < limit - first
-    if SPAN != PART:
-        inside = inside & (columns < SPAN)
+    if DIM != WIDTH:
+        inside = inside & (columns < DIM)
     tl.store(places, values.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _load_rotated(  # type: ignore[no-untyped-def]
-    pointer,
-    first,
-    limit,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    MASKED: tl.constexpr,
-    ROTARY: tl.constexpr,
-):
-    """Both parts of queries or keys, turned by their positions' angles."""
-    one = _load(pointer, first, limit, stride, ROWS, SPAN, PART, MASKED)
-    two = one
-    if ROTARY:
-        other = _load(pointer + SPAN, first, limit, stride, ROWS, SPAN, PART, MASKED)
-        c = _load(cos, first, limit, angle_stride, ROWS, SPAN, PART, MASKED)
-        s = _load(sin, first, limit, angle_stride, ROWS, SPAN, PART, MASKED)
-        x = one.to(tl.float32)
-        y = other.to(tl.float32)
-        two = (y * c + x * s).to(one.dtype)
-        one = (x * c - y * s).to(one.dtype)
-    return one, two
-
-
-@triton.jit
 def _store_turned_back(  # type: ignore[no-untyped-def]
-    pointer,
-    first,
-    limit,
-    stride,
-    one,
-    two,
-    cos,
-    sin,
-    angle_stride,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-):
-    """Gradients of the turned parts become those of the parts as they were: a turn by −θ."""
-    if ROTARY:
-        c = _load(cos, first, limit, angle_stride, ROWS, SPAN, PART, True)
-        s = _load(sin, first, limit, angle_stride, ROWS, SPAN, PART, True)
-        _store(pointer, first, limit, stride, one * c + two * s, ROWS, SPAN, PART)
-        _store(pointer + SPAN, first, limit, stride, two * c - one * s, ROWS, SPAN, PART)
+    pointer, first, limit, stride, values, cos, sin, angle_stride,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """With TURN, a gradient [d₁, d₂] of rotated heads as that of the heads before: turned by −θ."""
+    if TURN:
+        HALF: tl.constexpr = DIM // 2
+        c = _load(cos, first, limit, angle_stride, ROWS, HALF, HALF, True)
+        s = _load(sin, first, limit, angle_stride, ROWS, HALF, HALF, True)
+        one, two = tl.split(tl.permute(tl.reshape(values, (ROWS, 2, HALF)), (0, 2, 1)))
+        _store(pointer, first, limit, stride, one * c + two * s, ROWS, HALF, HALF)
+        _store(pointer + HALF, first, limit, stride, two * c - one * s, ROWS, HALF, HALF)
     else:
-        _store(pointer, first, limit, stride, one, ROWS, SPAN, PART)
-
-
-@triton.jit
-def _products(a_one, a_two, b_one, b_two, ROTARY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a bᵀ in float32 ("ieee" matters to float32 only, which would be rounded to TF32)."""
-    products = tl.dot(a_one, tl.trans(b_one), input_precision="ieee")
-    if ROTARY:
-        products = tl.dot(a_two, tl.trans(b_two), products, input_precision="ieee")
-    return products
+        _store(pointer, first, limit, stride, values, ROWS, DIM, WIDTH)
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    total,
-    norm,
-    peak,
-    q_one,
-    q_two,
-    queries,
-    keys,
-    values,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    first,
-    limit,
-    scale,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    total, norm, peak, q, queries, keys, values, stride, first, limit, scale,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """Takes STEP keys from `first` on into the running softmax (algorithm 1, lines 8 to 10)."""
-    k_one, k_two = _load_rotated(
-        keys, first, limit, stride, cos, sin, angle_stride, STEP, SPAN, PART, MASKED, ROTARY
-    )
-    scores = _products(q_one, q_two, k_one, k_two, ROTARY)
+    k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     positions = first + tl.arange(0, STEP)
     if CAUSAL:  # keys behind the segment's end lie behind all of its queries, too
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
@@ -215,30 +132,11 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_forward(  # type: ignore[no-untyped-def]
-    qkv,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    tiles,
-    out,
-    out_stride,
-    lse,
-    count,
-    scale,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-    CONTEXTS: tl.constexpr,
+    qkv, stride, tiles, out, out_stride, lse, count, scale,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CONTEXTS: tl.constexpr,
     SPLIT: tl.constexpr,
-):
+):  # fmt: skip
     # Heads run fastest: those of a group read the same keys while they are in the cache.
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
@@ -251,20 +149,7 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     keys = qkv + (HEADS + group) * DIM
     values = keys + KEY_HEADS * DIM
     queries = first + tl.arange(0, TILE)
-    q_one, q_two = _load_rotated(
-        qkv + head * DIM,
-        first,
-        end,
-        stride,
-        cos,
-        sin,
-        angle_stride,
-        TILE,
-        SPAN,
-        PART,
-        True,
-        ROTARY,
-    )
+    q = _load(qkv + head * DIM, first, end, stride, TILE, DIM, WIDTH, True)
     total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     norm = tl.zeros([TILE], dtype=tl.float32)
     peak = tl.full([TILE], float("-inf"), dtype=tl.float32)
@@ -274,24 +159,21 @@ def _attention_forward(  # type: ignore[no-untyped-def]
         context_end = tl.load(tile + 4)
         for at in range(context_start, context_end, STEP):
             total, norm, peak = _attend(
-                total, norm, peak, q_one, q_two, queries, keys, values, stride, cos, sin,
-                angle_stride, at, context_end, scale, STEP, DIM, WIDTH, SPAN, PART, ROTARY,
-                False, True,
+                total, norm, peak, q, queries, keys, values, stride, at, context_end, scale, STEP,
+                DIM, WIDTH, False, True,
             )  # fmt: skip
     diagonal = start
     if SPLIT:
         diagonal = first
         for at in range(start, first, STEP):
             total, norm, peak = _attend(
-                total, norm, peak, q_one, q_two, queries, keys, values, stride, cos, sin,
-                angle_stride, at, end, scale, STEP, DIM, WIDTH, SPAN, PART, ROTARY,
-                False, False,
+                total, norm, peak, q, queries, keys, values, stride, at, end, scale, STEP,
+                DIM, WIDTH, False, False,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         total, norm, peak = _attend(
-            total, norm, peak, q_one, q_two, queries, keys, values, stride, cos, sin,
-            angle_stride, at, end, scale, STEP, DIM, WIDTH, SPAN, PART, ROTARY,
-            True, True,
+            total, norm, peak, q, queries, keys, values, stride, at, end, scale, STEP,
+            DIM, WIDTH, True, True,
         )  # fmt: skip
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
@@ -300,79 +182,29 @@ def _attention_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_gradient(  # type: ignore[no-untyped-def]
-    dq_one,
-    dq_two,
-    q_one,
-    q_two,
-    dout,
-    logs,
-    delta,
-    queries,
-    keys,
-    values,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    first,
-    limit,
-    scale,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
-    k_one, k_two = _load_rotated(
-        keys, first, limit, stride, cos, sin, angle_stride, STEP, SPAN, PART, CAUSAL, ROTARY
-    )
+    dq, q, dout, logs, delta, queries, keys, values, stride, first, limit, scale,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
-    scores = _products(q_one, q_two, k_one, k_two, ROTARY)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if CAUSAL:
         positions = first + tl.arange(0, STEP)
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[:, None])
     slopes = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    slopes = (weights * (slopes - delta[:, None])).to(k_one.dtype)
-    dq_one = tl.dot(slopes, k_one, dq_one, input_precision="ieee")
-    if ROTARY:
-        dq_two = tl.dot(slopes, k_two, dq_two, input_precision="ieee")
-    return dq_one, dq_two
+    slopes = (weights * (slopes - delta[:, None])).to(k.dtype)
+    return tl.dot(slopes, k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_backward_queries(  # type: ignore[no-untyped-def]
-    dout,
-    dout_stride,
-    qkv,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    tiles,
-    out,
-    out_stride,
-    lse,
-    terms,
-    dqkv,
-    dqkv_stride,
-    count,
-    scale,
-    scaling,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, out, out_stride, lse, terms,
+    dqkv, dqkv_stride, count, scale, scaling,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
     first = tl.load(tile)
@@ -395,127 +227,62 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     pairs = terms + (head * count + queries) * 2
     tl.store(pairs, logs, mask=queries < end)
     tl.store(pairs + 1, deltas, mask=queries < end)
-    q_one, q_two = _load_rotated(
-        qkv + head * DIM,
-        first,
-        end,
-        stride,
-        cos,
-        sin,
-        angle_stride,
-        TILE,
-        SPAN,
-        PART,
-        True,
-        ROTARY,
-    )
-    dq_one = tl.zeros([TILE, PART], dtype=tl.float32)
-    dq_two = tl.zeros([TILE, PART], dtype=tl.float32)
+    q = _load(qkv + head * DIM, first, end, stride, TILE, DIM, WIDTH, True)
+    dq = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     diagonal = start
     if SPLIT:
         diagonal = first
         for at in range(start, first, STEP):
-            dq_one, dq_two = _query_gradient(
-                dq_one, dq_two, q_one, q_two, do, logs, deltas, queries, keys, values, stride,
-                cos, sin, angle_stride, at, end, scale, STEP, DIM, WIDTH, SPAN, PART, ROTARY,
-                False,
+            dq = _query_gradient(
+                dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
+                DIM, WIDTH, False,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
-        dq_one, dq_two = _query_gradient(
-            dq_one, dq_two, q_one, q_two, do, logs, deltas, queries, keys, values, stride,
-            cos, sin, angle_stride, at, end, scale, STEP, DIM, WIDTH, SPAN, PART, ROTARY,
-            True,
+        dq = _query_gradient(
+            dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
+            DIM, WIDTH, True,
         )  # fmt: skip
     _store_turned_back(
-        dqkv + head * DIM, first, end, dqkv_stride, dq_one * scaling, dq_two * scaling,
-        cos, sin, angle_stride, TILE, SPAN, PART, ROTARY,
+        dqkv + head * DIM, first, end, dqkv_stride, dq * scaling, cos, sin, angle_stride,
+        TILE, DIM, WIDTH, TURN,
     )  # fmt: skip
 
 
 @triton.jit
 def _key_gradient(  # type: ignore[no-untyped-def]
-    dk_one,
-    dk_two,
-    dv,
-    k_one,
-    k_two,
-    v,
-    positions,
-    turn,
-    head,
-    first,
-    limit,
-    dout,
-    dout_stride,
-    qkv,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    terms,
-    count,
-    scale,
-    SHARE: tl.constexpr,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
+    dk, dv, k, v, positions, visit, head, first, limit, dout, dout_stride, qkv, stride, terms,
+    count, scale,
+    SHARE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     CAUSAL: tl.constexpr,
-):
+):  # fmt: skip
     """One query head of the group over one block of queries; scores stand transposed."""
-    at = first + turn // SHARE * STEP
-    head += turn % SHARE
+    at = first + visit // SHARE * STEP
+    head += visit % SHARE
     queries = at + tl.arange(0, STEP)
-    q_one, q_two = _load_rotated(
-        qkv + head * DIM, at, limit, stride, cos, sin, angle_stride, STEP, SPAN, PART, True, ROTARY
-    )
+    q = _load(qkv + head * DIM, at, limit, stride, STEP, DIM, WIDTH, True)
     do = _load(dout + head * DIM, at, limit, dout_stride, STEP, DIM, WIDTH, True)
     # Behind the end all is zero and adds nothing: 2^(0 − 0) times a dO of 0, and slopes of 1 · (0 − 0).
     pairs = terms + (head * count + queries)[:, None] * 2 + tl.arange(0, 2)[None, :]
     logs, deltas = tl.split(tl.load(pairs, mask=(queries < limit)[:, None], other=0.0))
-    scores = _products(k_one, k_two, q_one, q_two, ROTARY)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     if CAUSAL:
         scores = tl.where(positions[:, None] <= queries[None, :], scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[None, :])
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
     slopes = tl.dot(v, tl.trans(do), input_precision="ieee")
-    slopes = (weights * (slopes - deltas[None, :])).to(q_one.dtype)
-    dk_one = tl.dot(slopes, q_one, dk_one, input_precision="ieee")
-    if ROTARY:
-        dk_two = tl.dot(slopes, q_two, dk_two, input_precision="ieee")
-    return dk_one, dk_two, dv
+    slopes = (weights * (slopes - deltas[None, :])).to(q.dtype)
+    dk = tl.dot(slopes, q, dk, input_precision="ieee")
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_backward_keys(  # type: ignore[no-untyped-def]
-    dout,
-    dout_stride,
-    qkv,
-    stride,
-    cos,
-    sin,
-    angle_stride,
-    tiles,
-    terms,
-    dqkv,
-    dqkv_stride,
-    count,
-    scale,
-    scaling,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-    PART: tl.constexpr,
-    ROTARY: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, terms, dqkv, dqkv_stride, count,
+    scale, scaling,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0) % KEY_HEADS
     tile = tiles + tl.program_id(0) // KEY_HEADS * COLUMNS
     first = tl.load(tile)
@@ -526,49 +293,33 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     key_place = (HEADS + group) * DIM
     value_place = key_place + KEY_HEADS * DIM
     positions = first + tl.arange(0, TILE)
-    k_one, k_two = _load_rotated(
-        qkv + key_place,
-        first,
-        end,
-        stride,
-        cos,
-        sin,
-        angle_stride,
-        TILE,
-        SPAN,
-        PART,
-        True,
-        ROTARY,
-    )
+    k = _load(qkv + key_place, first, end, stride, TILE, DIM, WIDTH, True)
     v = _load(qkv + value_place, first, end, stride, TILE, DIM, WIDTH, True)
-    dk_one = tl.zeros([TILE, PART], dtype=tl.float32)
-    dk_two = tl.zeros([TILE, PART], dtype=tl.float32)
+    dk = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     dv = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     # Blocks of queries and heads of the group in one loop: the loads of a head run while the one
     # before is multiplied, although a short segment has one or two blocks. The heads run fastest,
-    # as they share the angles.
-    turns = tl.cdiv(end - first, STEP) * SHARE
-    masked = turns
+    # so that the blocks on the diagonal come first.
+    visits = tl.cdiv(end - first, STEP) * SHARE
+    masked = visits
     if SPLIT:
-        masked = tl.minimum(turns, TILE // STEP * SHARE)
-    for turn in range(masked):
-        dk_one, dk_two, dv = _key_gradient(
-            dk_one, dk_two, dv, k_one, k_two, v, positions, turn, group * SHARE, first, end, dout,
-            dout_stride, qkv, stride, cos, sin, angle_stride, terms, count, scale, SHARE, STEP,
-            DIM, WIDTH, SPAN, PART, ROTARY, True,
+        masked = tl.minimum(visits, TILE // STEP * SHARE)
+    for visit in range(masked):
+        dk, dv = _key_gradient(
+            dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
+            stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, True,
         )  # fmt: skip
     if SPLIT:
-        for turn in range(masked, turns):
-            dk_one, dk_two, dv = _key_gradient(
-                dk_one, dk_two, dv, k_one, k_two, v, positions, turn, group * SHARE, first, end,
-                dout, dout_stride, qkv, stride, cos, sin, angle_stride, terms, count, scale,
-                SHARE, STEP, DIM, WIDTH, SPAN, PART, ROTARY, False,
+        for visit in range(masked, visits):
+            dk, dv = _key_gradient(
+                dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
+                stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, False,
             )  # fmt: skip
-    _store_turned_back(
-        dqkv + key_place, first, end, dqkv_stride, dk_one * scaling, dk_two * scaling,
-        cos, sin, angle_stride, TILE, SPAN, PART, ROTARY,
-    )  # fmt: skip
     _store(dqkv + value_place, first, end, dqkv_stride, dv, TILE, DIM, WIDTH)
+    _store_turned_back(
+        dqkv + key_place, first, end, dqkv_stride, dk * scaling, cos, sin, angle_stride,
+        TILE, DIM, WIDTH, TURN,
+    )  # fmt: skip
 
 
 def attention_forward(
@@ -578,7 +329,6 @@ def attention_forward(
     heads: int,
     key_heads: int,
     scaling: float,
-    rotary: Rotary | None = None,
     contexts: bool = True,
     out: Tensor | None = None,
     launch: Launch | None = None,
@@ -586,10 +336,9 @@ def attention_forward(
     """O = softmax(scaling · Q Kᵀ) V inside each segment, causal (FlashAttention-2, algorithm 1).
 
     Args:
-        qkv: [N, (H + 2G)·D], bfloat16, float16 or float32: H query heads, G key heads, G value
-            heads; rows may lie further apart than they are wide.
+        qkv: [N, (H + 2G)·D], bfloat16, float16 or float32: H query heads and G key heads, both rotated,
+            and G value heads; rows may lie further apart than they are wide.
         tiles: int32 [T, 5] of `tile_table` for blocks of `launch.tile`, on qkv's device.
-        rotary: cos and sin, float32 [N, D / 2], where queries and keys are still to be turned.
         contexts: read the contexts of `tiles`; False saves the time where it has none.
         out: [N, H·D] to write to, in qkv's dtype.
         launch: another shape of programs than `FORWARD` gives for D.
@@ -600,7 +349,7 @@ def attention_forward(
     Raises:
         ValueError: sizes, types or strides that do not fit each other.
     """
-    dim = _check(qkv, tiles, heads, key_heads, scaling, rotary)
+    dim = _check(qkv, tiles, heads, key_heads, scaling)
     launch = launch or launch_for(FORWARD, dim)
     count = qkv.shape[0]
     if out is None:
@@ -608,18 +357,9 @@ def attention_forward(
     _check_rows("out", out, qkv, heads * dim)
     lse = torch.empty(heads, count, dtype=torch.float32, device=qkv.device)
     _attention_forward[(len(tiles) * heads,)](
-        qkv,
-        qkv.stride(0),
-        *_angles(rotary),
-        tiles,
-        out,
-        out.stride(0),
-        lse,
-        count,
-        scaling * LOG2_E,
-        CONTEXTS=contexts,
-        **_shape(heads, key_heads, dim, rotary, launch),
-    )
+        qkv, qkv.stride(0), tiles, out, out.stride(0), lse, count, scaling * LOG2_E,
+        CONTEXTS=contexts, **_shape(heads, key_heads, dim, launch),
+    )  # fmt: skip
     return out, lse
 
 
@@ -634,7 +374,7 @@ def attention_backward(
     heads: int,
     key_heads: int,
     scaling: float,
-    rotary: Rotary | None = None,
+    turn: Angles | None = None,
     contexts: bool = False,
     dqkv: Tensor | None = None,
     query_launch: Launch | None = None,
@@ -644,13 +384,17 @@ def attention_backward(
 
     The first gives dQ and δ, a program a tile of queries and a query head; the second dK and dV, a
     program a tile of keys and a key head, which adds up its group's query heads.
+    Where D is no power of two from 16, `turn` takes a third, which turns every row of dqkv.
 
     Args:
         dout: [N, H·D] in qkv's dtype; rows may lie apart.
-        qkv, rotary, scaling: as in the forward pass.
+        qkv, scaling: as in the forward pass.
         out, lse: what it returned.
         query_tiles: int32 [T, 5] of `tile_table` for blocks of `query_launch.tile`.
         key_tiles: the same for `key_launch.tile`, best with `of_keys=True`.
+        turn: cos and sin, float32 [N, D / 2], by which q and k were rotated: dqkv is the gradient of
+            what they were before, [d₁, d₂] turned back to [d₁ cos + d₂ sin, d₂ cos − d₁ sin]. The
+            rows of both may lie apart, in the same way.
         contexts: whether segments have contexts, which only evaluation uses.
         dqkv: as qkv, to write to; its rows may lie apart in another way.
         query_launch, key_launch: other shapes than `QUERY_BACKWARD` and `KEY_BACKWARD` give for D.
@@ -663,7 +407,7 @@ def attention_backward(
     """
     if contexts:
         raise ValueError("segments with contexts have no backward pass; they are for evaluation")
-    dim = _check(qkv, query_tiles, heads, key_heads, scaling, rotary)
+    dim = _check(qkv, query_tiles, heads, key_heads, scaling)
     _check_tiles(key_tiles)
     query_launch = query_launch or launch_for(QUERY_BACKWARD, dim)
     key_launch = key_launch or launch_for(KEY_BACKWARD, dim)
@@ -675,53 +419,36 @@ def attention_backward(
     _check_rows("out", out, qkv, heads * dim)
     if lse.shape != (heads, count) or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ValueError(f"lse must be the forward pass's, received {lse.dtype} {list(lse.shape)}")
+    cos, sin, angle_stride = None, None, 0
+    if turn is not None:
+        cos, sin = turn
+        _check_angles(cos, sin, count, dim)
+        angle_stride = cos.stride(0)
+    # Where D is padded, its halves do not meet in the middle of a program's columns.
+    inside = turn is not None and dim == _width(dim)
     terms = torch.empty(heads, count, 2, dtype=torch.float32, device=qkv.device)
+    sources = (dout, dout.stride(0), qkv, qkv.stride(0), cos, sin, angle_stride)
+    results = (terms, dqkv, dqkv.stride(0), count, scaling * LOG2_E, scaling)
     _attention_backward_queries[(len(query_tiles) * heads,)](
-        dout,
-        dout.stride(0),
-        qkv,
-        qkv.stride(0),
-        *_angles(rotary),
-        query_tiles,
-        out,
-        out.stride(0),
-        lse,
-        terms,
-        dqkv,
-        dqkv.stride(0),
-        count,
-        scaling * LOG2_E,
-        scaling,
-        **_shape(heads, key_heads, dim, rotary, query_launch),
-    )
+        *sources, query_tiles, out, out.stride(0), lse, *results,
+        TURN=inside, **_shape(heads, key_heads, dim, query_launch),
+    )  # fmt: skip
     _attention_backward_keys[(len(key_tiles) * key_heads,)](
-        dout,
-        dout.stride(0),
-        qkv,
-        qkv.stride(0),
-        *_angles(rotary),
-        key_tiles,
-        terms,
-        dqkv,
-        dqkv.stride(0),
-        count,
-        scaling * LOG2_E,
-        scaling,
-        **_shape(heads, key_heads, dim, rotary, key_launch),
+        *sources, key_tiles, *results, TURN=inside, **_shape(heads, key_heads, dim, key_launch)
     )
+    if cos is not None and sin is not None and not inside:
+        from mtl_lora_cli.kernels.rotary import rotate_
+
+        # Negated, a sin whose rows lie apart lies close together; the strides are to stay equal.
+        rotate_(dqkv, cos.contiguous(), -sin.contiguous(), heads=heads, key_heads=key_heads)
     return dqkv
 
 
-def _angles(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, int]:
-    if rotary is None:
-        return None, None, 0
-    return *rotary, rotary[0].stride(0)
+def _width(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
 
 
-def _shape(
-    heads: int, key_heads: int, dim: int, rotary: Rotary | None, launch: Launch
-) -> dict[str, int | bool]:
-    span = dim if rotary is None else dim // 2
+def _shape(heads: int, key_heads: int, dim: int, launch: Launch) -> dict[str, int | bool]:
     return {
         "HEADS": heads,
         "KEY_HEADS": key_heads,
@@ -729,19 +456,14 @@ def _shape(
         "TILE": launch.tile,
         "STEP": launch.step,
         "DIM": dim,
-        "WIDTH": max(16, triton.next_power_of_2(dim)),
-        "SPAN": span,
-        "PART": max(16, triton.next_power_of_2(span)),
-        "ROTARY": rotary is not None,
+        "WIDTH": _width(dim),
         "SPLIT": launch.split,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
     }
 
 
-def _check(
-    qkv: Tensor, tiles: Tensor, heads: int, key_heads: int, scaling: float, rotary: Rotary | None
-) -> int:
+def _check(qkv: Tensor, tiles: Tensor, heads: int, key_heads: int, scaling: float) -> int:
     """The head dimension; raises for whatever the kernels would read wrongly."""
     if qkv.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"qkv must be bfloat16, float16 or float32, received {qkv.dtype}")
@@ -757,18 +479,18 @@ def _check(
     check_dim(dim)
     _check_rows("qkv", qkv, qkv, qkv.shape[-1])
     _check_tiles(tiles)
-    if rotary is not None:
-        cos, sin = rotary
-        expected = (qkv.shape[0], dim // 2)
-        for name, angles in (("cos", cos), ("sin", sin)):
-            if angles.shape != expected or angles.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} must be float32 {list(expected)}, "
-                    f"received {angles.dtype} {list(angles.shape)}"
-                )
-        if cos.stride() != sin.stride() or cos.stride(-1) != 1:
-            raise ValueError("cos and sin must have equal strides and a contiguous last axis")
     return dim
+
+
+def _check_angles(cos: Tensor, sin: Tensor, count: int, dim: int) -> None:
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.shape != (count, dim // 2) or angles.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be float32 {[count, dim // 2]}, "
+                f"received {angles.dtype} {list(angles.shape)}"
+            )
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        raise ValueError("cos and sin must have equal strides and a contiguous last axis")
 
 
 def _check_rows(name: str, tensor: Tensor, qkv: Tensor, width: int) -> None:

@@ -13,7 +13,7 @@ _CHUNK = 512  # positions of one program of `_adapter_mix_gradient`
 
 @triton.jit
 def _adapter_mix(
-    z, mixing, slot, u, positions, rows, scale,
+    z, mixing, slot, u, u_stride, positions, rows,
     layer_stride, slot_stride, row_stride, column_stride,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -37,10 +37,8 @@ def _adapter_mix(
         value = tl.load(z + column, mask=active, other=0.0).to(tl.float32)
         matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
         total += value[:, None] * matrix
-    u += at.to(tl.int64)[:, None] * (layers * rows) + layer * rows + row[None, :]
-    tl.store(
-        u, (total * scale).to(u.dtype.element_ty), mask=inside[:, None] & (row < rows)[None, :]
-    )
+    u += at.to(tl.int64)[:, None] * u_stride + layer * rows + row[None, :]
+    tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < rows)[None, :])
 
 
 @triton.jit
@@ -79,18 +77,18 @@ def _adapter_mix_gradient(
     )
 
 
-def mix(
-    z: Tensor, mixing: Tensor, slot: Tensor, *, transposed: bool = False, scale: float = 1.0
-) -> Tensor:
+def mix(z: Tensor, mixing: Tensor, slot: Tensor, *, transposed: bool, out: Tensor | None) -> Tensor:
     """See `mix.mix`; z contiguous."""
     if transposed:
         mixing = mixing.transpose(2, 3)
     layers, _, rows, columns = mixing.shape
     positions = z.shape[0]
-    u = torch.empty(positions, layers * rows, dtype=z.dtype, device=z.device)
+    u = out
+    if u is None:
+        u = torch.empty(positions, layers * rows, dtype=z.dtype, device=z.device)
     if positions:
         _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers)](
-            z, mixing, slot, u, positions, rows, scale, *mixing.stride(),
+            z, mixing, slot, u, u.stride(0), positions, rows, *mixing.stride(),
             COLUMNS=columns, ROWS=triton.next_power_of_2(rows), BLOCK=_POSITIONS, num_warps=2,
         )  # fmt: skip
     return u

@@ -12,7 +12,17 @@ from torch import Tensor
 
 @triton.jit
 def _add_norm(
-    x, delta, weight, total, normed, inverse, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    delta,
+    weight,
+    total,
+    normed,
+    inverse,
+    width,
+    stride,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -26,19 +36,21 @@ def _add_norm(
     tl.store(inverse + row, factor)
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(
-        normed + row * width + at, (value * factor * scale).to(normed.dtype.element_ty), mask=inside
+        normed + row * stride + at,
+        (value * factor * scale).to(normed.dtype.element_ty),
+        mask=inside,
     )
 
 
 @triton.jit
-def _apply_norm(x, inverse, weight, normed, width, BLOCK: tl.constexpr):
+def _apply_norm(x, inverse, weight, normed, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     out = value * tl.load(inverse + row) * scale
-    tl.store(normed + row * width + at, out.to(normed.dtype.element_ty), mask=inside)
+    tl.store(normed + row * stride + at, out.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -64,12 +76,12 @@ def _launch(width: int) -> dict[str, Any]:
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, room: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `norm.add_norm`; x and delta contiguous, rows of at most 65,536."""
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
-    normed = torch.empty_like(x)
+    normed = torch.empty(rows, width + room, dtype=x.dtype, device=x.device)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _add_norm[(rows,)](
@@ -80,6 +92,7 @@ def add_norm(
             normed,
             inverse,
             width,
+            normed.stride(0),
             eps,
             ADD=delta is not None,
             **_launch(width),
@@ -87,12 +100,12 @@ def add_norm(
     return total, normed, inverse
 
 
-def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, room: int) -> Tensor:
     """See `norm.apply_norm`."""
     rows, width = x.shape
-    normed = torch.empty_like(x)
+    normed = torch.empty(rows, width + room, dtype=x.dtype, device=x.device)
     if rows:
-        _apply_norm[(rows,)](x, inverse, weight, normed, width, **_launch(width))
+        _apply_norm[(rows,)](x, inverse, weight, normed, width, normed.stride(0), **_launch(width))
     return normed
 
 

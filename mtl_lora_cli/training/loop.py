@@ -30,8 +30,8 @@ from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
     Update,
+    graphs_possible,
     make_optimizer,
-    worth_a_graph,
 )
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.schedule import learning_rate_factor
@@ -99,8 +99,8 @@ class Trainer:
         self.packed = packed
         self.model = accelerator.prepare(packed)
         parameters = list(adapter.tensors().values())
-        graphed = accelerator.num_processes == 1 and worth_a_graph(
-            packed, adapter, settings.row_length * settings.rows_per_pass, accelerator.device
+        graphed = accelerator.num_processes == 1 and graphs_possible(
+            packed, adapter, accelerator.device
         )
         self.optimizer = make_optimizer(
             parameters, settings.learning_rate, settings.weight_decay, graphed=graphed

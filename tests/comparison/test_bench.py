@@ -45,6 +45,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.comparison.shapes import find_config
     from mtl_lora_cli.models import attention
     from mtl_lora_cli.models.packed import PackedModel
+    from mtl_lora_cli.training.passes import EagerPasses, Update, make_optimizer
 
     attention.register()
     made = []
@@ -60,13 +61,15 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
         adapter = inject(model, adapter_config(**tiny.adapter), [str(i) for i in range(8)])
         packed = PackedModel(model, adapter).train()
         parameters = list(adapter.tensors().values())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+        optimizer = make_optimizer(parameters, LEARNING_RATE, 0.0, graphed=False)
         made.append((packed, parameters, optimizer))
     step = Yardstick.build(256, 8, 0).steps(
         1, row_length=512, rows_per_step=2, rows_per_pass=1, seed=0
     )[0]
     packed, parameters, optimizer = made[0]
-    loss = bench._step(packed, step.batches, optimizer, parameters, 0.01)
+    passes = EagerPasses(packed, packed, torch.device("cpu"))
+    update = Update(parameters, optimizer, 0.01, graphed=False)
+    loss = bench._step(passes, update, step.batches)
 
     packed, expected, optimizer = made[1]
     total = torch.zeros(())

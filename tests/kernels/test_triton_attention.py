@@ -23,17 +23,12 @@ class Case(NamedTuple):
     dim: int
     qkv: Tensor
     dout: Tensor
-    rotary: tuple[Tensor, Tensor] | None
+    turn: tuple[Tensor, Tensor] | None
     scaling: float
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {
-            "heads": self.heads,
-            "key_heads": self.key_heads,
-            "scaling": self.scaling,
-            "rotary": self.rotary,
-        }
+        return {"heads": self.heads, "key_heads": self.key_heads, "scaling": self.scaling}
 
 
 def draw(
@@ -41,7 +36,7 @@ def draw(
     heads: int = 2,
     key_heads: int = 1,
     dim: int = 16,
-    rotary: bool = True,
+    turn: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
@@ -49,7 +44,7 @@ def draw(
     qkv = torch.randn(count, (heads + 2 * key_heads) * dim, generator=generator)
     dout = torch.randn(count, heads * dim, generator=generator)
     angles = torch.rand(count, dim // 2, generator=generator) * 6
-    turns = (angles.cos().to(DEVICE), angles.sin().to(DEVICE)) if rotary else None
+    turns = (angles.cos().to(DEVICE), angles.sin().to(DEVICE)) if turn else None
     return Case(
         lengths,
         heads,
@@ -66,18 +61,26 @@ def table(case: Case, block: int, **options: Any) -> Tensor:
     return tile_table(case.lengths, block, **options).to(DEVICE)
 
 
+def rotated(qkv: Tensor, case: Case, way: int) -> Tensor:
+    """qkv with its queries and keys turned by way · θ; as it is where the case has no angles."""
+    if case.turn is None:
+        return qkv
+    cos, sin = (angles.double()[:, None] for angles in case.turn)
+    x = qkv.unflatten(1, (-1, case.dim))
+    turned, values = x.split([case.heads + case.key_heads, case.key_heads], 1)
+    a, b = turned.chunk(2, -1)
+    turned = torch.cat([a * cos - way * b * sin, b * cos + way * a * sin], -1)
+    return torch.cat([turned, values], 1).flatten(1)
+
+
 def naive(case: Case, contexts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse [H, N] and dqkv of each segment alone, in float64, by autograd."""
-    qkv = case.qkv.double().requires_grad_()
-    shapes = [case.heads, case.key_heads, case.key_heads]
-    x = qkv.unflatten(1, (-1, case.dim)).transpose(0, 1)
-    q, k, v = x.split(shapes)
-    if case.rotary is not None:
-        cos, sin = (angles.double() for angles in case.rotary)
-        q, k = (
-            torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-            for a, b in (part.chunk(2, -1) for part in (q, k))
-        )
+    """out, lse [H, N] and dqkv of each segment alone, in float64, by autograd.
+
+    With angles, `case.qkv` is what a rotation made, and dqkv the gradient of what it made it from.
+    """
+    before = rotated(case.qkv.double(), case, -1).requires_grad_()
+    x = rotated(before, case, 1).unflatten(1, (-1, case.dim)).transpose(0, 1)
+    q, k, v = x.split([case.heads, case.key_heads, case.key_heads])
     k, v = (part.repeat_interleave(case.heads // case.key_heads, 0) for part in (k, v))
     outs, logs, spans = [], [], []
     start = 0
@@ -92,7 +95,7 @@ def naive(case: Case, contexts: list[int] | None = None) -> tuple[Tensor, Tensor
         logs.append(scores.logsumexp(-1))
         start += length
     out = torch.cat(outs, 1).transpose(0, 1).flatten(1)
-    (gradient,) = torch.autograd.grad(out, qkv, case.dout.double())
+    (gradient,) = torch.autograd.grad(out, before, case.dout.double())
     return out.detach(), torch.cat(logs, 1).detach(), gradient
 
 
@@ -113,6 +116,7 @@ def run(
         lse,
         table(case, query.tile, capacity=capacity),
         table(case, key.tile, capacity=capacity, of_keys=True),
+        turn=case.turn,
         dqkv=dqkv,
         query_launch=query,
         key_launch=key,
@@ -137,26 +141,24 @@ def apart(tensor: Tensor, more: int) -> Tensor:
     return wide[:, : tensor.shape[1]]
 
 
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("lengths", [[1], [15, 16, 17], [1, 1, 50, 3], [32]])
-def test_every_length_of_segment_gives_what_it_gives_alone(
-    lengths: list[int], rotary: bool
-) -> None:
-    case = draw(lengths, rotary=rotary)
+def test_every_length_of_segment_gives_what_it_gives_alone(lengths: list[int], turn: bool) -> None:
+    case = draw(lengths, turn=turn)
     assert_as_naive(case, run(case))
 
 
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("heads, key_heads", [(2, 2), (4, 2), (4, 1)])
-def test_query_heads_share_key_heads(heads: int, key_heads: int, rotary: bool) -> None:
-    case = draw([19, 5], heads, key_heads, rotary=rotary)
+def test_query_heads_share_key_heads(heads: int, key_heads: int, turn: bool) -> None:
+    case = draw([19, 5], heads, key_heads, turn=turn)
     assert_as_naive(case, run(case))
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128])
-def test_every_head_dimension_is_taken(dim: int, rotary: bool) -> None:
-    case = draw([18, 7], dim=dim, rotary=rotary)
+@pytest.mark.parametrize("turn", [True, False])
+@pytest.mark.parametrize("dim", [8, 16, 24, 64, 96, 128])
+def test_every_head_dimension_is_taken(dim: int, turn: bool) -> None:
+    case = draw([18, 7], dim=dim, turn=turn)
     assert_as_naive(case, run(case))
 
 
@@ -189,11 +191,12 @@ def test_rows_may_lie_apart() -> None:
     assert_as_naive(case, (*found, gradient))
 
 
-def test_angles_may_lie_apart() -> None:
-    case = draw([20, 11])
-    assert case.rotary is not None
-    cos, sin = (apart(angles, 8) for angles in case.rotary)
-    assert_as_naive(case, run(case._replace(rotary=(cos, sin))))
+@pytest.mark.parametrize("dim", [16, 24])
+def test_angles_may_lie_apart(dim: int) -> None:
+    case = draw([20, 11], dim=dim)
+    assert case.turn is not None
+    cos, sin = (apart(angles, 8) for angles in case.turn)
+    assert_as_naive(case, run(case._replace(turn=(cos, sin))))
 
 
 def test_the_output_goes_where_it_is_asked_to_go() -> None:
@@ -219,17 +222,16 @@ def test_positions_that_no_tile_covers_are_not_written() -> None:
     dqkv = torch.full_like(case.qkv, 7.0)
     _, lse = attention_forward(case.qkv, tiles, out=out, launch=SMALL, **case.sizes)
     attention_backward(
-        case.dout, case.qkv, out, lse, tiles, tiles, dqkv=dqkv,
+        case.dout, case.qkv, out, lse, tiles, tiles, turn=case.turn, dqkv=dqkv,
         query_launch=SMALL, key_launch=SMALL, **case.sizes,
     )  # fmt: skip
     assert (out[20:] == 7).all() and (dqkv[20:] == 7).all()
     assert (out[:20] != 7).all() and (dqkv[:20] != 7).all()
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-def test_a_segment_sees_all_of_its_context(rotary: bool) -> None:
+def test_a_segment_sees_all_of_its_context() -> None:
     contexts = [-1, 0, -1, 0, 2]
-    case = draw([20, 3, 17, 18, 1], rotary=rotary)
+    case = draw([20, 3, 17, 18, 1])
     tiles = table(case, 16, contexts=contexts)
     out, lse = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
     expected = naive(case, contexts)
@@ -245,16 +247,16 @@ def test_segments_with_contexts_have_no_backward_pass() -> None:
         attention_backward(case.dout, case.qkv, out, lse, tiles, tiles, contexts=True, **case.sizes)
 
 
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_neighbours_infinities_reach_nobody(value: float, rotary: bool) -> None:
-    case = draw([18, 9, 21], rotary=rotary)
+def test_a_neighbours_infinities_reach_nobody(value: float, turn: bool) -> None:
+    case = draw([18, 9, 21], turn=turn)
     before = run(case)
     # Neither through the values that a tile reads beyond its end, nor through what comes back.
     case.qkv[18:27], case.dout[18:27] = value, value
-    if case.rotary is not None:
-        for angles in case.rotary:
+    if case.turn is not None:
+        for angles in case.turn:
             angles[18:27] = value
     after = run(case)
     for old, new in zip(before, after, strict=True):
@@ -316,9 +318,8 @@ def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: 
         ({"heads": 3}, "do not hold"),
         ({"scaling": 0.0}, "must be positive"),
         ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
-        ({"qkv": torch.zeros(8, 4 * 160), "rotary": None}, "at most 128, received 160"),
+        ({"qkv": torch.zeros(8, 4 * 160)}, "at most 128, received 160"),
         ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
-        ({"rotary": (torch.zeros(8, 16), torch.zeros(8, 16))}, "cos must be float32"),
         ({"tiles": torch.zeros(1, 5)}, "table of tile_table"),
     ],
 )
@@ -327,6 +328,19 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     arguments = {"qkv": case.qkv, "tiles": table(case, 16), **case.sizes, **change}
     with pytest.raises(ValueError, match=message):
         attention_forward(**arguments)
+
+
+@pytest.mark.parametrize(
+    "cos, sin, message",
+    [
+        (torch.zeros(8, 16), torch.zeros(8, 16), r"cos must be float32 \[8, 8\]"),
+        (torch.zeros(8, 8), torch.zeros(8, 8).double(), "received torch.float64"),
+        (torch.zeros(8, 8), torch.zeros(8, 16)[:, :8], "equal strides"),
+    ],
+)
+def test_angles_that_do_not_fit_are_refused(cos: Tensor, sin: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(draw([8])._replace(turn=(cos, sin)))
 
 
 @pytest.mark.parametrize("tile, step", [(48, 16), (16, 8), (32, 64)])

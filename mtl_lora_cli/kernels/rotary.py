@@ -1,0 +1,36 @@
+"""Rotary position embedding, in place, on the fused buffer [q | k | v].
+
+    x' = [x₁ cos − x₂ sin, x₂ cos + x₁ sin]    for the halves x₁, x₂ of each head of q and k
+
+(RoFormer, arXiv 2104.09864, in the halves of LLaMA.) The gradient is the rotation by −θ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.kernels.backend import in_triton
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int) -> Tensor:
+    """Rotate the first H + G of the buffer's H + 2G heads.
+
+    Args:
+        qkv: [N, (H + 2G) D]; rows may lie apart.
+        cos, sin: [N, D/2], float32 or better.
+        heads, key_heads: H and G.
+
+    Returns:
+        qkv.
+    """
+    if in_triton(qkv):
+        from mtl_lora_cli.kernels import triton_rotary
+
+        return triton_rotary.rotate_(qkv, cos, sin, heads=heads, key_heads=key_heads)
+    each = qkv.unflatten(1, (heads + 2 * key_heads, -1))[:, : heads + key_heads]
+    wide = each.to(torch.promote_types(qkv.dtype, cos.dtype))
+    first, second = wide.chunk(2, dim=-1)
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    each.copy_(torch.cat([first * c - second * s, second * c + first * s], dim=-1))
+    return qkv

@@ -1,0 +1,37 @@
+"""Triton kernel of `rotary.py`: a program a position, its angles in registers for all heads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rotary(
+    x, cos, sin, stride, angle_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < half)
+    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=1.0)
+    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
+    first = x + row * stride + head * (2 * half) + column
+    one = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(first, (one * c - two * s).to(x.dtype.element_ty), mask=inside)
+    tl.store(first + half, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int) -> Tensor:
+    """See `rotary.rotate_`; cos and sin in float32 with equal strides."""
+    positions, width = qkv.shape
+    half = width // (heads + 2 * key_heads) // 2
+    if positions:
+        _rotary[(positions,)](
+            qkv, cos, sin, qkv.stride(0), cos.stride(0), heads + key_heads, half,
+            HEADS=triton.next_power_of_2(heads + key_heads), HALF=triton.next_power_of_2(half),
+            num_warps=4,
+        )  # fmt: skip
+    return qkv
