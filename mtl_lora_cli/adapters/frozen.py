@@ -26,7 +26,8 @@ from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.nf4 import expand
 
-_ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants rows to start at
+_ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants operands to start at
+_PITCH = 64  # and in 128 bytes, the pieces in which memory is read
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
@@ -89,7 +90,9 @@ class FrozenWeights:
         four_bit = any(is_four_bit(layer) for layer in self.layers)
         if four_bit or (len(self.layers) == 1 and self._room == Room()):
             return
-        together = torch.zeros(self._outer(), dtype=weight.dtype, device=weight.device)
+        rows, columns = self._outer()
+        pitch = -(-columns // _PITCH) * _PITCH
+        together = weight.new_zeros(rows, pitch)[:, :columns]
         with torch.no_grad():
             for layer, (start, stop) in zip(self.layers, self.spans, strict=True):
                 place = together[start:stop, : self.shape[1]]
@@ -225,7 +228,8 @@ class FrozenWeights:
 
 def _buffer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Memory for one expanded matrix; whoever asks next gets the same."""
-    key, wanted = (device, dtype), shape[0] * shape[1]
+    pitch = -(-shape[1] // _PITCH) * _PITCH
+    key, wanted = (device, dtype), shape[0] * pitch
     if key not in _buffers or _buffers[key].numel() < wanted:
         _buffers[key] = torch.empty(wanted, dtype=dtype, device=device)
-    return _buffers[key][:wanted].view(shape)
+    return _buffers[key][:wanted].view(shape[0], pitch)[:, : shape[1]]

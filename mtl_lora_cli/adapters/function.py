@@ -108,12 +108,12 @@ class AdapterProducts:
     def gradients(
         self, dy: Tensor, z: Tensor, u: Tensor, factors: Factors, slots: Slots
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """From dy [N, Σ out_j]: dz [N, J·k], dM (or None), and s dy_jᵀ u_j [out_j, m] of each B_j."""
+        """From dy [N, Σ out_j]: dz [N, J·k], dM (or None), and dy_jᵀ u_j [out_j, m] of each B_j."""
         dus, dups = [], []
         for (start, stop), up, own in self._parts(factors.up, u):
             part = dy[:, start:stop]
             dus.append(part @ up)
-            dups.append(_wide_product(part.T, own).mul_(self.scale))
+            dups.append(_wide_product(part.T, own))
         du = dus[0] if len(dus) == 1 else torch.cat(dus, dim=1)
         if factors.mixing is None:
             return du if slots.active is None else torch.where(slots.active, du, 0.0), None, dups
@@ -134,6 +134,42 @@ class AdapterProducts:
         """dA = dzᵀ (mask ⊙ x), [J·k, in], float32 or better."""
         return _wide_product(dz.T, self._dropped(x, mask))
 
+    def normed_down_gradient(
+        self, dz: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """dA where the group's input is h = w ⊙ (r x), without h: ((r dz)ᵀ (mask ⊙ x)) ⊙ w.
+
+        Args:
+            dz: [N, J·k].
+            x: [N, in], what was normed.
+            inverse: r [N].
+            weight: w [in].
+            mask: of dropout, or None.
+        """
+        scaled = (dz * inverse[:, None]).to(dz.dtype)
+        found = _wide_product(scaled.T, self._dropped(x, mask))
+        return found.mul_(weight.to(found.dtype))
+
+    def parameter_gradients(
+        self,
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+        ddown: Tensor,
+        dups: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """dA and the dy_jᵀ u_j in the parameters' own shapes: all downs, then all ups."""
+        rows = [down.shape[0] * down.shape[1] for down in downs]
+        found = [
+            part.view_as(down).to(down.dtype)
+            for part, down in zip(ddown.split(rows), downs, strict=True)
+        ]
+        for part, up in zip(dups, ups, strict=True):
+            n, out, rank = up.shape
+            gradient = torch.empty(n, out, rank, dtype=up.dtype, device=up.device)
+            torch.mul(part.view(out, n, rank).permute(1, 0, 2), self.scale, out=gradient)
+            found.append(gradient)
+        return found
+
     def _parts(self, up: Tensor, u: Tensor) -> list[tuple[tuple[int, int], Tensor, Tensor]]:
         """(span, s B_j, u_j) of each projection."""
         count = len(self.spans)
@@ -146,22 +182,6 @@ class AdapterProducts:
 
     def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return x if mask is None else (x * mask).div_(1 - self.dropout)
-
-
-def as_parameters(
-    like_downs: Sequence[Tensor], like_ups: Sequence[Tensor], ddown: Tensor, dups: Sequence[Tensor]
-) -> list[Tensor]:
-    """The gradients of the factors in the parameters' own shapes: all downs, then all ups."""
-    rows = [down.shape[0] * down.shape[1] for down in like_downs]
-    downs = [
-        part.view_as(down).to(down.dtype)
-        for part, down in zip(ddown.split(rows), like_downs, strict=True)
-    ]
-    ups = []
-    for part, up in zip(dups, like_ups, strict=True):
-        n, out, rank = up.shape
-        ups.append(part.view(out, n, rank).permute(1, 0, 2).contiguous().to(up.dtype))
-    return downs + ups
 
 
 class AdaptedProjections(torch.autograd.Function):
@@ -207,7 +227,7 @@ class AdaptedProjections(torch.autograd.Function):
         ddown = products.down_gradient(dz, x, mask)
         if dmixing is not None:
             dmixing = dmixing.to(mixing.dtype)
-        parameters = as_parameters(downs, ups, ddown, dups)
+        parameters = products.parameter_gradients(downs, ups, ddown, dups)
         return dx, None, None, None, None, dmixing, *(None,) * len(weights), *parameters
 
 

@@ -28,10 +28,11 @@ from mtl_lora_cli.comparison.yardstick import Step, Yardstick, supervised_share
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.load import pick_dtype
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
+    Ready,
     Update,
     graphs_possible,
     make_optimizer,
@@ -127,9 +128,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         seed=measuring.seed,
     )
 
-    def step(one: Step) -> float:
-        return _step(passes, update, one.batches)
-
+    step = _Training(passes, update, steps)
     timing = time_steps(
         step, steps[:count], lambda one: one.tokens, warmup=measuring.warmup, device=device
     )
@@ -194,12 +193,35 @@ def _register_attention() -> str:
     return attention.NAME
 
 
-def _step(
-    passes: EagerPasses | GraphedPasses, update: Update, batches: Sequence[PackedBatch]
-) -> float:
-    """One optimiser step as the training loop does it; the mean loss of its supervised tokens."""
-    total = sum(len(batch.owner) for batch in batches)
-    loss = [passes(batch, torch.full((len(batch.owner),), 1 / total)).sum() for batch in batches]
-    norm = update(LEARNING_RATE)
-    found = -torch.stack(loss).double().sum() / total
-    return float(found) if math.isfinite(float(norm)) else math.nan
+class _Training:
+    """Optimiser steps as the training loop does them: the next one is prepared before this one's
+    result is waited for.
+
+    Args:
+        passes, update: of the training loop.
+        steps: in their order.
+    """
+
+    def __init__(
+        self, passes: EagerPasses | GraphedPasses, update: Update, steps: Sequence[Step]
+    ) -> None:
+        self._passes, self._update, self._steps = passes, update, steps
+        self._ahead: tuple[Step, list[Ready]] | None = None
+
+    def __call__(self, one: Step) -> float:
+        """Run it; the mean loss of its supervised tokens."""
+        ahead, self._ahead = self._ahead, None
+        passes = ahead[1] if ahead is not None and ahead[0] is one else self._prepare(one)
+        loss = [self._passes.run(ready).sum() for ready in passes]
+        norm = self._update(LEARNING_RATE)
+        place = next(i for i, other in enumerate(self._steps) if other is one) + 1
+        if place < len(self._steps):
+            self._ahead = (self._steps[place], self._prepare(self._steps[place]))
+        found = -torch.stack(loss).double().sum() / one.supervised
+        return float(found) if math.isfinite(float(norm)) else math.nan
+
+    def _prepare(self, one: Step) -> list[Ready]:
+        return [
+            self._passes.prepare(batch, torch.full((len(batch.owner),), 1 / one.supervised))
+            for batch in one.batches
+        ]

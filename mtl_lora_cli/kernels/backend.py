@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+_PITCH = 64  # values of 16 bit in 128 bytes
+
 
 @cache
 def _available() -> bool:
@@ -26,10 +28,21 @@ def in_triton(tensor: Tensor) -> bool:
     return wish == "triton"
 
 
+def roomy(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
+    """Memory for [rows, columns + room], of `like`'s dtype and device.
+
+    With room, rows start at multiples of 128 bytes: a matrix product reads memory in such pieces.
+    """
+    if not room:
+        return like.new_empty(rows, columns)
+    width = columns + room
+    return like.new_empty(rows, -(-width // _PITCH) * _PITCH)[:, :width]
+
+
 def with_room(x: Tensor, room: int) -> Tensor:
     """x [N, d] copied into the first columns of [N, d + room]; x itself without room."""
     if not room:
         return x
-    wide = x.new_empty(x.shape[0], x.shape[1] + room)
+    wide = roomy(x, *x.shape, room)
     wide[:, : x.shape[1]].copy_(x)
     return wide

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl_lora_cli.kernels.backend import in_triton, with_room
+from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 
 
 def swiglu(both: Tensor, *, room: int = 0) -> Tensor:
@@ -46,7 +46,7 @@ def swiglu_gradient(
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     half = gate.shape[-1]
-    gradient = both.new_empty(both.shape[0], 2 * half + room)
+    gradient = roomy(both, both.shape[0], 2 * half, room)
     torch.mul(da * up, sigmoid * (1 + gate - silu), out=gradient[:, :half])
     torch.mul(da, silu, out=gradient[:, half : 2 * half])
     return gradient, silu * up if again else None

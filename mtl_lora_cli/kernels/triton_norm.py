@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtl_lora_cli.kernels.backend import roomy
+
 
 @triton.jit
 def _add_norm(
@@ -81,7 +83,7 @@ def add_norm(
     """See `norm.add_norm`; x and delta contiguous, rows of at most 65,536."""
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
-    normed = torch.empty(rows, width + room, dtype=x.dtype, device=x.device)
+    normed = roomy(x, rows, width, room)
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _add_norm[(rows,)](
@@ -103,7 +105,7 @@ def add_norm(
 def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, room: int) -> Tensor:
     """See `norm.apply_norm`."""
     rows, width = x.shape
-    normed = torch.empty(rows, width + room, dtype=x.dtype, device=x.device)
+    normed = roomy(x, rows, width, room)
     if rows:
         _apply_norm[(rows,)](x, inverse, weight, normed, width, normed.stride(0), **_launch(width))
     return normed

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtl_lora_cli.kernels.backend import roomy
+
 _BLOCK = 1024
 
 
@@ -42,7 +44,7 @@ def _swiglu_gradient(da, both, dboth, out, half, stride, AGAIN: tl.constexpr, BL
 def swiglu(both: Tensor, room: int) -> Tensor:
     """See `swiglu.swiglu`; contiguous."""
     rows, half = both.shape[0], both.shape[1] // 2
-    out = torch.empty(rows, half + room, dtype=both.dtype, device=both.device)
+    out = roomy(both, rows, half, room)
     if rows:
         _swiglu[(rows, triton.cdiv(half, _BLOCK))](
             both, out, half, out.stride(0), BLOCK=_BLOCK, num_warps=4
@@ -55,7 +57,7 @@ def swiglu_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """See `swiglu.swiglu_gradient`; contiguous."""
     rows, half = da.shape
-    dboth = torch.empty(rows, 2 * half + room, dtype=both.dtype, device=both.device)
+    dboth = roomy(both, rows, 2 * half, room)
     out = torch.empty_like(da) if again else None
     if rows:
         _swiglu_gradient[(rows, triton.cdiv(half, _BLOCK))](

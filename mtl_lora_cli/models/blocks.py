@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
-from mtl_lora_cli.adapters.function import AdapterProducts, Factors, as_parameters
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
 from mtl_lora_cli.kernels.swiglu import swiglu, swiglu_gradient
 from mtl_lora_cli.models.packing import Packing, attend, attend_gradient
+
+Norm = tuple[Tensor, Tensor]  # r [N] and w [d] of h = w ⊙ (r x)
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,10 @@ class Keep:
     """What the forward pass leaves for the backward pass instead of having it computed again.
 
     Attributes:
-        normed: outputs of the norms. Again: one pass over x.
         attended: outputs of attention. Again: attention.
         qkv, gate_up: outputs of these projections. Again: a large product each.
     """
 
-    normed: bool = True
     attended: bool = True
     qkv: bool = True
     gate_up: bool = True
@@ -142,15 +142,25 @@ class Group:
         return dx, found
 
     def finish(
-        self, gradients: Gradients | None, x: Tensor | None, tape: Tape | None
+        self, gradients: Gradients | None, tape: Tape | None, x: Tensor, norm: Norm | None = None
     ) -> list[Tensor | None]:
-        """The gradients of `tensors`, from the input x of the group."""
+        """The gradients of `tensors`.
+
+        Args:
+            gradients: from `backward`.
+            tape: of the forward pass.
+            x: the group's input [N, in]; with `norm` what the norm before it was given.
+            norm: that norm.
+        """
         if self.products is None:
             return []
-        if gradients is None or tape is None or x is None:
+        if gradients is None or tape is None:
             return [None] * (1 + 2 * len(self.adapted))
-        ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
-        parameters = as_parameters(
+        if norm is None:
+            ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
+        else:
+            ddown = self.products.normed_down_gradient(gradients.dz, x, *norm, tape.mask)
+        parameters = self.products.parameter_gradients(
             [layer.lora_A for layer in self.adapted],
             [layer.lora_B for layer in self.adapted],
             ddown,
@@ -276,8 +286,6 @@ class AttentionBlock(torch.autograd.Function):
             saved = _Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
-            if call.keep.normed and qkv_tape is not None:
-                saved.add("normed", normed)
             if call.keep.qkv:
                 saved.add("qkv", qkv)
                 # Of a graph the state holds all that would be computed again.
@@ -298,25 +306,23 @@ class AttentionBlock(torch.autograd.Function):
         saved = _open(ctx)
         total, inverse, state = saved["total"], saved["inverse"], ctx.state
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
-        normed, qkv, attended = (saved.get(name) for name in ("normed", "qkv", "attended"))
-        if normed is None and (qkv is None or qkv_tape is not None):
-            normed = apply_norm(total, inverse, weight, room=qkv_group.room.columns)
+        qkv, attended = saved.get("qkv"), saved.get("attended")
         if qkv is None:
+            normed = apply_norm(total, inverse, weight, room=qkv_group.room.columns)
             qkv = call.packing.rotate_(qkv_group.again(normed, qkv_tape, call.slots))
         if attended is None:
             attended, state = attend(qkv, call.packing, learn=True)
         attended = o_group.input(attended)
         chosen = attended if call.positions is None else attended[call.positions]
         dchosen, o_gradients = o_group.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
-        o_found = o_group.finish(o_gradients, chosen, o_tape)
+        o_found = o_group.finish(o_gradients, o_tape, chosen)
         dattended = _spread(dchosen, call.positions, attended)
         room = qkv_group.room.rows
         dqkv = attend_gradient(dattended, qkv, attended, state, call.packing, room=room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         dnormed, qkv_gradients = qkv_group.backward(dqkv, qkv_tape, call.slots, wanted, roomy=True)
-        x = None if normed is None else qkv_group.input(normed)
-        qkv_found = qkv_group.finish(qkv_gradients, x, qkv_tape)
+        qkv_found = qkv_group.finish(qkv_gradients, qkv_tape, total, (inverse, weight))
         dx = None
         if wanted:
             dresidual = _spread(dresidual, call.positions, total)
@@ -352,8 +358,6 @@ class MlpBlock(torch.autograd.Function):
             saved = _Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
-            if call.keep.normed and gate_up_tape is not None:
-                saved.add("normed", normed)
             if call.keep.gate_up:
                 saved.add("both", both)
             for name, tape in (("tape_gate_up", gate_up_tape), ("tape_down", down_tape)):
@@ -370,22 +374,22 @@ class MlpBlock(torch.autograd.Function):
         saved = _open(ctx)
         total, inverse = saved["total"], saved["inverse"]
         gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
-        normed, both = saved.get("normed"), saved.get("both")
-        if normed is None and (both is None or gate_up_tape is not None):
-            normed = apply_norm(total, inverse, weight, room=gate_up_group.room.columns)
+        both = saved.get("both")
         if both is None:
+            normed = apply_norm(total, inverse, weight, room=gate_up_group.room.columns)
             both = gate_up_group.again(normed, gate_up_tape, slots)
         dactivated, down_gradients = down_group.backward(dout, down_tape, slots, True, roomy=False)
         dboth, activated = swiglu_gradient(
             dactivated, both, again=down_tape is not None, room=gate_up_group.room.rows
         )
-        down_found = down_group.finish(down_gradients, activated, down_tape)
+        down_found = down_group.finish(down_gradients, down_tape, activated)
         del dactivated, activated
         dnormed, gate_up_gradients = gate_up_group.backward(
             dboth, gate_up_tape, slots, True, roomy=True
         )
-        own = None if normed is None else gate_up_group.input(normed)
-        gate_up_found = gate_up_group.finish(gate_up_gradients, own, gate_up_tape)
+        gate_up_found = gate_up_group.finish(
+            gate_up_gradients, gate_up_tape, total, (inverse, weight)
+        )
         dx = norm_gradient(dnormed, dtotal, total, inverse, weight)
         return (None, None, None, None, None, *_both(ctx, dx, 5), *gate_up_found, *down_found)
 

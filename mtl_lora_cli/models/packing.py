@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.kernels.backend import in_triton, with_room
+from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.rotary import rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
@@ -51,6 +51,10 @@ class Packing:
     def rotate_(self, qkv: Tensor) -> Tensor:
         """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
         return rotate_(qkv, self.cos, self.sin, heads=self.heads, key_heads=self.key_heads)
+
+    def rotate_back_(self, qkv: Tensor) -> Tensor:
+        """The rotation by −θ: what gradients need."""
+        return rotate_(qkv, self.cos, -self.sin, heads=self.heads, key_heads=self.key_heads)
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         """q [1, H, N, D], k and v [1, G, N, D], views of the buffer."""
@@ -93,7 +97,7 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
-        out = qkv.new_empty(qkv.shape[0], width + room)
+        out = roomy(qkv, qkv.shape[0], width, room)
         _, lse = triton_attention.attention_forward(
             qkv,
             packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
@@ -126,7 +130,7 @@ def attend_gradient(
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
-        dqkv = qkv.new_empty(qkv.shape[0], width + room)
+        dqkv = roomy(qkv, qkv.shape[0], width, room)
         triton_attention.attention_backward(
             dout,
             qkv,
@@ -135,9 +139,9 @@ def attend_gradient(
             packing.segments.tiles(launch_for(QUERY_BACKWARD, packing.head_dim).tile),
             packing.segments.tiles(launch_for(KEY_BACKWARD, packing.head_dim).tile, of_keys=True),
             dqkv=dqkv[:, :width],
-            turn=(packing.cos, packing.sin),
             **packing.kernel_arguments(),
         )
+        packing.rotate_back_(dqkv[:, :width])
         return dqkv
     leaf, result = state
     gradient = torch.autograd.grad(result, leaf, dout)[0]

@@ -22,13 +22,14 @@ from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import Position, load_checkpoint, save_checkpoint
 from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
+    Ready,
     Update,
     graphs_possible,
     make_optimizer,
@@ -48,16 +49,18 @@ class _Step:
     Attributes:
         number, epoch: counted from 0.
         rows: of all processes.
-        batches: of this process, one a pass.
-        owners: for each batch the task of each question [S].
+        passes: of this process, ready to run.
+        owners: for each pass the task of each question [S].
+        tokens: of this process's rows.
         supervised: int64 [T], supervised tokens of each task over all processes.
     """
 
     number: int
     epoch: int
     rows: list[list[Place]]
-    batches: list[PackedBatch]
+    passes: list[Ready]
     owners: list[Tensor]
+    tokens: int
     supervised: Tensor
 
 
@@ -191,20 +194,23 @@ class Trainer:
             torch.zeros(tasks, dtype=torch.long),
         )
         supervised = self.accelerator.reduce(supervised.to(self.accelerator.device)).cpu()
-        return _Step(step, epoch, rows, batches, owners, supervised)
+        # Gradients are averaged over processes, the loss is a sum over them.
+        scale = self.accelerator.num_processes / int(supervised.sum())
+        passes = [
+            self._passes.prepare(batch, self._weights[owner] * scale)
+            for batch, owner in zip(batches, owners, strict=True)
+        ]
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        return _Step(step, epoch, rows, passes, owners, tokens, supervised)
 
     def _accumulate(self, prepared: _Step) -> Tensor:
         """Forward and backward over this process's rows; its summed loss of each task [T]."""
-        # Gradients are averaged over processes, the loss is a sum over them.
-        scale = self.accelerator.num_processes / int(prepared.supervised.sum())
         loss = torch.zeros(
             len(self.data.tasks), dtype=torch.float64, device=self.accelerator.device
         )
-        for number, (batch, owner) in enumerate(
-            zip(prepared.batches, prepared.owners, strict=True)
-        ):
-            with self._synchronised(number + 1 == len(prepared.batches)):
-                logprobs = self._passes(batch, self._weights[owner] * scale)
+        for number, (ready, owner) in enumerate(zip(prepared.passes, prepared.owners, strict=True)):
+            with self._synchronised(number + 1 == len(prepared.passes)):
+                logprobs = self._passes.run(ready)
             loss.index_add_(0, owner.to(loss.device), -logprobs.double())
         return loss
 
@@ -232,7 +238,7 @@ class Trainer:
                 if count
             },
             "supervised": int(supervised.sum()),
-            "tokens": sum(batch.input_ids.numel() for batch in prepared.batches),
+            "tokens": prepared.tokens,
             "learning_rate": rate,
             "gradient_norm": norm,
             "seconds": seconds,

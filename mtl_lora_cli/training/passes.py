@@ -19,6 +19,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.packing import table_keys
 
 _SEGMENT = 256  # positions of a segment of padding
 _ROOM = 256  # questions and segments are padded to whole multiples of this
@@ -79,6 +80,24 @@ def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
 Backward = Callable[[Tensor], None]
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A pass of which all that the CPU has to do is done.
+
+    Attributes:
+        batch, weights: on the CPU, filled up where a graph will run it.
+        count: questions before filling up.
+        capacity: of the graph; None for a pass that runs as it is.
+        staged: what goes into the graph's buffers, in their order, in pinned memory.
+    """
+
+    batch: PackedBatch
+    weights: Tensor
+    count: int
+    capacity: Capacity | None = None
+    staged: tuple[Tensor, ...] = ()
+
+
 class EagerPasses:
     """Runs each pass as it comes.
 
@@ -98,22 +117,27 @@ class EagerPasses:
     ) -> None:
         self._model, self._packed, self._device, self._backward = model, packed, device, backward
 
-    def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
-        """Add the gradient of −Σ_s w_s log p_s to the parameters' gradients.
+    def prepare(self, batch: PackedBatch, weights: Tensor) -> Ready:
+        """What can be done while a card is busy with the pass before.
 
         Args:
             batch: on the CPU.
             weights: w float32 [S], on the CPU.
+        """
+        return Ready(batch, weights, len(batch.targets))
+
+    def run(self, ready: Ready) -> Tensor:
+        """Add the gradient of −Σ_s w_s log p_s to the parameters' gradients.
 
         Returns:
             log p [S], on the device.
         """
-        moved = batch.to(self._device)
-        weights = weights.to(self._device, non_blocking=True)
+        moved = ready.batch.to(self._device)
+        weights = ready.weights.to(self._device, non_blocking=True)
         with self._packed.routed(moved):
             logprobs = self._model(moved)
             self._backward(-(logprobs * weights).sum())
-        return logprobs.detach()
+        return logprobs.detach()[: ready.count]
 
 
 class GraphedPasses:
@@ -139,26 +163,31 @@ class GraphedPasses:
         self._fits = True
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: PackedBatch, weights: Tensor) -> Tensor:
-        """See `EagerPasses`."""
+    def prepare(self, batch: PackedBatch, weights: Tensor) -> Ready:
+        """See `EagerPasses.prepare`."""
         count = len(batch.targets)
         rows = -(-batch.input_ids.numel() // self._row_length)
         capacity = Capacity.of(batch, rows * self._row_length)
         filled = padded(batch, capacity)
         weights = torch.cat([weights, weights.new_zeros(capacity.questions - count)])
+        staged = tuple(value.pin_memory() for value in _contents(filled, weights, capacity))
+        return Ready(filled, weights, count, capacity, staged)
+
+    def run(self, ready: Ready) -> Tensor:
+        """See `EagerPasses.run`."""
+        capacity = ready.capacity
+        assert capacity is not None
         self._passes += 1
         if self._passes > _WARM_UP and self._fits and capacity not in self._graphs:
-            self._capture(filled, weights, capacity)
+            self._capture(ready, capacity)
         if capacity not in self._graphs:
-            return self._eager(filled, weights)[:count]
-        return self._graphs[capacity].replay(filled, weights)[:count]
+            return self._eager.run(ready)
+        return self._graphs[capacity].replay(ready)[: ready.count]
 
-    def _capture(self, batch: PackedBatch, weights: Tensor, capacity: Capacity) -> None:
+    def _capture(self, ready: Ready, capacity: Capacity) -> None:
         torch.cuda.empty_cache()  # a graph has memory of its own
         try:
-            self._graphs[capacity] = _Graph(
-                self._packed, self._adapter, batch, weights, capacity, self._pool
-            )
+            self._graphs[capacity] = _Graph(self._packed, self._adapter, ready, self._pool)
         except torch.OutOfMemoryError:
             self._fits = False
             torch.cuda.empty_cache()
@@ -167,75 +196,60 @@ class GraphedPasses:
 class _Graph:
     """One captured pass and the buffers that it reads."""
 
-    def __init__(
-        self,
-        packed: PackedModel,
-        adapter: Adapter,
-        batch: PackedBatch,
-        weights: Tensor,
-        capacity: Capacity,
-        pool: Any,
-    ) -> None:
+    def __init__(self, packed: PackedModel, adapter: Adapter, ready: Ready, pool: Any) -> None:
         device = next(iter(adapter.tensors().values())).device
-        tables = {key: table.to(device) for key, table in self._tables(batch, capacity).items()}
-        self._capacity = capacity
-        moved = batch.to(device)
-        self._batch = replace(
-            moved,
-            positions=batch.positions.to(device),
-            segments=moved.segments.with_tables(tables),
+        self._buffers = [value.to(device) for value in ready.staged]
+        own = dict(zip(_NAMES, self._buffers, strict=False))
+        keys = sorted(table_keys())
+        tables = dict(zip(keys, self._buffers[len(_NAMES) :], strict=True))
+        batch = replace(
+            ready.batch.to(device),
+            segments=ready.batch.segments.with_tables(tables),
+            **{name: own[name] for name in ("input_ids", "position_ids", "positions", "targets")},
         )
-        self._tables_on_device = tables
-        self._weights = weights.to(device)
-        ids = batch.task_ids.view(-1)
         present = torch.arange(len(adapter.tasks), device=device)
-        self._slots = [_all_tasks(present, own) for own in (ids, ids[batch.positions])]
+        every, chosen = (
+            Slots(present, own[f"{name}_index"], own[f"{name}_active"], all_tasks=True)
+            for name in ("every", "chosen")
+        )
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
-            logprobs = packed(self._batch, slots=(self._slots[0], self._slots[1]))
-            (-(logprobs * self._weights).sum()).backward()
+            logprobs = packed(batch, slots=(every, chosen))
+            (-(logprobs * own["weights"]).sum()).backward()
         self._logprobs = logprobs.detach()
 
-    def replay(self, batch: PackedBatch, weights: Tensor) -> Tensor:
+    def replay(self, ready: Ready) -> Tensor:
         """Copy a batch to the buffers and run."""
-        ids = batch.task_ids.view(-1)
-        own = self._batch
-        pairs = [
-            (own.input_ids, batch.input_ids),
-            (own.position_ids, batch.position_ids),
-            (own.positions, batch.positions),
-            (own.targets, batch.targets),
-            (self._weights, weights),
-        ]
-        for slots, values in zip(self._slots, (ids, ids[batch.positions]), strict=True):
-            assert slots.active is not None
-            pairs.append((slots.index, values.to(torch.int32)))
-            pairs.append((slots.active, (values >= 0).unsqueeze(1)))
-        tables = self._tables(batch, self._capacity)
-        pairs += [(self._tables_on_device[key], tables[key]) for key in tables]
-        for buffer, value in pairs:
-            buffer.copy_(value.pin_memory(), non_blocking=True)
+        for buffer, value in zip(self._buffers, ready.staged, strict=True):
+            buffer.copy_(value, non_blocking=True)
         self._graph.replay()
         return self._logprobs
 
-    def _tables(self, batch: PackedBatch, capacity: Capacity) -> dict[tuple[int, bool], Tensor]:
-        """Every tile table that the kernels may ask for, filled up."""
-        from mtl_lora_cli.models.packing import table_keys
 
-        return {
-            (block, of_keys): batch.segments.tile_table(
-                block,
-                of_keys=of_keys,
-                capacity=(capacity.positions + capacity.segments * (block - 1)) // block,
-            )
-            for block, of_keys in table_keys()
-        }
+# What a graph reads, in the order of `_contents`; the tile tables follow.
+_NAMES = (
+    "input_ids",
+    "position_ids",
+    "positions",
+    "targets",
+    "weights",
+    "every_index",
+    "every_active",
+    "chosen_index",
+    "chosen_active",
+)
 
 
-def _all_tasks(present: Tensor, ids: Tensor) -> Slots:
-    index = ids.to(torch.int32).to(present.device)
-    return Slots(present, index, (index >= 0).unsqueeze(1), all_tasks=True)
+def _contents(batch: PackedBatch, weights: Tensor, capacity: Capacity) -> list[Tensor]:
+    ids = batch.task_ids.view(-1)
+    found = [batch.input_ids, batch.position_ids, batch.positions, batch.targets, weights]
+    for own in (ids, ids[batch.positions]):
+        found += [own.to(torch.int32), (own >= 0).unsqueeze(1)]
+    for block, of_keys in sorted(table_keys()):
+        most = (capacity.positions + capacity.segments * (block - 1)) // block
+        found.append(batch.segments.tile_table(block, of_keys=of_keys, capacity=most))
+    return found
 
 
 def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device) -> bool:

@@ -69,7 +69,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     packed, parameters, optimizer = made[0]
     passes = EagerPasses(packed, packed, torch.device("cpu"))
     update = Update(parameters, optimizer, 0.01, graphed=False)
-    loss = bench._step(passes, update, step.batches)
+    loss = bench._Training(passes, update, [step])(step)
 
     packed, expected, optimizer = made[1]
     total = torch.zeros(())

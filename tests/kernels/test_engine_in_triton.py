@@ -51,7 +51,7 @@ def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, di
     ("config", "quantization", "keep"),
     [
         ({}, "none", Keep()),
-        ({}, "nf4", Keep(False, False, False, False)),
+        ({}, "nf4", Keep(False, False, False)),
         ({"method": "lora", "up_projections": 1}, "none", Keep(attended=False)),
     ],
     ids=["mtl-lora", "nf4", "lora"],

@@ -103,11 +103,10 @@ def test_equals_the_plain_layers_for_other_forms(
 @pytest.mark.parametrize(
     "keep",
     [
-        Keep(normed=False),
         Keep(attended=False),
         Keep(qkv=False),
         Keep(gate_up=False),
-        Keep(normed=False, attended=False, qkv=False, gate_up=False),
+        Keep(attended=False, qkv=False, gate_up=False),
     ],
     ids=lambda keep: ",".join(name for name, kept in vars(keep).items() if not kept),
 )
@@ -127,7 +126,7 @@ def test_dropout_drops_the_same_features_when_computed_again(
 ) -> None:
     model, adapter = build(base, dtype=torch.float32, target_modules=SEVEN, dropout=0.3)
     results = []
-    for keep in (Keep(), Keep(normed=False, attended=False, qkv=False, gate_up=False)):
+    for keep in (Keep(), Keep(attended=False, qkv=False, gate_up=False)):
         torch.manual_seed(5)
         packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
         results.append(learned(packed, adapter, batch))

@@ -26,7 +26,7 @@ pytestmark = [
 CARD = torch.device("cuda")
 SEVEN = ("*_proj",)
 FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
-NOTHING = Keep(normed=False, attended=False, qkv=False, gate_up=False)
+NOTHING = Keep(attended=False, qkv=False, gate_up=False)
 LENGTHS, TASKS = [17, 1, 140, 64, 333, 5, 65], [0, 2, -1, 1, 0, 3, 2]
 Learned = tuple[Tensor, dict[str, Tensor]]
 MakeBatch = Callable[..., PackedBatch]
@@ -67,7 +67,8 @@ def learned(packed: PackedModel, adapter: Adapter, batch: PackedBatch) -> Learne
     for tensor in adapter.tensors().values():
         tensor.grad = None
     weights = torch.linspace(1, 2, len(batch.targets))
-    logprobs = EagerPasses(packed, packed, CARD)(batch, weights)
+    passes = EagerPasses(packed, packed, CARD)
+    logprobs = passes.run(passes.prepare(batch, weights))
     return logprobs, {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
 
 
@@ -161,7 +162,8 @@ def test_a_tail_of_padding_changes_only_rounding(batch: PackedBatch) -> None:
         tensor.grad = None
     weights = torch.zeros(capacity.questions)
     weights[: len(batch.targets)] = torch.linspace(1, 2, len(batch.targets))
-    logprobs = EagerPasses(packed, packed, CARD)(filled, weights)[: len(batch.targets)]
+    passes = EagerPasses(packed, packed, CARD)
+    logprobs = passes.run(passes.prepare(filled, weights))[: len(batch.targets)]
     grads = {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
     for distance in distances((logprobs, grads), alone):
         assert distance < 0.01
@@ -181,7 +183,7 @@ def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
         expected = learned(packed, adapter, one)
         for name, tensor in tensors.items():
             tensor.grad = kept[name].zero_()  # a graph adds where it was captured
-        found = graphed(one, weights)
+        found = graphed.run(graphed.prepare(one, weights))
         for distance in distances((found, kept), expected):
             assert distance < 0.01
 

@@ -11,6 +11,8 @@ COMPLETE = """\
 base_model: some/model
 dtype: float32
 quantization: none
+engine: auto
+base_compute: dtype
 prompt_format: plain
 adapter:
   method: mtl-lora
@@ -52,6 +54,7 @@ training:
   on_overflow: drop
   loss_on: answer
   gradient_checkpointing: false
+  memory: manual
   checkpoint_every: 2
   keep_checkpoints: 1
   seed: 7
