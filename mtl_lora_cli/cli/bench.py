@@ -56,6 +56,10 @@ def bench(
     rows_per_step: Annotated[
         int | None, typer.Option("--rows-per-step", min=1, help="Default: 1.")
     ] = None,
+    rows_per_pass: Annotated[
+        int | None,
+        typer.Option("--rows-per-pass", min=1, help="Rows that go through together; default: 1."),
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps.")] = 8,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before them.")] = 3,
     engine: Annotated[
@@ -100,6 +104,7 @@ def bench(
                 "base_compute": base_compute,
                 "row_length": row_length,
                 "rows_per_step": rows_per_step,
+                "rows_per_pass": rows_per_pass,
                 "engine": engine,
             },
         )
@@ -175,7 +180,7 @@ def _from_recipe(name: str, shape: str | None) -> Case:
         rows_per_step=training.rows_per_step,
         rows_per_pass=training.rows_per_pass,
         dtype=recipe.dtype,
-        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
         max_gradient_norm=training.max_gradient_norm,
     )
 

@@ -43,6 +43,6 @@ def with_room(x: Tensor, room: int) -> Tensor:
     """x [N, d] copied into the first columns of [N, d + room]; x itself without room."""
     if not room:
         return x
-    wide = roomy(x, *x.shape, room)
+    wide = roomy(x, x.shape[0], x.shape[1], room)
     wide[:, : x.shape[1]].copy_(x)
     return wide

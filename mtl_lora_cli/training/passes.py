@@ -212,6 +212,7 @@ class _Graph:
             Slots(present, own[f"{name}_index"], own[f"{name}_active"], all_tasks=True)
             for name in ("every", "chosen")
         )
+        self._held = (batch, every, chosen)  # the graph reads their memory, too
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
