@@ -1,5 +1,6 @@
 # make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
 # make test         install what is needed and run every check
+# make benchmark    time an adapted layer and whole training steps on this CPU, against yardsticks
 # make format       let ruff write the code as `make check` wants it
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # One thread a process: two test processes that each use all cores wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -41,6 +42,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
+
+benchmark: $(VENV)/.installed-dev
+	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/benchmarks/test_speed.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

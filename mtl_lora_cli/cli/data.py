@@ -65,16 +65,18 @@ def show(
 
 def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
     """The first rows of epoch 0 that hold one of the wanted tasks."""
+    from mtl_lora_cli.data.mixture import positions_of
+
     data = prepared.data
     rows = [row for row in data.mixture.epoch(0) if any(task in wanted for task, _ in row)]
     for number, row in enumerate(rows[:count]):
-        used = sum(int(data.splits[task].lengths[example]) for task, example in row)
+        used = [positions_of(int(data.splits[task].lengths[example])) for task, example in row]
         length = data.mixture.row_length
-        emit(f"=== row {number}: {len(row)} segments, {used} of {length} tokens")
+        emit(f"=== row {number}: {len(row)} segments, {sum(used)} of {length} positions")
         start = 0
-        for task, example in row:
-            end = start + int(data.splits[task].lengths[example])
-            emit(f"--- tokens {start} to {end - 1}, task id {task} ({data.tasks[task].name})")
+        for (task, example), own in zip(row, used, strict=True):
+            end = start + own
+            emit(f"--- positions {start} to {end - 1}, task id {task} ({data.tasks[task].name})")
             emit(_marked(prepared, task, example))
             start = end
 

@@ -68,7 +68,8 @@ def tasks_table(prepared: Prepared) -> str:
         f"on {prepared.device}"
     )
     notes = [f"note: {line}" for line in findings(prepared)]
-    return "\n".join([table(header, rows), *notes, steps])
+    memory = [prepared.memory] if prepared.memory else []
+    return "\n".join([table(header, rows), *notes, *memory, steps])
 
 
 def emit_plan(prepared: Prepared, as_json: bool) -> None:
@@ -83,6 +84,7 @@ def emit_plan(prepared: Prepared, as_json: bool) -> None:
                 "tasks": task_rows(prepared),
                 "findings": findings(prepared),
                 "steps": prepared.total_steps,
+                "memory": prepared.memory,
                 "trainable_parameters": adapter.parameter_count(),
             }
         )

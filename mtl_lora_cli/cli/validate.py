@@ -38,6 +38,7 @@ def validate(
                     "tasks": task_rows(prepared),
                     "findings": findings(prepared),
                     "steps": prepared.total_steps,
+                    "memory": prepared.memory,
                 }
             )
             return

@@ -131,11 +131,12 @@ class Yardstick:
         """
         import numpy as np
 
+        from mtl_lora_cli.data.mixture import positions_of
         from mtl_lora_cli.data.packing import pack
 
-        tokens = [one.tokens for one in lengths()]
-        rows = pack(tokens, row_length)
-        full = [row for row in rows if 2 * sum(tokens[i] for i in row) >= row_length] or rows
+        taken = [positions_of(one.tokens) for one in lengths()]
+        rows = pack(taken, row_length)
+        full = [row for row in rows if 2 * sum(taken[i] for i in row) >= row_length] or rows
         order = np.random.default_rng(seed).permutation(len(full))
         return [[self.places[example] for example in full[number]] for number in order]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mtl_lora_cli.data.encoding import EncodedSplit
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.mixture import Place, positions_of
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.packed import PackedBatch
 
@@ -18,6 +18,9 @@ def training_batch(
 ) -> PackedBatch:
     """Lay rows behind each other and ask for every supervised token.
 
+    The last token of an example is a target only: nothing follows that it could predict, and nobody
+    attends to it. So it takes no position (`positions_of`).
+
     Args:
         rows: packed rows, as task id and example number.
         splits: encoded examples of each task.
@@ -25,18 +28,19 @@ def training_batch(
     """
     places = [place for row in rows for place in row]
     parts = [splits[task].example(number) for task, number in places]
-    lengths = [len(part) for part in parts]
+    lengths = [positions_of(len(part)) for part in parts]
     starts = np.cumsum([0, *lengths])
     positions, targets = [], []
     for (task, number), part, start in zip(places, parts, starts, strict=False):
         first = 1 if loss_on == "all" else max(1, int(splits[task].prompt_lengths[number]))
-        positions.append(np.arange(start + first - 1, start + len(part) - 1))
+        positions.append(np.arange(start + first - 1, start + len(part) - 1))  # the token before
         targets.append(part[first:])
+    inputs = [part[:length] for part, length in zip(parts, lengths, strict=True)]
     asked = np.concatenate(positions)
     task_ids = np.repeat([task for task, _ in places], lengths)
     position_ids = np.concatenate([np.arange(length) for length in lengths])
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(parts).astype(np.int64)).unsqueeze(0),
+        input_ids=torch.from_numpy(np.concatenate(inputs).astype(np.int64)).unsqueeze(0),
         position_ids=torch.from_numpy(position_ids).unsqueeze(0),
         task_ids=torch.from_numpy(task_ids.astype(np.int64)).unsqueeze(0),
         segments=Segments.build(lengths),

@@ -19,6 +19,11 @@ from mtl_lora_cli.data.packing import pack
 Place = tuple[int, int]  # task id, number of the example in its task
 
 
+def positions_of(tokens: int) -> int:
+    """Positions that an example takes in a row: its last token is predicted and never read."""
+    return max(1, tokens - 1)
+
+
 def _generator(seed: int, *what: int | str) -> np.random.Generator:
     """A generator of its own for each purpose: adding a task changes no other task's draw."""
     words = [seed]
@@ -82,7 +87,7 @@ class Mixture:
     Attributes:
         names: task names in the order of their ids.
         lengths: for each task the token count of each of its examples.
-        row_length: tokens in a row.
+        row_length: positions in a row.
         rows_per_step: rows of one optimiser step, over all processes.
         strategy, weights, temperature: see `shares`.
         repeats: how often an epoch goes over each task; a task's size counts so many times.
@@ -158,7 +163,7 @@ def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
         places += [(task, int(example)) for example in drawn]
     order = _generator(mixture.seed, "order", number)
     places = [places[i] for i in order.permutation(len(places))]
-    lengths = [int(mixture.lengths[task][example]) for task, example in places]
+    lengths = [positions_of(int(mixture.lengths[task][example])) for task, example in places]
     rows = [[places[i] for i in row] for row in pack(lengths, mixture.row_length)]
     return [rows[i] for i in order.permutation(len(rows))]
 

@@ -16,7 +16,7 @@ from mtl_lora_cli.data.mixture import Mixture, subset
 from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in
 from mtl_lora_cli.errors import ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing
+from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
@@ -185,6 +185,14 @@ def prepare_training(
         seed=training.seed,
     )
     return TrainingData(bound, splits, audits, mixture)
+
+
+def with_rows(data: TrainingData, training: Training) -> TrainingData:
+    """The same examples in rows of another length, or in another number of them a step."""
+    mixture = replace(
+        data.mixture, row_length=training.row_length, rows_per_step=training.rows_per_step
+    )
+    return replace(data, mixture=mixture)
 
 
 @contextmanager

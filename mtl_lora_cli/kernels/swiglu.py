@@ -36,7 +36,7 @@ def swiglu_gradient(
         room: columns to leave free behind those of the gradient.
 
     Returns:
-        [N, 2f + room], and a [N, f] or None.
+        [N, 2f + room], and a [N, f] or None. Without room it may be written over [g | u].
     """
     if in_triton(both):
         from mtl_lora_cli.kernels import triton_swiglu

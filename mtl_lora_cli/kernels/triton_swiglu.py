@@ -57,7 +57,7 @@ def swiglu_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """See `swiglu.swiglu_gradient`; contiguous."""
     rows, half = da.shape
-    dboth = roomy(both, rows, 2 * half, room)
+    dboth = roomy(both, rows, 2 * half, room) if room else both
     out = torch.empty_like(da) if again else None
     if rows:
         _swiglu_gradient[(rows, triton.cdiv(half, _BLOCK))](

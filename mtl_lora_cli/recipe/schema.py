@@ -111,6 +111,26 @@ class Task(StrictModel):
     repeat: PositiveFloat = 1.0  # an epoch goes over the task so many times
 
 
+class Recompute(StrictModel):
+    """What the backward pass computes again instead of keeping it; see docs/recipes.md."""
+
+    attended: bool = False  # outputs of attention
+    qkv: Annotated[int, Field(ge=0)] = 0  # q, k and v, in so many layers from the first
+    gate_up: Annotated[int, Field(ge=0)] = 0  # the MLP's gate and up, likewise
+
+
+def _recompute_form(value: Any) -> str:
+    return "in parts" if isinstance(value, dict | Recompute) else "as a whole"
+
+
+Recomputation = Annotated[
+    Annotated[bool, Tag("as a whole")] | Annotated[Recompute, Tag("in parts")],
+    Discriminator(_recompute_form),
+]
+
+_PICKED = ("rows_per_pass", "gradient_checkpointing")
+
+
 class Training(StrictModel):
     """How the adapter learns."""
 
@@ -126,10 +146,20 @@ class Training(StrictModel):
     rows_per_pass: Positive = 1  # rows that go through the model together on one device
     on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
     loss_on: Literal["answer", "all"] = "answer"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputation = False  # computed again in the backward pass
+    memory: Literal["manual", "auto"] = "manual"  # who picks rows_per_pass and what is recomputed
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _picked_once(self) -> Training:
+        """What `memory: auto` picks must not be given, too."""
+        if self.memory == "auto":
+            for name in _PICKED:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"'{name}' is picked by memory: auto; leave it out")
+        return self
 
 
 class TemperatureMixing(StrictModel):

@@ -200,7 +200,7 @@ class Trainer:
             self._passes.prepare(batch, self._weights[owner] * scale)
             for batch, owner in zip(batches, owners, strict=True)
         ]
-        tokens = sum(batch.input_ids.numel() for batch in batches)
+        tokens = sum(int(self.data.splits[task].lengths[n]) for row in mine for task, n in row)
         return _Step(step, epoch, rows, passes, owners, tokens, supervised)
 
     def _accumulate(self, prepared: _Step) -> Tensor:

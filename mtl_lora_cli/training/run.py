@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import save_adapter
 from mtl_lora_cli.adapters.inject import Adapter, inject
-from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
+from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, with_rows
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
@@ -30,6 +30,7 @@ from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, require
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
+from mtl_lora_cli.training.memory import keep_of, plan_memory
 from mtl_lora_cli.training.progress import TrainingProgress
 
 
@@ -53,6 +54,7 @@ class Prepared:
         data: encoded tasks.
         total_steps: optimiser steps.
         device, dtype: where and in what the base model computes.
+        memory: what `training.memory: auto` picked and why, in one line; None for `manual`.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class Prepared:
     total_steps: int
     device: torch.device
     dtype: torch.dtype
+    memory: str | None = None
 
     def build(self) -> tuple[PackedModel, Adapter]:
         """The base model with a fresh adapter; the seed decides its start."""
@@ -74,14 +77,16 @@ class Prepared:
         )
         names = [task.name for task in self.data.tasks]
         adapter = inject(model, adapter_config(self.recipe), names)
-        if self.recipe.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute = self.recipe.training.gradient_checkpointing
         packed = PackedModel(
             model,
             adapter,
             engine=self.recipe.engine,
+            keep=keep_of(recompute, model.config.num_hidden_layers),
             base_compute=self.recipe.base_compute,
         )
+        if packed.decoder is None and recompute:  # transformers' layers know all or nothing
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         return packed, adapter
 
 
@@ -99,10 +104,15 @@ def prepare(loaded: LoadedRecipe) -> Prepared:
     tokenizer = load_tokenizer(base)
     longest = getattr(AutoConfig.from_pretrained(base.folder), "max_position_embeddings", 2**31)
     data = prepare_training(tasks, recipe, tokenizer, longest)
+    device = pick_device()
+    dtype = pick_dtype(recipe.dtype, device)
+    memory = None
+    if recipe.training.memory == "auto":
+        recipe, memory = plan_memory(recipe, base, adapter_config(recipe), data, device, dtype)
+        data = with_rows(data, recipe.training)
     steps = data.mixture.steps_in(recipe.training.epochs)
     if recipe.training.max_steps is not None:
         steps = min(steps, recipe.training.max_steps)
-    device = pick_device()
     return Prepared(
         recipe=_resolved(recipe, data, base),
         base=base,
@@ -110,7 +120,8 @@ def prepare(loaded: LoadedRecipe) -> Prepared:
         data=data,
         total_steps=steps,
         device=device,
-        dtype=pick_dtype(recipe.dtype, device),
+        dtype=dtype,
+        memory=memory,
     )
 
 
@@ -195,7 +206,7 @@ def resume(run: RunFolder, recipe_path: Path | None, overrides: Sequence[str]) -
         raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
     prepared = prepare(own)
     if recipe_path is not None:
-        given = prepare(load_recipe(recipe_path, overrides)).recipe
+        given = prepare(_as_picked(load_recipe(recipe_path, overrides), own.recipe)).recipe
         before = own.recipe.model_dump(mode="json", exclude={"run"})
         changes = describe_changes(before, given.model_dump(mode="json", exclude={"run"}))
         if changes:
@@ -205,6 +216,21 @@ def resume(run: RunFolder, recipe_path: Path | None, overrides: Sequence[str]) -
     packed, adapter = prepared.build()
     _learn(run, prepared, packed, adapter, resume=True)
     return run
+
+
+def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:
+    """A recipe with `memory: auto`, with what was picked when the run began: free memory differs."""
+    wanted, found = given.recipe.training, own.training
+    if wanted.memory != "auto":
+        return given
+    picked = {
+        name: getattr(found, name) for name in ("memory", "rows_per_pass", "gradient_checkpointing")
+    }
+    halves = wanted.row_length // found.row_length
+    if halves > 1 and found.rows_per_step == wanted.rows_per_step * halves:
+        picked |= {"row_length": found.row_length, "rows_per_step": found.rows_per_step}
+    training = wanted.model_copy(update=picked)
+    return replace(given, recipe=given.recipe.model_copy(update={"training": training}))
 
 
 def _learn(

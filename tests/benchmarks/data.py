@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--row-length", type=int, default=4096)
     arguments = parser.parse_args()
 
+    from mtl_lora_cli.data.mixture import positions_of
     from mtl_lora_cli.data.packing import padding_share
     from mtl_lora_cli.recipe.load import load_recipe
     from mtl_lora_cli.runs.paths import cache_folder
@@ -62,8 +63,8 @@ def main() -> None:
         started = time.perf_counter()
         rows = mixture.epoch(1)
         seconds = time.perf_counter() - started
-        lengths = prepared.data.splits[0].lengths.tolist()
-        share = padding_share(lengths, rows, arguments.row_length)
+        taken = [positions_of(n) for n in prepared.data.splits[0].lengths.tolist()]
+        share = padding_share(taken, rows, arguments.row_length)
         print(f"packing an epoch: {seconds:.2f} s, {len(rows):,} rows, {share:.3%} padding")
 
 

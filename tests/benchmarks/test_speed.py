@@ -132,7 +132,7 @@ def _steps(base: BaseModel, engine: Any) -> Callable[[], object]:
 
 def _step(passes: EagerPasses, update: Update, batches: Iterator[Any]) -> None:
     batch = next(batches)
-    passes(batch, torch.full((len(batch.owner),), 1 / len(batch.owner)))
+    passes.run(passes.prepare(batch, torch.full((len(batch.owner),), 1 / len(batch.owner))))
     assert torch.isfinite(update(3e-4))
 
 

@@ -58,14 +58,16 @@ def test_a_target_is_the_token_behind_its_position(
 ) -> None:
     batch = training_batch(ROWS, splits, loss_on=loss_on)
     places = batch.positions[batch.owner]
-    assert torch.equal(batch.input_ids[0, places + 1], batch.targets)
-    same = [segment_of(batch, place) == segment_of(batch, place + 1) for place in places.tolist()]
-    assert all(same)
+    for place, target in zip(places.tolist(), batch.targets.tolist(), strict=True):
+        segment = segment_of(batch, place)
+        task, number = ORDER[segment]
+        own = place - batch.segments.bounds[segment][0]
+        assert splits[task].example(number)[own + 1] == target
 
 
-def test_loss_on_all_asks_for_every_token_but_the_first(splits: list[EncodedSplit]) -> None:
+def test_loss_on_all_asks_at_every_position(splits: list[EncodedSplit]) -> None:
     batch = training_batch(ROWS, splits, loss_on="all")
-    expected = [place for a, b in batch.segments.bounds for place in range(a, b - 1)]
+    expected = [place for a, b in batch.segments.bounds for place in range(a, b)]
     assert batch.positions.tolist() == expected
 
 
@@ -77,7 +79,8 @@ def test_the_number_of_supervised_tokens_is_the_splits(splits: list[EncodedSplit
 def test_tokens_tasks_and_positions_of_each_example(splits: list[EncodedSplit]) -> None:
     batch = training_batch(ROWS, splits, loss_on="answer")
     for (task, number), (start, end) in zip(ORDER, batch.segments.bounds, strict=True):
-        assert batch.input_ids[0, start:end].tolist() == splits[task].example(number).tolist()
+        read = splits[task].example(number)[:-1]  # the last token is predicted and never read
+        assert batch.input_ids[0, start:end].tolist() == read.tolist()
         assert batch.task_ids[0, start:end].tolist() == [task] * (end - start)
         assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
     assert batch.segments.bounds[-1][1] == batch.input_ids.shape[1]
