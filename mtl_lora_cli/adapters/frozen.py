@@ -67,6 +67,7 @@ class FrozenWeights:
         self._room = Room()
         self._together: Tensor | None = None
         self._rows: tuple[fp8.Rows, fp8.Rows] | None = None
+        self.exact = False  # multiply as without `round_to_fp8`
 
     def weights(self) -> tuple[Tensor, ...]:
         """The layers' own parameters, as a backward pass should keep them."""
@@ -75,7 +76,7 @@ class FrozenWeights:
     @property
     def room(self) -> Room:
         """The margins that `product` and `input_gradient` can use."""
-        return Room() if self._rows is not None else self._room
+        return Room() if self._rounded is not None else self._room
 
     def lay_together(self, wanted: Room = Room()) -> None:  # noqa: B008 - a tuple never changes
         """Move dense weights into one piece of memory with margins, each a view of its part.
@@ -153,8 +154,8 @@ class FrozenWeights:
         Returns:
             [N, Σ out_j]
         """
-        if self._rows is not None:
-            return fp8.product(fp8.to_rows(x), self._rows[0], x.dtype, self.bias())
+        if self._rounded is not None:
+            return fp8.product(fp8.to_rows(x), self._rounded[0], x.dtype, self.bias())
         if up is None:
             return F.linear(x, self._dense(weights, x.dtype), self.bias())
         wide = self._with_margins(weights, x.dtype, up=up)
@@ -173,11 +174,15 @@ class FrozenWeights:
         Returns:
             [N, in]
         """
-        if self._rows is not None:
-            return fp8.product(fp8.to_rows(dy), self._rows[1], dy.dtype)
+        if self._rounded is not None:
+            return fp8.product(fp8.to_rows(dy), self._rounded[1], dy.dtype)
         if down is None:
             return dy @ self._dense(weights, dy.dtype)
         return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
+
+    @property
+    def _rounded(self) -> tuple[fp8.Rows, fp8.Rows] | None:
+        return None if self.exact else self._rows
 
     def _dtype(self) -> torch.dtype:
         weight = self.layers[0].weight

@@ -29,6 +29,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.load import pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.training.memory import keep_of
 from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
@@ -101,12 +102,13 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         attention=_register_attention(),
     )
     adapter = inject(model, wanted, [f"task{number}" for number in range(case.tasks)])
-    if case.gradient_checkpointing:
+    if case.gradient_checkpointing:  # for the plain layers; the fused ones are told by `keep`
         model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = PackedModel(
         model,
         adapter,
         engine=case.engine,
+        keep=keep_of(case.gradient_checkpointing, config.num_hidden_layers),
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
     ).train()
     parameters = list(adapter.tensors().values())
@@ -128,6 +130,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         seed=measuring.seed,
     )
 
+    rounding = packed.rounding(steps[0].batches[0]) if case.base_compute == "fp8" else None
     step = _Training(passes, update, steps)
     timing = time_steps(
         step, steps[:count], lambda one: one.tokens, warmup=measuring.warmup, device=device
@@ -141,6 +144,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         **built,
         "dtype": str(dtype).removeprefix("torch."),
         "engine_used": "plain" if getattr(packed, "decoder", None) is None else "fused",
+        "rounding": None if rounding is None else vars(rounding),
         "floor": floor,
         **shares_of_floor(timing.tokens_per_second, floor),
     }

@@ -125,9 +125,9 @@ class Yardstick:
         """The examples packed into rows, the rows in a drawn order.
 
         Packing goes by length, so that the first rows hold the longest examples; training draws
-        the rows' order, and so does the yardstick. A row that is less than half full holds what was
-        left over: one in an epoch, but it would be a large part of a few timed steps. It is left
-        out, if there is another.
+        the rows' order, and so does the yardstick. The last row holds what was left over: one in an
+        epoch, but it would be a large part of a few timed steps. Less than nine tenths full, it is
+        left out, if there is another.
         """
         import numpy as np
 
@@ -136,7 +136,7 @@ class Yardstick:
 
         taken = [positions_of(one.tokens) for one in lengths()]
         rows = pack(taken, row_length)
-        full = [row for row in rows if 2 * sum(taken[i] for i in row) >= row_length] or rows
+        full = [row for row in rows if sum(taken[i] for i in row) >= 0.9 * row_length] or rows
         order = np.random.default_rng(seed).permutation(len(full))
         return [[self.places[example] for example in full[number]] for number in order]
 

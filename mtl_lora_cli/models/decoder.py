@@ -8,7 +8,8 @@ the last layer no work after attention where no answer is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,18 @@ class FusedDecoder:
         """
         losses = [g.frozen.round_to_fp8() for layer in self.layers for g in layer.groups]
         return sum(losses) / len(losses)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside the block the products are not rounded to 8-bit floats."""
+        frozen = [group.frozen for layer in self.layers for group in layer.groups]
+        for weights in frozen:
+            weights.exact = True
+        try:
+            yield
+        finally:
+            for weights in frozen:
+                weights.exact = False
 
     def forward(
         self,

@@ -64,6 +64,28 @@ class PackedBatch:
         return replace(self, segments=segments, **moved)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How far 8-bit products lead from exact ones.
+
+    Attributes:
+        mean, largest: of |Δ log p| over the questions, in nats.
+        loss, exact_loss: mean −log p with rounded and with exact products.
+    """
+
+    mean: float
+    largest: float
+    loss: float
+    exact_loss: float
+
+    def __str__(self) -> str:
+        return (
+            f"base_compute: fp8: log-probabilities differ from exact products by {self.mean:.4f} "
+            f"nats on average, {self.largest:.4f} at most; loss {self.loss:.4f}, "
+            f"exact {self.exact_loss:.4f}"
+        )
+
+
 class PackedModel(nn.Module):
     """Base model and adapter as one module: a batch in, log-probabilities out.
 
@@ -124,6 +146,30 @@ class PackedModel(nn.Module):
         else:
             with self._adapter.routing.assign(batch.task_ids):
                 yield
+
+    @torch.no_grad()
+    def rounding(self, batch: PackedBatch) -> Rounding:
+        """What `base_compute: fp8` costs: the same questions, asked with rounded and exact products.
+
+        Args:
+            batch: on the CPU or the model's device.
+        """
+        assert self.decoder is not None, "fp8 is the fused engine's"
+        moved = batch.to(next(self.model.parameters()).device)
+        training = self.training
+        self.eval()
+        with self.routed(moved):
+            rounded = self(moved)
+            with self.decoder.exactly():
+                exact = self(moved)
+        self.train(training)
+        difference = (rounded - exact).abs()
+        return Rounding(
+            mean=float(difference.mean()),
+            largest=float(difference.max()),
+            loss=-float(rounded.mean()),
+            exact_loss=-float(exact.mean()),
+        )
 
     @property
     def head_is_adapted(self) -> bool:

@@ -22,7 +22,7 @@ from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import Position, load_checkpoint, save_checkpoint
@@ -119,6 +119,13 @@ class Trainer:
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._weights = torch.tensor([task.loss_weight for task in data.tasks])
         self._stop = False
+
+    def rounding(self) -> Rounding:
+        """What `base_compute: fp8` costs, on the first batch of the run."""
+        row = self.data.mixture.step(0)[1][:1]
+        return self.packed.rounding(
+            training_batch(row, self.data.splits, loss_on=self.settings.loss_on)
+        )
 
     def resume(self, checkpoint: Any) -> None:
         """Go back to a checkpoint; metrics written after it are cut off."""

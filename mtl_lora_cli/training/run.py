@@ -252,6 +252,8 @@ def _learn(
     if checkpoint is not None:
         trainer.resume(checkpoint)
         print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
+    if prepared.recipe.base_compute == "fp8" and accelerator.is_main_process:
+        print(trainer.rounding(), file=sys.stderr)
     progress = TrainingProgress(prepared.total_steps, trainer.position.step)
     try:
         trainer.train(progress)

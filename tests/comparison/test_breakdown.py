@@ -11,6 +11,7 @@ from mtl_lora_cli.comparison.breakdown import (
     ADAPTER,
     BASE,
     OTHER,
+    SHOWN_KERNELS,
     Kernel,
     _cuda_kernels,
     group_of,
@@ -110,4 +111,4 @@ def test_of_a_case(tiny: Case, measuring: Measuring) -> None:
     assert {BASE, ADAPTER, "attention", "optimizer"} <= groups
     assert found["kernel_ms"] == pytest.approx(sum(one["ms"] for one in found["groups"]))
     assert found["idle_ms"] == pytest.approx(max(0.0, found["step_ms"] - found["kernel_ms"]))
-    assert len(found["kernels"]) == 15
+    assert len(found["kernels"]) == SHOWN_KERNELS

@@ -194,3 +194,25 @@ def test_an_unknown_architecture_takes_the_plain_layers(base: BaseModel) -> None
     assert PackedModel(model, adapter).decoder is None
     with pytest.raises(UsageError, match="model type gemma"):
         PackedModel(model, adapter, engine="fused")
+
+
+def test_eight_bit_products_stay_near_and_say_how_near(base: BaseModel, batch: PackedBatch) -> None:
+    model, adapter = build(base, dtype=torch.float32, target_modules=SEVEN)
+    exact = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    packed = PackedModel(model, adapter, engine="fused", base_compute="fp8")
+    rounded = learned(packed, adapter, batch)
+    found = packed.rounding(batch)
+    difference = (rounded[0] - exact[0]).abs()
+    assert 0 < found.mean < 0.3
+    assert found.mean == pytest.approx(float(difference.mean()), rel=1e-3)
+    assert found.largest == pytest.approx(float(difference.max()), rel=1e-3)
+    assert found.exact_loss == pytest.approx(-float(exact[0].mean()), rel=1e-5)
+    assert f"{found.mean:.4f} nats" in str(found)
+    ours, theirs = (torch.cat([g.flatten() for g in x[1].values()]) for x in (rounded, exact))
+    assert (ours - theirs).norm() / theirs.norm() < 0.3
+
+
+def test_eight_bit_products_need_the_fused_engine(base: BaseModel) -> None:
+    model, adapter = build(base, dtype=torch.float32)
+    with pytest.raises(UsageError, match="needs the fused engine"):
+        PackedModel(model, adapter, engine="plain", base_compute="fp8")
