@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
@@ -212,8 +212,8 @@ class _Training:
         self._passes, self._update, self._steps = passes, update, steps
         self._ahead: tuple[Step, list[Ready]] | None = None
 
-    def __call__(self, one: Step) -> float:
-        """Run it; the mean loss of its supervised tokens."""
+    def __call__(self, one: Step) -> Tensor:
+        """Ask for it; the mean loss of its supervised tokens, no number where the gradient is none."""
         ahead, self._ahead = self._ahead, None
         passes = ahead[1] if ahead is not None and ahead[0] is one else self._prepare(one)
         loss = [self._passes.run(ready).sum() for ready in passes]
@@ -221,8 +221,7 @@ class _Training:
         place = next(i for i, other in enumerate(self._steps) if other is one) + 1
         if place < len(self._steps):
             self._ahead = (self._steps[place], self._prepare(self._steps[place]))
-        found = -torch.stack(loss).double().sum() / one.supervised
-        return float(found) if math.isfinite(float(norm)) else math.nan
+        return -torch.stack(loss).double().sum() / one.supervised + 0.0 * norm
 
     def _prepare(self, one: Step) -> list[Ready]:
         return [

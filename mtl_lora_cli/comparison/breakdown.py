@@ -77,7 +77,7 @@ def group_of(name: str, smallest_side: int | None, smallest_base: int) -> str:
 
 
 def profile_steps(
-    step: Callable[[Batch], float],
+    step: Callable[[Batch], Any],
     batches: Sequence[Batch],
     *,
     device: torch.device,

@@ -184,7 +184,7 @@ def _run(model: Any, case: Case, measuring: Measuring, size: int) -> dict[str, A
     batches = padded_batches(yardstick, size, WARMUP + STEPS)
     half = device.type == "cuda" and pick_dtype(case.dtype, device) == torch.bfloat16
 
-    def step(batch: Padded) -> float:
+    def step(batch: Padded) -> Tensor:
         computing = torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
         with computing:
             loss = model(
@@ -197,7 +197,7 @@ def _run(model: Any, case: Case, measuring: Measuring, size: int) -> dict[str, A
         torch.nn.utils.clip_grad_norm_(trained, case.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return loss.detach()
 
     timing = time_steps(step, batches, lambda batch: batch.tokens, warmup=WARMUP, device=device)
     sizes, flop = model_sizes(case.shape, device)

@@ -7,10 +7,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from mtl_lora_cli.errors import MtlLoraError
 
@@ -58,7 +60,7 @@ class Timing:
 
 
 def time_steps(
-    step: Callable[[Batch], float],
+    step: Callable[[Batch], Tensor],
     batches: Sequence[Batch],
     tokens: Callable[[Batch], int],
     *,
@@ -67,31 +69,53 @@ def time_steps(
 ) -> Timing:
     """Run all steps and time those after the warm-up.
 
+    A step's time is from its predecessor's end to its own. As in training, the next step is asked
+    for before the last one is waited for.
+
     Args:
-        step: one whole optimiser step; returns its loss.
+        step: one whole optimiser step; returns its loss, which may still be being computed.
         batches: what each step is given.
         tokens: real tokens in it.
         warmup: steps at the beginning that are not timed.
-        device: which is waited for before the clock is read.
+        device: where the steps run.
 
     Raises:
         MtlLoraError: a loss is no finite number.
     """
     reset_peak(device)
-    seconds, losses = [], []
-    for number, batch in enumerate(batches):
-        synchronize(device)
-        started = time.perf_counter()
-        loss = step(batch)
-        synchronize(device)
-        spent = time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise MtlLoraError(f"the loss is not a finite number in step {number + 1}")
-        if number >= warmup:
-            seconds.append(spent)
-            losses.append(loss)
-    timed = [tokens(batch) for batch in batches[warmup:]]
-    return Timing(tuple(timed), tuple(seconds), tuple(losses), peak_gib(device))
+    marks, losses = [_mark(device)], []
+    for batch in batches:
+        losses.append(step(batch))
+        marks.append(_mark(device))
+        if len(losses) > 1:
+            _require_finite(losses[-2], len(losses) - 1)
+    _require_finite(losses[-1], len(losses))
+    synchronize(device)
+    seconds = [_between(one, two) for one, two in pairwise(marks)]
+    return Timing(
+        tokens=tuple(tokens(batch) for batch in batches[warmup:]),
+        seconds=tuple(seconds[warmup:]),
+        losses=tuple(float(loss) for loss in losses[warmup:]),
+        peak_memory_gib=peak_gib(device),
+    )
+
+
+def _require_finite(loss: Tensor, step: int) -> None:
+    if not math.isfinite(float(loss)):
+        raise MtlLoraError(f"the loss is not a finite number in step {step}")
+
+
+def _mark(device: torch.device) -> Any:
+    """A point in the device's own time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(one: Any, two: Any) -> float:
+    return two - one if isinstance(one, float) else one.elapsed_time(two) / 1000
 
 
 def synchronize(device: torch.device) -> None:

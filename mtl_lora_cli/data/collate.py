@@ -32,7 +32,7 @@ def training_batch(
     starts = np.cumsum([0, *lengths])
     positions, targets = [], []
     for (task, number), part, start in zip(places, parts, starts, strict=False):
-        first = 1 if loss_on == "all" else max(1, int(splits[task].prompt_lengths[number]))
+        first = _first_supervised(splits[task], number, loss_on)
         positions.append(np.arange(start + first - 1, start + len(part) - 1))  # the token before
         targets.append(part[first:])
     inputs = [part[:length] for part, length in zip(parts, lengths, strict=True)]
@@ -48,3 +48,19 @@ def training_batch(
         owner=torch.arange(len(asked)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
     )
+
+
+def supervised_tokens(
+    rows: Sequence[Sequence[Place]], splits: Sequence[EncodedSplit], *, loss_on: str
+) -> torch.Tensor:
+    """Supervised tokens of each task in these rows, int64 [T]."""
+    counts = torch.zeros(len(splits), dtype=torch.long)
+    for row in rows:
+        for task, number in row:
+            split = splits[task]
+            counts[task] += int(split.lengths[number]) - _first_supervised(split, number, loss_on)
+    return counts
+
+
+def _first_supervised(split: EncodedSplit, number: int, loss_on: str) -> int:
+    return 1 if loss_on == "all" else max(1, int(split.prompt_lengths[number]))

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.data.collate import training_batch
+from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
@@ -62,6 +62,23 @@ class _Step:
     owners: list[Tensor]
     tokens: int
     supervised: Tensor
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step that a device may still be working on.
+
+    Attributes:
+        prepared: what it is.
+        rate: its learning rate.
+        loss: this process's −log p summed by task, float64 [T], on the device.
+        norm: of the gradients before clipping, on the device.
+    """
+
+    prepared: _Step
+    rate: float
+    loss: Tensor
+    norm: Tensor
 
 
 class Trainer:
@@ -116,6 +133,8 @@ class Trainer:
             GraphedPasses(packed, adapter, settings.row_length, eager) if graphed else eager
         )
         self._ahead: _Step | None = None
+        self._runs_ahead = accelerator.device.type == "cuda"
+        self._clock = 0.0
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._weights = torch.tensor([task.loss_weight for task in data.tasks])
         self._stop = False
@@ -140,28 +159,29 @@ class Trainer:
         """
         self.model.train()
         with self._metrics() as metrics, self._signals():
-            before, started = self.position.seconds, time.monotonic()
+            self._clock = time.monotonic()
+            running: _Running | None = None
             for step in range(self.position.step, self.total_steps):
-                event = self._step(step)
-                seconds = before + time.monotonic() - started
-                tokens = self.position.tokens + event["tokens"]
-                event["tokens_per_second"] = event["tokens"] / max(1e-9, event["seconds"])
-                metrics.write(json.dumps(event) + "\n")
-                metrics.flush()
-                self.position = Position(step + 1, metrics.tell(), seconds, tokens)
-                progress.update(event)
-                every = self.settings.checkpoint_every
+                launched = self._launch(step)
+                if running is not None:  # only now: the card has the next step to work on
+                    self._finish(running, metrics, progress)
+                running = launched
                 last = step + 1 == self.total_steps
-                if self._stop or last or (every and (step + 1) % every == 0):
+                every = self.settings.checkpoint_every
+                due = last or bool(every and (step + 1) % every == 0)
+                if due or self._stop or not self._runs_ahead:
+                    self._finish(running, metrics, progress)
+                    running = None
+                if running is None and (due or self._stop):
                     self._save()
-                if self._stop and not last:
-                    raise Interrupted(
-                        f"stopped after step {step + 1} and saved; go on with: "
-                        f"mtl-lora train --resume --run {self.run.path}"
-                    )
+                    if self._stop and not last:
+                        raise Interrupted(
+                            f"stopped after step {step + 1} and saved; go on with: "
+                            f"mtl-lora train --resume --run {self.run.path}"
+                        )
 
-    def _step(self, step: int) -> dict[str, Any]:
-        started = time.monotonic()
+    def _launch(self, step: int) -> _Running:
+        """Ask for everything of one step; on a card nothing is waited for."""
         prepared = self._prepared(step)
         factor = learning_rate_factor(
             step, self.total_steps, self.settings.warmup, self.settings.schedule
@@ -169,17 +189,36 @@ class Trainer:
         rate = self.settings.learning_rate * factor
         loss = self._accumulate(prepared)
         norm = self._update(rate)
-        if step + 1 < self.total_steps:  # while a card is busy with this step
+        if step + 1 < self.total_steps:
             self._ahead = self._prepare(step + 1)
-        loss = self.accelerator.reduce(loss).cpu()
-        if not (math.isfinite(float(loss.sum())) and math.isfinite(float(norm))):
+        return _Running(prepared, rate, loss, norm.clone())
+
+    def _finish(self, running: _Running, metrics: TextIO, progress: TrainingProgress) -> None:
+        """Wait for a step, look at it, and write down what it did."""
+        loss = self.accelerator.reduce(running.loss).cpu()
+        norm = float(running.norm)
+        prepared = running.prepared
+        if not (math.isfinite(float(loss.sum())) and math.isfinite(norm)):
             present = sorted({task for row in prepared.rows for task, _ in row})
             names = [self.data.tasks[task].name for task in present]
             raise MtlLoraError(
-                f"the loss is no longer a finite number at step {step + 1} (tasks {', '.join(names)}); "
+                f"the loss is no longer a finite number at step {prepared.number + 1} "
+                f"(tasks {', '.join(names)}); "
                 f"checkpoints before it are intact; lower training.learning_rate"
             )
-        return self._event(prepared, rate, float(norm), loss, time.monotonic() - started)
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        event = self._event(prepared, running.rate, norm, loss, seconds)
+        event["tokens_per_second"] = event["tokens"] / max(1e-9, seconds)
+        metrics.write(json.dumps(event) + "\n")
+        metrics.flush()
+        self.position = Position(
+            prepared.number + 1,
+            metrics.tell(),
+            self.position.seconds + seconds,
+            self.position.tokens + event["tokens"],
+        )
+        progress.update(event)
 
     def _prepared(self, step: int) -> _Step:
         ahead, self._ahead = self._ahead, None
@@ -194,13 +233,9 @@ class Trainer:
             training_batch(mine[i : i + size], self.data.splits, loss_on=self.settings.loss_on)
             for i in range(0, len(mine), size)
         ]
-        tasks = len(self.data.tasks)
         owners = [batch.task_ids.view(-1)[batch.positions[batch.owner]] for batch in batches]
-        supervised = sum(
-            (torch.bincount(owner, minlength=tasks) for owner in owners),
-            torch.zeros(tasks, dtype=torch.long),
-        )
-        supervised = self.accelerator.reduce(supervised.to(self.accelerator.device)).cpu()
+        # Of all processes' rows, which every process knows: nothing has to be asked.
+        supervised = supervised_tokens(rows, self.data.splits, loss_on=self.settings.loss_on)
         # Gradients are averaged over processes, the loss is a sum over them.
         scale = self.accelerator.num_processes / int(supervised.sum())
         passes = [

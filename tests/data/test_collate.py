@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_lora_cli.data.collate import training_batch
+from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.models.packed import PackedBatch
 from mtl_lora_cli.tasks.rendering import Example
@@ -74,6 +74,16 @@ def test_loss_on_all_asks_at_every_position(splits: list[EncodedSplit]) -> None:
 def test_the_number_of_supervised_tokens_is_the_splits(splits: list[EncodedSplit]) -> None:
     batch = training_batch(ROWS, splits, loss_on="answer")
     assert len(batch.targets) == sum(split.supervised for split in splits)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_supervised_tokens_are_counted_without_a_batch(
+    splits: list[EncodedSplit], loss_on: str
+) -> None:
+    batch = training_batch(ROWS, splits, loss_on=loss_on)
+    owners = batch.task_ids[0, batch.positions[batch.owner]]
+    counted = supervised_tokens(ROWS, splits, loss_on=loss_on)
+    assert torch.equal(counted, torch.bincount(owners, minlength=len(splits)))
 
 
 def test_tokens_tasks_and_positions_of_each_example(splits: list[EncodedSplit]) -> None:
