@@ -73,12 +73,14 @@ class _Running:
         rate: its learning rate.
         loss: this process's −log p summed by task, float64 [T], on the device.
         norm: of the gradients before clipping, on the device.
+        end: when the device is done with it, in the device's own time; None on a CPU.
     """
 
     prepared: _Step
     rate: float
     loss: Tensor
     norm: Tensor
+    end: torch.cuda.Event | None
 
 
 class Trainer:
@@ -135,6 +137,7 @@ class Trainer:
         self._ahead: _Step | None = None
         self._runs_ahead = accelerator.device.type == "cuda"
         self._clock = 0.0
+        self._end: torch.cuda.Event | None = None
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._weights = torch.tensor([task.loss_weight for task in data.tasks])
         self._stop = False
@@ -159,7 +162,7 @@ class Trainer:
         """
         self.model.train()
         with self._metrics() as metrics, self._signals():
-            self._clock = time.monotonic()
+            self._clock, self._end = time.monotonic(), self._mark()
             running: _Running | None = None
             for step in range(self.position.step, self.total_steps):
                 launched = self._launch(step)
@@ -191,7 +194,14 @@ class Trainer:
         norm = self._update(rate)
         if step + 1 < self.total_steps:
             self._ahead = self._prepare(step + 1)
-        return _Running(prepared, rate, loss, norm.clone())
+        return _Running(prepared, rate, loss, norm.clone(), self._mark())
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._runs_ahead:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _finish(self, running: _Running, metrics: TextIO, progress: TrainingProgress) -> None:
         """Wait for a step, look at it, and write down what it did."""
@@ -206,8 +216,7 @@ class Trainer:
                 f"(tasks {', '.join(names)}); "
                 f"checkpoints before it are intact; lower training.learning_rate"
             )
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        seconds = self._seconds(running)
         event = self._event(prepared, running.rate, norm, loss, seconds)
         event["tokens_per_second"] = event["tokens"] / max(1e-9, seconds)
         metrics.write(json.dumps(event) + "\n")
@@ -219,6 +228,15 @@ class Trainer:
             self.position.tokens + event["tokens"],
         )
         progress.update(event)
+
+    def _seconds(self, running: _Running) -> float:
+        """From the end of the step before to the end of this one."""
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        if running.end is not None and self._end is not None:
+            seconds = self._end.elapsed_time(running.end) / 1000
+            self._end = running.end
+        return seconds
 
     def _prepared(self, step: int) -> _Step:
         ahead, self._ahead = self._ahead, None
