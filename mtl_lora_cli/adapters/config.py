@@ -1,60 +1,176 @@
-"""What an adapter is made of, apart from its weights."""
+"""What an adapter is made of, apart from its weights; the family of methods."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
-Method = Literal["mtl-lora", "lora"]
+Method = Literal["mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora"]
 Transform = Literal["full", "diagonal"]
 Gate = Literal["weights", "embedding"]
-KINDS = {"method": get_args(Method), "transform": get_args(Transform), "gate": get_args(Gate)}
+Scaling = Literal["rank", "sqrt_rank"]
+DownStart = Literal["kaiming", "normal"]
+Spread = Literal["same", "task", "own", "token"]
+KINDS = {
+    "method": get_args(Method),
+    "transform": get_args(Transform),
+    "gate": get_args(Gate),
+    "scaling": get_args(Scaling),
+    "down_start": get_args(DownStart),
+}
+
+# Read by every method; the others are in `Family.reads`.
+COMMON = ("rank", "alpha", "scaling", "dropout", "down_start", "rank_pattern", "target_modules")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A method: a member of ΔW_t = s Σ_i g_i B_i Λ_t A_i with parts switched off or tied.
+
+    Attributes:
+        source: where it comes from.
+        spread: how u follows from z = A x, see `function.AdapterProducts`: the `same` (u = z), by a
+            matrix of the `task`, the task's `own` rows, or a gate that reads the `token`.
+        reads: the keys that it reads beside the common ones.
+        defaults: of keys whose default differs between methods, as in its paper.
+    """
+
+    source: str
+    spread: Spread
+    reads: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether it is an ordinary LoRA for each task: what reads the token is none."""
+        return self.spread != "token"
+
+
+METHODS: dict[str, Family] = {
+    "lora": Family("arXiv 2106.09685", "same", (), {"up_projections": 1}),
+    "mtl-lora": Family(
+        "arXiv 2410.09437",
+        "task",
+        ("up_projections", "temperature", "transform", "gate", "gate_start", "embedding_size"),
+        {"up_projections": 3, "temperature": 0.5, "embedding_size": 16},
+    ),
+    "mtlora": Family("arXiv 2403.20320", "own", ("task_rank",), {"up_projections": 1}),
+    "moelora": Family(
+        "arXiv 2310.18339",
+        "task",
+        ("up_projections", "temperature", "embedding_size"),
+        {"up_projections": 8, "temperature": 1.0, "embedding_size": 64},
+    ),
+    "multilora": Family("arXiv 2311.11501", "same", ("up_projections",), {"up_projections": 3}),
+    "hydralora": Family(
+        "arXiv 2404.19245", "token", ("up_projections", "temperature"), {"up_projections": 3}
+    ),
+}
+_OTHERWISE = {"up_projections": 1, "temperature": 1.0, "embedding_size": 16}
+
+
+def method_default(method: str, key: str) -> Any:
+    """The default of a key that differs between methods."""
+    return METHODS[method].defaults.get(key, _OTHERWISE[key])
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The numbers and kinds of an adapter: MTL-LoRA (arXiv 2410.09437) or LoRA (arXiv 2106.09685).
-
-    LoRA is one A and one B for all tasks: it has one up-projection and no transform and no gate.
+    """The numbers and kinds of an adapter.
 
     Attributes:
-        rank: r, rows of the shared down-projection A [r, in].
-        alpha: the update is scaled by s = alpha / rank.
-        up_projections: n, number of shared up-projections B_i [out, r].
-        temperature: τ of the gate softmax(w_t / τ).
+        rank: r, rows of the shared down-projection A [r, in]; of moelora the rows of all its A_i
+            together, r / n each; of multilora the rows of each of its A_i.
+        alpha: the update is scaled by s = alpha / rank, or alpha / √rank.
+        up_projections: n, number of shared up-projections B_i; None for the method's default.
+        temperature: τ of the gate softmax(w / τ); None for the method's default.
         transform: Λ_t is a full [r, r] matrix or a diagonal [r].
         gate: w_t is learned as it stands (`weights`), or is G e_t with one task embedding e_t [d]
             for the whole model and a projection G [n, d] in each layer (`embedding`).
-        embedding_size: d.
+        embedding_size: d; None for the method's default.
         dropout: probability of dropping an input feature before A, while training.
         gate_start: standard deviation of the gate's logits w_t / τ at the start. It must not be 0:
             equal gates give every B_i the same gradient, and the B_i stay copies of each other.
+        task_rank: r', rows of the A_t of a task's own in mtlora.
+        scaling: `rank` or `sqrt_rank`, see alpha (rsLoRA, arXiv 2312.03732).
+        down_start: A starts `kaiming` uniform with a = √5 (LoRA's), or `normal` with standard
+            deviation 1 / r.
+        rank_pattern: target or pattern → rank of the layers that it names, instead of `rank`.
         target_modules: names (or last parts of names, or patterns with `*`) of the layers to adapt.
-        method: name of the method, as the adapter file spells it.
+        method: one of `METHODS`.
+
+    Raises:
+        ValueError: sizes that do not fit the method.
     """
 
     rank: int = 8
     alpha: float = 16.0
-    up_projections: int = 3
-    temperature: float = 0.5
+    up_projections: int | None = None
+    temperature: float | None = None
     transform: Transform = "full"
     gate: Gate = "weights"
-    embedding_size: int = 16
+    embedding_size: int | None = None
     dropout: float = 0.0
     gate_start: float = 2.0
+    task_rank: int = 1
+    scaling: Scaling = "rank"
+    down_start: DownStart = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     method: Method = "mtl-lora"
 
     def __post_init__(self) -> None:
-        if self.method == "lora" and self.up_projections != 1:
-            raise ValueError(f"lora has one up-projection, received {self.up_projections}")
+        for key in _OTHERWISE:
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, method_default(self.method, key))
+        if "up_projections" not in self.family.reads and self.ups != 1:
+            raise ValueError(f"{self.method} has one up-projection, received {self.ups}")
+        if self.method == "moelora":
+            for rank in (self.rank, *self.rank_pattern.values()):
+                if rank % self.ups:
+                    raise ValueError(
+                        f"moelora shares its rank among {self.ups} experts evenly, received {rank}"
+                    )
 
     @property
-    def routed(self) -> bool:
-        """Whether tasks differ: whether there are transforms and gates."""
-        return self.method != "lora"
+    def family(self) -> Family:
+        """The method."""
+        return METHODS[self.method]
 
     @property
-    def scale(self) -> float:
-        """s = alpha / rank."""
-        return self.alpha / self.rank
+    def ups(self) -> int:
+        """n."""
+        assert self.up_projections is not None
+        return self.up_projections
+
+    @property
+    def tau(self) -> float:
+        """τ."""
+        assert self.temperature is not None
+        return self.temperature
+
+    @property
+    def embedded(self) -> bool:
+        """Whether there is a task embedding."""
+        return self.method == "moelora" or (self.method == "mtl-lora" and self.gate == "embedding")
+
+    def rank_of(self, path: str) -> int:
+        """r of the layer at this module path."""
+        for target, rank in self.rank_pattern.items():
+            if matches(path, target):
+                return rank
+        return self.rank
+
+    def scale(self, rank: int) -> float:
+        """s of a layer of this rank."""
+        return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
+
+
+def matches(path: str, target: str) -> bool:
+    """Whether a target names a module: its whole path, its last part or parts, or a pattern."""
+    if "*" in target or "?" in target:
+        return fnmatchcase(path, target)
+    return path == target or path.endswith("." + target)

@@ -23,7 +23,7 @@ from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
                 "kind": "linear",
                 "in_features": layer.base_layer.in_features,
                 "out_features": layer.base_layer.out_features,
+                "rank": layer.rank,
                 "tied_to": None,
             }
             for path, layer in adapter.layers.items()
@@ -106,8 +107,12 @@ def read_adapter_file(folder: Path) -> AdapterFile:
                 f"{path}: {name}: {fields[name]!r} is not known; known: {', '.join(kinds)}"
             )
     fields["target_modules"] = tuple(fields["target_modules"])
+    try:
+        config = AdapterConfig(**fields)
+    except ValueError as error:
+        raise MtlLoraError(f"{path}: {error}") from None
     return AdapterFile(
-        config=AdapterConfig(**fields),
+        config=config,
         tasks=tuple(content["tasks"]),
         base_model=content["base_model"],
         modules=content["modules"],
@@ -172,7 +177,7 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
             f"{folder / CONFIG_FILE}: tasks are {', '.join(file.tasks)}; "
             f"expected {', '.join(adapter.tasks)}"
         )
-    for name in ("alpha", "temperature"):  # no tensor's shape would tell
+    for name in ("method", "alpha", "temperature", "scaling"):  # no tensor's shape would tell
         theirs, ours = getattr(file.config, name), getattr(adapter.config, name)
         if theirs != ours:
             raise MtlLoraError(f"{folder / CONFIG_FILE}: {name} is {theirs}, expected {ours}")

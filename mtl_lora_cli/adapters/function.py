@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtl_lora_cli.adapters.config import Spread
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.mix import mix, mix_gradient
@@ -35,7 +36,8 @@ class Factors(NamedTuple):
         down: A [J·k, in], the A_j below each other.
         up: s B [Σ out_j, J·m], block-diagonal: B_j, its up-projections side by side, in the rows of
             projection j and the columns of u_j.
-        mixing: M [J, P, m, k], float32 or better; None for plain LoRA, where m = k.
+        mixing: M [J, P, m, k], float32 or better, where the spread is by `task`; bool [J, P, k]
+            where it is each task's `own`; otherwise None.
     """
 
     down: Tensor
@@ -51,11 +53,17 @@ class AdapterProducts:
         spans: (start, stop) of each adapted projection in the group's output.
         scale: s.
         dropout: share of input features dropped before A while training.
+        spread_by: how u follows from z: `same` u = z; `task` u = M_t z; `own` u = z in the rows of the
+            task, 0 in the others; `token` u_i = softmax(z″ / τ)_i z′ with z = [z′; z″], z″ [n].
+        ups, temperature: n and τ, read by `token`.
     """
 
     spans: tuple[tuple[int, int], ...]
     scale: float
     dropout: float = 0.0
+    spread_by: Spread = "task"
+    ups: int = 1
+    temperature: float = 1.0
 
     def factors(
         self,
@@ -94,11 +102,57 @@ class AdapterProducts:
     def spread(
         self, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
     ) -> Tensor:
-        """u_j = M_j z_j: [N, J·k] → [N, J·m], written to `out` if given."""
-        if factors.mixing is not None:
+        """u from z: [N, J·k] → [N, J·m], written to `out` if given; 0 without a task."""
+        if self.spread_by == "task":
+            assert factors.mixing is not None
             return mix(z, factors.mixing, slots.index, out=out)
-        u = z if slots.active is None else torch.where(slots.active, z, 0.0)
+        u = z
+        if self.spread_by == "token":
+            u = self._gated(*self._gate_of(z)).to(z.dtype)
+        elif self.spread_by == "own":
+            u = torch.where(self._own(factors, slots), z, 0.0)
+        if slots.active is not None and self.spread_by != "own":
+            u = torch.where(slots.active, u, 0.0)
         return u if out is None else out.copy_(u)
+
+    def unspread(
+        self, du: Tensor, z: Tensor, factors: Factors, slots: Slots
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz [N, J·k] and dM (or None) from du [N, J·m]."""
+        if self.spread_by == "task":
+            assert factors.mixing is not None
+            layers, tasks = factors.mixing.shape[:2]
+            dz = mix(du, factors.mixing, slots.index, transposed=True)
+            return dz, mix_gradient(du, z, slots.index, tasks, layers)
+        if self.spread_by == "own":
+            return torch.where(self._own(factors, slots), du, 0.0), None
+        if slots.active is not None:
+            du = torch.where(slots.active, du, 0.0)
+        if self.spread_by == "same":
+            return du, None
+        low, gate = self._gate_of(z)
+        each = du.unflatten(1, (len(self.spans), self.ups, -1))  # [N, J, n, r]
+        dlow = (gate.unsqueeze(-1) * each).sum(2)
+        dgate = (each * low.unsqueeze(2)).sum(-1)
+        dlogits = gate * (dgate - (gate * dgate).sum(-1, keepdim=True)) / self.temperature
+        return torch.cat([dlow, dlogits], dim=-1).flatten(1).to(z.dtype), None
+
+    def _gate_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z′ [N, J, r] and the gates [N, J, n], in float32 or better."""
+        wide = z.unflatten(1, (len(self.spans), -1))
+        wide = wide.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+        low, logits = wide[..., : -self.ups], wide[..., -self.ups :]
+        return low, torch.softmax(logits / self.temperature, dim=-1)
+
+    def _gated(self, low: Tensor, gate: Tensor) -> Tensor:
+        return (gate.unsqueeze(-1) * low.unsqueeze(2)).flatten(1)
+
+    def _own(self, factors: Factors, slots: Slots) -> Tensor:
+        """Which of z's columns are a position's: bool [N, J·k]."""
+        assert factors.mixing is not None
+        rows = factors.mixing.transpose(0, 1).flatten(1)  # [P, J·k]
+        nobody = rows.new_zeros(1, rows.shape[1])
+        return torch.cat([rows, nobody])[slots.index.long()]  # −1 is the last row
 
     def add_up(self, y: Tensor, u: Tensor, factors: Factors) -> None:
         """y_j += s B_j u_j in place."""
@@ -115,11 +169,7 @@ class AdapterProducts:
             dus.append(part @ up)
             dups.append(_wide_product(part.T, own))
         du = dus[0] if len(dus) == 1 else torch.cat(dus, dim=1)
-        if factors.mixing is None:
-            return du if slots.active is None else torch.where(slots.active, du, 0.0), None, dups
-        dz = mix(du, factors.mixing, slots.index, transposed=True)
-        layers, tasks = factors.mixing.shape[:2]
-        return dz, mix_gradient(du, z, slots.index, tasks, layers), dups
+        return *self.unspread(du, z, factors, slots), dups
 
     def add_input_gradient(
         self, dx: Tensor, dz: Tensor, mask: Tensor | None, factors: Factors
@@ -152,20 +202,20 @@ class AdapterProducts:
 
     def parameter_gradients(
         self,
-        downs: Sequence[Tensor],
-        ups: Sequence[Tensor],
+        downs: Sequence[torch.Size],
+        ups: Sequence[torch.Size],
+        dtype: torch.dtype,
         ddown: Tensor,
         dups: Sequence[Tensor],
     ) -> list[Tensor]:
-        """dA and the dy_jᵀ u_j in the parameters' own shapes: all downs, then all ups."""
-        rows = [down.shape[0] * down.shape[1] for down in downs]
+        """dA and the dy_jᵀ u_j in the shapes of the downs and ups, and in their dtype."""
+        rows = [shape[0] * shape[1] for shape in downs]
         found = [
-            part.view_as(down).to(down.dtype)
-            for part, down in zip(ddown.split(rows), downs, strict=True)
+            part.view(shape).to(dtype) for part, shape in zip(ddown.split(rows), downs, strict=True)
         ]
-        for part, up in zip(dups, ups, strict=True):
-            n, out, rank = up.shape
-            gradient = torch.empty(n, out, rank, dtype=up.dtype, device=up.device)
+        for part, shape in zip(dups, ups, strict=True):
+            n, out, rank = shape
+            gradient = torch.empty(shape, dtype=dtype, device=part.device)
             torch.mul(part.view(out, n, rank).permute(1, 0, 2), self.scale, out=gradient)
             found.append(gradient)
         return found
@@ -227,7 +277,8 @@ class AdaptedProjections(torch.autograd.Function):
         ddown = products.down_gradient(dz, x, mask)
         if dmixing is not None:
             dmixing = dmixing.to(mixing.dtype)
-        parameters = products.parameter_gradients(downs, ups, ddown, dups)
+        shapes = [[like.shape for like in some] for some in (downs, ups)]
+        parameters = products.parameter_gradients(*shapes, downs[0].dtype, ddown, dups)
         return dx, None, None, None, None, dmixing, *(None,) * len(weights), *parameters
 
 

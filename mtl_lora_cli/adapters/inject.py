@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear
+from mtl_lora_cli.adapters.config import AdapterConfig, matches
+from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear, Shared
 from mtl_lora_cli.adapters.routing import Routing
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
-EMBEDDING = "task_embedding"  # the one tensor that belongs to the whole model
+SHARED = ("task_embedding", "gate_projection")  # tensors that belong to the whole model
 
 
 class Adapter:
@@ -24,7 +23,7 @@ class Adapter:
         tasks: names in the order of their ids.
         routing: assign task ids here before calling the model.
         layers: module path in the untouched model → its adapted layer.
-        task_embedding: e [T, d], where `config.gate` is `embedding`.
+        shared: the tensors that belong to the whole model.
     """
 
     def __init__(
@@ -33,19 +32,20 @@ class Adapter:
         tasks: Sequence[str],
         routing: Routing,
         layers: dict[str, MultiTaskLinear],
-        task_embedding: nn.Parameter | None,
+        shared: Shared,
     ) -> None:
         self.config = config
         self.tasks = tuple(tasks)
         self.routing = routing
         self.layers = layers
-        self.task_embedding = task_embedding
+        self.shared = shared
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors under their names in the adapter file: `{module path}.{role}`."""
         named: dict[str, Tensor] = {}
-        if self.task_embedding is not None:
-            named[EMBEDDING] = self.task_embedding
+        for name in SHARED:
+            if getattr(self.shared, name) is not None:
+                named[name] = getattr(self.shared, name)
         for path, layer in self.layers.items():
             for role in ROLES:
                 if hasattr(layer, role):
@@ -69,7 +69,7 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
     linear = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     paths: dict[str, nn.Linear] = {}
     for target in config.target_modules:
-        matched = [path for path in linear if _matches(path, target)]
+        matched = [path for path in linear if matches(path, target)]
         if not matched:
             known = sorted({path.rpartition(".")[2] for path in linear})
             raise UsageError(
@@ -77,24 +77,24 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
                 f"{did_you_mean(target, known)}; linear layers: {', '.join(known)}"
             )
         paths.update((path, linear[path]) for path in matched)
+    for target in config.rank_pattern:
+        if not any(matches(path, target) for path in paths):
+            raise UsageError(
+                f"adapter.rank_pattern: '{target}' matches no adapted layer"
+                f"{did_you_mean(target, config.target_modules)}"
+            )
     _require_untied(model, paths)
     model.requires_grad_(False)
     routing = Routing(len(tasks))
-    task_embedding = None
-    if config.routed and config.gate == "embedding":
-        some = next(iter(paths.values())).weight
-        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
-        start = torch.randn(len(tasks), config.embedding_size, dtype=dtype, device=some.device)
-        task_embedding = nn.Parameter(start)
-        model.register_parameter(EMBEDDING, task_embedding)
+    shared = _shared(model, config, len(tasks), next(iter(paths.values())).weight)
     layers = {}
     # In the model's order, whatever the order of the targets: the random start depends on it.
     for path in (path for path in linear if path in paths):
         parent, _, name = path.rpartition(".")
-        layer = MultiTaskLinear(paths[path], config, routing, task_embedding)
+        layer = MultiTaskLinear(paths[path], config, routing, shared, config.rank_of(path))
         setattr(model.get_submodule(parent), name, layer)
         layers[path] = layer
-    return Adapter(config, tasks, routing, layers, task_embedding)
+    return Adapter(config, tasks, routing, layers, shared)
 
 
 def _require_untied(model: nn.Module, paths: dict[str, nn.Linear]) -> None:
@@ -113,7 +113,20 @@ def _require_untied(model: nn.Module, paths: dict[str, nn.Linear]) -> None:
             )
 
 
-def _matches(path: str, target: str) -> bool:
-    if "*" in target or "?" in target:
-        return fnmatchcase(path, target)
-    return path == target or path.endswith("." + target)
+def _shared(model: nn.Module, config: AdapterConfig, tasks: int, like: Tensor) -> Shared:
+    """The task embedding e_t ~ N(0, 1), and moelora's one gate, like a linear layer's weight."""
+    shared = Shared()
+    if config.embedded:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        size = config.embedding_size or 0
+        start = torch.randn(tasks, size, dtype=dtype, device=like.device)
+        shared.task_embedding = nn.Parameter(start)
+        if config.method == "moelora":
+            gate = torch.empty(config.ups, size, dtype=dtype, device=like.device)
+            nn.init.kaiming_uniform_(gate, a=5**0.5)
+            shared.gate_projection = nn.Parameter(gate)
+    for name in SHARED:
+        parameter = getattr(shared, name)
+        if parameter is not None:
+            model.register_parameter(name, parameter)
+    return shared

@@ -1,4 +1,4 @@
-"""MTL-LoRA, or LoRA, on one linear layer."""
+"""One linear layer with an adapter of any method of the family."""
 
 from __future__ import annotations
 
@@ -13,25 +13,61 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.function import AdaptedProjections, AdapterProducts
 from mtl_lora_cli.adapters.routing import Routing
+from mtl_lora_cli.errors import UsageError
 
-ROLES = ("lora_A", "lora_B", "task_transform", "task_gate", "gate_projection")
+ROLES = (
+    "lora_A",
+    "lora_B",
+    "task_transform",
+    "task_gate",
+    "gate_projection",
+    "task_lora_A",
+    "task_lora_B",
+    "scale",
+)
+
+
+class Shared:
+    """What belongs to the whole model and not to one layer.
+
+    Attributes:
+        task_embedding: e [T, d].
+        gate_projection: G [n, d], where one gate serves all layers.
+    """
+
+    def __init__(
+        self,
+        task_embedding: nn.Parameter | None = None,
+        gate_projection: nn.Parameter | None = None,
+    ) -> None:
+        self.task_embedding = task_embedding
+        self.gate_projection = gate_projection
 
 
 class MultiTaskLinear(nn.Module):
-    """y = W x + s · Σ_i g_{t,i} B_i Λ_t A x,   g_t = softmax(w_t / τ),   s = alpha / r.
+    """y = W x + ΔW_t x with ΔW_t = s Σ_i g_i B_i Λ_t A_i and parts switched off or tied.
 
-    Source: MTL-LoRA, arXiv 2410.09437, equations 3 to 5; `gate: embedding` takes w_t = G e_t with
-    one task embedding e_t for the whole model. The update starts at zero (every B_i = 0). With
-    `method: lora` there is one B and neither gate nor Λ: y = W x + s · B A x for every task.
+    | method | ΔW_t x | start |
+    | --- | --- | --- |
+    | lora | s B A x | B = 0 |
+    | mtl-lora | s Σ_i g_{t,i} B_i Λ_t A x, g_t = softmax(w_t / τ), w_t learned or G e_t | B = 0, Λ = I |
+    | mtlora | s B A x + s' B_t A_t x, s' = s r / r' | B = B_t = 0 |
+    | moelora | s Σ_i g_{t,i} B_i A_i x, g_t = softmax(G e_t / τ), one G for the model | B = 0 |
+    | multilora | s Σ_i c_i ⊙ (B_i A_i x) | c = 0, B_i like A_i |
+    | hydralora | s Σ_i g_i(x) B_i A x, g(x) = softmax(G x / τ) | B = 0 |
 
-    Parameters, float32 unless the model is float64: `lora_A` [1, r, in], `lora_B` [n, out, r],
-    `task_transform` [T, r, r] or [T, r], and `task_gate` [T, n] or `gate_projection` [n, d].
+    Sources: `config.METHODS`. The update starts at zero in all of them.
+
+    Parameters, float32 unless the model is float64: `lora_A` [nA, r, in] with nA = 1 or n, `lora_B`
+    [n, out, r], `task_transform` [T, r, r] or [T, r], `task_gate` [T, n], `gate_projection` [n, d]
+    or [n, in], `task_lora_A` [T, r', in], `task_lora_B` [T, out, r'], `scale` c [n, out].
 
     Args:
         base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
         config: sizes and kinds.
         routing: tells which task each activation belongs to; shared by the model's layers.
-        task_embedding: e [T, d] of the whole model, where `config.gate` is `embedding`.
+        shared: the model's own parts, for methods that have them.
+        rank: r of this layer; by default `config.rank`.
     """
 
     def __init__(
@@ -39,60 +75,132 @@ class MultiTaskLinear(nn.Module):
         base: nn.Linear,
         config: AdapterConfig,
         routing: Routing,
-        task_embedding: nn.Parameter | None = None,
+        shared: Shared | None = None,
+        rank: int | None = None,
     ) -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         self.config = config
         self.routing = routing
-        # In a tuple: the parameter belongs to the model and must not be registered here again.
-        self._shared = (task_embedding,)
-        r, n, tasks = config.rank, config.up_projections, routing.tasks
+        self.rank = rank or config.rank
+        # Not a module: its parameters belong to the model and must not be registered here again.
+        self._shared = shared or Shared()
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         factory: Any = {"dtype": dtype, "device": base.weight.device}
+        self._start(base.in_features, base.out_features, factory)
 
-        down = torch.empty(1, r, base.in_features, **factory)
-        nn.init.kaiming_uniform_(down[0], a=math.sqrt(5))
-        self.lora_A = nn.Parameter(down)
-        self.lora_B = nn.Parameter(torch.zeros(n, base.out_features, r, **factory))
-        if not config.routed:
-            return
-        identity = torch.ones(r, **factory)
-        if config.transform == "full":
-            identity = torch.diag(identity)
-        self.task_transform = nn.Parameter(identity.expand(tasks, *identity.shape).clone())
-        spread = config.gate_start * config.temperature
-        if config.gate == "weights":
-            self.task_gate = nn.Parameter(torch.randn(tasks, n, **factory) * spread)
-        else:
-            size = config.embedding_size
-            projection = torch.randn(n, size, **factory) * (spread / math.sqrt(size))
-            self.gate_projection = nn.Parameter(projection)
+    def _start(self, width: int, out: int, factory: dict[str, Any]) -> None:
+        config, n, r, tasks = self.config, self.config.ups, self.rank, self.routing.tasks
+        method = config.method
+        if method == "moelora":
+            r //= n
+        downs = n if method in ("moelora", "multilora") else 1
+        self.lora_A = nn.Parameter(self._fresh_down(downs, r, width, factory))
+        self.lora_B = nn.Parameter(torch.zeros(n, out, r, **factory))
+        if method == "mtl-lora":
+            identity = torch.ones(r, **factory)
+            if config.transform == "full":
+                identity = torch.diag(identity)
+            self.task_transform = nn.Parameter(identity.expand(tasks, *identity.shape).clone())
+            spread = config.gate_start * config.tau
+            if config.gate == "weights":
+                self.task_gate = nn.Parameter(torch.randn(tasks, n, **factory) * spread)
+            else:
+                size = cast(int, config.embedding_size)
+                projection = torch.randn(n, size, **factory) * (spread / math.sqrt(size))
+                self.gate_projection = nn.Parameter(projection)
+        elif method == "mtlora":
+            own = config.task_rank
+            self.task_lora_A = nn.Parameter(self._fresh_down(tasks, own, width, factory))
+            self.task_lora_B = nn.Parameter(torch.zeros(tasks, out, own, **factory))
+        elif method == "multilora":
+            for up in self.lora_B.data:
+                nn.init.kaiming_uniform_(up, a=math.sqrt(5))
+            self.scale = nn.Parameter(torch.zeros(n, out, **factory))
+        elif method == "hydralora":
+            self.gate_projection = nn.Parameter(self._fresh_down(1, n, width, factory)[0])
+
+    def _fresh_down(self, count: int, rank: int, width: int, factory: dict[str, Any]) -> Tensor:
+        down = torch.empty(count, rank, width, **factory)
+        for one in down:
+            if self.config.down_start == "kaiming":
+                nn.init.kaiming_uniform_(one, a=math.sqrt(5))
+            else:
+                nn.init.normal_(one, std=1 / rank)
+        return down
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Layers of one kind have matrices M of one shape."""
+        return (self.config.method, self.rank)
+
+    def factors(self, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A [nA, k, in] and B [n, out, m] as the products want them; gradients flow through.
+
+        Args:
+            tasks: [P] the tasks whose own parts are wanted, or None for all.
+        """
+        method = self.config.method
+        if method == "multilora":
+            return self.lora_A, self.scale.unsqueeze(-1) * self.lora_B
+        if method == "hydralora":
+            return torch.cat([self.lora_A, self.gate_projection.unsqueeze(0)], dim=1), self.lora_B
+        if method == "mtlora":
+            own_a, own_b = (_of_tasks(p, tasks, 0) for p in (self.task_lora_A, self.task_lora_B))
+            stronger = self.config.scale(self.config.task_rank) / self.config.scale(self.rank)
+            down = torch.cat([self.lora_A[0], own_a.flatten(0, 1)])
+            up = torch.cat([self.lora_B[0], stronger * own_b.permute(1, 0, 2).flatten(1)], dim=1)
+            return down.unsqueeze(0), up.unsqueeze(0)
+        return self.lora_A, self.lora_B
 
     def gates(self, tasks: Tensor) -> Tensor:
         """g [P, n] of the tasks [P]: softmax(w_t / τ), float32 or better."""
         return _gates([self], tasks)[0]
 
     def mixing(self, tasks: Tensor) -> Tensor:
-        """M [P, n·r, r] of the tasks [P]: M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]."""
+        """M [P, m, k] of the tasks [P]; see `mixing_of`."""
         found = mixing_of([self], tasks)
-        assert found is not None
+        if found is None:
+            raise ValueError(f"{self.config.method} has no matrices of tasks")
         return found[0]
 
     @torch.no_grad()
     def task_update(self, task: int) -> tuple[Tensor, Tensor]:
         """The ordinary LoRA that the adapter is for one task.
 
-        B'_t = Σ_i g_{t,i} B_i Λ_t, so that ΔW_t = s · B'_t A exactly.
+        A'_t [k, in] and B'_t [out, k] with ΔW_t = s · B'_t A'_t exactly; for MTL-LoRA A' = A and
+        B'_t = Σ_i g_{t,i} B_i Λ_t.
 
         Returns:
-            A [r, in] and B'_t [out, r], both float64.
+            A'_t and B'_t, both float64.
+
+        Raises:
+            UsageError: the method reads the token; it is no LoRA for any task.
         """
-        up = self.lora_B.permute(1, 0, 2).reshape(self.lora_B.shape[1], -1).double()
-        mixing = mixing_of([self], torch.tensor([task], device=up.device))
-        if mixing is not None:
-            up = up @ mixing[0, 0].double()
-        return self.lora_A[0].double(), up
+        if not self.config.family.mergeable:
+            raise UsageError(
+                f"{self.config.method} mixes its up-projections by the token, not by the task: "
+                "no update of the weights equals it"
+            )
+        tasks = torch.tensor([task], device=self.lora_B.device)
+        down, up = self.factors(tasks)
+        side_by_side = up.permute(1, 0, 2).flatten(1).double()
+        mixing = mixing_of([self], tasks)
+        if mixing is not None and mixing.dtype != torch.bool:
+            side_by_side = side_by_side @ mixing[0, 0].double()
+        return down.flatten(0, 1).double(), side_by_side
+
+    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
+        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
+        config = self.config
+        return AdapterProducts(
+            spans,
+            config.scale(self.rank),
+            config.dropout,
+            config.family.spread,
+            config.ups,
+            config.tau,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*lead, in] → [*lead, out]; the task ids must lead `lead`."""
@@ -112,52 +220,70 @@ class MultiTaskLinear(nn.Module):
             products.mask(flat) if self.training else None,
             mixing_of([self], slots.present),
             *frozen.weights(),
-            self.lora_A,
-            self.lora_B,
+            *self.factors(slots.present),
         )
         return cast(Tensor, y).view(*lead, frozen.shape[0])
 
-    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
-        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
-        return AdapterProducts(spans, self.config.scale, self.config.dropout)
-
     def extra_repr(self) -> str:
         c = self.config
-        return f"rank={c.rank}, up_projections={c.up_projections}, tasks={self.routing.tasks}"
+        return f"method={c.method}, rank={self.rank}, up_projections={c.ups}, tasks={self.routing.tasks}"
 
 
-def mixing_of(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor | None:
-    """M [L, P, n·r, r] of many layers of one configuration in a few operations, not a few each.
+def mixing_of(
+    layers: Sequence[MultiTaskLinear], tasks: Tensor | None, *, all_rows: bool = False
+) -> Tensor | None:
+    """M [L, P, m, k] of many layers of one kind in a few operations, not a few each.
 
     Args:
-        layers: of equal rank and number of up-projections.
+        layers: of equal `kind`.
         tasks: [P] task ids, or None for all tasks.
+        all_rows: z holds the own rows of all tasks, not only of these.
 
     Returns:
-        M_{l,t} = [g_{l,t,1} Λ_{l,t}; …], float32 or better, through which gradients flow; None
-        where the method has no such matrices.
+        mtl-lora: M_{l,t} = [g_{l,t,1} Λ_{l,t}; …] [n·r, r]. moelora: the diagonal of the gates, each
+        as often as its expert has rows. Both float32 or better, and gradients flow through them.
+        mtlora: bool [L, P, k], which rows of z are the task's, the shared ones among them. None
+        where tasks do not differ.
     """
     config = layers[0].config
-    if not config.routed:
+    if config.method == "mtlora":
+        if all_rows and tasks is not None:
+            return _own_rows(layers, None).index_select(1, tasks)
+        return _own_rows(layers, tasks)
+    if config.family.spread != "task":
         return None
-    transform = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks)
+    gates = _gates(layers, tasks)
+    if config.method == "moelora":
+        return torch.diag_embed(gates.repeat_interleave(layers[0].rank // config.ups, dim=-1))
+    transform = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks, 1)
     if config.transform == "diagonal":
         transform = torch.diag_embed(transform)
-    product = _gates(layers, tasks)[..., None, None] * transform[:, :, None]
-    return product.flatten(2, 3)
+    return (gates[..., None, None] * transform[:, :, None]).flatten(2, 3)
+
+
+def _own_rows(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
+    first = layers[0]
+    count = first.routing.tasks if tasks is None else len(tasks)
+    own = torch.eye(count, dtype=torch.bool, device=first.lora_A.device)
+    own = own.repeat_interleave(first.config.task_rank, dim=1)
+    common = own.new_ones(count, first.rank)
+    return torch.cat([common, own], dim=1).expand(len(layers), -1, -1)
 
 
 def _gates(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
     """g [L, P, n]."""
-    config = layers[0].config
-    if config.gate == "weights":
-        logits = _of_tasks(torch.stack([layer.task_gate for layer in layers]), tasks)
+    config, shared = layers[0].config, layers[0]._shared
+    if not config.embedded:
+        logits = _of_tasks(torch.stack([layer.task_gate for layer in layers]), tasks, 1)
     else:
-        embedding = cast(nn.Parameter, layers[0]._shared[0])
-        chosen = embedding if tasks is None else embedding.index_select(0, tasks)
-        logits = chosen @ torch.stack([layer.gate_projection for layer in layers]).mT
-    return torch.softmax(logits / config.temperature, dim=-1)
+        embedding = cast(nn.Parameter, shared.task_embedding)
+        chosen = _of_tasks(embedding, tasks, 0)
+        if shared.gate_projection is not None:
+            logits = (chosen @ shared.gate_projection.T).expand(len(layers), -1, -1)
+        else:
+            logits = chosen @ torch.stack([layer.gate_projection for layer in layers]).mT
+    return torch.softmax(logits / config.tau, dim=-1)
 
 
-def _of_tasks(stacked: Tensor, tasks: Tensor | None) -> Tensor:
-    return stacked if tasks is None else stacked.index_select(1, tasks)
+def _of_tasks(values: Tensor, tasks: Tensor | None, dim: int) -> Tensor:
+    return values if tasks is None else values.index_select(dim, tasks)

@@ -33,12 +33,13 @@ def bench(
         typer.Option("--recipe", help="Take model, adapter and rows from a recipe, no data."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="mtl-lora (default) or lora.")
+        str | None, typer.Option("--method", help="mtl-lora (default), lora, mtlora, moelora, …")
     ] = None,
     tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Default: 8.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Default: 8.")] = None,
     up_projections: Annotated[
-        int | None, typer.Option("--up-projections", min=1, help="Default: 3.")
+        int | None,
+        typer.Option("--up-projections", min=1, help="Default: the method's; mtl-lora: 3."),
     ] = None,
     modules: Annotated[
         str | None,
@@ -141,7 +142,6 @@ def _plain_case(shape: str | None) -> Case:
     adapter = {
         "method": "mtl-lora",
         "rank": 8,
-        "up_projections": 3,
         "target_modules": PROJECTIONS["qkvo"],
     }
     return Case(name=name, shape=name, adapter=adapter)
@@ -201,10 +201,8 @@ def _with_options(
     mixed = {**case.adapter, **{key: value for key, value in adapter.items() if value is not None}}
     if modules is not None:
         mixed["target_modules"] = target_modules(modules)
-    if mixed["method"] == "lora":
-        if adapter["up_projections"] not in (None, 1):
-            raise UsageError("--up-projections: plain LoRA has one, and no gates to mix more")
-        mixed["up_projections"] = 1
+    if mixed["method"] == "lora" and adapter["up_projections"] not in (None, 1):
+        raise UsageError("--up-projections: plain LoRA has one, and no gates to mix more")
     # The update keeps its scale alpha / rank = 2 where only the rank was asked for.
     if adapter["rank"] is not None or "alpha" not in mixed:
         mixed["alpha"] = 2.0 * mixed["rank"]

@@ -13,7 +13,7 @@ BASELINES = ("peft", "plain", "lora")
 TABLES = ("yardstick",)
 # What an option may be; `choose` checks it.
 CHOICES = {
-    "--method": ("mtl-lora", "lora"),
+    "--method": ("mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora"),
     "--quantization": ("none", "nf4"),
     "--base-compute": ("bf16", "fp8"),
     "--engine": ("auto", "fused", "plain"),
@@ -175,4 +175,4 @@ def _as_lora(case: Case) -> dict[str, Any]:
     """Plain LoRA of the same rank: one up-projection, no transforms, no gates."""
     kept = ("rank", "alpha", "dropout", "target_modules")
     fields = {name: case.adapter[name] for name in kept if name in case.adapter}
-    return {**fields, "method": "lora", "up_projections": 1}
+    return {**fields, "method": "lora"}

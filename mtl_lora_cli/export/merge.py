@@ -28,7 +28,11 @@ def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
     updates = {}
     for path, layer in adapter.layers.items():
         down, up = layer.task_update(task)
-        updates[f"{path}.weight"] = (down.float().cpu(), up.float().cpu(), adapter.config.scale)
+        updates[f"{path}.weight"] = (
+            down.float().cpu(),
+            up.float().cpu(),
+            adapter.config.scale(layer.rank),
+        )
     return updates
 
 

@@ -27,6 +27,7 @@ from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
 from mtl_lora_cli.kernels.swiglu import swiglu, swiglu_gradient
 from mtl_lora_cli.models.packing import Packing, attend, attend_gradient
 
+_MOST_OWN_ROWS = 128
 Norm = tuple[Tensor, Tensor]  # r [N] and w [d] of h = w ⊙ (r x)
 
 
@@ -52,6 +53,9 @@ class Group:
 
     Args:
         layers: as they stand in the model: `MultiTaskLinear`, or a frozen linear layer.
+
+    Attributes:
+        all_tasks: z holds the own rows of all tasks, present or not.
     """
 
     def __init__(self, *layers: torch.nn.Module) -> None:
@@ -61,6 +65,7 @@ class Group:
         self.frozen = FrozenWeights(bases)  # type: ignore[arg-type]
         self.adapted = [layer for layer in layers if isinstance(layer, MultiTaskLinear)]
         self.products: AdapterProducts | None = None
+        self.all_tasks = False
         wanted = Room()
         if self.adapted:
             spans = tuple(
@@ -69,12 +74,18 @@ class Group:
                 if isinstance(layer, MultiTaskLinear)
             )
             self.products = self.adapted[0].products(spans)
-            wanted = Room(
-                columns=sum(
-                    layer.lora_B.shape[0] * layer.lora_B.shape[2] for layer in self.adapted
-                ),
-                rows=sum(layer.lora_A.shape[0] * layer.lora_A.shape[1] for layer in self.adapted),
-            )
+            # Parts of each task's own stand beside the shared ones, those of all tasks where they
+            # are few: then there is one size whatever tasks are present.
+            first = self.adapted[0]
+            own = first.config.family.spread == "own"
+            self.all_tasks = own and first.routing.tasks * first.config.task_rank <= _MOST_OWN_ROWS
+            if self.all_tasks or not own:
+                with torch.no_grad():
+                    each = [layer.factors(None) for layer in self.adapted]
+                wanted = Room(
+                    columns=sum(up.shape[0] * up.shape[2] for _, up in each),
+                    rows=sum(down.shape[0] * down.shape[1] for down, _ in each),
+                )
         self.frozen.lay_together(wanted)
 
     @property
@@ -82,12 +93,21 @@ class Group:
         """Columns to leave free behind the group's input, and behind its output's gradient."""
         return self.frozen.room
 
-    def tensors(self, mixing: Tensor | None) -> list[Tensor | None]:
+    @property
+    def count(self) -> int:
+        """Number of `tensors`."""
+        return 1 + 2 * len(self.adapted) if self.adapted else 0
+
+    def wanted(self, slots: Slots) -> Tensor | None:
+        """The tasks whose own parts are read: [P], or None for all."""
+        return None if self.all_tasks else slots.wanted
+
+    def tensors(self, mixing: Tensor | None, slots: Slots) -> list[Tensor | None]:
         """What autograd must know of: M, the downs, the ups."""
         if self.products is None:
             return []
-        downs = [layer.lora_A for layer in self.adapted]
-        return [mixing, *downs, *(layer.lora_B for layer in self.adapted)]
+        each = [layer.factors(self.wanted(slots)) for layer in self.adapted]
+        return [mixing, *(down for down, _ in each), *(up for _, up in each)]
 
     def forward(
         self, wide: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
@@ -101,7 +121,7 @@ class Group:
         factors = self.products.factors(self.frozen, x.dtype, rest[:count], rest[count:], mixing)
         mask = self.products.mask(x) if training else None
         z = self.products.narrow(x, mask, factors)
-        tape = Tape(factors, z, mask)
+        tape = Tape(factors, z, mask, tuple(like.shape for like in rest))
         return self._product(wide, tape, slots), tape
 
     def again(self, wide: Tensor, tape: Tape | None, slots: Slots) -> Tensor:
@@ -155,16 +175,15 @@ class Group:
         if self.products is None:
             return []
         if gradients is None or tape is None:
-            return [None] * (1 + 2 * len(self.adapted))
+            return [None] * self.count
         if norm is None:
             ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
         else:
             ddown = self.products.normed_down_gradient(gradients.dz, x, *norm, tape.mask)
+        half = len(tape.shapes) // 2
+        dtype = self.adapted[0].lora_A.dtype
         parameters = self.products.parameter_gradients(
-            [layer.lora_A for layer in self.adapted],
-            [layer.lora_B for layer in self.adapted],
-            ddown,
-            gradients.dups,
+            tape.shapes[:half], tape.shapes[half:], dtype, ddown, gradients.dups
         )
         return [gradients.dmixing, *parameters]
 
@@ -181,19 +200,21 @@ class Group:
 
 @dataclass
 class Tape:
-    """What a group's forward pass leaves: factors in the activations' dtype, z, and the mask."""
+    """What a group's forward pass leaves: factors in the activations' dtype, z, the mask, and the
+    shapes of the downs and ups."""
 
     factors: Factors
     z: Tensor
     mask: Tensor | None
+    shapes: tuple[torch.Size, ...]
 
     def tensors(self) -> list[Tensor | None]:
         return [*self.factors, self.z, self.mask]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Tape:
+    def of(tensors: Sequence[Tensor], shapes: tuple[torch.Size, ...]) -> Tape:
         down, up, mixing, z, mask = tensors
-        return Tape(Factors(down, up, mixing), z, mask)
+        return Tape(Factors(down, up, mixing), z, mask, shapes)
 
 
 @dataclass
@@ -232,13 +253,19 @@ class _Saved:
     """Names for what a block saves: `save_for_backward` takes a flat list."""
 
     def __init__(self, ctx: Any) -> None:
-        self.names: list[tuple[str, int]] = []
+        self.names: list[tuple[str, int, Any]] = []
         self.flat: list[Tensor | None] = []
         self._ctx = ctx
 
-    def add(self, name: str, *tensors: Tensor | None) -> None:
-        self.names.append((name, len(tensors)))
-        self.flat += tensors
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.names.append((name, 1, None))
+        self.flat.append(tensor)
+
+    def add_tape(self, name: str, tape: Tape | None) -> None:
+        if tape is not None:
+            tensors = tape.tensors()
+            self.names.append((name, len(tensors), tape.shapes))
+            self.flat += tensors
 
     def close(self) -> None:
         self._ctx.save_for_backward(*self.flat)
@@ -248,9 +275,9 @@ class _Saved:
 def _open(ctx: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     tensors = list(ctx.saved_tensors)
-    for name, count in ctx.names:
+    for name, count, shapes in ctx.names:
         own, tensors = tensors[:count], tensors[count:]
-        found[name] = Tape.of(own) if name.startswith("tape") else own[0]
+        found[name] = own[0] if shapes is None else Tape.of(own, shapes)
     return found
 
 
@@ -272,7 +299,7 @@ class AttentionBlock(torch.autograd.Function):
         delta: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count = len(qkv_group.tensors(None))
+        count = qkv_group.count
         total, normed, inverse = add_norm(x, delta, *norm, room=qkv_group.room.columns)
         qkv, qkv_tape = qkv_group.forward(normed, tensors[:count], call.slots, call.training)
         call.packing.rotate_(qkv)
@@ -291,9 +318,8 @@ class AttentionBlock(torch.autograd.Function):
                 # Of a graph the state holds all that would be computed again.
                 if call.keep.attended or not isinstance(state, Tensor):
                     saved.add("attended", attended)
-            for name, tape in (("tape_qkv", qkv_tape), ("tape_o", o_tape)):
-                if tape is not None:
-                    saved.add(name, *tape.tensors())
+            saved.add_tape("tape_qkv", qkv_tape)
+            saved.add_tape("tape_o", o_tape)
             saved.close()
             ctx.state = state if call.keep.qkv else None
             ctx.static = (norm[0], qkv_group, o_group, call)
@@ -349,7 +375,7 @@ class MlpBlock(torch.autograd.Function):
         delta: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count = len(gate_up_group.tensors(None))
+        count = gate_up_group.count
         total, normed, inverse = add_norm(x, delta, *norm, room=gate_up_group.room.columns)
         both, gate_up_tape = gate_up_group.forward(normed, tensors[:count], slots, call.training)
         activated = swiglu(both, room=down_group.room.columns)
@@ -360,9 +386,8 @@ class MlpBlock(torch.autograd.Function):
             saved.add("inverse", inverse)
             if call.keep.gate_up:
                 saved.add("both", both)
-            for name, tape in (("tape_gate_up", gate_up_tape), ("tape_down", down_tape)):
-                if tape is not None:
-                    saved.add(name, *tape.tensors())
+            saved.add_tape("tape_gate_up", gate_up_tape)
+            saved.add_tape("tape_down", down_tape)
             saved.close()
             ctx.static = (norm[0], gate_up_group, down_group, slots)
         return total, out

@@ -64,9 +64,23 @@ def obstacle(model: Any, adapter: Adapter | None) -> str | None:
             tail = path[path.find("layers.") :]
             if tail not in inside and not path.endswith("lm_head"):
                 return f"an adapter on {path}"
+        for number in range(len(layers)):
+            for parts in _TOGETHER:
+                inside_group = [f"layers.{number}.{part}" for part in parts]
+                ranks = {
+                    layer.rank
+                    for path, layer in adapter.layers.items()
+                    if path[path.find("layers.") :] in inside_group
+                }
+                if len(ranks) > 1:
+                    return f"ranks that differ within {', '.join(parts)} of one layer"
     return None
 
 
+_TOGETHER = (
+    tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    tuple(f"mlp.{name}_proj" for name in ("gate", "up")),
+)
 _PARTS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -163,11 +177,12 @@ class FusedDecoder:
             qkv, o, gate_up, down = mixings[number]
             x, delta = AttentionBlock.apply(
                 layer.input_norm, layer.qkv, layer.o, own, x, delta,
-                *layer.qkv.tensors(qkv), *layer.o.tensors(o),
+                *layer.qkv.tensors(qkv, own.slots), *layer.o.tensors(o, own.chosen_slots),
             )  # fmt: skip
             x, delta = MlpBlock.apply(
                 layer.mlp_norm, layer.gate_up, layer.down, own, own.chosen_slots, x, delta,
-                *layer.gate_up.tensors(gate_up), *layer.down.tensors(down),
+                *layer.gate_up.tensors(gate_up, own.chosen_slots),
+                *layer.down.tensors(down, own.chosen_slots),
             )  # fmt: skip
         return _FinalNorm.apply(x, delta, *self._norm)
 
@@ -191,21 +206,23 @@ class FusedDecoder:
         found: list[list[Tensor | None]] = [[None] * 4 for _ in self.layers]
         last = len(self.layers) - 1
         # The last layer's later groups see the chosen positions, where fewer tasks may be present.
-        for chosen, own in ((False, slots), (True, chosen_slots)):
-            places = [
-                (number, kind)
-                for number, layer in enumerate(self.layers)
-                for kind, group in enumerate(layer.groups)
-                if group.adapted and (number == last and kind != _QKV) == chosen
-            ]
-            if not places or own.count == 0:
+        places: dict[tuple[Any, bool], list[tuple[int, int]]] = {}
+        for number, layer in enumerate(self.layers):
+            for kind, group in enumerate(layer.groups):
+                if group.adapted:
+                    key = (group.adapted[0].kind, number == last and kind != _QKV)
+                    places.setdefault(key, []).append((number, kind))
+        for (_, chosen), some in places.items():
+            own = chosen_slots if chosen else slots
+            if own.count == 0:
                 continue
-            groups = [self.layers[number].groups[kind] for number, kind in places]
-            together = mixing_of([layer for group in groups for layer in group.adapted], own.wanted)
+            groups = [self.layers[number].groups[kind] for number, kind in some]
+            layers = [layer for group in groups for layer in group.adapted]
+            together = mixing_of(layers, own.wanted, all_rows=groups[0].all_tasks)
             if together is None:
-                continue
+                break
             parts = together.split([len(group.adapted) for group in groups])
-            for (number, kind), part in zip(places, parts, strict=True):
+            for (number, kind), part in zip(some, parts, strict=True):
                 found[number][kind] = part
         return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear
+from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear, Shared
 from mtl_lora_cli.adapters.routing import Routing
 
 MakeLayer = Callable[..., MultiTaskLinear]
@@ -20,8 +20,9 @@ Naive = Callable[..., Tensor]
 def _named(layer: MultiTaskLinear) -> dict[str, nn.Parameter]:
     """The trained tensors of one layer, the model's task embedding among them."""
     named = {role: getattr(layer, role) for role in ROLES if hasattr(layer, role)}
-    if layer._shared[0] is not None:
-        named["task_embedding"] = layer._shared[0]
+    for name, value in vars(layer._shared).items():
+        if value is not None:
+            named[name] = value
     return named
 
 
@@ -37,10 +38,12 @@ def _make_layer(
     torch.manual_seed(seed)
     kinds = AdapterConfig(**{"rank": 3, "alpha": 5.0, "temperature": 0.7, **config})
     base = base or nn.Linear(7, 5, bias=bias, dtype=dtype)
-    embedding = None
-    if kinds.gate == "embedding":
-        embedding = nn.Parameter(torch.randn(tasks, kinds.embedding_size, dtype=dtype))
-    layer = MultiTaskLinear(base, kinds, Routing(tasks), embedding)
+    shared, size = Shared(), kinds.embedding_size or 0
+    if kinds.embedded:
+        shared.task_embedding = nn.Parameter(torch.randn(tasks, size, dtype=dtype))
+    if kinds.method == "moelora":
+        shared.gate_projection = nn.Parameter(torch.randn(kinds.ups, size, dtype=dtype))
+    layer = MultiTaskLinear(base, kinds, Routing(tasks), shared)
     with torch.no_grad():  # the start hides most of the formula: B is 0 and Λ the identity
         for parameter in _named(layer).values():
             parameter.copy_(torch.randn_like(parameter))

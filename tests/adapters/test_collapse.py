@@ -24,7 +24,7 @@ def test_the_collapsed_update_is_the_layers_effective_weight(
         with torch.no_grad(), layer.routing.assign(torch.full((7,), task)):
             effective = (layer(units) - layer.base_layer.bias).T
         down, up = layer.task_update(task)
-        collapsed = layer.base_layer.weight + layer.config.scale * up @ down
+        collapsed = layer.base_layer.weight + layer.config.scale(layer.rank) * up @ down
         torch.testing.assert_close(collapsed, effective, rtol=1e-12, atol=1e-12)
 
 

@@ -94,7 +94,13 @@ def test_what_the_configuration_says_comes_back(tmp_path: Path) -> None:
     assert file.config == adapter.config
     assert file.tasks == TASKS
     assert file.base_model == {"name": "base", "revision": None, "fingerprint": "f"}
-    expected = {"kind": "linear", "in_features": 6, "out_features": 5, "tied_to": None}
+    expected = {
+        "kind": "linear",
+        "in_features": 6,
+        "out_features": 5,
+        "rank": adapter.config.rank,
+        "tied_to": None,
+    }
     assert file.modules["first"] == expected
     assert set(file.modules) == {"first", "second"}
 
@@ -165,10 +171,10 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 1, 0, "2", None])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 1" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 2" in fault(saved)
 
 
 def test_an_unknown_key(saved: Path) -> None:

@@ -88,7 +88,10 @@ def test_a_recipe_gives_the_adapter(
         (["--shape", "tiny", "--row-length", "468"], "--row-length: the longest example has 469"),
         (["--vs", "pefft"], "--vs: expected one of peft, plain, lora, received 'pefft'"),
         (["--case", "yard"], "--case: expected one of yardstick, received 'yard'"),
-        (["--method", "dora"], "--method: expected one of mtl-lora, lora, received 'dora'"),
+        (
+            ["--method", "dora"],
+            "--method: expected one of mtl-lora, lora, mtlora, moelora, multilora, hydralora, received 'dora'",
+        ),
         (["--quantization", "int8"], "--quantization: expected one of none, nf4"),
         (["--modules", ","], "--modules: expected qkvo, all, or names of layers"),
         (["--shape", "tiny", "--modules", "q_prj"], "adapter.target_modules: 'q_prj' matches no"),

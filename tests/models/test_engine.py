@@ -101,6 +101,33 @@ def test_equals_the_plain_layers_for_other_forms(
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "lora"},
+        {"method": "mtlora", "task_rank": 2},
+        {"method": "moelora", "up_projections": 4},
+        {"method": "multilora", "up_projections": 2},
+        {"method": "hydralora", "up_projections": 2},
+        {"method": "lora", "scaling": "sqrt_rank", "rank_pattern": {"down_proj": 3, "o_proj": 2}},
+    ],
+    ids=lambda config: config["method"],
+)
+@pytest.mark.parametrize("targets", [SEVEN, ("q_proj", "v_proj", "down_proj", "o_proj")])
+def test_equals_the_plain_layers_for_every_method(
+    base: BaseModel, batch: PackedBatch, config: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    model, adapter = build(base, target_modules=targets, **config)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert_alike(fused, plain, CLOSE)
+
+
+def test_ranks_that_differ_within_a_group_take_the_plain_layers(base: BaseModel) -> None:
+    model, adapter = build(base, target_modules=SEVEN, rank_pattern={"k_proj": 2})
+    assert PackedModel(model, adapter).decoder is None
+
+
+@pytest.mark.parametrize(
     "keep",
     [
         Keep(attended=False),

@@ -66,7 +66,8 @@ def _spelled(path: KeyPath) -> str:
 @given(st.data())
 def test_a_renamed_key_is_named(complete: str, data: st.DataObject) -> None:
     recipe = yaml.safe_load(complete)
-    keys = [path for path in _paths(recipe) if isinstance(path[-1], str)]
+    # Under rank_pattern stand names of layers, which only the model knows.
+    keys = [p for p in _paths(recipe) if isinstance(p[-1], str) and "rank_pattern" not in p[:-1]]
     path = data.draw(st.sampled_from(keys))
     parent = _parent(recipe, path)
     wrong = data.draw(

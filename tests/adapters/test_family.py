@@ -1,0 +1,244 @@
+"""Every method against its paper, written out a position at a time in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mtl_lora_cli.adapters.config import COMMON, METHODS, AdapterConfig, Method
+from mtl_lora_cli.adapters.count import parameter_count
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.errors import UsageError
+
+MakeLayer = Callable[..., MultiTaskLinear]
+Trained = Callable[[MultiTaskLinear], dict[str, nn.Parameter]]
+IDS = torch.tensor([[2, 0, -1, 2, 3, 3], [0, -1, 0, 2, 2, 0]])  # task 1 is absent
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "mtl-lora": {"up_projections": 2},
+    "mtlora": {"task_rank": 2},
+    "moelora": {"rank": 6, "up_projections": 3, "embedding_size": 4},
+    "multilora": {"up_projections": 3},
+    "hydralora": {"up_projections": 3, "temperature": 0.7},
+}
+MERGEABLE = [method for method in CONFIGS if METHODS[method].mergeable]
+
+
+def update(method: str, p: Mapping[str, Tensor], c: AdapterConfig, task: int, x: Tensor) -> Tensor:
+    """ΔW_t x of one position, as the paper writes it."""
+    a, b = p["lora_A"], p["lora_B"]
+    s = c.alpha / c.rank
+    if method == "lora":  # arXiv 2106.09685, equation 3
+        return s * (b[0] @ (a[0] @ x))
+    if method == "mtl-lora":  # arXiv 2410.09437, equations 3 to 5
+        gate = torch.softmax(p["task_gate"][task] / c.tau, 0)
+        low = p["task_transform"][task] @ (a[0] @ x)
+        return s * sum(g * (up @ low) for g, up in zip(gate, b, strict=True))
+    if method == "mtlora":  # arXiv 2403.20320: task-agnostic plus task-specific module
+        own = p["task_lora_B"][task] @ (p["task_lora_A"][task] @ x)
+        return s * (b[0] @ (a[0] @ x)) + c.alpha / c.task_rank * own
+    if method == "moelora":  # arXiv 2310.18339, equations 5 to 8
+        gate = torch.softmax(p["gate_projection"] @ p["task_embedding"][task] / c.tau, 0)
+        return s * sum(g * (up @ (down @ x)) for g, up, down in zip(gate, b, a, strict=True))
+    if method == "multilora":  # arXiv 2311.11501, section 3
+        parts = zip(p["scale"], b, a, strict=True)
+        return s * sum(scale * (up @ (down @ x)) for scale, up, down in parts)
+    # arXiv 2404.19245, equations 4 and 5: the router reads the token
+    gate = torch.softmax(p["gate_projection"] @ x / c.tau, 0)
+    return s * sum(g * (up @ (a[0] @ x)) for g, up in zip(gate, b, strict=True))
+
+
+def naive(layer: MultiTaskLinear, p: Mapping[str, Tensor], x: Tensor, ids: Tensor) -> Tensor:
+    rows = []
+    for i, task in enumerate(ids.tolist()):
+        y = layer.base_layer.weight.detach() @ x[i] + layer.base_layer.bias.detach()
+        if task >= 0:
+            y = y + update(layer.config.method, p, layer.config, task, x[i])
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def build(make_layer: MakeLayer, method: str, **more: Any) -> MultiTaskLinear:
+    return make_layer(method=method, **{**CONFIGS[method], **more})
+
+
+def test_every_method_is_here() -> None:
+    assert set(CONFIGS) == set(get_args(Method)) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_equals_the_paper(make_layer: MakeLayer, trained: Trained, method: str) -> None:
+    layer = build(make_layer, method)
+    parameters = trained(layer)
+    x = torch.randn(*IDS.shape, 7, dtype=torch.float64, requires_grad=True)
+    weighting = torch.randn(*IDS.shape, 5, dtype=torch.float64)
+    with layer.routing.assign(IDS):
+        y = layer(x)
+        (y * weighting).sum().backward()
+    theirs = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    flat = x.detach().reshape(-1, 7).clone().requires_grad_()
+    expected = naive(layer, theirs, flat, IDS.reshape(-1))
+    (expected * weighting.reshape(-1, 5)).sum().backward()
+    close: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(y.reshape(-1, 5), expected, **close)
+    torch.testing.assert_close(x.grad.reshape(-1, 7), flat.grad, **close)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, msg=lambda text, n=name: f"{n}: {text}", **close
+        )
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_gradients_equal_finite_differences(
+    make_layer: MakeLayer, trained: Trained, method: str
+) -> None:
+    layer = build(make_layer, method)
+    named = {n: p for n, p in trained(layer).items() if n in dict(layer.named_parameters())}
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        with layer.routing.assign(IDS):
+            return functional_call(layer, dict(zip(named, values, strict=True)), (x,))
+
+    x = torch.randn(*IDS.shape, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        output, (x, *(p.detach().clone().requires_grad_() for p in named.values()))
+    )
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_fresh_layer_is_the_base_and_can_learn(make_layer: MakeLayer, method: str) -> None:
+    some = build(make_layer, method)
+    torch.manual_seed(0)
+    layer = MultiTaskLinear(some.base_layer, some.config, some.routing, some._shared)
+    x = torch.randn(*IDS.shape, 7, dtype=torch.float64)
+    with layer.routing.assign(IDS):
+        y = layer(x)
+        y.square().sum().backward()
+    torch.testing.assert_close(y, layer.base_layer(x), rtol=1e-13, atol=1e-13)
+    moving = [n for n, p in layer.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    assert moving, "nothing would ever move"
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_one_task_is_an_ordinary_lora(make_layer: MakeLayer, method: str) -> None:
+    layer = build(make_layer, method)
+    units = torch.eye(7, dtype=torch.float64)
+    for task in range(4):
+        with torch.no_grad(), layer.routing.assign(torch.full((7,), task)):
+            effective = (layer(units) - layer.base_layer.bias).T
+        down, up = layer.task_update(task)
+        collapsed = layer.base_layer.weight + layer.config.scale(layer.rank) * up @ down
+        torch.testing.assert_close(collapsed, effective, rtol=1e-11, atol=1e-11)
+
+
+def test_a_gate_that_reads_the_token_is_no_lora(make_layer: MakeLayer) -> None:
+    with pytest.raises(UsageError, match="hydralora mixes its up-projections by the token"):
+        build(make_layer, "hydralora").task_update(0)
+
+
+@pytest.mark.parametrize("method", ["mtl-lora", "mtlora", "moelora"])
+def test_a_tasks_parts_reach_no_other_task(make_layer: MakeLayer, method: str) -> None:
+    layer = build(make_layer, method)
+    x = torch.randn(*IDS.shape, 7, dtype=torch.float64)
+
+    def output() -> Tensor:
+        with torch.no_grad(), layer.routing.assign(IDS):
+            return layer(x)
+
+    before = output()
+    for name, parameter in [*layer.named_parameters(), *vars(layer._shared).items()]:
+        if name.startswith("task_") and parameter is not None:
+            parameter.data[2] += 17.0
+    after = output()
+    torch.testing.assert_close(before[IDS != 2], after[IDS != 2], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(before[IDS == 2], after[IDS == 2])
+
+
+def test_lora_is_pefts_lora(make_layer: MakeLayer) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    layer = build(make_layer, "lora")
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(7, 5, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(x)
+
+    holder = Holder()
+    holder.proj.load_state_dict(layer.base_layer.state_dict())
+    c = layer.config
+    theirs = get_peft_model(
+        holder, LoraConfig(r=c.rank, lora_alpha=c.alpha, target_modules=["proj"])
+    ).double()
+    own = theirs.base_model.model.proj
+    own.lora_A["default"].weight.data.copy_(layer.lora_A[0])
+    own.lora_B["default"].weight.data.copy_(layer.lora_B[0])
+    x = torch.randn(6, 7, dtype=torch.float64)
+    weighting = torch.randn(6, 5, dtype=torch.float64)
+    with layer.routing.assign(torch.zeros(6, dtype=torch.long)):
+        ours = layer(x)
+        (ours * weighting).sum().backward()
+    expected = theirs(x)
+    (expected * weighting).sum().backward()
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.lora_A.grad[0], own.lora_A["default"].weight.grad)
+    torch.testing.assert_close(layer.lora_B.grad[0], own.lora_B["default"].weight.grad)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 6)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("more", [{}, {"gate": "embedding", "transform": "diagonal"}])
+def test_the_formula_counts_what_is_trained(method: str, more: dict[str, Any]) -> None:
+    if more and method != "mtl-lora":
+        pytest.skip("no gate kinds")
+    config = AdapterConfig(
+        method=method, target_modules=("first", "second"), **{"rank": 3, **CONFIGS[method], **more}
+    )
+    adapter = inject(Two(), config, ("a", "b", "c"))
+    assert parameter_count(config, [(8, 12), (6, 8)], 3) == adapter.parameter_count()
+
+
+def test_a_rank_pattern_names_layers() -> None:
+    config = AdapterConfig(target_modules=("first", "second"), rank_pattern={"second": 2})
+    adapter = inject(Two(), config, ("a",))
+    assert adapter.layers["first"].rank == 8
+    assert adapter.layers["second"].lora_A.shape == (1, 2, 8)
+    assert adapter.layers["second"].products(()).scale == 16 / 2
+    count = parameter_count(config, [(8, 12), (6, 8)], 1, ranks=[8, 2])
+    assert count == adapter.parameter_count()
+    wrong = AdapterConfig(target_modules=("first",), rank_pattern={"secnd": 2})
+    with pytest.raises(UsageError, match="rank_pattern: 'secnd' matches no adapted layer"):
+        inject(Two(), wrong, ("a",))
+
+
+def test_llama_2_7b_by_the_formulas() -> None:
+    """q, k, v, o of 32 layers of width 4,096; 8 tasks, n = 3, r = 8, as in the paper."""
+    shapes = [(4096, 4096)] * 4 * 32
+    assert parameter_count(AdapterConfig(method="lora"), shapes, 8) == 8_388_608
+    assert parameter_count(AdapterConfig(method="mtl-lora"), shapes, 8) == 16_845_824
+
+
+def test_scaling_by_the_root_of_the_rank(make_layer: MakeLayer) -> None:
+    assert AdapterConfig(alpha=12, scaling="sqrt_rank").scale(9) == 4
+    assert AdapterConfig(alpha=12).scale(6) == 2
+
+
+def test_the_recipe_knows_the_same_keys() -> None:
+    from mtl_lora_cli.recipe import schema
+
+    assert {name: family.reads for name, family in METHODS.items()} == schema._READ_BY
+    assert {"method", *COMMON} == set(schema._COMMON)

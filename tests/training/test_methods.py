@@ -1,0 +1,45 @@
+"""Every method learns on real rows, is saved, evaluated, and merged where it can be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtl_lora_cli.adapters.config import METHODS
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mtl-lora"])
+def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: Path) -> None:
+    runs = f"run.directory={tmp_path}"
+    trained = cli(
+        "train", str(recipe_file), f"adapter.method={method}", "adapter.rank=8", runs,
+        "training.max_steps=4", "run.name=one",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    run = str(tmp_path / "one")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "one/metrics.jsonl").open()]
+    assert losses[-1] < losses[0]
+    scored = cli("eval", "--run", run, "--task", "rte", "--limit", "8", "--json")
+    assert scored.returncode == 0, scored.stderr
+    merged = cli(
+        "merge", "--run", run, "--task", "rte", "--output", str(tmp_path / "merged"), "--json"
+    )
+    if METHODS[method].mergeable:
+        assert merged.returncode == 0, merged.stderr
+    else:
+        assert merged.returncode == 2
+        assert "mixes its up-projections by the token" in merged.stderr
+        assert not (tmp_path / "merged").exists()
