@@ -29,10 +29,11 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.load import pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.training.memory import keep_of
+from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
+    ParameterGroup,
     Ready,
     Update,
     graphs_possible,
@@ -113,7 +114,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     ).train()
     parameters = list(adapter.tensors().values())
     graphed = graphs_possible(packed, adapter, device)
-    optimizer = make_optimizer(parameters, LEARNING_RATE, 0.0, graphed=graphed)
+    groups = [ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)]
+    optimizer = make_optimizer(groups, graphed=graphed)
     update = Update(parameters, optimizer, case.max_gradient_norm, graphed=graphed)
     eager = EagerPasses(packed, packed, device)
     passes = GraphedPasses(packed, adapter, case.row_length, eager) if graphed else eager
@@ -217,7 +219,7 @@ class _Training:
         ahead, self._ahead = self._ahead, None
         passes = ahead[1] if ahead is not None and ahead[0] is one else self._prepare(one)
         loss = [self._passes.run(ready).sum() for ready in passes]
-        norm = self._update(LEARNING_RATE)
+        norm = self._update(1.0)
         place = next(i for i, other in enumerate(self._steps) if other is one) + 1
         if place < len(self._steps):
             self._ahead = (self._steps[place], self._prepare(self._steps[place]))

@@ -25,15 +25,13 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recompute
 from mtl_lora_cli.training import memory
-from mtl_lora_cli.training.memory import (
+from mtl_lora_cli.training.footprint import (
     CONTEXT,
     GIB,
-    Choice,
     GroupSizes,
     LayerSizes,
     Load,
     ModelSizes,
-    choose,
     fixed_bytes,
     keep_of,
     kept_bytes,
@@ -43,6 +41,7 @@ from mtl_lora_cli.training.memory import (
     sizes_of,
     weight_bytes,
 )
+from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
 from mtl_lora_cli.training.run import prepare, resume, start
 
