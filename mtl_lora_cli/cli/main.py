@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from mtl_lora_cli.cli import bench, data, evaluate, frame, merge, tasks, train, validate
+from mtl_lora_cli.cli import (
+    bench,
+    compare,
+    data,
+    evaluate,
+    export,
+    frame,
+    merge,
+    tasks,
+    train,
+    validate,
+)
 
 app = typer.Typer(
     help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
@@ -21,10 +32,12 @@ app = typer.Typer(
 train.register(app)
 evaluate.register(app)
 merge.register(app)
+export.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)
 bench.register(app)
+compare.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.export.run_merge import Merged
 
 
 def register(app: typer.Typer) -> None:
@@ -54,23 +58,28 @@ def merge(
             merge_task(opened, one, target, limit=limit, tolerance=tolerance, say=say)
             for one, target in zip(chosen, targets, strict=True)
         ]
-        if as_json:
-            emit_json(
-                [
-                    {
-                        "task": result.task,
-                        "path": str(result.folder),
-                        "examples": result.comparison.examples,
-                        "largest_difference": result.comparison.largest,
-                        "equal_answers": result.comparison.equal,
-                    }
-                    for result in results
-                ]
-            )
-            return
-        for result in results:
-            emit(
-                f"{result.folder}: on {result.comparison.examples} held-out rows the largest "
-                f"difference of log-probabilities is {result.comparison.largest:.2e}, "
-                f"equal answers {result.comparison.equal:.1%}"
-            )
+        emit_written(results, as_json)
+
+
+def emit_written(results: Sequence[Merged], as_json: bool) -> None:
+    """What was written where, and how it compared."""
+    if as_json:
+        emit_json(
+            [
+                {
+                    "task": result.task,
+                    "path": str(result.folder),
+                    "examples": result.comparison.examples,
+                    "largest_difference": result.comparison.largest,
+                    "equal_answers": result.comparison.equal,
+                }
+                for result in results
+            ]
+        )
+        return
+    for result in results:
+        emit(
+            f"{result.folder}: on {result.comparison.examples} held-out rows the largest "
+            f"difference of log-probabilities is {result.comparison.largest:.2e}, "
+            f"equal answers {result.comparison.equal:.1%}"
+        )

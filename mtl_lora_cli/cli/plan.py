@@ -36,13 +36,18 @@ def task_rows(prepared: Prepared) -> list[dict[str, Any]]:
 
 
 def findings(prepared: Prepared) -> list[str]:
-    """What the audit noticed, a line each."""
+    """What the audit noticed, and what will not be done, a line each."""
     data = prepared.data
-    return [
+    audited = [
         line
         for task, audit in zip(data.tasks, data.audits, strict=True)
         for line in audit.findings(task.name)
     ]
+    left_out = [
+        f"{name}: there is no validation split, so training.validation leaves it out"
+        for name in prepared.unvalidated
+    ]
+    return audited + left_out
 
 
 def tasks_table(prepared: Prepared) -> str:

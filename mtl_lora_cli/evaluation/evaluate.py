@@ -118,8 +118,39 @@ def evaluate(
     Returns:
         The results, as they stand in `evaluations/ID.json`.
     """
-    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
     held = [held_out(task, setting) for task in tasks]
+    started = time.monotonic()
+    answers = predict(opened, tasks, held, setting, advance)
+    seconds = time.monotonic() - started
+    results = []
+    for task, examples, (requests, outcome) in zip(tasks, held, answers, strict=True):
+        result = _result(opened, task, examples, requests, outcome, setting)
+        result["seconds_of_all_tasks"] = seconds
+        _store(opened.folder, result)
+        results.append(result)
+    return results
+
+
+def predict(
+    opened: OpenRun,
+    tasks: Sequence[Task],
+    held: Sequence[Examples],
+    setting: Setting,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[list[Request], Outcome]]:
+    """Ask the model; write nothing.
+
+    Args:
+        opened: the run with its model.
+        tasks: some of its tasks.
+        held: the rows of each.
+        setting: protocol, and whether the base model alone is asked.
+        advance: called with (examples done, examples in all).
+
+    Returns:
+        For each task what was asked, and the outcome.
+    """
+    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
     requests: list[list[Request]] = []
     for task, examples in zip(tasks, held, strict=True):
         number = -1 if setting.base_only else task.id
@@ -132,7 +163,6 @@ def evaluate(
         done += count
         advance(done, total)
 
-    started = time.monotonic()
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
     scores = iter(
         score(
@@ -149,14 +179,7 @@ def evaluate(
         else _generated(opened, examples, part, encoder.end, step)
         for index, (task, examples, part) in enumerate(zip(tasks, held, requests, strict=True))
     ]
-    seconds = time.monotonic() - started
-    results = []
-    for task, examples, part, outcome in zip(tasks, held, requests, outcomes, strict=True):
-        result = _result(opened, task, examples, part, outcome, setting)
-        result["seconds_of_all_tasks"] = seconds
-        _store(opened.folder, result)
-        results.append(result)
-    return results
+    return list(zip(requests, outcomes, strict=True))
 
 
 def _generated(

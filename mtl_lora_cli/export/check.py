@@ -47,22 +47,29 @@ class Comparison:
 def compare_merged(
     opened: OpenRun, task: Task, folder: Path, limit: int, tolerance: float | None = None
 ) -> Comparison:
-    """Load a merged folder as any user would and compare it with the adapted model.
+    """Load a merged folder as any user would and compare it with the adapted model."""
+    merged = load_model(find_base_model(str(folder)), dtype=opened.dtype, device=opened.device)
+    return compare(opened, task, PackedModel(merged), limit, tolerance)
+
+
+def compare(
+    opened: OpenRun, task: Task, other: PackedModel, limit: int, tolerance: float | None = None
+) -> Comparison:
+    """Put the same requests to the adapted model and to another one that should equal it.
 
     Args:
-        opened: the run, on the base weights that were merged into.
-        task: the one that was merged.
-        folder: the merged model.
+        opened: the run, on the base weights of the other model.
+        task: which the other model is for.
+        other: the exported model.
         limit: examples to compare on.
         tolerance: largest difference allowed; default: by dtype.
     """
     examples = held_out(task, Setting(limit=limit)).examples
     encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
     requests = build_requests(examples, task.id, encoder, opened.longest)
-    merged = load_model(find_base_model(str(folder)), dtype=opened.dtype, device=opened.device)
     ours, theirs = (
         score(model, requests, device=opened.device, tokens_per_pass=opened.tokens_per_pass)
-        for model in (opened.packed, PackedModel(merged))
+        for model in (opened.packed, other)
     )
     largest = max(
         (float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)), default=0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
@@ -57,29 +57,23 @@ class Source(StrictModel):
         return self
 
 
-_MTL_LORA_ONLY = (
-    "up_projections",
-    "temperature",
-    "transform",
-    "gate",
-    "gate_start",
-    "embedding_size",
-)
-
-
 class Adapter(StrictModel):
-    """The adapter's mathematics; see docs/method.md."""
+    """The adapter's mathematics; see docs/method.md. Null is the method's own default."""
 
-    method: Literal["mtl-lora", "lora"] = "mtl-lora"
+    method: Literal["mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora"] = "mtl-lora"
     rank: Positive = 8
     alpha: PositiveFloat = 16.0  # the update is scaled by alpha / rank
-    up_projections: Positive = 3
-    temperature: PositiveFloat = 0.5  # the gate is softmax(w / temperature)
+    scaling: Literal["rank", "sqrt_rank"] = "rank"  # or by alpha / √rank
+    up_projections: Positive | None = None
+    temperature: PositiveFloat | None = None  # the gate is softmax(w / temperature)
     transform: Literal["full", "diagonal"] = "full"
     gate: Literal["weights", "embedding"] = "weights"
     gate_start: NonNegativeFloat = 2.0  # standard deviation of the gate's logits w / temperature
-    embedding_size: Positive = 16  # of the task embedding, where gate is `embedding`
+    embedding_size: Positive | None = None  # of the task embedding
+    task_rank: Positive = 1  # of each task's own part, mtlora
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    down_start: Literal["kaiming", "normal"] = "kaiming"
+    rank_pattern: dict[str, Positive] = {}  # target or pattern -> rank of the layers it names
     target_modules: Annotated[list[str], Field(min_length=1)] = [
         "q_proj",
         "k_proj",
@@ -90,11 +84,53 @@ class Adapter(StrictModel):
     @model_validator(mode="after")
     def _keys_of_the_method(self) -> Adapter:
         """A key that the method does not read must not be changed: it would do nothing."""
-        if self.method == "lora":
-            for name in _MTL_LORA_ONLY:
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"'{name}' goes with method: mtl-lora only")
+        reads = (*_COMMON, *_READ_BY[self.method])
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in reads or value == field.default:
+                continue
+            if name == "up_projections" and value == 1:
+                continue
+            others = ", ".join(method for method, keys in _READ_BY.items() if name in keys)
+            raise ValueError(f"'{name}' is not read by method: {self.method}, only by {others}")
+        if self.method == "moelora":
+            experts = self.up_projections or 8
+            for rank in (self.rank, *self.rank_pattern.values()):
+                if rank % experts:
+                    raise ValueError(
+                        f"moelora shares its rank among {experts} experts (up_projections) evenly, "
+                        f"received {rank}"
+                    )
         return self
+
+
+# Which keys a method reads beside the common ones; the mathematics is in adapters/config.py, and a
+# test holds the two together: recipes are checked without loading torch.
+_COMMON = (
+    "method",
+    "rank",
+    "alpha",
+    "scaling",
+    "dropout",
+    "down_start",
+    "rank_pattern",
+    "target_modules",
+)
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "lora": (),
+    "mtl-lora": (
+        "up_projections",
+        "temperature",
+        "transform",
+        "gate",
+        "gate_start",
+        "embedding_size",
+    ),
+    "mtlora": ("task_rank",),
+    "moelora": ("up_projections", "temperature", "embedding_size"),
+    "multilora": ("up_projections",),
+    "hydralora": ("up_projections", "temperature"),
+}
 
 
 class Task(StrictModel):
@@ -131,6 +167,45 @@ Recomputation = Annotated[
 _PICKED = ("rows_per_pass", "gradient_checkpointing")
 
 
+class Part(StrictModel):
+    """How one part of the adapter learns; null: as the others."""
+
+    learning_rate: NonNegativeFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+
+
+class Parts(StrictModel):
+    """The adapter's parts; which of them it has depends on its method."""
+
+    down: Part = Part()  # A
+    up: Part = Part()  # B
+    transform: Part = Part()  # Λ
+    gate: Part = Part()  # w, or the projection G
+    embedding: Part = Part()  # e
+
+
+def _switch(value: Any) -> Any:
+    """`true` is short for the defaults, `false` for null."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is None or isinstance(value, dict | StrictModel):
+        return value
+    raise ValueError(f"expected true, false or the keys below it, received {value!r}")
+
+
+class Diagnose(StrictModel):
+    """The cosine between tasks' gradients on shared parameters."""
+
+    every: Positive = 50  # steps
+
+
+class Validation(StrictModel):
+    """The loss of each task on held-out examples."""
+
+    every: Positive = 100  # steps, and at the end
+    examples: Positive = 200  # of each task, at most
+
+
 class Training(StrictModel):
     """How the adapter learns."""
 
@@ -138,6 +213,7 @@ class Training(StrictModel):
     max_steps: Positive | None = None  # ends the run earlier than `epochs` would
     learning_rate: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.0
+    parts: Parts = Parts()
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of all steps
     max_gradient_norm: PositiveFloat = 1.0
@@ -150,6 +226,9 @@ class Training(StrictModel):
     memory: Literal["manual", "auto"] = "manual"  # who picks rows_per_pass and what is recomputed
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
+    diagnose: Annotated[Diagnose | None, BeforeValidator(_switch)] = None
+    # Not `validate`: pydantic's models have a method of that name.
+    validation: Annotated[Validation | None, BeforeValidator(_switch)] = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")

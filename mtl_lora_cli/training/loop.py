@@ -7,9 +7,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +26,8 @@ from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import Position, load_checkpoint, save_checkpoint
+from mtl_lora_cli.training.observers import Observer
+from mtl_lora_cli.training.parts import parameter_groups
 from mtl_lora_cli.training.passes import (
     EagerPasses,
     GraphedPasses,
@@ -98,6 +100,7 @@ class Trainer:
         run: where checkpoints and metrics go.
         base_model: identity of the base model, for the adapter file.
         total_steps: optimiser steps of the whole run.
+        observers: look at some of its steps.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Trainer:
         run: RunFolder,
         base_model: dict[str, Any],
         total_steps: int,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.accelerator = accelerator
         self.adapter = adapter
@@ -124,9 +128,7 @@ class Trainer:
         graphed = accelerator.num_processes == 1 and graphs_possible(
             packed, adapter, accelerator.device
         )
-        self.optimizer = make_optimizer(
-            parameters, settings.learning_rate, settings.weight_decay, graphed=graphed
-        )
+        self.optimizer = make_optimizer(parameter_groups(adapter, settings), graphed=graphed)
         self._update = Update(
             parameters, self.optimizer, settings.max_gradient_norm, graphed=graphed
         )
@@ -134,6 +136,7 @@ class Trainer:
         self._passes = (
             GraphedPasses(packed, adapter, settings.row_length, eager) if graphed else eager
         )
+        self._observers = tuple(observers)
         self._ahead: _Step | None = None
         self._runs_ahead = accelerator.device.type == "cuda"
         self._clock = 0.0
@@ -165,6 +168,11 @@ class Trainer:
             self._clock, self._end = time.monotonic(), self._mark()
             running: _Running | None = None
             for step in range(self.position.step, self.total_steps):
+                before, after = self._due(step + 1)
+                if before and running is not None:
+                    self._finish(running, metrics, progress)
+                    running = None
+                self._look(before, step + 1, metrics, progress)
                 launched = self._launch(step)
                 if running is not None:  # only now: the card has the next step to work on
                     self._finish(running, metrics, progress)
@@ -172,9 +180,10 @@ class Trainer:
                 last = step + 1 == self.total_steps
                 every = self.settings.checkpoint_every
                 due = last or bool(every and (step + 1) % every == 0)
-                if due or self._stop or not self._runs_ahead:
+                if due or after or self._stop or not self._runs_ahead:
                     self._finish(running, metrics, progress)
                     running = None
+                    self._look(after, step + 1, metrics, progress)
                 if running is None and (due or self._stop):
                     self._save()
                     if self._stop and not last:
@@ -182,6 +191,32 @@ class Trainer:
                             f"stopped after step {step + 1} and saved; go on with: "
                             f"mtl-lora train --resume --run {self.run.path}"
                         )
+
+    def _due(self, step: int) -> tuple[list[Observer], list[Observer]]:
+        """Who looks at a step, counted from 1: before its update, and after it."""
+        due = [observer for observer in self._observers if observer.due(step)]
+        before = [observer for observer in due if observer.before_update]
+        return before, [observer for observer in due if not observer.before_update]
+
+    def _look(
+        self,
+        observers: Sequence[Observer],
+        step: int,
+        metrics: TextIO,
+        progress: TrainingProgress,
+    ) -> None:
+        """Let them look while no step is running; the time that they take is no step's."""
+        for observer in observers:
+            seen = observer.look(step)
+            if seen is None:
+                continue
+            metrics.write(json.dumps(seen.event) + "\n")
+            metrics.flush()
+            if seen.line is not None:
+                progress.say(seen.line)
+        if observers:
+            self.position = replace(self.position, metrics_bytes=metrics.tell())
+            self._clock, self._end = time.monotonic(), self._mark()
 
     def _launch(self, step: int) -> _Running:
         """Ask for everything of one step; on a card nothing is waited for."""
@@ -191,7 +226,7 @@ class Trainer:
         )
         rate = self.settings.learning_rate * factor
         loss = self._accumulate(prepared)
-        norm = self._update(rate)
+        norm = self._update(factor)
         if step + 1 < self.total_steps:
             self._ahead = self._prepare(step + 1)
         return _Running(prepared, rate, loss, norm.clone(), self._mark())

@@ -24,6 +24,7 @@ from mtl_lora_cli.models.packing import table_keys
 _SEGMENT = 256  # positions of a segment of padding
 _ROOM = 256  # questions and segments are padded to whole multiples of this
 _MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
+_PEAK = "peak"  # key of an optimiser's group: its learning rate before the schedule
 _WARM_UP = 2  # passes and updates that run as they are: kernels are compiled, state gets its memory
 
 
@@ -264,19 +265,37 @@ def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device)
     )
 
 
-def make_optimizer(
-    parameters: Sequence[Tensor], learning_rate: float, weight_decay: float, *, graphed: bool
-) -> torch.optim.AdamW:
-    """AdamW; on a card in one kernel for all parameters, and such that a graph can hold it."""
-    on_card = parameters[0].is_cuda
-    rate: float | Tensor = learning_rate
-    if graphed:
-        rate = torch.tensor(learning_rate, device=parameters[0].device)
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained alike.
+
+    Attributes:
+        parameters: some of what is trained.
+        learning_rate: at its peak; the schedule multiplies it.
+        weight_decay: AdamW's.
+    """
+
+    parameters: Sequence[Tensor]
+    learning_rate: float
+    weight_decay: float
+
+
+def make_optimizer(groups: Sequence[ParameterGroup], *, graphed: bool) -> torch.optim.AdamW:
+    """AdamW; on a card in one kernel a group, and such that a graph can hold it."""
+    first = groups[0].parameters[0]
     return torch.optim.AdamW(
-        parameters,
-        lr=rate,
-        weight_decay=weight_decay,
-        fused=True if on_card else None,
+        [
+            {
+                "params": list(group.parameters),
+                "lr": torch.tensor(group.learning_rate, device=first.device)
+                if graphed
+                else group.learning_rate,
+                "weight_decay": group.weight_decay,
+                _PEAK: group.learning_rate,
+            }
+            for group in groups
+        ],
+        fused=True if first.is_cuda else None,
         capturable=graphed,
     )
 
@@ -286,7 +305,7 @@ class Update:
 
     Args:
         parameters: what is trained.
-        optimizer: with `capturable` state and a tensor as learning rate where `graphed`.
+        optimizer: from `make_optimizer`, as `graphed` says.
         max_norm: of all gradients together.
         graphed: replay from the third step on.
     """
@@ -307,18 +326,19 @@ class Update:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._norm: Tensor | None = None
 
-    def __call__(self, learning_rate: float) -> Tensor:
-        """One update at this learning rate.
+    def __call__(self, factor: float) -> Tensor:
+        """One update at so much of each group's peak learning rate.
 
         Returns:
-                The norm of the gradients before clipping. Where it is no finite number, neither are
+            The norm of the gradients before clipping. Where it is no finite number, neither are
             the parameters any more.
         """
         for group in self._optimizer.param_groups:
+            rate = group[_PEAK] * factor
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
+                group["lr"].fill_(rate)
             else:
-                group["lr"] = learning_rate
+                group["lr"] = rate
         self._steps += 1
         if not self._graphed or self._steps <= _WARM_UP:
             return self._run()

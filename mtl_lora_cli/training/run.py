@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import save_adapter
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, with_rows
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -28,18 +29,21 @@ from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.atomic import new_folder, write_text
 from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, require_new, save_json
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.environment import describe
+from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.memory import keep_of, plan_memory
+from mtl_lora_cli.training.memory import plan_memory
+from mtl_lora_cli.training.observers import Observer
+from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.progress import TrainingProgress
+from mtl_lora_cli.training.validation import Validation, encode_validation
 
 
 def adapter_config(recipe: Recipe) -> AdapterConfig:
     """The recipe's `adapter`, as the adapters' room knows it."""
     fields = recipe.adapter.model_dump()
     fields["target_modules"] = tuple(fields["target_modules"])
-    if recipe.adapter.method == "lora":
-        fields["up_projections"] = 1
     return AdapterConfig(**fields)
 
 
@@ -55,6 +59,7 @@ class Prepared:
         total_steps: optimiser steps.
         device, dtype: where and in what the base model computes.
         memory: what `training.memory: auto` picked and why, in one line; None for `manual`.
+        validation: held-out examples of each task for `training.validation`; None without it.
     """
 
     recipe: Recipe
@@ -65,9 +70,22 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     memory: str | None = None
+    validation: list[EncodedSplit] | None = None
+
+    @property
+    def unvalidated(self) -> list[str]:
+        """The tasks that `training.validation` leaves out: they have no validation split."""
+        if self.validation is None:
+            return []
+        pairs = zip(self.data.tasks, self.validation, strict=True)
+        return [task.name for task, split in pairs if not len(split)]
 
     def build(self) -> tuple[PackedModel, Adapter]:
-        """The base model with a fresh adapter; the seed decides its start."""
+        """The base model with a fresh adapter; the seed decides its start.
+
+        Raises:
+            UsageError: the recipe names a layer or a part of the adapter that does not exist.
+        """
         set_seed(self.recipe.training.seed)
         model = load_model(
             self.base,
@@ -77,6 +95,7 @@ class Prepared:
         )
         names = [task.name for task in self.data.tasks]
         adapter = inject(model, adapter_config(self.recipe), names)
+        require_parts(adapter, self.recipe.training.parts)
         recompute = self.recipe.training.gradient_checkpointing
         packed = PackedModel(
             model,
@@ -88,6 +107,19 @@ class Prepared:
         if packed.decoder is None and recompute:  # transformers' layers know all or nothing
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return packed, adapter
+
+    def observers(self, packed: PackedModel, adapter: Adapter) -> list[Observer]:
+        """Who looks at the run: `training.diagnose` and `training.validation`."""
+        settings = self.recipe.training
+        found: list[Observer] = []
+        if settings.diagnose is not None:
+            found.append(Diagnosis(packed, adapter, self.data, settings))
+        if self.validation is not None:
+            names = [task.name for task in self.data.tasks]
+            found.append(
+                Validation(packed, adapter, names, self.validation, settings, self.total_steps)
+            )
+        return found
 
 
 def prepare(loaded: LoadedRecipe) -> Prepared:
@@ -110,6 +142,13 @@ def prepare(loaded: LoadedRecipe) -> Prepared:
     if recipe.training.memory == "auto":
         recipe, memory = plan_memory(recipe, base, adapter_config(recipe), data, device, dtype)
         data = with_rows(data, recipe.training)
+    validation = None
+    if recipe.training.validation is not None:
+        validation = encode_validation(tasks, recipe, tokenizer, longest)
+        if not any(map(len, validation)):
+            raise loaded.problem(
+                ("training", "validation"), "no task's source has a validation split"
+            )
     steps = data.mixture.steps_in(recipe.training.epochs)
     if recipe.training.max_steps is not None:
         steps = min(steps, recipe.training.max_steps)
@@ -122,6 +161,7 @@ def prepare(loaded: LoadedRecipe) -> Prepared:
         device=device,
         dtype=dtype,
         memory=memory,
+        validation=validation,
     )
 
 
@@ -247,6 +287,7 @@ def _learn(
         run,
         identity,
         prepared.total_steps,
+        prepared.observers(packed, adapter),
     )
     checkpoint = newest_checkpoint(run.checkpoints) if resume else None
     if checkpoint is not None:
@@ -273,7 +314,7 @@ def _adapter_readme(prepared: Prepared, trainer: Trainer) -> str:
         "---\n"
         f"# A multi-task adapter for {recipe.base_model}\n\n"
         f"Method: {recipe.adapter.method}, rank {recipe.adapter.rank}, "
-        f"{recipe.adapter.up_projections} up-projections, "
+        f"{trainer.adapter.config.ups} up-projections, "
         f"{trainer.adapter.parameter_count():,} trained values.\n\n"
         f"Tasks: {names}.\n\n"
         f"Trained for {trainer.position.step} steps on {trainer.position.tokens:,} tokens.\n\n"

@@ -25,7 +25,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.training.passes import EagerPasses, Update, make_optimizer
+from mtl_lora_cli.training.passes import EagerPasses, ParameterGroup, Update, make_optimizer
 
 POSITIONS = 512
 TASKS = tuple(f"task{number}" for number in range(8))
@@ -120,7 +120,7 @@ def _steps(base: BaseModel, engine: Any) -> Callable[[], object]:
     adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), TASKS)
     packed = PackedModel(model, adapter, engine=engine).train()
     parameters = list(adapter.tensors().values())
-    optimizer = make_optimizer(parameters, 3e-4, 0.0, graphed=False)
+    optimizer = make_optimizer([ParameterGroup(parameters, 3e-4, 0.0)], graphed=False)
     update = Update(parameters, optimizer, 1.0, graphed=False)
     passes = EagerPasses(packed, packed, device)
     rows = Yardstick.build(model.config.vocab_size, len(TASKS), seed=0).steps(
@@ -133,7 +133,7 @@ def _steps(base: BaseModel, engine: Any) -> Callable[[], object]:
 def _step(passes: EagerPasses, update: Update, batches: Iterator[Any]) -> None:
     batch = next(batches)
     passes.run(passes.prepare(batch, torch.full((len(batch.owner),), 1 / len(batch.owner))))
-    assert torch.isfinite(update(3e-4))
+    assert torch.isfinite(update(1.0))
 
 
 def test_step_of_smollm2(side_by_side: SideBySide, smollm2: BaseModel) -> None:

@@ -118,6 +118,18 @@ CASES = [
         files=recipe("template:", "templat:"),
     ),
     Bad(
+        "unknown part of the adapter",
+        ("recipe.yaml:10: training.parts.gates: unknown key; did you mean 'gate'?",),
+        files=more("training:\n  parts:\n    gates: {learning_rate: 1.0e-3}\n"),
+    ),
+    Bad(
+        "diagnose as a word",
+        (
+            "recipe.yaml:9: training.diagnose: expected true, false or the keys below it, received 'often'",
+        ),
+        files=more("training:\n  diagnose: often\n"),
+    ),
+    Bad(
         "wrong type",
         (
             "recipe.yaml:9: training.learning_rate: input should be a valid number, "
@@ -368,6 +380,20 @@ CASES = [
             "up_proj, v_proj",
         ),
         (*TRAIN, "adapter.target_modules=[q_prog]"),
+        early=False,
+    ),
+    Bad(
+        "a part that the adapter does not have",
+        ("training.parts: this adapter (method lora) has no gate; its parts: down, up",),
+        files=more(
+            "adapter:\n  method: lora\ntraining:\n  parts: {gate: {learning_rate: 1.0e-3}}\n"
+        ),
+        early=False,
+    ),
+    Bad(
+        "validation without a validation split",
+        ("recipe.yaml:9: training.validation: no task's source has a validation split",),
+        files=more("training:\n  validation: {every: 5}\n"),
         early=False,
     ),
     Bad(

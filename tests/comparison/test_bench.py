@@ -45,7 +45,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.comparison.shapes import find_config
     from mtl_lora_cli.models import attention
     from mtl_lora_cli.models.packed import PackedModel
-    from mtl_lora_cli.training.passes import EagerPasses, Update, make_optimizer
+    from mtl_lora_cli.training.passes import EagerPasses, ParameterGroup, Update, make_optimizer
 
     attention.register()
     made = []
@@ -61,7 +61,8 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
         adapter = inject(model, adapter_config(**tiny.adapter), [str(i) for i in range(8)])
         packed = PackedModel(model, adapter).train()
         parameters = list(adapter.tensors().values())
-        optimizer = make_optimizer(parameters, LEARNING_RATE, 0.0, graphed=False)
+        group = ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)
+        optimizer = make_optimizer([group], graphed=False)
         made.append((packed, parameters, optimizer))
     step = Yardstick.build(256, 8, 0).steps(
         1, row_length=512, rows_per_step=2, rows_per_pass=1, seed=0

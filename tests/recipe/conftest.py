@@ -24,6 +24,10 @@ adapter:
   gate: weights
   gate_start: 1.0
   embedding_size: 4
+  task_rank: 1
+  scaling: sqrt_rank
+  down_start: normal
+  rank_pattern: {v_proj: 2}
   dropout: 0.1
   target_modules: [q_proj, v_proj]
 tasks:
@@ -45,6 +49,7 @@ training:
   max_steps: 3
   learning_rate: 3e-4
   weight_decay: 0.0
+  parts: {up: {learning_rate: 0.001, weight_decay: 0.2}}
   schedule: linear
   warmup: 0.1
   max_gradient_norm: 1.0
@@ -57,6 +62,8 @@ training:
   memory: manual
   checkpoint_every: 2
   keep_checkpoints: 1
+  diagnose: {every: 10}
+  validation: {every: 20, examples: 30}
   seed: 7
 run: {name: here, directory: there}
 """

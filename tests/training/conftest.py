@@ -25,6 +25,7 @@ from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.loop import Interrupted, Trainer
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.run import Prepared, prepare
+from mtl_lora_cli.training.validation import encode_validation
 
 FOLDERS = {
     "sst2": "glue/sst2",
@@ -36,12 +37,16 @@ FOLDERS = {
 
 @pytest.fixture(scope="session")
 def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 120 training rows of four real tasks, a folder each."""
+    """The first training rows of four real tasks, and validation rows of the three that have them."""
     root = tmp_path_factory.mktemp("small-data")
     for name, folder in FOLDERS.items():
         (root / name).mkdir()
-        with gzip.open(data_folder / folder / "train.jsonl.gz", "rt", encoding="utf-8") as rows:
-            (root / name / "train.jsonl").write_text("".join(itertools.islice(rows, 120)))
+        for split, count in (("train", 120), ("validation", 40)):
+            file = data_folder / folder / f"{split}.jsonl.gz"
+            if file.exists():
+                with gzip.open(file, "rt", encoding="utf-8") as rows:
+                    text = "".join(itertools.islice(rows, count))
+                (root / name / f"{split}.jsonl").write_text(text)
     return root
 
 
@@ -157,9 +162,19 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
         tasks = data.tasks
         if weights is not None:
             tasks = [replace(t, loss_weight=w) for t, w in zip(tasks, weights, strict=True)]
-        own = replace(prepared, recipe=recipe, data=replace(data, mixture=mixture, tasks=tasks))
-        packed, handle = own.build()
-        if adapter is not None:
+        validation = None
+        if settings.validation is not None:
+            validation = encode_validation(tasks, recipe, prepared.tokenizer, settings.row_length)
+        own = replace(
+            prepared,
+            recipe=recipe,
+            data=replace(data, mixture=mixture, tasks=tasks),
+            total_steps=steps,
+            validation=validation,
+        )
+        if adapter is None:
+            packed, handle = own.build()
+        else:
             from accelerate.utils import set_seed
 
             from mtl_lora_cli.models.load import load_model
@@ -182,6 +197,7 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
             run,
             own.base.identity(),
             steps,
+            own.observers(packed, handle),
         )
         return Small(trainer, run)
 

@@ -1,0 +1,298 @@
+"""Which runs a comparison makes: methods × settings × seeds. Nothing slow to load is needed here."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from mtl_lora_cli.adapters.config import COMMON, METHODS
+from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.recipe.load import COMMAND_LINE
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.yaml_file import Document, parse_scalar, validate_document
+
+RATE = "training.learning_rate"
+SWEPT = ("adapter", "training", "mixing")  # parts of a recipe whose keys may be swept
+CUT = "rows cut from train"  # validation rows of a task that has no split for them
+UNTRAINED = "untrained"  # stands beside the methods: the base model alone
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a method.
+
+    Attributes:
+        label: its part of a run's name; empty where nothing is swept.
+        settings: key → value, what makes it differ from the recipe.
+        filled: it stands for a key that the method does not read.
+    """
+
+    label: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    filled: bool = False
+
+    @property
+    def text(self) -> str:
+        """As reports show it."""
+        return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items())
+
+
+def shown(value: Any) -> str:
+    """A swept value as it is typed."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_methods(text: str) -> list[str]:
+    """Methods with commas between them.
+
+    Raises:
+        UsageError: none, an unknown one, or one twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(
+                f"--methods: unknown method '{name}'{did_you_mean(name, METHODS)}; "
+                f"methods: {', '.join(METHODS)}"
+            )
+    _require_different("--methods", names)
+    if not names:
+        raise UsageError(f"--methods: expected at least one of {', '.join(METHODS)}")
+    return names
+
+
+def parse_seeds(text: str, first: int = 0) -> list[int]:
+    """`3`: three seeds from the recipe's own one on; `0,7`: these seeds.
+
+    Raises:
+        UsageError: it is neither, or a seed stands twice.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"--seeds: expected a number of seeds, or seeds with commas between, received '{text}'"
+        )
+    numbers = [int(word) for word in words]
+    if "," not in text:
+        if numbers[0] < 1:
+            raise UsageError("--seeds: expected at least one seed, received 0")
+        return list(range(first, first + numbers[0]))
+    _require_different("--seeds", numbers)
+    return numbers
+
+
+def parse_match(text: str) -> int | str | None:
+    """`params`, `none` (None), or N of `params:N`.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    word, colon, number = text.partition(":")
+    digits = number.replace("_", "")
+    if word == "params" and not colon:
+        return "params"
+    if word == "params" and digits.isdecimal() and int(digits) > 0:
+        return int(digits)
+    if text == "none":
+        return None
+    raise UsageError(f"--match: expected params, params:N or none, received '{text}'")
+
+
+def parse_baseline(name: str | None, methods: Sequence[str]) -> str:
+    """The method that the others are compared with: by default lora, else the first.
+
+    Raises:
+        UsageError: it is none of the methods.
+    """
+    if name is None:
+        return "lora" if "lora" in methods else methods[0]
+    if name not in methods:
+        raise UsageError(
+            f"--baseline: expected one of {', '.join(methods)}, received '{name}'"
+            f"{did_you_mean(name, methods)}"
+        )
+    return name
+
+
+def parse_sweeps(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`key=v1,v2`, each key once.
+
+    Raises:
+        UsageError: a text that is not so, a key twice, or one that a comparison decides itself.
+    """
+    sweeps: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key or not values.strip():
+            raise UsageError(f"--sweep: expected key=v1,v2, received '{text}'")
+        try:
+            found = parse_scalar(f"[{values}]")
+        except ProblemsError:
+            raise UsageError(f"--sweep: '{text}': the values are not valid YAML") from None
+        if key in sweeps:
+            raise UsageError(f"--sweep: the key '{key}' stands twice")
+        if key.split(".")[0] not in SWEPT:
+            raise UsageError(
+                f"--sweep: '{key}' cannot be swept; keys below {', '.join(SWEPT)} can"
+                f"{did_you_mean(key, _known_keys())}"
+            )
+        owner = {"adapter.method": "--methods", "training.seed": "--seeds"}.get(key)
+        if owner:
+            raise UsageError(f"--sweep: '{key}' is what {owner} says")
+        _require_different(f"--sweep: {key}", found)
+        sweeps[key] = found
+    return sweeps
+
+
+def require_known(sweeps: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
+    """Every swept key exists, and its values are allowed in some method.
+
+    Raises:
+        ProblemsError: with one line for every fault.
+    """
+    for key, values in sweeps.items():
+        name = key.partition(".")[2]
+        readers = [method for method in METHODS if reads(method, key)]
+        if key.startswith("adapter.") and not readers:
+            raise UsageError(
+                f"--sweep: '{key}': unknown key"
+                f"{did_you_mean(name, [*COMMON, *(k for m in METHODS.values() for k in m.reads)])}"
+            )
+        method = recipe.adapter.method if recipe.adapter.method in readers else readers[0]
+        if key in ("adapter.rank", "adapter.up_projections"):
+            continue  # what goes with them (moelora's even share) is checked for each run
+        for value in values:
+            with_settings(recipe, method, {key: value}, option="--sweep")
+
+
+def reads(method: str, key: str) -> bool:
+    """Whether a key of the recipe means anything to a method."""
+    part, _, name = key.partition(".")
+    return part != "adapter" or name.split(".")[0] in (*COMMON, *METHODS[method].reads)
+
+
+def points_of(method: str, sweeps: Mapping[str, Sequence[Any]], rate: float) -> list[Point]:
+    """The settings that a method is tried with: Π |values| of them, whatever it reads.
+
+    Every method gets the same number of settings, since the best of many is better than the best
+    of one by chance alone. Where it does not read a key, its settings are filled up with multiples
+    of the learning rate, 1, 1/2, 2, 1/4, 4, …, that are not among them yet.
+
+    Args:
+        method: one of the methods.
+        sweeps: key → values.
+        rate: the recipe's learning rate.
+    """
+    if not sweeps:
+        return [Point()]
+    budget = 1
+    for values in sweeps.values():
+        budget *= len(values)
+    own = {key: values for key, values in sweeps.items() if reads(method, key)}
+    grid = [dict(zip(own, values, strict=True)) for values in product(*own.values())]
+    settings: list[tuple[dict[str, Any], bool]] = [(one, False) for one in grid]
+    seen = {_identity(one, rate) for one in grid}
+    factors = _factors()
+    next(factors)  # 1: the grid itself
+    while len(settings) < budget:
+        factor = next(factors)
+        for one in grid:
+            filled = {**one, RATE: one.get(RATE, rate) * factor}
+            if len(settings) < budget and _identity(filled, rate) not in seen:
+                seen.add(_identity(filled, rate))
+                settings.append((filled, True))
+    if not own:  # one setting says nothing: it is the recipe's own rate, and is called so
+        settings[0] = ({RATE: rate}, True)
+    labels = [_label(one) for one, _ in settings]
+    if len(set(labels)) < len(labels) or max(map(len, labels)) > 50:
+        labels = [f"setting{number}" for number in range(1, len(settings) + 1)]
+    return [
+        Point(label, one, filled) for label, (one, filled) in zip(labels, settings, strict=True)
+    ]
+
+
+def with_settings(
+    recipe: Recipe, method: str, settings: Mapping[str, Any], option: str = COMMAND_LINE
+) -> Recipe:
+    """The recipe with another method and other values.
+
+    The keys that only some methods read are the recipe's own method's: another method starts from
+    its own defaults.
+
+    Raises:
+        ProblemsError: a value that a recipe may not have.
+    """
+    data = recipe.model_dump()
+    adapter = data["adapter"]
+    if method != recipe.adapter.method:
+        adapter = {key: value for key, value in adapter.items() if key in COMMON}
+    data["adapter"] = {**adapter, "method": method}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        here = data
+        for part in parents:
+            below = here.get(part)
+            here[part] = copy.copy(below) if isinstance(below, dict) else {}
+            here = here[part]
+        here[last] = value
+    return validate_document(Document(file=option, data=data), Recipe)
+
+
+def budget_lines(points: Mapping[str, Sequence[Point]], seeds: int) -> list[str]:
+    """What each method is tried with, in words: the tuning budget."""
+    count = len(next(iter(points.values())))
+    runs = f"{seeds} seed{'s' * (seeds > 1)}"
+    if count == 1:
+        return [f"tuning: none; each method runs as it stands, on {runs}"]
+    lines = [f"tuning: {count} settings for each method, on {runs}: {count * seeds} runs each"]
+    for method, own in points.items():
+        filled = [point for point in own if point.filled]
+        if filled:
+            lines.append(
+                f"{method} does not read every swept key: {len(filled)} of its {count} settings are "
+                f"learning rates instead ({', '.join(point.text for point in filled)})"
+            )
+    return lines
+
+
+def run_name(method: str, point: Point, seed: int) -> str:
+    """`METHOD[-POINT]-seedN`."""
+    return "-".join(part for part in (method, point.label, f"seed{seed}") if part)
+
+
+def _label(settings: Mapping[str, Any]) -> str:
+    parts = (f"{key.rpartition('.')[2]}-{shown(value)}" for key, value in settings.items())
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts)).strip("_")
+
+
+def _identity(settings: Mapping[str, Any], rate: float) -> str:
+    """Equal for equal settings; a rate that is the recipe's own need not be said."""
+    full = {**settings, RATE: round(float(settings.get(RATE, rate)), 12)}
+    return repr(sorted((key, repr(value)) for key, value in full.items()))
+
+
+def _factors() -> Iterator[float]:
+    yield 1.0
+    power = 2.0
+    while True:
+        yield 1 / power
+        yield power
+        power *= 2
+
+
+def _known_keys() -> list[str]:
+    return [
+        f"{part}.{name}"
+        for part in ("adapter", "training")
+        for name in Recipe.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _require_different(what: str, values: Sequence[Any]) -> None:
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise UsageError(f"{what}: '{value}' stands twice")

@@ -1,0 +1,347 @@
+"""A comparison as it is planned: its runs with their recipes, and the rows that score them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.adapters.config import AdapterConfig, method_default
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.comparison.grid import (
+    CUT,
+    Point,
+    budget_lines,
+    points_of,
+    require_known,
+    run_name,
+    with_settings,
+)
+from mtl_lora_cli.comparison.matching import alpha_at, common_target, count_at, match_rank
+from mtl_lora_cli.comparison.random_model import empty_model
+from mtl_lora_cli.comparison.results import PLAN, read_plan
+from mtl_lora_cli.comparison.rows import cut_source, lacks_validation
+from mtl_lora_cli.data.prepare import bind_tasks
+from mtl_lora_cli.data.sources import split_fingerprint
+from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
+from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Run as RunSettings
+from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.runs.folder import save_json
+from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.training.run import adapter_config
+
+Shapes = Callable[[tuple[str, ...]], list[tuple[int, int]]]  # target modules → (out, in) each
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a comparison is asked for.
+
+    Attributes:
+        methods: in the order of the report.
+        match: `params` (as many values as the recipe's own adapter), a number, or None.
+        seeds: of the runs.
+        sweeps: key → values.
+        baseline: the method that the others are compared with.
+        limit: at most so many rows of each task score a run.
+    """
+
+    methods: Sequence[str]
+    match: int | str | None
+    seeds: Sequence[int]
+    sweeps: Mapping[str, Sequence[Any]]
+    baseline: str
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run.
+
+    Attributes:
+        id: of its folder and its result.
+        method, point, seed: which it is.
+        parameters: trained values, by formula.
+        recipe: with everything filled in.
+    """
+
+    id: str
+    method: str
+    point: Point
+    seed: int
+    parameters: int
+    recipe: Recipe
+
+    def to_json(self) -> dict[str, Any]:
+        adapter = self.recipe.adapter
+        return {
+            "id": self.id,
+            "method": self.method,
+            "point": self.point.label,
+            "settings": dict(self.point.settings),
+            "filled": self.point.filled,
+            "seed": self.seed,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "parameters": self.parameters,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that is decided before the first run.
+
+    Attributes:
+        folder: where everything goes.
+        loaded: the recipe with a single task an entry, and sources that hold what may be learned.
+        tasks: bound to their own sources, in the order of their ids.
+        cut: names of the tasks whose validation rows are cut from train.
+        options: what was asked for.
+        target: trained values that all methods come near to; None where ranks are the recipe's.
+        points: method → its settings.
+        runs: seed by seed, so that what is done at any time can be compared.
+    """
+
+    folder: Path
+    loaded: LoadedRecipe
+    tasks: list[Task]
+    cut: tuple[str, ...]
+    options: Options
+    target: int | None
+    points: Mapping[str, Sequence[Point]]
+    runs: list[PlannedRun]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in plan.json; `fixed` must not change while a comparison goes on."""
+        options = self.options
+        prints = {
+            task.name: {
+                split: split_fingerprint(task.source, split, base=Path(), task=task.name)
+                for split in ("train", "validation", "test")
+            }
+            for task in self.tasks
+        }
+        return {
+            "fixed": {
+                "recipe": self.loaded.recipe.model_dump(mode="json"),
+                "match": options.match,
+                "sweep": {key: list(values) for key, values in options.sweeps.items()},
+                "limit": options.limit,
+                "data": prints,
+            },
+            "methods": list(options.methods),
+            "baseline": options.baseline,
+            "seeds": list(options.seeds),
+            "target": self.target,
+            "budget": budget_lines(self.points, len(options.seeds)),
+            "validation": self.validation_said(),
+            "runs": [run.to_json() for run in self.runs],
+            "recipe_name": self.loaded.path.stem,
+            "command_line": ["mtl-lora", *sys.argv[1:]],
+        }
+
+    def validation_said(self) -> dict[str, str]:
+        """task → the rows by which settings are chosen, in words; empty where nothing is swept."""
+        if not self.options.sweeps:
+            return {}
+        return {
+            task.name: CUT if task.name in self.cut else "validation split" for task in self.tasks
+        }
+
+
+def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
+    """Bind the tasks, pick the ranks, and list the runs; write nothing.
+
+    Raises:
+        UsageError: anything that the recipe or the call names is missing or wrong, or trained
+            values cannot be matched.
+    """
+    recipe = loaded.recipe
+    require_known(options.sweeps, recipe)
+    if options.match is not None and "adapter.rank" in options.sweeps:
+        raise UsageError("--sweep: 'adapter.rank' is what --match picks; use --match none")
+    if options.match is not None and recipe.adapter.rank_pattern:
+        raise UsageError(
+            "--match: adapter.rank_pattern says the ranks of some layers, which --match would pick; "
+            "use --match none"
+        )
+    tasks = bind_tasks(loaded)
+    cut = [task.name for task in tasks if lacks_validation(task)] if options.sweeps else []
+    entries = [
+        _entry(task, cut_source(folder, task) if task.name in cut else task.source)
+        for task in tasks
+    ]
+    settled = recipe.model_copy(update={"tasks": entries, "run": RunSettings()})
+    shapes = _shapes(loaded)
+    own = adapter_config(recipe)
+    count = len(tasks)
+    target = options.match if isinstance(options.match, int) else None
+    if options.match == "params":
+        target = count_at(own, shapes(own.target_modules), count)(own.rank)
+    rate = recipe.training.learning_rate
+    points = {method: points_of(method, options.sweeps, rate) for method in options.methods}
+    sized = _sizes(settled, points, shapes, count, target)
+    runs = [
+        PlannedRun(
+            id=run_name(method, point, seed),
+            method=method,
+            point=point,
+            seed=seed,
+            parameters=parameters,
+            recipe=_seeded(chosen, seed),
+        )
+        for seed in options.seeds
+        for method, point, chosen, parameters in sized
+    ]
+    return Study(
+        folder=folder,
+        loaded=replace(loaded, recipe=settled),
+        tasks=tasks,
+        cut=tuple(cut),
+        options=options,
+        target=target,
+        points=points,
+        runs=runs,
+    )
+
+
+Sized = tuple[str, Point, Recipe, int]  # method, its setting, the recipe, trained values
+
+
+def _sizes(
+    recipe: Recipe,
+    points: Mapping[str, Sequence[Point]],
+    shapes: Shapes,
+    tasks: int,
+    target: int | None,
+) -> list[Sized]:
+    """The recipe of each setting of each method at its rank, the methods side by side.
+
+    Raises:
+        UsageError: methods that cannot be matched, a line each, and a number that would do.
+    """
+    sized: list[Sized] = []
+    counts: list[tuple[Callable[[int], int], int]] = []
+    problems: list[Problem] = []
+    for number in range(len(next(iter(points.values())))):
+        for method, own in points.items():
+            point = own[number]
+            if target is None:
+                chosen = with_settings(recipe, method, point.settings)
+                count = _count_of(chosen, shapes, tasks)
+                sized.append((method, point, chosen, count(chosen.adapter.rank)))
+                continue
+            step = _experts(recipe, point) if method == "moelora" else 1
+            count = _count_of(_at(recipe, method, point, step), shapes, tasks)
+            counts.append((count, step))
+            name = f"{method} ({point.text})" if point.settings else method
+            try:
+                rank = match_rank(name, count, target, step)
+            except UsageError as error:
+                problems.append(Problem("--match", None, "", str(error)))
+                continue
+            sized.append((method, point, _at(recipe, method, point, rank), count(rank)))
+    if problems:
+        assert target is not None
+        common = common_target(counts, target)
+        advice = f"params:{common} would do for all" if common else "none keeps the recipe's rank"
+        problems.append(Problem("--match", None, "", advice))
+        raise ProblemsError(problems)
+    return sized
+
+
+def _at(recipe: Recipe, method: str, point: Point, rank: int) -> Recipe:
+    """The recipe of a method's setting at a rank, with the scale of its update kept."""
+    own, settings = recipe.adapter, point.settings
+    alpha = float(settings.get("adapter.alpha", own.alpha))  # meant for the recipe's own rank
+    scaling = settings.get("adapter.scaling", own.scaling)
+    sizes = {"adapter.rank": rank, "adapter.alpha": alpha_at(rank, alpha, own.rank, scaling)}
+    return with_settings(recipe, method, {**settings, **sizes})
+
+
+def _count_of(recipe: Recipe, shapes: Shapes, tasks: int) -> Callable[[int], int]:
+    config = adapter_config(recipe)
+    return count_at(config, shapes(config.target_modules), tasks)
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
+
+
+def _experts(recipe: Recipe, point: Point) -> int:
+    """moelora shares its rank among so many experts evenly."""
+    own = recipe.adapter.up_projections if recipe.adapter.method == "moelora" else None
+    chosen = point.settings.get("adapter.up_projections") or own
+    return int(chosen or method_default("moelora", "up_projections"))
+
+
+def _shapes(loaded: LoadedRecipe) -> Shapes:
+    """The adapted layers of the base model, from its configuration alone: no weights are read."""
+    from transformers import AutoConfig
+
+    base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
+    config = AutoConfig.from_pretrained(base.folder)
+    known: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+
+    def shapes(targets: tuple[str, ...]) -> list[tuple[int, int]]:
+        if targets not in known:
+            model = empty_model(config, dtype=torch.float32)
+            plain = AdapterConfig(method="lora", target_modules=targets)
+            layers = inject(model, plain, ["task"]).layers.values()
+            known[targets] = [
+                (layer.base_layer.out_features, layer.base_layer.in_features) for layer in layers
+            ]
+        return known[targets]
+
+    return shapes
+
+
+def _entry(task: Task, source: Source) -> RecipeTask:
+    return RecipeTask(
+        name=task.name,
+        template=task.template_name,
+        source=source,
+        tags=list(task.tags),
+        sampling_weight=task.sampling_weight,
+        loss_weight=task.loss_weight,
+        max_examples=task.max_examples,
+        repeat=task.repeat,
+    )
+
+
+def store_plan(study: Study) -> dict[str, Any]:
+    """Write plan.json; an older one must be of the same comparison.
+
+    Methods, seeds and the baseline may be other ones: a comparison may grow.
+
+    Raises:
+        UsageError: the folder belongs to another comparison.
+    """
+    plan = study.to_json()
+    plan = json.loads(json.dumps(plan))  # what will be read again: lists, not tuples
+    if (study.folder / PLAN).is_file():
+        changes = describe_changes(read_plan(study.folder)["fixed"], plan["fixed"])
+        if changes:
+            raise UsageError(
+                f"{study.folder} holds another comparison: {'; '.join(_short(changes))}; "
+                f"choose another --output"
+            )
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: {study.folder} cannot be made: {error.strerror}") from None
+    save_json(study.folder / PLAN, plan)
+    return plan
+
+
+def _short(changes: Sequence[str], shown: int = 5) -> list[str]:
+    cut = [line if len(line) <= 200 else line[:199] + "…" for line in changes[:shown]]
+    return cut + ([f"and {len(changes) - shown} more"] if len(changes) > shown else [])

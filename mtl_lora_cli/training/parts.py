@@ -1,0 +1,67 @@
+"""Learning rate and weight decay of each part of an adapter."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.recipe.schema import Part, Parts, Training
+from mtl_lora_cli.training.passes import ParameterGroup
+
+# The role at the end of a tensor's name in `Adapter.tensors()` → the part, as the recipe spells it.
+PART_OF_ROLE = {
+    "lora_A": "down",
+    "task_lora_A": "down",
+    "lora_B": "up",
+    "task_lora_B": "up",
+    "scale": "up",
+    "task_transform": "transform",
+    "task_gate": "gate",
+    "gate_projection": "gate",
+    "task_embedding": "embedding",
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor belongs to, `{module path}.{role}` → `down`, `up`, …"""
+    return PART_OF_ROLE[name.rpartition(".")[2]]
+
+
+def require_parts(adapter: Adapter, parts: Parts) -> None:
+    """Refuse settings of parts that the adapter does not have: they would do nothing.
+
+    Raises:
+        UsageError: naming the parts that there are.
+    """
+    there = {part_of(name) for name in adapter.tensors()}
+    missing = [name for name in Parts.model_fields if _is_set(parts, name) and name not in there]
+    if missing:
+        known = ", ".join(name for name in Parts.model_fields if name in there)
+        raise UsageError(
+            f"training.parts: this adapter (method {adapter.config.method}) has no "
+            f"{', '.join(missing)}; its parts: {known}"
+        )
+
+
+def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGroup]:
+    """The adapter's tensors by learning rate and weight decay.
+
+    What a part leaves unset is the training's own. Parts with the same values share a group: each
+    group is one more kernel on a card.
+    """
+    tensors: dict[tuple[float, float], list[Tensor]] = {}
+    for name, tensor in adapter.tensors().items():
+        own: Part = getattr(settings.parts, part_of(name))
+        rate, decay = own.learning_rate, own.weight_decay
+        values = (
+            settings.learning_rate if rate is None else rate,
+            settings.weight_decay if decay is None else decay,
+        )
+        tensors.setdefault(values, []).append(tensor)
+    return [ParameterGroup(found, *values) for values, found in tensors.items()]
+
+
+def _is_set(parts: Parts, name: str) -> bool:
+    # By value, not by what was written: a run's own recipe spells out every default.
+    return getattr(parts, name) != Part()
