@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads it when it is imported, which other libraries do, too: without a card its kernels run
+# in the interpreter (tests/kernels).
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -129,6 +129,7 @@ class _Runner:
         started = time.monotonic()
         reset_peak(pick_device())
         folder = _trained(self.study, run)
+        release(pick_device())  # the model that learned, before it is loaded to be asked
         opened = open_run(folder)
         result: dict[str, Any] = {
             "id": run.id,

@@ -252,7 +252,12 @@ def _sizes(
     if problems:
         assert target is not None
         common = common_target(counts, target)
-        advice = f"params:{common} would do for all" if common else "none keeps the recipe's rank"
+        advice = (
+            f"params:{common} would do for all"
+            if common
+            else "no number from half of it to twice as many would do for all; none keeps the "
+            "recipe's rank"
+        )
         problems.append(Problem("--match", None, "", advice))
         raise ProblemsError(problems)
     return sized

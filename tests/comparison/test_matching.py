@@ -51,7 +51,7 @@ def test_a_method_that_cannot_come_near_is_refused_with_its_neighbours() -> None
 
 
 def test_a_target_below_rank_one_is_refused() -> None:
-    with pytest.raises(UsageError, match="rank 1 has 224.*there is none below it"):
+    with pytest.raises(UsageError, match=r"rank 1 has 224.*there is none below it"):
         match_rank("lora", lambda r: 224 * r, 100)
 
 

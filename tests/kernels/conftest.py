@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-# Read by Triton when it is imported. On a card the compiler is what is tested.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
