@@ -150,5 +150,5 @@ def _report(folder: Path, as_json: bool) -> dict[str, Any]:
             emit(line)
         emit(f"{folder / MARKDOWN_FILE}")
     if not report["plots"]:
-        say("no plots: matplotlib is not installed")
+        say("no plots: matplotlib is not installed; get it with: pip install matplotlib")
     return report
