@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -276,6 +277,8 @@ def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:
 def _learn(
     run: RunFolder, prepared: Prepared, packed: PackedModel, adapter: Adapter, *, resume: bool
 ) -> None:
+    if prepared.device.type == "cpu":  # accelerate imports DeepSpeed, which looks for a card aloud
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(cpu=prepared.device.type == "cpu")
     identity = prepared.base.identity()
     trainer = Trainer(
