@@ -8,8 +8,16 @@ from typing import Annotated
 import typer
 
 from mtl_lora_cli.cli.frame import framed, say, status
-from mtl_lora_cli.cli.merge import emit_written
-from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
+from mtl_lora_cli.cli.options import (
+    RUNS,
+    CompareLimitOption,
+    JsonOption,
+    RunOption,
+    RunsOption,
+    TaskOption,
+    ToleranceOption,
+)
+from mtl_lora_cli.cli.outputs import emit_written, outputs_of
 
 FORMATS = ("peft",)
 
@@ -26,11 +34,8 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; default: exported/RUN/TASK.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Held-out rows to compare on.")] = 32,
-    tolerance: Annotated[
-        float | None,
-        typer.Option("--tolerance", min=0, help="Largest difference of log-probabilities allowed."),
-    ] = None,
+    limit: CompareLimitOption = 32,
+    tolerance: ToleranceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a task's adapter for other tools; all tasks share one base model there."""
@@ -45,21 +50,14 @@ def export(
             )
         folder = find_run(run, runs)
         status("loading libraries")
-        from mtl_lora_cli.evaluation.evaluate import select_tasks
-        from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
-        from mtl_lora_cli.export.merge import require_empty
+        from mtl_lora_cli.evaluation.open_run import open_run
         from mtl_lora_cli.export.peft_adapter import export_peft
 
-        chosen = select_tasks(read_tasks(folder), task)
-        if output is not None and len(chosen) > 1:
-            raise UsageError("--output names one folder; export one task at a time with it")
-        targets = [output or Path("exported") / folder.name / one.name for one in chosen]
-        for target in targets:
-            require_empty(target)
+        chosen = outputs_of(folder, task, output, Path("exported"), verb="export")
         status(f"loading run {folder.name}")
         opened = open_run(folder)
         results = [
             export_peft(opened, one, target, limit=limit, tolerance=tolerance, say=say)
-            for one, target in zip(chosen, targets, strict=True)
+            for one, target in chosen
         ]
         emit_written(results, as_json)

@@ -15,4 +15,11 @@ RunsOption = Annotated[
 ]
 TaskOption = Annotated[str, typer.Option("--task", help="A task of the run, or 'all'.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CompareLimitOption = Annotated[
+    int, typer.Option("--limit", min=1, help="Held-out rows to compare on.")
+]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option("--tolerance", min=0, help="Largest difference of log-probabilities allowed."),
+]
 RUNS = Path("runs")

@@ -14,14 +14,13 @@ from typing import Any
 from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.errors import CheckError, UsageError
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.export.check import Comparison, compare
 from mtl_lora_cli.export.merge import require_empty, task_updates
-from mtl_lora_cli.export.run_merge import Merged
+from mtl_lora_cli.export.run_merge import Merged, write_checked
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.tasks.task import Task
 
 _PREFIX = "base_model.model."  # PEFT's name for what it wraps
@@ -59,19 +58,19 @@ def export_peft(
             "export --format peft checks what it wrote with PEFT, which is not installed; "
             "get it with: pip install peft"
         ) from None
-    with new_folder(folder) as temporary:
-        write_peft(opened.adapter, task.id, opened.base.name, temporary)
+
+    def check(written: Path) -> Comparison:
         say("loading it with PEFT and comparing")
-        comparison = compare(opened, task, _loaded(opened, temporary), limit, tolerance)
-        if not comparison.holds:
-            raise CheckError(
-                f"the exported adapter differs from the run's on task '{task.name}': largest "
-                f"difference of log-probabilities {comparison.largest:.3g} (allowed "
-                f"{comparison.allowed[0]:.3g}), equal answers {comparison.equal:.1%} (at least "
-                f"{comparison.allowed[1]:.0%}); nothing was left in {folder}"
-            )
-        (temporary / "README.md").write_text(_readme(opened, task, comparison), encoding="utf-8")
-    return Merged(task.name, folder, comparison)
+        return compare(opened, task, _loaded(opened, written), limit, tolerance)
+
+    return write_checked(
+        task,
+        folder,
+        what="the exported adapter differs from the run's",
+        write=lambda path: write_peft(opened.adapter, task.id, opened.base.name, path),
+        check=check,
+        readme=lambda comparison: _readme(opened, task, comparison),
+    )
 
 
 def write_peft(adapter: Adapter, task: int, base_model: str, folder: Path) -> None:

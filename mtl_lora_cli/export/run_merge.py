@@ -48,18 +48,48 @@ def merge_task(
     """
     require_empty(folder)
     require_space(opened.base, folder)
-    with new_folder(folder) as temporary:
-        write_merged(opened.base, task_updates(opened.adapter, task.id), temporary, say)
+
+    def check(written: Path) -> Comparison:
         say("loading it again and comparing")
-        comparison = compare_merged(opened, task, temporary, limit, tolerance)
+        return compare_merged(opened, task, written, limit, tolerance)
+
+    return write_checked(
+        task,
+        folder,
+        what="the merged model differs from the adapted one",
+        write=lambda path: write_merged(
+            opened.base, task_updates(opened.adapter, task.id), path, say
+        ),
+        check=check,
+        readme=lambda comparison: _readme(opened, task, comparison),
+    )
+
+
+def write_checked(
+    task: Task,
+    folder: Path,
+    *,
+    what: str,
+    write: Callable[[Path], None],
+    check: Callable[[Path], Comparison],
+    readme: Callable[[Comparison], str],
+) -> Merged:
+    """Write beside the folder, check what was written, and only then put it in its place.
+
+    Raises:
+        CheckError: `what`, and by how much; nothing is left in `folder`.
+    """
+    with new_folder(folder) as temporary:
+        write(temporary)
+        comparison = check(temporary)
         if not comparison.holds:
             raise CheckError(
-                f"the merged model differs from the adapted one on task '{task.name}': largest "
-                f"difference of log-probabilities {comparison.largest:.3g} (allowed "
-                f"{comparison.allowed[0]:.3g}), equal answers {comparison.equal:.1%} (at least "
-                f"{comparison.allowed[1]:.0%}); nothing was left in {folder}"
+                f"{what} on task '{task.name}': largest difference of log-probabilities "
+                f"{comparison.largest:.3g} (allowed {comparison.allowed[0]:.3g}), equal answers "
+                f"{comparison.equal:.1%} (at least {comparison.allowed[1]:.0%}); nothing was left "
+                f"in {folder}"
             )
-        (temporary / "README.md").write_text(_readme(opened, task, comparison), encoding="utf-8")
+        (temporary / "README.md").write_text(readme(comparison), encoding="utf-8")
     return Merged(task.name, folder, comparison)
 
 
