@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtl_lora_cli.kernels import fp8
-from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.backend import PITCH, in_triton
 from mtl_lora_cli.kernels.nf4 import expand
 
-_ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants operands to start at
-_PITCH = 64  # and in 128 bytes, the pieces in which memory is read
+ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants operands to start at
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
@@ -36,15 +35,6 @@ class Room(NamedTuple):
 
     columns: int = 0
     rows: int = 0
-
-
-def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] as numbers: itself, or a 4-bit bitsandbytes weight expanded."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.to(dtype)
-    rows, columns = state.shape
-    return expand(weight, state, torch.empty(rows, columns, dtype=dtype, device=weight.device))
 
 
 def is_four_bit(layer: nn.Linear) -> bool:
@@ -86,13 +76,13 @@ class FrozenWeights:
         """
         weight = self.layers[0].weight
         half = self._dtype() in (torch.bfloat16, torch.float16) or not weight.is_cuda
-        if in_triton(weight) and half and not any(side % _ALIGNMENT for side in wanted):
+        if in_triton(weight) and half and not any(side % ALIGNMENT for side in wanted):
             self._room = wanted
         four_bit = any(is_four_bit(layer) for layer in self.layers)
         if four_bit or (len(self.layers) == 1 and self._room == Room()):
             return
         rows, columns = self._outer()
-        pitch = -(-columns // _PITCH) * _PITCH
+        pitch = -(-columns // PITCH) * PITCH
         together = weight.new_zeros(rows, pitch)[:, :columns]
         with torch.no_grad():
             for layer, (start, stop) in zip(self.layers, self.spans, strict=True):
@@ -115,20 +105,14 @@ class FrozenWeights:
             torch.empty(rows, width, dtype=dtype, device=device),
         )
 
-    def round_to_fp8(self) -> float:
+    def round_to_fp8(self) -> None:
         """From now on multiply in 8-bit floats (`kernels/fp8.py`), forward and backward.
 
         Two copies are kept, W scaled by rows and Wᵀ scaled by rows: each product wants the scale
         along its output.
-
-        Returns:
-            ‖W − rounded W‖ / ‖W‖ of the forward copy.
         """
         dense = self._dense(self.weights(), self._dtype())
-        forward, backward = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
-        self._rows = forward, backward
-        rounded = forward.values.to(dense.dtype) * forward.scale.to(dense.dtype)
-        return float((rounded - dense).norm() / dense.norm())
+        self._rows = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
 
     def bias(self) -> Tensor | None:
         """b [Σ out_j], or None where no layer has one."""
@@ -233,7 +217,7 @@ class FrozenWeights:
 
 def _buffer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Memory for one expanded matrix; whoever asks next gets the same."""
-    pitch = -(-shape[1] // _PITCH) * _PITCH
+    pitch = -(-shape[1] // PITCH) * PITCH
     key, wanted = (device, dtype), shape[0] * pitch
     if key not in _buffers or _buffers[key].numel() < wanted:
         _buffers[key] = torch.empty(wanted, dtype=dtype, device=device)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-_PITCH = 64  # values of 16 bit in 128 bytes
+PITCH = 64  # values of 16 bit in 128 bytes, the pieces in which memory is read
 
 
 @cache
@@ -36,7 +36,7 @@ def roomy(like: Tensor, rows: int, columns: int, room: int) -> Tensor:
     if not room:
         return like.new_empty(rows, columns)
     width = columns + room
-    return like.new_empty(rows, -(-width // _PITCH) * _PITCH)[:, :width]
+    return like.new_empty(rows, -(-width // PITCH) * PITCH)[:, :width]
 
 
 def with_room(x: Tensor, room: int) -> Tensor:

@@ -370,12 +370,11 @@ class MlpBlock(torch.autograd.Function):
         gate_up_group: Group,
         down_group: Group,
         call: Pass,
-        slots: Slots,
         x: Tensor,
         delta: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count = gate_up_group.count
+        count, slots = gate_up_group.count, call.chosen_slots
         total, normed, inverse = add_norm(x, delta, *norm, room=gate_up_group.room.columns)
         both, gate_up_tape = gate_up_group.forward(normed, tensors[:count], slots, call.training)
         activated = swiglu(both, room=down_group.room.columns)
@@ -416,7 +415,7 @@ class MlpBlock(torch.autograd.Function):
             gate_up_gradients, gate_up_tape, total, (inverse, weight)
         )
         dx = norm_gradient(dnormed, dtotal, total, inverse, weight)
-        return (None, None, None, None, None, *_both(ctx, dx, 5), *gate_up_found, *down_found)
+        return (None, None, None, None, *_both(ctx, dx, 4), *gate_up_found, *down_found)
 
 
 def _both(ctx: Any, dx: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import mixing_of
 from mtl_lora_cli.adapters.routing import Slots
-from mtl_lora_cli.kernels.norm import add_norm
+from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.blocks import AttentionBlock, Group, Keep, MlpBlock, Pass
 from mtl_lora_cli.models.packing import Packing, pick_way
@@ -92,12 +92,10 @@ class FusedDecoder:
 
     Args:
         model: a transformers causal language model for which `obstacle` is None.
-        adapter: the adapter in it, or None.
     """
 
-    def __init__(self, model: Any, adapter: Adapter | None) -> None:
+    def __init__(self, model: Any) -> None:
         self._base = model.base_model
-        self._adapter = adapter
         self.layers = [_layer(layer) for layer in self._base.layers]
         attention = self._base.layers[0].self_attn
         config = model.config
@@ -107,19 +105,15 @@ class FusedDecoder:
         self._scaling = attention.scaling
         self._norm = _norm(self._base.norm)
 
-    def fixed_shapes(self, device: torch.device) -> bool:
+    def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are."""
-        weight = self._norm[0].to(device)
-        return pick_way(weight, self._head_dim) == "triton"
+        return pick_way(self._norm[0], self._head_dim) == "triton"
 
-    def round_to_fp8(self) -> float:
-        """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`).
-
-        Returns:
-            The mean over the matrices of ‖W − rounded W‖ / ‖W‖.
-        """
-        losses = [g.frozen.round_to_fp8() for layer in self.layers for g in layer.groups]
-        return sum(losses) / len(losses)
+    def round_to_fp8(self) -> None:
+        """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`)."""
+        for layer in self.layers:
+            for group in layer.groups:
+                group.frozen.round_to_fp8()
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
@@ -180,7 +174,7 @@ class FusedDecoder:
                 *layer.qkv.tensors(qkv, own.slots), *layer.o.tensors(o, own.chosen_slots),
             )  # fmt: skip
             x, delta = MlpBlock.apply(
-                layer.mlp_norm, layer.gate_up, layer.down, own, own.chosen_slots, x, delta,
+                layer.mlp_norm, layer.gate_up, layer.down, own, x, delta,
                 *layer.gate_up.tensors(gate_up, own.chosen_slots),
                 *layer.down.tensors(down, own.chosen_slots),
             )  # fmt: skip
@@ -239,8 +233,6 @@ class _FinalNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        from mtl_lora_cli.kernels.norm import norm_gradient
-
         total, inverse, weight = ctx.saved_tensors
         dx = norm_gradient(dnormed.contiguous(), None, total, inverse, weight)
         return dx, dx, None, None

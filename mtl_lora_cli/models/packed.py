@@ -121,7 +121,7 @@ class PackedModel(nn.Module):
         if engine != "plain":
             reason = obstacle(model, adapter)
             if reason is None:
-                self.decoder = FusedDecoder(model, adapter)
+                self.decoder = FusedDecoder(model)
                 one = Keep() if keep is None else keep
                 layers = len(self.decoder.layers)
                 self.keep = [one] * layers if isinstance(one, Keep) else list(one)

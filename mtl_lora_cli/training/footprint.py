@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mtl_lora_cli.adapters.frozen import ALIGNMENT
+from mtl_lora_cli.kernels.backend import PITCH
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.recipe.schema import Recompute
 
@@ -25,7 +27,6 @@ NF4_BITS = 4.127  # 4, 8 for each block of 64 weights, 32 for each 256 blocks
 TRAINED_BYTES = 16  # float32: value, gradient, and AdamW's two moments
 CONTEXT = GIB  # kernels and libraries on the device, and what the allocator cannot use
 FRAGMENTATION = 0.05  # of the tensors
-_ALIGNMENT, _PITCH = 8, 64  # of margins, and of rows that have room; see `adapters/frozen.py`
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class GroupSizes:
     @property
     def aligned(self) -> bool:
         """Whether margins of the weights can hold its adapters; see `adapters/frozen.py`."""
-        return self.rows > 0 and self.rows % _ALIGNMENT == 0 and self.columns % _ALIGNMENT == 0
+        return self.rows > 0 and self.rows % ALIGNMENT == 0 and self.columns % ALIGNMENT == 0
 
     @property
     def pitch(self) -> int:
         """Values of one row of [x | room]."""
-        return -(-(self.inputs + self.columns) // _PITCH) * _PITCH
+        return -(-(self.inputs + self.columns) // PITCH) * PITCH
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mtl_lora_cli.training.footprint import (
     recompute_of,
     sizes_of,
 )
+from mtl_lora_cli.training.passes import ROOM
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mtl_lora_cli.models.base import BaseModel
 
 SHORTEST_ROW = 8
-_QUESTIONS = 256  # a graph pads its questions to whole multiples of this
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def choose(
 def _together(sizes: ModelSizes, row: Load, count: int) -> Load:
     asked = row.asked * count
     if sizes.kernels:
-        asked = -(-asked // _QUESTIONS) * _QUESTIONS
+        asked = -(-asked // ROOM) * ROOM
     return Load(row.positions * count, min(asked, row.positions * count))
 
 

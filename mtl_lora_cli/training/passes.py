@@ -22,7 +22,7 @@ from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.models.packing import table_keys
 
 _SEGMENT = 256  # positions of a segment of padding
-_ROOM = 256  # questions and segments are padded to whole multiples of this
+ROOM = 256  # questions and segments are padded to whole multiples of this
 _MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
 _PEAK = "peak"  # key of an optimiser's group: its learning rate before the schedule
 _WARM_UP = 2  # passes and updates that run as they are: kernels are compiled, state gets its memory
@@ -48,7 +48,7 @@ class Capacity:
 
 
 def _rounded(count: int) -> int:
-    return -(-max(1, count) // _ROOM) * _ROOM
+    return -(-max(1, count) // ROOM) * ROOM
 
 
 def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
@@ -259,7 +259,7 @@ def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device)
     return (
         device.type == "cuda"
         and packed.decoder is not None
-        and packed.decoder.fixed_shapes(device)
+        and packed.decoder.fixed_shapes()
         and len(adapter.tasks) <= _MOST_TASKS
         and not packed.head_is_adapted  # its routing is looked up on the CPU
     )
