@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.adapters.config import KINDS
 from mtl_lora_cli.comparison.shapes import PROJECTIONS
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
@@ -14,7 +14,7 @@ BASELINES = ("peft", "plain", "lora")
 TABLES = ("yardstick",)
 # What an option may be; `choose` checks it.
 CHOICES = {
-    "--method": tuple(METHODS),
+    "--method": KINDS["method"],
     "--quantization": ("none", "nf4"),
     "--base-compute": ("bf16", "fp8"),
     "--engine": ("auto", "fused", "plain"),
