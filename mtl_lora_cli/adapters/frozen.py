@@ -3,7 +3,7 @@
     W = [W_1; …; W_J]  [Σ out_j, in]        y = x Wᵀ + b        dx = dy W
 
 One product for q, k and v, or for gate and up, instead of two or three. Dense weights are laid side
-by side once; 4-bit weights are expanded into one buffer that every layer uses again. No gradient of
+by side once; quantised weights are expanded into one buffer that every layer uses again. No gradient of
 W is ever computed.
 
 Where there is *room*, the adapters' factors stand in margins of the same matrix, and their products
@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl_lora_cli.kernels import fp8
+from mtl_lora_cli.kernels import fp8, int8, nf4
 from mtl_lora_cli.kernels.backend import PITCH, in_triton
-from mtl_lora_cli.kernels.nf4 import expand
 
 ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants operands to start at
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -37,9 +36,13 @@ class Room(NamedTuple):
     rows: int = 0
 
 
-def is_four_bit(layer: nn.Linear) -> bool:
-    """Whether the layer's weight is a quantised one of bitsandbytes."""
-    return getattr(layer.weight, "quant_state", None) is not None
+def is_quantised(layer: nn.Linear) -> bool:
+    """Whether the layer's weight is a quantised one of bitsandbytes, of 4 or 8 bits."""
+    return _is_quantised(layer.weight)
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    return getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8
 
 
 class FrozenWeights:
@@ -68,18 +71,25 @@ class FrozenWeights:
         """The margins that `product` and `input_gradient` can use."""
         return Room() if self._rounded is not None else self._room
 
-    def lay_together(self, wanted: Room = Room()) -> None:  # noqa: B008 - a tuple never changes
+    def lay_together(
+        self,
+        wanted: Room = Room(),  # noqa: B008 - a tuple never changes
+        *,
+        resident: bool = True,
+    ) -> None:
         """Move dense weights into one piece of memory with margins, each a view of its part.
 
         Args:
             wanted: margins; granted in half precision on a card, and where they are aligned.
+            resident: whether the weights stay where they are; otherwise they are copied side by
+                side for each product, as 4-bit ones are expanded.
         """
         weight = self.layers[0].weight
         half = self._dtype() in (torch.bfloat16, torch.float16) or not weight.is_cuda
         if in_triton(weight) and half and not any(side % ALIGNMENT for side in wanted):
             self._room = wanted
-        four_bit = any(is_four_bit(layer) for layer in self.layers)
-        if four_bit or (len(self.layers) == 1 and self._room == Room()):
+        quantised = any(is_quantised(layer) for layer in self.layers)
+        if quantised or not resident or (len(self.layers) == 1 and self._room == Room()):
             return
         rows, columns = self._outer()
         pitch = -(-columns // PITCH) * PITCH
@@ -171,14 +181,16 @@ class FrozenWeights:
     def _dtype(self) -> torch.dtype:
         weight = self.layers[0].weight
         state = getattr(weight, "quant_state", None)
-        return weight.dtype if state is None else state.dtype
+        if weight.dtype == torch.int8:  # it does not remember what it was made from
+            return torch.bfloat16 if weight.is_cuda else torch.float32
+        return weight.dtype if state is None else cast(torch.dtype, state.dtype)
 
     def _outer(self) -> tuple[int, int]:
         return self.shape[0] + self._room.rows, self.shape[1] + self._room.columns
 
     def _dense(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """W [Σ out_j, in]."""
-        if len(weights) == 1 and getattr(weights[0], "quant_state", None) is None:
+        if len(weights) == 1 and not _is_quantised(weights[0]):
             return weights[0].to(dtype)
         rows, columns = self.shape
         if self._together is not None:
@@ -207,11 +219,14 @@ class FrozenWeights:
 
     def _filled(self, out: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for weight, (start, stop) in zip(weights, self.spans, strict=True):
+            part = out[start:stop]
             state = getattr(weight, "quant_state", None)
-            if state is None:
-                out[start:stop].copy_(weight)
+            if state is not None:
+                nf4.expand(weight, state, part)
+            elif weight.dtype == torch.int8:
+                int8.expand(weight, cast(Any, weight).SCB, part)
             else:
-                expand(weight, state, out[start:stop])
+                part.copy_(weight)
         return out
 
 

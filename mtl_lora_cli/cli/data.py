@@ -10,7 +10,7 @@ import typer
 from mtl_lora_cli.cli.frame import emit, framed, status, stdout_is_terminal
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.training.run import Prepared
+    from mtl_lora_cli.training.prepare import Prepared
 
 _SUPERVISED = ("\x1b[1;32m", "\x1b[0m")  # bold green on a terminal
 _PLAIN = ("⟦", "⟧")  # elsewhere
@@ -50,7 +50,7 @@ def show(
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
         from mtl_lora_cli.evaluation.evaluate import select_tasks
-        from mtl_lora_cli.training.run import prepare
+        from mtl_lora_cli.training.prepare import prepare
 
         prepared = prepare(loaded)
         chosen = select_tasks(prepared.data.tasks, task or "all")

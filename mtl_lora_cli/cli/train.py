@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mtl_lora_cli.runs.folder import RunFolder
+    from mtl_lora_cli.training.processes import Processes
+
+_PROCESSES = "--num-processes"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,40 +38,112 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            _PROCESSES, min=1, help="Start so many processes on this host, one for each card."
+        ),
+    ] = None,
     run: RunOption = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,  # some launchers say it here besides in the environment
 ) -> None:
     """Train an adapter for all tasks of a recipe."""
     with framed():
         from mtl_lora_cli.errors import UsageError
-        from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
-        if resume:
-            from mtl_lora_cli.runs.folder import find_run
+        if resume and recipe is not None and "=" in recipe:
+            overrides, recipe = [recipe, *(overrides or ())], None
+        if recipe is None and not resume:
+            raise UsageError("a recipe is missing: mtl-lora train RECIPE")
+        if run is not None and not resume:
+            raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
+        if num_processes is not None and num_processes > 1 and not dry_run:
+            raise typer.Exit(_launched(num_processes))
+        status("loading libraries")
+        from mtl_lora_cli.training.processes import joined
 
-            path = None if recipe is None else find_recipe(recipe)
-            folder = find_run(run, runs)
-            from mtl_lora_cli.training import run as training
-
-            training.resume(folder, path, overrides or ())
-        else:
-            if recipe is None:
-                raise UsageError("a recipe is missing: mtl-lora train RECIPE")
-            if run is not None:
-                raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
-            loaded = load_recipe(find_recipe(recipe), overrides or ())
-            status("loading libraries")
-            from mtl_lora_cli.training import run as training
-
-            path = training.new_run_path(loaded, runs)
-            prepared = training.prepare(loaded)
-            if dry_run:
-                emit_plan(prepared, as_json)
-                return
-            folder = training.start(prepared, path, lambda: say(tasks_table(prepared)))
+        with joined() as processes:
+            if resume:
+                folder = _resumed(processes, recipe, overrides or [], run, runs)
+            else:
+                assert recipe is not None
+                started = _started(processes, recipe, overrides or [], runs, dry_run, as_json)
+                if started is None:
+                    return
+                folder = started
+        if not processes.main:
+            return
         if as_json:
             emit_json({"run": folder.name, "path": str(folder.path)})
         else:
             emit(f"{folder.path}")
             say(f"next: mtl-lora eval --run {folder.path} --task all")
+
+
+def _launched(count: int) -> int:
+    """Run this command in so many processes; their exit code."""
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.training.launch import equivalent, launch
+
+    if "RANK" in os.environ:
+        raise UsageError(
+            f"{_PROCESSES} starts processes, and this one was started as one of several already; "
+            "leave it out under torchrun, accelerate, deepspeed and Slurm"
+        )
+    arguments = _without_processes(sys.argv[1:])
+    say(f"starting {count} processes; the same: {equivalent(arguments, count)}")
+    return launch(arguments, count)
+
+
+def _without_processes(arguments: list[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument.startswith(f"{_PROCESSES}="):
+            skip = False
+        elif argument == _PROCESSES:
+            skip = True
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _resumed(
+    processes: Processes, recipe: str | None, overrides: list[str], run: str | None, runs: Path
+) -> RunFolder:
+    from mtl_lora_cli.recipe.load import find_recipe
+    from mtl_lora_cli.runs.folder import find_run
+    from mtl_lora_cli.training import run as training
+
+    path = None if recipe is None else find_recipe(recipe)
+    return training.resume(find_run(run, runs), path, overrides, processes)
+
+
+def _started(
+    processes: Processes,
+    recipe: str,
+    overrides: list[str],
+    runs: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> RunFolder | None:
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+    from mtl_lora_cli.training import run as training
+    from mtl_lora_cli.training.prepare import prepare
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    path = training.new_run_path(loaded, runs, processes)
+    prepared = prepare(loaded, processes)
+    if dry_run:
+        if processes.main:
+            emit_plan(prepared, as_json)
+        return None
+
+    def ready() -> None:
+        if processes.main:
+            say(tasks_table(prepared))
+
+    return training.start(prepared, path, ready)

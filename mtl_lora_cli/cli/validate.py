@@ -28,7 +28,7 @@ def validate(
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
-        from mtl_lora_cli.training.run import prepare
+        from mtl_lora_cli.training.prepare import prepare
 
         prepared = prepare(loaded)
         if as_json:

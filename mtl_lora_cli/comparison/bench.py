@@ -30,15 +30,8 @@ from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.load import pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.footprint import keep_of
-from mtl_lora_cli.training.passes import (
-    EagerPasses,
-    GraphedPasses,
-    ParameterGroup,
-    Ready,
-    Update,
-    graphs_possible,
-    make_optimizer,
-)
+from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
+from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
 LEARNING_RATE = 3e-4
 PROFILED_STEPS = 2

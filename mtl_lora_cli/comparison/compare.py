@@ -40,6 +40,7 @@ from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.progress import duration
 
 # What a run decides for itself, or what stands in its own folder in another form.
@@ -215,7 +216,7 @@ def _trained(study: Study, run: PlannedRun) -> RunFolder:
             return training.resume(folder, None, ())
         shutil.rmtree(folder.path)  # it stopped before its first checkpoint
     loaded = replace(study.loaded, recipe=run.recipe)
-    return training.start(training.prepare(loaded), folder.path)
+    return training.start(prepare(loaded), folder.path)
 
 
 def _require_ours(study: Study) -> None:

@@ -36,7 +36,7 @@ from mtl_lora_cli.recipe.schema import Run as RunSettings
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task
-from mtl_lora_cli.training.run import adapter_config
+from mtl_lora_cli.training.prepare import adapter_config
 
 Shapes = Callable[[tuple[str, ...]], list[tuple[int, int]]]  # target modules → (out, in) each
 

@@ -8,9 +8,10 @@ the last layer no work after attention where no answer is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mtl_lora_cli.models.packing import Packing, pick_way
 _MODEL_TYPES = ("llama", "mistral", "qwen2")  # same layer: norms, rotary halves, SwiGLU, no extras
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies
 _QKV, _O, _GATE_UP, _DOWN = range(4)
+LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and δ
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,17 @@ class FusedDecoder:
 
     Args:
         model: a transformers causal language model for which `obstacle` is None.
+        resident: the weights stay in memory; see `FrozenWeights.lay_together`.
+
+    Attributes:
+        layer_calls: run one layer each. Where weights do not stay, somebody else's callables around
+            these bring them before and take them away behind.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, resident: bool = True) -> None:
         self._base = model.base_model
-        self.layers = [_layer(layer) for layer in self._base.layers]
+        self.layers = [_layer(layer, resident) for layer in self._base.layers]
+        self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
         attention = self._base.layers[0].self_attn
         config = model.config
         self._heads = config.num_attention_heads
@@ -157,7 +165,7 @@ class FusedDecoder:
         packing = self._packing(x, position_ids, segments)
         delta = None
         mixings = self._mixings(slots, chosen_slots)
-        for number, layer in enumerate(self.layers):
+        for number in range(len(self.layers)):
             last = number + 1 == len(self.layers)
             own = Pass(
                 slots=slots,
@@ -168,16 +176,7 @@ class FusedDecoder:
                 training=training,
                 learn=learn,
             )
-            qkv, o, gate_up, down = mixings[number]
-            x, delta = AttentionBlock.apply(
-                layer.input_norm, layer.qkv, layer.o, own, x, delta,
-                *layer.qkv.tensors(qkv, own.slots), *layer.o.tensors(o, own.chosen_slots),
-            )  # fmt: skip
-            x, delta = MlpBlock.apply(
-                layer.mlp_norm, layer.gate_up, layer.down, own, x, delta,
-                *layer.gate_up.tensors(gate_up, own.chosen_slots),
-                *layer.down.tensors(down, own.chosen_slots),
-            )  # fmt: skip
+            x, delta = self.layer_calls[number](own, mixings[number], x, delta)
         return _FinalNorm.apply(x, delta, *self._norm)
 
     def _packing(self, x: Tensor, position_ids: Tensor, segments: Segments) -> Packing:
@@ -238,15 +237,32 @@ class _FinalNorm(torch.autograd.Function):
         return dx, dx, None, None
 
 
-def _layer(layer: Any) -> _Layer:
+def _run_layer(
+    layer: _Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, delta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The stream and what has yet to be added to it, behind one layer."""
+    qkv, o, gate_up, down = mixings
+    x, delta = AttentionBlock.apply(
+        layer.input_norm, layer.qkv, layer.o, own, x, delta,
+        *layer.qkv.tensors(qkv, own.slots), *layer.o.tensors(o, own.chosen_slots),
+    )  # fmt: skip
+    return MlpBlock.apply(
+        layer.mlp_norm, layer.gate_up, layer.down, own, x, delta,
+        *layer.gate_up.tensors(gate_up, own.chosen_slots),
+        *layer.down.tensors(down, own.chosen_slots),
+    )  # fmt: skip
+
+
+def _layer(layer: Any, resident: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    group = partial(Group, resident=resident)
     return _Layer(
         input_norm=_norm(layer.input_layernorm),
-        qkv=Group(attention.q_proj, attention.k_proj, attention.v_proj),
-        o=Group(attention.o_proj),
+        qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
+        o=group(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=Group(mlp.gate_proj, mlp.up_proj),
-        down=Group(mlp.down_proj),
+        gate_up=group(mlp.gate_proj, mlp.up_proj),
+        down=group(mlp.down_proj),
     )
 
 

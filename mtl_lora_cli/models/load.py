@@ -56,7 +56,12 @@ def load_tokenizer(base: BaseModel) -> Any:
 
 
 def load_model(
-    base: BaseModel, *, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    base: BaseModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    storage: torch.dtype = torch.uint8,
 ) -> Any:
     """The frozen base model, ready for packed rows.
 
@@ -64,7 +69,9 @@ def load_model(
         base: where it lies.
         dtype: of the weights, and of the computation where the weights are 4-bit.
         device: where it goes.
-        quantization: `none`, or `nf4` (bitsandbytes, double quantisation).
+        quantization: `none`, `nf4` or `fp4` (bitsandbytes, double quantisation), or `int8`.
+        storage: in what 4-bit values are kept, two a byte. ZeRO stage 3 wants `dtype`: it cuts and
+            gathers weights as numbers of one kind.
 
     Raises:
         UsageError: the folder holds no causal language model that transformers knows.
@@ -73,13 +80,16 @@ def load_model(
 
     attention.register()
     extra: dict[str, Any] = {}
-    if quantization == "nf4":
+    if quantization in ("nf4", "fp4"):
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=storage,
         )
+    elif quantization == "int8":
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
         with quiet_loading():
             model, loading = AutoModelForCausalLM.from_pretrained(

@@ -98,6 +98,7 @@ class PackedModel(nn.Module):
             default everything.
         base_compute: `dtype` multiplies with the frozen weights as they are; `fp8` in 8-bit floats,
             which the fused engine alone can do.
+        resident: the base model's weights stay in memory; see `FusedDecoder`.
 
     Raises:
         UsageError: `fused` or `fp8` was asked for and the model's layers are not of that kind, or
@@ -112,6 +113,7 @@ class PackedModel(nn.Module):
         engine: Engine = "auto",
         keep: Keep | Sequence[Keep] | None = None,
         base_compute: BaseCompute = "dtype",
+        resident: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -121,7 +123,7 @@ class PackedModel(nn.Module):
         if engine != "plain":
             reason = obstacle(model, adapter)
             if reason is None:
-                self.decoder = FusedDecoder(model)
+                self.decoder = FusedDecoder(model, resident=resident)
                 one = Keep() if keep is None else keep
                 layers = len(self.decoder.layers)
                 self.keep = [one] * layers if isinstance(one, Keep) else list(one)

@@ -259,11 +259,32 @@ Mixing = Annotated[
 ]
 
 
+class Distributed(StrictModel):
+    """How a run shares its work and its memory among processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0  # what is cut into parts; see docs/distributed.md
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU's memory
+    deepspeed: str | None = None  # a JSON file of DeepSpeed's, merged into the derived one
+
+    @model_validator(mode="after")
+    def _fits_the_stage(self) -> Distributed:
+        """Nothing that would be ignored."""
+        for name, least in (("deepspeed", 1), ("offload", 3 if self.offload == "all" else 1)):
+            value = getattr(self, name)
+            if value not in (None, "none") and self.zero_stage < least:
+                raise ValueError(
+                    f"'{name}: {value}' needs zero_stage {least} or higher, received {self.zero_stage}"
+                )
+        return self
+
+
 class Run(StrictModel):
     """Where the result goes."""
 
     name: Name | None = None  # default: the recipe's stem and the time
     directory: str | None = None  # default: what --runs or MTL_LORA_RUNS says, else `runs`
+    trackers: list[Literal["tensorboard", "wandb"]] = []  # who else is told of every step
+    project: Name = "mtl-lora"  # under which they file the run
 
 
 class Recipe(StrictModel):
@@ -271,7 +292,7 @@ class Recipe(StrictModel):
 
     base_model: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantization: Literal["none", "nf4"] = "none"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     engine: Literal["auto", "fused", "plain"] = "auto"  # who runs the base model's layers
     base_compute: Literal["dtype", "fp8"] = "dtype"  # arithmetic of the frozen products
     prompt_format: Literal["plain", "chat"] = "plain"
@@ -279,6 +300,7 @@ class Recipe(StrictModel):
     tasks: Annotated[list[Task], Field(min_length=1)]
     mixing: Mixing = "proportional"
     training: Training = Training()
+    distributed: Distributed = Distributed()
     run: Run = Run()
 
     @field_validator("tasks")
@@ -290,6 +312,26 @@ class Recipe(StrictModel):
                 raise ValueError(f"the task '{task.name}' stands twice; names must differ")
             seen.add(task.name)
         return tasks
+
+    @model_validator(mode="after")
+    def _what_stage_3_can_cut(self) -> Recipe:
+        if self.distributed.zero_stage == 3:
+            if self.quantization == "int8":
+                raise ValueError(
+                    "quantization: int8 does not go with zero_stage: 3: the scales of 8-bit weights "
+                    "are not gathered with them, and they train wrongly; use nf4, or stage 2"
+                )
+            if self.base_compute == "fp8":
+                raise ValueError(
+                    "base_compute: fp8 does not go with zero_stage: 3: it keeps two copies of all "
+                    "weights on each card; use stage 2"
+                )
+            if self.training.diagnose is not None:
+                raise ValueError(
+                    "training.diagnose does not go with zero_stage: 3: it differentiates outside of "
+                    "DeepSpeed; use stage 2"
+                )
+        return self
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Recipe:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
-from mtl_lora_cli.runs.atomic import write_json, write_text
+from mtl_lora_cli.runs.atomic import new_folder, write_json, write_text
 
 FORMAT_VERSION = 1
 
@@ -34,6 +34,10 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
 
     @property
     def metrics(self) -> Path:
@@ -88,15 +92,20 @@ def require_new(path: Path) -> None:
         )
 
 
-def create_run(path: Path) -> RunFolder:
-    """Make a new run folder.
+def create_run(path: Path, fill: Callable[[RunFolder], None] = lambda run: None) -> RunFolder:
+    """Make a new run folder, whole or not at all.
+
+    Args:
+        path: of the folder.
+        fill: writes what it begins with.
 
     Raises:
         UsageError: it exists already, or cannot be made.
     """
     require_new(path)
     try:
-        path.mkdir(parents=True)
+        with new_folder(path) as folder:
+            fill(RunFolder(folder))
     except OSError as error:
         raise UsageError(f"run folder {path} cannot be made: {error.strerror}") from None
     return RunFolder(path)

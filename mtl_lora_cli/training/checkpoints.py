@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
 from mtl_lora_cli.runs.folder import read_json, save_json
+from mtl_lora_cli.training.update import Updating
 
 COMPLETE = "COMPLETE"
 _OPTIMIZER = "optimizer.safetensors"
@@ -47,19 +48,33 @@ def save_checkpoint(
     folder: Path,
     position: Position,
     adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Tensor],
+    states: Sequence[Mapping[str, Tensor]],
     base_model: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `step-000200` with checksums, `COMPLETE` last, then remove the oldest beyond `keep`."""
+    """Write `step-000200` with checksums, `COMPLETE` last, then remove the oldest beyond `keep`.
+
+    Args:
+        folder: the run's `checkpoints`.
+        position: where the run stands.
+        adapter: what is trained.
+        moments: the optimiser's state, whole: `Updating.state`.
+        states: `random_states` of every process.
+        base_model: identity of the base model.
+        keep: so many checkpoints stay.
+    """
     path = folder / f"step-{position.step:06d}"
     for number, other in _numbered(folder):
         if number >= position.step:  # of a future that this run has left
             shutil.rmtree(other)
+    for unfinished in folder.glob(".step-*.partial"):  # of a process that was killed
+        shutil.rmtree(unfinished)
     with new_folder(path) as temporary:
         save_adapter(adapter, temporary, base_model)
-        save_file(_optimizer_tensors(optimizer, adapter), temporary / _OPTIMIZER)
-        save_file(_random_states(), temporary / _RANDOM)
+        save_file(dict(moments), temporary / _OPTIMIZER)
+        random = {f"{name}.{rank}": s for rank, own in enumerate(states) for name, s in own.items()}
+        save_file(random, temporary / _RANDOM)
         save_json(temporary / _STATE, position.__dict__)
         sums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _CHECKSUMS, sums)
@@ -83,8 +98,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Position:
+def load_checkpoint(
+    path: Path, adapter: Adapter, update: Updating, rank: int = 0, seed: int = 0
+) -> Position:
     """Put a run back to where it stood: adapter, optimiser and random states.
+
+    The number of processes may be another one than before: moments are kept whole. A process that
+    was not there has no random state to go back to, and begins one that follows from `seed`, the
+    step and its rank.
+
+    Args:
+        path: from `newest_checkpoint`.
+        adapter: what is trained.
+        update: of the optimiser.
+        rank: of this process.
+        seed: of the run.
 
     Raises:
         MtlLoraError: a file is damaged or fits another adapter.
@@ -93,12 +121,14 @@ def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimiz
     if damaged:
         raise MtlLoraError(f"{path}: damaged: {', '.join(damaged)}")
     load_adapter(adapter, path)
-    _restore_optimizer(optimizer, adapter, load_file(path / _OPTIMIZER))
-    random = load_file(path / _RANDOM)
-    torch.set_rng_state(random["cpu"])
-    if torch.cuda.is_available() and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-    state = read_json(path / _STATE)
+    update.restore(adapter.tensors(), load_file(path / _OPTIMIZER))
+    random, state = load_file(path / _RANDOM), read_json(path / _STATE)
+    if f"cpu.{rank}" in random:
+        torch.set_rng_state(random[f"cpu.{rank}"])
+        if torch.cuda.is_available() and f"cuda.{rank}" in random:
+            torch.cuda.set_rng_state(random[f"cuda.{rank}"])
+    else:
+        torch.manual_seed(hash((seed, state["step"], rank)) % 2**63)
     return Position(state["step"], state["metrics_bytes"], state["seconds"], state["tokens"])
 
 
@@ -115,37 +145,9 @@ def _damaged(path: Path) -> Iterator[str]:
             yield name
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
+    """Of this process: torch's generators."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, Tensor]:
-    """The optimiser's state under the names of the adapter's tensors: `{name}/{state}`."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, tensor in adapter.tensors().items()
-        for key, value in inner.state[tensor].items()
-    }
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, adapter: Adapter, saved: Mapping[str, Tensor]
-) -> None:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    on_card = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-    own = adapter.tensors()
-    for name in own:
-        if f"{name}/step" not in saved:
-            raise MtlLoraError(f"{_OPTIMIZER}: the state of '{name}' is missing")
-    for name, value in saved.items():
-        tensor_name, _, key = name.rpartition("/")
-        if tensor_name not in own:
-            raise MtlLoraError(f"{_OPTIMIZER}: unexpected tensor '{name}'")
-        tensor = own[tensor_name]
-        # `step` is a scalar that torch's AdamW keeps on the CPU, unless it runs as one kernel.
-        device = value.device if key == "step" and not on_card else tensor.device
-        inner.state[tensor][key] = value.to(device)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mtl_lora_cli.training.processes import ALONE, Processes
+
 _LIBRARIES = (
     "mtl-lora",
     "torch",
@@ -23,7 +25,9 @@ _LIBRARIES = (
 )
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def describe(
+    device: torch.device, dtype: torch.dtype, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Versions, devices, git revision of the working directory, command line."""
     versions: dict[str, str | None] = {}
     for name in _LIBRARIES:
@@ -36,6 +40,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": processes.count,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "git_revision": _git_revision(),

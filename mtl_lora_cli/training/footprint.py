@@ -84,7 +84,10 @@ class ModelSizes:
         other_weights: embedding, head, norms, biases; a tied weight once.
         trained: values of the adapter.
         value: bytes of a number in `dtype`.
-        four_bit: the layers' weights are NF4.
+        four_bit: the layers' weights are NF4 or FP4.
+        eight_bit: they are int8.
+        parts: of how many processes each holds one part of the weights, and gathers a layer at a
+            time; 1 where each holds all.
         fp8: two 8-bit copies of the layers' weights are kept.
         kernels: our kernels run; otherwise plain torch, which keeps and copies more.
         dropout: whether features are dropped before A.
@@ -97,9 +100,16 @@ class ModelSizes:
     trained: int
     value: int
     four_bit: bool = False
+    eight_bit: bool = False
+    parts: int = 1
     fp8: bool = False
     kernels: bool = True
     dropout: bool = False
+
+    @property
+    def expanded(self) -> bool:
+        """Whether weights are laid into a buffer for each product."""
+        return self.four_bit or self.eight_bit or self.parts > 1
 
     @property
     def width(self) -> int:
@@ -128,17 +138,25 @@ class Load(NamedTuple):
 
 
 def weight_bytes(sizes: ModelSizes) -> int:
-    """The frozen weights: those of the layers in `dtype` or NF4, all others in `dtype`."""
-    layers = sum(group.weights for layer in sizes.layers for group in layer.groups)
-    each = NF4_BITS / 8 if sizes.four_bit else sizes.value
-    return math.ceil(layers * each) + sizes.other_weights * sizes.value
+    """The frozen weights: those of the layers in `dtype` or quantised, all others in `dtype`.
+
+    Cut into parts there are, besides one part, the head and two layers whole: one that works and one
+    that is fetched ahead.
+    """
+    each = NF4_BITS / 8 if sizes.four_bit else 1.0 if sizes.eight_bit else sizes.value
+    layers = [each * sum(group.weights for group in layer.groups) for layer in sizes.layers]
+    found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value
+    if sizes.parts == 1:
+        return found
+    gathered = 2 * max(layers) + sizes.vocabulary * sizes.width * sizes.value
+    return min(found, math.ceil(found / sizes.parts + gathered))
 
 
 def fixed_bytes(sizes: ModelSizes) -> int:
     """What lives for the whole run: weights, adapter, gradients, AdamW, the expansion's buffer."""
     groups = [group for layer in sizes.layers for group in layer.groups]
     found = weight_bytes(sizes) + sizes.trained * TRAINED_BYTES
-    if sizes.four_bit:  # one buffer, as large as the largest group, for all layers
+    if sizes.expanded:  # one buffer, as large as the largest group, for all layers
         found += max(sizes.matrix(group) for group in groups) * sizes.value
     else:
         found += sum(sizes.matrix(group) - group.weights for group in groups) * sizes.value
@@ -177,7 +195,7 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     for group, count in zip((qkv, o, gate_up, down), counts, strict=True):
         if group.rows:
             found += (group.rows * value + sizes.dropout * group.inputs) * count
-            if sizes.four_bit or not sizes.roomy(group):
+            if sizes.expanded or not sizes.roomy(group):
                 factors += (group.rows * group.inputs + group.outputs * group.columns) * value
     return found + factors
 
@@ -301,6 +319,7 @@ def sizes_of(
     on_card: bool,
     quantization: str = "none",
     base_compute: str = "dtype",
+    parts: int = 1,
 ) -> ModelSizes:
     """The sizes of a model with its adapter; both may be on the meta device.
 
@@ -310,6 +329,7 @@ def sizes_of(
         value: bytes of a number in the run's dtype.
         on_card: whether it will run on a card.
         quantization, base_compute: of the recipe.
+        parts: see `ModelSizes`.
     """
     from mtl_lora_cli.kernels.tiles import LARGEST_DIM
 
@@ -332,7 +352,9 @@ def sizes_of(
         other_weights=sum(p.numel() for p in model.parameters()) - trained - inside,
         trained=trained,
         value=value,
-        four_bit=quantization == "nf4",
+        four_bit=quantization in ("nf4", "fp4"),
+        eight_bit=quantization == "int8",
+        parts=parts,
         fp8=base_compute == "fp8",
         kernels=on_card and value == 2 and head_dim <= LARGEST_DIM,
         dropout=adapter.config.dropout > 0,

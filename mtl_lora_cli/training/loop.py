@@ -7,14 +7,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
@@ -25,23 +24,21 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.checkpoints import Position, load_checkpoint, save_checkpoint
+from mtl_lora_cli.training.checkpoints import (
+    Position,
+    load_checkpoint,
+    newest_checkpoint,
+    random_states,
+    save_checkpoint,
+)
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import parameter_groups
-from mtl_lora_cli.training.passes import (
-    EagerPasses,
-    GraphedPasses,
-    Ready,
-    Update,
-    graphs_possible,
-    make_optimizer,
-)
+from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
+from mtl_lora_cli.training.processes import ALONE, Interrupted, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.schedule import learning_rate_factor
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user asked to stop; the run was saved."""
+from mtl_lora_cli.training.update import Update, make_optimizer
+from mtl_lora_cli.training.zero import ZeroUpdate
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,17 @@ class _Step:
     Attributes:
         number, epoch: counted from 0.
         rows: of all processes.
+        places: of this process, the examples of each pass.
         passes: of this process, ready to run.
         owners: for each pass the task of each question [S].
-        tokens: of this process's rows.
+        tokens: of all rows.
         supervised: int64 [T], supervised tokens of each task over all processes.
     """
 
     number: int
     epoch: int
     rows: list[list[Place]]
+    places: list[list[Place]]
     passes: list[Ready]
     owners: list[Tensor]
     tokens: int
@@ -73,7 +72,9 @@ class _Running:
     Attributes:
         prepared: what it is.
         rate: its learning rate.
-        loss: this process's −log p summed by task, float64 [T], on the device.
+        loss: −log p summed by task, and how many were asked to stop, over all processes, float64
+            [T + 1], on the device.
+        logprobs: of each pass, float64 [S], on the device.
         norm: of the gradients before clipping, on the device.
         end: when the device is done with it, in the device's own time; None on a CPU.
     """
@@ -81,6 +82,7 @@ class _Running:
     prepared: _Step
     rate: float
     loss: Tensor
+    logprobs: list[Tensor]
     norm: Tensor
     end: torch.cuda.Event | None
 
@@ -92,7 +94,6 @@ class Trainer:
     rows, passes and processes, and w_t the task's `loss_weight`.
 
     Args:
-        accelerator: places model and optimiser.
         packed: base model with the adapter injected.
         adapter: what is trained.
         data: encoded tasks and their mixture.
@@ -101,11 +102,13 @@ class Trainer:
         base_model: identity of the base model, for the adapter file.
         total_steps: optimiser steps of the whole run.
         observers: look at some of its steps.
+        processes: this one among those of the run.
+        zero: DeepSpeed's configuration; None where nothing is cut into parts.
+        where: names a training example for the user: task id and number → file and line.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
         packed: PackedModel,
         adapter: Adapter,
         data: TrainingData,
@@ -114,8 +117,12 @@ class Trainer:
         base_model: dict[str, Any],
         total_steps: int,
         observers: Sequence[Observer] = (),
+        *,
+        processes: Processes = ALONE,
+        zero: Mapping[str, Any] | None = None,
+        where: Callable[[int, int], str] = lambda task, number: f"example {number}",
     ) -> None:
-        self.accelerator = accelerator
+        self.processes = processes
         self.adapter = adapter
         self.data = data
         self.settings = settings
@@ -123,27 +130,41 @@ class Trainer:
         self.base_model = base_model
         self.total_steps = total_steps
         self.packed = packed
-        self.model = accelerator.prepare(packed)
-        parameters = list(adapter.tensors().values())
-        graphed = accelerator.num_processes == 1 and graphs_possible(
-            packed, adapter, accelerator.device
-        )
-        self.optimizer = make_optimizer(parameter_groups(adapter, settings), graphed=graphed)
-        self._update = Update(
-            parameters, self.optimizer, settings.max_gradient_norm, graphed=graphed
-        )
-        eager = EagerPasses(self.model, packed, accelerator.device, accelerator.backward)
-        self._passes = (
-            GraphedPasses(packed, adapter, settings.row_length, eager) if graphed else eager
-        )
+        self._where = where
+        self._device = next(iter(adapter.tensors().values())).device
+        self._start_learning(zero)
         self._observers = tuple(observers)
         self._ahead: _Step | None = None
-        self._runs_ahead = accelerator.device.type == "cuda"
+        self._runs_ahead = self._device.type == "cuda"
         self._clock = 0.0
         self._end: torch.cuda.Event | None = None
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._weights = torch.tensor([task.loss_weight for task in data.tasks])
-        self._stop = False
+        self._stop_asked = False  # of this process
+        self._stop_agreed = False  # all know, since the same step
+
+    def _start_learning(self, zero: Mapping[str, Any] | None) -> None:
+        """Who runs passes, and who updates."""
+        groups = parameter_groups(self.adapter, self.settings)
+        packed, adapter, device = self.packed, self.adapter, self._device
+        self.update: Update | ZeroUpdate
+        self._passes: EagerPasses | GraphedPasses
+        if zero is not None:
+            self.update = ZeroUpdate(packed, adapter, groups, zero, self.processes)
+            self._passes = EagerPasses(self.update.model, packed, device, self.update.backward)
+            return
+        graphed = graphs_possible(packed, adapter, device)
+        self.update = Update(
+            list(adapter.tensors().values()),
+            make_optimizer(groups, graphed=graphed),
+            self.settings.max_gradient_norm,
+            graphed=graphed,
+            processes=self.processes,
+        )
+        eager = EagerPasses(packed, packed, device)
+        self._passes = (
+            GraphedPasses(packed, adapter, self.settings.row_length, eager) if graphed else eager
+        )
 
     def rounding(self) -> Rounding:
         """What `base_compute: fp8` costs, on the first batch of the run."""
@@ -154,7 +175,9 @@ class Trainer:
 
     def resume(self, checkpoint: Any) -> None:
         """Go back to a checkpoint; metrics written after it are cut off."""
-        self.position = load_checkpoint(checkpoint, self.adapter, self.optimizer)
+        self.position = load_checkpoint(
+            checkpoint, self.adapter, self.update, self.processes.rank, self.settings.seed
+        )
 
     def train(self, progress: TrainingProgress) -> None:
         """Run to the end.
@@ -163,7 +186,7 @@ class Trainer:
             Interrupted: the user stopped it; a checkpoint of the last whole step was saved.
             MtlLoraError: the loss is no longer a finite number.
         """
-        self.model.train()
+        self.packed.train()
         with self._metrics() as metrics, self._signals():
             self._clock, self._end = time.monotonic(), self._mark()
             running: _Running | None = None
@@ -180,13 +203,13 @@ class Trainer:
                 last = step + 1 == self.total_steps
                 every = self.settings.checkpoint_every
                 due = last or bool(every and (step + 1) % every == 0)
-                if due or after or self._stop or not self._runs_ahead:
+                if due or after or self._stop_agreed or not self._runs_ahead:
                     self._finish(running, metrics, progress)
                     running = None
                     self._look(after, step + 1, metrics, progress)
-                if running is None and (due or self._stop):
+                if running is None and (due or self._stop_agreed):
                     self._save()
-                    if self._stop and not last:
+                    if self._stop_agreed and not last:
                         raise Interrupted(
                             f"stopped after step {step + 1} and saved; go on with: "
                             f"mtl-lora train --resume --run {self.run.path}"
@@ -210,8 +233,7 @@ class Trainer:
             seen = observer.look(step)
             if seen is None:
                 continue
-            metrics.write(json.dumps(seen.event) + "\n")
-            metrics.flush()
+            self._write(metrics, seen.event)
             if seen.line is not None:
                 progress.say(seen.line)
         if observers:
@@ -225,11 +247,14 @@ class Trainer:
             step, self.total_steps, self.settings.warmup, self.settings.schedule
         )
         rate = self.settings.learning_rate * factor
-        loss = self._accumulate(prepared)
-        norm = self._update(factor)
+        loss, logprobs = self._accumulate(prepared)
+        norm = self.update(factor)
+        self.processes.sum_(
+            loss
+        )  # asked for here: behind the next step's work it would wait for it
         if step + 1 < self.total_steps:
             self._ahead = self._prepare(step + 1)
-        return _Running(prepared, rate, loss, norm.clone(), self._mark())
+        return _Running(prepared, rate, loss, logprobs, norm.clone(), self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._runs_ahead:
@@ -240,22 +265,17 @@ class Trainer:
 
     def _finish(self, running: _Running, metrics: TextIO, progress: TrainingProgress) -> None:
         """Wait for a step, look at it, and write down what it did."""
-        loss = self.accelerator.reduce(running.loss).cpu()
+        *task_loss, asked = running.loss.tolist()
+        loss = torch.tensor(task_loss, dtype=torch.float64)
+        self._stop_agreed = self._stop_agreed or asked > 0
         norm = float(running.norm)
         prepared = running.prepared
         if not (math.isfinite(float(loss.sum())) and math.isfinite(norm)):
-            present = sorted({task for row in prepared.rows for task, _ in row})
-            names = [self.data.tasks[task].name for task in present]
-            raise MtlLoraError(
-                f"the loss is no longer a finite number at step {prepared.number + 1} "
-                f"(tasks {', '.join(names)}); "
-                f"checkpoints before it are intact; lower training.learning_rate"
-            )
+            raise MtlLoraError(self._no_number(running))
         seconds = self._seconds(running)
         event = self._event(prepared, running.rate, norm, loss, seconds)
         event["tokens_per_second"] = event["tokens"] / max(1e-9, seconds)
-        metrics.write(json.dumps(event) + "\n")
-        metrics.flush()
+        self._write(metrics, event)
         self.position = Position(
             prepared.number + 1,
             metrics.tell(),
@@ -280,42 +300,51 @@ class Trainer:
     def _prepare(self, step: int) -> _Step:
         """This process's batches of one step, with the weight of each question in the loss."""
         epoch, rows = self.data.mixture.step(step)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        size = self.settings.rows_per_pass
+        mine, size = self.processes.mine(rows), self.settings.rows_per_pass
+        passes_of_rows = [mine[i : i + size] for i in range(0, len(mine), size)]
         batches = [
-            training_batch(mine[i : i + size], self.data.splits, loss_on=self.settings.loss_on)
-            for i in range(0, len(mine), size)
+            training_batch(some, self.data.splits, loss_on=self.settings.loss_on)
+            for some in passes_of_rows
         ]
         owners = [batch.task_ids.view(-1)[batch.positions[batch.owner]] for batch in batches]
         # Of all processes' rows, which every process knows: nothing has to be asked.
         supervised = supervised_tokens(rows, self.data.splits, loss_on=self.settings.loss_on)
-        # Gradients are averaged over processes, the loss is a sum over them.
-        scale = self.accelerator.num_processes / int(supervised.sum())
+        scale = self.update.loss_scale / int(supervised.sum())
         passes = [
             self._passes.prepare(batch, self._weights[owner] * scale)
             for batch, owner in zip(batches, owners, strict=True)
         ]
-        tokens = sum(int(self.data.splits[task].lengths[n]) for row in mine for task, n in row)
-        return _Step(step, epoch, rows, passes, owners, tokens, supervised)
+        tokens = sum(int(self.data.splits[task].lengths[n]) for row in rows for task, n in row)
+        places = [[place for row in some for place in row] for some in passes_of_rows]
+        return _Step(step, epoch, rows, places, passes, owners, tokens, supervised)
 
-    def _accumulate(self, prepared: _Step) -> Tensor:
-        """Forward and backward over this process's rows; its summed loss of each task [T]."""
-        loss = torch.zeros(
-            len(self.data.tasks), dtype=torch.float64, device=self.accelerator.device
-        )
+    def _accumulate(self, prepared: _Step) -> tuple[Tensor, list[Tensor]]:
+        """Forward and backward over this process's rows: `loss` and `logprobs` of `_Running`."""
+        tasks = len(self.data.tasks)
+        loss = torch.zeros(tasks + 1, dtype=torch.float64, device=self._device)
+        loss[tasks] = float(self._stop_asked)
+        idle = self._idle_passes(prepared)
+        logprobs = []
         for number, (ready, owner) in enumerate(zip(prepared.passes, prepared.owners, strict=True)):
-            with self._synchronised(number + 1 == len(prepared.passes)):
-                logprobs = self._passes.run(ready)
-            loss.index_add_(0, owner.to(loss.device), -logprobs.double())
-        return loss
+            self.update.expect(last=not idle and number + 1 == len(prepared.passes))
+            logprobs.append(self._passes.run(ready).double())
+            loss.index_add_(0, owner.to(loss.device), -logprobs[-1])
+        for number, ready in enumerate(idle):
+            self.update.expect(last=number + 1 == len(idle))
+            self._passes.run(ready)
+        return loss, logprobs
 
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(self.model):
-                yield
+    def _idle_passes(self, prepared: _Step) -> list[Ready]:
+        """Passes that count for nothing, where others have more rows and all must run as many."""
+        if not self.update.same_passes:
+            return []
+        most = -(-len(prepared.rows) // self.processes.count)
+        missing = -(-most // self.settings.rows_per_pass) - len(prepared.passes)
+        if not missing:
+            return []
+        any_row = training_batch(prepared.rows[:1], self.data.splits, loss_on=self.settings.loss_on)
+        nothing = torch.zeros(len(any_row.owner))
+        return [self._passes.prepare(any_row, nothing)] * missing
 
     def _event(
         self, prepared: _Step, rate: float, norm: float, loss: Tensor, seconds: float
@@ -343,22 +372,76 @@ class Trainer:
         return event
 
     def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        """Rank 0 writes; what is cut into parts, and everybody's random states, come to it."""
+        moments = self.update.state(self.adapter.tensors())
+        states = self.processes.gather(random_states())
+        if self.processes.main:
             self.run.checkpoints.mkdir(exist_ok=True)
             save_checkpoint(
                 self.run.checkpoints,
                 self.position,
                 self.adapter,
-                self.optimizer,
+                moments,
+                states,
                 self.base_model,
                 self.settings.keep_checkpoints,
             )
+        self.processes.wait()
+
+    def _no_number(self, running: _Running) -> str:
+        """What a loss that is no number has to do with: the step's tasks, and the examples."""
+        prepared = running.prepared
+        present = sorted({task for row in prepared.rows for task, _ in row})
+        names = ", ".join(self.data.tasks[task].name for task in present)
+        found = sorted(
+            {one for some in self.processes.gather(self._poisoned(running)) for one in some}
+        )
+        examples = sum(len(row) for row in prepared.rows)
+        if not found:
+            seen = "all losses are numbers, but their gradient is not"
+        elif len(found) == examples:
+            seen = f"of all {examples} examples"
+        else:
+            told = [f"'{self.data.tasks[t].name}' {self._where(t, n)}" for t, n in found[:3]]
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            seen = f"of {len(found)} of {examples} examples: {', '.join(told)}{more}"
+        last = newest_checkpoint(self.run.checkpoints)
+        return (
+            f"the loss is no longer a finite number at step {prepared.number + 1} (tasks {names}), "
+            f"{seen}; "
+            + (f"{last.name} is intact" if last is not None else "no checkpoint was written yet")
+            + "; lower training.learning_rate, or look at these examples"
+        )
+
+    def _poisoned(self, running: _Running) -> list[Place]:
+        """This process's examples with a loss that is no number."""
+        prepared, found = running.prepared, []
+        for places, logprobs in zip(prepared.places, running.logprobs, strict=True):
+            counts = [
+                int(
+                    supervised_tokens(
+                        [[place]], self.data.splits, loss_on=self.settings.loss_on
+                    ).sum()
+                )
+                for place in places
+            ]
+            parts = logprobs.cpu().split(counts)
+            found += [
+                place
+                for place, part in zip(places, parts, strict=True)
+                if not part.isfinite().all()
+            ]
+        return found
+
+    @staticmethod
+    def _write(metrics: TextIO, event: Mapping[str, Any]) -> None:
+        metrics.write(json.dumps(event) + "\n")
+        metrics.flush()
 
     @contextmanager
     def _metrics(self) -> Iterator[TextIO]:
         """metrics.jsonl, cut to where the run stands: later lines belong to a lost future."""
-        if not self.accelerator.is_main_process:
+        if not self.processes.main:
             with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
                 yield nowhere
             return
@@ -372,9 +455,9 @@ class Trainer:
         """Ctrl-C and SIGTERM finish the step; a second one leaves at once."""
 
         def stop(number: int, frame: Any) -> None:
-            if self._stop:
+            if self._stop_asked:
                 raise KeyboardInterrupt
-            self._stop = True
+            self._stop_asked = True
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.footprint import (
     GIB,
     Load,
     ModelSizes,
+    fixed_bytes,
     needed_bytes,
     peak_bytes,
     recompute_of,
     sizes_of,
+    weight_bytes,
 )
 from mtl_lora_cli.training.passes import ROOM
+from mtl_lora_cli.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
 
     from mtl_lora_cli.data.prepare import TrainingData
     from mtl_lora_cli.models.base import BaseModel
+    from mtl_lora_cli.training.prepare import Prepared
 
 SHORTEST_ROW = 8
 
@@ -104,6 +110,7 @@ def choose(
     rows_per_step: int,
     supervised: Callable[[int], int],
     longest: int,
+    processes: int = 1,
 ) -> Choice | int:
     """The cheapest way that fits.
 
@@ -116,6 +123,7 @@ def choose(
         row_length, rows_per_step: of the recipe.
         supervised: for a row length, the most supervised tokens that a row has.
         longest: tokens of the longest example; no row is shorter.
+        processes: among whom a step's rows are dealt out.
 
     Returns:
         The choice, or, where nothing fits, the bytes that would have to be free.
@@ -123,7 +131,7 @@ def choose(
     length, rows, least = row_length, rows_per_step, 0
     while True:
         each = Load(length, min(length, supervised(length)))
-        found = _within(sizes, free, each, rows)
+        found = _within(sizes, free, each, -(-rows // processes))
         if found is not None:
             count, recompute = found
             load = _together(sizes, each, count)
@@ -211,6 +219,7 @@ def plan_memory(
     data: TrainingData,
     device: torch.device,
     dtype: torch.dtype,
+    processes: Processes = ALONE,
 ) -> tuple[Recipe, str]:
     """The recipe with what `training.memory: auto` picks for this device, and the line that says so.
 
@@ -220,12 +229,14 @@ def plan_memory(
         config: the adapter's AdapterConfig.
         data: encoded tasks.
         device, dtype: where and in what the base model will compute.
+        processes: of the run: all do as the one with the least memory can.
 
     Raises:
         UsageError: the layers are not the fused engine's, or nothing fits.
     """
-    sizes = _sizes(recipe, base, config, data, device, dtype)
-    free, name = free_memory(device)
+    parts = processes.count if recipe.distributed.zero_stage == 3 else 1
+    sizes = _sizes(recipe, base, config, data, device, dtype, parts)
+    free, name = min(processes.gather(free_memory(device)))
     training = recipe.training
     found = choose(
         sizes,
@@ -234,6 +245,7 @@ def plan_memory(
         rows_per_step=training.rows_per_step,
         supervised=lambda length: _densest(data, length, training.loss_on),
         longest=max(int(lengths.max()) for lengths in data.mixture.lengths if len(lengths)),
+        processes=processes.count,
     )
     if isinstance(found, int):
         raise UsageError(
@@ -253,6 +265,7 @@ def _sizes(
     data: TrainingData,
     device: torch.device,
     dtype: torch.dtype,
+    parts: int = 1,
 ) -> ModelSizes:
     """Of the recipe's model, from its configuration alone: no weight is read."""
     import torch
@@ -277,6 +290,7 @@ def _sizes(
         on_card=device.type == "cuda",
         quantization=recipe.quantization,
         base_compute=recipe.base_compute,
+        parts=parts,
     )
 
 
@@ -305,3 +319,129 @@ def _remedies(recipe: Recipe, dtype: torch.dtype) -> list[str]:
     found.append("fewer adapter.target_modules")
     found.append("a smaller base_model")
     return found
+
+
+@contextmanager
+def explained(prepared: Prepared) -> Iterator[None]:
+    """Out of memory: what was in use, and which settings would help by how much.
+
+    Raises:
+        MtlLoraError: in the place of torch's error.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MtlLoraError(_out_of_memory(prepared, error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU's allocator has no type of its own
+            raise
+        raise MtlLoraError(_out_of_memory(prepared, error)) from error
+
+
+def _out_of_memory(prepared: Prepared, error: BaseException) -> str:
+    import torch
+
+    asked = re.search(r"(?:allocate|allocate:) ([\d.]+ [KMG]iB|\d+ bytes)", str(error))
+    wanted = f", asked for {asked.group(1)} more" if asked else ""
+    if prepared.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(prepared.device)
+        name = torch.cuda.get_device_name(prepared.device)
+        used = torch.cuda.memory_allocated(prepared.device)
+        where = (
+            f"{name} ({total / GIB:.1f} GiB): {used / GIB:.1f} GiB in tensors, "
+            f"{(total - free) / GIB:.1f} GiB in use by all"
+        )
+    else:
+        import psutil
+
+        own, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+        where = (
+            f"the CPU: {own / GIB:.1f} GiB in use by this process, {machine.available / GIB:.1f} of "
+            f"{machine.total / GIB:.1f} GiB available"
+        )
+    try:
+        parts, helpful = _parts_and_remedies(prepared)
+    except UsageError:  # layers whose memory is not known
+        parts, helpful = "", "; ".join(_remedies(prepared.recipe, prepared.dtype)[:3])
+    return f"out of memory on {where}{wanted}{parts}; what would help: {helpful}"
+
+
+def _parts_and_remedies(prepared: Prepared) -> tuple[str, str]:
+    """What a step takes by estimate, and the three settings that save most of it."""
+    recipe = prepared.recipe
+    sizes, load, recompute = _step_of(prepared, recipe)
+    peak, fixed = peak_bytes(sizes, recompute, load), fixed_bytes(sizes)
+    weights = weight_bytes(sizes)
+    parts = (
+        f"; by estimate a step takes {peak / GIB:.1f} GiB: weights {weights / GIB:.1f}, adapter, "
+        f"optimiser and buffers {(fixed - weights) / GIB:.1f}, a pass of {load.positions:,} tokens "
+        f"{(peak - fixed) / GIB:.1f}"
+    )
+    found = []
+    for text, other in _alternatives(prepared):
+        less = peak - peak_bytes(*_reordered(_step_of(prepared, other)))
+        if less > 0.01 * peak:
+            found.append((less, text))
+    found.sort(reverse=True)
+    helpful = ", ".join(f"{text} (−{less / GIB:.1f} GiB)" for less, text in found[:3])
+    return parts, helpful or "a smaller base_model"
+
+
+def _reordered(step: tuple[ModelSizes, Load, Recompute]) -> tuple[ModelSizes, Recompute, Load]:
+    sizes, load, recompute = step
+    return sizes, recompute, load
+
+
+def _step_of(prepared: Prepared, recipe: Recipe) -> tuple[ModelSizes, Load, Recompute]:
+    """What memory depends on, for the run as another recipe would have it."""
+    import torch
+
+    training, data, count = recipe.training, prepared.data, prepared.processes.count
+    dtype = prepared.dtype if recipe.dtype != "bfloat16" else torch.bfloat16
+    sizes = _sizes(
+        recipe,
+        prepared.base,
+        prepared.adapter_config,
+        data,
+        prepared.device,
+        dtype,
+        parts=count if recipe.distributed.zero_stage == 3 else 1,
+    )
+    length = training.row_length
+    row = Load(length, min(length, _densest(data, length, training.loss_on)))
+    rows = min(training.rows_per_pass, -(-training.rows_per_step // count))
+    recompute = recompute_of(training.gradient_checkpointing, len(sizes.layers))
+    return sizes, _together(sizes, row, rows), recompute
+
+
+def _alternatives(prepared: Prepared) -> Iterator[tuple[str, Recipe]]:
+    """Recipes that take less, each with the setting that makes the difference."""
+    recipe = prepared.recipe
+    training = recipe.training
+
+    def with_training(**update: Any) -> Recipe:
+        return recipe.model_copy(update={"training": training.model_copy(update=update)})
+
+    if training.gradient_checkpointing is not True:
+        yield (
+            "training.gradient_checkpointing: true",
+            with_training(gradient_checkpointing=True),
+        )
+    if training.rows_per_pass > 1:
+        half = training.rows_per_pass // 2
+        yield f"training.rows_per_pass: {half}", with_training(rows_per_pass=half)
+    longest = max(int(lengths.max()) for lengths in prepared.data.mixture.lengths if len(lengths))
+    half = training.row_length // 2
+    if half >= max(longest, SHORTEST_ROW):
+        yield f"training.row_length: {half}", with_training(row_length=half)
+    if training.loss_on == "all":
+        yield "training.loss_on: answer", with_training(loss_on="answer")
+    if recipe.quantization == "none":
+        yield "quantization: nf4", recipe.model_copy(update={"quantization": "nf4"})
+    if prepared.dtype.itemsize > 2:
+        yield "dtype: bfloat16", recipe.model_copy(update={"dtype": "bfloat16"})
+    if recipe.distributed.zero_stage < 3 and prepared.processes.count > 1:
+        cut = recipe.distributed.model_copy(update={"zero_stage": 3})
+        yield "distributed.zero_stage: 3", recipe.model_copy(update={"distributed": cut})

@@ -7,7 +7,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Part, Parts, Training
-from mtl_lora_cli.training.passes import ParameterGroup
+from mtl_lora_cli.training.update import ParameterGroup
 
 # The role at the end of a tensor's name in `Adapter.tensors()` → the part, as the recipe spells it.
 PART_OF_ROLE = {

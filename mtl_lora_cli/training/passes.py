@@ -1,4 +1,4 @@
-"""One pass, forward and backward, and one update: launched kernel by kernel, or replayed as a graph.
+"""One pass, forward and backward: launched kernel by kernel, or replayed as a graph.
 
 A small model at short rows is bound by the time that launching takes, not by arithmetic, and a large
 one still waits a tenth of its time. A CUDA graph launches a whole pass at once; it wants every tensor
@@ -8,7 +8,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,7 @@ from mtl_lora_cli.models.packing import table_keys
 _SEGMENT = 256  # positions of a segment of padding
 ROOM = 256  # questions and segments are padded to whole multiples of this
 _MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
-_PEAK = "peak"  # key of an optimiser's group: its learning rate before the schedule
-_WARM_UP = 2  # passes and updates that run as they are: kernels are compiled, state gets its memory
+_WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get their memory
 
 
 @dataclass(frozen=True)
@@ -263,96 +262,3 @@ def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device)
         and len(adapter.tasks) <= _MOST_TASKS
         and not packed.head_is_adapted  # its routing is looked up on the CPU
     )
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that are trained alike.
-
-    Attributes:
-        parameters: some of what is trained.
-        learning_rate: at its peak; the schedule multiplies it.
-        weight_decay: AdamW's.
-    """
-
-    parameters: Sequence[Tensor]
-    learning_rate: float
-    weight_decay: float
-
-
-def make_optimizer(groups: Sequence[ParameterGroup], *, graphed: bool) -> torch.optim.AdamW:
-    """AdamW; on a card in one kernel a group, and such that a graph can hold it."""
-    first = groups[0].parameters[0]
-    return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters),
-                "lr": torch.tensor(group.learning_rate, device=first.device)
-                if graphed
-                else group.learning_rate,
-                "weight_decay": group.weight_decay,
-                _PEAK: group.learning_rate,
-            }
-            for group in groups
-        ],
-        fused=True if first.is_cuda else None,
-        capturable=graphed,
-    )
-
-
-class Update:
-    """Clip the gradients, step, and set them to zero; as a graph where the passes are graphs.
-
-    Args:
-        parameters: what is trained.
-        optimizer: from `make_optimizer`, as `graphed` says.
-        max_norm: of all gradients together.
-        graphed: replay from the third step on.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        max_norm: float,
-        *,
-        graphed: bool,
-    ) -> None:
-        self._parameters = list(parameters)
-        self._optimizer = optimizer
-        self._max_norm = max_norm
-        self._graphed = graphed
-        self._steps = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._norm: Tensor | None = None
-
-    def __call__(self, factor: float) -> Tensor:
-        """One update at so much of each group's peak learning rate.
-
-        Returns:
-            The norm of the gradients before clipping. Where it is no finite number, neither are
-            the parameters any more.
-        """
-        for group in self._optimizer.param_groups:
-            rate = group[_PEAK] * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        self._steps += 1
-        if not self._graphed or self._steps <= _WARM_UP:
-            return self._run()
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self._graph):
-                self._norm = self._run()
-        self._graph.replay()
-        assert self._norm is not None
-        return self._norm
-
-    def _run(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=not self._graphed)
-        return norm

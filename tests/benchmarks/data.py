@@ -30,7 +30,7 @@ def main() -> None:
     from mtl_lora_cli.data.packing import padding_share
     from mtl_lora_cli.recipe.load import load_recipe
     from mtl_lora_cli.runs.paths import cache_folder
-    from mtl_lora_cli.training.run import prepare
+    from mtl_lora_cli.training.prepare import prepare
 
     files = sorted(arguments.folder.glob("*/train.jsonl.gz"))
     lines = [line for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]

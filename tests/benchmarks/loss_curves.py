@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.recipe.load import find_recipe, load_recipe
-from mtl_lora_cli.training.run import prepare, start
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.run import start
 
 WINDOW = 10  # steps that the plotted curves average
 

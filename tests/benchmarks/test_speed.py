@@ -25,7 +25,8 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.training.passes import EagerPasses, ParameterGroup, Update, make_optimizer
+from mtl_lora_cli.training.passes import EagerPasses
+from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
 POSITIONS = 512
 TASKS = tuple(f"task{number}" for number in range(8))

@@ -45,7 +45,8 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.comparison.shapes import find_config
     from mtl_lora_cli.models import attention
     from mtl_lora_cli.models.packed import PackedModel
-    from mtl_lora_cli.training.passes import EagerPasses, ParameterGroup, Update, make_optimizer
+    from mtl_lora_cli.training.passes import EagerPasses
+    from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
     attention.register()
     made = []

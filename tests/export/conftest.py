@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.training.run import prepare, start
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.run import start
 
 TASKS = {"sst2": ("glue/sst2", "validation"), "home_depot": ("ads/home_depot", "test")}
 

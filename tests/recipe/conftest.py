@@ -65,7 +65,8 @@ training:
   diagnose: {every: 10}
   validation: {every: 20, examples: 30}
   seed: 7
-run: {name: here, directory: there}
+distributed: {zero_stage: 2, offload: optimizer, deepspeed: ds.json}
+run: {name: here, directory: there, trackers: [tensorboard], project: mine}
 """
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -22,9 +21,10 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.loop import Interrupted, Trainer
+from mtl_lora_cli.training.loop import Trainer
+from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.processes import Interrupted
 from mtl_lora_cli.training.progress import TrainingProgress
-from mtl_lora_cli.training.run import Prepared, prepare
 from mtl_lora_cli.training.validation import encode_validation
 
 FOLDERS = {
@@ -189,7 +189,6 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
             folder.mkdir()
         run = RunFolder(folder)
         trainer = Trainer(
-            Accelerator(cpu=True),
             packed,
             handle,
             own.data,

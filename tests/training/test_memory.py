@@ -43,7 +43,8 @@ from mtl_lora_cli.training.footprint import (
 )
 from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
-from mtl_lora_cli.training.run import prepare, resume, start
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.run import resume, start
 
 # d = 8, H = 2, G = 1, D = 4, F = 16; an adapter of r = 2 and n = 3 on q.
 SMALL_LAYER = LayerSizes(

@@ -60,7 +60,7 @@ def test_however_the_passes_are_made(small: Callable[..., Any], training: dict[s
 
 def test_looking_leaves_modes_gradients_and_random_state(small: Callable[..., Any]) -> None:
     trainer = small(**LOOKING).trainer
-    trainer.model.train()
+    trainer.packed.train()
     trainer._accumulate(trainer._prepare(0))
     gradients = {name: t.grad.clone() for name, t in trainer.adapter.tensors().items()}
     state = torch.get_rng_state()

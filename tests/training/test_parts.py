@@ -17,7 +17,8 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Part, Parts
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.parts import PART_OF_ROLE, part_of
-from mtl_lora_cli.training.run import prepare, start
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.run import start
 from mtl_lora_cli.training.schedule import learning_rate_factor
 
 EMBEDDED = AdapterConfig(rank=4, gate="embedding")
@@ -74,7 +75,7 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
         seen.append(
             {
                 part_of(names[id(tensor)]): group["lr"]
-                for group in run.trainer.optimizer.param_groups
+                for group in run.trainer.update.optimizer.param_groups
                 for tensor in group["params"]
             }
         )
@@ -88,9 +89,9 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
 
 def test_without_parts_there_is_one_group(small: Callable[..., Any]) -> None:
     """One kernel on a card, and the very numbers of a run that never heard of parts."""
-    assert len(small().trainer.optimizer.param_groups) == 1
+    assert len(small().trainer.update.optimizer.param_groups) == 1
     same = Parts(down=Part(learning_rate=3e-3), gate=Part(weight_decay=0.0))
-    assert len(small(parts=same).trainer.optimizer.param_groups) == 1
+    assert len(small(parts=same).trainer.update.optimizer.param_groups) == 1
 
 
 def test_a_run_with_parts_is_resumed_to_the_last_bit(small: Callable[..., Any]) -> None:

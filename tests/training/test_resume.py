@@ -14,7 +14,8 @@ from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.runs.folder import find_run
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.run import Prepared, resume, start
+from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.run import resume, start
 
 
 def same(one: Any, two: Any) -> None:

@@ -18,8 +18,8 @@ from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Validation as Settings
+from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
-from mtl_lora_cli.training.run import Prepared, prepare
 from mtl_lora_cli.training.validation import Validation, encode_validation
 
 WITH_SPLIT = ["sst2", "rte", "cola"]

@@ -1,0 +1,288 @@
+"""Everything that a recipe names, found, read and encoded: a run that is ready to learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.data.prepare import (
+    TrainingData,
+    bind_tasks,
+    prepare_training,
+    read_examples,
+    with_rows,
+)
+from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.load import LoadedRecipe
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.training.diagnose import Diagnosis
+from mtl_lora_cli.training.footprint import keep_of
+from mtl_lora_cli.training.memory import plan_memory
+from mtl_lora_cli.training.observers import Observer
+from mtl_lora_cli.training.parts import require_parts
+from mtl_lora_cli.training.processes import ALONE, Processes
+from mtl_lora_cli.training.validation import Validation, encode_validation
+from mtl_lora_cli.training.zero import deepspeed_config, merged_config
+
+
+def adapter_config(recipe: Recipe) -> AdapterConfig:
+    """The recipe's `adapter`, as the adapters' room knows it."""
+    fields = recipe.adapter.model_dump()
+    fields["target_modules"] = tuple(fields["target_modules"])
+    return AdapterConfig(**fields)
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to learn.
+
+    Attributes:
+        recipe: resolved: absolute paths, no relative source.
+        base: the base model's place on this disk.
+        tokenizer: of the base model.
+        data: encoded tasks.
+        total_steps: optimiser steps.
+        device, dtype: where and in what the base model computes.
+        longest: positions that the base model knows.
+        memory: what `training.memory: auto` picked and why, in one line; None for `manual`.
+        validation: held-out examples of each task for `training.validation`; None without it.
+        processes: this one among those of the run.
+        deepspeed: the user's own DeepSpeed file, merged into what the recipe says; None without.
+    """
+
+    recipe: Recipe
+    base: BaseModel
+    tokenizer: Any
+    data: TrainingData
+    total_steps: int
+    device: torch.device
+    dtype: torch.dtype
+    longest: int = 2**31
+    memory: str | None = None
+    validation: list[EncodedSplit] | None = None
+    processes: Processes = ALONE
+    deepspeed: Path | None = None
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The recipe's `adapter`, as the adapters' room knows it."""
+        return adapter_config(self.recipe)
+
+    @property
+    def unvalidated(self) -> list[str]:
+        """The tasks that `training.validation` leaves out: they have no validation split."""
+        if self.validation is None:
+            return []
+        pairs = zip(self.data.tasks, self.validation, strict=True)
+        return [task.name for task, split in pairs if not len(split)]
+
+    def build(self) -> tuple[PackedModel, Adapter]:
+        """The base model with a fresh adapter; the seed decides its start.
+
+        Raises:
+            UsageError: the recipe names a layer or a part of the adapter that does not exist.
+        """
+        set_seed(self.recipe.training.seed)
+        cut = self.recipe.distributed.zero_stage == 3
+        model = load_model(
+            self.base,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.recipe.quantization,
+            storage=self.dtype if cut else torch.uint8,
+        )
+        names = [task.name for task in self.data.tasks]
+        adapter = inject(model, self.adapter_config, names)
+        require_parts(adapter, self.recipe.training.parts)
+        recompute = self.recipe.training.gradient_checkpointing
+        packed = PackedModel(
+            model,
+            adapter,
+            engine=self.recipe.engine,
+            keep=keep_of(recompute, model.config.num_hidden_layers),
+            base_compute=self.recipe.base_compute,
+            resident=not cut,
+        )
+        if packed.decoder is None and recompute:  # transformers' layers know all or nothing
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.processes.rank:  # the same start, and other features dropped than elsewhere
+            torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
+        return packed, adapter
+
+    def zero(self, adapter: Adapter) -> dict[str, Any] | None:
+        """DeepSpeed's configuration; None where nothing is cut into parts.
+
+        Raises:
+            ProblemsError: the user's own file contradicts the recipe.
+        """
+        distributed = self.recipe.distributed
+        if distributed.zero_stage == 0:
+            return None
+        derived = deepspeed_config(
+            distributed,
+            max_gradient_norm=self.recipe.training.max_gradient_norm,
+            largest_trained=max(tensor.numel() for tensor in adapter.tensors().values()),
+            on_card=self.device.type == "cuda",
+        )
+        return derived if self.deepspeed is None else merged_config(derived, self.deepspeed)
+
+    def where(self, task: int, number: int) -> str:
+        """File and line of a training example, where no row was left out before it."""
+        bound, split = self.data.tasks[task], self.data.splits[task]
+        if split.dropped:
+            return f"example {number} (of those that were not too long)"
+        found = read_examples(
+            bound, "train", at_most=bound.max_examples, seed=self.recipe.training.seed
+        )
+        return f"example {number}" if found is None else found.wheres[number]
+
+    def observers(self, packed: PackedModel, adapter: Adapter) -> list[Observer]:
+        """Who looks at the run: `training.diagnose` and `training.validation`."""
+        settings = self.recipe.training
+        found: list[Observer] = []
+        if settings.diagnose is not None:
+            found.append(Diagnosis(packed, adapter, self.data, settings))
+        if self.validation is not None:
+            names = [task.name for task in self.data.tasks]
+            found.append(
+                Validation(packed, adapter, names, self.validation, settings, self.total_steps)
+            )
+        return found
+
+
+def prepare(loaded: LoadedRecipe, processes: Processes = ALONE) -> Prepared:
+    """Find, read, render and encode everything that a recipe names; write nothing but the cache.
+
+    Args:
+        loaded: the recipe.
+        processes: this one among those of the run; the first of each host fills the cache.
+
+    Raises:
+        UsageError: anything that the recipe names is missing or wrong.
+    """
+    with processes.one_after_another():
+        prepared = _prepare(loaded, processes)
+    if prepared.recipe.training.memory != "auto":
+        return prepared
+    recipe, memory = plan_memory(
+        prepared.recipe,
+        prepared.base,
+        prepared.adapter_config,
+        prepared.data,
+        prepared.device,
+        prepared.dtype,
+        processes,
+    )
+    data = with_rows(prepared.data, recipe.training)
+    return replace(
+        prepared,
+        recipe=recipe,
+        data=data,
+        memory=memory,
+        total_steps=_steps(recipe, data),
+        validation=_validation(loaded, recipe, data, prepared.tokenizer, prepared.longest),
+    )
+
+
+def _prepare(loaded: LoadedRecipe, processes: Processes) -> Prepared:
+    from transformers import AutoConfig
+
+    recipe = loaded.recipe
+    deepspeed = _own_deepspeed(loaded)
+    tasks = bind_tasks(loaded)
+    base = find_base_model(recipe.base_model, beside=loaded.base)
+    tokenizer = load_tokenizer(base)
+    longest = getattr(AutoConfig.from_pretrained(base.folder), "max_position_embeddings", 2**31)
+    data = prepare_training(tasks, recipe, tokenizer, longest)
+    device = pick_device()
+    return Prepared(
+        recipe=_resolved(recipe, data, base, deepspeed),
+        base=base,
+        tokenizer=tokenizer,
+        data=data,
+        total_steps=_steps(recipe, data),
+        device=device,
+        dtype=pick_dtype(recipe.dtype, device),
+        longest=longest,
+        validation=_validation(loaded, recipe, data, tokenizer, longest),
+        processes=processes,
+        deepspeed=deepspeed,
+    )
+
+
+def _validation(
+    loaded: LoadedRecipe, recipe: Recipe, data: TrainingData, tokenizer: Any, longest: int
+) -> list[EncodedSplit] | None:
+    validation = None
+    if recipe.training.validation is not None:
+        validation = encode_validation(data.tasks, recipe, tokenizer, longest)
+        if not any(map(len, validation)):
+            raise loaded.problem(
+                ("training", "validation"), "no task's source has a validation split"
+            )
+    return validation
+
+
+def _steps(recipe: Recipe, data: TrainingData) -> int:
+    steps = data.mixture.steps_in(recipe.training.epochs)
+    most = recipe.training.max_steps
+    return steps if most is None else min(steps, most)
+
+
+def _own_deepspeed(loaded: LoadedRecipe) -> Path | None:
+    """The user's DeepSpeed file, beside the recipe or in the working directory.
+
+    Raises:
+        UsageError: it does not exist.
+    """
+    name = loaded.recipe.distributed.deepspeed
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    for place in (path, loaded.base / path):
+        if place.is_file():
+            return place.resolve()
+    raise loaded.problem(("distributed", "deepspeed"), f"no such file: '{name}'")
+
+
+def _resolved(
+    recipe: Recipe, data: TrainingData, base: BaseModel, deepspeed: Path | None
+) -> Recipe:
+    """The recipe with absolute paths, so that the run folder can be read from anywhere."""
+    tasks = [
+        RecipeTask(
+            name=task.name,
+            template=task.template_name,
+            source=task.source,
+            tags=list(task.tags),
+            sampling_weight=task.sampling_weight,
+            loss_weight=task.loss_weight,
+            max_examples=task.max_examples,
+            repeat=task.repeat,
+        )
+        for task in data.tasks
+    ]
+    path = Path(recipe.base_model).expanduser()
+    name = recipe.base_model
+    if path.exists():
+        name = str(path.resolve())
+    elif (
+        base.revision is None and base.folder.is_dir() and "/" in name and not name.startswith("/")
+    ):
+        name = str(base.folder)
+    distributed = recipe.distributed.model_copy(
+        update={"deepspeed": None if deepspeed is None else str(deepspeed)}
+    )
+    return recipe.model_copy(
+        update={"tasks": tasks, "base_model": name, "distributed": distributed}
+    )
