@@ -113,9 +113,9 @@ def bench(
         planned = plan(base, table=case, versus=wanted, own_shape=own_shape)
         status("loading libraries")
         from mtl_lora_cli.comparison.bench import Measuring
-        from mtl_lora_cli.comparison.floor import measure_rate
         from mtl_lora_cli.comparison.measure import check, run_plan
         from mtl_lora_cli.models.load import pick_device
+        from mtl_lora_cli.training.floor import measure_rate
 
         device = pick_device()
         check(planned, device)

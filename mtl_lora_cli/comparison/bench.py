@@ -15,7 +15,6 @@ from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.comparison import breakdown
 from mtl_lora_cli.comparison.cases import Case
-from mtl_lora_cli.comparison.floor import Rate, floor_json, flop_per_token
 from mtl_lora_cli.comparison.random_model import (
     empty_model,
     layer_linears,
@@ -29,6 +28,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.load import pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.training.floor import Rate, floor_json, flop_per_token
 from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer

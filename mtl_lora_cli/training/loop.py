@@ -31,6 +31,7 @@ from mtl_lora_cli.training.checkpoints import (
     random_states,
     save_checkpoint,
 )
+from mtl_lora_cli.training.floor import floor_of
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import parameter_groups
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
@@ -104,6 +105,7 @@ class Trainer:
         observers: look at some of its steps.
         processes: this one among those of the run.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
+        tell: is told of every event that is written down.
         where: names a training example for the user: task id and number → file and line.
     """
 
@@ -120,6 +122,7 @@ class Trainer:
         *,
         processes: Processes = ALONE,
         zero: Mapping[str, Any] | None = None,
+        tell: Callable[[Mapping[str, Any]], None] = lambda event: None,
         where: Callable[[int, int], str] = lambda task, number: f"example {number}",
     ) -> None:
         self.processes = processes
@@ -130,8 +133,10 @@ class Trainer:
         self.base_model = base_model
         self.total_steps = total_steps
         self.packed = packed
-        self._where = where
+        self._where, self._tell = where, tell
         self._device = next(iter(adapter.tensors().values())).device
+        # Counted before weights are cut into parts.
+        self._floor = floor_of(packed.model, self._device, processes.count)
         self._start_learning(zero)
         self._observers = tuple(observers)
         self._ahead: _Step | None = None
@@ -274,7 +279,11 @@ class Trainer:
             raise MtlLoraError(self._no_number(running))
         seconds = self._seconds(running)
         event = self._event(prepared, running.rate, norm, loss, seconds)
-        event["tokens_per_second"] = event["tokens"] / max(1e-9, seconds)
+        speed = event["tokens"] / max(1e-9, seconds)
+        event["tokens_per_second"] = speed
+        if self._floor is not None:
+            supervised_share = event["supervised"] / event["tokens"]
+            event["floor_share"] = self._floor.share(speed, supervised_share)
         self._write(metrics, event)
         self.position = Position(
             prepared.number + 1,
@@ -433,10 +442,10 @@ class Trainer:
             ]
         return found
 
-    @staticmethod
-    def _write(metrics: TextIO, event: Mapping[str, Any]) -> None:
+    def _write(self, metrics: TextIO, event: Mapping[str, Any]) -> None:
         metrics.write(json.dumps(event) + "\n")
         metrics.flush()
+        self._tell(event)
 
     @contextmanager
     def _metrics(self) -> Iterator[TextIO]:

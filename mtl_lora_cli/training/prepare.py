@@ -31,6 +31,7 @@ from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.processes import ALONE, Processes
+from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import Validation, encode_validation
 from mtl_lora_cli.training.zero import deepspeed_config, merged_config
 
@@ -170,6 +171,7 @@ def prepare(loaded: LoadedRecipe, processes: Processes = ALONE) -> Prepared:
     Raises:
         UsageError: anything that the recipe names is missing or wrong.
     """
+    require_trackers(loaded.recipe.run.trackers)
     with processes.one_after_another():
         prepared = _prepare(loaded, processes)
     if prepared.recipe.training.memory != "auto":

@@ -59,10 +59,12 @@ class TrainingProgress:
         done = event["step"]
         left = (now - self._started) / max(1, done - self._done) * (self._steps - done)
         losses = "  ".join(f"{task} {loss:.3f}" for task, loss in self._smoothed.items())
-        note = (
-            f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s  "
-            f"{duration(left)} left"
-        )
+        parts = [f"loss {event['loss']:.3f}", f"{event['tokens_per_second']:,.0f} tokens/s"]
+        if "floor_share" in event:
+            parts[-1] += f" ({event['floor_share']:.0%} of the floor)"
+        if "memory_gib" in event:
+            parts.append(f"{event['memory_gib']:.1f} GiB")
+        note = "  ".join([*parts, f"{duration(left)} left"])
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=f"{note}\n{losses}")
         elif now - self._last_line >= _PLAIN_SECONDS or done == self._steps:

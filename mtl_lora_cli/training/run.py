@@ -22,6 +22,7 @@ from mtl_lora_cli.evaluation.open_run import read_tasks
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Run as RunSettings
 from mtl_lora_cli.runs.atomic import new_folder, write_json, write_text
 from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, require_new, save_json
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
@@ -31,6 +32,7 @@ from mtl_lora_cli.training.memory import explained
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
+from mtl_lora_cli.training.trackers import tracked
 
 # What may be another when a run goes on: it does not change what is learned.
 _FREE = ("run", "distributed")
@@ -184,41 +186,44 @@ def _learn(
     *,
     resume: bool,
 ) -> None:
-    processes, identity = prepared.processes, prepared.base.identity()
-    trainer = Trainer(
-        packed,
-        adapter,
-        prepared.data,
-        prepared.recipe.training,
-        run,
-        identity,
-        prepared.total_steps,
-        prepared.observers(packed, adapter),
-        processes=processes,
-        zero=zero,
-        where=prepared.where,
-    )
-    checkpoint = newest_checkpoint(run.checkpoints) if resume else None
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    if processes.main:
+    """Train, and write the finished adapter."""
+    recipe, processes = prepared.recipe, prepared.processes
+    told = recipe.run if processes.main else RunSettings()
+    with _disk(run), tracked(told, run, recipe.model_dump(mode="json")) as trackers:
+        trainer = Trainer(
+            packed,
+            adapter,
+            prepared.data,
+            recipe.training,
+            run,
+            prepared.base.identity(),
+            prepared.total_steps,
+            prepared.observers(packed, adapter),
+            processes=processes,
+            zero=zero,
+            tell=trackers.tell,
+            where=prepared.where,
+        )
+        checkpoint = newest_checkpoint(run.checkpoints) if resume else None
         if checkpoint is not None:
-            print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
-        if prepared.recipe.base_compute == "fp8":
-            print(trainer.rounding(), file=sys.stderr)
-    progress = TrainingProgress(
-        prepared.total_steps,
-        trainer.position.step,
-        None if processes.main else Console(quiet=True),
-    )
-    with _disk(run):
+            trainer.resume(checkpoint)
+        if processes.main:
+            if checkpoint is not None:
+                print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
+            if recipe.base_compute == "fp8":
+                print(trainer.rounding(), file=sys.stderr)
+        progress = TrainingProgress(
+            prepared.total_steps,
+            trainer.position.step,
+            None if processes.main else Console(quiet=True),
+        )
         try:
             trainer.train(progress)
         finally:
             progress.close()
         if processes.main:
             with new_folder(run.adapter) as folder:
-                save_adapter(adapter, folder, identity)
+                save_adapter(adapter, folder, prepared.base.identity())
                 write_text(folder / "README.md", _adapter_readme(prepared, trainer))
     processes.wait()
 

@@ -39,6 +39,47 @@ class Rate:
     known: float | None
 
 
+@dataclass(frozen=True)
+class Floor:
+    """The floor of one run on cards that are known.
+
+    Attributes:
+        layer_weights, head_weights: N and H.
+        rate: R of all cards together, FLOP/s.
+    """
+
+    layer_weights: int
+    head_weights: int
+    rate: float
+
+    def share(self, tokens_per_second: float, supervised_share: float) -> float:
+        """How much of the possible speed is reached: tokens/s · F / R."""
+        flop = flop_per_token(self.layer_weights, self.head_weights, supervised_share)
+        return tokens_per_second * flop / self.rate
+
+
+def floor_of(model: Any, device: torch.device, cards: int) -> Floor | None:
+    """The floor of a model with or without adapters; None on cards that are not known.
+
+    Args:
+        model: a transformers causal language model.
+        device: a card like all others.
+        cards: how many work on a step.
+    """
+    rate = known_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if rate is None:
+        return None
+    head = model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)
+    sizes = {
+        module: module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    of_head = sizes.pop(head, 0)
+    return Floor(sum(sizes.values()), of_head, rate * cards)
+
+
 def flop_per_token(layer_weights: int, head_weights: int, supervised_share: float) -> float:
     """F = 4 N + 4 H σ, in FLOP.
 
