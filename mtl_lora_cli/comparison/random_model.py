@@ -15,7 +15,13 @@ from mtl_lora_cli.errors import UsageError
 
 
 def random_model(
-    config: Any, *, dtype: torch.dtype, device: torch.device, quantization: str, attention: str
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str,
+    attention: str,
+    storage: torch.dtype = torch.uint8,
 ) -> Any:
     """A causal language model in evaluation mode, no weight of which asks for a gradient.
 
@@ -26,6 +32,7 @@ def random_model(
         quantization: `none`, or `nf4` (bitsandbytes, double quantisation) for all linear layers
             but the head, as transformers does it.
         attention: transformers' name of an attention implementation.
+        storage: in what 4-bit values are kept; see `models/load.py`.
 
     Raises:
         UsageError: transformers knows no causal language model of this configuration.
@@ -50,7 +57,7 @@ def random_model(
             setattr(module, name, known)
             del known
         if id(module) in four_bit:
-            _replace(model, path, _four_bit(module, dtype, device))
+            _replace(model, path, _four_bit(module, dtype, device, storage))
     return model.requires_grad_(False).eval()
 
 
@@ -98,7 +105,9 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _four_bit(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _four_bit(
+    layer: Any, dtype: torch.dtype, device: torch.device, storage: torch.dtype
+) -> nn.Module:
     """The layer as bitsandbytes' `Linear4bit`; quantised at once, its 16-bit weight let go."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -109,10 +118,15 @@ def _four_bit(layer: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
         compute_dtype=dtype,
         compress_statistics=True,
         quant_type="nf4",
+        quant_storage=storage,
         device="meta",
     )
     weight = Params4bit(
-        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        layer.weight.data,
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        quant_storage=storage,
     )
     new.weight = weight.to(device)
     if layer.bias is not None:
