@@ -1,5 +1,6 @@
 # make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
 # make test         install what is needed and run every check
+# make soak         kill a training run twenty times, and compare its end with an untouched run
 # make benchmark    time an adapted layer and whole training steps on this CPU, against yardsticks
 # make format       let ruff write the code as `make check` wants it
 
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # One thread a process: two test processes that each use all cores wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check benchmark format clean
+.PHONY: quickstart test check soak benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -42,6 +43,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python tests/end_to_end/soak.py --kills 20
 
 benchmark: $(VENV)/.installed-dev
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/benchmarks/test_speed.py

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
-from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
@@ -183,3 +183,38 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
             raise MtlLoraError(f"{folder / CONFIG_FILE}: {name} is {theirs}, expected {ours}")
     load_tensors(adapter, read_tensors(folder), folder / TENSOR_FILE)
     return file
+
+
+def read_alone(folder: Path) -> Adapter:
+    """The adapter of a folder on the CPU without its base model, whatever that one's size.
+
+    Its layers hold the adapter's tensors, and of the base model's weights nothing but their sizes.
+
+    Raises:
+        MtlLoraError: as `load_adapter`.
+    """
+    file = read_adapter_file(folder)
+    adapter = inject(frame_of(file), file.config, file.tasks)
+    load_adapter(adapter, folder)
+    return adapter
+
+
+def frame_of(file: AdapterFile) -> nn.Module:
+    """Modules with the paths and sizes of those that an adapter adapts, and without their weights."""
+    frame = nn.Module()
+    for path, sizes in file.modules.items():
+        *above, name = path.split(".")
+        parent = frame
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(name, _sized(sizes["in_features"], sizes["out_features"]))
+    return frame
+
+
+def _sized(width: int, out: int) -> nn.Linear:
+    """A linear layer whose weight takes the memory of one number."""
+    layer = nn.Linear(width, out, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(1).expand(out, width), requires_grad=False)
+    return layer

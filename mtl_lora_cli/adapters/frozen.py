@@ -15,12 +15,14 @@ happen inside the large ones instead of in another pass over the outputs:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.kernels import fp8, int8, nf4
 from mtl_lora_cli.kernels.backend import PITCH, in_triton
@@ -228,6 +230,41 @@ class FrozenWeights:
             else:
                 part.copy_(weight)
         return out
+
+
+class FrozenProduct(torch.autograd.Function):
+    """y = x Wᵀ + b of one layer without an adapter; for the backward pass it keeps the Parameter.
+
+    Args of `apply`: x [N, in], the layer's `FrozenWeights` and its weight. Returns [N, out].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: FrozenWeights, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.frozen = frozen
+        return frozen.product(x, (weight,))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.frozen.input_gradient(dy, ctx.saved_tensors), None, None
+
+
+def multiply_ourselves(model: nn.Module) -> None:
+    """Give quantised layers without an adapter our product, wherever the model's own code calls them.
+
+    bitsandbytes' own keep a view of their bytes for the backward pass, which therefore stay in memory
+    where somebody takes the weights away between the passes; on a CPU they refuse some sizes; and 8-bit
+    ones lose their scales at the first call.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and is_quantised(layer):
+            layer.forward = partial(_product_of, FrozenWeights([layer]))  # type: ignore[method-assign]
+
+
+def _product_of(frozen: FrozenWeights, x: Tensor) -> Tensor:
+    y = FrozenProduct.apply(x.reshape(-1, x.shape[-1]), frozen, frozen.layers[0].weight)
+    return cast(Tensor, y).view(*x.shape[:-1], frozen.shape[0])
 
 
 def _buffer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -41,7 +41,7 @@ class Adapter:
         self.shared = shared
 
     def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors under their names in the adapter file: `{module path}.{role}`."""
+        """All tensors under their names in the adapter file: `{module path}.{role}`."""
         named: dict[str, Tensor] = {}
         for name in SHARED:
             if getattr(self.shared, name) is not None:
@@ -52,9 +52,18 @@ class Adapter:
                     named[f"{path}.{role}"] = getattr(layer, role)
         return named
 
+    def trained(self) -> dict[str, Tensor]:
+        """Those of `tensors` that learn: all, where none was frozen (`extend.start_beside`)."""
+        return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}
+
     def parameter_count(self) -> int:
         """Number of trained values."""
-        return sum(tensor.numel() for tensor in self.tensors().values())
+        return sum(tensor.numel() for tensor in self.trained().values())
+
+
+def per_task(name: str) -> bool:
+    """Whether a tensor of an adapter has a row for each task; the others are shared by all tasks."""
+    return name.rpartition(".")[2].startswith("task_")
 
 
 def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Adapter:

@@ -9,7 +9,7 @@ import typer
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 
-_PAIRED = ("accuracy", "exact_match")  # what the paired test is about
+_PAIRED = ("accuracy", "exact_match", "acc")  # what the paired test is about
 
 
 def register(app: typer.Typer) -> None:
@@ -31,13 +31,33 @@ def evaluate(
     ] = False,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", help="choices or generate; default: choices if there are any."),
+        typer.Option(
+            "--protocol", help="choices, generate or lm-eval; default: choices if there are any."
+        ),
     ] = None,
+    normalisation: Annotated[
+        str | None,
+        typer.Option(
+            "--normalisation",
+            help="sum, token or character: what a choice's log-probability is divided by; "
+            "default: the template's.",
+        ),
+    ] = None,
+    harness_task: Annotated[
+        str | None,
+        typer.Option(
+            "--harness-task",
+            help="What lm-evaluation-harness calls the task, or a YAML file like its own.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although the base model has changed.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a run's tasks on held-out rows."""
     with framed():
-        from mtl_lora_cli.errors import UsageError
+        from mtl_lora_cli.errors import UsageError, did_you_mean
         from mtl_lora_cli.recipe.schema import SPLITS
         from mtl_lora_cli.runs.folder import find_run
 
@@ -50,16 +70,24 @@ def evaluate(
 
         from mtl_lora_cli.evaluation import evaluate as room
         from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
+        from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
 
-        if protocol is not None and protocol not in room.PROTOCOLS:
-            known = ", ".join(room.PROTOCOLS)
-            raise UsageError(f"--protocol: expected one of {known}, received '{protocol}'")
-        setting = room.Setting(split, limit, base_only, protocol)
+        for option, value, known in (
+            ("--protocol", protocol, PROTOCOLS),
+            ("--normalisation", normalisation, NORMALISATIONS),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(
+                    f"{option}: expected one of {', '.join(known)}, received '{value}'"
+                    f"{did_you_mean(value, known)}"
+                )
+        setting = room.Setting(split, limit, base_only, protocol, normalisation, harness_task)
         chosen = room.select_tasks(read_tasks(folder), task)
-        for one in chosen:
-            room.held_out(one, setting)  # a fault in the data shows before the model is loaded
+        rows = room.find_rows(chosen, setting)
         status(f"loading run {folder.name}")
-        opened = open_run(folder)
+        opened = open_run(folder, force=force)
+        if opened.trained_on is not None:
+            say("the base model is not the one that the adapter was trained on")
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("scoring", total=None)
             results = room.evaluate(
@@ -67,6 +95,7 @@ def evaluate(
                 chosen,
                 setting,
                 lambda done, total: progress.update(bar, completed=done, total=total),
+                rows=rows,
             )
         compared = [
             None if base_only else room.compare_with_base(folder, result) for result in results
@@ -111,19 +140,29 @@ def _as_table(
             rows.append(row)
     text = table(header, rows)
     examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
-    protocols = " and ".join(dict.fromkeys(result["protocol"] for result in results))
+    protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
     notes = [f"{examples}; protocol {protocols}"]
     for result in results:
         if result["unparsable"]:
             notes.append(
-                f"{result['task']}: {result['unparsable']} answers named no choice and count as wrong"
+                f"{result['task']}: {result['unparsable']} answers could not be read and count as wrong"
             )
-    cut = sum(result["truncated_prompts"] for result in results)
+    cut = sum(result["truncated_prompts"] or 0 for result in results)
     if cut:
         notes.append(
             f"{cut} prompts were longer than the model's positions and lost their beginning"
         )
     return "\n".join([text, *notes])
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    """The protocol with what decides its figures."""
+    if result.get("harness_task"):
+        task = result["harness_task"]
+        return f"{result['protocol']} ({task['task']}, lm_eval {task['lm_eval']})"
+    if result["normalisation"] not in (None, "sum"):
+        return f"{result['protocol']} (per {result['normalisation']})"
+    return str(result["protocol"])
 
 
 def _shown(value: float | None) -> str:

@@ -42,6 +42,8 @@ def framed() -> Iterator[None]:
     if not _debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        # Who has lost another process says so in a line; torch would say it with its C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.filterwarnings("ignore")
@@ -107,6 +109,11 @@ def status(text: str) -> None:
         say(text)
 
 
+def real_stdout() -> int:
+    """Where results go, for a process that is started to write them."""
+    return 1 if _stdout is None else _stdout
+
+
 def stdout_is_terminal() -> bool:
     """Whether a person reads the results as they come, in colours unless NO_COLOR is set."""
-    return os.isatty(1 if _stdout is None else _stdout) and not os.environ.get("NO_COLOR")
+    return os.isatty(real_stdout()) and not os.environ.get("NO_COLOR")

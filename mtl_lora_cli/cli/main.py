@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from mtl_lora_cli.cli import (
+    add_task,
     bench,
     compare,
     data,
     evaluate,
     export,
     frame,
+    inspect,
     merge,
     tasks,
     train,
@@ -30,9 +32,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 train.register(app)
+add_task.register(app)
 evaluate.register(app)
 merge.register(app)
 export.register(app)
+inspect.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)
@@ -56,6 +60,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,  # DeepSpeed's launcher says it here, besides in the environment
 ) -> None:
     frame.set_debug(debug)
 

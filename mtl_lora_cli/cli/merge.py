@@ -10,14 +10,16 @@ import typer
 from mtl_lora_cli.cli.frame import framed, say, status
 from mtl_lora_cli.cli.options import (
     RUNS,
+    CheckOption,
     CompareLimitOption,
     JsonOption,
+    PushOption,
     RunOption,
     RunsOption,
     TaskOption,
     ToleranceOption,
 )
-from mtl_lora_cli.cli.outputs import emit_written, outputs_of
+from mtl_lora_cli.cli.outputs import emit_written, outputs_of, push_written, require_pushable
 
 
 def register(app: typer.Typer) -> None:
@@ -31,25 +33,44 @@ def merge(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder to write; default: merged/RUN/TASK.")
     ] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            help="original: the full-precision weights. dequantized: those a quantised run saw.",
+        ),
+    ] = "original",
     limit: CompareLimitOption = 32,
     tolerance: ToleranceOption = None,
+    check: CheckOption = True,
+    push: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fold a task's adapter into the base weights: an ordinary transformers model."""
     with framed():
+        from mtl_lora_cli.errors import UsageError, did_you_mean
         from mtl_lora_cli.runs.folder import find_run
 
         folder = find_run(run, runs)
         status("loading libraries")
-        from mtl_lora_cli.evaluation.open_run import open_run
-        from mtl_lora_cli.export.run_merge import merge_task
+        from mtl_lora_cli.export.finished_run import read_finished
+        from mtl_lora_cli.export.run_merge import BASES, merge_tasks
 
-        chosen = outputs_of(folder, task, output, Path("merged"), verb="merge")
-        status(f"loading run {folder.name}")
-        # Merged into the full-precision weights, so compared on them, too.
-        opened = open_run(folder, quantization="none")
-        results = [
-            merge_task(opened, one, target, limit=limit, tolerance=tolerance, say=say)
-            for one, target in chosen
-        ]
+        if base not in BASES:
+            raise UsageError(
+                f"--base: expected {' or '.join(BASES)}, received '{base}'{did_you_mean(base, BASES)}"
+            )
+        targets = outputs_of(folder, task, output, Path("merged"), verb="merge")
+        require_pushable(push, targets, check)
+        finished = read_finished(folder)
+        results = merge_tasks(
+            finished,
+            targets,
+            base=base,
+            limit=limit,
+            tolerance=tolerance,
+            checked=check,
+            say=say,
+        )
+        push_written(results, push)
         emit_written(results, as_json)

@@ -22,4 +22,12 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option("--tolerance", min=0, help="Largest difference of log-probabilities allowed."),
 ]
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Load what was written again and compare it."),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="Then upload it to the Hugging Face hub."),
+]
 RUNS = Path("runs")

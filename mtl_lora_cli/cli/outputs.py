@@ -1,15 +1,17 @@
-"""What `merge` and `export` have in common: a folder for each task, and what they say of it."""
+"""What `merge` and `export` have in common: a folder for each task, the hub, and what they say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.cli.frame import emit, emit_json
+from mtl_lora_cli.cli.frame import emit, emit_json, say
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.export.run_merge import Merged
+    from mtl_lora_cli.evaluation.metrics import Measured
+    from mtl_lora_cli.export.run_merge import Written
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
 
@@ -25,7 +27,7 @@ def outputs_of(
     from mtl_lora_cli.errors import UsageError
     from mtl_lora_cli.evaluation.evaluate import select_tasks
     from mtl_lora_cli.evaluation.open_run import read_tasks
-    from mtl_lora_cli.export.merge import require_empty
+    from mtl_lora_cli.export.run_merge import require_empty
 
     chosen = select_tasks(read_tasks(run), task)
     if output is not None and len(chosen) > 1:
@@ -36,25 +38,82 @@ def outputs_of(
     return found
 
 
-def emit_written(results: Sequence[Merged], as_json: bool) -> None:
+def require_pushable(repository: str | None, targets: Sequence[object], checked: bool) -> None:
+    """Find out before the work whether `--push` can be done; without it, touch no network.
+
+    Raises:
+        UsageError: several tasks for one repository, nothing checked, or the hub cannot be had.
+    """
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.export.hub import require_hub
+
+    if repository is None:
+        return
+    if len(targets) > 1:
+        raise UsageError("--push names one repository; push one task at a time")
+    if not checked:
+        raise UsageError("--push does not go with --no-check: what is passed on has been compared")
+    require_hub(repository)
+
+
+def push_written(results: Sequence[Written], repository: str | None) -> None:
+    """Upload the one folder, if that was asked for."""
+    from mtl_lora_cli.export.hub import push
+
+    if repository is not None:
+        say(f"pushed to {push(results[0].folder, repository)}")
+
+
+def emit_written(results: Sequence[Written], as_json: bool) -> None:
     """What was written where, and how it compared."""
     if as_json:
-        emit_json(
-            [
-                {
-                    "task": result.task,
-                    "path": str(result.folder),
-                    "examples": result.comparison.examples,
-                    "largest_difference": result.comparison.largest,
-                    "equal_answers": result.comparison.equal,
-                }
-                for result in results
-            ]
-        )
+        emit_json([written_as_json(result) for result in results])
         return
     for result in results:
-        emit(
-            f"{result.folder}: on {result.comparison.examples} held-out rows the largest "
-            f"difference of log-probabilities is {result.comparison.largest:.2e}, "
-            f"equal answers {result.comparison.equal:.1%}"
-        )
+        emit(written_as_line(result))
+
+
+def written_as_json(result: Written) -> dict[str, Any]:
+    """One result of `--json`."""
+    found: dict[str, Any] = {"task": result.task, "path": str(result.folder)}
+    comparison = result.comparison
+    if comparison is None:
+        return {**found, "checked": False}
+    scores = {"written": comparison.metrics}
+    scores |= {label: other.metrics for label, other in comparison.models.items()}
+    return {
+        **found,
+        "checked": True,
+        "examples": comparison.examples,
+        "largest_difference": comparison.largest,
+        "equal_answers": comparison.equal,
+        "scores": {
+            label: {name: asdict(measured) for name, measured in metrics.items()}
+            for label, metrics in scores.items()
+        },
+    }
+
+
+def written_as_line(result: Written) -> str:
+    """One result, for a person."""
+    comparison = result.comparison
+    if comparison is None:
+        return f"{result.folder}: not checked"
+    line = (
+        f"{result.folder}: on {comparison.examples} held-out rows the largest difference of "
+        f"log-probabilities is {comparison.largest:.2e}, equal answers {comparison.equal:.1%}"
+    )
+    for name, measured in list(comparison.metrics.items())[:1]:
+        others = [
+            f"{label} {_shown(other.metrics[name])}" for label, other in comparison.models.items()
+        ]
+        line += f"; {name} {_shown(measured)}, {', '.join(others)}"
+    return line
+
+
+def _shown(measured: Measured) -> str:
+    if measured.value is None:
+        return "undefined"
+    if measured.low is None:
+        return f"{measured.value:.3f}"
+    return f"{measured.value:.3f} ({measured.low:.3f} – {measured.high:.3f})"

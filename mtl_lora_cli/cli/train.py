@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, real_stdout, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from mtl_lora_cli.training.processes import Processes
 
 _PROCESSES = "--num-processes"
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        _PROCESSES, min=1, help="Start so many processes on this host, one for each card."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -32,24 +40,14 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to it: key.path=value …")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and stop.")
-    ] = False,
+    dry_run: DryRunOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            _PROCESSES, min=1, help="Start so many processes on this host, one for each card."
-        ),
-    ] = None,
+    num_processes: ProcessesOption = None,
     run: RunOption = None,
     runs: RunsOption = RUNS,
     as_json: JsonOption = False,
-    local_rank: Annotated[
-        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
-    ] = None,  # some launchers say it here besides in the environment
 ) -> None:
     """Train an adapter for all tasks of a recipe."""
     with framed():
@@ -62,29 +60,21 @@ def train(
         if run is not None and not resume:
             raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
         if num_processes is not None and num_processes > 1 and not dry_run:
-            raise typer.Exit(_launched(num_processes))
+            raise typer.Exit(launched(num_processes))
         status("loading libraries")
         from mtl_lora_cli.training.processes import joined
 
         with joined() as processes:
+            folder: RunFolder | None
             if resume:
                 folder = _resumed(processes, recipe, overrides or [], run, runs)
             else:
                 assert recipe is not None
-                started = _started(processes, recipe, overrides or [], runs, dry_run, as_json)
-                if started is None:
-                    return
-                folder = started
-        if not processes.main:
-            return
-        if as_json:
-            emit_json({"run": folder.name, "path": str(folder.path)})
-        else:
-            emit(f"{folder.path}")
-            say(f"next: mtl-lora eval --run {folder.path} --task all")
+                folder = started(processes, recipe, overrides or [], runs, dry_run, as_json)
+        finished(processes, folder, as_json)
 
 
-def _launched(count: int) -> int:
+def launched(count: int) -> int:
     """Run this command in so many processes; their exit code."""
     from mtl_lora_cli.errors import UsageError
     from mtl_lora_cli.training.launch import equivalent, launch
@@ -96,7 +86,7 @@ def _launched(count: int) -> int:
         )
     arguments = _without_processes(sys.argv[1:])
     say(f"starting {count} processes; the same: {equivalent(arguments, count)}")
-    return launch(arguments, count)
+    return launch(arguments, count, real_stdout())
 
 
 def _without_processes(arguments: list[str]) -> list[str]:
@@ -122,21 +112,29 @@ def _resumed(
     return training.resume(find_run(run, runs), path, overrides, processes)
 
 
-def _started(
+def started(
     processes: Processes,
     recipe: str,
     overrides: list[str],
     runs: Path,
     dry_run: bool,
     as_json: bool,
+    *,
+    extends: RunFolder | None = None,
 ) -> RunFolder | None:
+    """Train a new run, or one that adds tasks to another; None where it was only shown."""
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training import run as training
+    from mtl_lora_cli.training.add_task import load_addition
     from mtl_lora_cli.training.prepare import prepare
 
-    loaded = load_recipe(find_recipe(recipe), overrides)
-    path = training.new_run_path(loaded, runs, processes)
-    prepared = prepare(loaded, processes)
+    path = find_recipe(recipe)
+    if extends is None:
+        loaded = load_recipe(path, overrides)
+    else:
+        loaded = load_addition(extends, path, overrides)
+    folder = training.new_run_path(loaded, runs, processes)
+    prepared = prepare(loaded, processes, extends=extends)
     if dry_run:
         if processes.main:
             emit_plan(prepared, as_json)
@@ -146,4 +144,15 @@ def _started(
         if processes.main:
             say(tasks_table(prepared))
 
-    return training.start(prepared, path, ready)
+    return training.start(prepared, folder, ready)
+
+
+def finished(processes: Processes, folder: RunFolder | None, as_json: bool) -> None:
+    """Say where the run lies, and what comes next."""
+    if folder is None or not processes.main:
+        return
+    if as_json:
+        emit_json({"run": folder.name, "path": str(folder.path)})
+    else:
+        emit(f"{folder.path}")
+        say(f"next: mtl-lora eval --run {folder.path} --task all")

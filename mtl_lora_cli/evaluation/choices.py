@@ -1,22 +1,86 @@
 """Scoring candidate answers by their log-probability, each prompt computed once.
 
-log p(choice) = Σ_i log p(token_i | prompt, tokens before it). The prompt and what all candidates
-begin with form one segment; each candidate's rest is a branch that attends to it. A candidate
-whose rest is a single token needs no token of its own: the prompt's last position answers it.
+log p(choice) = Σ_i log p(token_i | prompt, tokens before it). A prompt and its candidates form a tree,
+in which candidates share what they begin with. A candidate's last token is only asked for, so that
+candidates of one token cost no token of their own: the prompt's last position answers them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.tasks.rendering import Example
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and its candidates as one segment of n positions, in depth-first order.
+
+    Every position from the prompt's last on answers something: what follows it in some candidate.
+
+    Attributes:
+        tokens, places: int32 [n], and their places in the text.
+        reach: int32 [n], see `mtl_lora_cli.models.attention`.
+        prompt: number of the prompt's tokens.
+        owner: int32 [S], for each token of the candidates, one candidate behind the other, the
+            position that answers it.
+        targets: int32 [S], those tokens.
+        lengths: int32 [C], how many of them each candidate has.
+    """
+
+    tokens: np.ndarray
+    places: np.ndarray
+    reach: np.ndarray
+    prompt: int
+    owner: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def build(cls, prompt: list[int], choices: list[list[int]]) -> Tree:
+        """Sorted candidates that begin alike stand together, so each adds what the last one lacks."""
+        start = len(prompt)
+        tokens, places, reach = list(prompt), list(range(start)), [-1] * start
+        owners: list[list[int]] = [[] for _ in choices]
+        path: list[int] = []  # positions of the last candidate's tokens, all but its own last one
+        before: list[int] = []
+        for number in sorted(range(len(choices)), key=lambda number: choices[number]):
+            inner = choices[number][:-1]
+            same = zip(before, inner, strict=False)
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+            for position in path[kept:]:
+                reach[position] = len(tokens)
+            added = len(inner) - kept
+            path = [*path[:kept], *range(len(tokens), len(tokens) + added)]
+            tokens += inner[kept:]
+            places += range(start + kept, start + len(inner))
+            reach += [-1] * added
+            owners[number] = [start - 1, *path][: len(choices[number])]
+            before = inner
+        ends = np.asarray(reach, dtype=np.int32)
+        ends[ends < 0] = len(tokens)
+        return cls(
+            tokens=np.asarray(tokens, dtype=np.int32),
+            places=np.asarray(places, dtype=np.int32),
+            reach=ends,
+            prompt=start,
+            owner=np.asarray([place for some in owners for place in some], dtype=np.int32),
+            targets=np.asarray([token for some in choices for token in some], dtype=np.int32),
+            lengths=np.asarray([len(some) for some in choices], dtype=np.int32),
+        )
 
 
 @dataclass(frozen=True)
@@ -35,31 +99,36 @@ class Request:
     choices: list[list[int]]
     truncated: bool = False
 
-    @property
-    def shared(self) -> int:
-        """Number of first tokens that all candidates have in common."""
-        shortest = min(len(choice) for choice in self.choices)
-        first = self.choices[0]
-        for place in range(shortest):
-            if any(choice[place] != first[place] for choice in self.choices):
-                return place
-        return shortest
+    @cached_property
+    def tree(self) -> Tree:
+        """How it goes through the model."""
+        return Tree.build(self.prompt, self.choices)
 
     @property
     def cost(self) -> int:
         """Tokens that go through the model."""
-        shared = self.shared
-        rest = sum(max(0, len(choice) - shared - 1) for choice in self.choices)
-        return len(self.prompt) + shared + rest
+        return len(self.tree.tokens)
 
 
 def build_requests(
-    examples: Sequence[Example], task: int, encoder: Encoder, limit: int
+    examples: Sequence[Example],
+    task: int,
+    encoder: Encoder,
+    limit: int,
+    *,
+    new_tokens: int = 0,
 ) -> list[Request]:
     """Tokenise examples for scoring; a free answer is its example's only candidate.
 
     A prompt that leaves no room for its longest candidate within `limit` positions is cut at its
     beginning, as lm-evaluation-harness does, and marked.
+
+    Args:
+        examples: rendered.
+        task: task id, or -1 for the base model alone.
+        encoder: tokenises.
+        limit: positions that the model knows.
+        new_tokens: how many more tokens will be generated, where it is more than the candidates have.
     """
     prompts, answers = encoder.continuations(
         [example.prompt for example in examples],
@@ -67,7 +136,7 @@ def build_requests(
     )
     requests = []
     for prompt, choices in zip(prompts, answers, strict=True):
-        room = limit - max(len(choice) for choice in choices)
+        room = limit - max(new_tokens, *(len(choice) for choice in choices))
         short = encoder.shorten(prompt, max(1, room))
         requests.append(Request(task, short, choices, truncated=len(short) < len(prompt)))
     return requests
@@ -79,7 +148,8 @@ def score(
     *,
     device: torch.device,
     tokens_per_pass: int,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Advance = lambda done: None,
+    shard: Shard = ALONE,
 ) -> list[np.ndarray]:
     """Log-probabilities of every candidate of every request.
 
@@ -88,31 +158,71 @@ def score(
         requests: of any tasks, in any order.
         device: the model's.
         tokens_per_pass: requests are put together up to so many tokens.
-        advance: called with the number of requests done since the last call.
+        advance: called with the number of this process's requests done since the last call.
+        shard: this process among those that score the same requests together.
 
     Returns:
         For each request its candidates' log-probabilities, float64 [choices], in request order.
     """
-    results: list[np.ndarray] = [np.empty(0)] * len(requests)
+    summed = ask(
+        packed,
+        requests,
+        lambda batch: packed(batch).unsqueeze(1),
+        device=device,
+        tokens_per_pass=tokens_per_pass,
+        advance=advance,
+        shard=shard,
+    )
+    return [sums[:, 0] for sums in summed]
+
+
+def ask(
+    packed: PackedModel,
+    requests: Sequence[Request],
+    question: Callable[[PackedBatch], Tensor],
+    *,
+    device: torch.device,
+    tokens_per_pass: int,
+    advance: Advance = lambda done: None,
+    shard: Shard = ALONE,
+) -> list[np.ndarray]:
+    """Sums over each candidate's tokens of whatever `question` says of each token.
+
+    The other arguments are those of `score`.
+
+    Args:
+        question: a batch on the device → [S, K].
+
+    Returns:
+        For each request float64 [choices, K], in request order.
+    """
+    own = shard.share([request.cost for request in requests])
+    results: dict[int, np.ndarray] = {}
+
+    def collect(numbers: list[int], values: Tensor) -> None:
+        trees = [requests[number].tree for number in numbers]
+        sums = _sums(trees, values.double().cpu().numpy())
+        results.update(zip(numbers, sums, strict=True))
+        advance(len(numbers))
+
     training = packed.training
     packed.eval()
     try:
-        for numbers in fill_passes([request.cost for request in requests], tokens_per_pass):
-            batch, owners = _batch([requests[number] for number in numbers])
-            moved = batch.to(device)
+        running: tuple[list[int], Tensor] | None = None
+        for some in fill_passes([requests[number].cost for number in own], tokens_per_pass):
+            numbers = [own[place] for place in some]
+            # On a card the pass before is still running while the next one is put together.
+            moved = _batch([requests[number] for number in numbers]).to(device)
             with torch.inference_mode(), packed.routed(moved):
-                logprobs = packed(moved).double().cpu().numpy()
-            sums = np.zeros(int(owners[-1]) + 1)
-            np.add.at(sums, owners, logprobs)
-            start = 0
-            for number in numbers:
-                end = start + len(requests[number].choices)
-                results[number] = sums[start:end]
-                start = end
-            advance(len(numbers))
+                values = question(moved)
+            if running is not None:
+                collect(*running)
+            running = numbers, values
+        if running is not None:
+            collect(*running)
     finally:
         packed.train(training)
-    return results
+    return shard.gather(results)
 
 
 def fill_passes(costs: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
@@ -132,51 +242,43 @@ def fill_passes(costs: Sequence[int], tokens_per_pass: int) -> Iterator[list[int
         yield current
 
 
-def _batch(requests: Sequence[Request]) -> tuple[PackedBatch, np.ndarray]:
-    """The batch, and for each of its questions the candidate (counted over all) it belongs to."""
-    tokens: list[int] = []
-    places: list[int] = []
-    tasks: list[int] = []
-    lengths: list[int] = []
-    contexts: list[int] = []
-    asked_at: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    candidate = 0
+def _batch(requests: Sequence[Request]) -> PackedBatch:
+    """Trees behind each other, asked for every token of every candidate."""
+    trees = [request.tree for request in requests]
+    sizes = np.asarray([len(tree.tokens) for tree in trees])
+    prompts = np.asarray([tree.prompt for tree in trees])
+    answering = sizes - prompts + 1
+    first = answering.cumsum() - answering  # places among the positions that are asked
+    counts = [len(tree.targets) for tree in trees]
+    owner = np.concatenate([tree.owner for tree in trees])
+    owner = owner + np.repeat(first - prompts + 1, counts)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    reach = np.concatenate([tree.reach for tree in trees]) + starts.repeat(sizes)
+    branched = (reach < ends.repeat(sizes)).any()
+    positions = np.arange(answering.sum()) + (starts + prompts - 1 - first).repeat(answering)
+    tasks = np.repeat([request.task for request in requests], sizes)
 
-    def add(segment: list[int], first_place: int, task: int, context: int) -> int:
-        start = len(tokens)
-        tokens.extend(segment)
-        places.extend(range(first_place, first_place + len(segment)))
-        tasks.extend([task] * len(segment))
-        lengths.append(len(segment))
-        contexts.append(context)
-        return start
+    def row(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
-    for request in requests:
-        shared = request.shared
-        context = request.prompt + request.choices[0][:shared]
-        number = len(lengths)
-        start = add(context, 0, request.task, -1)
-        for choice in request.choices:
-            rest = choice[shared:]
-            before = list(range(start + len(request.prompt) - 1, start + len(context)))
-            at = before if rest else before[:-1]
-            if len(rest) > 1:
-                branch = add(rest[:-1], len(context), request.task, number)
-                at = [*at, *range(branch, branch + len(rest) - 1)]
-            asked_at.extend(at)
-            targets.extend(choice)
-            owners.extend([candidate] * len(choice))
-            candidate += 1
-    positions, owner = np.unique(np.asarray(asked_at), return_inverse=True)
-    batch = PackedBatch(
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.tensor([places]),
-        task_ids=torch.tensor([tasks]),
-        segments=Segments.build(lengths, contexts),
+    return PackedBatch(
+        input_ids=row([tree.tokens for tree in trees])[None],
+        position_ids=row([tree.places for tree in trees])[None],
+        task_ids=torch.from_numpy(tasks)[None],
+        segments=Segments.build(
+            sizes.tolist(), torch.from_numpy(reach.astype(np.int32)) if branched else None
+        ),
         positions=torch.from_numpy(positions),
         owner=torch.from_numpy(owner),
-        targets=torch.tensor(targets),
+        targets=row([tree.targets for tree in trees]),
     )
-    return batch, np.asarray(owners)
+
+
+def _sums(trees: Sequence[Tree], values: np.ndarray) -> list[np.ndarray]:
+    """values [S, K] of all trees' questions, added up for each candidate: [choices, K] each."""
+    lengths = np.concatenate([tree.lengths for tree in trees])
+    candidate = np.repeat(np.arange(len(lengths)), lengths)
+    columns = [np.bincount(candidate, column, minlength=len(lengths)) for column in values.T]
+    ends = np.cumsum([len(tree.lengths) for tree in trees])
+    return np.split(np.stack(columns, axis=1), ends[:-1])

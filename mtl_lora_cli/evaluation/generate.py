@@ -1,20 +1,24 @@
-"""Greedy answers: what the model says when nobody offers it candidates.
+"""Greedy answers: what the model says when nobody offers it candidates, and how that is read.
 
-Every step runs the whole packed sequences again, without a key-value cache: answers here are a few
-tokens long, and the path is the one that training and scoring use.
+Prompts of about one length go through transformers' own model together, filled up on the left, and
+its key-value cache keeps what they leave: each further token costs one position a row.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mtl_lora_cli.evaluation.choices import Request, fill_passes
-from mtl_lora_cli.models.attention import Segments
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
+from mtl_lora_cli.evaluation.ranks import ALONE, Shard
+from mtl_lora_cli.models.packed import PackedModel
+
+Stopped = Callable[[list[int]], bool]
 
 
 def generate(
@@ -25,7 +29,9 @@ def generate(
     new_tokens: Sequence[int],
     device: torch.device,
     tokens_per_pass: int,
-    advance: Callable[[int], None] = lambda done: None,
+    stopped: Stopped = lambda answer: False,
+    advance: Advance = lambda done: None,
+    shard: Shard = ALONE,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt.
 
@@ -36,52 +42,122 @@ def generate(
         new_tokens: for each request the most tokens that its answer may have.
         device: the model's.
         tokens_per_pass: prompts are put together up to so many tokens.
-        advance: called with the number of requests done since the last call.
+        stopped: whether an answer is complete as it stands.
+        advance: called with the number of this process's requests done since the last call.
+        shard: this process among those that answer the same requests together.
 
     Returns:
         Tokens of each answer.
     """
-    answers: list[list[int]] = [[] for _ in requests]
+    costs = [len(request.prompt) + new_tokens[number] for number, request in enumerate(requests)]
+    own = shard.share(costs)
+    answers: dict[int, list[int]] = {}
+    training = packed.training
     packed.eval()
-    costs = [len(request.prompt) for request in requests]
-    for numbers in fill_passes(costs, tokens_per_pass):
-        open_ones = list(numbers)
-        while open_ones:
-            batch = _batch([(requests[i].task, requests[i].prompt + answers[i]) for i in open_ones])
-            moved = batch.to(device)
-            with torch.inference_mode(), packed.routed(moved):
-                following = packed.logits(moved).argmax(dim=-1).tolist()
-            for number, token in zip(open_ones, following, strict=True):
-                answers[number].append(token)
-            open_ones = [
-                i for i in open_ones if answers[i][-1] != end and len(answers[i]) < new_tokens[i]
-            ]
-        advance(len(numbers))
-    return [answer[:-1] if answer and answer[-1] == end else answer for answer in answers]
+    try:
+        for some in fill_passes([costs[number] for number in own], tokens_per_pass):
+            numbers = [own[place] for place in some]
+            rows = [requests[number].prompt for number in numbers]
+            limits = [new_tokens[number] for number in numbers]
+            tasks = torch.tensor([requests[number].task for number in numbers])
+            with torch.inference_mode(), packed.over_padded_rows(tasks) as model:
+                found = _continued(model, rows, limits, end, stopped, device)
+            answers.update(zip(numbers, found, strict=True))
+            advance(len(numbers))
+    finally:
+        packed.train(training)
+    return shard.gather(answers)
 
 
-def parse_answer(text: str, choices: Sequence[str]) -> int:
-    """Which choice an answer begins with, -1 if none: the first line counts, case does not.
+def _continued(
+    model: Any,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    end: int,
+    stopped: Stopped,
+    device: torch.device,
+) -> list[list[int]]:
+    """What follows each prompt: the likeliest token, again and again, until all are complete."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = [limit > 0 for limit in limits]
+    ids, mask = (tensor.to(device) for tensor in _filled_up(prompts))
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache = None
+    while any(going):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        likeliest = out.logits[:, -1].argmax(dim=-1)
+        for row, token in enumerate(likeliest.tolist()):
+            if not going[row]:
+                continue
+            if token != end:
+                answers[row].append(token)
+            going[row] = (
+                token != end and len(answers[row]) < limits[row] and not stopped(answers[row])
+            )
+        ids, places = likeliest[:, None], places[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return answers
 
-    No choice may begin another one (`prefix_conflict`), so at most one fits.
+
+def _filled_up(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, int64 [B, L], what is missing on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    missing = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (longest - gap) for gap in missing]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a task's generated answers end, and what is read in them.
+
+    Attributes:
+        stop: texts at which an answer ends; white space at its beginning does not count.
+        extract: a regular expression of what counts in an answer; None: the answer as a whole.
     """
-    first = text.strip().split("\n")[0].strip().casefold()
-    for number, choice in enumerate(choices):
-        if first.startswith(choice.casefold()):
-            return number
-    return -1
 
+    stop: tuple[str, ...] = ()
+    extract: str | None = None
 
-def _batch(sequences: Sequence[tuple[int, list[int]]]) -> PackedBatch:
-    lengths = [len(tokens) for _, tokens in sequences]
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    none: Any = torch.empty(0, dtype=torch.long)
-    return PackedBatch(
-        input_ids=torch.tensor([[token for _, tokens in sequences for token in tokens]]),
-        position_ids=torch.cat([torch.arange(b - a) for a, b in pairwise(ends.tolist())])[None],
-        task_ids=torch.tensor([[task for task, tokens in sequences for _ in tokens]]),
-        segments=Segments.build(lengths),
-        positions=ends[1:] - 1,
-        owner=none,
-        targets=none,
-    )
+    def complete(self, text: str) -> bool:
+        """Whether an answer has come to one of the texts that end it."""
+        return any(stop in text.lstrip() for stop in self.stop)
+
+    def answer(self, text: str) -> str:
+        """The answer in a generated text."""
+        text = text.strip()
+        for stop in self.stop:
+            text = text.split(stop)[0]
+        return text.strip()
+
+    def found(self, text: str) -> list[str]:
+        """What the expression finds, in order: its group, or the whole match where it has none."""
+        return re.findall(self.extract, text) if self.extract is not None else [text]
+
+    def choice(self, text: str, choices: Sequence[str]) -> int:
+        """The index of the choice that a generated text names, −1 where it names none.
+
+        With `extract`: of what is found in the answer, the first that is found in a choice, too.
+        Without: the choice that the answer begins with; case does not count.
+        """
+        answer = self.answer(text)
+        if self.extract is not None:
+            known = {self.found(choice)[0]: number for number, choice in enumerate(choices)}
+            return next((known[part] for part in self.found(answer) if part in known), -1)
+        begun = answer.casefold()
+        fitting = (n for n, choice in enumerate(choices) if begun.startswith(choice.casefold()))
+        return next(fitting, -1)
+
+    def equal(self, text: str, expected: str) -> bool | None:
+        """Whether a generated text is the expected free answer; None where nothing is found in it."""
+        found = self.found(self.answer(text))
+        return found[0] == self.found(expected)[0] if found else None

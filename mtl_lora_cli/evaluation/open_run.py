@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class OpenRun:
         device, dtype: of the model.
         longest: positions that the model knows.
         checkpoint: hash of the adapter's configuration, checksums of its tensors included.
+        trained_on: identity of the base model that the adapter was trained on, where that is not
+            this one.
     """
 
     folder: RunFolder
@@ -47,6 +50,7 @@ class OpenRun:
     dtype: torch.dtype
     longest: int
     checkpoint: str
+    trained_on: Mapping[str, str | None] | None = None
 
     @property
     def tokens_per_pass(self) -> int:
@@ -66,12 +70,13 @@ def read_tasks(folder: RunFolder) -> list[Task]:
         raise MtlLoraError(f"{folder.tasks}: damaged: {type(error).__name__} {error}") from None
 
 
-def open_run(folder: RunFolder, *, quantization: str | None = None) -> OpenRun:
+def open_run(folder: RunFolder, *, quantization: str | None = None, force: bool = False) -> OpenRun:
     """Load a run's base model and adapter.
 
     Args:
         folder: of a finished run.
         quantization: another one than the recipe's.
+        force: go on where the base model is not the one that the adapter was trained on.
 
     Raises:
         UsageError: the run is unfinished, or its base model is gone or another one by now.
@@ -80,11 +85,11 @@ def open_run(folder: RunFolder, *, quantization: str | None = None) -> OpenRun:
     recipe = load_recipe(folder.recipe).recipe
     file = read_adapter_file(path)
     base = find_base_model(recipe.base_model)
-    if base.fingerprint != file.base_model.get("fingerprint"):
+    changed = base_changes(base, file.base_model)
+    if changed and not force:
         raise UsageError(
             f"run '{folder.name}': the base model at {base.folder} is not the one that the adapter "
-            f"was trained on (fingerprint {base.fingerprint}, expected "
-            f"{file.base_model.get('fingerprint')})"
+            f"was trained on ({changed}); --force goes on"
         )
     device = pick_device()
     dtype = pick_dtype(recipe.dtype, device)
@@ -105,4 +110,17 @@ def open_run(folder: RunFolder, *, quantization: str | None = None) -> OpenRun:
         dtype=dtype,
         longest=getattr(model.config, "max_position_embeddings", 2**31),
         checkpoint=hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16],
+        trained_on=file.base_model if changed else None,
     )
+
+
+def base_changes(base: BaseModel, trained_on: Mapping[str, str | None]) -> str:
+    """What tells two base models apart; empty where nothing does."""
+    expected, found = trained_on.get("revision"), base.revision
+    changes = []
+    if expected and found and expected != found:
+        changes.append(f"revision {found}, expected {expected}")
+    expected, found = trained_on.get("fingerprint"), base.fingerprint
+    if expected != found:
+        changes.append(f"fingerprint {found}, expected {expected}")
+    return ", ".join(changes)

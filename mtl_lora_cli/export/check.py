@@ -1,19 +1,37 @@
-"""The check after writing: the written model against the adapted one, on the task's own rows."""
+"""The check after writing: what was written against the run, on held-out rows of its task.
+
+It runs in a process of its own (`check_process.py`), which loads the files as any user would. What is
+compared are `Reader`s: functions that load one model and put the check's questions to it, one model
+after the other. They travel to that process by name, so they stand at the top of a module.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.evaluation.choices import build_requests, score
-from mtl_lora_cli.evaluation.evaluate import Setting, held_out
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
+from mtl_lora_cli.evaluation.answers import answer, outcome_of
+from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.metrics import Measured, Outcome, measure
+from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -23,61 +41,305 @@ TOLERANCE = {torch.float32: (1e-3, 1.0), torch.bfloat16: (0.5, 0.97), torch.floa
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How far two models are apart on the same requests.
+class Answers:
+    """What one model says to a check's questions.
 
     Attributes:
-        examples: number of them.
-        largest: largest difference of any candidate's log-probability.
-        equal: share of examples with the same answer.
-        allowed: what `largest` and `equal` had to be.
+        scores: of each example the log-probability of every candidate, float64 [choices]; a free
+            answer is its example's only candidate.
+        outcome: predictions by the task's protocol; None where they cannot be had.
     """
 
-    examples: int
+    scores: list[np.ndarray]
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a check asks every model.
+
+    Attributes:
+        run: whose task it is.
+        task: which one.
+        limit: the first so many held-out rows.
+    """
+
+    run: FinishedRun
+    task: Task
+    limit: int
+
+    @property
+    def setting(self) -> Setting:
+        """How the rows are read and scored."""
+        return Setting(limit=self.limit)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The held-out rows."""
+        return held_out(self.task, self.setting)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the base model."""
+        return load_tokenizer(self.run.base)
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        """The rows as they are asked."""
+        encoder = Encoder(self.tokenizer, self.run.recipe.prompt_format)
+        return build_requests(self.examples.examples, self.task.id, encoder, self.longest)
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions that the base model knows."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.run.base.folder)
+        return getattr(config, "max_position_embeddings", 2**31)
+
+    def ask(self, packed: PackedModel) -> Answers:
+        """Put them to a model in this process."""
+        opened = OpenRun(
+            folder=self.run.folder,
+            recipe=self.run.recipe,
+            tasks=self.run.tasks,
+            base=self.run.base,
+            tokenizer=self.tokenizer,
+            packed=packed,
+            adapter=self.run.adapter,
+            device=pick_device(),
+            dtype=self.run.dtype,
+            longest=self.longest,
+            checkpoint=self.run.checkpoint,
+        )
+        (own,) = answer(opened, [self.task], [self.examples], self.setting)
+        if own.scores is not None:
+            return Answers(own.scores, own.outcome)
+        # Free answers were generated; these are the log-probabilities of the right ones.
+        tokens = opened.tokens_per_pass
+        scores = score(packed, self.requests, device=opened.device, tokens_per_pass=tokens)
+        return Answers(scores, own.outcome)
+
+    def answers(self, scores: list[np.ndarray]) -> Answers:
+        """What log-probabilities alone tell: the predictions, too, unless answers are free."""
+        if self.task.template.choices is None:
+            return Answers(scores, None)
+        return Answers(scores, outcome_of(self.task, self.examples, scores, self.requests))
+
+
+Reader = Callable[[Questions, Path], Answers]  # the questions, and the folder that was written
+
+
+def run_itself(questions: Questions, folder: Path) -> Answers:
+    """The run's adapter on its own base weights, quantised ones included: what `eval` measures."""
+    return questions.ask(open_run(questions.run.folder).packed)
+
+
+def run_on_original(questions: Questions, folder: Path) -> Answers:
+    """The run's adapter on the full-precision base weights."""
+    return questions.ask(open_run(questions.run.folder, quantization="none").packed)
+
+
+def merged_model(questions: Questions, folder: Path) -> Answers:
+    """A transformers folder, loaded as any user would."""
+    base = find_base_model(str(folder))
+    model = load_model(base, dtype=questions.run.dtype, device=pick_device())
+    return questions.ask(PackedModel(model))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a written folder has to stand.
+
+    Attributes:
+        written: loads it.
+        models: label → another model; the first is the reference, which the written one must equal,
+            and of the others the distance is told.
+        limit: examples to compare on.
+        tolerance: largest difference of log-probabilities allowed; None: by dtype.
+    """
+
+    written: Reader
+    models: Mapping[str, Reader]
+    limit: int
+    tolerance: float | None = None
+
+    def request(self, run: FinishedRun, task: Task, folder: Path) -> dict[str, Any]:
+        """What the other process needs to know, as JSON takes it."""
+        return {
+            "run": str(run.folder.path.absolute()),
+            "task": task.name,
+            "folder": str(folder.absolute()),
+            "written": _name(self.written),
+            "models": {label: _name(reader) for label, reader in self.models.items()},
+            "limit": self.limit,
+            "tolerance": self.tolerance,
+        }
+
+    def run(self, run: FinishedRun, task: Task, folder: Path) -> Comparison:
+        """Compare in a new process, which ends when this one does.
+
+        Raises:
+            MtlLoraError: as the comparison does, or the process was killed.
+        """
+        # -P: a folder of the user's that is called like a library must not be imported.
+        module = "mtl_lora_cli.export.check_process"
+        request = json.dumps(self.request(run, task, folder))
+        call = [sys.executable, "-P", "-m", module, request]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True) as process:
+            assert process.stdout is not None
+            text = process.stdout.read()
+            process.wait()
+        if not text:
+            raise MtlLoraError(f"the check's process ended with code {process.returncode}")
+        return received(json.loads(text))
+
+    def compare(self, questions: Questions, folder: Path) -> Comparison:
+        """Compare in this process."""
+        written = self.written(questions, folder)
+        others = {label: reader(questions, folder) for label, reader in self.models.items()}
+        largest, equal = TOLERANCE[questions.run.dtype]
+        return Comparison(
+            split=questions.examples.split,
+            examples=len(questions.requests),
+            dtype=str(questions.run.dtype).removeprefix("torch."),
+            metrics=_measured(questions.task, written),
+            models={
+                label: Distance(
+                    metrics=_measured(questions.task, other),
+                    largest=_largest(written.scores, other.scores),
+                    equal=_equal(written, other),
+                )
+                for label, other in others.items()
+            },
+            allowed=(largest if self.tolerance is None else self.tolerance, equal),
+        )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A model beside the written one.
+
+    Attributes:
+        metrics: its scores.
+        largest: largest difference of any candidate's log-probability from the written one's.
+        equal: share of examples with the same prediction.
+    """
+
+    metrics: Mapping[str, Measured]
     largest: float
     equal: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a written model compared.
+
+    Attributes:
+        split, examples: which held-out rows, and how many of them.
+        dtype: that all models computed in.
+        metrics: the written model's scores.
+        models: label → another model; the reference first.
+        allowed: what the reference's `largest` and `equal` had to be.
+    """
+
+    split: str
+    examples: int
+    dtype: str
+    metrics: Mapping[str, Measured]
+    models: Mapping[str, Distance]
     allowed: tuple[float, float]
 
     @property
+    def reference(self) -> Distance:
+        """The model that the written one must equal."""
+        return next(iter(self.models.values()))
+
+    @property
+    def largest(self) -> float:
+        """Largest difference of a log-probability from the reference."""
+        return self.reference.largest
+
+    @property
+    def equal(self) -> float:
+        """Share of predictions that equal the reference's."""
+        return self.reference.equal
+
+    @property
     def holds(self) -> bool:
-        """Whether the two agree within tolerance; NaN never does."""
-        return self.largest <= self.allowed[0] and self.equal >= self.allowed[1]
+        """Whether the two agree within tolerance; NaN never does.
+
+        Where the dtype allows near ties to fall differently, one answer may, however few there are.
+        """
+        different = round((1 - self.equal) * self.examples)
+        least = self.allowed[1]
+        may_differ = 0 if least == 1 else max(1, int((1 - least) * self.examples))
+        return self.largest <= self.allowed[0] and different <= may_differ
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Comparison:
+        """The inverse of `dataclasses.asdict`, whose tuples JSON made lists of."""
+        models = {
+            label: Distance(_metrics(found["metrics"]), found["largest"], found["equal"])
+            for label, found in content["models"].items()
+        }
+        metrics, allowed = _metrics(content["metrics"]), tuple(content["allowed"])
+        return cls(**{**content, "metrics": metrics, "models": models, "allowed": allowed})
 
 
-def compare_merged(
-    opened: OpenRun, task: Task, folder: Path, limit: int, tolerance: float | None = None
-) -> Comparison:
-    """Load a merged folder as any user would and compare it with the adapted model."""
-    merged = load_model(find_base_model(str(folder)), dtype=opened.dtype, device=opened.device)
-    return compare(opened, task, PackedModel(merged), limit, tolerance)
-
-
-def compare(
-    opened: OpenRun, task: Task, other: PackedModel, limit: int, tolerance: float | None = None
-) -> Comparison:
-    """Put the same requests to the adapted model and to another one that should equal it.
-
-    Args:
-        opened: the run, on the base weights of the other model.
-        task: which the other model is for.
-        other: the exported model.
-        limit: examples to compare on.
-        tolerance: largest difference allowed; default: by dtype.
-    """
-    examples = held_out(task, Setting(limit=limit)).examples
-    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
-    requests = build_requests(examples, task.id, encoder, opened.longest)
-    ours, theirs = (
-        score(model, requests, device=opened.device, tokens_per_pass=opened.tokens_per_pass)
-        for model in (opened.packed, other)
+def check_of(request: Mapping[str, Any]) -> Check:
+    """The check that another process asks for."""
+    return Check(
+        _reader(request["written"]),
+        {label: _reader(name) for label, name in request["models"].items()},
+        request["limit"],
+        request["tolerance"],
     )
-    largest = max(
-        (float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)), default=0.0
-    )
-    if any(not np.isfinite(values).all() for values in [*ours, *theirs]):
-        largest = float("nan")
-    equal = np.mean([a.argmax() == b.argmax() for a, b in zip(ours, theirs, strict=True)])
-    allowed = TOLERANCE[opened.dtype]
-    if tolerance is not None:
-        allowed = (tolerance, allowed[1])
-    return Comparison(len(examples), largest, float(equal), allowed)
+
+
+def _name(reader: Reader) -> str:
+    return f"{reader.__module__}:{reader.__qualname__}"  # type: ignore[attr-defined]
+
+
+def _reader(name: str) -> Reader:
+    module, _, function = name.partition(":")
+    found: Reader = getattr(import_module(module), function)
+    return found
+
+
+def received(answer: Mapping[str, Any]) -> Comparison:
+    """The comparison that the other process sent, or its error as our own."""
+    if "comparison" in answer:
+        return Comparison.from_json(answer["comparison"])
+    if answer["code"] is None:
+        error = RuntimeError(answer["error"])
+        error.add_note(answer["traceback"])
+        raise error
+    kinds = {kind.exit_code: kind for kind in (MtlLoraError, UsageError, CheckError)}
+    raise kinds[answer["code"]](answer["error"])
+
+
+def _measured(task: Task, answers: Answers) -> dict[str, Measured]:
+    if answers.outcome is None:
+        return {}
+    return {name: measure(name, answers.outcome) for name in task.template.metrics}
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, Measured]:
+    return {name: Measured(**measured) for name, measured in content.items()}
+
+
+def _largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Largest difference; NaN where a log-probability is no finite number."""
+    if not all(np.isfinite(values).all() for values in [*ours, *theirs]):
+        return float("nan")
+    return max((float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _equal(ours: Answers, theirs: Answers) -> float:
+    """Share of equal predictions; of likeliest candidates where there are no predictions."""
+    if ours.outcome is not None and theirs.outcome is not None:
+        return float(np.mean(ours.outcome.predicted == theirs.outcome.predicted))
+    pairs = zip(ours.scores, theirs.scores, strict=True)
+    return float(np.mean([a.argmax() == b.argmax() for a, b in pairs]))

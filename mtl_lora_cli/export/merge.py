@@ -1,6 +1,8 @@
-"""Folding one task's adapter into the base weights, shard by shard.
+"""Folding one task's adapter into the base weights, shard by shard and a few rows at a time.
 
-W' = W + s · B'_t A, computed in float32 and cast once to the dtype that the shard stores.
+W' = W + s · B'_t A', computed in float32 (float64 where the file stores that) and cast once to the dtype
+that the file stores; or Ŵ + s · B'_t A' on the weights that a quantised run saw (`quantised.py`), cast to that
+run's dtype. A file in which nothing changes is not written again.
 """
 
 from __future__ import annotations
@@ -8,19 +10,37 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.quantised import Quantised
+from mtl_lora_cli.export.shards import (
+    FLOATS,
+    INDEX,
+    Planned,
+    Stored,
+    as_bytes,
+    planned_size,
+    read_shard,
+    weight_files,
+    write_shard,
+)
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.runs.atomic import sync, write_text
 
-Update = tuple[Tensor, Tensor, float]  # A [r, in], B' [out, r], s
+# Weights in other formats, which would be the base model's, and the base model's own card.
+_NOT_COPIED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors"}
+
+Update = tuple[Tensor, Tensor, float]  # A' [k, in], B'_t [out, k], s
 
 
 def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
@@ -36,87 +56,213 @@ def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
     return updates
 
 
-def require_empty(folder: Path) -> None:
-    """Refuse an output folder that holds something.
+@dataclass(frozen=True)
+class Shard:
+    """A weights file to write.
 
-    Raises:
-        UsageError: it exists and is not an empty folder.
+    Attributes:
+        name: of the file.
+        tensors: in the order of their bytes.
+        metadata: of the header.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(
-            f"output folder {folder} exists and is not empty; choose another with --output"
+
+    name: str
+    tensors: Sequence[Planned]
+    metadata: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return planned_size(self.tensors, self.metadata)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merged folder will hold.
+
+    Attributes:
+        shards: weights files of which something changes.
+        kept: weights files that stay as they are.
+        copied: the other files.
+        texts: small files that are written anew: name → content.
+    """
+
+    shards: Sequence[Shard]
+    kept: Sequence[Path]
+    copied: Sequence[Path]
+    texts: Mapping[str, str]
+
+    def size(self, place: Path) -> int:
+        """Bytes that writing it into a folder of this file system takes; a hard link takes none."""
+        again = [*self.copied, *(path for path in self.kept if not _can_link(path, place))]
+        return (
+            sum(shard.size for shard in self.shards)
+            + sum(path.stat().st_size for path in again)
+            + sum(len(text.encode()) for text in self.texts.values())
         )
 
 
-def require_space(base: BaseModel, folder: Path) -> None:
-    """Refuse to start a merge that the disk cannot hold.
-
-    Raises:
-        UsageError: with the space needed and the space there is.
-    """
-    needed = sum(path.stat().st_size for path in base.folder.iterdir() if path.is_file())
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UsageError(
-            f"{existing}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
-        )
-
-
-def write_merged(
-    base: BaseModel,
-    updates: Mapping[str, Update],
-    folder: Path,
-    say: Callable[[str], None] = lambda text: None,
-) -> None:
-    """Write a transformers folder: the base model's files with some weights changed.
-
-    One shard is held in memory at a time. Files that are no weights are copied.
+def plan_merge(
+    base: BaseModel, updates: Mapping[str, Update], how: Quantised | None = None
+) -> MergePlan:
+    """Decide what becomes of every file and tensor of the base model; write nothing.
 
     Args:
         base: the full-precision base model.
         updates: weight name → its update; every one must be found.
-        folder: an existing empty folder.
-        say: called with a line for each shard.
+        how: merge into the weights as this rounds them.
 
     Raises:
-        MtlLoraError: a weight is missing from the base model, or has another shape.
+        UsageError: a weight is missing from the base model, or has another shape or no dtype of
+            floating point; a weights file is missing or damaged.
     """
     left = dict(updates)
-    shards = sorted(base.folder.glob("*.safetensors"))
-    for number, shard in enumerate(shards, start=1):
-        say(f"merging {shard.name} ({number} of {len(shards)})")
-        tensors: dict[str, Tensor] = {}
-        with safe_open(shard, framework="pt") as file:
-            metadata = file.metadata() or {"format": "pt"}
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = file.get_tensor(name)
-                update = left.pop(name, None)
-                tensors[name] = tensor if update is None else _updated(name, tensor, update)
-        save_file(tensors, folder / shard.name, metadata=metadata)
+    shards, kept = [], []
+    files = weight_files(base.folder)
+    for path in files:
+        stored, metadata = read_shard(path)
+        planned = [_planned(one, left.pop(one.name, None), how) for one in stored]
+        if all(after is None for after in planned):
+            kept.append(path)
+        else:
+            both = zip(stored, planned, strict=True)
+            tensors = [_as_it_is(before) if after is None else after for before, after in both]
+            shards.append(Shard(path.name, tensors, metadata or {"format": "pt"}))
     if left:
-        raise MtlLoraError(f"{base.folder}: no weight '{next(iter(left))}' to merge into")
-    for path in base.folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "README.md":
-            shutil.copyfile(os.path.realpath(path), folder / path.name)
-    _check_index(folder)
+        raise UsageError(f"{base.folder}: no weight '{next(iter(left))}' to merge into")
+    texts = {} if how is None else _texts(base.folder, shards, kept, how.dtype)
+    copied = [
+        path
+        for path in sorted(base.folder.iterdir())
+        if path.is_file()
+        and path.suffix not in _NOT_COPIED
+        and path.name not in ("README.md", *texts)
+    ]
+    return MergePlan(shards, kept, copied, texts)
 
 
-def _updated(name: str, weight: Tensor, update: Update) -> Tensor:
-    down, up, scale = update
-    if weight.shape != (up.shape[0], down.shape[1]):
-        raise MtlLoraError(
-            f"weight '{name}' has shape {list(weight.shape)}, "
+def write_merged(
+    plan: MergePlan, folder: Path, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """Write a transformers folder: the base model's files with some weights changed.
+
+    Args:
+        plan: from `plan_merge`.
+        folder: an existing empty folder.
+        say: called with a line for each shard.
+    """
+    with ThreadPoolExecutor(max_workers=1) as disk:  # it works while the next file is computed
+        synced = []
+        for number, shard in enumerate(plan.shards, start=1):
+            say(f"merging {shard.name} ({number} of {len(plan.shards)})")
+            write_shard(folder / shard.name, shard.tensors, shard.metadata)
+            synced.append(disk.submit(sync, folder / shard.name))
+    for done in synced:
+        done.result()
+    for path in plan.kept:
+        _link_or_copy(path, folder / path.name)
+    for path in plan.copied:
+        shutil.copyfile(path, folder / path.name)
+    for name, text in plan.texts.items():
+        write_text(folder / name, text)
+
+
+def _planned(stored: Stored, update: Update | None, how: Quantised | None) -> Planned | None:
+    """What becomes of one tensor; None where it stays as it is."""
+    if update is not None:
+        _require_fit(stored, update)
+    if stored.dtype not in FLOATS:
+        return None
+    dtype = FLOATS[stored.dtype] if how is None else how.dtype
+    if how is not None and stored.name in how.names:
+        return _with(stored, dtype, partial(_rounded, stored, update, how))
+    if update is not None:
+        return _with(stored, dtype, partial(_updated, stored, update, dtype))
+    if FLOATS[stored.dtype] == dtype:
+        return None
+    return _with(stored, dtype, partial(_cast, stored, dtype))
+
+
+def _with(
+    stored: Stored, dtype: torch.dtype, blocks: Callable[[], Iterator[np.ndarray]]
+) -> Planned:
+    name = next(name for name, known in FLOATS.items() if known == dtype)
+    values = stored.size // FLOATS[stored.dtype].itemsize
+    return Planned(stored.name, name, stored.shape, values * dtype.itemsize, blocks)
+
+
+def _as_it_is(stored: Stored) -> Planned:
+    return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks)
+
+
+def _require_fit(stored: Stored, update: Update) -> None:
+    down, up, _ = update
+    if stored.shape != (up.shape[0], down.shape[1]):
+        raise UsageError(
+            f"{stored.file}: weight '{stored.name}' has shape {list(stored.shape)}, "
             f"the adapter fits [{up.shape[0]}, {down.shape[1]}]"
         )
-    return torch.addmm(weight.float(), up, down, alpha=scale).to(weight.dtype)
+    if stored.dtype not in FLOATS:
+        raise UsageError(
+            f"{stored.file}: weight '{stored.name}' is stored as {stored.dtype}, "
+            f"expected one of {', '.join(FLOATS)}"
+        )
 
 
-def _check_index(folder: Path) -> None:
-    """The index names shards that are there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(named):
-            if not (folder / name).is_file():
-                raise MtlLoraError(f"{index}: names the shard '{name}', which is not there")
+def _updated(stored: Stored, update: Update, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    for first, rows in stored.rows():
+        yield as_bytes(_added(rows.to(dtype), update, first))
+
+
+def _rounded(stored: Stored, update: Update | None, how: Quantised) -> Iterator[np.ndarray]:
+    weight = how.rounded(stored.whole())
+    step = stored.rows_in_block
+    for first in range(0, len(weight), step):
+        rows = weight[first : first + step]
+        yield as_bytes(rows if update is None else _added(rows, update, first))
+
+
+def _added(rows: Tensor, update: Update, first: int) -> Tensor:
+    """Some rows of W + s · B' A', cast back to the dtype of W's."""
+    down, up, scale = update
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    part = up[first : first + len(rows)].to(wide)
+    return rows.to(wide).addmm_(part, down.to(wide), alpha=scale).to(rows.dtype)
+
+
+def _cast(stored: Stored, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    for block in stored.blocks():
+        yield as_bytes(torch.from_numpy(block).view(FLOATS[stored.dtype]).to(dtype))
+
+
+def _texts(
+    folder: Path, shards: Sequence[Shard], kept: Sequence[Path], dtype: torch.dtype
+) -> dict[str, str]:
+    """The configuration and the index, which tell of dtypes and sizes."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+    texts = {"config.json": {**config, **dict.fromkeys(keys, name)}}
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        size = sum(tensor.size for shard in shards for tensor in shard.tensors)
+        size += sum(stored.size for path in kept for stored in read_shard(path)[0])
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        texts[INDEX] = index
+    return {
+        name: json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, content in texts.items()
+    }
+
+
+def _can_link(path: Path, place: Path) -> bool:
+    """Whether a hard link in `place` can be made to the file behind `path`."""
+    return path.stat().st_dev == place.stat().st_dev
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    """A hard link to the file itself, whatever links lead to it; a copy where that is refused."""
+    try:
+        os.link(os.path.realpath(path), target)
+    except OSError:  # another file system, one without links, or a file of somebody else's
+        shutil.copyfile(path, target)

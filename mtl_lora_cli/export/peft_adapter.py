@@ -7,7 +7,8 @@ goes into B, so that PEFT's lora_alpha / r is 1 whatever the method's own scale 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +16,88 @@ from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.open_run import OpenRun
-from mtl_lora_cli.export.check import Comparison, compare
-from mtl_lora_cli.export.merge import require_empty, task_updates
-from mtl_lora_cli.export.run_merge import Merged, write_checked
-from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.export.card import model_card
+from mtl_lora_cli.export.check import Answers, Check, Comparison, Questions, Reader, run_itself
+from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_at
+from mtl_lora_cli.export.merge import Update
+from mtl_lora_cli.export.run_merge import require_held_out, write_checked
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.load import load_model, pick_device
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
 _PREFIX = "base_model.model."  # PEFT's name for what it wraps
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_USE = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+With vLLM, beside other tasks on the same base model:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {task}=THIS_FOLDER
+```
+"""
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
 def export_peft(
-    opened: OpenRun,
+    run: FinishedRun,
     task: Task,
     folder: Path,
     *,
-    limit: int,
-    tolerance: float | None,
-    say: Callable[[str], None],
-) -> Merged:
+    rank: int | None = None,
+    limit: int = 32,
+    tolerance: float | None = None,
+    checked: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
     """Write one task's LoRA, load it with PEFT itself, compare, and only then put it in its place.
 
     Args:
-        opened: the run; the comparison is on its own base weights, 4-bit ones included.
+        run: the run; the comparison is on its own base weights, quantised ones included.
         task: which one.
         folder: where to; must not exist or be empty.
-        limit: examples to compare on.
-        tolerance: largest difference of log-probabilities allowed; default: by dtype.
+        rank: a lower rank than the update's own, see `low_rank`.
+        limit, tolerance: see `Check`.
+        checked: compare at all.
         say: called with progress lines.
 
     Raises:
-        UsageError: the output folder is not empty, PEFT is not installed, or the method is no LoRA
-            for any task.
-        CheckError: what PEFT makes of it differs; nothing is left in `folder`.
+        UsageError: the output folder is not empty, PEFT is not installed, the rank is too large, or
+            the method is no LoRA for any task.
+        CheckError: what PEFT makes of it differs; it lies aside.
     """
-    require_empty(folder)
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UsageError(
-            "export --format peft checks what it wrote with PEFT, which is not installed; "
-            "get it with: pip install peft"
-        ) from None
-
-    def check(written: Path) -> Comparison:
-        say("loading it with PEFT and comparing")
-        return compare(opened, task, _loaded(opened, written), limit, tolerance)
-
-    return write_checked(
+    updates, truncation = updates_at(run, task, rank)
+    if checked:
+        _require_peft()
+        require_held_out(task, limit)
+    written = write_checked(
+        run,
         task,
         folder,
         what="the exported adapter differs from the run's",
-        write=lambda path: write_peft(opened.adapter, task.id, opened.base.name, path),
-        check=check,
-        readme=lambda comparison: _readme(opened, task, comparison),
+        size=sum(4 * (down.numel() + up.numel()) for down, up, _ in updates.values()),
+        write=lambda path: write_peft(updates, _targets(run.adapter), _loadable(run.base), path),
+        check=Check(loaded_by_peft, _models(rank), limit, tolerance) if checked else None,
+        readme=partial(_card, run, task, truncation=truncation),
+        say=say,
     )
+    return Exported(**vars(written), truncation=truncation)
 
 
-def write_peft(adapter: Adapter, task: int, base_model: str, folder: Path) -> None:
+def write_peft(
+    updates: Mapping[str, Update], targets: list[str], base_model: str, folder: Path
+) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder."""
     tensors, ranks = {}, {}
-    for name, (down, up, scale) in task_updates(adapter, task).items():
+    for name, (down, up, scale) in updates.items():
         path = name.removesuffix(".weight")
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down.contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = (scale * up).contiguous()
@@ -99,11 +120,45 @@ def write_peft(adapter: Adapter, task: int, base_model: str, folder: Path) -> No
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _targets(adapter),
+        "target_modules": targets,
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    (folder / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def loaded_by_peft(questions: Questions, folder: Path) -> Answers:
+    """The run's own base model with the written adapter, as PEFT puts them together."""
+    from peft import PeftModel
+
+    run = questions.run
+    model = load_model(
+        run.base, dtype=run.dtype, device=pick_device(), quantization=run.recipe.quantization
+    )
+    wrapped = PeftModel.from_pretrained(model, str(folder))
+    return questions.ask(PackedModel(wrapped.get_base_model(), engine="plain"))
+
+
+def run_at_written_rank(questions: Questions, folder: Path) -> Answers:
+    """The run at the rank of the written adapter, on its own base weights."""
+    return ask_at(questions, _rank(folder), questions.run.recipe.quantization)
+
+
+def _models(rank: int | None) -> dict[str, Reader]:
+    """What PEFT's answers are compared with; what they must equal stands first."""
+    reduced: dict[str, Reader] = {}
+    if rank is not None:
+        reduced[f"the run's update at rank {rank}"] = run_at_written_rank
+    return {**reduced, "the run's adapter": run_itself}
+
+
+def _loadable(base: BaseModel) -> str:
+    """What transformers finds the base model by: a hub id, or the folder on this disk."""
+    return base.name if base.revision is not None else str(base.folder)
+
+
+def _rank(folder: Path) -> int:
+    return int(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["r"])
 
 
 def _targets(adapter: Adapter) -> list[str]:
@@ -115,39 +170,36 @@ def _targets(adapter: Adapter) -> list[str]:
     )
 
 
-def _loaded(opened: OpenRun, folder: Path) -> PackedModel:
-    """The base model with the written adapter, as PEFT puts them together."""
-    from peft import PeftModel
-
-    model = load_model(
-        opened.base,
-        dtype=opened.dtype,
-        device=opened.device,
-        quantization=opened.recipe.quantization,
-    )
-    wrapped = PeftModel.from_pretrained(model, str(folder))
-    return PackedModel(wrapped.get_base_model(), engine="plain").eval()
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "export --format peft checks what it wrote with PEFT, which is not installed; get it "
+            "with: pip install peft, or write without comparing: --no-check"
+        ) from None
 
 
-def _readme(opened: OpenRun, task: Task, comparison: Comparison) -> str:
-    recipe, base = opened.recipe, opened.base
-    return (
-        "---\n"
-        "library_name: peft\n"
-        f"base_model: {base.name}\n"
-        "pipeline_tag: text-generation\n"
-        "---\n"
-        f"# A LoRA for the task {task.name} on {base.name}\n\n"
-        f"Exported from run {opened.folder.name}: method {recipe.adapter.method}, of which one task "
-        "is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B.\n\n"
-        f"Checked after writing, loaded with PEFT, on {comparison.examples} held-out rows against "
-        f"the run: largest difference of log-probabilities {comparison.largest:.2e}, equal answers "
-        f"{comparison.equal:.1%}.\n\n"
-        "```python\n"
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base.name}")\n'
-        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n'
-        "```\n\n"
-        f"Prompt (Jinja, over the fields of a row):\n\n```\n{task.template.prompt.rstrip()}\n```\n"
+def _card(
+    run: FinishedRun,
+    task: Task,
+    folder: Path,
+    comparison: Comparison | None,
+    *,
+    truncation: Truncation | None,
+) -> str:
+    reduced = "" if truncation is None else f"\n\nThe rank was reduced: {truncation}."
+    base = run.base.name if run.base.revision is not None else "BASE_MODEL"
+    room = next((room for room in _VLLM_RANKS if room >= _rank(folder)), _rank(folder))
+    return model_card(
+        run,
+        task,
+        comparison,
+        title=f"A LoRA for {task.name} on {Path(run.base.name).name}",
+        library="peft",
+        relation="adapter",
+        about=f"One task of the run `{run.folder.name}`: of its method, {run.recipe.adapter.method}, "
+        "one task is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B."
+        f"{reduced}",
+        use=_USE.format(base=base, room=room, task=task.name),
     )

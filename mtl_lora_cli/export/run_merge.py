@@ -1,125 +1,228 @@
-"""`merge`: one task of a run as an ordinary model, checked before it is trusted."""
+"""`merge`: tasks of a run as ordinary models; and how everything that leaves a run is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from mtl_lora_cli.errors import CheckError
-from mtl_lora_cli.evaluation.open_run import OpenRun
-from mtl_lora_cli.export.check import Comparison, compare_merged
-from mtl_lora_cli.export.merge import require_empty, require_space, task_updates, write_merged
-from mtl_lora_cli.runs.atomic import new_folder
+from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
+from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.export.card import merged_card
+from mtl_lora_cli.export.check import (
+    Check,
+    Comparison,
+    Reader,
+    merged_model,
+    run_itself,
+    run_on_original,
+)
+from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
+from mtl_lora_cli.export.quantised import measure_rounding, quantised
+from mtl_lora_cli.runs.atomic import new_folder, write_text
 from mtl_lora_cli.tasks.task import Task
+
+BASES = ("original", "dequantized")
+FAILED = "FAILED.md"
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A written model and how it compared."""
+class Written:
+    """A written folder and how it compared; None where nothing was compared."""
 
     task: str
     folder: Path
-    comparison: Comparison
+    comparison: Comparison | None
 
 
-def merge_task(
-    opened: OpenRun,
-    task: Task,
-    folder: Path,
+def merge_tasks(
+    run: FinishedRun,
+    targets: Sequence[tuple[Task, Path]],
     *,
-    limit: int,
-    tolerance: float | None,
-    say: Callable[[str], None],
-) -> Merged:
-    """Write one task's merged model, load it again, compare, and only then put it in its place.
+    base: str = "original",
+    limit: int = 32,
+    tolerance: float | None = None,
+    checked: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Written]:
+    """Write merged models, load each again, compare, and only then put it in its place.
 
     Args:
-        opened: the run on its full-precision base model.
-        task: which one.
-        folder: where to; must not exist or be empty.
-        limit: examples to compare on.
-        tolerance: see `compare_merged`.
+        run: whose tasks they are.
+        targets: each task and the folder where it goes, which must not exist or be empty.
+        base: merge into the `original` weights, or into `dequantized` ones: those that a quantised
+            run saw.
+        limit, tolerance: see `Check`.
+        checked: compare at all.
         say: called with progress lines.
 
     Raises:
-        UsageError: the output folder is not empty, or the disk too small.
-        CheckError: the written model differs; nothing is left in `folder`.
+        UsageError: an output folder is not empty, the disk too small, a task has no held-out rows,
+            the base model's weights do not fit, the method is no LoRA for any task, or the run is
+            not quantised and should be.
+        CheckError: a written model differs; it lies aside.
     """
-    require_empty(folder)
-    require_space(opened.base, folder)
+    kind = run.recipe.quantization
+    if base == "dequantized" and kind == "none":
+        raise UsageError(
+            f"--base dequantized is for quantised runs; run '{run.folder.name}' has "
+            "quantization: none, so the original weights are what it saw"
+        )
+    how = None if kind == "none" else quantised(run.base, kind, run.dtype)
 
-    def check(written: Path) -> Comparison:
-        say("loading it again and comparing")
-        return compare_merged(opened, task, written, limit, tolerance)
+    def plan(task: Task) -> MergePlan:
+        return plan_merge(
+            run.base, task_updates(run.adapter, task.id), how if base == "dequantized" else None
+        )
 
-    return write_checked(
-        task,
-        folder,
-        what="the merged model differs from the adapted one",
-        write=lambda path: write_merged(
-            opened.base, task_updates(opened.adapter, task.id), path, say
-        ),
-        check=check,
-        readme=lambda comparison: _readme(opened, task, comparison),
-    )
+    for task, folder in targets:
+        require_empty(folder)
+        if checked:
+            require_held_out(task, limit)
+    place = _existing(targets[0][1])
+    require_space(len(targets) * plan(targets[0][0]).size(place), place)
+    rounding = None
+    if how is not None:
+        say(f"measuring what {kind} rounds")
+        rounding = measure_rounding(run.base, how)
+    check = Check(merged_model, _models(kind, base), limit, tolerance) if checked else None
+    found = []
+    for task, folder in targets:
+        planned = plan(task)
+        found.append(
+            write_checked(
+                run,
+                task,
+                folder,
+                what="the merged model differs from the adapted one",
+                size=planned.size(place),
+                write=partial(write_merged, planned, say=say),
+                check=check,
+                readme=partial(merged_card, run, task, base=base, rounding=rounding),
+                say=say,
+            )
+        )
+    return found
+
+
+def _models(kind: str, base: str) -> dict[str, Reader]:
+    """What the merged model is compared with; what it must equal stands first."""
+    if kind == "none":
+        return {"the run's adapter": run_itself}
+    both = {
+        "the run's adapter on the original weights": run_on_original,
+        f"the run's adapter on its {kind} weights": run_itself,
+    }
+    return dict(both.items() if base == "original" else reversed(both.items()))
 
 
 def write_checked(
+    run: FinishedRun,
     task: Task,
     folder: Path,
     *,
     what: str,
+    size: int,
     write: Callable[[Path], None],
-    check: Callable[[Path], Comparison],
-    readme: Callable[[Comparison], str],
-) -> Merged:
+    check: Check | None,
+    readme: Callable[[Path, Comparison | None], str],
+    say: Callable[[str], None] = lambda text: None,
+) -> Written:
     """Write beside the folder, check what was written, and only then put it in its place.
 
+    Args:
+        run: what is written belongs to it.
+        task: and is for this task.
+        folder: where to; must not exist or be empty.
+        what: an error's beginning, such as "the merged model differs from the adapted one".
+        size: bytes that `write` needs.
+        write: fills a folder.
+        check: what it has to stand; None writes without.
+        readme: the text of README.md, from the folder and the comparison.
+        say: called with progress lines.
+
     Raises:
-        CheckError: `what`, and by how much; nothing is left in `folder`.
+        UsageError: the folder holds something, or the disk is too small.
+        MtlLoraError: the disk refuses.
+        CheckError: `what`, and by how much; the output lies aside, with the reason in FAILED.md.
     """
-    with new_folder(folder) as temporary:
-        write(temporary)
-        comparison = check(temporary)
-        if not comparison.holds:
-            raise CheckError(
-                f"{what} on task '{task.name}': largest difference of log-probabilities "
-                f"{comparison.largest:.3g} (allowed {comparison.allowed[0]:.3g}), equal answers "
-                f"{comparison.equal:.1%} (at least {comparison.allowed[1]:.0%}); nothing was left "
-                f"in {folder}"
-            )
-        (temporary / "README.md").write_text(readme(comparison), encoding="utf-8")
-    return Merged(task.name, folder, comparison)
+    require_empty(folder)
+    require_space(size, folder)
+    try:
+        with new_folder(folder) as temporary:
+            write(temporary)
+            comparison = None
+            if check is not None:
+                say("loading it again and comparing")
+                comparison = check.run(run, task, temporary)
+                if not comparison.holds:
+                    raise _set_aside(temporary, folder, f"{what} on task '{task.name}'", comparison)
+            write_text(temporary / "README.md", readme(temporary, comparison))
+    except OSError as error:
+        raise MtlLoraError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return Written(task.name, folder, comparison)
 
 
-def _readme(opened: OpenRun, task: Task, comparison: Comparison) -> str:
-    recipe, base = opened.recipe, opened.base
-    quantized = (
-        ""
-        if recipe.quantization == "none"
-        else f"The adapter was trained on {recipe.quantization} weights; these are the "
-        "full-precision ones, so answers may differ from the run's own evaluation.\n\n"
+def require_empty(folder: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        UsageError: it exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"output folder {folder} exists and is not empty; choose another with --output"
+        )
+
+
+def require_space(size: int, folder: Path) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        UsageError: with the space needed and the space there is.
+    """
+    place = _existing(folder)
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise UsageError(
+            f"{place}: {size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
+        )
+
+
+def require_held_out(task: Task, limit: int) -> None:
+    """Refuse to write what cannot be compared.
+
+    Raises:
+        UsageError: the task has no held-out rows, or they cannot be read.
+    """
+    try:
+        held_out(task, Setting(limit=limit))
+    except UsageError as error:
+        raise UsageError(f"{error}; --no-check writes without comparing") from None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def _set_aside(written: Path, folder: Path, what: str, comparison: Comparison) -> CheckError:
+    """Move what failed where nobody takes it for good: `FOLDER.failed`, or the next free name."""
+    reason = (
+        f"{what}: largest difference of log-probabilities {comparison.largest:.3g} "
+        f"(allowed {comparison.allowed[0]:.3g}), equal answers {comparison.equal:.1%} "
+        f"(at least {comparison.allowed[1]:.0%})"
     )
-    return (
-        "---\n"
-        "library_name: transformers\n"
-        "pipeline_tag: text-generation\n"
-        "---\n"
-        f"# {base.name} merged for the task {task.name}\n\n"
-        f"Base model: {base.name}"
-        + (f", revision {base.revision}" if base.revision else "")
-        + ".\n"
-        f"Method: {recipe.adapter.method}, rank {recipe.adapter.rank}, run {opened.folder.name}; "
-        "the task's update s · B' A was added to the base weights in float32 and cast once.\n\n"
-        f"{quantized}"
-        f"Checked after writing on {comparison.examples} held-out rows against the adapted model: "
-        f"largest difference of log-probabilities {comparison.largest:.2e}, "
-        f"equal answers {comparison.equal:.1%}.\n\n"
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
-        "```\n\n"
-        f"Prompt (Jinja, over the fields of a row):\n\n```\n{task.template.prompt.rstrip()}\n```\n"
+    number, aside = 1, folder.with_name(f"{folder.name}.failed")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.failed-{number}")
+    write_text(
+        written / FAILED, f"# Do not use this\n\nThe check after writing failed: {reason}.\n"
     )
+    written.replace(aside)
+    return CheckError(f"{reason}; it lies in {aside}")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = 5
-"""first position of the tile, start and end of its segment, start and end of its context."""
+COLUMNS = 3
+"""first position of the tile, start and end of its segment."""
 
 LARGEST_DIM = 128
 """The largest head dimension whose accumulators stay in registers."""
@@ -71,7 +71,6 @@ def launch_for(table: dict[int, Launch], dim: int) -> Launch:
 def tile_table(
     lengths: Sequence[int],
     block: int,
-    contexts: Sequence[int] | None = None,
     capacity: int | None = None,
     *,
     of_keys: bool = False,
@@ -85,33 +84,24 @@ def tile_table(
     Args:
         lengths: positions of each segment, S of them.
         block: positions a tile; the `tile` of the kernel's `Launch`.
-        contexts: for each segment the number of the earlier segment it also sees all of, or -1.
         capacity: rows of the table; those that no tile fills hold -1 as their first position. At
             most (N + S·(block - 1)) // block are needed for N positions.
         of_keys: tiles of keys, of which the first of a segment has most to do; tiles of queries
             have most to do at its end.
 
     Returns:
-        int32 [tiles or capacity, 5], on the CPU: first position, segment start, segment end,
-        context start, context end (both 0 without a context).
+        int32 [tiles or capacity, 3], on the CPU: first position, segment start, segment end.
 
     Raises:
-        ValueError: a length below 1, a context that is not an earlier, context-free segment, or
-            more tiles than `capacity`.
+        ValueError: a length below 1, or more tiles than `capacity`.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"segments must hold at least one position, received {list(lengths)}")
     sizes = np.asarray(lengths, dtype=np.int64)
     ends = sizes.cumsum()
     starts = ends - sizes
-    seen = np.zeros((len(sizes), 2), dtype=np.int64)
-    if contexts is not None:
-        _check_contexts(contexts, len(sizes))
-        chosen = np.asarray(contexts, dtype=np.int64)
-        has = chosen >= 0
-        seen[has] = np.stack((starts, ends), axis=1)[chosen[has]]
 
-    order = np.argsort(-(sizes + seen[:, 1] - seen[:, 0]), kind="stable")
+    order = np.argsort(-sizes, kind="stable")
     counts = -(-sizes[order] // block)
     segment = order.repeat(counts)
     number = np.arange(len(segment)) - (counts.cumsum() - counts).repeat(counts)
@@ -127,13 +117,4 @@ def tile_table(
     filled[:, 0] = starts[segment] + number * block
     filled[:, 1] = starts[segment]
     filled[:, 2] = ends[segment]
-    filled[:, 3:] = seen[segment]
     return torch.from_numpy(table)
-
-
-def _check_contexts(contexts: Sequence[int], segments: int) -> None:
-    if len(contexts) != segments:
-        raise ValueError(f"{segments} segments need as many contexts, not {len(contexts)}")
-    for number, context in enumerate(contexts):
-        if context >= number or (context >= 0 and contexts[context] >= 0):
-            raise ValueError(f"segment {number} cannot have segment {context} as its context")

@@ -9,6 +9,9 @@ With q_i, k_j of one segment, s_ij = scaling · q_i·k_j for j ≤ i, P = softma
 No score leaves the chip: the backward pass computes P again from `lse`. Each program writes its own
 tile of the result and nobody else's, so that sums have one order and every run gives the same bits.
 
+Trees, which evaluation alone has (`models/attention.py`): key j is seen by the queries j ≤ i < reach_j
+of its segment, one comparison more for each score.
+
 A program's tile comes from a table (`tiles.tile_table`). Rows of the table whose first position is
 -1 end at once: a fixed grid, as CUDA graphs need it, serves any segments. **Positions that no tile
 covers are never written**; whoever needs them to be zero covers them with segments.
@@ -109,22 +112,25 @@ def _store_turned_back(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    total, norm, peak, q, queries, keys, values, stride, first, limit, scale,
+    total, norm, peak, q, queries, keys, values, stride, reach, first, limit, scale,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    TREES: tl.constexpr,
 ):  # fmt: skip
     """Takes STEP keys from `first` on into the running softmax (algorithm 1, lines 8 to 10)."""
-    k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, MASKED)
+    k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     positions = first + tl.arange(0, STEP)
     if CAUSAL:  # keys behind the segment's end lie behind all of its queries, too
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
-    elif MASKED:
-        scores = tl.where(positions[None, :] < limit, scores, float("-inf"))
+    if TREES:
+        reaches = tl.load(reach + positions, mask=positions < limit, other=0)
+        # Queries behind the end, which are never stored, see what the last one sees, not nothing.
+        seen = tl.minimum(queries, limit - 1)[:, None] < reaches[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new_peak[:, None])
     kept = tl.exp2(peak - new_peak)
-    v = _load(values, first, limit, stride, STEP, DIM, WIDTH, MASKED)
+    v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     total = tl.dot(weights.to(v.dtype), v, total * kept[:, None], input_precision="ieee")
     norm = norm * kept + tl.sum(weights, 1)
     return total, norm, new_peak
@@ -132,10 +138,10 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_forward(  # type: ignore[no-untyped-def]
-    qkv, stride, tiles, out, out_stride, lse, count, scale,
+    qkv, stride, tiles, reach, out, out_stride, lse, count, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CONTEXTS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    TREES: tl.constexpr,
 ):  # fmt: skip
     # Heads run fastest: those of a group read the same keys while they are in the cache.
     head = tl.program_id(0) % HEADS
@@ -153,27 +159,19 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     norm = tl.zeros([TILE], dtype=tl.float32)
     peak = tl.full([TILE], float("-inf"), dtype=tl.float32)
-    # Each first block of keys holds one that every query sees: `peak` is finite from there on.
-    if CONTEXTS:
-        context_start = tl.load(tile + 3)
-        context_end = tl.load(tile + 4)
-        for at in range(context_start, context_end, STEP):
-            total, norm, peak = _attend(
-                total, norm, peak, q, queries, keys, values, stride, at, context_end, scale, STEP,
-                DIM, WIDTH, False, True,
-            )  # fmt: skip
+    # The segment's first key is seen by every query: `peak` is finite from there on.
     diagonal = start
     if SPLIT:
         diagonal = first
         for at in range(start, first, STEP):
             total, norm, peak = _attend(
-                total, norm, peak, q, queries, keys, values, stride, at, end, scale, STEP,
-                DIM, WIDTH, False, False,
+                total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
+                DIM, WIDTH, False, TREES,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         total, norm, peak = _attend(
-            total, norm, peak, q, queries, keys, values, stride, at, end, scale, STEP,
-            DIM, WIDTH, True, True,
+            total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
+            DIM, WIDTH, True, TREES,
         )  # fmt: skip
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
@@ -329,7 +327,7 @@ def attention_forward(
     heads: int,
     key_heads: int,
     scaling: float,
-    contexts: bool = True,
+    reach: Tensor | None = None,
     out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -338,8 +336,9 @@ def attention_forward(
     Args:
         qkv: [N, (H + 2G)·D], bfloat16, float16 or float32: H query heads and G key heads, both rotated,
             and G value heads; rows may lie further apart than they are wide.
-        tiles: int32 [T, 5] of `tile_table` for blocks of `launch.tile`, on qkv's device.
-        contexts: read the contexts of `tiles`; False saves the time where it has none.
+        tiles: int32 [T, 3] of `tile_table` for blocks of `launch.tile`, on qkv's device.
+        reach: int32 [N], where segments are trees: key j is seen by the queries j ≤ i < reach_j. The
+            first key of a segment reaches its end.
         out: [N, H·D] to write to, in qkv's dtype.
         launch: another shape of programs than `FORWARD` gives for D.
 
@@ -355,10 +354,14 @@ def attention_forward(
     if out is None:
         out = torch.empty(count, heads * dim, dtype=qkv.dtype, device=qkv.device)
     _check_rows("out", out, qkv, heads * dim)
+    if reach is not None and (reach.shape != (count,) or reach.dtype != torch.int32):
+        raise ValueError(
+            f"reach must be int32 {[count]}, received {reach.dtype} {list(reach.shape)}"
+        )
     lse = torch.empty(heads, count, dtype=torch.float32, device=qkv.device)
     _attention_forward[(len(tiles) * heads,)](
-        qkv, qkv.stride(0), tiles, out, out.stride(0), lse, count, scaling * LOG2_E,
-        CONTEXTS=contexts, **_shape(heads, key_heads, dim, launch),
+        qkv, qkv.stride(0), tiles, reach, out, out.stride(0), lse, count, scaling * LOG2_E,
+        TREES=reach is not None, **_shape(heads, key_heads, dim, launch),
     )  # fmt: skip
     return out, lse
 
@@ -375,12 +378,11 @@ def attention_backward(
     key_heads: int,
     scaling: float,
     turn: Angles | None = None,
-    contexts: bool = False,
     dqkv: Tensor | None = None,
     query_launch: Launch | None = None,
     key_launch: Launch | None = None,
 ) -> Tensor:
-    """The gradient of `attention_forward` (FlashAttention-2, algorithm 2), in two kernels.
+    """The gradient of `attention_forward` without trees (FlashAttention-2, algorithm 2), in two kernels.
 
     The first gives dQ and δ, a program a tile of queries and a query head; the second dK and dV, a
     program a tile of keys and a key head, which adds up its group's query heads.
@@ -390,12 +392,11 @@ def attention_backward(
         dout: [N, H·D] in qkv's dtype; rows may lie apart.
         qkv, scaling: as in the forward pass.
         out, lse: what it returned.
-        query_tiles: int32 [T, 5] of `tile_table` for blocks of `query_launch.tile`.
+        query_tiles: int32 [T, 3] of `tile_table` for blocks of `query_launch.tile`.
         key_tiles: the same for `key_launch.tile`, best with `of_keys=True`.
         turn: cos and sin, float32 [N, D / 2], by which q and k were rotated: dqkv is the gradient of
             what they were before, [d₁, d₂] turned back to [d₁ cos + d₂ sin, d₂ cos − d₁ sin]. The
             rows of both may lie apart, in the same way.
-        contexts: whether segments have contexts, which only evaluation uses.
         dqkv: as qkv, to write to; its rows may lie apart in another way.
         query_launch, key_launch: other shapes than `QUERY_BACKWARD` and `KEY_BACKWARD` give for D.
 
@@ -403,10 +404,8 @@ def attention_backward(
         dqkv [N, (H + 2G)·D] in qkv's dtype.
 
     Raises:
-        ValueError: contexts, or sizes, types or strides that do not fit each other.
+        ValueError: sizes, types or strides that do not fit each other.
     """
-    if contexts:
-        raise ValueError("segments with contexts have no backward pass; they are for evaluation")
     dim = _check(qkv, query_tiles, heads, key_heads, scaling)
     _check_tiles(key_tiles)
     query_launch = query_launch or launch_for(QUERY_BACKWARD, dim)

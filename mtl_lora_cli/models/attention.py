@@ -1,8 +1,11 @@
 """Attention over packed rows: many segments behind each other, none seeing another.
 
-A *segment* is a run of positions that attend causally to themselves. A *branch* is a segment that
-also attends to all of an earlier segment, its context: a candidate answer to a prompt that is
-computed once for all candidates.
+A *segment* is a run of positions that attend to what stands before them in it: to all of that, or,
+in a *tree*, to their ancestors: a prompt is computed once for many candidate answers, and so is what
+some of them begin with. A tree lies in depth-first order, each subtree in one piece. So one number a
+position says everything, its *reach*, the end of its subtree:
+
+    query i sees key j  ⇔  j ≤ i < reach_j
 
 On CUDA in half precision torch's built-in variable-length attention does the work; elsewhere, and
 in float32, a loop over segments.
@@ -15,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,83 +46,144 @@ class Segments:
 
     Attributes:
         bounds: (start, end) of each segment, in order, without gaps.
-        contexts: for each segment the number of the segment it also attends to, or -1.
-        query_bounds: int32 [S + 1], cumulative lengths of the queries.
-        key_bounds: int32 [S + 1], cumulative lengths of the keys.
-        key_index: int64 [K], positions of the keys of all segments; None where no segment has a
-            context, and keys stand where queries do.
-        longest_query, longest_key: the kernel's limits; no segment is longer.
+        reach: int32 [N], where segments are trees: the first position that no longer sees this one.
+            None where every position sees all before it in its segment.
+        device: where tensors made from these lie.
     """
 
     bounds: tuple[tuple[int, int], ...]
-    contexts: tuple[int, ...]
-    query_bounds: Tensor
-    key_bounds: Tensor
-    key_index: Tensor | None
-    longest_query: int
-    longest_key: int
-    _tables: dict[tuple[int, bool], Tensor] = field(default_factory=dict, compare=False)
+    reach: Tensor | None = None
+    device: torch.device | str = "cpu"
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def tiles(self, block: int, *, of_keys: bool = False) -> Tensor:
         """The tile table of our kernels (`kernels/tiles.py`), on the segments' device."""
         key = (block, of_keys)
-        if key not in self._tables:
-            self._tables[key] = self.tile_table(block, of_keys=of_keys).to(
-                self.query_bounds.device, non_blocking=True
-            )
-        return self._tables[key]
+        if key not in self._made:
+            table = self.tile_table(block, of_keys=of_keys)
+            self._made[key] = table.to(self.device, non_blocking=True)
+        return self._made[key]
 
     def tile_table(
         self, block: int, *, of_keys: bool = False, capacity: int | None = None
     ) -> Tensor:
         """The same anew on the CPU, filled up to `capacity` rows."""
         lengths = [end - start for start, end in self.bounds]
-        contexts = self.contexts if self.key_index is not None else None
-        return tile_table(lengths, block, contexts, capacity, of_keys=of_keys)
+        return tile_table(lengths, block, capacity, of_keys=of_keys)
 
     def with_tables(self, tables: dict[tuple[int, bool], Tensor]) -> Segments:
         """The same segments with tables that lie ready."""
-        return replace(self, _tables=tables)
+        return replace(self, _made=dict(tables))
+
+    def to(self, device: torch.device) -> Segments:
+        """The same segments for tensors on a device."""
+        reach = None if self.reach is None else self.reach.to(device, non_blocking=True)
+        return Segments(self.bounds, reach, device)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Each segment as one call of torch's attention, a tree as two."""
+        if "parts" not in self._made:
+            reach = None if self.reach is None else self.reach.cpu()  # where looking costs no wait
+            self._made["parts"] = [
+                part if part.seen is None else part._replace(seen=part.seen.to(self.device))
+                for bound in self.bounds
+                for part in _parts(*bound, reach)
+            ]
+        return self._made["parts"]
+
+    @property
+    def chains(self) -> Chains:
+        """The segments for torch's variable-length attention."""
+        if "chains" not in self._made:
+            self._made["chains"] = _chains(self.bounds, self.reach, self.device)
+        return self._made["chains"]
 
     @classmethod
-    def build(
-        cls, lengths: Sequence[int], contexts: Sequence[int] | None = None, device: Any = "cpu"
-    ) -> Segments:
+    def build(cls, lengths: Sequence[int], reach: Tensor | None = None) -> Segments:
         """Segments of the given lengths, behind each other.
 
+        Args:
+            lengths: positions of each.
+            reach: int32 [N], where they are trees; see `mtl_lora_cli.models.attention`.
+
         Raises:
-            ValueError: a length below 1, or a context that is not an earlier, context-free segment.
+            ValueError: a length below 1, or a reach for another number of positions.
         """
-        contexts = tuple(contexts) if contexts is not None else (-1,) * len(lengths)
-        if len(contexts) != len(lengths):
-            raise ValueError(f"{len(lengths)} segments need as many contexts, not {len(contexts)}")
         if not lengths or min(lengths) < 1:
             raise ValueError(f"segments must hold at least one position, received {list(lengths)}")
-        ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        bounds = tuple(pairwise(ends))
-        keys = []
-        for number, context in enumerate(contexts):
-            if context >= number or (context >= 0 and contexts[context] >= 0):
-                raise ValueError(f"segment {number} cannot have segment {context} as its context")
-            keys.append(lengths[number] + (lengths[context] if context >= 0 else 0))
-        key_index = None
-        if any(context >= 0 for context in contexts):
-            spans = []
-            for bound, context in zip(bounds, contexts, strict=True):
-                if context >= 0:
-                    spans.append(torch.arange(*bounds[context]))
-                spans.append(torch.arange(*bound))
-            key_index = torch.cat(spans).to(device)
-        key_ends = torch.tensor([0, *keys]).cumsum(0)
-        return cls(
-            bounds=bounds,
-            contexts=contexts,
-            query_bounds=torch.tensor(ends, dtype=torch.int32).to(device),
-            key_bounds=key_ends.to(torch.int32).to(device),
-            key_index=key_index,
-            longest_query=max(lengths),
-            longest_key=max(keys),
-        )
+        ends = np.cumsum([0, *lengths]).tolist()
+        if reach is not None and reach.shape != (ends[-1],):
+            raise ValueError(f"{ends[-1]} positions need as many reaches, not {list(reach.shape)}")
+        return cls(tuple(pairwise(ends)), reach)
+
+
+class Part(NamedTuple):
+    """Queries [first, end) over the keys [start, end).
+
+    Attributes:
+        start, first, end: positions.
+        seen: bool [end - first, end - start], which queries see which keys; None: causal.
+    """
+
+    start: int
+    first: int
+    end: int
+    seen: Tensor | None
+
+
+def _parts(start: int, end: int, reach: Tensor | None) -> list[Part]:
+    """A tree's trunk, which all of it sees, is causal; the rest needs a mask."""
+    if reach is None or bool((reach[start:end] == end).all()):
+        return [Part(start, start, end, None)]
+    trunk = start + int((reach[start:end] == end).int().argmin())
+    queries, keys = torch.arange(trunk, end)[:, None], torch.arange(start, end)
+    seen = (keys <= queries) & (queries < reach[start:end])
+    return [Part(start, start, trunk, None), Part(start, trunk, end, seen)]
+
+
+class Chains(NamedTuple):
+    """Segments as torch's variable-length attention takes them: causal, aligned at their ends.
+
+    A tree falls into chains of positions of which each sees the one before; the keys of a chain are
+    what its first position sees, and itself.
+
+    Attributes:
+        query_bounds: int32 [C + 1], cumulative lengths of the chains.
+        key_bounds: int32 [C + 1], cumulative lengths of their keys.
+        key_index: int64 [K], positions of the keys of all chains; None where they are the queries'.
+        longest_query, longest_key: the kernel's limits.
+    """
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    key_index: Tensor | None
+    longest_query: int
+    longest_key: int
+
+
+def _chains(
+    bounds: Sequence[tuple[int, int]], reach: Tensor | None, device: torch.device | str
+) -> Chains:
+    def cumulative(lengths: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device)
+
+    if reach is None:
+        lengths = [end - start for start, end in bounds]
+        ends = cumulative(lengths)
+        return Chains(ends, ends, None, max(lengths), max(lengths))
+    until = reach.cpu().numpy()
+    queries, keys = [], []
+    for start, end in bounds:
+        place = np.arange(start, end)
+        broken = np.flatnonzero(until[start : end - 1] <= place[1:]) + start + 1
+        for first, last in pairwise([start, *broken.tolist(), end]):
+            before = np.flatnonzero(until[start:first] > first) + start
+            queries.append(last - first)
+            keys.append(np.concatenate([before, np.arange(first, last)]))
+    counts = [len(some) for some in keys]
+    index = torch.from_numpy(np.concatenate(keys)).to(device)
+    return Chains(cumulative(queries), cumulative(counts), index, max(queries), max(counts))
 
 
 def packed_attention(
@@ -164,27 +229,18 @@ def _by_segment(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, segments: Segments
 ) -> Tensor:
     gqa = q.shape[1] != k.shape[1]
-    parts = []
-    for (start, end), context in zip(segments.bounds, segments.contexts, strict=True):
-        own_k, own_v = k[:, :, start:end], v[:, :, start:end]
-        mask = None
-        if context >= 0:
-            first, last = segments.bounds[context]
-            own_k = torch.cat([k[:, :, first:last], own_k], dim=2)
-            own_v = torch.cat([v[:, :, first:last], own_v], dim=2)
-            shape = (end - start, own_k.shape[2])
-            mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(last - first)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end],
-                own_k,
-                own_v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=gqa,
-            )
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, part.first : part.end],
+            k[:, :, part.start : part.end],
+            v[:, :, part.start : part.end],
+            attn_mask=part.seen,
+            is_causal=part.seen is None,
+            scale=scaling,
+            enable_gqa=gqa,
         )
+        for part in segments.parts
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
@@ -192,18 +248,19 @@ def _in_kernel(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, segments: Segments
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
-    if segments.key_index is not None:
-        k, v = k[segments.key_index], v[segments.key_index]
+    chains = segments.chains
+    if chains.key_index is not None:
+        k, v = k[chains.key_index], v[chains.key_index]
     out = _kernel()(
         q,
         k,
         v,
-        segments.query_bounds,
-        segments.key_bounds,
-        segments.longest_query,
-        segments.longest_key,
+        chains.query_bounds,
+        chains.key_bounds,
+        chains.longest_query,
+        chains.longest_key,
         scale=scaling,
-        window_size=(-1, 0),  # causal, aligned at the end: a branch sees all of its context
+        window_size=(-1, 0),  # causal, aligned at the end: a chain sees all keys before its own
     )
     return out.unsqueeze(0)
 

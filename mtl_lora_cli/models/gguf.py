@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.quiet import quiet_loading
@@ -71,28 +72,40 @@ def _convert(path: Path, folder: Path) -> None:
             raise
 
 
-def _restore_pre_tokenizer(tokenizer: object, pre: str, path: Path) -> None:
+def pre_tokenizer(rule: str) -> Any:
+    """How a rule that `tokenizer.ggml.pre` names cuts text, as tokenizers does it.
+
+    Returns:
+        A pre-tokenizer, or None where the rule is not known here.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    if pre in ("smollm", "starcoder", "refact", "command-r", "codeshell"):
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), byte_level]
-        )
-    elif pre in ("llama-bpe", "llama3", "llama-v3"):
+    if rule in ("default", "gpt-2"):
+        return byte_level
+    if rule in ("smollm", "starcoder", "refact", "command-r", "codeshell"):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, byte_level])
+    if rule in ("llama-bpe", "llama3", "llama-v3"):
         words = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
+        return pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(words), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-    elif pre not in ("default", "gpt-2"):
+    return None
+
+
+def _restore_pre_tokenizer(tokenizer: Any, rule: str, path: Path) -> None:
+    restored = pre_tokenizer(rule)
+    if restored is None:
         raise MtlLoraError(
-            f"{path}: its tokenizer cuts text by the rule '{pre}', which is not known here; "
+            f"{path}: its tokenizer cuts text by the rule '{rule}', which is not known here; "
             "use the model's safetensors folder instead"
         )
+    if rule not in ("default", "gpt-2"):  # transformers' own
+        tokenizer.backend_tokenizer.pre_tokenizer = restored

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
@@ -49,19 +50,11 @@ class PackedBatch:
         """The batch on a device; task ids stay on the CPU, where routing reads them."""
         if device.type == "cpu":
             return self
-        s = self.segments
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "owner", "targets")
         }
-        segments = replace(
-            s,
-            query_bounds=s.query_bounds.to(device),
-            key_bounds=s.key_bounds.to(device),
-            key_index=None if s.key_index is None else s.key_index.to(device),
-            _tables={},
-        )
-        return replace(self, segments=segments, **moved)
+        return replace(self, segments=self.segments.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,7 @@ class PackedModel(nn.Module):
                 self.keep = [one] * layers if isinstance(one, Keep) else list(one)
             elif engine == "fused":
                 raise UsageError(f"engine: fused does not know this model: {reason}")
+        multiply_ourselves(model)
         if base_compute == "fp8":
             if self.decoder is None:
                 raise UsageError("base_compute: fp8 needs the fused engine")
@@ -148,6 +142,25 @@ class PackedModel(nn.Module):
         else:
             with self._adapter.routing.assign(batch.task_ids):
                 yield
+
+    @contextmanager
+    def over_padded_rows(self, task_ids: Tensor) -> Iterator[Any]:
+        """transformers' own model, adapter included, with a key-value cache for who wants one.
+
+        Inside the block it takes rows filled up to one length and their attention mask, not packed
+        ones.
+
+        Args:
+            task_ids: int64 [B], of each row.
+        """
+        config = self.model.config
+        before = config._attn_implementation
+        self.model.set_attn_implementation("sdpa")
+        try:
+            with nullcontext() if self._adapter is None else self._adapter.routing.assign(task_ids):
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(before)
 
     @torch.no_grad()
     def rounding(self, batch: PackedBatch) -> Rounding:
@@ -188,9 +201,11 @@ class PackedModel(nn.Module):
         """
         return token_logprobs(self._head(batch, slots), batch.owner, batch.targets)
 
-    def logits(self, batch: PackedBatch) -> Tensor:
-        """Logits at the positions asked for and nowhere else, float32 [U, vocabulary]."""
-        return self._head(batch, None).float()
+    def judge(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """log p(targets[i] | …), float32 [S], and whether no token is likelier, bool [S]."""
+        logits = self._head(batch, None)
+        likeliest = logits.argmax(dim=-1)[batch.owner] == batch.targets
+        return token_logprobs(logits, batch.owner, batch.targets), likeliest
 
     def _head(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
         chosen = self._hidden(batch, slots)

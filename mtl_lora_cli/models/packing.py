@@ -92,16 +92,21 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
 
     Returns:
         [N, H·D + room], and what `attend_gradient` needs.
+
+    Raises:
+        ValueError: a gradient of our kernels' attention over trees, which nobody has needed yet.
     """
     width = packing.heads * packing.head_dim
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
+        if learn and packing.segments.reach is not None:
+            raise ValueError("trees have no backward pass in our kernels; they are for evaluation")
         out = roomy(qkv, qkv.shape[0], width, room)
         _, lse = triton_attention.attention_forward(
             qkv,
             packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
-            contexts=packing.segments.key_index is not None,
+            reach=packing.segments.reach,
             out=out[:, :width],
             **packing.kernel_arguments(),
         )

@@ -22,6 +22,8 @@ from mtl_lora_cli.recipe.yaml_file import (
 from mtl_lora_cli.resources import bundled
 
 COMMAND_LINE = "command line"
+# What tasks that are added to a run have in common with it.
+INHERITED = ("base_model", "dtype", "quantization", "prompt_format", "adapter")
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,15 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, heir_of: Recipe | None = None
+) -> LoadedRecipe:
     """Read, override and check a recipe.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value`; values are read as YAML; a task is named by its name or index.
+        heir_of: where `INHERITED` keys come from that are left out; by default none do.
 
     Raises:
         ProblemsError: with one line for every fault.
@@ -91,6 +96,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if isinstance(data, dict):
         for override in overrides:
             _override(data, override, document)
+        if heir_of is not None:
+            _fill(data, heir_of.model_dump(mode="json", include=set(INHERITED)))
         problems: list[Problem] = []
         data = _expand(data, (), document, problems)
         if problems:
@@ -107,6 +114,14 @@ def dump_recipe(recipe: Recipe) -> str:
             k: v for k, v in task["source"].items() if v is not None
         }
     return dump_yaml(data)
+
+
+def _fill(data: dict[str, Any], beneath: Mapping[str, Any]) -> None:
+    """Give `data` what it leaves out and `beneath` has."""
+    for key, value in beneath.items():
+        here = data.setdefault(key, value)
+        if here is not value and isinstance(here, dict) and isinstance(value, Mapping):
+            _fill(here, value)
 
 
 def _override(data: dict[str, Any], text: str, document: Document) -> None:

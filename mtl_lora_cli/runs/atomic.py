@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -38,25 +39,59 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder filled beside its place and renamed into it when the block ends well.
 
     The name of the unfinished folder starts with a dot and ends in `.partial`; it is removed when
-    the block fails. `path` must not exist, or be an empty folder.
+    the block fails. What a killed process left of the same folder is removed first. `path` must not
+    exist, or be an empty folder. All is on the disk before the name is there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    lock = _locked(temporary)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers leave files that only their owner can read
-                _sync(file)
+        for entry in temporary.rglob("*"):
+            # Some writers leave files that only their owner can read. A second name of somebody
+            # else's file is left as it is.
+            if entry.is_file() and entry.stat().st_nlink == 1:
+                entry.chmod(0o644)
+            sync(entry)
         temporary.chmod(0o755)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def _sync(path: Path) -> None:
+def _remove_leftovers(path: Path) -> None:
+    """Remove unfinished folders of this name whose writers are gone: nobody holds their lock."""
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(f".{path.name}.") and entry.suffix == ".partial":
+            lock = _locked(entry)
+            if lock is not None:
+                shutil.rmtree(entry, ignore_errors=True)
+                os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder that ends with this process, or None where another one holds it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def sync(path: Path) -> None:
+    """Have a file's or a folder's content on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -55,6 +55,11 @@ class RunFolder:
     def evaluations(self) -> Path:
         return self.path / "evaluations"
 
+    @property
+    def extends(self) -> RunFolder:
+        """Where tasks were added to a run's: that run's tasks.json and adapter/ as they were then."""
+        return RunFolder(self.path / "extends")
+
     def events(self) -> Iterator[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a torn last line is passed over."""
         if not self.metrics.exists():

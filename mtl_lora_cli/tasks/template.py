@@ -13,6 +13,7 @@ their names, what `fields` computed, and `row` for names like `row['a b']`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +32,7 @@ from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
 
 Label = bool | int | float | str
+Normalisation = Literal["sum", "token", "character"]
 Metric = Literal[
     "accuracy",
     "macro_f1",
@@ -51,6 +53,16 @@ def _is_text(source: str) -> str:
 
 def _is_expression(source: str) -> str:
     Expression(source)
+    return source
+
+
+def _is_pattern(source: str) -> str:
+    try:
+        groups = re.compile(source).groups
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    if groups > 1:
+        raise ValueError(f"has {groups} groups, expected one at most")
     return source
 
 
@@ -86,6 +98,17 @@ Choices = Annotated[
 ]
 
 
+class Generation(StrictModel):
+    """How answers are generated, and what is read in them, where a task is evaluated so."""
+
+    # Default: one more than the right answer has, or the longest choice.
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    # Texts at which an answer ends. Default: the line's end for choices without `extract`.
+    stop: list[Annotated[str, Field(min_length=1)]] | None = None
+    # What counts in an answer: the group, or the whole match. Default: its beginning.
+    extract: Annotated[str, AfterValidator(_is_pattern)] | None = None
+
+
 class Template(StrictModel):
     """How one task's rows become examples, and how its answers are measured."""
 
@@ -102,6 +125,9 @@ class Template(StrictModel):
     answer: JinjaText = Field(default="", validate_default=True)
     # `expectation`: labels are numbers, and the prediction is sum p_i * label_i.
     scoring: Literal["argmax", "expectation"] = "argmax"
+    # What a choice's log-probability is divided by: 1, its tokens, or its characters.
+    normalisation: Normalisation = "sum"
+    generate: Generation = Field(default=Generation())
     metrics: list[Metric] = Field(default=[], validate_default=True)
     positive: Label | None = None  # for f1 and roc_auc; default: the second choice
 

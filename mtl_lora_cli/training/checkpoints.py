@@ -121,7 +121,7 @@ def load_checkpoint(
     if damaged:
         raise MtlLoraError(f"{path}: damaged: {', '.join(damaged)}")
     load_adapter(adapter, path)
-    update.restore(adapter.tensors(), load_file(path / _OPTIMIZER))
+    update.restore(adapter.trained(), load_file(path / _OPTIMIZER))
     random, state = load_file(path / _RANDOM), read_json(path / _STATE)
     if f"cpu.{rank}" in random:
         torch.set_rng_state(random[f"cpu.{rank}"])

@@ -27,6 +27,7 @@ NF4_BITS = 4.127  # 4, 8 for each block of 64 weights, 32 for each 256 blocks
 TRAINED_BYTES = 16  # float32: value, gradient, and AdamW's two moments
 CONTEXT = GIB  # kernels and libraries on the device, and what the allocator cannot use
 FRAGMENTATION = 0.05  # of the tensors
+LIVE_LAYERS = 4  # of a model that is cut into parts: what is whole at a time
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,16 @@ class Load(NamedTuple):
 def weight_bytes(sizes: ModelSizes) -> int:
     """The frozen weights: those of the layers in `dtype` or quantised, all others in `dtype`.
 
-    Cut into parts there are, besides one part, the head and two layers whole: one that works and one
-    that is fetched ahead.
+    Cut into parts there are, besides one part, the head and some layers whole: one that works and
+    those that are fetched ahead.
     """
     each = NF4_BITS / 8 if sizes.four_bit else 1.0 if sizes.eight_bit else sizes.value
     layers = [each * sum(group.weights for group in layer.groups) for layer in sizes.layers]
     found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value
     if sizes.parts == 1:
         return found
-    gathered = 2 * max(layers) + sizes.vocabulary * sizes.width * sizes.value
+    head = sizes.vocabulary * sizes.width * sizes.value
+    gathered = min(LIVE_LAYERS, len(layers)) * max(layers) + head
     return min(found, math.ceil(found / sizes.parts + gathered))
 
 

@@ -16,10 +16,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from mtl_lora_cli.errors import ExitCode
+
 _EVERY = 1.0  # seconds between two signs of life
 _SILENT = 30.0  # seconds after which a process counts as gone
+_SUSPECT = 6.0  # the same once a collective has failed: less than a launcher waits before it kills
 _GRACE = 5.0  # seconds that the program has to notice by itself, before it is ended
 _PREFIX = "mtl-lora"
+AT_ONCE = "failed: interrupted"  # the ending of a process whose user did not want to wait
 
 
 class Heartbeat:
@@ -48,6 +52,7 @@ class Heartbeat:
         self._gone: str | None = None
         self._found = threading.Event()
         self._handled = False
+        self._said = ""
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -63,6 +68,7 @@ class Heartbeat:
 
     def say(self, ending: str) -> None:
         """Tell the others how this process ends."""
+        self._said = ending
         try:
             with self._lock:
                 self._store.set(self._key("end"), ending)
@@ -87,12 +93,21 @@ class Heartbeat:
                     continue
                 if int(beat) != seen[rank][0]:
                     seen[rank] = (int(beat), now)
+                if end == AT_ONCE and not self._said:
+                    self._leave()
                 if end:
                     self._end(f"{self._name(rank)} {end}")
                     return
-                if now - seen[rank][1] > _SILENT:
+                if now - seen[rank][1] > (_SUSPECT if self._handled else _SILENT):
                     self._end(f"{self._name(rank)} is gone")
                     return
+
+    def _leave(self) -> None:
+        """At once, as another process does; the first one speaks for all."""
+        self.say(AT_ONCE)
+        if self._rank == 0:
+            print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(ExitCode.INTERRUPTED)
 
     def _name(self, rank: int) -> str:
         return f"process {rank + 1} of {self._count} (on {self._hosts[rank]})"

@@ -19,15 +19,23 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def equivalent(arguments: Sequence[str], processes: int) -> str:
-    """The torchrun command that starts the same processes."""
+    """The torchrun command that starts the same processes.
+
+    Without `--` torchrun takes our `--run` for the beginning of an option of its own.
+    """
     own = shlex.join(["mtl-lora", *arguments])
-    return f"torchrun --standalone --nproc-per-node {processes} --no-python {own}"
+    return f"torchrun --standalone --nproc-per-node {processes} --no-python -- {own}"
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, stdout: int | None = None) -> int:
     """Run `mtl-lora ARGUMENTS` so many times, as one run.
 
     Ctrl-C and SIGTERM reach each process once. When one fails, the others are ended, too.
+
+    Args:
+        arguments: of the command.
+        processes: how many.
+        stdout: the file that they write results to; by default this process's own.
 
     Returns:
         The exit code of the process that failed first, 128 + N where signal N ended it; else 0.
@@ -49,6 +57,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments],
                 env=environment,
+                stdout=stdout,
                 # A terminal sends Ctrl-C to a whole session: here it comes through this process,
                 # once, as a SIGTERM does.
                 start_new_session=True,

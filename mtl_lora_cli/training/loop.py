@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.packed import PackedModel, Rounding
+from mtl_lora_cli.models.packed import PackedBatch, PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import (
@@ -153,20 +154,21 @@ class Trainer:
         groups = parameter_groups(self.adapter, self.settings)
         packed, adapter, device = self.packed, self.adapter, self._device
         self.update: Update | ZeroUpdate
-        self._passes: EagerPasses | GraphedPasses
+        graphed = graphs_possible(packed, adapter, device)
+        model: Callable[[PackedBatch], Tensor] = packed
         if zero is not None:
             self.update = ZeroUpdate(packed, adapter, groups, zero, self.processes)
-            self._passes = EagerPasses(self.update.model, packed, device, self.update.backward)
-            return
-        graphed = graphs_possible(packed, adapter, device)
-        self.update = Update(
-            list(adapter.tensors().values()),
-            make_optimizer(groups, graphed=graphed),
-            self.settings.max_gradient_norm,
-            graphed=graphed,
-            processes=self.processes,
-        )
-        eager = EagerPasses(packed, packed, device)
+            model, graphed = self.update.model, graphed and not self.update.same_passes
+        else:
+            self.update = Update(
+                list(adapter.trained().values()),
+                make_optimizer(groups, graphed=graphed),
+                self.settings.max_gradient_norm,
+                graphed=graphed,
+                processes=self.processes,
+            )
+        eager = EagerPasses(model, packed, device)
+        self._passes: EagerPasses | GraphedPasses
         self._passes = (
             GraphedPasses(packed, adapter, self.settings.row_length, eager) if graphed else eager
         )
@@ -192,7 +194,7 @@ class Trainer:
             MtlLoraError: the loss is no longer a finite number.
         """
         self.packed.train()
-        with self._metrics() as metrics, self._signals():
+        with _without_long_collections(), self._metrics() as metrics, self._signals():
             self._clock, self._end = time.monotonic(), self._mark()
             running: _Running | None = None
             for step in range(self.position.step, self.total_steps):
@@ -208,17 +210,22 @@ class Trainer:
                 last = step + 1 == self.total_steps
                 every = self.settings.checkpoint_every
                 due = last or bool(every and (step + 1) % every == 0)
-                if due or after or self._stop_agreed or not self._runs_ahead:
+                if due or after or self._stopping or not self._runs_ahead:
                     self._finish(running, metrics, progress)
                     running = None
                     self._look(after, step + 1, metrics, progress)
-                if running is None and (due or self._stop_agreed):
+                if running is None and (due or self._stopping):
                     self._save()
-                    if self._stop_agreed and not last:
+                    if self._stopping and not last:
                         raise Interrupted(
                             f"stopped after step {step + 1} and saved; go on with: "
                             f"mtl-lora train --resume --run {self.run.path}"
                         )
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether to stop after this step: alone at once, with others when all know."""
+        return self._stop_agreed or (self.processes.count == 1 and self._stop_asked)
 
     def _due(self, step: int) -> tuple[list[Observer], list[Observer]]:
         """Who looks at a step, counted from 1: before its update, and after it."""
@@ -332,14 +339,11 @@ class Trainer:
         tasks = len(self.data.tasks)
         loss = torch.zeros(tasks + 1, dtype=torch.float64, device=self._device)
         loss[tasks] = float(self._stop_asked)
-        idle = self._idle_passes(prepared)
         logprobs = []
-        for number, (ready, owner) in enumerate(zip(prepared.passes, prepared.owners, strict=True)):
-            self.update.expect(last=not idle and number + 1 == len(prepared.passes))
+        for ready, owner in zip(prepared.passes, prepared.owners, strict=True):
             logprobs.append(self._passes.run(ready).double())
             loss.index_add_(0, owner.to(loss.device), -logprobs[-1])
-        for number, ready in enumerate(idle):
-            self.update.expect(last=number + 1 == len(idle))
+        for ready in self._idle_passes(prepared):
             self._passes.run(ready)
         return loss, logprobs
 
@@ -382,7 +386,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Rank 0 writes; what is cut into parts, and everybody's random states, come to it."""
-        moments = self.update.state(self.adapter.tensors())
+        moments = self.update.state(self.adapter.trained())
         states = self.processes.gather(random_states())
         if self.processes.main:
             self.run.checkpoints.mkdir(exist_ok=True)
@@ -474,3 +478,14 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _without_long_collections() -> Iterator[None]:
+    """Data and model stay: to look through them for garbage again and again would hold up steps."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

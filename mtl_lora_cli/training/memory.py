@@ -343,8 +343,9 @@ def explained(prepared: Prepared) -> Iterator[None]:
 def _out_of_memory(prepared: Prepared, error: BaseException) -> str:
     import torch
 
-    asked = re.search(r"(?:allocate|allocate:) ([\d.]+ [KMG]iB|\d+ bytes)", str(error))
-    wanted = f", asked for {asked.group(1)} more" if asked else ""
+    asked = re.search(r"allocate:? (?:([\d.]+ [KMG]iB)|(\d+) bytes)", str(error))
+    size = asked and (asked[1] or f"{int(asked[2]) / 2**20:,.1f} MiB")
+    wanted = f", asked for {size} more" if size else ""
     if prepared.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(prepared.device)
         name = torch.cuda.get_device_name(prepared.device)
@@ -442,6 +443,8 @@ def _alternatives(prepared: Prepared) -> Iterator[tuple[str, Recipe]]:
         yield "quantization: nf4", recipe.model_copy(update={"quantization": "nf4"})
     if prepared.dtype.itemsize > 2:
         yield "dtype: bfloat16", recipe.model_copy(update={"dtype": "bfloat16"})
-    if recipe.distributed.zero_stage < 3 and prepared.processes.count > 1:
+    # What stage 3 does not go with: see the recipe's schema.
+    apart = recipe.quantization == "int8" or recipe.base_compute == "fp8" or training.diagnose
+    if recipe.distributed.zero_stage < 3 and prepared.processes.count > 1 and not apart:
         cut = recipe.distributed.model_copy(update={"zero_stage": 3})
         yield "distributed.zero_stage: 3", recipe.model_copy(update={"distributed": cut})

@@ -34,24 +34,25 @@ def require_parts(adapter: Adapter, parts: Parts) -> None:
     Raises:
         UsageError: naming the parts that there are.
     """
-    there = {part_of(name) for name in adapter.tensors()}
+    there = {part_of(name) for name in adapter.trained()}
     missing = [name for name in Parts.model_fields if _is_set(parts, name) and name not in there]
     if missing:
         known = ", ".join(name for name in Parts.model_fields if name in there)
+        frozen = len(adapter.trained()) < len(adapter.tensors())
         raise UsageError(
             f"training.parts: this adapter (method {adapter.config.method}) has no "
-            f"{', '.join(missing)}; its parts: {known}"
+            f"{', '.join(missing)}{' that learns' if frozen else ''}; its parts: {known}"
         )
 
 
 def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGroup]:
-    """The adapter's tensors by learning rate and weight decay.
+    """What learns of the adapter, by learning rate and weight decay.
 
     What a part leaves unset is the training's own. Parts with the same values share a group: each
     group is one more kernel on a card.
     """
     tensors: dict[tuple[float, float], list[Tensor]] = {}
-    for name, tensor in adapter.tensors().items():
+    for name, tensor in adapter.trained().items():
         own: Part = getattr(settings.parts, part_of(name))
         rate, decay = own.learning_rate, own.weight_decay
         values = (

@@ -77,9 +77,6 @@ def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
     )
 
 
-Backward = Callable[[Tensor], None]
-
-
 @dataclass(frozen=True)
 class Ready:
     """A pass of which all that the CPU has to do is done.
@@ -105,7 +102,6 @@ class EagerPasses:
         model: what is called; it may wrap `packed`.
         packed: base model with the adapter injected.
         device: where it is.
-        backward: how a loss is differentiated.
     """
 
     def __init__(
@@ -113,9 +109,8 @@ class EagerPasses:
         model: Callable[[PackedBatch], Tensor],
         packed: PackedModel,
         device: torch.device,
-        backward: Backward = torch.Tensor.backward,
     ) -> None:
-        self._model, self._packed, self._device, self._backward = model, packed, device, backward
+        self._model, self._packed, self._device = model, packed, device
 
     def prepare(self, batch: PackedBatch, weights: Tensor) -> Ready:
         """What can be done while a card is busy with the pass before.
@@ -136,7 +131,7 @@ class EagerPasses:
         weights = ready.weights.to(self._device, non_blocking=True)
         with self._packed.routed(moved):
             logprobs = self._model(moved)
-            self._backward(-(logprobs * weights).sum())
+            (-(logprobs * weights).sum()).backward()
         return logprobs.detach()[: ready.count]
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import set_seed
 
 from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.data.prepare import (
@@ -25,6 +26,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.memory import plan_memory
@@ -59,6 +61,7 @@ class Prepared:
         validation: held-out examples of each task for `training.validation`; None without it.
         processes: this one among those of the run.
         deepspeed: the user's own DeepSpeed file, merged into what the recipe says; None without.
+        extends: the run that these tasks are added to; None: all of the adapter learns.
     """
 
     recipe: Recipe
@@ -73,6 +76,7 @@ class Prepared:
     validation: list[EncodedSplit] | None = None
     processes: Processes = ALONE
     deepspeed: Path | None = None
+    extends: RunFolder | None = None
 
     @property
     def adapter_config(self) -> AdapterConfig:
@@ -90,8 +94,11 @@ class Prepared:
     def build(self) -> tuple[PackedModel, Adapter]:
         """The base model with a fresh adapter; the seed decides its start.
 
+        Where tasks are added to a run's, it is an adapter of the new ones beside what that run learned.
+
         Raises:
             UsageError: the recipe names a layer or a part of the adapter that does not exist.
+            MtlLoraError: the adapter of the run that is extended is damaged or another one by now.
         """
         set_seed(self.recipe.training.seed)
         cut = self.recipe.distributed.zero_stage == 3
@@ -104,6 +111,8 @@ class Prepared:
         )
         names = [task.name for task in self.data.tasks]
         adapter = inject(model, self.adapter_config, names)
+        if self.extends is not None:
+            start_beside(adapter, self.extends.adapter)
         require_parts(adapter, self.recipe.training.parts)
         recompute = self.recipe.training.gradient_checkpointing
         packed = PackedModel(
@@ -120,7 +129,7 @@ class Prepared:
             torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
         return packed, adapter
 
-    def zero(self, adapter: Adapter) -> dict[str, Any] | None:
+    def zero(self) -> dict[str, Any] | None:
         """DeepSpeed's configuration; None where nothing is cut into parts.
 
         Raises:
@@ -132,7 +141,6 @@ class Prepared:
         derived = deepspeed_config(
             distributed,
             max_gradient_norm=self.recipe.training.max_gradient_norm,
-            largest_trained=max(tensor.numel() for tensor in adapter.tensors().values()),
             on_card=self.device.type == "cuda",
         )
         return derived if self.deepspeed is None else merged_config(derived, self.deepspeed)
@@ -161,19 +169,26 @@ class Prepared:
         return found
 
 
-def prepare(loaded: LoadedRecipe, processes: Processes = ALONE) -> Prepared:
+def prepare(
+    loaded: LoadedRecipe, processes: Processes = ALONE, *, extends: RunFolder | None = None
+) -> Prepared:
     """Find, read, render and encode everything that a recipe names; write nothing but the cache.
 
     Args:
         loaded: the recipe.
         processes: this one among those of the run; the first of each host fills the cache.
+        extends: the run that the recipe's tasks are added to, if they are.
 
     Raises:
         UsageError: anything that the recipe names is missing or wrong.
     """
     require_trackers(loaded.recipe.run.trackers)
+    if extends is not None and loaded.recipe.training.diagnose is not None:
+        raise loaded.problem(
+            ("training", "diagnose"), "looks at what tasks share, which does not learn here"
+        )
     with processes.one_after_another():
-        prepared = _prepare(loaded, processes)
+        prepared = replace(_prepare(loaded, processes), extends=extends)
     if prepared.recipe.training.memory != "auto":
         return prepared
     recipe, memory = plan_memory(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from mtl_lora_cli.errors import ExitCode, MtlLoraError, UsageError
-from mtl_lora_cli.training.heartbeat import Heartbeat
+from mtl_lora_cli.training.heartbeat import AT_ONCE, Heartbeat
 
 T = TypeVar("T")
 _COLLECTIVE = timedelta(minutes=30)  # a dead process is noticed by its heartbeat, not by this
@@ -163,6 +164,8 @@ class Processes:
         )
         if self._heartbeat is None or not collective:
             return None
+        # A launcher that has seen the same asks this process to end, too: not before it has said why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         gone = self._heartbeat.who_is_gone()
         if gone is None:
             return None
@@ -258,6 +261,11 @@ def joined() -> Iterator[Processes]:
     except Interrupted:
         ending = "interrupted"
         if not processes.main:
+            raise Elsewhere(ExitCode.INTERRUPTED) from None
+        raise
+    except KeyboardInterrupt:
+        ending = AT_ONCE
+        if processes.told(ending):
             raise Elsewhere(ExitCode.INTERRUPTED) from None
         raise
     except MtlLoraError as error:

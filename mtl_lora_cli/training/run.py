@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
-from mtl_lora_cli.adapters.files import save_adapter
+from mtl_lora_cli.adapters.extend import save_beside
+from mtl_lora_cli.adapters.files import CONFIG_FILE, save_adapter
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.open_run import read_tasks
@@ -23,8 +24,15 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Run as RunSettings
-from mtl_lora_cli.runs.atomic import new_folder, write_json, write_text
-from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, require_new, save_json
+from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
+from mtl_lora_cli.runs.folder import (
+    RunFolder,
+    create_run,
+    mark_latest,
+    read_json,
+    require_new,
+    save_json,
+)
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
@@ -69,7 +77,7 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
     """
     with explained(prepared):
         packed, adapter = prepared.build()
-        zero = prepared.zero(adapter)
+        zero = prepared.zero()
         ready()
         if prepared.processes.main:
             _create(prepared, path, zero)
@@ -88,12 +96,42 @@ def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None
 
     def fill(run: RunFolder) -> None:
         write_text(run.recipe, dump_recipe(recipe))
-        save_json(run.tasks, {"tasks": [task.to_json() for task in prepared.data.tasks]})
+        save_json(run.tasks, _tasks(prepared))
+        if prepared.extends is not None:
+            run.extends.path.mkdir()
+            shutil.copy(prepared.extends.tasks, run.extends.tasks)
+            shutil.copytree(prepared.extends.adapter, run.extends.adapter)
         save_json(run.environment, describe(prepared.device, prepared.dtype, prepared.processes))
-        if zero is not None:
-            write_json(run.deepspeed, zero)
+        _write_zero(run, zero)
 
     mark_latest(create_run(path, fill))
+
+
+def _tasks(prepared: Prepared) -> dict[str, Any]:
+    """What tasks.json says; tasks that are added to a run's stand behind them."""
+    own = [task.to_json() for task in prepared.data.tasks]
+    run = prepared.extends
+    if run is None:
+        return {"tasks": own}
+    known = read_json(run.tasks)["tasks"]
+    return {
+        "tasks": [*known, *({**one, "id": len(known) + one["id"]} for one in own)],
+        "added_to": {
+            "run": run.name,
+            "path": str(run.path.resolve()),
+            "adapter": file_checksum(
+                run.adapter / CONFIG_FILE
+            ),  # checksums of all tensors are in it
+        },
+    }
+
+
+def _write_zero(run: RunFolder, zero: dict[str, Any] | None) -> None:
+    """DeepSpeed's configuration as it is now; it may be another one when a run goes on."""
+    if zero is None:
+        run.deepspeed.unlink(missing_ok=True)
+    else:
+        write_json(run.deepspeed, zero)
 
 
 def resume(
@@ -118,16 +156,19 @@ def resume(
         Interrupted: the user stopped the run; it can be resumed.
     """
     own = load_recipe(run.recipe)
+    extends = run.extends if run.extends.path.is_dir() else None
     if run.adapter.is_dir():
         raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
     if recipe_path is not None or overrides:
-        wanted = _as_picked(load_recipe(recipe_path or run.recipe, overrides), own.recipe)
-        own = replace(own, recipe=_with_free(own.recipe, prepare(wanted, processes).recipe, run))
-    prepared = prepare(own, processes)
+        heir_of = own.recipe if extends is not None else None
+        given = load_recipe(recipe_path or run.recipe, overrides, heir_of=heir_of)
+        wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends)
+        own = replace(own, recipe=_with_free(own.recipe, wanted.recipe, run))
+    prepared = prepare(own, processes, extends=extends)
     _require_same_rows(run, prepared)
     with explained(prepared):
         packed, adapter = prepared.build()
-        _learn(run, prepared, packed, adapter, prepared.zero(adapter), resume=True)
+        _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
     return run
 
 
@@ -154,7 +195,8 @@ def _require_same_rows(run: RunFolder, prepared: Prepared) -> None:
     Raises:
         UsageError: naming the first task whose training rows changed.
     """
-    for before, now in zip(read_tasks(run), prepared.data.tasks, strict=True):
+    learned = prepared.data.tasks
+    for before, now in zip(read_tasks(run)[-len(learned) :], learned, strict=True):
         if before.fingerprints.get("train") != now.fingerprints.get("train"):
             raise UsageError(
                 f"task '{now.name}': its training rows changed since run '{run.name}' began; "
@@ -208,6 +250,8 @@ def _learn(
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if processes.main:
+            if resume:
+                _write_zero(run, zero)
             if checkpoint is not None:
                 print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
             if recipe.base_compute == "fp8":
@@ -223,8 +267,12 @@ def _learn(
             progress.close()
         if processes.main:
             with new_folder(run.adapter) as folder:
-                save_adapter(adapter, folder, prepared.base.identity())
-                write_text(folder / "README.md", _adapter_readme(prepared, trainer))
+                identity = prepared.base.identity()
+                if prepared.extends is None:
+                    save_adapter(adapter, folder, identity)
+                else:
+                    save_beside(adapter, run.extends.adapter, folder, identity)
+                write_text(folder / "README.md", _adapter_readme(run, prepared, trainer))
     processes.wait()
 
 
@@ -253,9 +301,13 @@ def _disk(run: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _adapter_readme(prepared: Prepared, trainer: Trainer) -> str:
+def _adapter_readme(run: RunFolder, prepared: Prepared, trainer: Trainer) -> str:
     recipe = prepared.recipe
     names = ", ".join(task.name for task in prepared.data.tasks)
+    if prepared.extends is not None:
+        known = ", ".join(task.name for task in read_tasks(run.extends))
+        origin = read_json(run.tasks)["added_to"]["run"]
+        names += f", added to those of the run `{origin}`, which are as they were: {known}"
     return (
         "---\n"
         "library_name: mtl-lora\n"

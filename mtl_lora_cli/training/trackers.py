@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Run
 from mtl_lora_cli.runs.folder import RunFolder
@@ -37,12 +39,16 @@ class Trackers:
     """
 
     def __init__(self, settings: Run, run: RunFolder, recipe: Mapping[str, Any]) -> None:
-        from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+        self._trackers: list[Any] = []
+        if not settings.trackers:
+            return
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-        self._trackers: list[GeneralTracker] = []
+        PartialState(cpu=not torch.cuda.is_available())  # their loggers insist on it
         for name in settings.trackers:
             if name == "tensorboard":
-                tracker = TensorBoardTracker(FOLDER, logging_dir=run.path)
+                tracker: Any = TensorBoardTracker(FOLDER, logging_dir=run.path)
                 tracker.start()
             else:
                 tracker = WandBTracker(

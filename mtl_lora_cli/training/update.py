@@ -44,12 +44,6 @@ class Updating(Protocol):
     loss_scale: float
     same_passes: bool
 
-    def expect(self, last: bool) -> None:
-        """A pass comes; `last` of its step."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Differentiate a loss; gradients add up."""
-
     def __call__(self, factor: float) -> Tensor:
         """One update at so much of each group's peak learning rate; the gradients' norm."""
 
@@ -147,13 +141,6 @@ class Update:
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._norm: Tensor | None = None
-
-    def expect(self, last: bool) -> None:
-        """See `Updating`: nothing happens between passes."""
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Updating`."""
-        loss.backward()
 
     def __call__(self, factor: float) -> Tensor:
         """One update at so much of each group's peak learning rate.

@@ -1,13 +1,18 @@
 """ZeRO: the optimiser, the gradients and the base model, each cut into a part for every process.
 
-| stage | cut into parts | DeepSpeed is given |
-| --- | --- | --- |
-| 1 | AdamW's moments and float32 copies | the adapter's parameters |
-| 2 | gradients, too | the adapter's parameters |
-| 3 | the base model's weights, too | the whole model; a decoder layer is gathered at a time |
+| stage | cut into parts (Rajbhandari et al., arXiv 1910.02054) |
+| --- | --- |
+| 1 | AdamW's moments and its own copy of what is trained |
+| 2 | the summed gradients, too |
+| 3 | the base model's weights, too: a decoder layer is gathered when it is run |
 
-(Rajbhandari et al., arXiv 1910.02054.) The adapter itself is small and stays whole everywhere. Its
-state is saved whole, too, as in a run without ZeRO: so a checkpoint fits any stage and any number of
+An adapter is small and a base model is frozen, so DeepSpeed is asked for two things apart. One engine
+updates the adapter: all of its values as one flat parameter for each learning rate, so that a step
+costs one reduction and not one for each of a thousand small tensors. Gradients of a step's passes are
+added up here, as in a run without ZeRO; passes can be CUDA graphs. For stage 3 another engine, without
+an optimiser, cuts the frozen weights.
+
+The state is saved whole, as in a run without ZeRO: so a checkpoint fits any stage and any number of
 processes, and holds no pickle.
 """
 
@@ -16,8 +21,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import Problem, ProblemsError, file_problem
-from mtl_lora_cli.models.decoder import LayerCall
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Distributed
+from mtl_lora_cli.training.footprint import LIVE_LAYERS
 from mtl_lora_cli.training.processes import Processes, require_group
 from mtl_lora_cli.training.update import (
     MOMENTS,
@@ -37,6 +44,9 @@ from mtl_lora_cli.training.update import (
     require_state,
     set_learning_rates,
 )
+
+_ALIGNMENT = 64  # values: a flat parameter's parts begin where a matrix product wants its operands
+_STAYS_WHOLE = 100_000  # values of a frozen tensor that is not worth cutting: norms and biases
 
 # Keys of a user's own file that say what the recipe says already, or what this engine does not do.
 _OF_THE_RECIPE = {
@@ -51,14 +61,13 @@ _OF_THE_RECIPE = {
 
 
 def deepspeed_config(
-    distributed: Distributed, *, max_gradient_norm: float, largest_trained: int, on_card: bool
+    distributed: Distributed, *, max_gradient_norm: float, on_card: bool
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as it follows from a recipe.
 
     Args:
         distributed: the recipe's.
         max_gradient_norm: the recipe's.
-        largest_trained: values of the adapter's largest tensor: what is no larger stays whole.
         on_card: whether there is a card.
     """
     stage, offload = distributed.zero_stage, distributed.offload
@@ -68,7 +77,9 @@ def deepspeed_config(
     if offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_card}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = largest_trained
+        # A layer is let go however soon it comes again; the head, next in the backward pass, is not.
+        zero["stage3_max_reuse_distance"] = 1
+        zero["stage3_param_persistence_threshold"] = _STAYS_WHOLE
     return {
         # Rows are dealt out by ourselves; DeepSpeed sees one pass after the other.
         "train_micro_batch_size_per_gpu": 1,
@@ -105,6 +116,11 @@ def merged_config(own: dict[str, Any], path: Path) -> dict[str, Any]:
     return result
 
 
+def _is_tuning(key: str) -> bool:
+    """Whether a key changes speed and memory alone, so that a user's value goes before ours."""
+    return key.startswith("stage3_") or key in ("contiguous_gradients", "pin_memory")
+
+
 def _over(
     own: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -118,7 +134,7 @@ def _over(
             continue
         if isinstance(value, dict) and isinstance(own.get(key, {}), dict):
             result[key] = _over(own.get(key, {}), value, (*place, key), problems, file)
-        elif key in own and own[key] != value:
+        elif key in own and own[key] != value and not _is_tuning(key):
             name = ".".join((*place, key))
             message = (
                 f"received {json.dumps(value)}, from the recipe follows {json.dumps(own[key])}"
@@ -129,8 +145,47 @@ def _over(
     return result
 
 
+class _Flat:
+    """Parameters that are trained alike, laid behind each other.
+
+    Attributes:
+        tensors: views of `values`, their gradients views of `gradient`.
+        values, gradient: float32 [n].
+        parameter: what DeepSpeed updates; `values` is copied from it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._sizes = [tensor.numel() for tensor in self.tensors]
+        self.values = torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors])
+        self.gradient = torch.zeros_like(self.values)
+        for tensor, value, gradient in zip(
+            self.tensors, self.split(self.values), self.split(self.gradient), strict=True
+        ):
+            tensor.data = value
+            tensor.grad = gradient
+        self.parameter = nn.Parameter(self.values.clone())
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """[n] in the shapes of the tensors."""
+        parts = flat.split(self._sizes)
+        return [part.view_as(tensor) for part, tensor in zip(parts, self.tensors, strict=True)]
+
+
+class _Trained(nn.Module):
+    """Σ P · G, whose gradient of P is G: how DeepSpeed is given gradients that lie ready."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.flats = nn.ParameterList(parameters)
+
+    def forward(self, *gradients: Tensor) -> Tensor:
+        pairs = zip(self.flats, gradients, strict=True)
+        return torch.stack([(values * gradient).sum() for values, gradient in pairs]).sum()
+
+
 class ZeroUpdate:
-    """Backward pass and update by DeepSpeed's engine; see the module and `Updating`.
+    """Update by DeepSpeed's engine; see the module and `Updating`.
 
     Args:
         packed: base model with the adapter injected; for stage 3 built with `resident=False`.
@@ -138,9 +193,11 @@ class ZeroUpdate:
         groups: its parameters.
         config: from `deepspeed_config`, with or without `merged_config`.
         processes: over which is cut.
-    """
 
-    same_passes = True
+    Attributes:
+        model: what is called with a batch.
+        optimizer: AdamW over this process's parts.
+    """
 
     def __init__(
         self,
@@ -152,66 +209,56 @@ class ZeroUpdate:
     ) -> None:
         deepspeed = _quiet_deepspeed()
         require_group(processes)
-        zero = config["zero_optimization"]
-        self._stage: int = zero["stage"]
-        self._tensors = list(adapter.tensors().values())
-        self._packed, self._processes = packed, processes
-        self.loss_scale = float(processes.count)
-        device = self._tensors[0].device
-        module: nn.Module = packed
-        if self._stage < 3:
-            module = _Trained(self._tensors)
-        elif packed.decoder is not None:
-            module = _CutModel(packed, self._tensors)
-        optimizer = make_optimizer(groups, graphed=False, offloaded="offload_optimizer" in zero)
-        set_learning_rates(optimizer, 0.0)  # DeepSpeed may take a step to make the state
+        self.loss_scale = float(processes.count)  # DeepSpeed averages over the processes
+        self.same_passes = config["zero_optimization"]["stage"] == 3  # all gather together
+        self.model: Callable[..., Tensor] = packed
+        if self.same_passes:
+            self.model = _cut(deepspeed, packed, config)
+        self._flats = [_Flat(group.parameters) for group in groups]
+        own = [
+            replace(group, parameters=[flat.parameter])
+            for group, flat in zip(groups, self._flats, strict=True)
+        ]
+        trained = _of_the_trained(config)
+        offloaded = "offload_optimizer" in trained["zero_optimization"]
         self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config={**config, "steps_per_print": 2**31},
+            model=_Trained(flat.parameter for flat in self._flats),
+            optimizer=make_optimizer(own, graphed=False, offloaded=offloaded),
+            config=trained,
             dist_init_required=False,
         )
         self.optimizer = self._engine.optimizer.optimizer
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        if self._stage == 3:  # what stays whole: the adapter, norms, biases
-            _gather([p for p in module.parameters() if cast(Any, p).ds_persist])
-        self._norm = torch.zeros((), device=device)
-
-    @property
-    def model(self) -> Any:
-        """What is called with a batch."""
-        return self._engine if self._stage == 3 else self._packed
-
-    def expect(self, last: bool) -> None:
-        """See `Updating`."""
-        self._engine.set_gradient_accumulation_boundary(last)
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Updating`."""
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # counts the pass, and updates nothing
+        self._norm = torch.zeros((), device=self._flats[0].values.device)
 
     def __call__(self, factor: float) -> Tensor:
         """See `Updating`."""
         set_learning_rates(self.optimizer, factor)
+        self._engine.backward(self._engine(*(flat.gradient for flat in self._flats)))
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return self._norm.copy_(torch.as_tensor(norm))
+        with torch.no_grad():
+            for flat in self._flats:
+                flat.values.copy_(flat.parameter)
+                flat.gradient.zero_()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        # DeepSpeed says −1 where it is no finite number.
+        return self._norm.copy_(norm.masked_fill(norm < 0, float("nan")))
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Updating`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        step = next(iter(self.optimizer.state.values()))["step"]
-        found = {}
-        for name, tensor in tensors.items():
+        step = torch.tensor(float(next(iter(self.optimizer.state.values()))["step"]))
+        found: dict[int, dict[str, Tensor]] = {id(tensor): {} for tensor in tensors.values()}
+        for flat in self._flats:
             for key in MOMENTS:
-                found[f"{name}/{key}"] = safe_get_full_optimizer_state(tensor, key).cpu()
-            found[f"{name}/step"] = torch.tensor(float(step))
-        return found
+                whole = safe_get_full_optimizer_state(flat.parameter, key).cpu()
+                for tensor, value in zip(flat.tensors, flat.split(whole), strict=True):
+                    found[id(tensor)][key] = value.contiguous()
+        return {
+            f"{name}/{key}": value
+            for name, tensor in tensors.items()
+            for key, value in {**found[id(tensor)], "step": step.clone()}.items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """See `Updating`.
@@ -220,58 +267,77 @@ class ZeroUpdate:
             MtlLoraError: it is the state of other parameters.
         """
         require_state(tensors, saved)
-        step = float(next(value for name, value in saved.items() if name.endswith("/step")))
-        if self._stage == 3:
-            _scatter(self._tensors)
-        self._make_state()
-        for name, tensor in tensors.items():
-            moments = {key: saved[f"{name}/{key}"] for key in MOMENTS}
-            if self._stage == 3:
-                self._set_gathered(tensor, moments)
-            else:
-                self._set_fragment(tensor, moments)
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        for number, flat in enumerate(self._flats):
+            flat.parameter.data.copy_(flat.values)
+            own = [names[id(tensor)] for tensor in flat.tensors]
+            whole = {
+                key: torch.cat([saved[f"{name}/{key}"].reshape(-1) for name in own])
+                for key in MOMENTS
+            }
+            self._set_part(number, flat, whole, saved[f"{own[0]}/step"])
 
-    def _make_state(self) -> None:
-        """AdamW makes its state at the first step; here it has to be there before."""
-        flats = [flat for group in self.optimizer.param_groups for flat in group["params"]]
-        for flat in flats:
-            state = self.optimizer.state[flat]
-            for key in MOMENTS:
-                state.setdefault(key, torch.zeros_like(flat))
-            fused = flat.is_cuda and bool(self.optimizer.param_groups[0].get("fused"))
-            device = flat.device if fused else torch.device("cpu")
-            state.setdefault("step", torch.zeros((), device=device))
-
-    def _set_gathered(self, tensor: Tensor, moments: Mapping[str, Tensor]) -> None:
-        """This process's part of one parameter that all processes share evenly."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        safe_set_local_fp32_param(tensor, self._part(tensor.detach()))
-        for key, value in moments.items():
-            safe_set_local_optimizer_state(tensor, self._part(value), key)
-
-    def _part(self, value: Tensor) -> Tensor:
-        """Flat, filled up with zeros so that it can be cut evenly, and cut."""
-        flat = value.reshape(-1)
-        size = -(-flat.numel() // self._processes.count)
-        missing = size * self._processes.count - flat.numel()
-        filled = torch.cat([flat, flat.new_zeros(missing)])
-        return filled.narrow(0, size * self._processes.rank, size)
-
-    def _set_fragment(self, tensor: Tensor, moments: Mapping[str, Tensor]) -> None:
-        """This process's part of one parameter in the flat copy of its group."""
-        mapping = getattr(tensor, "_hp_mapping", None)
-        if mapping is None:  # all of it is another process's
+    def _set_part(
+        self, number: int, flat: _Flat, moments: Mapping[str, Tensor], step: Tensor
+    ) -> None:
+        """This process's part of one group; AdamW makes its state at the first step, here before."""
+        group = self.optimizer.param_groups[number]
+        part = group["params"][0]
+        state = self.optimizer.state[part]
+        for key in MOMENTS:
+            state.setdefault(key, torch.zeros_like(part))
+        on_card = part.is_cuda and bool(group["fused"])
+        state.setdefault("step", torch.zeros((), device=part.device if on_card else "cpu"))
+        state["step"].copy_(step)
+        mapping = getattr(flat.parameter, "_hp_mapping", None)
+        if mapping is None:  # all of it is other processes'
             return
-        flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
         there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-        values: list[tuple[str | None, Tensor]] = [(None, tensor.detach()), *moments.items()]
-        for key, value in values:
-            target = flat.data if key is None else self.optimizer.state[flat][key]
-            part = value.reshape(-1).narrow(0, here.start, here.numel)
-            target.narrow(0, there.start, there.numel).copy_(part)
+        for target, whole in [
+            (part.data, flat.values),
+            *((state[key], moments[key]) for key in MOMENTS),
+        ]:
+            values = whole.narrow(0, here.start, here.numel)
+            target.narrow(0, there.start, there.numel).copy_(values)
+
+
+def _of_the_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration concerns the engine of the adapter: stage 2 at most."""
+    zero = {
+        key: value
+        for key, value in config["zero_optimization"].items()
+        if not key.startswith("stage3_") and key != "offload_param"
+    }
+    zero["stage"] = min(zero["stage"], 2)
+    return {**config, "zero_optimization": zero, "steps_per_print": 2**31}
+
+
+def _of_the_base(config: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """What concerns the engine that cuts frozen weights: it has no optimiser.
+
+    Args:
+        config: the whole configuration.
+        largest: values of the largest layer. So many layers are there at once that in the end one is
+            fetched for each that is done: of several together DeepSpeed would make copies.
+    """
+    zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    zero.setdefault("stage3_prefetch_bucket_size", 2 * largest)
+    zero.setdefault("stage3_max_live_parameters", LIVE_LAYERS * largest)
+    kept = {key: value for key, value in config.items() if key != "gradient_clipping"}
+    return {**kept, "zero_optimization": zero, "steps_per_print": 2**31}
+
+
+def _cut(deepspeed: Any, packed: PackedModel, config: Mapping[str, Any]) -> nn.Module:
+    """Cut the frozen weights; what is called with a batch from then on."""
+    model = _CutModel(packed)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=_of_the_base(config, model.largest), dist_init_required=False
+    )
+    small = [p for p in model.parameters() if cast(Any, p).ds_persist]
+    if small:  # what is not cut is not fetched by anybody: it has to be there
+        cast(Any, small[0]).all_gather(small)
+    model.engine = (engine,)
+    return model
 
 
 def _quiet_deepspeed() -> Any:
@@ -286,80 +352,131 @@ def _quiet_deepspeed() -> Any:
     return deepspeed
 
 
-class _Trained(nn.Module):
-    """The adapter's parameters alone: the frozen model is none of DeepSpeed's business then."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.tensors = nn.ParameterList(tensors)
-
-
 class _CutLayer(nn.Module):
     """The frozen weights of one decoder layer, gathered together when the layer is run.
 
+    They lie behind each other in one flat parameter for each dtype, which DeepSpeed cuts and gathers
+    in one piece and without a copy; while the layer is run, its own parameters are views of it.
+
     Args:
         call: runs the layer.
-        frozen: its frozen parameters; the adapter's are not among them, and stay whole.
+        layer: of the transformers model; whatever else is asked for is its.
+        pace: of the whole model.
     """
 
-    def __init__(self, call: LayerCall, frozen: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        self.frozen = nn.ParameterList(frozen)
-        self._call = call
-
-    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return self._call(*arguments)
-
-
-class _CutModel(nn.Module):
-    """The model of the fused engine as DeepSpeed shall see it: what is gathered when.
-
-    Takes the place of the decoder's calls. The embedding and the head are modules of their own; norms
-    are too small to be cut.
-    """
-
-    def __init__(self, packed: PackedModel, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, call: Callable[..., Any], layer: nn.Module, pace: _Pace) -> None:
         from deepspeed.utils import set_z3_leaf_module
 
         super().__init__()
-        assert packed.decoder is not None
-        base = packed.model.base_model
-        calls = zip(packed.decoder.layer_calls, base.layers, strict=True)
-        self.layers = nn.ModuleList(
-            _CutLayer(call, [p for p in layer.parameters() if not p.requires_grad])
-            for call, layer in calls
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        adapted = (module for module in layer.modules() if isinstance(module, MultiTaskLinear))
+        whole = {id(own) for module in adapted for own in module.parameters(recurse=False)}
+        for parameter in layer.parameters():
+            if id(parameter) not in whole:  # the adapter is not cut
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        self.flats = nn.ParameterList(
+            nn.Parameter(_laid_out(some), requires_grad=False) for some in by_dtype.values()
         )
-        for layer in self.layers:
-            set_z3_leaf_module(layer, True)
-        packed.decoder.layer_calls = list(self.layers)
+        self._owners = list(by_dtype.values())
+        self._shapes = [[parameter.shape for parameter in some] for some in self._owners]
+        self._inner = (call, layer)  # not modules of this one's: the adapter must not be seen
+        self._pace = pace
+        self._take_away()
+        set_z3_leaf_module(self, True)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        self._bring()
+        found = self._inner[0](*arguments, **named)
+        if torch.is_grad_enabled():
+            # DeepSpeed gathers before the first of these gradients and lets go behind the last.
+            for tensor in found if isinstance(found, tuple) else (found,):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(self._bring)
+            for tensor in arguments:
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(self._take_away)
+        self._take_away()
+        return found
+
+    def _bring(self, gradient: Tensor | None = None) -> None:
+        self._pace.keep()
+        for flat, owners, shapes in zip(self.flats, self._owners, self._shapes, strict=True):
+            start = 0
+            for parameter, shape in zip(owners, shapes, strict=True):
+                parameter.data = flat.data[start : start + shape.numel()].view(shape)
+                start += _aligned(shape.numel())
+
+    def _take_away(self, gradient: Tensor | None = None) -> None:
+        for owners in self._owners:
+            for parameter in owners:
+                parameter.data = parameter.data.new_empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_inner"][1], name)
+
+
+def _laid_out(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Their values behind each other, each at an aligned place."""
+    sizes = [_aligned(parameter.numel()) for parameter in parameters]
+    flat = parameters[0].data.new_zeros(sum(sizes))
+    for parameter, place in zip(parameters, flat.split(sizes), strict=True):
+        place[: parameter.numel()].copy_(parameter.data.reshape(-1))
+    return flat
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Pace:
+    """Keeps the CPU from running more than a few layers ahead of the card.
+
+    What was gathered for a layer becomes free when the card is done with it, not when the CPU is: a
+    CPU that asks for all layers at once finds none of their memory free again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_card = device.type == "cuda"
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def keep(self) -> None:
+        """A layer begins."""
+        if not self._on_card:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) >= LIVE_LAYERS:
+            self._events.popleft().synchronize()
+
+
+class _CutModel(nn.Module):
+    """The model as DeepSpeed shall see it: frozen weights alone, and what is gathered when.
+
+    Its layers take the place of the decoder's calls, or of transformers' own layers. Embedding and
+    head are modules as they are; an adapted head stays whole, and so does the last norm.
+    """
+
+    def __init__(self, packed: PackedModel) -> None:
+        super().__init__()
+        base, decoder = packed.model.base_model, packed.decoder
+        calls = list(base.layers) if decoder is None else decoder.layer_calls
+        pairs = zip(calls, base.layers, strict=True)
+        pace = _Pace(next(packed.model.parameters()).device)
+        self.layers = nn.ModuleList(_CutLayer(call, layer, pace) for call, layer in pairs)
+        self.largest = max(p.numel() for p in self.layers.parameters())
+        if decoder is None:
+            base.layers = self.layers
+        else:
+            decoder.layer_calls = list(self.layers)
         self.embedding = packed.model.get_input_embeddings()
-        self.head = packed.model.get_output_embeddings()
-        self.norm = base.norm
-        self.tensors = nn.ParameterList(tensors)
-        self._packed = (packed,)  # not a module of this one's
+        head = packed.model.get_output_embeddings()
+        self.head = None if isinstance(head, MultiTaskLinear) else head
+        self.engine: tuple[Any, ...] = ()
+        self._packed = (packed,)
 
     def forward(self, *arguments: Any) -> Tensor:
         return cast(Tensor, self._packed[0](*arguments))
-
-
-def _gather(tensors: Sequence[Any]) -> None:
-    tensors[0].all_gather(tensors)
-
-
-def _scatter(tensors: Sequence[Any]) -> None:
-    """Write what stands in the whole tensors into the parts of all processes."""
-    tensors[0].partition(tensors, has_been_updated=True)
-    _gather(tensors)
-
-
-@contextmanager
-def whole(packed: PackedModel) -> Iterator[None]:
-    """All parameters at once, whatever the stage: for looking at the model as it is."""
-    cut = [p for p in packed.parameters() if hasattr(p, "ds_id")]
-    if not cut:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(cut):
-        yield

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 
 MakeLayer = Callable[..., MultiTaskLinear]
@@ -98,6 +99,29 @@ def test_a_gathered_weight_is_read_anew_in_the_backward_pass(make_layer: MakeLay
         return start.grad
 
     assert torch.equal(gradient(False), gradient(True))
+
+
+def test_a_layer_without_an_adapter_keeps_the_parameter_alone() -> None:
+    model = nn.Sequential(four_bit(), nn.ReLU())
+    base = model[0]
+    multiply_ourselves(model)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = base(x)
+    assert len(kept) == 1
+    assert kept[0] is base.weight
+    y.sum().backward()
+    same = x.detach().requires_grad_()
+    expected = nn.functional.linear(same, dequantised(base), base.bias)
+    expected.sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, same.grad)
 
 
 def test_without_a_task_the_output_is_the_base_exactly(make_layer: MakeLayer) -> None:

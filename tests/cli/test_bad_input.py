@@ -254,6 +254,22 @@ CASES = [
         ("--split: expected one of train, validation, test, received 'tset'",),
         ("eval", "--task", "warm", "--runs", "RUNS", "--split", "tset"),
     ),
+    Bad(
+        "unknown format of an export",
+        ("--format: expected peft, gguf, gguf-merged, received 'gguff'; did you mean 'gguf'?",),
+        ("export", "--task", "warm", "--runs", "RUNS", "--format", "gguff"),
+    ),
+    Bad(
+        "a lower rank of a merged model",
+        ("--rank is for adapters; a merged model has none",),
+        ("export", "--task", "warm", "--runs", "RUNS", "--format", "gguf-merged", "--rank", "2"),
+    ),
+    Bad(
+        "inspect of a run with no finished adapter",
+        ("run 'half' has no finished adapter; finish it with: …",),
+        ("inspect", "--run", "half"),
+        {"runs/half/recipe.yaml": "RUNS/small/recipe.yaml"},
+    ),
     # What the recipe names: templates and data.
     Bad(
         "unknown template",
@@ -468,6 +484,24 @@ CASES = [
         early=False,
     ),
     Bad(
+        "unknown protocol",
+        ("--protocol: expected one of choices, generate, lm-eval, received 'choice'; did you mean 'choices'?",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--protocol", "choice"),
+        early=False,
+    ),
+    Bad(
+        "unknown normalisation",
+        ("--normalisation: expected one of sum, token, character, received 'char'…",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--normalisation", "char"),
+        early=False,
+    ),
+    Bad(
+        "a normalisation of generated answers",
+        ("--normalisation goes with --protocol choices",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--protocol", "generate", "--normalisation", "sum"),
+        early=False,
+    ),
+    Bad(
         "eval of a run with no finished adapter",
         ("run 'half' has no finished adapter; finish it with: …",),
         ("eval", "--task", "warm", "--run", "half"),
@@ -485,6 +519,94 @@ CASES = [
         "merge of all tasks into one folder",
         ("--output names one folder; merge one task at a time with it",),
         ("merge", "--task", "all", "--runs", "RUNS", "--output", "one"),
+        early=False,
+    ),
+    Bad(
+        "an export at a higher rank than the adapter's",
+        ("--rank 9: the update of task 'warm' has rank 8; expected at most that",),
+        ("export", "--task", "warm", "--runs", "RUNS", "--rank", "9"),
+        early=False,
+    ),
+    Bad(
+        "a picture of a kind that cannot be written",
+        ("--output: expected a file ending in …",),
+        ("inspect", "--runs", "RUNS", "--output", "adapter.txt"),
+        early=False,
+    ),
+    Bad(
+        "merge of a run with no finished adapter",
+        ("run 'half' has no finished adapter; finish it with: …",),
+        ("merge", "--task", "warm", "--run", "half"),
+        {"runs/half/recipe.yaml": "RUNS/small/recipe.yaml", "runs/half/tasks.json": "RUNS/small/tasks.json"},
+        early=False,
+    ),
+    Bad(
+        "merge into weights of no kind",
+        ("--base: expected original or dequantized, received 'orginal'; did you mean 'original'?",),
+        ("merge", "--task", "warm", "--runs", "RUNS", "--base", "orginal"),
+        early=False,
+    ),
+    Bad(
+        "dequantized weights of a run that is not quantised",
+        (
+            "--base dequantized is for quantised runs; run 'small' has quantization: none, so the "
+            "original weights are what it saw",
+        ),
+        ("merge", "--task", "warm", "--runs", "RUNS", "--base", "dequantized"),
+        early=False,
+    ),
+    Bad(
+        "pushing several tasks into one repository",
+        ("--push names one repository; push one task at a time",),
+        ("merge", "--task", "all", "--runs", "RUNS", "--push", "me/it"),
+        early=False,
+    ),
+    Bad(
+        "pushing what nobody checked",
+        ("--push does not go with --no-check: what is passed on has been compared",),
+        ("merge", "--task", "warm", "--runs", "RUNS", "--push", "me/it", "--no-check"),
+        early=False,
+    ),
+    Bad(
+        "pushing to what is no name",
+        ("--push: Repo id must …",),
+        ("export", "--task", "warm", "--runs", "RUNS", "--push", "me/it/there"),
+        early=False,
+    ),
+    Bad(
+        "adding a task to a run with no finished adapter",
+        ("run 'half' has no finished adapter; finish it with: …",),
+        ("add-task", "recipe.yaml", "--run", "half"),
+        {"runs/half/recipe.yaml": "RUNS/small/recipe.yaml", "runs/half/tasks.json": "RUNS/small/tasks.json"},
+    ),
+    Bad(
+        "adding a task that the run has",
+        ("recipe.yaml:2: tasks: run 'small' has a task 'warm' already; choose another name",),
+        ("add-task", "recipe.yaml", "--runs", "RUNS"),
+        recipe("name: color", "name: warm"),
+        early=False,
+    ),
+    Bad(
+        "adding a task on another adapter",
+        (
+            "the recipe differs from that of run 'small', which it adds to: adapter.rank: 8 → 4; "
+            "adapter.gate: 'embedding' → 'weights'",
+        ),
+        ("add-task", "recipe.yaml", "adapter.gate=weights", "--runs", "RUNS"),
+        more("adapter: {rank: 4}\n"),
+        early=False,
+    ),
+    Bad(
+        "adding a task and asking for cosines between tasks",
+        ("recipe.yaml:8: training.diagnose: looks at what tasks share, which does not learn here",),
+        ("add-task", "recipe.yaml", "--runs", "RUNS"),
+        more("training: {diagnose: true}\n"),
+        early=False,
+    ),
+    Bad(
+        "adding a task under the name of a run that exists",
+        ("run folder RUNS/small exists; choose another run.name, …",),
+        ("add-task", "recipe.yaml", "run.name=small", "--runs", "RUNS"),
         early=False,
     ),
     Bad(

@@ -94,7 +94,7 @@ def test_tokens_tasks_and_positions_of_each_example(splits: list[EncodedSplit]) 
         assert batch.task_ids[0, start:end].tolist() == [task] * (end - start)
         assert batch.position_ids[0, start:end].tolist() == list(range(end - start))
     assert batch.segments.bounds[-1][1] == batch.input_ids.shape[1]
-    assert batch.segments.contexts == (-1,) * len(ORDER)
+    assert batch.segments.reach is None
 
 
 def test_rows_together_are_rows_behind_each_other(splits: list[EncodedSplit]) -> None:

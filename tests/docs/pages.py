@@ -20,8 +20,9 @@ class Block:
     Attributes:
         page, line: where its first line stands.
         language: the first word behind the fence.
-        words: the others: `runs` (its commands are run and must end well), `fails` (run, and must
-            end with exit code 2), `file=NAME` (written before the page's commands are run).
+        words: the others: `runs` (its commands, or its Python, are run and must end well), `fails`
+            (run, and must end with exit code 2), `file=NAME` (written before the page's commands are
+            run).
         text: what stands in it.
     """
 

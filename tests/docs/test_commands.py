@@ -1,4 +1,4 @@
-"""The commands that the pages show: all of them parse, and those marked `runs` are run."""
+"""What the pages show: all commands parse; those and the Python marked `runs` are run."""
 
 from __future__ import annotations
 
@@ -105,6 +105,9 @@ def test_commands_marked_so_run(page: Path, run: Run, tmp_path: Path) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.text, encoding="utf-8")
         if not {"runs", "fails"} & {*block.words}:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
             continue
         for arguments, expected in block.commands:
             code, output = run(arguments)

@@ -13,12 +13,17 @@ import torch
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.choices import Request, build_requests
+from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
+from mtl_lora_cli.tasks.task import Task
 
 # Two choices of different length; three of which two begin alike; sentences of four and more words.
 TASKS = {
@@ -53,6 +58,57 @@ def examples(data_folder: Path) -> dict[str, list[Example]]:
                 renderer.render(json.loads(row), name) for row in itertools.islice(rows, 6)
             ]
     return found
+
+
+@pytest.fixture(scope="session")
+def tasks() -> list[Task]:
+    """The tasks themselves; their rows come from `held`."""
+    found = []
+    for number, name in enumerate(TASKS):
+        _, path, template = find_template(name, None)
+        found.append(
+            Task(
+                name=name,
+                id=number,
+                template_name=name,
+                template_text=path.read_text(encoding="utf-8"),
+                template=template,
+                source=Source(path="nowhere"),
+            )
+        )
+    return found
+
+
+@pytest.fixture(scope="session")
+def held(examples: dict[str, list[Example]]) -> list[Examples]:
+    """The rendered rows as a split of each task."""
+    return [
+        Examples("test", rows, [f"{name}:{n}" for n in range(len(rows))], [], f"rows of {name}")
+        for name, rows in examples.items()
+    ]
+
+
+@pytest.fixture
+def opened(packed: PackedModel, tasks: list[Task], stories_folder: Path, tmp_path: Path) -> OpenRun:
+    """A run around the model, in a folder of its own."""
+    base = find_base_model(str(stories_folder))
+    names = [{"name": task.name, "template": task.name} for task in tasks]
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    assert packed._adapter is not None
+    return OpenRun(
+        folder=folder,
+        recipe=Recipe.model_validate({"base_model": str(stories_folder), "tasks": names}),
+        tasks=tasks,
+        base=base,
+        tokenizer=load_tokenizer(base),
+        packed=packed,
+        adapter=packed._adapter,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        longest=512,
+        checkpoint="checkpoint",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.choices import Request, Tree, build_requests, score
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
@@ -57,7 +57,7 @@ def together(packed: PackedModel, requests: list[Request]) -> list[np.ndarray]:
 
 def test_the_requests_are_worth_testing(requests: list[Request]) -> None:
     assert {len(request.choices) for request in requests} >= {2, 3, 4, 11}
-    assert any(request.shared > 1 for request in requests)
+    assert any((request.tree.reach < request.cost).any() for request in requests)
     assert any(len(set(map(len, request.choices))) > 1 for request in requests)
 
 
@@ -72,6 +72,19 @@ def test_scores_do_not_depend_on_what_passes_together(
     packed: PackedModel, requests: list[Request], together: list[np.ndarray], tokens: int
 ) -> None:
     same(together, scored(packed, requests, tokens))
+
+
+def test_scores_do_not_depend_on_the_place_in_a_batch(
+    packed: PackedModel,
+    requests: list[Request],
+    together: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Passes put together at random, with anything before and behind."""
+    order = np.random.default_rng(1).permutation(len(requests)).tolist()
+    passes = [order[:1], order[1:9], order[9:]]
+    monkeypatch.setattr("mtl_lora_cli.evaluation.choices.fill_passes", lambda costs, tokens: passes)
+    same(together, scored(packed, requests))
 
 
 def test_scores_do_not_depend_on_the_order(
@@ -131,12 +144,39 @@ def test_any_candidates(packed: PackedModel, choices: list[list[int]], prompt: l
     same(scored(packed, [request]), [np.asarray(naive(packed, request))])
 
 
-def test_shared_tokens_and_cost_by_hand() -> None:
-    request = Request(0, [1, 2, 3], [[5, 6, 7, 8], [5, 6, 9]])
-    assert request.shared == 2
-    assert request.cost == 3 + 2 + 1  # 5 and 6 once, then 7; 8 and 9 are only asked for
-    assert Request(0, [1], [[5], [6]]).cost == 1
-    assert Request(0, [1], [[5], [5, 6]]).shared == 1
+def test_a_tree_by_hand() -> None:
+    """5 and 6 begin two candidates, 5 three: each is computed once, and no last token at all."""
+    tree = Tree.build([1, 2], [[5, 7, 3], [5, 6, 8, 9], [5, 6, 8, 4], [5, 6, 0], [2]])
+    #                            1  2  5  6  8  7
+    assert tree.tokens.tolist() == [1, 2, 5, 6, 8, 7]
+    assert tree.places.tolist() == [0, 1, 2, 3, 4, 3]
+    assert tree.reach.tolist() == [6, 6, 6, 5, 5, 6]
+    assert tree.targets.tolist() == [5, 7, 3, 5, 6, 8, 9, 5, 6, 8, 4, 5, 6, 0, 2]
+    assert tree.owner.tolist() == [1, 2, 5, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 1]
+    assert tree.lengths.tolist() == [3, 4, 4, 3, 1]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=5))
+def test_a_tree_holds_what_the_candidates_say(choices: list[list[int]]) -> None:
+    """Every question's ancestors and itself are the prompt and what stands before it."""
+    tree = Tree.build([7, 8], choices)
+    assert len(tree.tokens) == 2 + len({tuple(c[:n]) for c in choices for n in range(1, len(c))})
+    place = np.arange(len(tree.tokens))
+    at = 0
+    for choice in choices:
+        for number, token in enumerate(choice):
+            owner = tree.owner[at]
+            seen = (place <= owner) & (owner < tree.reach)
+            assert tree.tokens[seen].tolist() == [7, 8, *choice[:number]]
+            assert tree.places[seen].tolist() == list(range(2 + number))
+            assert tree.targets[at] == token
+            at += 1
+    assert at == len(tree.owner)
+
+
+def test_candidates_of_one_token_cost_nothing() -> None:
+    assert Request(0, [1, 2, 3], [[5], [6]]).cost == 3
+    assert Request(0, [1, 2, 3], [[5, 6, 7, 8], [5, 6, 9]]).cost == 3 + 2 + 1
 
 
 def test_a_long_prompt_is_cut_at_its_beginning_and_marked(stories_folder: Path) -> None:
@@ -151,3 +191,5 @@ def test_a_long_prompt_is_cut_at_its_beginning_and_marked(stories_folder: Path) 
     assert len(cut.prompt) + max(map(len, cut.choices)) == 12
     assert cut.prompt[0] == tokenizer.bos_token_id
     assert cut.prompt[1:] == whole.prompt[-(len(cut.prompt) - 1) :]
+    (shorter,) = build_requests([long], 0, encoder, 12, new_tokens=5)
+    assert len(shorter.prompt) + 5 == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,49 @@ def test_a_free_answer_has_no_choices_to_score(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has free answers.*use --protocol generate"):
         held_out(task, Setting(protocol="choices"))
     assert Setting().protocol_of(task) == "generate"
+
+
+@pytest.mark.parametrize(
+    ("extract", "why"),
+    [
+        ("[0-9]", "generate.extract '[0-9]' finds nothing in the answer 'not'"),
+        ("not", "generate.extract 'not' finds 'not' in 'not' and in 'not sure', so a generated"),
+    ],
+)
+def test_choices_must_differ_in_what_is_extracted(tmp_path: Path, extract: str, why: str) -> None:
+    task = task_with(tmp_path, f"{PREFIX}\ngenerate: {{extract: '{extract}'}}")
+    with pytest.raises(UsageError, match=r"test\.jsonl:1: task 'own': ") as error:
+        held_out(task, Setting(protocol="generate"))
+    assert why in str(error.value)
+    held_out(task, Setting())
+    task = task_with(tmp_path, f"{PREFIX}\ngenerate: {{extract: 'not.*'}}")
+    assert len(held_out(task, Setting(protocol="generate")).examples) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"protocol": "lm-eval", "split": "test"}, "--split: the protocol lm-eval takes the split"),
+        ({"harness_task": "boolq"}, "--harness-task goes with --protocol lm-eval"),
+        ({"protocol": "generate", "normalisation": "sum"}, "goes with --protocol choices"),
+    ],
+)
+def test_settings_that_do_not_go_together(setting: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Setting(**setting)  # type: ignore[arg-type]
+
+
+def test_a_split_without_rows_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without rows is refused where it is read; one of many tasks may have none in it."""
+    task = task_with(tmp_path, PREFIX)
+    (tmp_path / "test.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"test\.jsonl: has no rows"):
+        held_out(task, Setting())
+    rows = '{"text": "a", "label": 0, "kind": "other"}\n'
+    (tmp_path / "test.jsonl").write_text(rows, encoding="utf-8")
+    source = Source(path=str(tmp_path), task_column="kind", task="own")
+    with pytest.raises(UsageError, match="own"):
+        held_out(replace(task, source=source), Setting())
 
 
 def test_an_expectation_needs_the_choices_scores(tmp_path: Path) -> None:

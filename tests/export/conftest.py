@@ -1,4 +1,4 @@
-"""A finished run on the tiny real model, opened."""
+"""Finished runs on the tiny real model, and base models of other kinds with the same weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,20 +14,28 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
+from mtl_lora_cli.export.check import Check, Comparison, Questions
+from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
 
-TASKS = {"sst2": ("glue/sst2", "validation"), "home_depot": ("ads/home_depot", "test")}
+# Task → where its data lie, its held-out split there, and held-out rows that are taken.
+DATA = {
+    "sst2": ("glue/sst2", "validation", 20),
+    "home_depot": ("ads/home_depot", "test", 20),
+    "cola": ("glue/cola", "validation", 100),
+    "mrpc": ("glue/mrpc", "validation", 100),
+}
 
 
 @pytest.fixture(scope="session")
 def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("small-data")
-    for name, (folder, held_out) in TASKS.items():
+    for name, (folder, held_out, rows) in DATA.items():
         (root / name).mkdir()
-        for split, file, count in (("train", "train", 60), ("test", held_out, 20)):
+        for split, file, count in (("train", "train", 60), ("test", held_out, rows)):
             source = data_folder / folder / f"{file}.jsonl.gz"
             with gzip.open(source, "rt", encoding="utf-8") as rows:
                 text = "".join(itertools.islice(rows, count))
@@ -36,19 +44,28 @@ def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OpenRun]:
-    """Trains three steps on a base model and opens the run, its adapter far from zero."""
+def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedRun]:
+    """Trains a few steps on a base model, which leads the adapter far from zero."""
 
-    def run(base: Path, **keys: object) -> OpenRun:
+    def run(
+        base: Path,
+        *,
+        tasks: Sequence[str | dict[str, str]] = ("sst2", "home_depot"),
+        steps: int = 3,
+        **keys: object,
+    ) -> FinishedRun:
         folder = tmp_path_factory.mktemp("run")
         content = {
             "base_model": str(base),
             "adapter": {"target_modules": ["q_proj", "down_proj"], "rank": 4},
             "tasks": [
-                {"name": name, "template": name, "source": str(small_data / name)} for name in TASKS
+                {"name": one, "template": one, "source": str(small_data / one)}
+                if isinstance(one, str)
+                else one
+                for one in tasks
             ],
             "training": {
-                "max_steps": 3,
+                "max_steps": steps,
                 "learning_rate": 1e-2,
                 "row_length": 256,
                 "rows_per_step": 2,
@@ -59,14 +76,31 @@ def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
         loaded = load_recipe(folder / "recipe.yaml")
-        return open_run(start(prepare(loaded), folder / "runs" / "mine"))
+        return read_finished(start(prepare(loaded), folder / "runs" / "mine"))
 
     return run
 
 
 @pytest.fixture(scope="session")
-def opened(train: Callable[..., OpenRun], stories_folder: Path) -> OpenRun:
+def run(train: Callable[..., FinishedRun], stories_folder: Path) -> FinishedRun:
+    """MTL-LoRA on the tiny model as it is."""
     return train(stories_folder)
+
+
+@pytest.fixture(scope="session")
+def four_bit_run(train: Callable[..., FinishedRun], stories_folder: Path) -> FinishedRun:
+    """MTL-LoRA on the tiny model in NF4."""
+    return train(stories_folder, quantization="nf4")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks compare in this process, where the other one is not what a test is about."""
+
+    def compare(check: Check, run: FinishedRun, task: Task, folder: Path) -> Comparison:
+        return check.compare(Questions(run, task, check.limit), folder)
+
+    monkeypatch.setattr(Check, "run", compare)
 
 
 @pytest.fixture(scope="session")

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.packing import Packing, attend
 
 LENGTHS, TASKS = [9, 1, 18], [2, -1, 0]
 
@@ -80,3 +83,38 @@ def test_equals_the_plain_layers(
     for name, gradient in plain[1].items():
         error = (fused[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
         assert error < 1e-4, f"{name}: {error}"
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/models/test_on_card.py does this there"
+)
+def test_trees_equal_the_plain_layers(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts with candidates that share what they begin with, of two tasks and of none."""
+    device = torch.device("cpu")
+    model = load_model(find_base_model(str(stories_folder)), dtype=torch.float32, device=device)
+    torch.manual_seed(0)
+    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), "abc")
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    choices = [[5, 6, 7, 8], [5, 6, 9, 10], [5, 11, 12], [13]]
+    requests = [
+        Request(task, list(range(20, 20 + length)), choices)
+        for task, length in ((2, 9), (-1, 1), (0, 18))
+    ]
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    plain = PackedModel(model, adapter, engine="plain")
+    expected = score(plain, requests, device=device, tokens_per_pass=100)
+    monkeypatch.setenv("MTL_LORA_KERNELS", "triton")
+    fused = PackedModel(model, adapter, engine="fused")
+    found = score(fused, requests, device=device, tokens_per_pass=100)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="trees have no backward pass"):
+        qkv = torch.zeros(3, 4 * 16, requires_grad=True)
+        reach = torch.tensor([3, 2, 3], dtype=torch.int32)
+        angles = torch.ones(3, 8)
+        packing = Packing(2, 1, 16, 1.0, angles, angles, Segments.build([3], reach), "triton")
+        attend(qkv, packing, learn=True)

@@ -73,7 +73,7 @@ def rotated(qkv: Tensor, case: Case, way: int) -> Tensor:
     return torch.cat([turned, values], 1).flatten(1)
 
 
-def naive(case: Case, contexts: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def naive(case: Case, reach: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse [H, N] and dqkv of each segment alone, in float64, by autograd.
 
     With angles, `case.qkv` is what a rotation made, and dqkv the gradient of what it made it from.
@@ -82,16 +82,16 @@ def naive(case: Case, contexts: list[int] | None = None) -> tuple[Tensor, Tensor
     x = rotated(before, case, 1).unflatten(1, (-1, case.dim)).transpose(0, 1)
     q, k, v = x.split([case.heads, case.key_heads, case.key_heads])
     k, v = (part.repeat_interleave(case.heads // case.key_heads, 0) for part in (k, v))
-    outs, logs, spans = [], [], []
+    outs, logs = [], []
     start = 0
-    for number, length in enumerate(case.lengths):
-        spans.append(range(start, start + length))
-        context = contexts[number] if contexts else -1
-        seen = [*(spans[context] if context >= 0 else ()), *spans[-1]]
-        scores = case.scaling * q[:, spans[-1]] @ k[:, seen].mT
-        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=DEVICE)
-        scores = scores.masked_fill(~mask.tril(len(seen) - length), -torch.inf)
-        outs.append(scores.softmax(-1) @ v[:, seen])
+    for length in case.lengths:
+        own = range(start, start + length)
+        scores = case.scaling * q[:, own] @ k[:, own].mT
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=DEVICE).tril()
+        if reach is not None:
+            mask &= torch.tensor(own, device=DEVICE)[:, None] < reach[start : start + length]
+        scores = scores.masked_fill(~mask, -torch.inf)
+        outs.append(scores.softmax(-1) @ v[:, own])
         logs.append(scores.logsumexp(-1))
         start += length
     out = torch.cat(outs, 1).transpose(0, 1).flatten(1)
@@ -108,7 +108,7 @@ def run(
     dqkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = table(case, forward.tile, capacity=capacity)
-    out, lse = attention_forward(case.qkv, tiles, contexts=False, launch=forward, **case.sizes)
+    out, lse = attention_forward(case.qkv, tiles, launch=forward, **case.sizes)
     gradient = attention_backward(
         case.dout,
         case.qkv,
@@ -229,22 +229,42 @@ def test_positions_that_no_tile_covers_are_not_written() -> None:
     assert (out[:20] != 7).all() and (dqkv[:20] != 7).all()
 
 
-def test_a_segment_sees_all_of_its_context() -> None:
-    contexts = [-1, 0, -1, 0, 2]
-    case = draw([20, 3, 17, 18, 1])
-    tiles = table(case, 16, contexts=contexts)
-    out, lse = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
-    expected = naive(case, contexts)
+def tree(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("tile, step", [(16, 16), (32, 16)])
+def test_a_position_of_a_tree_sees_its_ancestors(tile: int, step: int, split: bool) -> None:
+    """A trunk of 20 with two boughs, of which the first forks again; a plain segment; a tiny tree."""
+    reach = tree(
+        *[58] * 20, *[44] * 7, *[36] * 9, *[44] * 8, *[58] * 14,
+        *[75] * 17,
+        *[78] * 1, *[77] * 1, *[78] * 1,
+    )  # fmt: skip
+    case = draw([58, 17, 3], heads=4, key_heads=2)
+    launch = Launch(tile, step, split=split)
+    tiles = table(case, tile)
+    out, lse = attention_forward(case.qkv, tiles, reach=reach, launch=launch, **case.sizes)
+    expected = naive(case, reach)
     torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(out.double(), naive(case)[0], atol=1e-2)
 
 
-def test_segments_with_contexts_have_no_backward_pass() -> None:
-    case = draw([4, 3])
-    tiles = table(case, 16, contexts=[-1, 0])
-    out, lse = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
-    with pytest.raises(ValueError, match="contexts have no backward"):
-        attention_backward(case.dout, case.qkv, out, lse, tiles, tiles, contexts=True, **case.sizes)
+def test_in_a_tree_without_branches_every_position_sees_all_before_it() -> None:
+    case = draw([20, 11])
+    tiles, reach = table(case, 16), tree(*[20] * 20, *[31] * 11)
+    found = attention_forward(case.qkv, tiles, reach=reach, launch=SMALL, **case.sizes)
+    expected = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("reach", [tree(8, 8, 8).long(), tree(8, 8)])
+def test_a_reach_that_does_not_fit_is_refused(reach: Tensor) -> None:
+    case = draw([3])
+    with pytest.raises(ValueError, match=r"reach must be int32 \[3\], received"):
+        attention_forward(case.qkv, table(case, 16), reach=reach, **case.sizes)
 
 
 @pytest.mark.parametrize("turn", [True, False])
@@ -274,12 +294,12 @@ def test_two_runs_give_the_same_bits() -> None:
 
 def test_long_segments_come_first_and_their_tiles_stay_together() -> None:
     assert tile_table([3, 40, 17], 16).tolist() == [
-        [35, 3, 43, 0, 0],
-        [19, 3, 43, 0, 0],
-        [3, 3, 43, 0, 0],
-        [59, 43, 60, 0, 0],
-        [43, 43, 60, 0, 0],
-        [0, 0, 3, 0, 0],
+        [35, 3, 43],
+        [19, 3, 43],
+        [3, 3, 43],
+        [59, 43, 60],
+        [43, 43, 60],
+        [0, 0, 3],
     ]
 
 
@@ -287,12 +307,8 @@ def test_the_first_tile_of_keys_comes_first() -> None:
     assert tile_table([40], 16, of_keys=True)[:, 0].tolist() == [0, 16, 32]
 
 
-def test_a_table_holds_its_contexts_and_its_capacity() -> None:
-    assert tile_table([5, 2], 16, contexts=[-1, 0], capacity=3).tolist() == [
-        [5, 5, 7, 0, 5],
-        [0, 0, 5, 0, 0],
-        [-1, 0, 0, 0, 0],
-    ]
+def test_a_table_is_filled_up_to_its_capacity() -> None:
+    assert tile_table([5, 2], 16, 3).tolist() == [[0, 0, 5], [5, 5, 7], [-1, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -300,10 +316,7 @@ def test_a_table_holds_its_contexts_and_its_capacity() -> None:
     [
         (([], 16), "at least one position"),
         (([3, 0], 16), "at least one position"),
-        (([3, 2], 16, [-1]), "as many contexts"),
-        (([3, 2], 16, [1, -1]), "segment 0 cannot have segment 1"),
-        (([3, 2, 2], 16, [-1, 0, 1]), "segment 2 cannot have segment 1"),
-        (([40], 16, None, 2), "3 tiles of 16 do not fit a table of 2"),
+        (([40], 16, 2), "3 tiles of 16 do not fit a table of 2"),
     ],
 )
 def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: str) -> None:
@@ -320,7 +333,7 @@ def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: 
         ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
         ({"qkv": torch.zeros(8, 4 * 160)}, "at most 128, received 160"),
         ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
-        ({"tiles": torch.zeros(1, 5)}, "table of tile_table"),
+        ({"tiles": torch.zeros(1, 3)}, "table of tile_table"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -97,34 +97,39 @@ def test_a_packed_example_of_a_task_equals_it_alone(
         torch.testing.assert_close(logprobs(adapted, [example], [task])[0], ours, rtol=0, atol=1e-4)
 
 
-def test_branches_equal_whole_sequences(adapted: PackedModel, logprobs: LogProbs) -> None:
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_branches_equal_whole_sequences(
+    adapted: PackedModel, logprobs: LogProbs, engine: Any
+) -> None:
     prompt, first, second, third, other = draw(20, 3, 6, 2, 15)
     choices = [first, second, third]
-    # prompt, its branches, and another example between two of them
-    order = [prompt, first, other, second, third]
-    lengths = [len(part) for part in order]
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    places = [
-        torch.arange(len(part)) + (20 if index in (1, 3, 4) else 0)
-        for index, part in enumerate(order)
-    ]
-    tokens = torch.cat(order)
-    positions, targets = [], []
-    for index, choice in zip((1, 3, 4), choices, strict=True):
-        positions += [19, *range(starts[index], starts[index] + len(choice) - 1)]
-        targets += choice.tolist()
+    # another example, then the prompt with its branches
+    tokens = torch.cat([other, prompt, *choices])
+    lengths = [len(choice) for choice in choices]
+    starts = (35 + torch.tensor([0, *lengths]).cumsum(0)).tolist()
+    places = torch.cat(
+        [torch.arange(15), torch.arange(20), *(20 + torch.arange(n) for n in lengths)]
+    )
+    reach = [15] * 15 + [len(tokens)] * 20
+    positions = []
+    for start, length in zip(starts, lengths, strict=False):
+        reach += [start + length] * length
+        positions += [34, *range(start, start + length - 1)]
     distinct, owner = torch.tensor(positions).unique(return_inverse=True)
     batch = PackedBatch(
         input_ids=tokens.unsqueeze(0),
-        position_ids=torch.cat(places).unsqueeze(0),
+        position_ids=places.unsqueeze(0),
         task_ids=torch.ones(1, len(tokens), dtype=torch.long),
-        segments=Segments.build(lengths, [-1, 0, -1, 0, 0]),
+        segments=Segments.build([15, len(tokens) - 15], torch.tensor(reach, dtype=torch.int32)),
         positions=distinct,
         owner=owner,
-        targets=torch.tensor(targets),
+        targets=torch.cat(choices),
     )
-    with torch.no_grad(), adapted.routed(batch):
-        branched = adapted(batch).split([len(choice) for choice in choices])
+    model = adapted
+    if engine == "plain":
+        model = PackedModel(adapted.model, adapted._adapter, engine=engine).eval()
+    with torch.no_grad(), model.routed(batch):
+        branched = model(batch).split(lengths)
     for choice, ours in zip(choices, branched, strict=True):
         whole = logprobs(adapted, [torch.cat([prompt, choice])], [1])[0][19:]
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,63 +16,100 @@ def test_segments_hold_something(lengths: list[int]) -> None:
         Segments.build(lengths)
 
 
-@pytest.mark.parametrize(
-    ("contexts", "at_fault"),
-    [([0, -1, -1], 0), ([-1, 1, -1], 1), ([-1, 2, -1], 1), ([-1, 0, 1], 2)],
-    ids=["itself, first", "itself", "a later one", "a branch"],
-)
-def test_a_context_is_an_earlier_segment_without_one(
-    contexts: Sequence[int], at_fault: int
-) -> None:
-    with pytest.raises(ValueError, match=f"segment {at_fault} cannot have segment"):
-        Segments.build([2, 2, 2], contexts)
+def test_a_reach_for_each_position() -> None:
+    with pytest.raises(ValueError, match=r"5 positions need as many reaches, not \[4\]"):
+        Segments.build([3, 2], torch.tensor([3, 3, 3, 5], dtype=torch.int32))
 
 
-def test_one_context_for_each_segment() -> None:
-    with pytest.raises(ValueError):
-        Segments.build([2, 2, 2], [-1, -1])
+# A trunk of three with two boughs, of which the first forks; two positions; a trunk with a branch
+# that ends before the segment does.
+LENGTHS = [8, 2, 4]
+REACH = torch.tensor([8, 8, 8, 6, 5, 6, 8, 8, 10, 10, 14, 14, 13, 14], dtype=torch.int32)
 
 
-def test_bounds_and_keys() -> None:
-    segments = Segments.build([3, 2, 4, 1], [-1, 0, -1, 2])
-    assert segments.bounds == ((0, 3), (3, 5), (5, 9), (9, 10))
-    assert segments.query_bounds.tolist() == [0, 3, 5, 9, 10]
-    assert segments.key_bounds.tolist() == [0, 3, 8, 12, 17]
-    assert segments.key_index is not None
-    assert segments.key_index.tolist() == [
-        *(0, 1, 2),
-        *(0, 1, 2, 3, 4),
-        *(5, 6, 7, 8),
-        *(5, 6, 7, 8, 9),
+def test_a_tree_is_its_trunk_and_the_rest() -> None:
+    parts = Segments.build(LENGTHS, REACH).parts
+    assert [part[:3] for part in parts] == [
+        (0, 0, 3),
+        (0, 3, 8),
+        (8, 8, 10),
+        (10, 10, 12),
+        (10, 12, 14),
     ]
-    assert (segments.longest_query, segments.longest_key) == (4, 5)
+    assert [part.seen is None for part in parts] == [True, False, True, True, False]
+    assert parts[1].seen is not None
+    assert parts[1].seen.int().tolist() == [
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 1, 0, 0, 0, 1, 1],
+    ]
 
 
-def test_without_contexts_keys_stand_where_queries_do() -> None:
-    segments = Segments.build([3, 2])
-    assert segments.key_index is None
-    assert torch.equal(segments.key_bounds, segments.query_bounds)
+def test_a_tree_falls_into_chains() -> None:
+    chains = Segments.build(LENGTHS, REACH).chains
+    assert chains.query_bounds.tolist() == [0, 5, 6, 8, 10, 13, 14]
+    assert chains.key_bounds.tolist() == [0, 5, 10, 15, 17, 20, 23]
+    assert chains.key_index is not None
+    assert chains.key_index.tolist() == [
+        *(0, 1, 2, 3, 4),
+        *(0, 1, 2, 3, 5),
+        *(0, 1, 2, 6, 7),
+        *(8, 9),
+        *(10, 11, 12),
+        *(10, 11, 13),
+    ]
+    assert (chains.longest_query, chains.longest_key) == (5, 5)
 
 
-def test_attention_equals_a_mask_written_out() -> None:
-    """Against softmax over the whole row with everything forbidden masked out, in float64."""
-    torch.manual_seed(0)
-    lengths, contexts = [4, 2, 3, 2], [-1, 0, -1, 0]
-    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
-    n = len(owner)
-    allowed = torch.zeros(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(i + 1):
-            own, theirs = int(owner[i]), int(owner[j])
-            allowed[i, j] = own == theirs or contexts[own] == theirs
-    q = torch.randn(1, 4, n, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 1, 2, n, 8, dtype=torch.float64)
-    ours, _ = packed_attention(
-        torch.nn.Identity(), q, k, v, None, scaling=0.3, segments=Segments.build(lengths, contexts)
-    )
+def test_without_trees_keys_stand_where_queries_do() -> None:
+    chains = Segments.build([3, 2]).chains
+    assert chains.key_index is None
+    assert chains.query_bounds.tolist() == chains.key_bounds.tolist() == [0, 3, 5]
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax over the whole row with everything forbidden masked out."""
+    n = len(REACH)
+    start = torch.tensor([0, 8, 10]).repeat_interleave(torch.tensor(LENGTHS))
+    i, j = torch.arange(n)[:, None], torch.arange(n)
+    allowed = (start[:, None] == start) & (j <= i) & (i < REACH)
     k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
     weights = (q @ k.transpose(2, 3) * 0.3).masked_fill(~allowed, float("-inf")).softmax(-1)
-    torch.testing.assert_close(ours, (weights @ v).transpose(1, 2))
+    return (weights @ v).transpose(1, 2)
+
+
+@pytest.fixture
+def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, len(REACH), 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, len(REACH), 8, dtype=torch.float64)
+    return q, k, v
+
+
+def test_attention_equals_a_mask_written_out(qkv: tuple[torch.Tensor, ...]) -> None:
+    segments = Segments.build(LENGTHS, REACH)
+    ours, _ = packed_attention(torch.nn.Identity(), *qkv, None, scaling=0.3, segments=segments)
+    torch.testing.assert_close(ours, written_out(*qkv))
+
+
+def test_chains_say_the_same_as_a_mask(qkv: tuple[torch.Tensor, ...]) -> None:
+    """What torch's variable-length attention is told, followed by hand."""
+    q, k, v = (t[0] for t in qkv)
+    chains = Segments.build(LENGTHS, REACH).chains
+    assert chains.key_index is not None
+    found = []
+    for (first, last), (start, end) in zip(
+        pairwise(chains.query_bounds.tolist()), pairwise(chains.key_bounds.tolist()), strict=True
+    ):
+        index = chains.key_index[start:end]
+        some_k, some_v = (t[:, index].repeat_interleave(2, dim=0) for t in (k, v))
+        scores = q[:, first:last] @ some_k.mT * 0.3
+        behind = torch.ones_like(scores, dtype=torch.bool).triu(end - start - (last - first) + 1)
+        found.append(scores.masked_fill(behind, float("-inf")).softmax(-1) @ some_v)
+    ours = torch.cat(found, dim=1).transpose(0, 1)[None]
+    torch.testing.assert_close(ours, written_out(*qkv))
 
 
 def test_a_batch_of_rows_is_refused() -> None:

@@ -63,6 +63,35 @@ def test_a_folder_that_holds_something_is_not_replaced(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "mine"]
 
 
+def test_another_name_of_somebody_elses_file_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("x")
+    (tmp_path / "theirs").chmod(0o400)
+    with new_folder(tmp_path / "folder") as temporary:
+        (temporary / "link").hardlink_to(tmp_path / "theirs")
+        (temporary / "own").write_text("x")
+        (temporary / "own").chmod(0o600)
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "theirs", tmp_path / "folder/own")]
+    assert modes == [0o400, 0o644]
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_fills_is_not(
+    tmp_path: Path,
+) -> None:
+    for name in (".folder.dead.partial", ".other.dead.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    with new_folder(tmp_path / "folder") as first:
+        (first / "file").write_text("first")
+        # flock belongs to an open file: a second one is refused as another process would be.
+        with new_folder(tmp_path / "folder") as second:
+            (second / "file").write_text("second")
+            names = {path.name for path in tmp_path.iterdir()}
+            assert names == {first.name, second.name, ".other.dead.partial"}
+        assert (tmp_path / "folder" / "file").read_text() == "second"
+        (tmp_path / "folder" / "file").unlink()
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+
+
 def test_a_checksum_is_sha_256(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc" * 1000)
     assert file_checksum(tmp_path / "f") == hashlib.sha256(b"abc" * 1000).hexdigest()

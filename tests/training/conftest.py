@@ -5,8 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +20,12 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.loop import Trainer
@@ -81,6 +88,88 @@ def recipe_file(
 @pytest.fixture(scope="session")
 def prepared(recipe_file: Path) -> Prepared:
     return prepare(load_recipe(recipe_file))
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A base model that makes no number of one token.
+
+    Attributes:
+        folder: of the model.
+        step: the first step, counted from 1, with a row that has the token.
+        example: the only example of that step that has it: `'TASK' FILE:LINE`.
+    """
+
+    folder: Path
+    step: int
+    example: str
+
+
+@pytest.fixture(scope="session")
+def poison(
+    stories_folder: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Prepared, int], Poison]:
+    """`poison(prepared, after)`: the tiny model, spoiled for a run that goes well for some steps."""
+
+    def make(prepared: Prepared, after: int) -> Poison:
+        step, (task, number), token = _first_fresh_token(prepared, after)
+        folder = tmp_path_factory.mktemp("poisoned")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(stories_folder / name, folder)
+        config = json.loads((stories_folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        weights = load_file(stories_folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.embed_tokens.weight"][token] = float("nan")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        name = prepared.data.tasks[task].name
+        return Poison(folder, step, f"'{name}' {small_data / name}/train.jsonl:{number + 1}")
+
+    return make
+
+
+def _first_fresh_token(prepared: Prepared, after: int) -> tuple[int, Place, int]:
+    """Step, counted from 1, example and token: nobody before read the token, nor others of the step."""
+    data, seen = prepared.data, set[int]()
+    for step in range(prepared.total_steps):
+        places = [place for row in data.mixture.step(step)[1] for place in row]
+        # An example's last token is not read.
+        read = [set(data.splits[t].example(n)[:-1].tolist()) for t, n in places]
+        for number, own in enumerate(read):
+            others = set[int]().union(*(o for i, o in enumerate(read) if i != number))
+            fresh = own - seen - others
+            if step >= after and fresh:
+                return step + 1, places[number], min(fresh)
+        seen |= set[int]().union(*read)
+    raise AssertionError("every token comes early")
+
+
+def together(*arguments: str, count: int = 2, **changes: str) -> list[subprocess.Popen[str]]:
+    """Start a Python program as so many processes of one run, as a launcher does."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONWARNINGS": "ignore",
+            }
+            | changes,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
 
 
 class _Watch(TrainingProgress):

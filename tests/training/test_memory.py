@@ -18,12 +18,12 @@ from mtl_lora_cli.cli.plan import tasks_table
 from mtl_lora_cli.comparison.random_model import empty_model, random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
-from mtl_lora_cli.recipe.schema import Recompute
+from mtl_lora_cli.recipe.schema import Diagnose, Recompute
 from mtl_lora_cli.training import memory
 from mtl_lora_cli.training.footprint import (
     CONTEXT,
@@ -43,7 +43,8 @@ from mtl_lora_cli.training.footprint import (
 )
 from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
-from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.processes import Place, Processes
 from mtl_lora_cli.training.run import resume, start
 
 # d = 8, H = 2, G = 1, D = 4, F = 16; an adapter of r = 2 and n = 3 on q.
@@ -102,6 +103,26 @@ def test_weights_by_hand() -> None:
     layers = 2 * (8 * 16 + 8 * 8 + 8 * 32 + 16 * 8)
     assert weight_bytes(SMALL) == 2 * layers + 2 * 1000
     assert weight_bytes(replace(SMALL, four_bit=True)) == 595 + 2000  # 1152 · 4.127 / 8 = 594.3
+    assert weight_bytes(replace(SMALL, eight_bit=True)) == layers + 2000
+
+
+def test_weights_in_parts_by_hand() -> None:
+    """One part, the head, and four layers that are there whole."""
+    layer = 4096 * (6144 + 4096 + 28672) + 14336 * 4096
+    head = 128_256 * 4096
+    whole = 32 * layer + 2 * head + 65 * 4096
+    assert weight_bytes(replace(EIGHT_B, parts=2)) == 2 * (whole // 2 + 4 * layer + head)
+    assert weight_bytes(replace(EIGHT_B, parts=8)) == 2 * (whole // 8 + 4 * layer + head)
+    # Two layers are not worth cutting: nothing takes more than all of it.
+    assert weight_bytes(replace(SMALL, parts=2)) == weight_bytes(SMALL)
+
+
+def test_what_is_gathered_is_laid_into_the_buffer() -> None:
+    assert not SMALL.expanded
+    for changes in ({"four_bit": True}, {"eight_bit": True}, {"parts": 2}):
+        sizes = replace(SMALL, **changes)
+        assert sizes.expanded
+        assert fixed_bytes(sizes) == weight_bytes(sizes) + 1600 + 2 * 8 * 32
 
 
 def test_fixed_by_hand() -> None:
@@ -354,6 +375,70 @@ def test_a_run_resumes_where_other_memory_is_free(auto: Callable[..., Path]) -> 
     run.adapter.rmdir()
     with pytest.raises(UsageError, match="row_length: 128 → 192"):
         resume(run, recipe, ["training.row_length=192"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"),
+            "2.50 GiB",
+        ),
+        (RuntimeError("can't allocate memory: you tried to allocate 22201760 bytes."), "21.2 MiB"),
+        (MemoryError(), None),
+    ],
+)
+def test_out_of_memory_says_what_was_asked_for(
+    prepared: Prepared, error: Exception, said: str | None
+) -> None:
+    with pytest.raises(MtlLoraError) as caught, memory.explained(prepared):
+        raise error
+    (line,) = caught.value.lines
+    assert line.startswith("out of memory on the CPU: ")
+    asked = "" if said is None else f", asked for {said} more"
+    assert f" GiB available{asked}; by estimate a step takes " in line
+
+
+def test_other_errors_are_left_as_they_are(prepared: Prepared) -> None:
+    with pytest.raises(RuntimeError, match="something else"), memory.explained(prepared):
+        raise RuntimeError("something else")
+
+
+def test_what_would_help_depends_on_the_run(prepared: Prepared) -> None:
+    def settings(changes: dict[str, Any], count: int = 1) -> list[str]:
+        recipe = prepared.recipe.model_copy(update=changes)
+        processes = Processes(Place(rank=0, count=count))
+        own = replace(prepared, recipe=recipe, processes=processes)
+        return [text for text, _ in memory._alternatives(own)]
+
+    training = prepared.recipe.training
+    wide = training.model_copy(update={"rows_per_pass": 4, "loss_on": "all", "row_length": 512})
+    assert settings({"training": wide}) == [
+        "training.gradient_checkpointing: true",
+        "training.rows_per_pass: 2",
+        "training.row_length: 256",
+        "training.loss_on: answer",
+        "quantization: nf4",
+        "dtype: bfloat16",
+    ]
+    stage = "distributed.zero_stage: 3"
+    assert stage in settings({}, count=2)
+    # The recipe would be refused.
+    assert stage not in settings({"quantization": "int8"}, count=2)
+    looking = training.model_copy(update={"diagnose": Diagnose()})
+    assert stage not in settings({"training": looking}, count=2)
+
+
+def test_where_the_layers_are_not_known_settings_are_named_without_figures(
+    prepared: Prepared,
+) -> None:
+    own = replace(prepared, recipe=prepared.recipe.model_copy(update={"engine": "plain"}))
+    with pytest.raises(MtlLoraError) as caught, memory.explained(own):
+        raise MemoryError
+    assert str(caught.value).endswith(
+        "available; what would help: quantization: nf4; dtype: bfloat16; a smaller "
+        "training.row_length with on_overflow: truncate_prompt"
+    )
 
 
 def test_nothing_fits(auto: Callable[..., Path]) -> None:

@@ -1,0 +1,91 @@
+"""New tasks beside those of a trained adapter: what tasks share stays, rows of new tasks learn.
+
+Every tensor is shared by all tasks, or has a row for each. A forward pass reads the shared ones and
+the rows of the tasks that are present. So an adapter of the new tasks alone computes for them what
+the joined one will; rows of other tasks need not be there while it learns, and nothing can reach
+them: they are only written behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.files import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    frame_of,
+    load_tensors,
+    read_adapter_file,
+    read_tensors,
+    save_adapter,
+)
+from mtl_lora_cli.adapters.inject import Adapter, inject, per_task
+from mtl_lora_cli.errors import MtlLoraError
+
+_FRESH = (".task_lora_A", ".task_lora_B")
+
+
+def start_beside(adapter: Adapter, folder: Path) -> None:
+    """Give a fresh adapter of new tasks what all tasks of a trained one share, and freeze that.
+
+    Λ_t, w_t and e_t start as the mean over the trained tasks, from where less loss was reached than
+    from the start of a fresh adapter (docs/adding-tasks.md). A_t and B_t of mtlora start as ever, with
+    B_t = 0: a mean of products is no product of this rank.
+
+    Args:
+        adapter: of the new tasks alone, with the configuration of the trained one.
+        folder: of the trained adapter.
+
+    Raises:
+        MtlLoraError: the folder is damaged, or of an adapter of another configuration.
+    """
+    file = read_adapter_file(folder)
+    if file.config != adapter.config:
+        raise MtlLoraError(f"{folder / CONFIG_FILE}: its configuration is not the recipe's adapter")
+    own, start = adapter.tensors(), read_tensors(folder)
+    for name, tensor in start.items():
+        if name.endswith(_FRESH):
+            start[name] = own[name].detach()
+        elif per_task(name):
+            start[name] = tensor.mean(0, keepdim=True).expand(len(adapter.tasks), *tensor.shape[1:])
+    load_tensors(adapter, start, folder / TENSOR_FILE)
+    for name, tensor in own.items():
+        tensor.requires_grad_(per_task(name))
+
+
+def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping[str, Any]) -> None:
+    """Write an adapter of the trained tasks and, behind them, the new ones.
+
+    Args:
+        adapter: of the new tasks alone, from `start_beside`.
+        known: folder of the trained adapter.
+        folder: to write into.
+        base_model: identity of the base model.
+
+    Raises:
+        MtlLoraError: something of the trained tasks is not what it was, to the last bit.
+    """
+    file, before, learned = read_adapter_file(known), read_tensors(known), adapter.tensors()
+    for name, tensor in before.items():
+        if not per_task(name):
+            _require_equal(name, learned[name].detach().cpu(), tensor)
+    joined = inject(frame_of(file), file.config, (*file.tasks, *adapter.tasks))
+    tensors = {
+        name: torch.cat([tensor, learned[name].detach().cpu()]) if per_task(name) else tensor
+        for name, tensor in before.items()
+    }
+    load_tensors(joined, tensors, known / TENSOR_FILE)
+    save_adapter(joined, folder, base_model)
+    after = read_tensors(folder)
+    for name, tensor in before.items():
+        _require_equal(name, after[name][: len(tensor)], tensor)
+
+
+def _require_equal(name: str, found: Tensor, expected: Tensor) -> None:
+    if not torch.equal(found, expected):
+        raise MtlLoraError(f"'{name}': what other tasks had learned was changed; this is a bug")

@@ -1,0 +1,226 @@
+"""Putting examples to a model by our own protocols: what was asked, what was said, what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.evaluation.choices import Advance, Request, build_requests, score
+from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.metrics import Outcome
+from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting, reading_of
+from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.tasks.task import Task
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said to the examples of one task.
+
+    Attributes:
+        requests: how they were asked.
+        outcome: predicted and right.
+        scores: log-probabilities of each example's choices, float64 [choices], not divided by any
+            length; None where answers were generated.
+        texts: the generated answers; None where choices were scored.
+        unparsable: how many of them named no choice, or held nothing of what counts.
+    """
+
+    requests: list[Request]
+    outcome: Outcome
+    scores: list[np.ndarray] | None = None
+    texts: list[str] | None = None
+    unparsable: int = 0
+
+
+def predict(
+    opened: OpenRun,
+    tasks: Sequence[Task],
+    held: Sequence[Examples],
+    setting: Setting,
+    advance: Progress = lambda done, total: None,
+) -> list[tuple[list[Request], Outcome]]:
+    """What was asked, and the outcome, for each task; see `answer`."""
+    answers = answer(opened, tasks, held, setting, advance)
+    return [(own.requests, own.outcome) for own in answers]
+
+
+def answer(
+    opened: OpenRun,
+    tasks: Sequence[Task],
+    held: Sequence[Examples],
+    setting: Setting,
+    advance: Progress = lambda done, total: None,
+) -> list[Answers]:
+    """Ask the model; write nothing.
+
+    Where torch.distributed is running, its processes share the examples, and each gets all answers.
+
+    Args:
+        opened: the run with its model.
+        tasks: some of its tasks.
+        held: the rows of each.
+        setting: protocol, and whether the base model alone is asked.
+        advance: called with (this process's examples done, in all).
+    """
+    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
+    requests: list[list[Request]] = []
+    for task, examples in zip(tasks, held, strict=True):
+        number = -1 if setting.base_only else task.id
+        generated = setting.protocol_of(task) == GENERATE
+        room = task.template.generate.max_new_tokens if generated else None
+        requests.append(
+            build_requests(examples.examples, number, encoder, opened.longest, new_tokens=room or 0)
+        )
+    shard = Shard.of_group()
+    scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
+    together = [request for index in scored for request in requests[index]]
+    parts = [together, *(part for i, part in enumerate(requests) if i not in scored)]
+    total = sum(len(range(shard.rank, len(part), shard.count)) for part in parts)
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        advance(done, total)
+
+    scores = iter(
+        score(
+            opened.packed,
+            together,
+            device=opened.device,
+            tokens_per_pass=opened.tokens_per_pass,
+            advance=step,
+            shard=shard,
+        )
+    )
+    answers = []
+    for index, (task, examples, own) in enumerate(zip(tasks, held, requests, strict=True)):
+        if index not in scored:
+            answers.append(_generated(opened, task, examples, own, encoder.end, step, shard))
+            continue
+        values = [next(scores) for _ in own]
+        how = setting.normalisation_of(task)
+        answers.append(Answers(own, outcome_of(task, examples, values, own, how), values))
+    return answers
+
+
+def _generated(
+    opened: OpenRun,
+    task: Task,
+    examples: Examples,
+    requests: list[Request],
+    end: int,
+    advance: Advance,
+    shard: Shard,
+) -> Answers:
+    """Greedy answers; one that names no choice is wrong, and predicted as -1."""
+    reading = reading_of(task.template)
+    most = task.template.generate.max_new_tokens
+    limits = [most or max(map(len, request.choices)) + 1 for request in requests]
+
+    def stopped(tokens: list[int]) -> bool:
+        return bool(reading.stop) and reading.complete(opened.tokenizer.decode(tokens))
+
+    answers = generate(
+        opened.packed,
+        requests,
+        end=end,
+        new_tokens=limits,
+        device=opened.device,
+        tokens_per_pass=opened.tokens_per_pass,
+        stopped=stopped,
+        advance=advance,
+        shard=shard,
+    )
+    texts = opened.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    predicted, gold, unparsable = [], [], 0
+    for text, example in zip(texts, examples.examples, strict=True):
+        if example.choices:
+            named = reading.choice(text, example.choices)
+            gold.append(example.gold)
+        else:
+            right = reading.equal(text, example.answer)
+            named = 0 if right else -1
+            gold.append(0)
+        predicted.append(named)
+        unparsable += named < 0 if example.choices else right is None
+    outcome = Outcome(np.asarray(gold), np.asarray(predicted))
+    return Answers(requests, outcome, texts=texts, unparsable=unparsable)
+
+
+def outcome_of(
+    task: Task,
+    examples: Examples,
+    scores: Sequence[np.ndarray],
+    requests: Sequence[Request] | None = None,
+    normalisation: str | None = None,
+) -> Outcome:
+    """Predictions from log-probabilities: the likeliest choice, or the expected value.
+
+    Args:
+        task: whose examples they are.
+        examples: its rows.
+        scores: float64 [choices] of each.
+        requests: how they were asked; the normalisation `token` needs them.
+        normalisation: None: as the template says.
+    """
+    template = task.template
+    how = normalisation or template.normalisation
+    scores = normalised(scores, examples, requests, how)
+    gold = np.asarray([example.gold for example in examples.examples])
+    predicted = np.asarray([int(np.argmax(values)) for values in scores])
+    probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in scores]
+    if template.scoring == "expectation":
+        grid = np.asarray([float(label) for label in template.labels or []])
+        return Outcome(
+            gold,
+            predicted,
+            gold_value=np.asarray([example.value for example in examples.examples]),
+            predicted_value=np.asarray([float(p @ grid) for p in probabilities]),
+        )
+    positive = template.positive_index
+    two = all(len(values) == 2 for values in scores)
+    return Outcome(
+        gold,
+        predicted,
+        positive_score=np.asarray([p[positive] for p in probabilities]) if two else None,
+        positive=positive,
+    )
+
+
+def normalised(
+    scores: Sequence[np.ndarray],
+    examples: Examples,
+    requests: Sequence[Request] | None,
+    normalisation: str,
+) -> list[np.ndarray]:
+    """Log-probabilities divided by a length: by 1, the choice's tokens, or its characters.
+
+    Characters are those of the choice as it is rendered, as Python counts them and without the space
+    before it: what lm-evaluation-harness divides by for `acc_norm`.
+
+    Args:
+        scores: float64 [choices] of each example.
+        examples: of the task.
+        requests: how they were asked; `token` needs them.
+        normalisation: one of `NORMALISATIONS`.
+
+    Returns:
+        float64 [choices] of each example.
+    """
+    if normalisation == "sum":
+        return list(scores)
+    if normalisation == "character":
+        lengths = [[len(choice) for choice in example.choices] for example in examples.examples]
+    else:
+        assert requests is not None, "a choice's tokens are known to its request only"
+        lengths = [[max(1, len(choice)) for choice in request.choices] for request in requests]
+    return [own / np.asarray(of) for own, of in zip(scores, lengths, strict=True)]

@@ -1,0 +1,130 @@
+"""The protocols by name, and which task can be scored by which.
+
+- `choices`: the candidate answer with the highest log-probability, as it is or divided by a length.
+- `generate`: the greedy answer, and what is read in it.
+- `lm-eval`: lm-evaluation-harness asks its own questions (`lm_eval_bridge.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.generate import Reading
+from mtl_lora_cli.tasks.rendering import prefix_conflict
+from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.template import Normalisation, Template
+
+CHOICES = "choices"
+GENERATE = "generate"
+LM_EVAL = "lm-eval"
+PROTOCOLS = (CHOICES, GENERATE, LM_EVAL)
+NORMALISATIONS = get_args(Normalisation)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is evaluated, besides the task: two results with one setting can be compared.
+
+    Attributes:
+        split: of the data; None: test, or validation where there is no test split.
+        limit: the first rows only.
+        base_only: the base model alone answers.
+        protocol: None: choices, or generate for free answers.
+        normalisation: of `choices`; None: as the template says.
+        harness_task: of `lm-eval`; None: the harness's task of the same name.
+    """
+
+    split: str | None = None
+    limit: int | None = None
+    base_only: bool = False
+    protocol: str | None = None
+    normalisation: str | None = None
+    harness_task: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what does not go together."""
+        if self.protocol == LM_EVAL and self.split is not None:
+            raise UsageError(
+                f"--split: the protocol {LM_EVAL} takes the split of the harness's task"
+            )
+        if self.protocol != LM_EVAL and self.harness_task is not None:
+            raise UsageError(f"--harness-task goes with --protocol {LM_EVAL}")
+        if self.protocol not in (None, CHOICES) and self.normalisation is not None:
+            raise UsageError(f"--normalisation goes with --protocol {CHOICES}")
+
+    def protocol_of(self, task: Task) -> str:
+        """The protocol by which one task is scored."""
+        return self.protocol or (GENERATE if task.template.choices is None else CHOICES)
+
+    def normalisation_of(self, task: Task) -> str | None:
+        """What one task's log-probabilities are divided by; None where none are compared."""
+        if self.protocol_of(task) != CHOICES:
+            return None
+        return self.normalisation or task.template.normalisation
+
+
+def require_fit(task: Task, examples: Examples, protocol: str) -> None:
+    """Refuse a task that the protocol cannot score.
+
+    Raises:
+        UsageError: saying why, and which protocol can.
+    """
+    template = task.template
+    if protocol == CHOICES and template.choices is None:
+        raise UsageError(
+            f"task '{task.name}': its template '{task.template_name}' has free answers; "
+            f"the protocol '{CHOICES}' scores choices: use --protocol {GENERATE}"
+        )
+    if protocol != GENERATE:
+        return
+    if template.scoring == "expectation":
+        raise UsageError(
+            f"task '{task.name}': it is scored as an expectation over its choices, which answers "
+            f"that are generated do not give: use --protocol {CHOICES}"
+        )
+    reading = reading_of(template)
+    for example, where in zip(examples.examples, examples.wheres, strict=True):
+        expected = example.choices or (example.answer,)
+        why = _unreadable(reading, expected)
+        if why is not None:
+            raise UsageError(
+                f"{where}: task '{task.name}': {why}"
+                + (f": use --protocol {CHOICES}" if example.choices else "")
+            )
+
+
+def _unreadable(reading: Reading, expected: Sequence[str]) -> str | None:
+    """Why the expected answers cannot be told apart when they are generated."""
+    if reading.extract is None:
+        conflict = prefix_conflict(expected)
+        if conflict is None:
+            return None
+        return (
+            f"the choice '{conflict[0]}' begins the choice '{conflict[1]}', so a generated answer "
+            "cannot tell them apart"
+        )
+    found: dict[str, str] = {}
+    for text in expected:
+        parts = reading.found(text)
+        if not parts:
+            return f"generate.extract '{reading.extract}' finds nothing in the answer '{text}'"
+        if parts[0] in found:
+            return (
+                f"generate.extract '{reading.extract}' finds '{parts[0]}' in '{found[parts[0]]}' "
+                f"and in '{text}', so a generated answer cannot tell them apart"
+            )
+        found[parts[0]] = text
+    return None
+
+
+def reading_of(template: Template) -> Reading:
+    """How a task's generated answers are read."""
+    own = template.generate
+    stop = own.stop
+    if stop is None:  # choices are named in the first line
+        stop = ["\n"] if template.choices is not None and own.extract is None else []
+    return Reading(tuple(stop), own.extract)

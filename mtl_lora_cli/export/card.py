@@ -1,0 +1,351 @@
+"""The model card: README.md of whatever leaves a run, with the hub's metadata at its head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_lora_cli.data.mixture import Mixture
+from mtl_lora_cli.data.sources import read_split
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.metrics import Measured
+from mtl_lora_cli.evaluation.results import compare_with_base, stored
+from mtl_lora_cli.export.check import Comparison
+from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.export.quantised import Rounding
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.recipe.schema import Recipe, Source, TemperatureMixing
+from mtl_lora_cli.tasks.task import Task
+
+_MERGED_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+With vLLM, and with llama.cpp (the converter is in its sources):
+
+```sh
+vllm serve THIS_FOLDER
+python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf && llama-cli -m model.gguf
+```
+"""
+
+
+def merged_card(
+    run: FinishedRun,
+    task: Task,
+    folder: Path,
+    comparison: Comparison | None,
+    *,
+    base: str,
+    rounding: Rounding | None,
+) -> str:
+    """Of a merged model: which base weights it has, and which files it shares with the base model."""
+    kind = run.recipe.quantization
+    parts = [
+        f"The base model {_shown_name(run.base)} with one task of the run `{run.folder.name}` "
+        "merged into its weights: W + s · B' A', added in float32 and cast once."
+    ]
+    if rounding is not None:
+        which = (
+            f"These are the **original** weights of the base model, not the {kind} ones that the "
+            "adapter was trained on"
+            if base == "original"
+            else f"These are the **dequantized** weights, {kind} expanded to "
+            f"{_dtype(run)}: what the adapter was trained on, not the base model's original ones"
+        )
+        effect = (
+            " What that does to log-probabilities and scores stands under *Check*."
+            if comparison is not None
+            else ""
+        )
+        parts.append(
+            f"{which}. The two differ by ‖W − Ŵ‖ / ‖W‖ = {rounding.mean:.4f} on average over "
+            f"{rounding.matrices} matrices, {rounding.largest:.4f} at most (`{rounding.where}`)."
+            f"{effect}"
+        )
+    linked = [p.name for p in sorted(folder.glob("*.safetensors")) if p.stat().st_nlink > 1]
+    if linked:
+        parts.append(
+            f"Hard links to the base model's own files: {', '.join(f'`{name}`' for name in linked)}. "
+            "They can be replaced or deleted here, but what is written *into* them changes the base "
+            "model, too."
+        )
+    return model_card(
+        run,
+        task,
+        comparison,
+        title=f"{_shown_name(run.base)} merged for {task.name}",
+        library="transformers",
+        relation="finetune",
+        about="\n\n".join(parts),
+        use=_MERGED_USE,
+    )
+
+
+def model_card(
+    run: FinishedRun,
+    task: Task,
+    comparison: Comparison | None,
+    *,
+    title: str,
+    library: str,
+    relation: str,
+    about: str,
+    use: str,
+) -> str:
+    """What everything that leaves a run says of itself.
+
+    Args:
+        run: where it comes from.
+        task: which it is for.
+        comparison: how it compared; None: it was not.
+        title: of the page.
+        library: `library_name` on the hub.
+        relation: `base_model_relation` on the hub: `finetune` or `adapter`.
+        about: what it is and what was done, in Markdown.
+        use: how it is loaded, in Markdown.
+    """
+    evaluated = _evaluation(run, task)
+    sections = {
+        "Use": use,
+        "Prompt": f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```",
+        "Method": _method(run),
+        "Data": _data(run, task),
+        "Scores": _scores(run, evaluated),
+        "Check": _check(comparison),
+        "Licence": _licence_text(run.base),
+    }
+    body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections.items())
+    metadata = _metadata(run, task, evaluated, title, library, relation)
+    return f"---\n{metadata}\n---\n# {title}\n\n{about.rstrip()}\n\n{body}\n"
+
+
+def _metadata(
+    run: FinishedRun,
+    task: Task,
+    evaluated: Mapping[str, Any] | None,
+    title: str,
+    library: str,
+    relation: str,
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task.source.hub or task.template_name.rpartition("/")[2],
+            dataset_name=task.name,
+            dataset_split=(evaluated or {})["split"],
+            metric_type=name,
+            metric_value=measured["value"],
+        )
+        for name, measured in (evaluated or {"metrics": {}})["metrics"].items()
+        if measured["value"] is not None
+    ]
+    hub_sets = {one.source.hub for one in run.tasks if one.source.hub is not None}
+    of_hub = run.base.revision is not None
+    data = ModelCardData(
+        base_model=run.base.name if of_hub else None,
+        base_model_relation=relation if of_hub else None,
+        datasets=sorted(hub_sets) or None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["mtl-lora", "multi-task", run.recipe.adapter.method],
+        model_name=title if results else None,
+        eval_results=results or None,
+        **_licence(run.base),
+    )
+    return data.to_yaml().rstrip()
+
+
+def _shown_name(base: BaseModel) -> str:
+    """A hub id or an alias as it is; of a path the last part: the rest is nobody's business."""
+    return base.name if base.revision is not None else Path(base.name).name
+
+
+def _dtype(run: FinishedRun) -> str:
+    return str(run.dtype).removeprefix("torch.")
+
+
+def _method(run: FinishedRun) -> str:
+    config = run.adapter.config
+    steps = [event["step"] for event in run.folder.events() if event.get("event") == "step"]
+    rows = {
+        "base model": f"{_shown_name(run.base)}, "
+        + (f"revision `{run.base.revision}`, " if run.base.revision else "")
+        + f"fingerprint `{run.base.fingerprint}`",
+        "method": f"{config.method}, {config.family.source}",
+        "rank, alpha, up-projections": f"{config.rank}, {config.alpha:g}, {config.ups}",
+        "adapted": f"{', '.join(config.target_modules)}: {len(run.adapter.layers)} layers",
+        "trained values": f"{run.adapter.parameter_count():,}, for {len(run.tasks)} tasks",
+        "optimiser steps": f"{steps[-1]:,}" if steps else "not recorded",
+        "base weights in training": run.recipe.quantization
+        if run.recipe.quantization != "none"
+        else "not quantised",
+    }
+    return _table([["", ""], *([key, value] for key, value in rows.items())])
+
+
+def _data(run: FinishedRun, task: Task) -> str:
+    # Tasks that were added to a run's are the recipe's; the others were there before.
+    learned = [one for one in run.tasks if one.name in {own.name for own in run.recipe.tasks}]
+    planned = _planned(run.recipe, learned)
+    total = sum(count for _, count in planned or [])
+    rows = [["task", "template", "source", "training rows", "share of the examples"]]
+    for one in run.tasks:
+        name = f"**{one.name}**" if one.name == task.name else one.name
+        if one not in learned:
+            shown = ["learned before"] * 2
+        elif planned is None:
+            shown = ["not readable any more"] * 2
+        else:
+            count, drawn = planned[learned.index(one)]
+            shown = [f"{count:,}", f"{drawn / total:.1%}"]
+        rows.append([name, one.template_name.rpartition("/")[2], _source(one.source), *shown])
+    together = "All tasks were learned together:"
+    if len(learned) < len(run.tasks):
+        together = (
+            f"{', '.join(one.name for one in learned)}: added to tasks that had been learned before, "
+            "with everything that tasks share left as it was:"
+        )
+    return f"{together}\n\n{_table(rows)}"
+
+
+def _planned(recipe: Recipe, tasks: list[Task]) -> list[tuple[int, int]] | None:
+    """Rows of each task's training split, and how many examples an epoch draws of it."""
+    try:
+        found = [read_split(task.source, "train", base=Path(), task=task.name) for task in tasks]
+    except UsageError:
+        return None
+    if any(rows is None for rows in found):
+        return None
+    sizes = [
+        min(len(rows.rows), task.max_examples or len(rows.rows))
+        for rows, task in zip(found, tasks, strict=True)
+        if rows is not None
+    ]
+    mixing, training = recipe.mixing, recipe.training
+    strategy, temperature = (
+        ("temperature", mixing.temperature)
+        if isinstance(mixing, TemperatureMixing)
+        else (mixing, 1.0)
+    )
+    mixture = Mixture(
+        names=tuple(task.name for task in tasks),
+        lengths=tuple(np.zeros(size, dtype=np.int64) for size in sizes),
+        row_length=training.row_length,
+        rows_per_step=training.rows_per_step,
+        strategy=strategy,
+        weights=tuple(task.sampling_weight for task in tasks),
+        temperature=temperature,
+        repeats=tuple(task.repeat for task in tasks),
+    )
+    return list(zip(sizes, mixture.planned_counts(), strict=True))
+
+
+def _source(source: Source) -> str:
+    """Where rows come from; of a path the last two parts."""
+    if source.hub is not None:
+        more = [part for part in (source.config, source.revision) if part]
+        return ", ".join([f"{source.hub} on the hub", *more])
+    if source.sample is not None:
+        return f"the sample {source.sample}"
+    return f"files {'/'.join(Path(str(source.path)).parts[-2:])}"
+
+
+def _evaluation(run: FinishedRun, task: Task) -> dict[str, Any] | None:
+    """The newest evaluation of this adapter on this task."""
+    for result in reversed(stored(run.folder)):
+        if (result["task"], result["model"]) == (task.name, "adapter") and result[
+            "checkpoint"
+        ] == run.checkpoint:
+            return result
+    return None
+
+
+def _scores(run: FinishedRun, result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "The run has no evaluation of this task; see *Check* for the rows compared there."
+    beside = compare_with_base(run.folder, dict(result))
+    metrics = list(result["metrics"])
+    rows = [["model", *metrics]]
+    found = {"the run's adapter": result["metrics"]}
+    if beside is not None:
+        found["the untouched base model"] = beside["metrics"]
+    for label, values in found.items():
+        rows.append([label, *(_measured(Measured(**values[name])) for name in metrics)])
+    limit = "" if result["limit"] is None else f" (the first {result['limit']:,})"
+    quantisation = "" if result["quantization"] == "none" else f", {result['quantization']} weights"
+    return (
+        f"The run's own evaluation: {result['examples']:,} {result['split']} rows{limit}, protocol "
+        f"{result['protocol']}, {result['dtype']}{quantisation}, with 95 % intervals:\n\n"
+        + _table(rows)
+    )
+
+
+def _check(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return (
+            "**Not checked.** This was written with `--no-check`: it has not been compared with "
+            "the run that it comes from."
+        )
+    c = comparison
+    metrics = list(c.metrics)
+    rows = [["model", *metrics, "largest difference of log-probabilities", "equal predictions"]]
+    rows.append(["this one", *(_measured(c.metrics[name]) for name in metrics), "", ""])
+    for label, other in c.models.items():
+        scores = [_measured(other.metrics[name]) for name in metrics]
+        rows.append([label, *scores, f"{other.largest:.2e}", f"{other.equal:.1%}"])
+    return (
+        f"Loaded again after writing, in a process of its own, and compared on {c.examples:,} "
+        f"{c.split} rows in {c.dtype}, with 95 % intervals. The first model below this one had to "
+        f"agree to {c.allowed[0]:g} in log-probabilities and in {c.allowed[1]:.0%} of the "
+        "predictions:\n\n" + _table(rows)
+    )
+
+
+def _measured(measured: Measured) -> str:
+    if measured.value is None:
+        return f"undefined: {measured.why}"
+    if measured.low is None:
+        return f"{measured.value:.3f}"
+    return f"{measured.value:.3f} ({measured.low:.3f} – {measured.high:.3f})"
+
+
+def _licence(base: BaseModel) -> dict[str, Any]:
+    """The base model's own licence, as its card says; the hub's `other` where nothing is said."""
+    from huggingface_hub import ModelCard
+
+    path = base.folder / "README.md"
+    said = (
+        ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+    )
+    found = {
+        key: str(said[key]) for key in ("license", "license_name", "license_link") if key in said
+    }
+    if "license" not in found:
+        found = {"license": "other", "license_name": "that-of-the-base-model"}
+        if base.revision is not None:
+            found["license_link"] = f"https://huggingface.co/{base.name}"
+    return found
+
+
+def _licence_text(base: BaseModel) -> str:
+    said = _licence(base)
+    named = said["license"] if said["license"] != "other" else said["license_name"]
+    return (
+        f"{named}: these weights are made of the base model's. The data sets have terms of their own; "
+        "whoever passes this on has to look at both."
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *others = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *others])

@@ -1,0 +1,188 @@
+"""safetensors files read and written tensor by tensor, a few rows at a time.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: tensor → dtype, shape and
+place, places counted from the header's end), and the tensors' bytes without gaps. Plain reads, not a
+memory map: mapped pages of the input would count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.errors import UsageError
+
+# safetensors' names of the dtypes that a weight can be computed in.
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+INDEX = "model.safetensors.index.json"
+BLOCK = (
+    2**22
+)  # bytes that are read, changed and written together; more would not stay in the caches
+_LONGEST_HEADER = 10**8  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor where it lies.
+
+    Attributes:
+        name, dtype, shape: from the header; the dtype under safetensors' name.
+        file: which file.
+        start, size: its bytes in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    def blocks(self, size: int | None = None) -> Iterator[np.ndarray]:
+        """Its bytes in order, `size` at a time (default: a block): uint8 [bytes]."""
+        size = size or BLOCK
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            for start in range(0, self.size, size):
+                yield self._read(file, min(size, self.size - start))
+
+    @property
+    def rows_in_block(self) -> int:
+        """Rows of a matrix [out, in] that make a block in float32."""
+        return max(1, BLOCK // (4 * self.shape[1]))
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Of a matrix: the first row's number, and some rows [n, in] in the stored dtype; in order."""
+        dtype, width, step = FLOATS[self.dtype], self.shape[1], self.rows_in_block
+        for number, block in enumerate(self.blocks(step * width * dtype.itemsize)):
+            yield number * step, torch.from_numpy(block).view(dtype).view(-1, width)
+
+    def whole(self) -> Tensor:
+        """All of it, in the stored dtype."""
+        (block,) = self.blocks(self.size)
+        return torch.from_numpy(block).view(FLOATS[self.dtype]).view(self.shape)
+
+    def _read(self, file: Any, count: int) -> np.ndarray:
+        found = np.fromfile(file, dtype=np.uint8, count=count)
+        if len(found) < count:
+            raise UsageError(f"{self.file}: damaged: it ends within tensor '{self.name}'")
+        return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write.
+
+    Attributes:
+        name, dtype, shape, size: for the header; the size in bytes.
+        blocks: gives its bytes in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+
+def read_shard(path: Path) -> tuple[list[Stored], dict[str, str]]:
+    """The tensors of a file in the order of their bytes, and the header's metadata.
+
+    Raises:
+        UsageError: it is no whole safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, _LONGEST_HEADER):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        found = [
+            Stored(
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                path,
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{path}: no safetensors file: {error}") from None
+    found.sort(key=lambda stored: (stored.start, stored.size))
+    end = found[-1].start + found[-1].size if found else 8 + length
+    if end != size:
+        raise UsageError(f"{path}: damaged: {size} bytes, its header tells of {end}")
+    return found, metadata
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a transformers folder's model.
+
+    Raises:
+        UsageError: one that the index names is not there.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in sorted(named):
+        if not (folder / name).is_file():
+            raise UsageError(f"{index}: names the file '{name}', which is not there")
+    return [folder / name for name in sorted(named)]
+
+
+def planned_size(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_shard` writes."""
+    return len(_header(tensors, metadata)) + sum(tensor.size for tensor in tensors)
+
+
+def write_shard(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file from its first byte to its last."""
+    with path.open("xb", buffering=0) as file:
+        _write(file, np.frombuffer(_header(tensors, metadata), dtype=np.uint8))
+        for tensor in tensors:
+            written = sum(_write(file, block) for block in tensor.blocks())
+            assert written == tensor.size, f"{tensor.name}: {written} bytes of {tensor.size}"
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes in memory order, uint8 [bytes]."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.size],
+        }
+        start += tensor.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: Any, block: np.ndarray) -> int:
+    left = block.data
+    while left:
+        left = left[file.write(left) :]
+    return len(block)

@@ -1,0 +1,89 @@
+"""Adding tasks to a finished run: only what belongs to a task alone learns, beside everything else.
+
+For MTL-LoRA those are Λ_t and w_t of each layer, or Λ_t and the embedding e_t; for moelora e_t; for
+mtlora A_t and B_t. The result is a run of its own, which offers the tasks of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mtl_lora_cli.adapters.files import AdapterFile, read_adapter_file
+from mtl_lora_cli.adapters.inject import per_task
+from mtl_lora_cli.data.prepare import bind_tasks
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.open_run import base_changes
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.recipe.load import INHERITED, LoadedRecipe, describe_changes, load_recipe
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.prepare import adapter_config
+
+_LONGEST_NAME = 80  # of a run
+
+
+def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe of tasks that are added to a run; what it leaves out is as in the run's.
+
+    Args:
+        run: whose adapter gets more tasks.
+        path: the recipe.
+        overrides: on the command line.
+
+    Returns:
+        The recipe with `run.name` filled in: RUN-TASK where it names none.
+
+    Raises:
+        UsageError: the run is unfinished, its method has nothing of a task's own, its base model is
+            another one by now, or the recipe contradicts it or names one of its tasks.
+    """
+    file = read_adapter_file(run.require_adapter())
+    if not any(per_task(name) for name in file.checksums):
+        raise UsageError(
+            f"run '{run.name}': its method, {file.config.method}, has nothing of a task's own that "
+            "could learn alone; train all tasks together"
+        )
+    own = load_recipe(run.recipe).recipe
+    loaded = load_recipe(path, overrides, heir_of=own)
+    _require_agreement(loaded, run, own, file)
+    names = [task.name for task in bind_tasks(loaded)]
+    for name in names:
+        if name in file.tasks:
+            raise loaded.problem(
+                ("tasks",), f"run '{run.name}' has a task '{name}' already; choose another name"
+            )
+    if loaded.recipe.run.name is not None:
+        return loaded
+    name = "-".join([run.name, *names])[:_LONGEST_NAME]
+    settings = loaded.recipe.run.model_copy(update={"name": name})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"run": settings}))
+
+
+def _require_agreement(
+    loaded: LoadedRecipe, run: RunFolder, own: Recipe, file: AdapterFile
+) -> None:
+    """Refuse another base model, or another adapter on it.
+
+    Raises:
+        UsageError: naming everything that differs.
+    """
+    given = loaded.recipe
+    base = find_base_model(given.base_model, beside=loaded.base)
+    changed = base_changes(base, file.base_model)
+    before, after = ({name: getattr(one, name) for name in INHERITED} for one in (own, given))
+    before["adapter"], after["adapter"] = asdict(file.config), asdict(adapter_config(given))
+    if not changed:  # two names of one model
+        after["base_model"] = before["base_model"]
+    changes = describe_changes(before, after)
+    if changes:
+        raise UsageError(
+            f"the recipe differs from that of run '{run.name}', which it adds to: "
+            f"{'; '.join(changes)}"
+        )
+    if changed:
+        raise UsageError(
+            f"run '{run.name}': the base model at {base.folder} is not the one that the adapter was "
+            f"trained on ({changed})"
+        )

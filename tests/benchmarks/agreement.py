@@ -1,0 +1,107 @@
+"""How far merged models and PEFT's are from the adapted one on real rows, in float32 and bfloat16.
+
+    python tests/benchmarks/agreement.py --data FOLDER [--base smollm2-135m] [--methods mtl-lora,mtlora]
+
+Each method trains some steps in float32 on sst2 and home_depot; then all three models answer the same
+held-out rows in each dtype. One line each: the score, the largest difference of a candidate's
+log-probability (a sum over its tokens), and the share of equal predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.export.check import Check, Questions, merged_model, run_itself
+from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
+from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
+from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.run import start
+
+SOURCES = {"sst2": "glue/sst2", "home_depot": "ads/home_depot"}
+EXTRA = {"mtlora": {"task_rank": 2}, "moelora": {"up_projections": 2}}
+READERS = {"merged": merged_model, "peft": loaded_by_peft}
+
+
+def train(base: str, data: Path, method: str, steps: int, folder: Path) -> RunFolder:
+    recipe = {
+        "base_model": base,
+        "dtype": "float32",
+        "adapter": {
+            "method": method,
+            "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+            **EXTRA.get(method, {}),
+        },
+        "tasks": [
+            {"name": name, "template": name, "source": str(data / source), "max_examples": 600}
+            for name, source in SOURCES.items()
+        ],
+        "training": {
+            "max_steps": steps,
+            "learning_rate": 2e-3,
+            "row_length": 512,
+            "rows_per_step": 1,
+            "on_overflow": "truncate_prompt",
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return start(prepare(load_recipe(path)), folder / "run")
+
+
+def in_dtype(run: RunFolder, dtype: str) -> FinishedRun:
+    """The run, from now on computing in another dtype."""
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    run.recipe.write_text(yaml.safe_dump({**recipe, "dtype": dtype}), encoding="utf-8")
+    return read_finished(run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="with glue/sst2 and ads/home_depot"
+    )
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument(
+        "--methods", default=",".join(name for name, one in METHODS.items() if one.mergeable)
+    )
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rows", type=int, default=200)
+    arguments = parser.parse_args()
+    for method in arguments.methods.split(","):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            data = arguments.data.resolve()
+            trained = train(arguments.base, data, method, arguments.steps, folder)
+            run = read_finished(trained)
+            for task in run.tasks:
+                merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
+                export_peft(run, task, folder / "peft" / task.name, checked=False)
+            for dtype in ("float32", "bfloat16"):
+                run = in_dtype(trained, dtype)
+                for task in run.tasks:
+                    questions = Questions(run, task, arguments.rows)
+                    for kind, reader in READERS.items():
+                        check = Check(reader, {"the run": run_itself}, arguments.rows)
+                        found = check.compare(questions, folder / kind / task.name)
+                        ours, theirs = (
+                            metrics["accuracy"].value
+                            for metrics in (found.reference.metrics, found.metrics)
+                        )
+                        print(
+                            f"{method:10}{task.name:12}{dtype:10}{kind:8}{found.examples:5} rows  "
+                            f"accuracy {ours:.3f} and {theirs:.3f}  "
+                            f"difference {found.largest:.1e}  equal {found.equal:.2%}",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()

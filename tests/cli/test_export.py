@@ -1,0 +1,54 @@
+"""`export` at a lower rank says what is lost, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Finished = subprocess.CompletedProcess[str]
+
+
+@pytest.mark.parametrize("kind", ["peft", "gguf"])
+def test_what_a_lower_rank_loses(
+    invoke: Callable[..., Finished],
+    small_run: tuple[Path, Finished],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    run, _ = small_run
+    call = ("export", "--task", "warm", "--format", kind, "--run", str(run), "--no-check")
+    finished = invoke(*call, "--rank", "2", "--json", "--output", "reduced")
+    assert finished.returncode == 0, finished.stderr
+    (written,) = json.loads(finished.stdout)
+    assert (written["task"], written["path"], written["checked"]) == ("warm", "reduced", False)
+    reduced = written["reduced"]
+    assert reduced["rank"] == 2
+    assert (
+        0 < reduced["mean_error"] <= reduced["largest_error"] == max(reduced["errors"].values()) < 1
+    )
+    shown = invoke(*call, "--rank", "2")
+    path, error = shown.stdout.splitlines()
+    folder = "exported/small/warm" if kind == "peft" else "exported/gguf/small/warm"
+    assert path == f"{folder}: not checked"
+    assert error == (
+        f"at rank 2 the relative Frobenius error of the update is {reduced['mean_error']:.2e} on "
+        f"average over {len(reduced['errors'])} layers, {reduced['largest_error']:.2e} at most"
+    )
+    assert error in (tmp_path / folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_at_its_own_rank_nothing_is_lost(
+    invoke: Callable[..., Finished], small_run: tuple[Path, Finished], tmp_path: Path
+) -> None:
+    run, _ = small_run
+    call = ("export", "--task", "warm", "--run", str(run), "--no-check", "--json", "--output")
+    (whole,) = json.loads(invoke(*call, "whole").stdout)
+    (same,) = json.loads(invoke(*call, "same", "--rank", "8").stdout)
+    assert "reduced" not in whole
+    assert same["reduced"]["largest_error"] == 0
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "same")]
+    assert files[0].read_bytes() == files[1].read_bytes()

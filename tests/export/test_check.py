@@ -1,0 +1,225 @@
+"""The check after writing: no formality, in a process of its own, and nothing is left that failed it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
+from mtl_lora_cli.evaluation.metrics import Measured
+from mtl_lora_cli.export import check_process, run_merge
+from mtl_lora_cli.export.check import (
+    Answers,
+    Check,
+    Comparison,
+    Distance,
+    Questions,
+    merged_model,
+    received,
+    run_itself,
+)
+from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.export.run_merge import Written, merge_tasks
+
+
+def merge(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Written:
+    (written,) = merge_tasks(run, [(run.tasks[task], folder)], limit=8, **keys)
+    return written
+
+
+def compare(run: FinishedRun, folder: Path, task: int = 0, **models: Any) -> Comparison:
+    """In this process."""
+    check = Check(merged_model, models or {"the run's adapter": run_itself}, 8)
+    return check.compare(Questions(run, run.tasks[task], 8), folder)
+
+
+def test_a_merge_is_compared_in_another_process(run: FinishedRun, tmp_path: Path) -> None:
+    written = merge(run, tmp_path / "out")
+    found = written.comparison
+    assert found is not None
+    assert (found.split, found.examples, found.dtype) == ("test", 8, "float32")
+    assert list(found.models) == ["the run's adapter"]
+    assert 0 < found.largest < 1e-3
+    assert found.equal == 1.0
+    assert found.metrics == found.reference.metrics
+    assert found.metrics["accuracy"].low is not None
+    here = compare(run, tmp_path / "out")
+    assert here.metrics == found.metrics
+    assert here.largest == pytest.approx(found.largest, abs=1e-5)
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| {found.largest:.2e} | 100.0% |" in readme
+
+
+def test_another_tasks_weights_do_not_pass_as_this_ones(run: FinishedRun, tmp_path: Path) -> None:
+    merge(run, tmp_path / "out", 1, checked=False)
+    assert compare(run, tmp_path / "out", 1).holds
+    assert not compare(run, tmp_path / "out", 0).holds
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_spoiled_on_its_way_to_the_disk_lies_aside(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one part in a hundred, in a single matrix."""
+    right = run_merge.write_merged
+
+    def wrong(plan: Any, folder: Path, say: Any) -> None:
+        right(plan, folder, say)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(run_merge, "write_merged", wrong)
+    folder = tmp_path / "here" / "out"
+    (folder.parent / "out.failed").mkdir(parents=True)
+    with pytest.raises(CheckError) as caught:
+        merge(run, folder)
+    (line,) = caught.value.lines
+    assert "the merged model differs from the adapted one on task 'sst2': largest" in line
+    assert line.endswith(f"it lies in {folder}.failed-2")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out.failed", "out.failed-2"]
+    aside = folder.parent / "out.failed-2"
+    assert "Do not use this" in (aside / "FAILED.md").read_text(encoding="utf-8")
+    assert (aside / "model.safetensors").is_file()
+    assert not (aside / "README.md").exists()
+
+
+def test_without_a_check_the_readme_says_so(run: FinishedRun, tmp_path: Path) -> None:
+    assert merge(run, tmp_path / "out", checked=False).comparison is None
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "**Not checked.** This was written with `--no-check`" in text
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_quantised_run_is_merged_both_ways_with_the_scores_beside_the_adapters(
+    four_bit_run: FinishedRun, tmp_path: Path, base: str
+) -> None:
+    written = merge(four_bit_run, tmp_path / "out", base=base)
+    found = written.comparison
+    assert found is not None
+    on_original, on_its_own = (
+        "the run's adapter on the original weights",
+        "the run's adapter on its nf4 weights",
+    )
+    first, second = (on_original, on_its_own) if base == "original" else (on_its_own, on_original)
+    assert list(found.models) == [first, second]
+    assert found.models[first].largest < 1e-3, "it equals the one it was made of"
+    assert found.models[second].largest > 1e-2, "and four bits are not the original"
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    told = {
+        "original": "These are the **original** weights of the base model, not the nf4 ones",
+        "dequantized": "These are the **dequantized** weights, nf4 expanded to float32",
+    }
+    assert told[base] in text
+    assert "over 35 matrices" in text
+    for model in ("this one", *found.models):
+        assert f"| {model} | " in text
+
+
+# What the numbers are made of.
+
+
+def scored(*values: list[float]) -> Answers:
+    return Answers([np.array(each) for each in values], None)
+
+
+def comparison(largest: float, equal: float, allowed: tuple[float, float]) -> Comparison:
+    return Comparison("test", 40, "x", {}, {"r": Distance({}, largest, equal)}, allowed)
+
+
+def test_answers_without_an_outcome_are_compared_by_their_scores(run: FinishedRun) -> None:
+    """As of an engine that scores and does not generate."""
+    ours = scored([-1.0, -2.0], [-3.0, -1.0, -2.0])
+    theirs = scored([-2.25, -2.0], [-3.0, -1.0, -2.0])
+    check = Check(lambda *_: ours, {"them": lambda *_: theirs}, 2)
+    found = check.compare(Questions(run, run.tasks[0], 2), Path())
+    assert (found.largest, found.equal) == (1.25, 0.5)
+    assert found.metrics == found.reference.metrics == {}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_no_number_never_holds(run: FinishedRun, bad: float) -> None:
+    poisoned = scored([bad, -2.0])
+    check = Check(lambda *_: poisoned, {"them": lambda *_: poisoned}, 2)
+    assert not check.compare(Questions(run, run.tasks[0], 2), Path()).holds
+
+
+def test_one_near_tie_may_fall_differently_where_the_dtype_has_some() -> None:
+    assert comparison(0.1, 39 / 40, (0.5, 0.99)).holds
+    assert not comparison(0.1, 38 / 40, (0.5, 0.99)).holds
+    assert comparison(0.1, 38 / 40, (0.5, 0.95)).holds
+    assert not comparison(0.1, 39 / 40, (0.5, 1.0)).holds
+    assert not comparison(0.6, 1.0, (0.5, 0.99)).holds
+
+
+def test_a_comparison_travels_as_json() -> None:
+    measured = {"accuracy": Measured(0.5, 0.25, 0.75), "f1": Measured(None, why="one class")}
+    models = {"a": Distance(measured, 0.1, 1.0), "b": Distance({}, float("nan"), 0.0)}
+    sent = Comparison("test", 3, "float32", measured, models, (0.001, 1.0))
+    received = Comparison.from_json(json.loads(json.dumps(asdict(sent))))
+    assert repr(received) == repr(sent)  # NaN equals nothing
+    assert list(received.models) == ["a", "b"]
+
+
+def test_a_free_answer_is_generated_and_its_log_probability_compared(
+    train: Callable[..., FinishedRun], stories_folder: Path, small_data: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "free.yaml"
+    template.write_text(
+        "description: Go on.\nprompt: '{{ sentence }}'\nanswer: '{{ sentence[:4] }}'\n"
+    )
+    task = {"name": "free", "template": str(template), "source": str(small_data / "sst2")}
+    run = train(stories_folder, tasks=[task])
+    merge(run, tmp_path / "out", checked=False)
+    found = compare(run, tmp_path / "out")
+    assert found.holds
+    assert found.metrics["exact_match"].low is not None
+
+
+# The other process.
+
+
+def test_its_errors_are_those_of_the_one_who_asked(run: FinishedRun, tmp_path: Path) -> None:
+    check = Check(merged_model, {"the run's adapter": run_itself}, 2)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no safetensors weights"):
+        received(check_process.answer(check.request(run, run.tasks[0], tmp_path)))
+
+
+def test_a_fault_of_its_own_is_passed_on_with_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'run'") as caught:
+        received(check_process.answer({}))
+    assert "check_process.py" in caught.value.__notes__[0]
+
+
+def test_a_process_that_is_killed_is_told_from_one_that_answers(
+    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    with pytest.raises(MtlLoraError, match="the check's process ended with code -9"):
+        Check(merged_model, {"r": run_itself}, 2).run(run, run.tasks[0], tmp_path)
+
+
+def test_it_ends_when_nobody_waits_for_it() -> None:
+    module = "mtl_lora_cli.export.check_process"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-m", module, "{}"], stdin=pipe, stdout=pipe) as started:
+        assert started.stdin is not None
+        assert started.stdout is not None
+        started.stdin.close()
+        assert started.wait(timeout=60) == 1
+        assert started.stdout.read() == b""
