@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mtl_lora_cli.recipe.schema import Recipe
-from mtl_lora_cli.tasks.template import Each, Template
+from mtl_lora_cli.tasks.template import Each, Generation, Template
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # The first and third cell of a table's row whose first cell is a key: | `key` | type | `default` |
@@ -69,5 +69,7 @@ def test_every_recipe_key_is_documented_with_its_default() -> None:
 
 
 def test_every_template_key_is_documented() -> None:
-    known = {*Template.model_fields, *(f"choices.{name}" for name in Each.model_fields)}
+    inner = {"choices": Each, "generate": Generation}
+    below = {f"{key}.{name}" for key, model in inner.items() for name in model.model_fields}
+    known = {*Template.model_fields, *below}
     assert set(documented("tasks.md", "Template keys")) == known
