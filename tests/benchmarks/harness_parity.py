@@ -12,8 +12,8 @@ up a vocabulary's exponentials in float32: with SmolLM2's 49,152 that alone is 1
 float64, where ours is 3e-5 off. `--softmax float32` shows it.
 
 Prints a row for each task, and ends with code 3 where a log-probability is further off than 1e-4 or a
-prediction differs. Beyond 1,024 nats neighbouring float32 numbers are 1.2e-4 apart: that distance is
-allowed on top, and what needs it is counted under "beyond".
+prediction differs. The distance of neighbouring float32 numbers is allowed on top (3e-5 at 300 nats, 1.2e-4
+at 1,200), and what needs it is counted under "beyond".
 """
 
 from __future__ import annotations
