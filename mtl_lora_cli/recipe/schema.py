@@ -262,7 +262,9 @@ Mixing = Annotated[
 class Distributed(StrictModel):
     """How a run shares its work and its memory among processes."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0  # what is cut into parts; see docs/distributed.md
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = (
+        0  # what is cut into parts; see docs/distributed.md
+    )
     offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU's memory
     deepspeed: str | None = None  # a JSON file of DeepSpeed's, merged into the derived one
 
