@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+Process = subprocess.Popen[bytes]
 
 KINDS = ("checkpoint", "step", "step", "checkpoint", "start")  # in turns
 CHECKPOINT_EVERY = 5
@@ -142,7 +145,7 @@ class Soak:
         process = self._started(run)
         began = time.monotonic()
         wait = {"start": self._start, "step": self._step, "checkpoint": self._checkpoint}[kind]
-        for _ in wait(run, before):
+        for _ in wait(run, before, process):
             if process.poll() is not None:
                 said = (self.folder / "said.txt").read_text(encoding="utf-8")
                 raise RuntimeError(f"it ended before it was killed: {said}")
@@ -153,7 +156,7 @@ class Soak:
         process.wait()
         return Kill(kind, seconds, _last_step(run), bool(_unfinished(run) - left))
 
-    def _started(self, run: Path) -> subprocess.Popen[bytes]:
+    def _started(self, run: Path) -> Process:
         arguments = ["train", str(self._recipe), f"run.name={run.name}"]
         if (run / "recipe.yaml").is_file():
             arguments = ["train", "--resume", "--run", str(run)]
@@ -167,13 +170,13 @@ class Soak:
 
     # Each of these yields for as long as the moment has not come.
 
-    def _start(self, run: Path, before: int) -> Iterator[None]:
+    def _start(self, run: Path, before: int, process: Process) -> Iterator[None]:
         until = time.monotonic() + self._random.uniform(0, START_SECONDS)
         while time.monotonic() < until:
             yield
             time.sleep(0.001)
 
-    def _step(self, run: Path, before: int) -> Iterator[None]:
+    def _step(self, run: Path, before: int, process: Process) -> Iterator[None]:
         more = self._random.randint(1, STEPS_A_KILL - CHECKPOINT_EVERY)
         part = self._random.uniform(0, 0.05)
         while _metrics_time(run) == before:  # lines of a lost future are still there
@@ -185,15 +188,25 @@ class Soak:
             time.sleep(0.001)
         time.sleep(part)
 
-    def _checkpoint(self, run: Path, before: int) -> Iterator[None]:
-        part = self._random.uniform(0, WRITE_SECONDS)
-        old = _unfinished(run)
-        for _ in range(self._random.randint(1, 3)):
-            while not _unfinished(run) - old:
+    def _checkpoint(self, run: Path, before: int, process: Process) -> Iterator[None]:
+        """Some moment of a write: the process is halted, and set going again where it was too late."""
+        part, old = self._random.uniform(0, WRITE_SECONDS), _unfinished(run)
+        passed = self._random.randint(0, 2)
+        while True:
+            while not (new := _unfinished(run) - old):
                 yield
                 time.sleep(0.0005)
-            old |= _unfinished(run)
-        time.sleep(part)
+            old |= new
+            if passed:
+                passed -= 1
+                continue
+            time.sleep(part)
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if _unfinished(run) & new:
+                return
+            process.send_signal(signal.SIGCONT)
+            part /= 2
 
 
 def _unfinished(run: Path) -> set[str]:

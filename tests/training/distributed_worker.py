@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "dropout-3": ("adapter.dropout=0.1", *CUT),
 }
 RELEASED = ("fused", "plain")
+PATIENCE = 2.0  # seconds until gloo's own threads, too, have let go of what they have gathered
 POISONED = ("poisoned-0", "poisoned-2", "poisoned-3")
 NO_GRADIENT = ("gradient-0", "gradient-2")
 
@@ -136,6 +138,9 @@ class _Run:
             gathered.clear()
             logprobs = forward(batch)
             gc.collect()  # a handle that waited for a gather may still wait for the collector
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until and not all(ref.expired() for ref in gathered):
+                time.sleep(0.001)
             between = [ref for ref in gathered if not ref.expired()]
             found.append(
                 {
