@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtl_lora_cli.cli.eval_table import as_json as results_as_json
+from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 
-_PAIRED = ("accuracy", "exact_match", "acc")  # what the paired test is about
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mtl_lora_cli.evaluation.open_run import OpenRun
+    from mtl_lora_cli.evaluation.protocols import Setting
+    from mtl_lora_cli.runs.folder import RunFolder
+    from mtl_lora_cli.tasks.task import Task
+
+Result = dict[str, Any]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,6 +62,18 @@ def evaluate(
             help="What lm-evaluation-harness calls the task, or a YAML file like its own.",
         ),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="RUN", help="Another run to stand beside this one."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="FOLDER", help="What merge or export wrote, beside it."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", metavar="FILE", help="Write every example as JSON lines."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although the base model has changed.")
     ] = False,
@@ -64,12 +88,16 @@ def evaluate(
         folder = find_run(run, runs)
         if split is not None and split not in SPLITS:
             raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, received '{split}'")
+        if sum((baseline is not None, against is not None, base_only)) > 1:
+            raise UsageError("give one of --baseline, --against and --base-only")
+        other = None if baseline is None else find_run(baseline, runs)
+        if other is not None and other.path.resolve() == folder.path.resolve():
+            raise UsageError(f"--baseline {baseline}: is the run itself")
         status("loading libraries")
-        from rich.console import Console
-        from rich.progress import Progress
-
         from mtl_lora_cli.evaluation import evaluate as room
-        from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
+        from mtl_lora_cli.evaluation.averages import averages
+        from mtl_lora_cli.evaluation.open_run import read_tasks
+        from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
         from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
 
         for option, value, known in (
@@ -83,87 +111,131 @@ def evaluate(
                 )
         setting = room.Setting(split, limit, base_only, protocol, normalisation, harness_task)
         chosen = room.select_tasks(read_tasks(folder), task)
+        written = None if predictions is None else Predictions(setting)
+        if predictions is not None:
+            require_writable(predictions, setting)
+        places = None if against is None else _places(against, chosen, setting)
         rows = room.find_rows(chosen, setting)
-        status(f"loading run {folder.name}")
-        opened = open_run(folder, force=force)
-        if opened.trained_on is not None:
-            say("the base model is not the one that the adapter was trained on")
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("scoring", total=None)
-            results = room.evaluate(
-                opened,
-                chosen,
-                setting,
-                lambda done, total: progress.update(bar, completed=done, total=total),
-                rows=rows,
-            )
-        compared = [
-            None if base_only else room.compare_with_base(folder, result) for result in results
-        ]
-        if as_json:
-            emit_json(_as_json(folder.name, results, compared))
+        scores: dict[str, Sequence[np.ndarray] | None] = {}
+
+        def told(one: Task, examples: Any, answers: Any) -> None:
+            scores[one.name] = answers.scores
+            if written is not None:
+                written.tell(one, examples, answers)
+
+        results = _evaluated(folder, chosen, setting, rows, told, force=force)
+        if written is not None and predictions is not None:
+            written.write(predictions)
+            say(f"{predictions}: {len(written):,} rows")
+        beside: list[Result | None]
+        if places is not None:
+            beside = _against(folder, chosen, setting, places, results, scores)
+            name: str | None = str(against)
+        elif other is not None:
+            beside, name = _beside_run(other, results, setting, force=force), other.name
         else:
-            emit(_as_table(results, compared, base_only))
-            if not base_only and None in compared:
-                say(
-                    "the untouched base model beside it: mtl-lora eval --base-only with the same options"
-                )
-
-
-def _as_json(
-    run: str, results: list[dict[str, Any]], compared: list[dict[str, Any] | None]
-) -> dict[str, Any]:
-    rows = []
-    for result, base in zip(results, compared, strict=True):
-        row = {key: value for key, value in result.items() if key not in ("gold", "predicted")}
-        rows.append({**row, "base": base})
-    return {"run": run, "results": rows}
-
-
-def _as_table(
-    results: list[dict[str, Any]], compared: list[dict[str, Any] | None], base_only: bool
-) -> str:
-    from mtl_lora_cli.cli.table import table
-
-    header = ["task", "metric", "base" if base_only else "score", "95 % interval"]
-    header += ["majority"] if base_only else ["base", "p", "majority"]
-    rows = []
-    for result, base in zip(results, compared, strict=True):
-        for number, (name, measured) in enumerate(result["metrics"].items()):
-            row = [result["task"] if number == 0 else "", name, _shown(measured["value"])]
-            low, high = measured["low"], measured["high"]
-            row.append("" if low is None else f"{low:.3f} – {high:.3f}")
-            if not base_only:
-                row.append(_shown(base["metrics"][name]["value"]) if base else "–")
-                row.append(f"{base['p_value']:.2g}" if base and name in _PAIRED else "")
-            row.append(_shown(result["majority"]) if name == "accuracy" else "")
-            rows.append(row)
-    text = table(header, rows)
-    examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
-    protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
-    notes = [f"{examples}; protocol {protocols}"]
-    for result in results:
-        if result["unparsable"]:
-            notes.append(
-                f"{result['task']}: {result['unparsable']} answers could not be read and count as wrong"
+            beside = [
+                None if base_only else room.compare_with_base(folder, result) for result in results
+            ]
+            name = None
+        whole = [one for one in beside if one is not None]
+        means = averages(results, _theirs(results, whole) if len(whole) == len(results) else None)
+        if as_json:
+            emit_json(results_as_json(folder.name, results, beside, means, name))
+            return
+        emit(as_table(results, beside, means, name, base_only=base_only))
+        if name is None and not base_only and None in beside:
+            say(
+                "the untouched base model beside it: mtl-lora eval --base-only with the same options"
             )
-    cut = sum(result["truncated_prompts"] or 0 for result in results)
-    if cut:
-        notes.append(
-            f"{cut} prompts were longer than the model's positions and lost their beginning"
+
+
+def _evaluated(
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    setting: Setting,
+    rows: Any,
+    told: Callable[[Any, Any, Any], None],
+    *,
+    force: bool,
+) -> list[Result]:
+    """Load a run and score its tasks, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from mtl_lora_cli.evaluation.evaluate import evaluate
+    from mtl_lora_cli.evaluation.open_run import open_run
+
+    status(f"loading run {folder.name}")
+    opened: OpenRun = open_run(folder, force=force)
+    if opened.trained_on is not None:
+        say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("scoring", total=None)
+        return evaluate(
+            opened,
+            tasks,
+            setting,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+            rows=rows,
+            told=told,
         )
-    return "\n".join([text, *notes])
 
 
-def _protocol(result: dict[str, Any]) -> str:
-    """The protocol with what decides its figures."""
-    if result.get("harness_task"):
-        task = result["harness_task"]
-        return f"{result['protocol']} ({task['task']}, lm_eval {task['lm_eval']})"
-    if result["normalisation"] not in (None, "sum"):
-        return f"{result['protocol']} (per {result['normalisation']})"
-    return str(result["protocol"])
+def _beside_run(
+    other: RunFolder, results: list[Result], setting: Setting, *, force: bool
+) -> list[Result | None]:
+    """Another run's results on the same rows; what it has not been asked yet, it is asked now."""
+    from mtl_lora_cli.evaluation.evaluate import compare_with_run, find_rows
+    from mtl_lora_cli.evaluation.open_run import read_tasks
+
+    beside = [compare_with_run(other, result) for result in results]
+    missing = {r["task"] for r, one in zip(results, beside, strict=True) if one is None}
+    tasks = [task for task in read_tasks(other) if task.name in missing]
+    if tasks:
+        rows = find_rows(tasks, setting)
+        _evaluated(other, tasks, setting, rows, lambda *_: None, force=force)
+        beside = [compare_with_run(other, result) for result in results]
+    for result, one in zip(results, beside, strict=True):
+        if one is None:
+            known = any(task.name == result["task"] for task in tasks)
+            say(
+                f"task {result['task']}: run {other.name} "
+                + ("evaluates it on other rows, or otherwise" if known else "does not know it")
+                + "; not compared"
+            )
+    return beside
 
 
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _places(against: Path, tasks: Sequence[Task], setting: Setting) -> list[Path]:
+    from mtl_lora_cli.export.against import find_folders
+
+    return find_folders(against, tasks, setting)
+
+
+def _against(
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    setting: Setting,
+    places: Sequence[Path],
+    results: Sequence[Result],
+    scores: dict[str, Sequence[np.ndarray] | None],
+) -> list[Result | None]:
+    """What merging or exporting wrote, scored on the same rows; one model after the other."""
+    from mtl_lora_cli.export.against import against
+    from mtl_lora_cli.export.finished_run import read_finished
+
+    finished = read_finished(folder)
+    found: list[Result | None] = []
+    for task, place, result in zip(tasks, places, results, strict=True):
+        status(f"scoring {place}")
+        found.append(against(finished, task, setting, place, result, scores.get(task.name)))
+    return found
+
+
+def _theirs(results: Sequence[Result], beside: Sequence[Result]) -> list[Result]:
+    """The other model's results, as averages are taken of them."""
+    return [
+        {**result, "metrics": other["metrics"], **other["outcome"]}
+        for result, other in zip(results, beside, strict=True)
+    ]

@@ -18,6 +18,7 @@ from mtl_lora_cli.cli import (
     frame,
     inspect,
     merge,
+    predict,
     tasks,
     train,
     validate,
@@ -34,6 +35,7 @@ app = typer.Typer(
 train.register(app)
 add_task.register(app)
 evaluate.register(app)
+predict.register(app)
 merge.register(app)
 export.register(app)
 inspect.register(app)

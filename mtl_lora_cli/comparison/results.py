@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.comparison.resampled import metric
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.metrics import Outcome
+from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.runs.folder import read_json
 from mtl_lora_cli.tasks.task import Task
 

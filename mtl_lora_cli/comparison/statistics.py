@@ -8,18 +8,17 @@ draw of seeds and of examples serves all methods, and what is common to them lea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.comparison.resampled import goodness, metric, resampled
 from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
+from mtl_lora_cli.evaluation.paired import bootstrap_p, example_weights
+from mtl_lora_cli.evaluation.resampled import goodness, metric, resampled
 
 RESAMPLES = 2000
-_CHUNK = 250  # resamples whose weights are held at once
 
 
 @dataclass(frozen=True)
@@ -147,23 +146,6 @@ def seed_shares(seeds: int, resamples: int, seed: int) -> np.ndarray:
     return generator.multinomial(drawn, np.full(seeds, 1 / seeds), size=resamples) / drawn
 
 
-def example_weights(examples: int, resamples: int, task: str, seed: int) -> list[np.ndarray]:
-    """Weights [≤ 250, E] in parts that make up B: as many examples, drawn with replacement.
-
-    Each task has a generator of its own: another task beside it changes nothing.
-    """
-    word = int.from_bytes(hashlib.sha256(task.encode()).digest()[:8], "little")
-    generator = np.random.default_rng([seed, 1, word])
-    parts = []
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        places = generator.integers(examples, size=(size, examples))
-        places += np.arange(size)[:, None] * examples
-        counted = np.bincount(places.ravel(), minlength=size * examples)
-        parts.append(counted.reshape(size, examples).astype(np.float32))
-    return parts
-
-
 def _score(
     task: str, runs: TaskRuns, shares: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -203,16 +185,6 @@ def _difference(
     found = samples[place] - samples[base]
     estimate = _estimate(points[place] - points[base], found)
     return Difference(**vars(estimate), p=bootstrap_p(found), p_sign=sign)
-
-
-def bootstrap_p(differences: np.ndarray) -> float:
-    """p = 2 min(#{d ≤ 0} + 1, #{d ≥ 0} + 1) / (B + 1), at most 1.
-
-    Differences of rounding alone count as 0.
-    """
-    below = int((differences <= 1e-12).sum()) + 1
-    above = int((differences >= -1e-12).sum()) + 1
-    return min(1.0, 2 * min(below, above) / (len(differences) + 1))
 
 
 def sign_test(runs: TaskRuns, method: str, baseline: str) -> float:

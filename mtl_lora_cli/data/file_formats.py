@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from mtl_lora_cli.errors import UsageError, file_problem
+from mtl_lora_cli.errors import ProblemsError, UsageError, file_problem
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,21 @@ def _json_lines(data: bytes, file: str) -> _Numbered:
             row, end = line.value(start)
             line.expect_end(end)
             yield row, number
+
+
+def json_line(data: bytes, file: str, number: int) -> dict[str, Any] | None:
+    """One line of a JSON lines file as a row; None for an empty one.
+
+    Raises:
+        UsageError: it is no JSON object, or no text.
+    """
+    try:
+        (row,) = [row for row, _ in _json_lines(data, file)] or [None]
+    except ProblemsError as error:
+        raise file_problem(file, error.problems[0].message, line=number) from None
+    if row is not None and not isinstance(row, dict):
+        raise UsageError(f"{file}:{number}: expected an object for each row, received {row!r:.60}")
+    return row
 
 
 def _json(data: bytes, file: str) -> _Numbered:

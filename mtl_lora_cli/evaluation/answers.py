@@ -177,23 +177,32 @@ def outcome_of(
     scores = normalised(scores, examples, requests, how)
     gold = np.asarray([example.gold for example in examples.examples])
     predicted = np.asarray([int(np.argmax(values)) for values in scores])
-    probabilities = [np.exp(values - np.logaddexp.reduce(values)) for values in scores]
+    likely = [probabilities(values) for values in scores]
     if template.scoring == "expectation":
-        grid = np.asarray([float(label) for label in template.labels or []])
         return Outcome(
             gold,
             predicted,
             gold_value=np.asarray([example.value for example in examples.examples]),
-            predicted_value=np.asarray([float(p @ grid) for p in probabilities]),
+            predicted_value=np.asarray([expected_value(task, p) for p in likely]),
         )
     positive = template.positive_index
     two = all(len(values) == 2 for values in scores)
     return Outcome(
         gold,
         predicted,
-        positive_score=np.asarray([p[positive] for p in probabilities]) if two else None,
+        positive_score=np.asarray([p[positive] for p in likely]) if two else None,
         positive=positive,
     )
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """p_i = exp(s_i) / Σ_j exp(s_j) of one example's scores, float64 [choices]."""
+    return np.exp(scores - np.logaddexp.reduce(scores))
+
+
+def expected_value(task: Task, likely: np.ndarray) -> float:
+    """Σ_i p_i · label_i, where labels are numbers."""
+    return float(likely @ np.asarray([float(label) for label in task.template.labels or []]))
 
 
 def normalised(

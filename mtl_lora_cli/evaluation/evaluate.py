@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +25,20 @@ from mtl_lora_cli.evaluation.metrics import Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
 from mtl_lora_cli.evaluation.ranks import Shard
-from mtl_lora_cli.evaluation.results import compare_with_base, store, stored
+from mtl_lora_cli.evaluation.results import (
+    OUTCOME,
+    compare_with_base,
+    compare_with_run,
+    store,
+    stored,
+)
 from mtl_lora_cli.tasks.task import Task
 
 __all__ = [
     "Rows",
     "Setting",
     "compare_with_base",
+    "compare_with_run",
     "evaluate",
     "find_rows",
     "held_out",
@@ -83,6 +90,7 @@ def held_out(task: Task, setting: Setting) -> Examples:
 
 
 Rows = Sequence[Examples] | Sequence[HarnessTask]
+Told = Callable[[Task, Examples, Answers], None]
 
 
 def find_rows(tasks: Sequence[Task], setting: Setting) -> Rows:
@@ -103,6 +111,7 @@ def evaluate(
     advance: Progress = lambda done, total: None,
     *,
     rows: Rows | None = None,
+    told: Told = lambda task, examples, answers: None,
 ) -> list[dict[str, Any]]:
     """Score tasks and write one result each into the run folder.
 
@@ -112,18 +121,21 @@ def evaluate(
         setting: rows, protocol, and whether the base model alone is asked.
         advance: called with (examples done, examples in all).
         rows: from `find_rows`, where they have been read already.
+        told: is told of every task's answers; the harness gives none.
 
     Returns:
         The results, as they stand in `evaluations/ID.json`.
     """
     rows = find_rows(tasks, setting) if rows is None else rows
-    by = _by_harness if setting.protocol == LM_EVAL else _by_ourselves
-    found = by(opened, tasks, rows, setting, advance)
+    if setting.protocol == LM_EVAL:
+        found = _by_harness(opened, tasks, rows, setting, advance)
+    else:
+        found = _by_ourselves(opened, tasks, rows, setting, advance, told)
     results = []
     for task, own in zip(tasks, found, strict=True):
         result = {**_setting_of(opened, task, setting), **own}
         if Shard.of_group().rank == 0:
-            store(opened.folder, result)
+            result = {"id": store(opened.folder, result), **result}
         results.append(result)
     return results
 
@@ -156,6 +168,7 @@ def _by_ourselves(
     rows: Rows,
     setting: Setting,
     advance: Progress,
+    told: Told,
 ) -> Iterator[dict[str, Any]]:
     """What was found for each task by the protocols `choices` and `generate`."""
     held = cast(Sequence[Examples], rows)
@@ -163,6 +176,7 @@ def _by_ourselves(
     answers = answer(opened, tasks, held, setting, advance)
     seconds = time.monotonic() - started
     for task, examples, own in zip(tasks, held, answers, strict=True):
+        told(task, examples, own)
         outcome, gold = own.outcome, own.outcome.gold.tolist()
         has_choices = task.template.choices is not None
         yield {
@@ -182,10 +196,14 @@ def _by_ourselves(
                 name: dataclasses.asdict(measure(name, outcome)) for name in task.template.metrics
             },
             "harness": None if own.scores is None else _as_harness(examples, own),
-            "gold": gold,
-            "predicted": outcome.predicted.tolist(),
+            "positive": outcome.positive,
+            **{name: _listed(getattr(outcome, name)) for name in OUTCOME},
             "seconds_of_all_tasks": seconds,
         }
+
+
+def _listed(values: np.ndarray | None) -> list[Any] | None:
+    return None if values is None else values.tolist()
 
 
 def _as_harness(examples: Examples, answers: Answers) -> dict[str, Any]:

@@ -44,6 +44,12 @@ class Outcome:
     positive: int = 1
     weight: np.ndarray | None = None
 
+    def tells(self, name: str) -> bool:
+        """Whether what the metric is computed from is there, and so whether it is known at all."""
+        if name in ("pearson", "spearman"):
+            return self.gold_value is not None and self.predicted_value is not None
+        return name in _METRICS and (name != "roc_auc" or self.positive_score is not None)
+
     def take(self, numbers: np.ndarray) -> Outcome:
         """Some of the examples, with repetition."""
 

@@ -61,17 +61,12 @@ class Questions:
     Attributes:
         run: whose task it is.
         task: which one.
-        limit: the first so many held-out rows.
+        setting: how the rows are read and scored.
     """
 
     run: FinishedRun
     task: Task
-    limit: int
-
-    @property
-    def setting(self) -> Setting:
-        """How the rows are read and scored."""
-        return Setting(limit=self.limit)
+    setting: Setting
 
     @cached_property
     def examples(self) -> Examples:
@@ -124,7 +119,8 @@ class Questions:
         """What log-probabilities alone tell: the predictions, too, unless answers are free."""
         if self.task.template.choices is None:
             return Answers(scores, None)
-        return Answers(scores, outcome_of(self.task, self.examples, scores, self.requests))
+        how = self.setting.normalisation_of(self.task)
+        return Answers(scores, outcome_of(self.task, self.examples, scores, self.requests, how))
 
 
 Reader = Callable[[Questions, Path], Answers]  # the questions, and the folder that was written
@@ -208,7 +204,7 @@ class Check:
             models={
                 label: Distance(
                     metrics=_measured(questions.task, other),
-                    largest=_largest(written.scores, other.scores),
+                    largest=largest_difference(written.scores, other.scores),
                     equal=_equal(written, other),
                 )
                 for label, other in others.items()
@@ -330,7 +326,7 @@ def _metrics(content: Mapping[str, Any]) -> dict[str, Measured]:
     return {name: Measured(**measured) for name, measured in content.items()}
 
 
-def _largest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """Largest difference; NaN where a log-probability is no finite number."""
     if not all(np.isfinite(values).all() for values in [*ours, *theirs]):
         return float("nan")

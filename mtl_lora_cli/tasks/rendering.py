@@ -53,9 +53,7 @@ class Renderer:
             UsageError: one line; the row lacks a field that the template reads, its label is none
                 of the choices, a text is empty, or fewer than two distinct choices are left.
         """
-        variables: Variables = {**row, "row": row}
-        for name, expression in self._fields:
-            variables[name] = self._get(f"fields.{name}", expression, variables, where)
+        variables = self._variables(row, where)
         prompt = self._get("prompt", self._prompt, variables, where).rstrip()
         if not prompt:
             raise self._error(where, "prompt", "is empty for this row")
@@ -67,6 +65,26 @@ class Renderer:
             return Example(prompt, "", choices, -1)
         gold, value = self._gold(labels, variables, where)
         return Example(prompt, choices[gold], choices, gold, value)
+
+    def labels(self, row: Mapping[str, Any], where: str) -> list[Any]:
+        """The label value of each of a row's choices; none for a free answer.
+
+        Raises:
+            UsageError: as `render`.
+        """
+        if self._candidates is None:
+            return []
+        if self.template.labels is not None:
+            return list(self.template.labels)
+        variables = self._variables(row, where)
+        return list(self._get("choices", self._candidates, variables, where)[1])
+
+    def _variables(self, row: Mapping[str, Any], where: str) -> Variables:
+        """The row's fields, and what `fields` computes from them."""
+        variables: Variables = {**row, "row": row}
+        for name, expression in self._fields:
+            variables[name] = self._get(f"fields.{name}", expression, variables, where)
+        return variables
 
     def _free(self, prompt: str, variables: Variables, where: str, labelled: bool) -> Example:
         if not labelled:

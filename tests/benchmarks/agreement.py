@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import Check, Questions, merged_model, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
@@ -87,7 +88,7 @@ def main() -> None:
             for dtype in ("float32", "bfloat16"):
                 run = in_dtype(trained, dtype)
                 for task in run.tasks:
-                    questions = Questions(run, task, arguments.rows)
+                    questions = Questions(run, task, Setting(limit=arguments.rows))
                     for kind, reader in READERS.items():
                         check = Check(reader, {"the run": run_itself}, arguments.rows)
                         found = check.compare(questions, folder / kind / task.name)

@@ -100,13 +100,14 @@ def command(environment: Callable[..., dict[str, str]]) -> Callable[..., Finishe
 def started(
     environment: Callable[..., dict[str, str]],
 ) -> Callable[..., subprocess.Popen[str]]:
-    """`started(*arguments, cwd=…)` starts a process that the test goes on to watch."""
+    """`started(*arguments, cwd=…, stdin=…)` starts a process that the test goes on to watch."""
 
-    def run(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    def run(*arguments: str, cwd: Path, stdin: int | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*COMMAND, *arguments],
             cwd=cwd,
             env=environment(),
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -50,6 +51,106 @@ def test_each_protocol_stands_in_the_table_and_in_the_result(
     assert (result["protocol"], result["normalisation"]) == ("generate", None)
     kept = json.loads((run / "evaluations" / "index.json").read_text(encoding="utf-8"))
     assert len(kept["evaluations"]) == 3
+
+
+def test_another_run_stands_beside_it(run: Path, invoke: Callable[..., Finished]) -> None:
+    """It is asked what it has not been asked yet, once; averages are compared, too."""
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    first = invoke("eval", "--task", "all", "--run", "small", "--baseline", "other", "--json")
+    assert first.returncode == 0, first.stderr
+    told = json.loads(first.stdout)
+    for result in told["results"]:
+        beside = result["beside"]
+        assert beside["run"] == "other"
+        assert beside["metrics"] == result["metrics"]
+        apart = beside["paired"]["accuracy"]
+        assert (apart["difference"], apart["p"], apart["test"]) == (0, 1, "mcnemar")
+    (average,) = told["averages"]
+    assert (average["name"], average["tasks"], average["difference"]) == ("all tasks", 2, 0)
+    index = other / "evaluations" / "index.json"
+    before = index.read_text(encoding="utf-8")
+    table = invoke("eval", "--task", "all", "--run", "small", "--baseline", "other").stdout
+    assert index.read_text(encoding="utf-8") == before
+    assert table.splitlines()[0].split() == (
+        [
+            "task",
+            "metric",
+            "score",
+            "95",
+            "%",
+            "interval",
+            "other",
+            "difference",
+            "p",
+            "majority",
+            "chance",
+        ]
+    )
+    assert "+0.000 (+0.000 – +0.000)" in table
+
+
+def test_every_example_is_written_down(run: Path, invoke: Callable[..., Finished]) -> None:
+    finished = invoke("eval", "--task", "all", "--predictions", "rows.jsonl", "--json")
+    assert finished.returncode == 0, finished.stderr
+    lines = (run.parent.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    results = json.loads(finished.stdout)["results"]
+    assert len(rows) == sum(result["examples"] for result in results) == 12
+    for result in results:
+        own = [row for row in rows if row["task"] == result["task"]]
+        accuracy = sum(row["right"] for row in own) / len(own)
+        assert accuracy == pytest.approx(result["metrics"]["accuracy"]["value"])
+        for row in own:
+            best = max(range(2), key=lambda choice, row=row: row["scores"][choice])
+            assert best == row["predicted"]
+            assert row["answer"] == row["choices"][row["gold"]]
+            assert row["where"].endswith(f"test.jsonl:{row['row'] + 1}")
+    prompts = {row["prompt_sha256"] for row in rows}
+    assert hashlib.sha256(b"pink is a color?").hexdigest() in prompts
+
+
+def test_a_merged_model_is_scored_by_the_same_code(
+    run: Path, invoke: Callable[..., Finished]
+) -> None:
+    assert invoke("merge", "--task", "all").returncode == 0
+    finished = invoke("eval", "--task", "all", "--against", "merged/small", "--json")
+    assert finished.returncode == 0, finished.stderr
+    for result in json.loads(finished.stdout)["results"]:
+        beside = result["beside"]
+        assert beside["folder"] == f"merged/small/{result['task']}"
+        assert beside["equal"] == 1
+        assert 0 < beside["largest"] < 1e-4  # another order of adding up, so not zero
+        assert beside["metrics"] == result["metrics"]
+    one = invoke("eval", "--task", "warm", "--against", "merged/small/warm").stdout
+    assert "warm: equal answers 100.0%, largest difference of log-probabilities" in one
+    other = invoke("eval", "--task", "warm", "--against", "merged/small/cold", "--json")
+    (result,) = json.loads(other.stdout)["results"]
+    assert result["beside"]["largest"] > 1e-3  # another task's weights are told apart
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--baseline", "small"), "--baseline small: is the run itself"),
+        (("--baseline", "smal"), "no run 'smal' in runs; did you mean 'small'?"),
+        (("--baseline", "x", "--base-only"), "give one of --baseline, --against and --base-only"),
+        (("--against", "nowhere"), "--against nowhere: no such folder"),
+        (("--against", "runs"), "expected a folder that merge or export wrote"),
+        (("--against", "runs/small/adapter"), "is a run's own adapter; compare runs with --base"),
+        (("--predictions", "no/rows.jsonl"), "the folder no is not there"),
+        (("--predictions", "runs"), "--predictions runs: is a folder, expected a file"),
+    ],
+)
+def test_what_cannot_stand_beside_it(
+    run: Path, invoke: Callable[..., Finished], options: tuple[str, ...], message: str
+) -> None:
+    finished = invoke("eval", "--task", "warm", *options)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (run / "evaluations").exists()
 
 
 @pytest.mark.parametrize("key", ["fingerprint", "revision"])

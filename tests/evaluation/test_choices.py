@@ -67,6 +67,43 @@ def test_scores_equal_whole_sequences_one_by_one(
     same(together, [np.asarray(naive(packed, request)) for request in requests])
 
 
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_predictions_are_those_of_padded_batches(
+    packed: PackedModel,
+    requests: list[Request],
+    together: list[np.ndarray],
+    side: str,
+    size: int,
+) -> None:
+    """The same through transformers' own attention over rows filled up to one length, tasks mixed."""
+    asked = [
+        (number, request.prompt, choice)
+        for number, request in enumerate(requests)
+        for choice in request.choices
+    ]
+    sums: list[list[float]] = [[] for _ in requests]
+    for start in range(0, len(asked), size):
+        some = asked[start : start + size]
+        longest = max(len(prompt) + len(choice) for _, prompt, choice in some)
+        ids = torch.zeros(len(some), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (_, prompt, choice) in enumerate(some):
+            tokens = torch.tensor(prompt + choice)
+            place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
+            ids[row, place], mask[row, place] = tokens, 1
+        tasks = torch.tensor([requests[number].task for number, _, _ in some])
+        with torch.no_grad(), packed.over_padded_rows(tasks) as model:
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+        logprobs = logits.double().log_softmax(-1)
+        for row, (number, prompt, choice) in enumerate(some):
+            begin = int(mask[row].argmax()) + len(prompt) - 1
+            picked = logprobs[row, begin : begin + len(choice)]
+            sums[number].append(float(picked[torch.arange(len(choice)), choice].sum()))
+    same(together, [np.asarray(values) for values in sums])
+
+
 @pytest.mark.parametrize("tokens", [1, 300, 10**6])
 def test_scores_do_not_depend_on_what_passes_together(
     packed: PackedModel, requests: list[Request], together: list[np.ndarray], tokens: int

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.config import METHODS
 from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import Questions, merged_model, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
@@ -54,7 +55,7 @@ def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def rows(run: FinishedRun, task: Task, count: int) -> Iterator[tuple[Tensor, int]]:
     """Real rows as tokens [1, N], the prompt and the right answer behind it, and the answer's length."""
-    questions = Questions(run, task, count)
+    questions = Questions(run, task, Setting(limit=count))
     for request, example in zip(questions.requests, questions.examples.examples, strict=True):
         answer = request.choices[example.gold]
         yield torch.tensor([request.prompt + answer]), len(answer)
@@ -112,7 +113,7 @@ def test_what_is_decided_is_decided_the_same_way_in_bfloat16(
     (task,) = run.tasks
     merge_tasks(run, [(task, tmp_path / "merged")], checked=False)
     export_peft(run, task, tmp_path / "peft", checked=False)
-    questions = Questions(run, task, 40)
+    questions = Questions(run, task, Setting(limit=40))
     expected = run_itself(questions, tmp_path)
     best_two = np.sort(expected.scores, axis=1)[:, -2:]
     decided = best_two[:, 1] - best_two[:, 0] > 0.5

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
+from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import check_process, run_merge
 from mtl_lora_cli.export.check import (
     Answers,
@@ -39,7 +40,7 @@ def merge(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Written
 def compare(run: FinishedRun, folder: Path, task: int = 0, **models: Any) -> Comparison:
     """In this process."""
     check = Check(merged_model, models or {"the run's adapter": run_itself}, 8)
-    return check.compare(Questions(run, run.tasks[task], 8), folder)
+    return check.compare(Questions(run, run.tasks[task], Setting(limit=8)), folder)
 
 
 def test_a_merge_is_compared_in_another_process(run: FinishedRun, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_answers_without_an_outcome_are_compared_by_their_scores(run: FinishedRu
     ours = scored([-1.0, -2.0], [-3.0, -1.0, -2.0])
     theirs = scored([-2.25, -2.0], [-3.0, -1.0, -2.0])
     check = Check(lambda *_: ours, {"them": lambda *_: theirs}, 2)
-    found = check.compare(Questions(run, run.tasks[0], 2), Path())
+    found = check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path())
     assert (found.largest, found.equal) == (1.25, 0.5)
     assert found.metrics == found.reference.metrics == {}
 
@@ -152,7 +153,7 @@ def test_answers_without_an_outcome_are_compared_by_their_scores(run: FinishedRu
 def test_no_number_never_holds(run: FinishedRun, bad: float) -> None:
     poisoned = scored([bad, -2.0])
     check = Check(lambda *_: poisoned, {"them": lambda *_: poisoned}, 2)
-    assert not check.compare(Questions(run, run.tasks[0], 2), Path()).holds
+    assert not check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path()).holds
 
 
 def test_one_near_tie_may_fall_differently_where_the_dtype_has_some() -> None:

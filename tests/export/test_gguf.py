@@ -24,6 +24,7 @@ from mtl_lora_cli.adapters.config import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.choices import score as our_scores
+from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import gguf_adapter
 from mtl_lora_cli.export.check import Check, Questions, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
@@ -263,7 +264,7 @@ def test_llama_cpp_gives_the_runs_own_log_probabilities(
     run = trained(form)
     for task in run.tasks:
         write(run, dialect_of(config), tmp_path, task.id)
-        questions = Questions(run, task, LIMIT)
+        questions = Questions(run, task, Setting(limit=LIMIT))
         theirs, ours = adapter_in_llama(questions, tmp_path), run_itself(questions, tmp_path)
         assert len(ours.scores) == LIMIT
         for a, b in zip(ours.scores, theirs.scores, strict=True):
@@ -324,7 +325,7 @@ def test_the_truncated_update_is_told_from_the_whole_one(
     first = next(iter(updates))
     updates[first] = updates_at(run, run.tasks[0], None)[0][first]
     write_adapter(updates, dialect_of(config), tmp_path / "adapter.gguf", title="one")
-    questions = Questions(run, run.tasks[0], LIMIT)
+    questions = Questions(run, run.tasks[0], Setting(limit=LIMIT))
     comparison = Check(adapter_in_llama, {"4": run_at_written_rank}, LIMIT).compare(
         questions, tmp_path
     )
@@ -337,7 +338,7 @@ def test_llama_cpp_reads_the_merged_model_and_its_tokens(
     run = trained("mtl-lora")
     export_gguf_merged(run, run.tasks[0], tmp_path, checked=False)
     check = Check(model_in_llama, {"run": run_itself}, LIMIT, 1e-4)
-    assert check.compare(Questions(run, run.tasks[0], LIMIT), tmp_path).holds
+    assert check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path).holds
 
 
 @pytest.mark.usefixtures("in_process")
@@ -390,7 +391,7 @@ def test_other_tokens_than_the_base_models_are_noticed(
     damaged.write_bytes(content.replace(packed, np.zeros(512, dtype=np.float32).tobytes()))
     check = Check(model_in_llama, {"run": run_itself}, LIMIT)
     with pytest.raises(CheckError, match=r"llama.cpp makes other tokens of a prompt"):
-        check.compare(Questions(run, run.tasks[0], LIMIT), tmp_path)
+        check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path)
 
 
 @pytest.mark.slow
@@ -405,7 +406,7 @@ def test_llama_cpp_runs_smollm2(
     run = train(Path("smollm2-135m"), adapter=adapter)
     write(run, dialect_of(AutoConfig.from_pretrained(run.base.folder)), tmp_path, 1)
     export_gguf_merged(run, run.tasks[1], tmp_path / "merged", checked=False)
-    questions = Questions(run, run.tasks[1], LIMIT)
+    questions = Questions(run, run.tasks[1], Setting(limit=LIMIT))
     ours = run_itself(questions, tmp_path)
     for theirs in (
         adapter_in_llama(questions, tmp_path),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import Check, Questions, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.low_rank import ask_at, truncate, updates_at
@@ -86,8 +87,8 @@ def test_layers_of_a_lower_rank_keep_it(
     assert ranks == {"q_proj": 2, "down_proj": 1}
     assert truncation is not None and truncation.largest > 0
     assert all(truncation.errors[n] == 0 for n in truncation.errors if "down_proj" in n)
-    same = ask_at(Questions(run, run.tasks[0], 8), 4, "none")
-    own = run_itself(Questions(run, run.tasks[0], 8), Path())
+    same = ask_at(Questions(run, run.tasks[0], Setting(limit=8)), 4, "none")
+    own = run_itself(Questions(run, run.tasks[0], Setting(limit=8)), Path())
     for ours, theirs in zip(same.scores, own.scores, strict=True):
         assert abs(ours - theirs).max() < 2e-5
 
@@ -101,7 +102,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
     updates, _ = updates_at(run, run.tasks[0], rank)
     write_peft(updates, ["q_proj", "down_proj"], run.base.name, tmp_path)
     models = {"truncated": run_at_written_rank, "run": run_itself}
-    questions = Questions(run, run.tasks[0], 12)
+    questions = Questions(run, run.tasks[0], Setting(limit=12))
     comparison = Check(loaded_by_peft, models, 12, 1e-4).compare(questions, tmp_path)
     assert comparison.holds
     assert comparison.largest < 2e-5
@@ -109,7 +110,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
 
 
 def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: FinishedRun) -> None:
-    questions = Questions(four_bit_run, four_bit_run.tasks[0], 8)
+    questions = Questions(four_bit_run, four_bit_run.tasks[0], Setting(limit=8))
     own = run_itself(questions, Path())
     for quantization, allowed in (("nf4", (0, 2e-5)), ("none", (1e-3, 10))):
         found = ask_at(questions, 4, quantization)

@@ -233,7 +233,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of what was written compares here; its own process is tests/export's."""
 
     def compare(check: Check, run: FinishedRun, task: Task, folder: Path) -> Comparison:
-        return check.compare(Questions(run, task, check.limit), folder)
+        return check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
 
     monkeypatch.setattr(Check, "run", compare)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mtl_lora_cli.comparison.resampled import goodness, metric, resampled
 from mtl_lora_cli.evaluation import metrics as reference
 from mtl_lora_cli.evaluation.metrics import Outcome
+from mtl_lora_cli.evaluation.resampled import goodness, metric, resampled
 
 TWO_CLASSES = ("f1", "roc_auc")
 NUMBERS = ("pearson", "spearman")

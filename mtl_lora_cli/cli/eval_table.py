@@ -1,0 +1,172 @@
+"""The tables and the JSON of `mtl-lora eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtl_lora_cli.cli.table import table
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.averages import Average
+
+Result = dict[str, Any]
+
+_OUTCOME = ("gold", "predicted", "gold_value", "predicted_value", "positive_score", "positive")
+
+
+def as_json(
+    run: str,
+    results: Sequence[Result],
+    beside: Sequence[Result | None],
+    means: Sequence[Average],
+    name: str | None,
+) -> dict[str, Any]:
+    """What `--json` prints: results without their rows, and what stands beside them."""
+    rows = []
+    for result, other in zip(results, beside, strict=True):
+        row = {key: value for key, value in result.items() if key not in _OUTCOME}
+        shown = None if other is None else {k: v for k, v in other.items() if k != "outcome"}
+        rows.append({**row, "base" if name is None else "beside": shown})
+    return {"run": run, "results": rows, "averages": [dataclasses.asdict(mean) for mean in means]}
+
+
+def as_table(
+    results: Sequence[Result],
+    beside: Sequence[Result | None],
+    means: Sequence[Average],
+    name: str | None,
+    *,
+    base_only: bool,
+) -> str:
+    """One table of all tasks, averages under it, and what has to be known to read it.
+
+    Args:
+        results: of each task.
+        beside: of another model, on the same rows.
+        means: averages over the tasks.
+        name: of the other model; None: the untouched base model.
+        base_only: the results themselves are the base model's.
+    """
+    header = ["task", "metric", "base" if base_only else "score", "95 % interval"]
+    if not base_only:
+        header += [name or "base", "difference", "p"]
+    header += ["majority", "chance"]
+    rows = []
+    for result, other in zip(results, beside, strict=True):
+        for number, (metric, measured) in enumerate(result["metrics"].items()):
+            row = [result["task"] if number == 0 else "", metric, *_value(measured)]
+            if not base_only:
+                row += _other(metric, other)
+            accurate = metric == "accuracy"
+            row += [_share(result[key]) if accurate else "" for key in ("majority", "chance")]
+            rows.append(row)
+    lines = [table(header, rows)]
+    if means:
+        lines += ["", _means(means, name, base_only=base_only)]
+    return "\n".join([*lines, *_notes(results, beside)])
+
+
+def _means(means: Sequence[Average], name: str | None, *, base_only: bool) -> str:
+    header = ["average", "tasks", "base" if base_only else "score", "95 % interval"]
+    compared = not base_only and any(mean.difference is not None for mean in means)
+    if compared:
+        header += [name or "base", "difference", "p"]
+    rows = []
+    for mean in means:
+        row = [mean.name, f"{mean.tasks} of {mean.of}", _shown(mean.value)]
+        row.append(_interval(mean.low, mean.high))
+        if compared:
+            row += [
+                _share(mean.other),
+                _apart(mean.difference, mean.difference_low, mean.difference_high),
+                _p(mean.p),
+            ]
+        rows.append(row)
+    return "\n".join(
+        [table(header, rows), *(f"{m.name}: undefined, {m.why}" for m in means if m.why)]
+    )
+
+
+def _value(measured: Result) -> list[str]:
+    return [_shown(measured["value"]), _interval(measured["low"], measured["high"])]
+
+
+def _other(metric: str, other: Result | None) -> list[str]:
+    if other is None:
+        return ["–", "", ""]
+    theirs = other["metrics"].get(metric)
+    if theirs is None:
+        return ["–", "", ""]
+    apart = other["paired"].get(metric)
+    if apart is None:
+        return [_shown(theirs["value"]), "", ""]
+    return [
+        _shown(theirs["value"]),
+        _apart(apart["difference"], apart["low"], apart["high"]),
+        _p(apart["p"]),
+    ]
+
+
+def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
+    examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
+    protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
+    notes = [f"{examples}; protocol {protocols}"]
+    for result, other in zip(results, beside, strict=True):
+        task = result["task"]
+        for metric, measured in result["metrics"].items():
+            if measured["value"] is None:
+                notes.append(f"{task}: {metric} is undefined: {measured['why']}")
+        if result["unparsable"]:
+            notes.append(
+                f"{task}: {result['unparsable']} answers could not be read and count as wrong"
+            )
+        if other is not None and other.get("differs"):
+            notes.append(f"{task}: the other run differs in {', '.join(other['differs'])}")
+        if other is not None and "equal" in other:
+            largest = other["largest"]
+            told = (
+                ""
+                if largest is None
+                else f", largest difference of log-probabilities {largest:.2e}"
+            )
+            notes.append(f"{task}: equal answers {100 * other['equal']:.1f}%{told}")
+    cut = sum(result["truncated_prompts"] or 0 for result in results)
+    if cut:
+        notes.append(
+            f"{cut} prompts were longer than the model's positions and lost their beginning"
+        )
+    return notes
+
+
+def _protocol(result: Result) -> str:
+    """The protocol with what decides its figures."""
+    if result.get("harness_task"):
+        task = result["harness_task"]
+        return f"{result['protocol']} ({task['task']}, lm_eval {task['lm_eval']})"
+    if result["normalisation"] not in (None, "sum"):
+        return f"{result['protocol']} (per {result['normalisation']})"
+    return str(result["protocol"])
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} – {high:.3f}"
+
+
+def _apart(difference: float | None, low: float | None, high: float | None) -> str:
+    if difference is None or low is None or high is None:
+        return ""
+    return f"{difference:+.3f} ({low:+.3f} – {high:+.3f})"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"

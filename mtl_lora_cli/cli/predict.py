@@ -1,0 +1,85 @@
+"""`mtl-lora predict`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtl_lora_cli.cli.frame import emit, framed, status
+from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
+
+_FORMATS = ("jsonl", "glue")
+
+
+def register(app: typer.Typer) -> None:
+    app.command("predict", epilog="Example: mtl-lora predict --task boolq questions.jsonl")(predict)
+
+
+def predict(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE|-", help="Unlabelled rows; - reads JSON lines from stdin."),
+    ],
+    task: Annotated[
+        str | None, typer.Option("--task", help="The task that the rows are of.")
+    ] = None,
+    task_column: Annotated[
+        str | None,
+        typer.Option("--task-column", help="The field of each row that names its task."),
+    ] = None,
+    run: RunOption = None,
+    runs: RunsOption = RUNS,
+    form: Annotated[
+        str, typer.Option("--format", help="jsonl, or glue: what GLUE's server takes.")
+    ] = "jsonl",
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although the base model has changed.")
+    ] = False,
+) -> None:
+    """Label rows: JSON lines with label and probabilities, as soon as they are known."""
+    with framed():
+        from mtl_lora_cli.data.streams import read_parts, stream_parts
+        from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
+        from mtl_lora_cli.runs.folder import find_run
+
+        if form not in _FORMATS:
+            raise UsageError(
+                f"--format: expected one of {', '.join(_FORMATS)}, received '{form}'"
+                f"{did_you_mean(form, _FORMATS)}"
+            )
+        if form == "glue" and task_column is not None:
+            raise UsageError("--format glue is a file for one task: use --task")
+        if file != "-" and not Path(file).is_file():
+            raise file_problem(file, "no such file")
+        folder = find_run(run, runs)
+        status("loading libraries")
+        from mtl_lora_cli.evaluation import glue_submission
+        from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
+        from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task
+
+        known = {one.name: one for one in read_tasks(folder)}
+        name = require_task(list(known), task, task_column)
+        glue = glue_submission.require_glue(known[name]) if form == "glue" else None
+        status(f"loading run {folder.name}")
+        predictor = Predictor(open_run(folder, force=force))
+        if file == "-":
+            parts = stream_parts(sys.stdin.buffer, "stdin", ROWS)
+        else:
+            parts = read_parts(Path(file), ROWS)
+        if glue is not None:
+            emit(glue_submission.HEADER)
+        number = 0
+        for part in parts:
+            answers = predictor.answer(part, task=task, task_column=task_column)
+            lines = []
+            for (row, _), prediction in zip(part, answers, strict=True):
+                if glue is not None:
+                    lines.append(glue_submission.line(glue, number, row, prediction))
+                else:
+                    lines.append(json.dumps(prediction, ensure_ascii=False, allow_nan=False))
+                number += 1
+            emit("\n".join(lines))

@@ -1,0 +1,192 @@
+"""Unlabelled rows in, labels and probabilities out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
+from mtl_lora_cli.evaluation.answers import answer as ask
+from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.protocols import Setting, reading_of
+from mtl_lora_cli.tasks.rendering import Renderer
+from mtl_lora_cli.tasks.task import Task
+
+Row = Mapping[str, Any]
+Prediction = dict[str, Any]
+
+NEW_TOKENS = 64  # of a free answer, where the template does not say
+ROWS = 256  # that are answered together
+
+
+class Predictor:
+    """A finished run that answers; `mtl_lora_cli.load` makes one.
+
+    Rows have the fields that the task's template reads; its label is not looked at. A prediction is
+    a dictionary:
+
+    - `task`;
+    - `label`: the label value of the likeliest choice, and `answer`, its text; a free answer has no
+      label;
+    - `probabilities`: text of each choice → p ∝ exp(score), where the score is the choice's
+      log-probability, divided as the template's `normalisation` says;
+    - `value`: Σ p · label, for a task with `scoring: expectation`.
+
+    Args:
+        opened: the run with its model.
+    """
+
+    def __init__(self, opened: OpenRun) -> None:
+        self._opened = opened
+        self._setting = Setting()
+
+    @cached_property
+    def _tasks(self) -> dict[str, tuple[Task, Renderer]]:
+        return {
+            task.name: (_with_room(task), Renderer(task.template, task.name))
+            for task in self._opened.tasks
+        }
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the run's tasks."""
+        return tuple(self._tasks)
+
+    def predict(
+        self, rows: Iterable[Row], *, task: str | None = None, task_column: str | None = None
+    ) -> list[Prediction]:
+        """Answer rows of one task, or of several, mixed.
+
+        Args:
+            rows: in any number; tasks are answered together.
+            task: whose rows they are; may be left out where the run has one task.
+            task_column: the field of each row that names its task, in the place of `task`.
+
+        Returns:
+            A prediction for each row, in order.
+
+        Raises:
+            UsageError: an unknown task, or a row that its template cannot read.
+        """
+        placed = ((row, f"row {number}") for number, row in enumerate(rows, start=1))
+        found: list[Prediction] = []
+        while part := list(islice(placed, ROWS)):
+            found += self.answer(part, task=task, task_column=task_column)
+        return found
+
+    def answer(
+        self,
+        part: Sequence[tuple[Row, str]],
+        *,
+        task: str | None = None,
+        task_column: str | None = None,
+    ) -> list[Prediction]:
+        """The same for rows with their places, as errors name them, all answered together."""
+        chosen = require_task(self.tasks, task, task_column)
+        names = [
+            chosen if task_column is None else self._named(row, task_column, where)
+            for row, where in part
+        ]
+        return list(self._answer(part, names))
+
+    def _named(self, row: Row, column: str, where: str) -> str:
+        if column not in row:
+            raise UsageError(
+                f"{where}: has no field '{column}'{did_you_mean(column, list(row))}; "
+                f"fields: {', '.join(row)}"
+            )
+        return _known(str(row[column]), self.tasks, f"{where}: {column}: ")
+
+    def _answer(
+        self, part: Sequence[tuple[Row, str]], names: Sequence[str]
+    ) -> Iterator[Prediction]:
+        """One batch of all tasks."""
+        tasks, held, numbers = [], [], []
+        for name in dict.fromkeys(names):
+            own = [number for number, one in enumerate(names) if one == name]
+            task, renderer = self._tasks[name]
+            rows, wheres = [part[n][0] for n in own], [part[n][1] for n in own]
+            rendered = [
+                renderer.render(row, where, labelled=False)
+                for row, where in zip(rows, wheres, strict=True)
+            ]
+            tasks.append(task)
+            held.append(Examples("", rendered, wheres, rows, ""))
+            numbers.append(own)
+        found: dict[int, Prediction] = {}
+        answers = ask(self._opened, tasks, held, self._setting)
+        for task, examples, places, said in zip(tasks, held, numbers, answers, strict=True):
+            found.update(zip(places, self._predictions(task, examples, said), strict=True))
+        return (found[number] for number in range(len(part)))
+
+    def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:
+        if said.scores is None:
+            assert said.texts is not None
+            reading = reading_of(task.template)
+            for text in said.texts:
+                parts = reading.found(reading.answer(text))
+                yield {"task": task.name, "answer": parts[0] if parts else None}
+            return
+        renderer = self._tasks[task.name][1]
+        how = task.template.normalisation
+        scores = normalised(said.scores, examples, said.requests, how)
+        for number, (values, example) in enumerate(zip(scores, examples.examples, strict=True)):
+            likely = probabilities(values)
+            best = int(values.argmax())
+            labels = renderer.labels(examples.rows[number], examples.wheres[number])
+            prediction: Prediction = {
+                "task": task.name,
+                "label": labels[best],
+                "answer": example.choices[best],
+                "probabilities": dict(zip(example.choices, likely.tolist(), strict=True)),
+            }
+            if task.template.scoring == "expectation":
+                prediction["value"] = expected_value(task, likely)
+            yield prediction
+
+
+def require_task(names: Sequence[str], task: str | None, task_column: str | None) -> str:
+    """The task that all rows are of; "" where a column of theirs says.
+
+    Args:
+        names: of the run's tasks.
+        task, task_column: as the user gave them.
+
+    Raises:
+        UsageError: no such task, none where there are several, or both.
+    """
+    if task_column is not None:
+        if task is not None:
+            raise UsageError("give --task or --task-column, not both")
+        return ""
+    if task is not None:
+        return _known(task, names, "")
+    if len(names) != 1:
+        raise UsageError(
+            "give --task or --task-column: which task are the rows of? "
+            f"The run has: {', '.join(names)}"
+        )
+    return names[0]
+
+
+def _known(name: str, names: Sequence[str], where: str) -> str:
+    if name not in names:
+        raise UsageError(
+            f"{where}unknown task '{name}'{did_you_mean(name, names)}; "
+            f"tasks of this run: {', '.join(names)}"
+        )
+    return name
+
+
+def _with_room(task: Task) -> Task:
+    """A free answer's length is not known from a label here."""
+    template = task.template
+    if template.choices is not None or template.generate.max_new_tokens is not None:
+        return task
+    generate = template.generate.model_copy(update={"max_new_tokens": NEW_TOKENS})
+    return dataclasses.replace(task, template=template.model_copy(update={"generate": generate}))

@@ -1,0 +1,115 @@
+"""A merged or exported model beside the run that it comes from, by the evaluation's own code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_lora_cli.adapters.files import CONFIG_FILE
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.metrics import measure
+from mtl_lora_cli.evaluation.protocols import LM_EVAL, Setting
+from mtl_lora_cli.evaluation.results import OUTCOME, beside
+from mtl_lora_cli.export.check import Questions, Reader, largest_difference, merged_model
+from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.export.gguf_adapter import ADAPTER, MODEL, adapter_in_llama, model_in_llama
+from mtl_lora_cli.export.llama_scores import require_llama_cpp
+from mtl_lora_cli.export.peft_adapter import loaded_by_peft
+from mtl_lora_cli.tasks.task import Task
+
+# By what lies in it a folder is known.
+_READERS: Mapping[str, Reader] = {
+    "adapter_config.json": loaded_by_peft,
+    ADAPTER: adapter_in_llama,
+    MODEL: model_in_llama,
+    "config.json": merged_model,
+}
+
+
+def find_folders(folder: Path, tasks: Sequence[Task], setting: Setting) -> list[Path]:
+    """What each task is scored against: the folder itself, or its subfolder of the task's name.
+
+    Raises:
+        UsageError: there is none, it is nothing that was merged or exported, or the protocol is the
+            harness's.
+    """
+    if setting.protocol == LM_EVAL or setting.base_only:
+        raise UsageError(
+            "--against compares the run's adapter by the protocols choices and generate"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"--against {folder}: no such folder")
+    if (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"--against {folder}: is a run's own adapter; compare runs with --baseline"
+        )
+    if len(tasks) == 1 and any((folder / name).is_file() for name in _READERS):
+        folders = [folder]
+    else:
+        folders = [folder / task.name for task in tasks]
+    for one in folders:
+        _reader(one)
+    return folders
+
+
+def _reader(folder: Path) -> Reader:
+    if (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"--against {folder}: is a run's own adapter; compare runs with --baseline"
+        )
+    for name, reader in _READERS.items():
+        if (folder / name).is_file():
+            if name in (ADAPTER, MODEL):
+                require_llama_cpp()
+            return reader
+    raise UsageError(
+        f"--against {folder}: expected a folder that merge or export wrote, with one of "
+        f"{', '.join(_READERS)}"
+    )
+
+
+def against(
+    run: FinishedRun,
+    task: Task,
+    setting: Setting,
+    folder: Path,
+    result: Mapping[str, Any],
+    scores: Sequence[np.ndarray] | None,
+) -> dict[str, Any]:
+    """Score what lies in a folder on the rows of a result of the run's.
+
+    Args:
+        run: the run that it was merged or exported from.
+        task: which of its tasks.
+        setting: as the result came about.
+        folder: from `find_folders`.
+        result: the run's own.
+        scores: the log-probabilities that it came from; None where answers were generated.
+
+    Returns:
+        See `mtl_lora_cli.evaluation.results.beside`; besides, the `folder`, the `largest` difference
+        of a log-probability, and the share of `equal` predictions.
+
+    Raises:
+        UsageError: free answers cannot be generated with it.
+    """
+    said = _reader(folder)(Questions(run, task, setting), folder)
+    if said.outcome is None:
+        raise UsageError(
+            f"--against {folder}: llama.cpp is asked for log-probabilities alone, and task "
+            f"'{task.name}' has free answers"
+        )
+    theirs = {
+        **result,
+        "id": None,
+        "harness": None,
+        "metrics": {n: dataclasses.asdict(measure(n, said.outcome)) for n in result["metrics"]},
+        **{name: getattr(said.outcome, name) for name in OUTCOME},
+    }
+    equal = float(np.mean(np.asarray(result["predicted"]) == said.outcome.predicted))
+    largest = None if scores is None else largest_difference(scores, said.scores)
+    return {"folder": str(folder), "equal": equal, "largest": largest, **beside(theirs, result)}
