@@ -1,6 +1,9 @@
 # make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
 # make test         install what is needed and run every check
 # make soak         kill a training run twenty times, and compare its end with an untouched run
+# make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
+# make audit        ask for known vulnerabilities of the tested versions (needs the network)
+# make licences     write docs/licences.md anew
 # make benchmark    time an adapted layer and whole training steps on this CPU, against yardsticks
 # make format       let ruff write the code as `make check` wants it
 
@@ -11,7 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # One thread a process: two test processes that each use all cores wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check soak benchmark format clean
+.PHONY: quickstart test check soak fuzz audit licences benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -43,9 +46,22 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
+	$(BIN)/python docs/make_licences.py --check
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/end_to_end/soak.py --kills 20
+
+# Ten properties, 1,200 cases each.
+fuzz: $(VENV)/.installed-dev
+	MTL_LORA_FUZZ_CASES=1200 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fuzz
+
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
+licences: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_licences.py
 
 benchmark: $(VENV)/.installed-dev
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/benchmarks/test_speed.py
@@ -55,4 +71,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-audit build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

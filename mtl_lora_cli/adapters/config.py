@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -126,6 +126,14 @@ class AdapterConfig:
         for key in _OTHERWISE:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, method_default(self.method, key))
+        for key in ("rank", "up_projections", "embedding_size", "task_rank"):
+            _require(key, getattr(self, key), int, lambda value: value >= 1, "a whole number above 0")
+        for pattern, rank in self.rank_pattern.items():
+            _require(f"rank_pattern.{pattern}", rank, int, lambda value: value >= 1, "a rank")
+        for key in ("alpha", "temperature"):
+            _require(key, getattr(self, key), float, lambda value: 0 < value < math.inf, "above 0")
+        _require("gate_start", self.gate_start, float, math.isfinite, "a number")
+        _require("dropout", self.dropout, float, lambda value: 0 <= value < 1, "from 0 to below 1")
         if "up_projections" not in self.family.reads and self.ups != 1:
             raise ValueError(f"{self.method} has one up-projection, received {self.ups}")
         if self.method == "moelora":
@@ -167,6 +175,13 @@ class AdapterConfig:
     def scale(self, rank: int) -> float:
         """s of a layer of this rank."""
         return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
+
+
+def _require(key: str, value: Any, kind: type, holds: Callable[[Any], bool], what: str) -> None:
+    """Raises ValueError: a number is none, or none of those that are possible."""
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+        raise ValueError(f"{key}: expected {what}, received {value!r}")
 
 
 def matches(path: str, target: str) -> bool:

@@ -23,7 +23,7 @@ from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,12 @@ def tensor_checksum(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
+def config_checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that a configuration says beside its own checksum."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) -> None:
     """Write the two files into `folder`, which must exist. Tensors are written as trained."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}
@@ -73,6 +79,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
         },
         "checksums": {name: tensor_checksum(tensor) for name, tensor in tensors.items()},
     }
+    content["checksum"] = config_checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -81,14 +88,15 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     """Read the configuration of an adapter folder.
 
     Raises:
-        MtlLoraError: it is missing, not JSON, of a newer format, or lacks or adds a key.
+        MtlLoraError: it is missing, not JSON, of a newer format, lacks or adds a key, is damaged, or
+            says what cannot be.
     """
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MtlLoraError(f"{path}: no such file; the folder holds no finished adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MtlLoraError(f"{path}: not valid JSON: {error}") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -96,20 +104,26 @@ def read_adapter_file(folder: Path) -> AdapterFile:
             f"{path}: format_version {version!r} is not known; this release reads {FORMAT_VERSION}"
         )
     names = {field.name for field in dataclasses.fields(AdapterConfig)}
-    expected = names | {"format_version", "tasks", "base_model", "modules", "checksums"}
+    parts = {"tasks", "base_model", "modules", "checksums"}
+    expected = names | parts | {"format_version", "checksum"}
     for key in sorted(expected ^ set(content)):
         kind = "unknown" if key in content else "missing"
         raise MtlLoraError(f"{path}: {kind} key '{key}'")
+    if content["checksum"] != config_checksum(content):
+        raise MtlLoraError(f"{path}: damaged, or changed by hand: its own checksum differs")
     fields = {name: content[name] for name in names}
     for name, kinds in KINDS.items():
         if fields[name] not in kinds:
             raise MtlLoraError(
                 f"{path}: {name}: {fields[name]!r} is not known; known: {', '.join(kinds)}"
             )
+    for name, fits in _FORMS.items():
+        if not fits(content[name]):
+            raise MtlLoraError(f"{path}: {name}: received {content[name]!r:.60}")
     fields["target_modules"] = tuple(fields["target_modules"])
     try:
         config = AdapterConfig(**fields)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise MtlLoraError(f"{path}: {error}") from None
     return AdapterFile(
         config=config,
@@ -118,6 +132,31 @@ def read_adapter_file(folder: Path) -> AdapterFile:
         modules=content["modules"],
         checksums=content["checksums"],
     )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str | None) for v in value.values())
+
+
+def _is_modules(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(one, dict) and all(type(one.get(key)) is int and one[key] > 0 for key in _SIZES)
+        for one in value.values()
+    )
+
+
+_SIZES = ("in_features", "out_features", "rank")
+_FORMS = {
+    "tasks": _is_names,
+    "target_modules": _is_names,
+    "base_model": _is_texts,
+    "checksums": _is_texts,
+    "modules": _is_modules,
+}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

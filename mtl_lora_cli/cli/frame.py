@@ -39,6 +39,7 @@ def framed() -> Iterator[None]:
     """
     global _stdout
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not _debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -56,7 +57,7 @@ def framed() -> Iterator[None]:
         raise
     except MtlLoraError as error:
         _fail(error.lines, error.exit_code)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, typer.Abort) as error:  # Ctrl-C, or Ctrl-D at a question
         _fail([str(error) or "interrupted"], ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os._exit(ExitCode.FAILED)  # the reader of our output went away; nobody is left to tell

@@ -30,6 +30,7 @@ from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import split_fingerprint
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.recipe.schema import Run as RunSettings
@@ -290,10 +291,8 @@ def _experts(recipe: Recipe, point: Point) -> int:
 
 def _shapes(loaded: LoadedRecipe) -> Shapes:
     """The adapted layers of the base model, from its configuration alone: no weights are read."""
-    from transformers import AutoConfig
-
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
-    config = AutoConfig.from_pretrained(base.folder)
+    config = load_config(base)
     known: dict[tuple[str, ...], list[tuple[int, int]]] = {}
 
     def shapes(targets: tuple[str, ...]) -> list[tuple[int, int]]:

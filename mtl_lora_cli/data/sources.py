@@ -13,7 +13,7 @@ from typing import Any
 
 from mtl_lora_cli.data.file_formats import ENDINGS, Rows, ending, fingerprint, read_file
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
-from mtl_lora_cli.recipe.schema import SPLITS, Source
+from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
 
 __all__ = [
@@ -152,6 +152,12 @@ def split_by_column(rows: Rows, column: str, names: Mapping[str, str] | None) ->
         if not task:
             received = f"received {value!r:.60}" if column in row else "the row does not have it"
             raise UsageError(f"{rows.where(index)}: {column}: expected {expected}, {received}")
+        if not NAME.fullmatch(task):  # it names folders, when it is merged
+            raise UsageError(
+                f"{rows.where(index)}: {column}: '{task:.60}' cannot be a task's name: letters, digits, "
+                "'.', '_' and '-', the first a letter or a digit, 80 at most; give such values names in "
+                "task_names"
+            )
         members.setdefault(task, []).append(index)
     return {task: _selected(rows, indices, task) for task, indices in members.items()}
 

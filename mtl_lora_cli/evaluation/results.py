@@ -7,12 +7,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
 from mtl_lora_cli.evaluation.paired import paired
+from mtl_lora_cli.recipe.schema import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 
 # Two results on the same examples, asked in the same way.
@@ -122,11 +125,43 @@ def outcome_in(result: Mapping[str, Any]) -> Outcome:
 
 
 def stored(folder: RunFolder) -> list[dict[str, Any]]:
-    """All results of a run, oldest first."""
-    index = folder.evaluations / "index.json"
-    if not index.is_file():
+    """All results of a run, oldest first.
+
+    Raises:
+        MtlLoraError: one of the files is damaged.
+    """
+    return [_read(folder.evaluations / f"{name}.json") for name in _index(folder)]
+
+
+def _index(folder: RunFolder) -> list[str]:
+    """Ids of the results of a run, oldest first."""
+    path = folder.evaluations / "index.json"
+    if not path.is_file():
         return []
-    return [read_json(folder.evaluations / f"{i}.json") for i in read_json(index)["evaluations"]]
+    names = read_json(path).get("evaluations")
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and NAME.fullmatch(name) for name in names
+    ):
+        raise MtlLoraError(f"{path}: damaged: 'evaluations' is no list of ids")
+    return names
+
+
+_FORMS: dict[str, type] = {
+    "id": str,
+    "task": str,
+    "model": str,
+    "metrics": dict,
+    "gold": list,
+    "predicted": list,
+}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result = read_json(path)
+    for key, kind in _FORMS.items():
+        if not isinstance(result.get(key), kind):
+            raise MtlLoraError(f"{path}: damaged: {key}: received {result.get(key)!r:.60}")
+    return result
 
 
 def store(folder: RunFolder, result: Mapping[str, Any]) -> str:
@@ -136,7 +171,6 @@ def store(folder: RunFolder, result: Mapping[str, Any]) -> str:
     name = f"{stamp}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     folder.evaluations.mkdir(exist_ok=True)
     save_json(folder.evaluations / f"{name}.json", {"id": name, **result})
-    index = folder.evaluations / "index.json"
-    known = read_json(index)["evaluations"] if index.is_file() else []
-    save_json(index, {"evaluations": [*[i for i in known if i != name], name]})
+    known = [other for other in _index(folder) if other != name]
+    save_json(folder.evaluations / "index.json", {"evaluations": [*known, name]})
     return name

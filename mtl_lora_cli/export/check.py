@@ -31,7 +31,7 @@ from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device
+from mtl_lora_cli.models.load import load_config, load_model, load_tokenizer, pick_device
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -87,9 +87,7 @@ class Questions:
     @cached_property
     def longest(self) -> int:
         """Positions that the base model knows."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.run.base.folder)
+        config = load_config(self.run.base)
         return getattr(config, "max_position_embeddings", 2**31)
 
     def ask(self, packed: PackedModel) -> Answers:

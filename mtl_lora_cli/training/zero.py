@@ -22,7 +22,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +57,12 @@ _OF_THE_RECIPE = {
     "bf16": "dtype",
     "amp": "dtype",
     "activation_checkpointing": "training.gradient_checkpointing",
+    "tensorboard": "run.trackers",
+    "wandb": "run.trackers",
 }
+# What would write elsewhere than into the run folder.
+_WRITES = ("csv_monitor", "comet", "nebula", "autotuning")
+_PLACES = ("output_path", "output_file", "results_dir", "exps_dir", "nvme_path")
 
 
 def deepspeed_config(
@@ -110,10 +115,23 @@ def merged_config(own: dict[str, Any], path: Path) -> dict[str, Any]:
         for key, where in _OF_THE_RECIPE.items()
         if given.get(key, "auto") != "auto"
     ]
+    problems += [
+        Problem(str(path), None, key, "is not done: it writes outside of the run folder")
+        for key in _writing(given)
+    ]
     result = _over(own, given, (), problems, str(path))
     if problems:
         raise ProblemsError(problems)
     return result
+
+
+def _writing(given: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[str]:
+    """Keys of a user's file by which something would be written to a place of its own."""
+    for key, value in given.items():
+        if key in _PLACES or (not place and key in _WRITES):
+            yield ".".join((*place, key))
+        elif isinstance(value, dict) and not (not place and key in _OF_THE_RECIPE):
+            yield from _writing(value, (*place, key))
 
 
 def _is_tuning(key: str) -> bool:

@@ -16,6 +16,7 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import (
     CONFIG_FILE,
     TENSOR_FILE,
+    config_checksum,
     load_adapter,
     read_adapter_file,
     read_tensors,
@@ -46,8 +47,10 @@ def saved(tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another configuration, with a checksum that fits it."""
     content = json.loads((folder / CONFIG_FILE).read_text())
     change(content)
+    content["checksum"] = config_checksum(content)
     (folder / CONFIG_FILE).write_text(json.dumps(content))
 
 
@@ -171,10 +174,10 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [3, 1, 0, "2", None])
+@pytest.mark.parametrize("version", [4, 2, 1, 0, "3", None])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 2" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 3" in fault(saved)
 
 
 def test_an_unknown_key(saved: Path) -> None:
@@ -198,7 +201,34 @@ def test_a_kind_that_this_release_does_not_know(saved: Path, key: str, value: st
     assert value in line
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
+def test_a_configuration_that_was_changed(saved: Path) -> None:
+    path = saved / CONFIG_FILE
+    path.write_text(path.read_text().replace('"alpha": 16', '"alpha": 18'))
+    assert fault(saved).endswith(
+        f"{CONFIG_FILE}: damaged, or changed by hand: its own checksum differs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tasks", 5),
+        ("tasks", [1]),
+        ("target_modules", "q_proj"),
+        ("base_model", []),
+        ("checksums", {"a": 1}),
+        ("modules", {"layer": {"in_features": 0, "out_features": 3, "rank": 2}}),
+        ("modules", {"layer": 3}),
+        ("rank", "eight"),
+        ("rank", 0),
+    ],
+)
+def test_a_configuration_that_cannot_be(saved: Path, key: str, value: Any) -> None:
+    edit_config(saved, lambda content: content.update({key: value}))
+    assert CONFIG_FILE in fault(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100000])
 def test_a_configuration_that_is_no_json_object(saved: Path, text: str) -> None:
     (saved / CONFIG_FILE).write_text(text)
     assert CONFIG_FILE in fault(saved)

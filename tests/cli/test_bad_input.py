@@ -245,6 +245,13 @@ CASES = [
         ("train", "--resume"),
     ),
     Bad(
+        "no run yet: report",
+        (
+            "no run yet in runs; start one with: mtl-lora train RECIPE, or name one with --run",
+        ),
+        ("report",),
+    ),
+    Bad(
         "unknown run",
         ("no run 'smal' in RUNS; did you mean 'small'?; runs: small",),
         ("eval", "--task", "warm", "--run", "smal", "--runs", "RUNS"),
@@ -613,6 +620,75 @@ CASES = [
         "resuming a finished run",
         ("run 'small' is finished; nothing is left to resume",),
         ("train", "--resume", "--runs", "RUNS"),
+        early=False,
+    ),
+    # What strangers may have made.
+    Bad(
+        "a base model that is a pickle",
+        (
+            "base_model: 'base': TMP/base holds no safetensors weights; pytorch_model.bin is a pickle, "
+            "which can run any code when it is read: save the model as safetensors on a machine where "
+            "you trust it",
+        ),
+        files={
+            **recipe("STORIES", "base"),
+            "base/config.json": '{"model_type": "llama"}',
+            "base/pytorch_model.bin": "x",
+        },
+        early=False,
+    ),
+    Bad(
+        "a base model with code of its own",
+        (
+            "base_model: 'base': its folder brings Python code of its own, which is never run; use a "
+            "model that transformers knows itself",
+        ),
+        files={
+            **recipe("STORIES", "base"),
+            "base/config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}',
+            "base/code.py": "raise SystemExit('it ran')",
+            "base/model.safetensors": "x",
+        },
+        early=False,
+    ),
+    Bad(
+        "a template that reaches for Python",
+        ("TMP/color.jsonl:1: task 'color': prompt: access to attribute '__class__' of …",),
+        files={"color.yaml": TEMPLATE.replace("{{ word }}", "{{ word.__class__.__mro__ }}")},
+        early=False,
+    ),
+    Bad(
+        "a task's name in the data that leads out of a folder",
+        (
+            "TMP/rows.jsonl:1: kind: '../../out' cannot be a task's name: letters, digits, '.', '_' and "
+            "'-', the first a letter or a digit, 80 at most; give such values names in task_names",
+        ),
+        files={
+            **recipe("color.jsonl", "{path: rows.jsonl, task_column: kind}"),
+            "rows.jsonl": '{"word": "red", "label": "yes", "kind": "../../out"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a run's name that leads out of a folder",
+        ("recipe.yaml:7: run.name: string should match pattern …",),
+        files=recipe("name: new", "name: ../new"),
+    ),
+    Bad(
+        "a recipe that builds Python objects",
+        ("recipe.yaml:8: not valid YAML: could not determine a constructor for the tag …",),
+        files=more("mixing: !!python/object/apply:os.system [exit]\n"),
+    ),
+    Bad(
+        "a DeepSpeed file that writes elsewhere",
+        (
+            "TMP/ds.json: csv_monitor: is not done: it writes outside of the run folder",
+            "TMP/ds.json: flops_profiler.output_file: is not done: it writes outside of the run folder",
+        ),
+        files={
+            **more("distributed: {zero_stage: 1, deepspeed: ds.json}\n"),
+            "ds.json": '{"csv_monitor": {"enabled": true}, "flops_profiler": {"output_file": "/x"}}',
+        },
         early=False,
     ),
 ]  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.adapters.files import config_checksum
+
 Finished = Any
 
 
@@ -163,6 +165,7 @@ def test_a_base_model_that_has_changed_is_refused_unless_forced(
     path = run / "adapter" / "mtl_lora_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["base_model"][key] = "another"
+    content["checksum"] = config_checksum(content)
     path.write_text(json.dumps(content), encoding="utf-8")
     if key == "revision":  # a folder has none: let this one have come from the hub
         find = open_run.find_base_model

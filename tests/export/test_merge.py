@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtl_lora_cli.adapters.files import config_checksum
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.open_run import open_run
@@ -493,6 +494,7 @@ def test_another_revision_is_told(
     config = copied / "adapter" / "mtl_lora_config.json"
     content = json.loads(config.read_text())
     content["base_model"] = {"name": "a/b", "revision": "old", "fingerprint": "0" * 32}
+    content["checksum"] = config_checksum(content)
     config.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"\(revision None, expected old; fingerprint"):
         read_finished(RunFolder(copied))
