@@ -160,7 +160,21 @@ def test_parquet_with_other_bits(columns: bytes, place: int, bit: int, cut: bool
         ('{"a": 1}\n'.encode("utf-16"), ".jsonl", "not UTF-8 text"),
         (b'{"a": ' + b"9" * 5000 + b"}\n", ".jsonl", "not valid JSON"),
     ],
-    ids=lambda value: value[:12] if isinstance(value, bytes) else value,
+    ids=[
+        "a long value",
+        "a long field",
+        "a long line without an end",
+        "a null byte in JSON",
+        "a null byte in TSV",
+        "a key twice",
+        "a column twice",
+        "a deep list",
+        "a deep object",
+        "half a gzip file",
+        "latin-1",
+        "utf-16",
+        "a long number",
+    ],
 )  # fmt: skip
 def test_hostile_files(data: bytes, ending: str, message: str | None) -> None:
     found = read(data, ending)
