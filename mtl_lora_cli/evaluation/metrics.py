@@ -73,7 +73,7 @@ def measure(name: str, outcome: Outcome, seed: int = 0) -> Measured:
         KeyError: an unknown metric.
     """
     compute = _METRICS[name]
-    why = _undefined(name, outcome)
+    why = undefined(name, outcome)
     if why:
         return Measured(None, why=why)
     value = compute(outcome)
@@ -85,7 +85,7 @@ def measure(name: str, outcome: Outcome, seed: int = 0) -> Measured:
     labels_alone = name not in ("roc_auc", "pearson", "spearman")
     bare = Outcome(outcome.gold, outcome.predicted, positive=outcome.positive)
     for part in _resampled(bare if labels_alone else outcome, seed):
-        if not _undefined(name, part):
+        if not undefined(name, part):
             samples.append(compute(part))
     if not samples:
         return Measured(value)
@@ -139,7 +139,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     return float(stats.binomtest(only_one, only_one + only_two).pvalue)
 
 
-def _undefined(name: str, o: Outcome) -> str | None:
+def undefined(name: str, o: Outcome) -> str | None:
+    """Why a metric has no value on these answers; None where it has one."""
     if len(o.gold) == 0:
         return "no examples"
     if name in ("pearson", "spearman"):

@@ -209,10 +209,19 @@ class Diagnose(StrictModel):
 
 
 class Validation(StrictModel):
-    """The loss of each task on held-out examples."""
+    """The loss and the metric of each task on held-out examples."""
 
     every: Positive = 100  # steps, and at the end
     examples: Positive = 200  # of each task, at most
+    metric: bool = True  # beside the loss, where answers are choices
+    best: Name | None = None  # `macro` or a task: the best look's checkpoint is the result
+    patience: Positive | None = None  # so many looks without a better one end the run
+
+    @model_validator(mode="after")
+    def _better_than_what(self) -> Validation:
+        if self.patience is not None and self.best is None:
+            raise ValueError("'patience' needs 'best': macro, or the name of a task")
+        return self
 
 
 class Training(StrictModel):

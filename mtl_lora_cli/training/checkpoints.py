@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
 from mtl_lora_cli.runs.folder import read_json, save_json
+from mtl_lora_cli.training.best import Best
 from mtl_lora_cli.training.update import Updating
 
 COMPLETE = "COMPLETE"
@@ -36,12 +37,14 @@ class Position:
         metrics_bytes: length of metrics.jsonl at that moment.
         seconds: spent training.
         tokens: learned from, prompts included.
+        best: the best look so far; None where there is none, or nobody asks for it.
     """
 
     step: int
     metrics_bytes: int
     seconds: float
     tokens: int
+    best: Best | None = None
 
 
 def save_checkpoint(
@@ -55,6 +58,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-000200` with checksums, `COMPLETE` last, then remove the oldest beyond `keep`.
 
+    What one of those that stay names as the best so far stays, too.
+
     Args:
         folder: the run's `checkpoints`.
         position: where the run stands.
@@ -64,7 +69,7 @@ def save_checkpoint(
         base_model: identity of the base model.
         keep: so many checkpoints stay.
     """
-    path = folder / f"step-{position.step:06d}"
+    path = checkpoint_of(folder, position.step)
     for number, other in _numbered(folder):
         if number >= position.step:  # of a future that this run has left
             shutil.rmtree(other)
@@ -75,13 +80,30 @@ def save_checkpoint(
         save_file(dict(moments), temporary / _OPTIMIZER)
         random = {f"{name}.{rank}": s for rank, own in enumerate(states) for name, s in own.items()}
         save_file(random, temporary / _RANDOM)
-        save_json(temporary / _STATE, position.__dict__)
+        save_json(temporary / _STATE, asdict(position))
         sums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _CHECKSUMS, sums)
         write_text(temporary / COMPLETE, f"{position.step}\n")
-    for _, old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+    every = _numbered(folder)
+    best = {_best_of(kept) for _, kept in every[-keep:]}
+    for number, old in every[:-keep]:
+        if number not in best:
+            shutil.rmtree(old)
     return path
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if there is one."""
+    return folder / f"step-{step:06d}"
+
+
+def _best_of(path: Path) -> int | None:
+    """The step that was the best one when a checkpoint was written."""
+    try:
+        best = read_json(path / _STATE).get("best")
+    except MtlLoraError:
+        return None
+    return None if best is None else best["step"]
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -93,9 +115,14 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint whose files are what was written."""
     for _, path in reversed(_numbered(folder)):
-        if (path / COMPLETE).is_file() and not list(_damaged(path)):
+        if is_whole(path):
             return path
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint was written to its end and holds what was written."""
+    return (path / COMPLETE).is_file() and not list(_damaged(path))
 
 
 def load_checkpoint(
@@ -129,7 +156,14 @@ def load_checkpoint(
             torch.cuda.set_rng_state(random[f"cuda.{rank}"])
     else:
         torch.manual_seed(hash((seed, state["step"], rank)) % 2**63)
-    return Position(state["step"], state["metrics_bytes"], state["seconds"], state["tokens"])
+    best = state.get("best")
+    return Position(
+        state["step"],
+        state["metrics_bytes"],
+        state["seconds"],
+        state["tokens"],
+        None if best is None else Best(**best),
+    )
 
 
 def _damaged(path: Path) -> Iterator[str]:

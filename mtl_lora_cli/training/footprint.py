@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 NF4_BITS = 4.127  # 4, 8 for each block of 64 weights, 32 for each 256 blocks
-TRAINED_BYTES = 16  # float32: value, gradient, and AdamW's two moments
+VALUE_BYTES = 4  # float32: what is trained, its gradient, and AdamW's two moments
 CONTEXT = GIB  # kernels and libraries on the device, and what the allocator cannot use
 FRAGMENTATION = 0.05  # of the tensors
 LIVE_LAYERS = 4  # of a model that is cut into parts: what is whole at a time
@@ -157,7 +157,7 @@ def weight_bytes(sizes: ModelSizes) -> int:
 def fixed_bytes(sizes: ModelSizes) -> int:
     """What lives for the whole run: weights, adapter, gradients, AdamW, the expansion's buffer."""
     groups = [group for layer in sizes.layers for group in layer.groups]
-    found = weight_bytes(sizes) + sizes.trained * TRAINED_BYTES
+    found = weight_bytes(sizes) + 4 * sizes.trained * VALUE_BYTES
     if sizes.expanded:  # one buffer, as large as the largest group, for all layers
         found += max(sizes.matrix(group) for group in groups) * sizes.value
     else:
@@ -272,16 +272,39 @@ def batch_bytes(sizes: ModelSizes, load: Load) -> int:
 
 def peak_bytes(sizes: ModelSizes, recompute: Recompute, load: Load) -> int:
     """The most that the tensors of one pass take together."""
+    return sum(peak_parts(sizes, recompute, load).values())
+
+
+def peak_parts(sizes: ModelSizes, recompute: Recompute, load: Load) -> dict[str, int]:
+    """What the tensors of one pass take at its fullest moment, by what they are.
+
+    Returns:
+        `weights`, `adapter`, `gradients`, `moments` (AdamW's two), `buffers` (margins, expanded and
+        8-bit weights), `batch`, `activations` (kept so far for the backward pass), and of `logits`
+        and `workspace` (of one block) the one that is there at that moment; the other is 0.
+    """
     keeps = keep_of(recompute, len(sizes.layers))
-    before = fixed_bytes(sizes) + batch_bytes(sizes, load)
-    kept, peak = 0, 0
+    kept, most = 0, (0, 0)  # kept so far, working
     last = len(sizes.layers) - 1
     for number, (layer, keep) in enumerate(zip(sizes.layers, keeps, strict=True)):
         is_last = number == last
         kept += kept_bytes(sizes, layer, keep, load, last=is_last)
-        working = (forward_bytes, backward_bytes)
-        peak = max(peak, *(kept + one(sizes, layer, keep, load, last=is_last) for one in working))
-    return before + max(peak, kept + head_bytes(sizes, load))
+        for one in (forward_bytes, backward_bytes):
+            most = max(most, (kept, one(sizes, layer, keep, load, last=is_last)), key=sum)
+    logits = head_bytes(sizes, load)
+    in_head = kept + logits > sum(most)
+    weights, value = weight_bytes(sizes), sizes.trained * VALUE_BYTES
+    return {
+        "weights": weights,
+        "adapter": value,
+        "gradients": value,
+        "moments": 2 * value,
+        "buffers": fixed_bytes(sizes) - weights - 4 * value,
+        "batch": batch_bytes(sizes, load),
+        "activations": kept if in_head else most[0],
+        "logits": logits if in_head else 0,
+        "workspace": 0 if in_head else most[1],
+    }
 
 
 def needed_bytes(peak: int) -> int:

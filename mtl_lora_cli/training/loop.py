@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,8 +26,11 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import (
     Position,
+    checkpoint_of,
+    is_whole,
     load_checkpoint,
     newest_checkpoint,
     random_states,
@@ -180,14 +184,32 @@ class Trainer:
             training_batch(row, self.data.splits, loss_on=self.settings.loss_on)
         )
 
-    def resume(self, checkpoint: Any) -> None:
-        """Go back to a checkpoint; metrics written after it are cut off."""
-        self.position = load_checkpoint(
+    def resume(self, checkpoint: Any) -> Best | None:
+        """Go back to a checkpoint; metrics written after it are cut off.
+
+        Returns:
+            The best look so far, where it cannot count any more because its checkpoint is damaged or
+            gone.
+        """
+        position = load_checkpoint(
             checkpoint, self.adapter, self.update, self.processes.rank, self.settings.seed
         )
+        validation = self.settings.validation
+        best = position.best if validation is not None and validation.best is not None else None
+        there = best is not None and is_whole(checkpoint_of(self.run.checkpoints, best.step))
+        kept = self.processes.same(best if there else None)
+        self.position = replace(position, best=kept)
+        return best if kept is None else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether as many looks as the recipe has patience for were no better than the best one."""
+        best, validation = self.position.best, self.settings.validation
+        patience = None if validation is None else validation.patience
+        return best is not None and patience is not None and best.waited >= patience
 
     def train(self, progress: TrainingProgress) -> None:
-        """Run to the end.
+        """Run to the end, or until nothing gets better: see `settled`.
 
         Raises:
             Interrupted: the user stopped it; a checkpoint of the last whole step was saved.
@@ -198,6 +220,8 @@ class Trainer:
             self._clock, self._end = time.monotonic(), self._mark()
             running: _Running | None = None
             for step in range(self.position.step, self.total_steps):
+                if self.settled:
+                    break
                 before, after = self._due(step + 1)
                 if before and running is not None:
                     self._finish(running, metrics, progress)
@@ -214,6 +238,9 @@ class Trainer:
                     self._finish(running, metrics, progress)
                     running = None
                     self._look(after, step + 1, metrics, progress)
+                    best = self.position.best
+                    last = last or self.settled
+                    due = due or last or (best is not None and best.step == step + 1)
                 if running is None and (due or self._stopping):
                     self._save()
                     if self._stopping and not last:
@@ -246,11 +273,20 @@ class Trainer:
             if seen is None:
                 continue
             self._write(metrics, seen.event)
-            if seen.line is not None:
-                progress.say(seen.line)
+            progress.look(seen.event, seen.line)
+            if seen.mark is not None:
+                self._judge(seen.mark, step, metrics, progress)
         if observers:
             self.position = replace(self.position, metrics_bytes=metrics.tell())
             self._clock, self._end = time.monotonic(), self._mark()
+
+    def _judge(self, mark: Mark, step: int, metrics: TextIO, progress: TrainingProgress) -> None:
+        """Remember a look that is the best so far."""
+        best = best_after(self.position.best, mark, step)
+        self.position = replace(self.position, best=best)
+        if best is not None and best.step == step:
+            self._write(metrics, best.event)
+            progress.look(best.event, f"best so far: {best}")
 
     def _launch(self, step: int) -> _Running:
         """Ask for everything of one step; on a card nothing is waited for."""
@@ -292,11 +328,12 @@ class Trainer:
             supervised_share = event["supervised"] / event["tokens"]
             event["floor_share"] = self._floor.share(speed, supervised_share)
         self._write(metrics, event)
-        self.position = Position(
-            prepared.number + 1,
-            metrics.tell(),
-            self.position.seconds + seconds,
-            self.position.tokens + event["tokens"],
+        self.position = replace(
+            self.position,
+            step=prepared.number + 1,
+            metrics_bytes=metrics.tell(),
+            seconds=self.position.seconds + seconds,
+            tokens=self.position.tokens + event["tokens"],
         )
         progress.update(event)
 
@@ -364,6 +401,7 @@ class Trainer:
     ) -> dict[str, Any]:
         names = [task.name for task in self.data.tasks]
         supervised = prepared.supervised
+        drawn = Counter(task for row in prepared.rows for task, _ in row)
         event: dict[str, Any] = {
             "event": "step",
             "step": prepared.number + 1,
@@ -374,6 +412,7 @@ class Trainer:
                 for name, own, count in zip(names, loss, supervised, strict=True)
                 if count
             },
+            "examples": {names[task]: count for task, count in sorted(drawn.items())},
             "supervised": int(supervised.sum()),
             "tokens": prepared.tokens,
             "learning_rate": rate,

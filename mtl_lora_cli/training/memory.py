@@ -5,11 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
+from mtl_lora_cli.training.fit import (
+    SHORTEST_ROW,
+    Situation,
+    UnknownLayersError,
+    densest,
+    longest_of,
+    on_meta,
+    remedies,
+    situation_of,
+    together,
+)
 from mtl_lora_cli.training.footprint import (
     GIB,
     Load,
@@ -18,10 +29,8 @@ from mtl_lora_cli.training.footprint import (
     needed_bytes,
     peak_bytes,
     recompute_of,
-    sizes_of,
     weight_bytes,
 )
-from mtl_lora_cli.training.passes import ROOM
 from mtl_lora_cli.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -30,8 +39,6 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData
     from mtl_lora_cli.models.base import BaseModel
     from mtl_lora_cli.training.prepare import Prepared
-
-SHORTEST_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -134,22 +141,15 @@ def choose(
         found = _within(sizes, free, each, -(-rows // processes))
         if found is not None:
             count, recompute = found
-            load = _together(sizes, each, count)
+            load = together(sizes, each, count)
             peak = peak_bytes(sizes, recompute, load)
             saved = peak_bytes(sizes, Recompute(), load) - peak
             return Choice(length, rows, count, recompute, peak, saved, free)
         everything = recompute_of(True, len(sizes.layers))
-        least = needed_bytes(peak_bytes(sizes, everything, _together(sizes, each, 1)))
+        least = needed_bytes(peak_bytes(sizes, everything, together(sizes, each, 1)))
         if length // 2 < max(longest, SHORTEST_ROW):
             return least
         length, rows = length // 2, rows * 2
-
-
-def _together(sizes: ModelSizes, row: Load, count: int) -> Load:
-    asked = row.asked * count
-    if sizes.kernels:
-        asked = -(-asked // ROOM) * ROOM
-    return Load(row.positions * count, min(asked, row.positions * count))
 
 
 def _within(
@@ -158,7 +158,7 @@ def _within(
     """Rows a pass and what is computed again; None where not even everything helps."""
 
     def fits(recompute: Recompute, count: int) -> bool:
-        peak = peak_bytes(sizes, recompute, _together(sizes, row, count))
+        peak = peak_bytes(sizes, recompute, together(sizes, row, count))
         return needed_bytes(peak) <= free
 
     # Passes of equal size: 8 rows go in 4 and 4, not in 5 and 3.
@@ -234,19 +234,20 @@ def plan_memory(
     Raises:
         UsageError: the layers are not the fused engine's, or nothing fits.
     """
-    parts = processes.count if recipe.distributed.zero_stage == 3 else 1
-    sizes = _sizes(recipe, base, config, data, device, dtype, parts)
+    model, adapter = on_meta(base, config, [task.name for task in data.tasks])
+    situation = Situation(
+        recipe=recipe,
+        model=model,
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        processes=processes.count,
+        densest=lambda length, loss_on: densest(data, length, loss_on),
+        longest=longest_of(data),
+    )
     free, name = min(processes.gather(free_memory(device)))
     training = recipe.training
-    found = choose(
-        sizes,
-        free,
-        row_length=training.row_length,
-        rows_per_step=training.rows_per_step,
-        supervised=lambda length: _densest(data, length, training.loss_on),
-        longest=max(int(lengths.max()) for lengths in data.mixture.lengths if len(lengths)),
-        processes=processes.count,
-    )
+    found = pick(situation, free)
     if isinstance(found, int):
         raise UsageError(
             f"training.memory: auto: {free / GIB:.1f} GiB are free on {name}, and the least that is "
@@ -258,52 +259,29 @@ def plan_memory(
     return recipe.model_copy(update={"training": picked}), message
 
 
-def _sizes(
-    recipe: Recipe,
-    base: BaseModel,
-    config: Any,
-    data: TrainingData,
-    device: torch.device,
-    dtype: torch.dtype,
-    parts: int = 1,
-) -> ModelSizes:
-    """Of the recipe's model, from its configuration alone: no weight is read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def pick(situation: Situation, free: int) -> Choice | int:
+    """What `training.memory: auto` picks where so many bytes are free: see `choose`.
 
-    from mtl_lora_cli.adapters.inject import inject
-    from mtl_lora_cli.models.decoder import obstacle
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
-        adapter = inject(model, config, [task.name for task in data.tasks])
-    reason = "engine: plain" if recipe.engine == "plain" else obstacle(model, adapter)
-    if reason is not None:
+    Raises:
+        UsageError: the layers are not the fused engine's.
+    """
+    training = situation.recipe.training
+    try:
+        sizes = situation.sizes()
+    except UnknownLayersError as error:
         raise UsageError(
-            f"training.memory: auto knows the layers of the fused engine only, found {reason}; set "
-            "memory: manual, and rows_per_pass and gradient_checkpointing by hand"
-        )
-    return sizes_of(
-        model,
-        adapter,
-        value=dtype.itemsize,
-        on_card=device.type == "cuda",
-        quantization=recipe.quantization,
-        base_compute=recipe.base_compute,
-        parts=parts,
+            f"training.memory: auto: {error}; set memory: manual, and rows_per_pass and "
+            "gradient_checkpointing by hand"
+        ) from None
+    return choose(
+        sizes,
+        free,
+        row_length=training.row_length,
+        rows_per_step=training.rows_per_step,
+        supervised=lambda length: situation.densest(length, training.loss_on),
+        longest=situation.longest,
+        processes=situation.processes,
     )
-
-
-def _densest(data: TrainingData, row_length: int, loss_on: str) -> int:
-    """The most supervised tokens of a row, in the first epoch's packing."""
-    import numpy as np
-
-    asked = [
-        split.lengths - (1 if loss_on == "all" else np.maximum(1, split.prompt_lengths))
-        for split in data.splits
-    ]
-    rows = replace(data.mixture, row_length=row_length).epoch(0)
-    return max(sum(int(asked[task][number]) for task, number in row) for row in rows)
 
 
 def _remedies(recipe: Recipe, dtype: torch.dtype) -> list[str]:
@@ -364,15 +342,15 @@ def _out_of_memory(prepared: Prepared, error: BaseException) -> str:
         )
     try:
         parts, helpful = _parts_and_remedies(prepared)
-    except UsageError:  # layers whose memory is not known
+    except UnknownLayersError:
         parts, helpful = "", "; ".join(_remedies(prepared.recipe, prepared.dtype)[:3])
     return f"out of memory on {where}{wanted}{parts}; what would help: {helpful}"
 
 
 def _parts_and_remedies(prepared: Prepared) -> tuple[str, str]:
     """What a step takes by estimate, and the three settings that save most of it."""
-    recipe = prepared.recipe
-    sizes, load, recompute = _step_of(prepared, recipe)
+    situation = situation_of(prepared)
+    sizes, recompute, load = situation.step()
     peak, fixed = peak_bytes(sizes, recompute, load), fixed_bytes(sizes)
     weights = weight_bytes(sizes)
     parts = (
@@ -380,71 +358,7 @@ def _parts_and_remedies(prepared: Prepared) -> tuple[str, str]:
         f"optimiser and buffers {(fixed - weights) / GIB:.1f}, a pass of {load.positions:,} tokens "
         f"{(peak - fixed) / GIB:.1f}"
     )
-    found = []
-    for text, other in _alternatives(prepared):
-        less = peak - peak_bytes(*_reordered(_step_of(prepared, other)))
-        if less > 0.01 * peak:
-            found.append((less, text))
-    found.sort(reverse=True)
-    helpful = ", ".join(f"{text} (−{less / GIB:.1f} GiB)" for less, text in found[:3])
-    return parts, helpful or "a smaller base_model"
-
-
-def _reordered(step: tuple[ModelSizes, Load, Recompute]) -> tuple[ModelSizes, Recompute, Load]:
-    sizes, load, recompute = step
-    return sizes, recompute, load
-
-
-def _step_of(prepared: Prepared, recipe: Recipe) -> tuple[ModelSizes, Load, Recompute]:
-    """What memory depends on, for the run as another recipe would have it."""
-    import torch
-
-    training, data, count = recipe.training, prepared.data, prepared.processes.count
-    dtype = prepared.dtype if recipe.dtype != "bfloat16" else torch.bfloat16
-    sizes = _sizes(
-        recipe,
-        prepared.base,
-        prepared.adapter_config,
-        data,
-        prepared.device,
-        dtype,
-        parts=count if recipe.distributed.zero_stage == 3 else 1,
+    helpful = ", ".join(
+        f"{one.text} (−{one.saves / GIB:.1f} GiB)" for one in remedies(situation)[:3]
     )
-    length = training.row_length
-    row = Load(length, min(length, _densest(data, length, training.loss_on)))
-    rows = min(training.rows_per_pass, -(-training.rows_per_step // count))
-    recompute = recompute_of(training.gradient_checkpointing, len(sizes.layers))
-    return sizes, _together(sizes, row, rows), recompute
-
-
-def _alternatives(prepared: Prepared) -> Iterator[tuple[str, Recipe]]:
-    """Recipes that take less, each with the setting that makes the difference."""
-    recipe = prepared.recipe
-    training = recipe.training
-
-    def with_training(**update: Any) -> Recipe:
-        return recipe.model_copy(update={"training": training.model_copy(update=update)})
-
-    if training.gradient_checkpointing is not True:
-        yield (
-            "training.gradient_checkpointing: true",
-            with_training(gradient_checkpointing=True),
-        )
-    if training.rows_per_pass > 1:
-        half = training.rows_per_pass // 2
-        yield f"training.rows_per_pass: {half}", with_training(rows_per_pass=half)
-    longest = max(int(lengths.max()) for lengths in prepared.data.mixture.lengths if len(lengths))
-    half = training.row_length // 2
-    if half >= max(longest, SHORTEST_ROW):
-        yield f"training.row_length: {half}", with_training(row_length=half)
-    if training.loss_on == "all":
-        yield "training.loss_on: answer", with_training(loss_on="answer")
-    if recipe.quantization == "none":
-        yield "quantization: nf4", recipe.model_copy(update={"quantization": "nf4"})
-    if prepared.dtype.itemsize > 2:
-        yield "dtype: bfloat16", recipe.model_copy(update={"dtype": "bfloat16"})
-    # What stage 3 does not go with: see the recipe's schema.
-    apart = recipe.quantization == "int8" or recipe.base_compute == "fp8" or training.diagnose
-    if recipe.distributed.zero_stage < 3 and prepared.processes.count > 1 and not apart:
-        cut = recipe.distributed.model_copy(update={"zero_stage": 3})
-        yield "distributed.zero_stage: 3", recipe.model_copy(update={"distributed": cut})
+    return parts, helpful or "a smaller base_model"

@@ -11,6 +11,7 @@ import torch
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.training.best import Mark
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class Seen:
     Attributes:
         event: its line of metrics.jsonl.
         line: for the person who watches, or None.
+        mark: what the best checkpoint is chosen by; None where this look does not choose.
     """
 
     event: dict[str, Any]
     line: str | None = None
+    mark: Mark | None = None
 
 
 class Observer(Protocol):
@@ -49,14 +52,13 @@ def undisturbed(packed: PackedModel, adapter: Adapter) -> Iterator[None]:
     Only the adapter drops anything. The base model's layers stay in their mode: transformers' own
     recompute in the backward pass while they train, and only then.
     """
-    modules = [packed, *adapter.layers.values()]
-    modes = [module.training for module in modules]
+    modes = [(module, module.training) for module in packed.modules()]
     device = next(iter(adapter.tensors().values())).device
-    for module in modules:
+    for module in (packed, *adapter.layers.values()):
         module.training = False
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode in modes:
             module.training = mode

@@ -12,7 +12,6 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter, inject
-from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
@@ -20,8 +19,15 @@ from mtl_lora_cli.data.prepare import (
     read_examples,
     with_rows,
 )
+from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.load import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -34,7 +40,7 @@ from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.trackers import require_trackers
-from mtl_lora_cli.training.validation import Validation, encode_validation
+from mtl_lora_cli.training.validation import MACRO, HeldOut, Validation, encode_validation
 from mtl_lora_cli.training.zero import deepspeed_config, merged_config
 
 
@@ -73,7 +79,7 @@ class Prepared:
     dtype: torch.dtype
     longest: int = 2**31
     memory: str | None = None
-    validation: list[EncodedSplit] | None = None
+    validation: list[HeldOut] | None = None
     processes: Processes = ALONE
     deepspeed: Path | None = None
     extends: RunFolder | None = None
@@ -88,8 +94,7 @@ class Prepared:
         """The tasks that `training.validation` leaves out: they have no validation split."""
         if self.validation is None:
             return []
-        pairs = zip(self.data.tasks, self.validation, strict=True)
-        return [task.name for task, split in pairs if not len(split)]
+        return [one.task.name for one in self.validation if not len(one.split)]
 
     def build(self) -> tuple[PackedModel, Adapter]:
         """The base model with a fresh adapter; the seed decides its start.
@@ -162,9 +167,17 @@ class Prepared:
         if settings.diagnose is not None:
             found.append(Diagnosis(packed, adapter, self.data, settings))
         if self.validation is not None:
-            names = [task.name for task in self.data.tasks]
             found.append(
-                Validation(packed, adapter, names, self.validation, settings, self.total_steps)
+                Validation(
+                    packed,
+                    adapter,
+                    self.validation,
+                    settings,
+                    self.total_steps,
+                    self.processes,
+                    # Under stage 3 each pass gathers weights from all processes.
+                    same_passes=self.recipe.distributed.zero_stage == 3,
+                )
             )
         return found
 
@@ -212,14 +225,12 @@ def prepare(
 
 
 def _prepare(loaded: LoadedRecipe, processes: Processes) -> Prepared:
-    from transformers import AutoConfig
-
     recipe = loaded.recipe
     deepspeed = _own_deepspeed(loaded)
     tasks = bind_tasks(loaded)
     base = find_base_model(recipe.base_model, beside=loaded.base)
     tokenizer = load_tokenizer(base)
-    longest = getattr(AutoConfig.from_pretrained(base.folder), "max_position_embeddings", 2**31)
+    longest = getattr(load_config(base), "max_position_embeddings", 2**31)
     data = prepare_training(tasks, recipe, tokenizer, longest)
     device = pick_device()
     return Prepared(
@@ -239,15 +250,33 @@ def _prepare(loaded: LoadedRecipe, processes: Processes) -> Prepared:
 
 def _validation(
     loaded: LoadedRecipe, recipe: Recipe, data: TrainingData, tokenizer: Any, longest: int
-) -> list[EncodedSplit] | None:
-    validation = None
-    if recipe.training.validation is not None:
-        validation = encode_validation(data.tasks, recipe, tokenizer, longest)
-        if not any(map(len, validation)):
-            raise loaded.problem(
-                ("training", "validation"), "no task's source has a validation split"
-            )
-    return validation
+) -> list[HeldOut] | None:
+    settings = recipe.training.validation
+    if settings is None:
+        return None
+    held = encode_validation(data.tasks, recipe, tokenizer, longest)
+    if not any(len(one.split) for one in held):
+        raise loaded.problem(("training", "validation"), "no task's source has a validation split")
+    if settings.best is not None and settings.best != MACRO:
+        _require_held_out(loaded, settings.best, held)
+    return held
+
+
+def _require_held_out(loaded: LoadedRecipe, name: str, held: list[HeldOut]) -> None:
+    """Refuse to choose the best checkpoint by a task that is not looked at.
+
+    Raises:
+        ProblemsError: there is no such task, or it has no validation split.
+    """
+    key = ("training", "validation", "best")
+    sizes = {one.task.name: len(one.split) for one in held}
+    if name not in sizes:
+        known = [MACRO, *sizes]
+        raise loaded.problem(
+            key, f"unknown task '{name}'{did_you_mean(name, known)}; known: {', '.join(known)}"
+        )
+    if not sizes[name]:
+        raise loaded.problem(key, f"task '{name}': its source has no validation split")
 
 
 def _steps(recipe: Recipe, data: TrainingData) -> int:

@@ -16,13 +16,13 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from mtl_lora_cli.adapters.extend import save_beside
-from mtl_lora_cli.adapters.files import CONFIG_FILE, save_adapter
+from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, save_adapter
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.open_run import read_tasks
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.recipe.schema import Run as RunSettings
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
 from mtl_lora_cli.runs.folder import (
@@ -33,7 +33,7 @@ from mtl_lora_cli.runs.folder import (
     require_new,
     save_json,
 )
-from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
 from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.memory import explained
@@ -110,12 +110,14 @@ def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None
 def _tasks(prepared: Prepared) -> dict[str, Any]:
     """What tasks.json says; tasks that are added to a run's stand behind them."""
     own = [task.to_json() for task in prepared.data.tasks]
+    mixture = _mixture(prepared)
     run = prepared.extends
     if run is None:
-        return {"tasks": own}
+        return {"tasks": own, "mixture": mixture}
     known = read_json(run.tasks)["tasks"]
     return {
         "tasks": [*known, *({**one, "id": len(known) + one["id"]} for one in own)],
+        "mixture": mixture,
         "added_to": {
             "run": run.name,
             "path": str(run.path.resolve()),
@@ -123,6 +125,17 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
                 run.adapter / CONFIG_FILE
             ),  # checksums of all tensors are in it
         },
+    }
+
+
+def _mixture(prepared: Prepared) -> dict[str, Any]:
+    """What the run is planned to draw, of the tasks that it learns."""
+    mixture = prepared.data.mixture
+    sizes = [len(lengths) for lengths in mixture.lengths]
+    return {
+        "steps": prepared.total_steps,
+        "examples": dict(zip(mixture.names, sizes, strict=True)),
+        "examples_an_epoch": dict(zip(mixture.names, mixture.planned_counts(), strict=True)),
     }
 
 
@@ -248,7 +261,13 @@ def _learn(
         )
         checkpoint = newest_checkpoint(run.checkpoints) if resume else None
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            lost = trainer.resume(checkpoint)
+            if lost is not None and processes.main:
+                print(
+                    f"note: the best so far, {lost}, does not count any more: its checkpoint is "
+                    "damaged or gone",
+                    file=sys.stderr,
+                )
         if processes.main:
             if resume:
                 _write_zero(run, zero)
@@ -260,12 +279,18 @@ def _learn(
             prepared.total_steps,
             trainer.position.step,
             None if processes.main else Console(quiet=True),
+            tasks=[task.name for task in prepared.data.tasks],
+            every=_every(recipe.training),
         )
         try:
             trainer.train(progress)
         finally:
             progress.close()
+        for line in _ending(trainer):
+            progress.say(line)
         if processes.main:
+            if trainer.position.best is not None:
+                load_adapter(adapter, checkpoint_of(run.checkpoints, trainer.position.best.step))
             with new_folder(run.adapter) as folder:
                 identity = prepared.base.identity()
                 if prepared.extends is None:
@@ -274,6 +299,29 @@ def _learn(
                     save_beside(adapter, run.extends.adapter, folder, identity)
                 write_text(folder / "README.md", _adapter_readme(run, prepared, trainer))
     processes.wait()
+
+
+def _every(training: Training) -> dict[str, int | None]:
+    """What comes every so many steps."""
+    validation = training.validation
+    return {
+        "validation": None if validation is None else validation.every,
+        "checkpoint": training.checkpoint_every,
+    }
+
+
+def _ending(trainer: Trainer) -> Iterator[str]:
+    """What there is to say of a run that ended otherwise than with its last step."""
+    best, validation = trainer.position.best, trainer.settings.validation
+    if best is not None:
+        if trainer.position.step < trainer.total_steps:
+            yield (
+                f"stopped after step {trainer.position.step}/{trainer.total_steps}: "
+                f"{best.waited} looks were no better"
+            )
+        yield f"the adapter is that of the best look: {best}"
+    elif validation is not None and validation.best is not None:
+        yield "no look could be judged: the adapter is that of the last step"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
@@ -308,6 +356,8 @@ def _adapter_readme(run: RunFolder, prepared: Prepared, trainer: Trainer) -> str
         known = ", ".join(task.name for task in read_tasks(run.extends))
         origin = read_json(run.tasks)["added_to"]["run"]
         names += f", added to those of the run `{origin}`, which are as they were: {known}"
+    best = trainer.position.best
+    chosen = "" if best is None else f" This is the best look's adapter: {best}."
     return (
         "---\n"
         "library_name: mtl-lora\n"
@@ -317,6 +367,6 @@ def _adapter_readme(run: RunFolder, prepared: Prepared, trainer: Trainer) -> str
         f"{trainer.adapter.config.ups} up-projections, "
         f"{trainer.adapter.parameter_count():,} trained values.\n\n"
         f"Tasks: {names}.\n\n"
-        f"Trained for {trainer.position.step} steps on {trainer.position.tokens:,} tokens.\n\n"
+        f"Trained for {trainer.position.step} steps on {trainer.position.tokens:,} tokens.{chosen}\n\n"
         "Read it with `mtl-lora eval` and `mtl-lora merge`; PEFT cannot read this format.\n"
     )

@@ -1,9 +1,11 @@
-"""The loss of each task on held-out examples while the run learns: who gains, and who loses."""
+"""Each task's loss and metric on held-out examples while the run learns: who gains, and who loses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,24 +16,65 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import positions_of
-from mtl_lora_cli.data.prepare import read_examples
-from mtl_lora_cli.evaluation.choices import fill_passes
+from mtl_lora_cli.data.prepare import Examples, read_examples
+from mtl_lora_cli.evaluation.answers import outcome_of
+from mtl_lora_cli.evaluation.choices import Request, ask, build_requests, fill_passes
+from mtl_lora_cli.evaluation.metrics import Outcome, undefined
+from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.training.best import Mark
 from mtl_lora_cli.training.observers import Seen, undisturbed
+from mtl_lora_cli.training.processes import ALONE, Processes
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
+MACRO = "macro"  # names the average over tasks
 _DRAW = 0  # not the run's seed: runs that differ in it are measured on the same examples
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Some examples of one task's validation split.
+
+    Attributes:
+        task: whose they are.
+        split: as training encodes them, for the loss; empty where there is no such split.
+        examples: as they were rendered; None where there is no such split.
+        requests: as evaluation asks them; none where there is no metric.
+        metric: the first of the task's metrics; None where the recipe wants none, where answers are
+            free, and where these examples leave it undefined even for one who knows all answers.
+    """
+
+    task: Task
+    split: EncodedSplit
+    examples: Examples | None = None
+    requests: Sequence[Request] = ()
+    metric: str | None = None
+
+    def measured(self, scores: Sequence[np.ndarray]) -> float | None:
+        """The metric of log-probabilities, float64 [choices] each; None where it is undefined."""
+        assert self.metric is not None
+        if not all(np.isfinite(values).all() for values in scores):
+            return None
+        outcome = self.outcome(scores)
+        return None if undefined(self.metric, outcome) else metric(self.metric, outcome)
+
+    def outcome(self, scores: Sequence[np.ndarray]) -> Outcome:
+        """What the log-probabilities answer."""
+        assert self.examples is not None
+        return outcome_of(self.task, self.examples, scores, self.requests)
 
 
 def encode_validation(
     tasks: Sequence[Task], recipe: Recipe, tokenizer: Any, longest: int
-) -> list[EncodedSplit]:
+) -> list[HeldOut]:
     """Some examples of each task's validation split, drawn once and for all runs.
 
-    Too long ones are treated as evaluation does (a prompt loses its beginning), or dropped where the
-    training drops its own.
+    Too long ones are treated as evaluation does (a prompt loses its beginning); for the loss they
+    are dropped where the training drops its own.
 
     Args:
         tasks: bound tasks.
@@ -48,23 +91,26 @@ def encode_validation(
     training = recipe.training
     assert training.validation is not None
     encoder = Encoder(tokenizer, recipe.prompt_format)
-    splits = []
+    limit = min(training.row_length, longest)
+    held = []
     for task in tasks:
         found = read_examples(task, SPLIT, at_most=training.validation.examples, seed=_DRAW)
         if found is None:
-            splits.append(_nothing())
+            held.append(HeldOut(task, _nothing()))
             continue
-        splits.append(
-            encode_split(
-                found.examples,
-                found.wheres,
-                encoder,
-                task=task.name,
-                limit=min(training.row_length, longest),
-                on_overflow="drop" if training.on_overflow == "drop" else "truncate_prompt",
-            )
+        split = encode_split(
+            found.examples,
+            found.wheres,
+            encoder,
+            task=task.name,
+            limit=limit,
+            on_overflow="drop" if training.on_overflow == "drop" else "truncate_prompt",
         )
-    return splits
+        one = HeldOut(task, split, found)
+        if training.validation.metric and Setting().protocol_of(task) == CHOICES:
+            one = _with_metric(one, build_requests(found.examples, task.id, encoder, limit))
+        held.append(one)
+    return held
 
 
 def _nothing() -> EncodedSplit:
@@ -72,18 +118,31 @@ def _nothing() -> EncodedSplit:
     return EncodedSplit(none, np.zeros(1, dtype=np.int64), none, dropped=0, truncated=0, rows=0)
 
 
-class Validation:
-    """Every so many steps and at the end: the mean −log p of each task's supervised tokens.
+def _with_metric(held: HeldOut, requests: Sequence[Request]) -> HeldOut:
+    """To be asked, too, unless its metric would be undefined for whoever knows all answers."""
+    assert held.examples is not None
+    name = held.task.template.metrics[0]
+    asked = HeldOut(held.task, held.split, held.examples, requests, name)
+    right = [np.full(len(one.choices), -1e3) for one in held.examples.examples]
+    for values, one in zip(right, held.examples.examples, strict=True):
+        values[one.gold] = 0.0
+    return held if undefined(name, asked.outcome(right)) else asked
 
-    Without dropout, at the parameters that the step leaves. A process of many computes all of it.
+
+class Validation:
+    """Every so many steps and at the end: each task's mean −log p a supervised token, and its metric.
+
+    Without dropout, at the parameters that the step leaves. Processes share the examples, unless they
+    must run the same passes; what the first one finds holds for all.
 
     Args:
         packed: base model with the adapter injected.
         adapter: what is trained.
-        tasks: names in the order of their ids.
-        splits: from `encode_validation`.
+        held: from `encode_validation`.
         settings: the recipe's `training`, with `validation`.
         total_steps: of the whole run.
+        processes: this one among those of the run.
+        same_passes: each of them computes all.
     """
 
     before_update = False
@@ -92,55 +151,137 @@ class Validation:
         self,
         packed: PackedModel,
         adapter: Adapter,
-        tasks: Sequence[str],
-        splits: Sequence[EncodedSplit],
+        held: Sequence[HeldOut],
         settings: Training,
         total_steps: int,
+        processes: Processes = ALONE,
+        *,
+        same_passes: bool = False,
     ) -> None:
         assert settings.validation is not None
-        self._packed, self._adapter, self._tasks = packed, adapter, tuple(tasks)
-        self._every, self._total_steps = settings.validation.every, total_steps
-        self._examples = [len(split) for split in splits]
-        self._batches = _batches(splits, settings)
+        self._packed, self._adapter, self._processes = packed, adapter, processes
+        self._sharing = ALONE if same_passes else processes
+        self._settings, self._total_steps = settings.validation, total_steps
+        self._row_length = settings.row_length
+        self._held = held
+        self._seen = [one for one in held if len(one.split)]
+        self._asked = [one for one in self._seen if one.metric is not None]
+        batches = _batches([one.split for one in held], settings)
+        owners = torch.cat([owner for _, owner in batches])
+        self._counts = torch.bincount(owners, minlength=len(held)).tolist()  # S_t
+        self._batches = self._sharing.mine(batches)
 
     def due(self, step: int) -> bool:
         """See `Observer`."""
-        return step % self._every == 0 or step == self._total_steps
+        return step % self._settings.every == 0 or step == self._total_steps
 
     def look(self, step: int) -> Seen:
-        """The loss of each task that has held-out examples."""
-        losses = self.losses()
-        event = {
+        """The loss and the metric of each task that has held-out examples, and their averages."""
+        # Processes may differ by rounding, and must agree on what follows.
+        losses, values = self._processes.same((self.losses(), self.metrics()))
+        # JSON has no NaN; the next step's own loss ends such a run.
+        loss = {name: v if math.isfinite(v) else None for name, v in losses.items()}
+        event: dict[str, Any] = {
             "event": "validation",
             "step": step,
-            # JSON has no NaN; the next step's own loss ends such a run.
-            "loss": {name: v if math.isfinite(v) else None for name, v in losses.items()},
-            "examples": {
-                name: count
-                for name, count in zip(self._tasks, self._examples, strict=True)
-                if count
-            },
+            "loss": loss,
+            "examples": {one.task.name: len(one.split) for one in self._seen},
+            "macro": {"loss": _mean(loss.values())},
         }
-        told = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        return Seen(event, f"validation after step {step}/{self._total_steps}  {told}")
+        if self._settings.metric:
+            event["metric"] = {name: values.get(name) for name in loss}
+            event["metric_name"] = {one.task.name: one.metric for one in self._asked}
+            event["macro"]["metric"] = _mean(values.values())
+        told = f"validation after step {step}/{self._total_steps}  {_told(event)}"
+        return Seen(event, told, self._mark(event))
+
+    def _mark(self, event: Mapping[str, Any]) -> Mark | None:
+        """What `training.validation.best` goes by: the metric where there is one, else the loss."""
+        name = self._settings.best
+        if name is None:
+            return None
+        chosen = [one for one in self._seen if name in (MACRO, one.task.name)]
+        asked = [one for one in chosen if one.metric is not None]
+        kind = "metric" if asked else "loss"
+        what = kind if name == MACRO or not asked else asked[0].metric
+        count = sum(len(one.requests) or len(one.split) for one in asked or chosen)
+        value = event[MACRO][kind] if name == MACRO else event[kind][name]
+        return Mark(f"{name} {what} on {count:,} held-out examples", value, higher=bool(asked))
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """(1 / S_t) Σ_i −log p_i over the S_t supervised tokens of each task's examples."""
         device = next(iter(self._adapter.tensors().values())).device
-        sums = torch.zeros(len(self._tasks), dtype=torch.float64, device=device)
-        counts = torch.zeros(len(self._tasks), dtype=torch.long)
+        sums = torch.zeros(len(self._held), dtype=torch.float64, device=device)
         with undisturbed(self._packed, self._adapter):
             for batch, owner in self._batches:
                 moved = batch.to(device)
                 with self._packed.routed(moved):
                     sums.index_add_(0, owner.to(device), -self._packed(moved).double())
-                counts += torch.bincount(owner, minlength=len(counts))
+        self._sharing.sum_(sums)
         return {
-            name: float(own) / int(count)
-            for name, own, count in zip(self._tasks, sums, counts, strict=True)
+            one.task.name: float(own) / count
+            for one, own, count in zip(self._held, sums, self._counts, strict=True)
             if count
         }
+
+    def metrics(self) -> dict[str, float | None]:
+        """The metric of each task that has one, by the log-probabilities of its choices."""
+        device = next(iter(self._adapter.tensors().values())).device
+        requests = [request for one in self._asked for request in one.requests]
+        with undisturbed(self._packed, self._adapter):
+            sums = iter(
+                ask(
+                    self._packed,
+                    requests,
+                    self._logprobs,
+                    device=device,
+                    tokens_per_pass=self._row_length,
+                    shard=Shard(self._sharing.rank, self._sharing.count),
+                )
+            )
+        found = {}
+        for one in self._asked:
+            scores = [next(sums)[:, 0] for _ in one.requests]
+            found[one.task.name] = one.measured(scores)
+        return found
+
+    def _logprobs(self, batch: PackedBatch) -> Tensor:
+        """log p of what is asked, [S, 1].
+
+        Not in inference mode, whose tensors could not be trained with: some of those that a pass
+        makes stay, such as weights that ZeRO gathers.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._packed(batch).unsqueeze(1)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean; None of nothing, and where one of the values is undefined."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return fmean(known) if known and len(known) == len(found) else None
+
+
+def _told(event: Mapping[str, Any]) -> str:
+    """`rte 0.712 (accuracy 0.654)  …  macro 0.512 (0.711)`."""
+    names, values = event.get("metric_name", {}), event.get("metric", {})
+    parts = [
+        f"{task} {_number(loss)}"
+        + (f" ({names[task]} {_number(values[task])})" if task in names else "")
+        for task, loss in event["loss"].items()
+    ]
+    if len(parts) > 1:
+        macro = event[MACRO]
+        parts.append(
+            f"{MACRO} {_number(macro['loss'])}"
+            + (f" ({_number(macro['metric'])})" if names else "")
+        )
+    return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def _batches(

@@ -54,7 +54,7 @@ def arguments_of(line: str) -> list[str] | None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     for place, word in enumerate(words):
-        if word in ("|", ">", "&&", ";"):
+        if word in ("|", "<", ">", "&&", ";"):
             words = words[:place]
             break
     return words[1:] if words and Path(words[0]).name == "mtl-lora" else None

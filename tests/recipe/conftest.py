@@ -63,7 +63,7 @@ training:
   checkpoint_every: 2
   keep_checkpoints: 1
   diagnose: {every: 10}
-  validation: {every: 20, examples: 30}
+  validation: {every: 20, examples: 30, metric: true, best: macro, patience: 3}
   seed: 7
 distributed: {zero_stage: 2, offload: optimizer, deepspeed: ds.json}
 run: {name: here, directory: there, trackers: [tensorboard], project: mine}

@@ -6,6 +6,7 @@ RANK=… WORLD_SIZE=2 … python distributed_worker.py RECIPE FOLDER
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.processes import Processes, joined
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.run import resume, start
+from mtl_lora_cli.training.validation import Validation
 
 # A constant rate: the first steps of a long run are those of a short one.
 COMMON = (
@@ -65,6 +67,15 @@ CASES: dict[str, tuple[str, ...]] = {
 }
 RELEASED = ("fused", "plain")
 PATIENCE = 2.0  # seconds until gloo's own threads, too, have let go of what they have gathered
+# Nothing is learned, so the first look stays the best, and the third is the last that is waited for.
+BEST = {
+    name: (
+        *overrides,
+        "training.learning_rate=1e-12",
+        "training.validation={every: 2, examples: 8, best: sst2, patience: 2}",
+    )
+    for name, overrides in {"best-0": (), "best-3": CUT}.items()
+}
 POISONED = ("poisoned-0", "poisoned-2", "poisoned-3")
 NO_GRADIENT = ("gradient-0", "gradient-2")
 
@@ -122,6 +133,18 @@ class _Run:
             stopped_after(self.folder / name, 5, copy)
         self.processes.wait()
         resume(RunFolder(copy), None, [], self.processes)
+
+    def best(self, name: str) -> None:
+        """A run in which the second process finds each look better than the one before."""
+        metrics, rising = Validation.metrics, itertools.count()
+
+        def otherwise(validation: Validation) -> dict[str, float | None]:
+            return {task: next(rising) for task in metrics(validation)}
+
+        if not self.processes.main:
+            Validation.metrics = otherwise  # type: ignore[method-assign]
+        start(self.prepared(BEST[name]), self.folder / name)
+        Validation.metrics = metrics  # type: ignore[method-assign]
 
     def released(self, engine: str) -> None:
         """How many layers' 4-bit bytes are in memory while they run, and how many between the passes."""
@@ -201,6 +224,8 @@ def main(recipe: Path, folder: Path) -> None:
             start(run.prepared(overrides), folder / name)
         for name in ("dropout-2", "dropout-3"):
             run.resumed(name)
+        for name in BEST:
+            run.best(name)
         for engine in RELEASED:
             run.released(engine)
         for name in POISONED:

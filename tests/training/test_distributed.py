@@ -34,6 +34,7 @@ from mtl_lora_cli.training.validation import Validation
 
 from .conftest import Poison, together
 from .distributed_worker import (
+    BEST,
     CASES,
     COMMON,
     FOUR_BIT,
@@ -151,6 +152,22 @@ def test_validation_sees_the_same_model(trained: Trained, name: str) -> None:
     (expected,) = trained.events(trained.alone(name), "validation")
     assert found["step"] == expected["step"] == 10
     assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert found["metric"] == pytest.approx(expected["metric"])
+    assert set(found["metric"]) == {"sst2", "rte", "cola"}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_all_processes_go_by_what_the_first_one_finds(trained: Trained, name: str) -> None:
+    assert [event["step"] for event in trained.events(name, "validation")] == [2, 4, 6]
+    assert [event["step"] for event in trained.events(name, "best")] == [2]
+    run = RunFolder(trained.folder / name)
+    kept = ["step-000002", "step-000005", "step-000006"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == kept
+    first, found = (
+        load_file(path / "mtl_lora.safetensors")
+        for path in (run.checkpoints / kept[0], run.adapter)
+    )
+    assert all(torch.equal(first[tensor], found[tensor]) for tensor in first)
 
 
 @pytest.fixture
@@ -167,10 +184,9 @@ def logprobs_of(run: RunFolder, prepared: Prepared) -> tuple[Tensor, dict[str, f
     with torch.no_grad(), opened.packed.routed(batch):
         logprobs = opened.packed(batch)
     assert prepared.validation is not None
-    names = [task.name for task in prepared.data.tasks]
     settings = prepared.recipe.training
     validation = Validation(
-        opened.packed, opened.adapter, names, prepared.validation, settings, total_steps=10
+        opened.packed, opened.adapter, prepared.validation, settings, total_steps=10
     )
     return logprobs, validation.losses()
 

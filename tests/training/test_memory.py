@@ -25,6 +25,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Diagnose, Recompute
 from mtl_lora_cli.training import memory
+from mtl_lora_cli.training.fit import alternatives, situation_of
 from mtl_lora_cli.training.footprint import (
     CONTEXT,
     GIB,
@@ -409,7 +410,7 @@ def test_what_would_help_depends_on_the_run(prepared: Prepared) -> None:
         recipe = prepared.recipe.model_copy(update=changes)
         processes = Processes(Place(rank=0, count=count))
         own = replace(prepared, recipe=recipe, processes=processes)
-        return [text for text, _ in memory._alternatives(own)]
+        return [text for text, _ in alternatives(situation_of(own))]
 
     training = prepared.recipe.training
     wide = training.model_copy(update={"rows_per_pass": 4, "loss_on": "all", "row_length": 512})
@@ -452,7 +453,9 @@ def test_nothing_fits(auto: Callable[..., Path]) -> None:
 
 
 def test_the_plain_engine_is_not_known(auto: Callable[..., Path]) -> None:
-    with pytest.raises(UsageError, match="fused engine only, found engine: plain"):
+    with pytest.raises(
+        UsageError, match="only the fused engine's layers are known, found engine: "
+    ):
         prepare(load_recipe(auto(100), ["engine=plain"]))
 
 

@@ -30,7 +30,8 @@ def held_out(prepared: Prepared, examples: int = 8, **training: Any) -> list[Enc
         update={"validation": Settings(examples=examples), **training}
     )
     recipe = prepared.recipe.model_copy(update={"training": settings})
-    return encode_validation(prepared.data.tasks, recipe, prepared.tokenizer, 512)
+    held = encode_validation(prepared.data.tasks, recipe, prepared.tokenizer, 512)
+    return [one.split for one in held]
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
@@ -109,9 +110,12 @@ def test_a_loss_that_is_no_number_is_null(small: Callable[..., Any]) -> None:
     run = small(validation=Settings(examples=2))
     (observer,) = run.trainer._observers
     assert isinstance(observer, Validation)
+    assert None not in observer.look(1).event["metric"].values()
     with torch.no_grad():
         next(iter(run.trainer.adapter.layers.values())).lora_A.fill_(float("nan"))
-    assert set(observer.look(1).event["loss"].values()) == {None}
+    event = observer.look(1).event
+    assert set(event["loss"].values()) == set(event["metric"].values()) == {None}
+    assert event["macro"] == {"loss": None, "metric": None}
 
 
 def test_a_task_without_a_validation_split_is_left_out_with_a_note(recipe_file: Path) -> None:
