@@ -19,6 +19,7 @@ from mtl_lora_cli.cli import (
     inspect,
     merge,
     predict,
+    report,
     tasks,
     train,
     validate,
@@ -39,6 +40,7 @@ predict.register(app)
 merge.register(app)
 export.register(app)
 inspect.register(app)
+report.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from mtl_lora_cli.comparison.grid import UNTRAINED
@@ -37,6 +36,7 @@ from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.models.load import pick_device
 from mtl_lora_cli.recipe.load import describe_changes, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.report.events import training_facts
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
@@ -260,54 +260,3 @@ def _without_names(dump: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split_name(entries: Mapping[str, Mapping[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(entry["split"] for entry in entries.values()))
-
-
-def training_facts(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a run's metrics.jsonl says: steps, tokens, seconds, speed, memory, last loss, diagnoses.
-
-    The speed is the median step's, where there are more than three without the first, which warms
-    up; the last loss is the mean over the last tenth of the steps.
-    """
-    every = list(events)
-    steps = [event for event in every if event["event"] == "step"]
-    timed = steps[1:] if len(steps) > 3 else steps
-    memory = [event["memory_gib"] for event in steps if "memory_gib" in event]
-    last = steps[-max(1, len(steps) // 10) :]
-    return {
-        "steps": len(steps),
-        "tokens": sum(event["tokens"] for event in steps),
-        "seconds": sum(event["seconds"] for event in steps),
-        "tokens_per_second": median(
-            event["tokens"] / max(1e-9, event["seconds"]) for event in timed
-        ),
-        "peak_memory_gib": max(memory) if memory else None,
-        "last_loss": sum(event["loss"] for event in last) / len(last),
-        "gradients": mean_cosine([event for event in every if event["event"] == "gradients"]),
-        "validation_loss": [
-            {"step": event["step"], "loss": event["loss"]}
-            for event in every
-            if event["event"] == "validation"
-        ],
-    }
-
-
-def mean_cosine(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The cosine of each pair of tasks, mean over the steps that held both; None without events.
-
-    Returns:
-        `tasks`, `cosine` [T, T] with None for a pair that never met, and `steps` that were looked at.
-    """
-    if not events:
-        return None
-    tasks = list(dict.fromkeys(name for event in events for name in event["tasks"]))
-    found: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        for one, row in zip(event["tasks"], event["cosine"], strict=True):
-            for two, value in zip(event["tasks"], row, strict=True):
-                if value is not None:
-                    found.setdefault((one, two), []).append(value)
-    cosine = [
-        [round(fmean(found[one, two]), 6) if (one, two) in found else None for two in tasks]
-        for one in tasks
-    ]
-    return {"tasks": tasks, "cosine": cosine, "steps": len(events)}

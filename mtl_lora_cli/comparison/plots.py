@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+from mtl_lora_cli.evaluation.inspect_plot import Panel, fill
+from mtl_lora_cli.report.plots import COLORS
+
 SCORES, GRADIENTS, LOSSES = "scores.png", "gradients.png", "validation.png"
 
 
@@ -22,7 +24,7 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
         return {}
     matplotlib.use("Agg")
     colors = {
-        method: _COLORS[number % len(_COLORS)] for number, method in enumerate(report["average"])
+        method: COLORS[number % len(COLORS)] for number, method in enumerate(report["average"])
     }
     drawn = {SCORES: f"scores, and differences to {report['baseline']}"}
     _scores(report, colors, folder / SCORES)
@@ -81,12 +83,7 @@ def _gradients(report: Mapping[str, Any], path: Path) -> None:
     side = 2.2 + 0.3 * size
     figure, axes = plt.subplots(1, len(found), figsize=(side * len(found), side), squeeze=False)
     for axis, (method, one) in zip(axes[0], found.items(), strict=True):
-        values = [[float("nan") if v is None else v for v in row] for row in one["cosine"]]
-        image = axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set_xticks(range(len(one["tasks"])), one["tasks"], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(one["tasks"])), one["tasks"], fontsize=7)
-        axis.set_title(method, fontsize=10)
-        figure.colorbar(image, ax=axis, shrink=0.7)
+        fill(figure, axis, Panel(method, one["cosine"], one["tasks"], one["tasks"], (-1, 1)))
     _save(figure, path)
 
 

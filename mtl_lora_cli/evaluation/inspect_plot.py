@@ -56,7 +56,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     """Draw what `inspect_run` found: above a row for each layer, below one for each task."""
     from matplotlib.figure import Figure
 
-    above, below = _of_layers(content), _of_tasks(content)
+    above, below = _of_layers(content), similarity_panels(content)
     heights = [1.2 + min(_TALLEST, 0.16 * len(content["layers"]))]
     heights += [2 + min(_TALLEST, 0.25 * len(content["tasks"]))] if below else []
     widths = [sum(2.5 + 0.15 * len(panel.columns) for panel in row) for row in (above, below)]
@@ -68,31 +68,44 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         ratios = [2 + 0.15 * len(panel.columns) for panel in panels]
         axes = part.subplots(1, len(panels), width_ratios=ratios, squeeze=False)
         for axis, panel in zip(axes[0], panels, strict=True):
-            _fill(part, axis, panel)
+            fill(part, axis, panel)
     figure.savefig(path, dpi=130)
 
 
 def _of_layers(content: Mapping[str, Any]) -> list[Panel]:
     """Gates and updates of each task, where the method has them, and the norms of all factors."""
-    tasks, layers = content["tasks"], content["layers"].values()
-    rows = [_short(path) for path in content["layers"]]
-    panels = []
-    if content["similarity"]["gates"]:
-        ups = range(1, content["up_projections"] + 1)
-        gates = [[g for task in tasks for g in layer["gates"][task]] for layer in layers]
-        columns = [f"{task} {number}" for task in tasks for number in ups]
-        panels.append(Panel("gate of each up-projection", gates, rows, columns, (0, 1)))
-    if content["update_norm"]:
-        norms = [[layer["norms"]["update"][task] for task in tasks] for layer in layers]
-        panels.append(Panel("norm of the update", norms, rows, tasks, (0, None)))
+    panels = [panel for panel in (gate_panel(content), update_panel(content)) if panel is not None]
+    rows = layer_names(content)
     for factor in "AB":
-        norms = [layer["norms"][factor] for layer in layers]
+        norms = [layer["norms"][factor] for layer in content["layers"].values()]
         columns = [f"{factor} {number}" for number in range(1, len(norms[0]) + 1)]
         panels.append(Panel(f"norm of {factor}", norms, rows, columns, (0, None)))
     return panels
 
 
-def _of_tasks(content: Mapping[str, Any]) -> list[Panel]:
+def gate_panel(content: Mapping[str, Any]) -> Panel | None:
+    """A row for each layer, a column for each task and up-projection; None without gates."""
+    tasks = content["tasks"]
+    if not content["layers"] or not content["similarity"]["gates"]:
+        return None
+    ups = range(1, content["up_projections"] + 1)
+    layers = content["layers"].values()
+    gates = [[g for task in tasks for g in layer["gates"][task]] for layer in layers]
+    columns = [f"{task} {number}" for task in tasks for number in ups]
+    return Panel("gate of each up-projection", gates, layer_names(content), columns, (0, 1))
+
+
+def update_panel(content: Mapping[str, Any]) -> Panel | None:
+    """A row for each layer, a column for each task; None where no task has an update."""
+    tasks = content["tasks"]
+    if not content["layers"] or not content["update_norm"]:
+        return None
+    layers = content["layers"].values()
+    norms = [[layer["norms"]["update"][task] for task in tasks] for layer in layers]
+    return Panel("norm of the update", norms, layer_names(content), tasks, (0, None))
+
+
+def similarity_panels(content: Mapping[str, Any]) -> list[Panel]:
     """How alike the tasks are, where the method tells them apart."""
     tasks = content["tasks"]
     return [
@@ -102,7 +115,8 @@ def _of_tasks(content: Mapping[str, Any]) -> list[Panel]:
     ]
 
 
-def _fill(figure: Any, axis: Any, panel: Panel) -> None:
+def fill(figure: Any, axis: Any, panel: Panel) -> None:
+    """Draw one heat map with its names and its scale; `figure` is the axis's own."""
     low, high = panel.limits
     shown = [[float("nan") if value is None else value for value in row] for row in panel.values]
     image = axis.imshow(
@@ -119,6 +133,11 @@ def _fill(figure: Any, axis: Any, panel: Panel) -> None:
         axes.set_ticks(range(0, len(names), step), names[::step], fontsize=7)
     axis.tick_params("x", rotation=90)
     figure.colorbar(image, ax=axis, shrink=0.8)
+
+
+def layer_names(content: Mapping[str, Any]) -> list[str]:
+    """`3 q_proj` for `model.layers.3.self_attn.q_proj`, and so on."""
+    return [_short(path) for path in content["layers"]]
 
 
 def _short(path: str) -> str:

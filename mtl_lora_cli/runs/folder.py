@@ -64,7 +64,7 @@ class RunFolder:
         """The whole lines of metrics.jsonl; a torn last line is passed over."""
         if not self.metrics.exists():
             return
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
@@ -121,17 +121,21 @@ def mark_latest(run: RunFolder) -> None:
     write_text(run.path.parent / "latest", run.name + "\n")
 
 
+def run_names(directory: Path) -> list[str]:
+    """The runs in a folder, by name; none where there is no such folder."""
+    if not directory.is_dir():
+        return []
+    found = (path for path in directory.iterdir() if (path / "recipe.yaml").is_file())
+    return sorted(path.name for path in found if not path.name.startswith("."))
+
+
 def find_run(run: str | None, directory: Path) -> RunFolder:
     """The run that `--run NAME|PATH` names; the newest one where nothing is named.
 
     Raises:
         UsageError: there is no such run, or none yet.
     """
-    known = (
-        sorted(p.name for p in directory.iterdir() if (p / "recipe.yaml").is_file())
-        if directory.is_dir()
-        else []
-    )
+    known = run_names(directory)
     if run is None:
         latest = directory / "latest"
         if not known or not latest.is_file():

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mtl_lora_cli.comparison import compare as room
-from mtl_lora_cli.comparison.compare import mean_cosine, run_study, training_facts
+from mtl_lora_cli.comparison.compare import run_study
 from mtl_lora_cli.comparison.report import build_report
 from mtl_lora_cli.comparison.study import Options, Study, plan_study
 from mtl_lora_cli.errors import MtlLoraError, UsageError
@@ -325,25 +325,3 @@ def test_without_matching_ranks_are_the_recipe_s(plan: Plan, tmp_path: Path) -> 
 def test_matched_ranks_keep_the_scale(plan: Plan, tmp_path: Path) -> None:
     scales = {run.recipe.adapter.alpha / run.recipe.adapter.rank for run in plan(tmp_path).runs}
     assert scales == {2.0}
-
-
-def test_facts_of_a_run_by_hand() -> None:
-    events = [
-        {"event": "step", "tokens": 100, "seconds": seconds, "loss": loss, "memory_gib": 2.0}
-        for seconds, loss in ((50.0, 9.0), (1.0, 3.0), (2.0, 2.0), (4.0, 1.0))
-    ]
-    facts = training_facts([*events, {"event": "validation", "step": 4, "loss": {"a": 1.0}}])
-    assert facts["tokens_per_second"] == 50.0  # the median of 100, 50 and 25
-    assert (facts["tokens"], facts["seconds"], facts["last_loss"]) == (400, 57.0, 1.0)
-    assert facts["validation_loss"] == [{"step": 4, "loss": {"a": 1.0}}]
-
-
-def test_cosines_are_means_over_the_steps_that_held_both_tasks() -> None:
-    events = [
-        {"tasks": ["a", "b"], "cosine": [[1.0, 0.5], [0.5, 1.0]]},
-        {"tasks": ["b", "c"], "cosine": [[1.0, None], [None, 1.0]]},
-        {"tasks": ["a", "b"], "cosine": [[1.0, 0.1], [0.1, 1.0]]},
-    ]
-    found = mean_cosine(events)
-    assert found is not None
-    assert found["cosine"] == [[1.0, 0.3, None], [0.3, 1.0, None], [None, None, 1.0]]

@@ -1,0 +1,87 @@
+"""Held-out rows that a run answered right and wrong, read again from where its tasks come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtl_lora_cli.data.sources import Rows, read_split
+from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.evaluation.protocols import LM_EVAL
+from mtl_lora_cli.tasks.rendering import Renderer
+from mtl_lora_cli.tasks.task import Task
+
+_ROWS = 3  # of each kind
+_BEGIN, _END = 300, 200  # characters of a longer prompt
+_GONE = "the rows are not readable any more"
+
+
+def answered(tasks: Sequence[Task], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some rows of each task's newest result of the adapter, evenly over the split.
+
+    Returns:
+        For each task `task`, `split`, `id` of the result, `right` and `wrong`: rows with `where`,
+        `prompt`, `answer` and `predicted`, which is None where no choice was named, or where a free
+        answer was another one; and `note`, why there are none, or None.
+    """
+    found = []
+    for task in tasks:
+        own = [r for r in results if r["task"] == task.name and r["model"] == "adapter"]
+        own = [r for r in own if r["protocol"] != LM_EVAL]  # asks rows of its own
+        if own:
+            found.append(_of_task(task, max(own, key=lambda r: r["id"])))
+    return found
+
+
+def _of_task(task: Task, result: dict[str, Any]) -> dict[str, Any]:
+    kinds: dict[str, list[dict[str, Any]]] = {"right": [], "wrong": []}
+    note = None
+    try:
+        rows = read_split(task.source, result["split"], base=Path(), task=task.name)
+        if rows is None:
+            note = f"{_GONE}: the source has no {result['split']} split"
+        elif rows.fingerprint != result["rows_fingerprint"]:
+            note = f"{_GONE}: they changed since the evaluation"
+        else:
+            kinds = _kinds(task, result, rows)
+    except (MtlLoraError, OSError) as error:
+        note = f"{_GONE}: {' '.join(str(error).split())}"
+    head = {"task": task.name, "split": result["split"], "id": result["id"]}
+    return {**head, **kinds, "note": note}
+
+
+def _kinds(task: Task, result: dict[str, Any], rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    renderer = Renderer(task.template, task.name)
+    pairs = list(zip(result["gold"], result["predicted"], strict=True))
+    found = {}
+    for kind in ("right", "wrong"):
+        numbers = [n for n, (gold, said) in enumerate(pairs) if (gold == said) == (kind == "right")]
+        found[kind] = [_row(renderer, rows, n, pairs[n][1]) for n in _spread(numbers)]
+    return found
+
+
+def _spread(numbers: Sequence[int]) -> list[int]:
+    """A few of them, from the whole length."""
+    count = min(_ROWS, len(numbers))
+    return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
+
+
+def _row(renderer: Renderer, rows: Rows, index: int, predicted: int) -> dict[str, Any]:
+    example = renderer.render(rows.rows[index], rows.where(index))
+    if example.choices:
+        said = example.choices[predicted] if predicted >= 0 else None
+    else:
+        said = example.answer if predicted == 0 else None
+    return {
+        "where": Path(rows.where(index)).name,
+        "prompt": _clipped(example.prompt),
+        "answer": _clipped(example.answer),
+        "predicted": None if said is None else _clipped(said),
+    }
+
+
+def _clipped(text: str) -> str:
+    """A long text without its middle; what no file can hold is replaced."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= _BEGIN + _END else f"{text[:_BEGIN]} … {text[-_END:]}"
