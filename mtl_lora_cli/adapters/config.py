@@ -127,7 +127,9 @@ class AdapterConfig:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, method_default(self.method, key))
         for key in ("rank", "up_projections", "embedding_size", "task_rank"):
-            _require(key, getattr(self, key), int, lambda value: value >= 1, "a whole number above 0")
+            _require(
+                key, getattr(self, key), int, lambda value: value >= 1, "a whole number above 0"
+            )
         for pattern, rank in self.rank_pattern.items():
             _require(f"rank_pattern.{pattern}", rank, int, lambda value: value >= 1, "a rank")
         for key in ("alpha", "temperature"):

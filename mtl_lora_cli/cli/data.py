@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         help="Look at the data as the model reads them.",
         no_args_is_help=True,
+        epilog="Example: mtl-lora data show quickstart --packed",
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

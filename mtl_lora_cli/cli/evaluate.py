@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtl_lora_cli.cli.completion import complete_run
 from mtl_lora_cli.cli.eval_table import as_json as results_as_json
 from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
@@ -64,7 +65,12 @@ def evaluate(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="RUN", help="Another run to stand beside this one."),
+        typer.Option(
+            "--baseline",
+            metavar="RUN",
+            help="Another run to stand beside this one.",
+            autocompletion=complete_run,
+        ),
     ] = None,
     against: Annotated[
         Path | None,

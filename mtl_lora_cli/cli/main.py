@@ -13,13 +13,17 @@ from mtl_lora_cli.cli import (
     bench,
     compare,
     data,
+    doctor,
     evaluate,
     export,
     frame,
+    init,
     inspect,
     merge,
     predict,
     report,
+    runs,
+    schema,
     tasks,
     train,
     validate,
@@ -41,11 +45,15 @@ merge.register(app)
 export.register(app)
 inspect.register(app)
 report.register(app)
+runs.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)
 bench.register(app)
 compare.register(app)
+doctor.register(app)
+init.register(app)
+schema.register(app)
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +82,7 @@ def _options(
 def main() -> None:
     """Entry point of the console script."""
     try:
-        app()
+        app(prog_name="mtl-lora")  # as a module, too: what a shell completes hangs on the name
     finally:
         sys.stdout.flush()
         os.dup2(2, 1)  # what libraries print at exit is no result

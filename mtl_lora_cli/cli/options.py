@@ -7,13 +7,23 @@ from typing import Annotated
 
 import typer
 
+from mtl_lora_cli.cli.completion import complete_run, complete_task
+
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="Name or path of a run; default: the newest one.")
+    str | None,
+    typer.Option(
+        "--run",
+        help="Name or path of a run; default: the newest one.",
+        autocompletion=complete_run,
+    ),
 ]
 RunsOption = Annotated[
     Path, typer.Option("--runs", envvar="MTL_LORA_RUNS", help="Folder in which runs lie.")
 ]
-TaskOption = Annotated[str, typer.Option("--task", help="A task of the run, or 'all'.")]
+TaskOption = Annotated[
+    str,
+    typer.Option("--task", help="A task of the run, or 'all'.", autocompletion=complete_task),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CompareLimitOption = Annotated[
     int, typer.Option("--limit", min=1, help="Held-out rows to compare on.")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mtl_lora_cli.cli.completion import complete_task
 from mtl_lora_cli.cli.frame import emit, framed, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
 
@@ -25,7 +26,8 @@ def predict(
         typer.Argument(metavar="FILE|-", help="Unlabelled rows; - reads JSON lines from stdin."),
     ],
     task: Annotated[
-        str | None, typer.Option("--task", help="The task that the rows are of.")
+        str | None,
+        typer.Option("--task", help="The task that the rows are of.", autocompletion=complete_task),
     ] = None,
     task_column: Annotated[
         str | None,

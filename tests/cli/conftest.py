@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,52 @@ def invoke(
         return subprocess.CompletedProcess(list(arguments), code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def at_a_terminal(
+    environment: Callable[..., dict[str, str]],
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`at_a_terminal(arguments, answers, cwd=…)`: exit code and all that stood on the terminal."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(
+        arguments: list[str], answers: list[tuple[str, str]], *, cwd: Path, **changes: str
+    ) -> tuple[int, str]:
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=cwd,
+            env=environment(TERM="xterm", COLUMNS="80", **changes),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        started.append(process)
+        os.close(theirs)
+        text, seen, deadline = "", 0, time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if answers and answers[0][0] in text[seen:]:
+                seen = len(text)
+                os.write(ours, answers.pop(0)[1].encode())
+            if not select.select([ours], [], [], 0.2)[0]:
+                continue
+            try:
+                read = os.read(ours, 65536)
+            except OSError:  # the last one has closed the terminal
+                break
+            if not read:
+                break
+            text += read.decode(errors="replace")
+        os.close(ours)
+        assert not answers, f"never asked {answers[0][0]!r}: {text}"
+        return process.wait(timeout=30), text
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

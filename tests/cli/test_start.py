@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -14,16 +15,6 @@ import typer
 Finished = subprocess.CompletedProcess[str]
 
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "pydantic", "yaml", "rich")
-
-
-def test_help_answers_at_once(command: Callable[..., Finished], tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        finished = command("--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - started)
-        assert finished.returncode == 0
-    assert min(seconds) <= 0.4, seconds  # the best of five: other processes may be busy
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
@@ -43,6 +34,7 @@ def _commands(app: typer.Typer, *before: str) -> Iterator[tuple[str, ...]]:
         yield (*before, entry.name)
     for group in app.registered_groups:
         assert group.name and group.typer_instance, "each group is named"
+        yield (*before, group.name)
         yield from _commands(group.typer_instance, *before, group.name)
 
 
@@ -50,6 +42,24 @@ def _all_commands() -> list[tuple[str, ...]]:
     from mtl_lora_cli.cli.main import app
 
     return list(_commands(app))
+
+
+@pytest.mark.parametrize("words", [(), *_all_commands()], ids=" ".join)
+def test_help_answers_at_once(
+    words: tuple[str, ...], command: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """By the clock, or, where other processes keep the cores busy, by what it took of them."""
+    seconds: list[tuple[float, float]] = []
+    for _ in range(5):
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        finished = command(*words, "--help", cwd=tmp_path)
+        clock, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert finished.returncode == 0
+        used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        seconds.append((clock, used))
+        if clock <= 0.4:
+            return
+    assert min(used for _, used in seconds) <= 0.4, seconds
 
 
 @pytest.mark.parametrize("words", _all_commands(), ids=" ".join)
