@@ -8,7 +8,8 @@ import typer
 
 from mtl_lora_cli.cli.frame import framed, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
-from mtl_lora_cli.cli.train import DryRunOption, ProcessesOption, finished, launched, started
+from mtl_lora_cli.cli.processes import ProcessesOption, launched
+from mtl_lora_cli.cli.train import DryRunOption, finished, started
 
 
 def register(app: typer.Typer) -> None:

@@ -13,6 +13,7 @@ from mtl_lora_cli.cli.eval_table import as_json as results_as_json
 from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
+from mtl_lora_cli.cli.processes import ProcessesOption, launched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.protocols import Setting
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
+    from mtl_lora_cli.training.processes import Processes
 
 Result = dict[str, Any]
 
@@ -80,6 +82,7 @@ def evaluate(
         Path | None,
         typer.Option("--predictions", metavar="FILE", help="Write every example as JSON lines."),
     ] = None,
+    num_processes: ProcessesOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although the base model has changed.")
     ] = False,
@@ -99,12 +102,14 @@ def evaluate(
         other = None if baseline is None else find_run(baseline, runs)
         if other is not None and other.path.resolve() == folder.path.resolve():
             raise UsageError(f"--baseline {baseline}: is the run itself")
+        if num_processes is not None and num_processes > 1:
+            raise typer.Exit(launched(num_processes))
         status("loading libraries")
         from mtl_lora_cli.evaluation import evaluate as room
-        from mtl_lora_cli.evaluation.averages import averages
         from mtl_lora_cli.evaluation.open_run import read_tasks
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
         from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
+        from mtl_lora_cli.training.processes import joined
 
         for option, value, known in (
             ("--protocol", protocol, PROTOCOLS),
@@ -116,44 +121,62 @@ def evaluate(
                     f"{did_you_mean(value, known)}"
                 )
         setting = room.Setting(split, limit, base_only, protocol, normalisation, harness_task)
-        chosen = room.select_tasks(read_tasks(folder), task)
-        written = None if predictions is None else Predictions(setting)
-        if predictions is not None:
-            require_writable(predictions, setting)
-        places = None if against is None else _places(against, chosen, setting)
-        rows = room.find_rows(chosen, setting)
-        scores: dict[str, Sequence[np.ndarray] | None] = {}
+        with joined() as processes:
+            chosen = room.select_tasks(read_tasks(folder), task)
+            written = None if predictions is None else Predictions(setting)
+            if predictions is not None:
+                require_writable(predictions, setting)
+            places = None if against is None else _places(against, chosen, setting)
+            with processes.one_after_another():  # the first one fetches what the hub has
+                rows = room.find_rows(chosen, setting)
+            scores: dict[str, Sequence[np.ndarray] | None] = {}
 
-        def told(one: Task, examples: Any, answers: Any) -> None:
-            scores[one.name] = answers.scores
-            if written is not None:
-                written.tell(one, examples, answers)
+            def told(one: Task, examples: Any, answers: Any) -> None:
+                scores[one.name] = answers.scores
+                if written is not None and processes.main:
+                    written.tell(one, examples, answers)
 
-        results = _evaluated(folder, chosen, setting, rows, told, force=force)
-        if written is not None and predictions is not None:
-            written.write(predictions)
-            say(f"{predictions}: {len(written):,} rows")
-        beside: list[Result | None]
-        if places is not None:
-            beside = _against(folder, chosen, setting, places, results, scores)
-            name: str | None = str(against)
-        elif other is not None:
-            beside, name = _beside_run(other, results, setting, force=force), other.name
-        else:
-            beside = [
-                None if base_only else room.compare_with_base(folder, result) for result in results
-            ]
-            name = None
-        whole = [one for one in beside if one is not None]
-        means = averages(results, _theirs(results, whole) if len(whole) == len(results) else None)
-        if as_json:
-            emit_json(results_as_json(folder.name, results, beside, means, name))
-            return
-        emit(as_table(results, beside, means, name, base_only=base_only))
-        if name is None and not base_only and None in beside:
-            say(
-                "the untouched base model beside it: mtl-lora eval --base-only with the same options"
-            )
+            results = _evaluated(folder, chosen, setting, rows, told, processes, force=force)
+            if written is not None and predictions is not None and processes.main:
+                written.write(predictions)
+                say(f"{predictions}: {len(written):,} rows")
+            name: str | None = None
+            beside: list[Result | None] = []
+            if other is not None:
+                name = other.name
+                beside = _beside_run(other, results, setting, processes, force=force)
+            elif places is not None and processes.main:
+                name = str(against)
+                beside = _against(folder, chosen, setting, places, results, scores)
+            elif processes.main:
+                beside = [
+                    None if base_only else room.compare_with_base(folder, one) for one in results
+                ]
+            if processes.main:
+                _print(folder.name, results, beside, name, base_only=base_only, as_json=as_json)
+            processes.wait()
+
+
+def _print(
+    run: str,
+    results: list[Result],
+    beside: list[Result | None],
+    name: str | None,
+    *,
+    base_only: bool,
+    as_json: bool,
+) -> None:
+    """Results, what stands beside them, and their averages, on stdout."""
+    from mtl_lora_cli.evaluation.averages import averages
+
+    whole = [one for one in beside if one is not None]
+    means = averages(results, _theirs(results, whole) if len(whole) == len(results) else None)
+    if as_json:
+        emit_json(results_as_json(run, results, beside, means, name))
+        return
+    emit(as_table(results, beside, means, name, base_only=base_only))
+    if name is None and not base_only and None in beside:
+        say("the untouched base model beside it: mtl-lora eval --base-only with the same options")
 
 
 def _evaluated(
@@ -162,6 +185,7 @@ def _evaluated(
     setting: Setting,
     rows: Any,
     told: Callable[[Any, Any, Any], None],
+    processes: Processes,
     *,
     force: bool,
 ) -> list[Result]:
@@ -174,9 +198,10 @@ def _evaluated(
 
     status(f"loading run {folder.name}")
     opened: OpenRun = open_run(folder, force=force)
-    if opened.trained_on is not None:
+    if opened.trained_on is not None and processes.main:
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True, quiet=not processes.main)
+    with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("scoring", total=None)
         return evaluate(
             opened,
@@ -189,7 +214,12 @@ def _evaluated(
 
 
 def _beside_run(
-    other: RunFolder, results: list[Result], setting: Setting, *, force: bool
+    other: RunFolder,
+    results: list[Result],
+    setting: Setting,
+    processes: Processes,
+    *,
+    force: bool,
 ) -> list[Result | None]:
     """Another run's results on the same rows; what it has not been asked yet, it is asked now."""
     from mtl_lora_cli.evaluation.evaluate import compare_with_run, find_rows
@@ -197,11 +227,15 @@ def _beside_run(
 
     beside = [compare_with_run(other, result) for result in results]
     missing = {r["task"] for r, one in zip(results, beside, strict=True) if one is None}
+    missing = processes.same(missing)  # before the first process writes more results
     tasks = [task for task in read_tasks(other) if task.name in missing]
     if tasks:
         rows = find_rows(tasks, setting)
-        _evaluated(other, tasks, setting, rows, lambda *_: None, force=force)
+        _evaluated(other, tasks, setting, rows, lambda *_: None, processes, force=force)
+        processes.wait()
         beside = [compare_with_run(other, result) for result in results]
+    if not processes.main:
+        return beside
     for result, one in zip(results, beside, strict=True):
         if one is None:
             known = any(task.name == result["task"] for task in tasks)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed, real_stdout, say, status
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
+from mtl_lora_cli.cli.processes import ProcessesOption, launched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,15 +17,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.training.processes import Processes
 
-_PROCESSES = "--num-processes"
-
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        _PROCESSES, min=1, help="Start so many processes on this host, one for each card."
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -72,33 +63,6 @@ def train(
                 assert recipe is not None
                 folder = started(processes, recipe, overrides or [], runs, dry_run, as_json)
         finished(processes, folder, as_json)
-
-
-def launched(count: int) -> int:
-    """Run this command in so many processes; their exit code."""
-    from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.training.launch import equivalent, launch
-
-    if "RANK" in os.environ:
-        raise UsageError(
-            f"{_PROCESSES} starts processes, and this one was started as one of several already; "
-            "leave it out under torchrun, accelerate, deepspeed and Slurm"
-        )
-    arguments = _without_processes(sys.argv[1:])
-    say(f"starting {count} processes; the same: {equivalent(arguments, count)}")
-    return launch(arguments, count, real_stdout())
-
-
-def _without_processes(arguments: list[str]) -> list[str]:
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith(f"{_PROCESSES}="):
-            skip = False
-        elif argument == _PROCESSES:
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
 
 
 def _resumed(

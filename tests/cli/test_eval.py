@@ -112,10 +112,29 @@ def test_every_example_is_written_down(run: Path, invoke: Callable[..., Finished
     assert hashlib.sha256(b"pink is a color?").hexdigest() in prompts
 
 
+def test_two_processes_say_what_one_says(
+    run: Path, command: Callable[..., Finished], invoke: Callable[..., Finished]
+) -> None:
+    folder = run.parent.parent
+    call = ("eval", "--task", "all", "--json", "--predictions")
+    both = command(*call, "two.jsonl", "--num-processes", "2", cwd=folder)
+    assert both.returncode == 0, both.stderr
+    one = invoke(*call, "one.jsonl")
+    results = [json.loads(found.stdout)["results"] for found in (both, one)]
+    for two, alone in zip(*results, strict=True):
+        assert two["metrics"] == alone["metrics"]
+    texts = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("two", "one")]
+    for two, alone in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+        assert two["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+        assert {**two, "scores": 0, "log_probabilities": 0} == {
+            **alone, "scores": 0, "log_probabilities": 0
+        }  # fmt: skip
+
+
 def test_a_merged_model_is_scored_by_the_same_code(
     run: Path, invoke: Callable[..., Finished]
 ) -> None:
-    assert invoke("merge", "--task", "all").returncode == 0
+    assert invoke("merge", "--task", "all", "--no-check").returncode == 0
     finished = invoke("eval", "--task", "all", "--against", "merged/small", "--json")
     assert finished.returncode == 0, finished.stderr
     for result in json.loads(finished.stdout)["results"]:
