@@ -4,17 +4,18 @@
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
 # make audit        ask for known vulnerabilities of the tested versions (needs the network)
 # make licences     write docs/licences.md anew
+# make record       run the quickstart and write it down: docs/quickstart.md, and its end in README.md
 # make benchmark    time an adapted layer and whole training steps on this CPU, against yardsticks
 # make format       let ruff write the code as `make check` wants it
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # One thread a process: two test processes that each use all cores wait for each other.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
-.PHONY: quickstart test check soak fuzz audit licences benchmark format clean
+.PHONY: quickstart test check soak fuzz audit licences record benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -62,6 +63,9 @@ audit:
 
 licences: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_licences.py
+
+record: $(VENV)/.installed
+	$(BIN)/python docs/record_session.py
 
 benchmark: $(VENV)/.installed-dev
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/benchmarks/test_speed.py

@@ -130,7 +130,7 @@ class Heartbeat:
         self._found.wait(_SILENT + 2 * _EVERY)
         return self._gone
 
-    def said_by_a_lower(self, ending: str, wait: float = 5.0) -> bool:
+    def said_by_a_lower(self, ending: str, wait: float = 15.0) -> bool:
         """Whether a process of lower rank ends with the same words, and so has said them."""
         until = time.monotonic() + wait
         while self._rank and time.monotonic() < until:

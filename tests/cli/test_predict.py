@@ -21,7 +21,7 @@ Finished = Any
 def run(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
     """A copy of the finished run, in `runs` of the working directory, and rows beside it."""
     copy = tmp_path / "runs" / "small"
-    shutil.copytree(small_run[0], copy)
+    shutil.copytree(small_run[0], copy, ignore=shutil.ignore_patterns("evaluations"))
     (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
     rows = [{"word": word, "of": of} for word, of in (("pink", "warm"), ("dog", "cold"))]
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)

@@ -23,7 +23,7 @@ def runs(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
     """A folder of runs that holds a copy of the small one, an hour old, and what `latest` says."""
     run, _ = small_run
     copy = tmp_path / "runs" / "small"
-    shutil.copytree(run, copy)
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
     (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
     for file in (copy, *copy.rglob("*")):
         os.utime(file, (time.time() - 3600,) * 2)
