@@ -30,6 +30,14 @@ def compare(
     methods: Annotated[
         str, typer.Option("--methods", help="Methods with commas between them.")
     ] = "lora,mtl-lora",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME=METHOD,key=value…",
+            help="A method under a name of its own, for --methods. Repeatable.",
+        ),
+    ] = None,
     match: Annotated[
         str,
         typer.Option(
@@ -71,7 +79,8 @@ def compare(
 
         if recipe is None and not (report_only and output):
             raise UsageError("a recipe is missing: mtl-lora compare RECIPE")
-        names = grid.parse_methods(methods)
+        variants = grid.parse_variants(variant or ())
+        names = grid.parse_methods(methods, variants)
         against = grid.parse_baseline(baseline, names)
         matched = grid.parse_match(match)
         sweeps = grid.parse_sweeps(sweep or ())
@@ -88,7 +97,7 @@ def compare(
         from mtl_lora_cli.comparison.compare import run_study
         from mtl_lora_cli.comparison.study import Options, plan_study
 
-        options = Options(names, matched, numbers, sweeps, against, limit)
+        options = Options(names, matched, numbers, sweeps, against, limit, variants)
         study = plan_study(loaded, folder, options)
         if dry_run:
             _show_plan(study, as_json)
@@ -127,6 +136,8 @@ def _show_plan(study: Study, as_json: bool) -> None:
     emit(table(("run", "rank", "alpha", "trained", "off"), rows))
     if target is not None:
         emit(f"to match: {target:,} trained values")
+    for name, text in plan["variants"].items():
+        emit(f"{name}: {text}")
     for line in plan["budget"]:
         emit(line)
     for kind in dict.fromkeys(plan["validation"].values()):

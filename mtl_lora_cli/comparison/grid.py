@@ -12,7 +12,7 @@ from typing import Any
 from mtl_lora_cli.adapters.config import COMMON, METHODS
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import COMMAND_LINE
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import NAME, Recipe
 from mtl_lora_cli.recipe.yaml_file import Document, parse_scalar, validate_document
 
 RATE = "training.learning_rate"
@@ -41,28 +41,87 @@ class Point:
         return ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items())
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A method under a name of its own.
+
+    Attributes:
+        method: which one it is.
+        settings: key → value, what holds in all of its runs.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """As reports show it."""
+        settings = ", ".join(f"{key}={shown(value)}" for key, value in self.settings.items())
+        return f"{self.method} with {settings}" if settings else self.method
+
+
 def shown(value: Any) -> str:
     """A swept value as it is typed."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse_methods(text: str) -> list[str]:
-    """Methods with commas between them.
+def parse_methods(text: str, variants: Mapping[str, Variant] | None = None) -> list[str]:
+    """Methods with commas between them, or variants of them.
 
     Raises:
-        UsageError: none, an unknown one, or one twice.
+        UsageError: none, an unknown one, one twice, or a variant that is not among them.
     """
+    known = [*METHODS, *(variants or {})]
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in METHODS:
+        if name not in known:
             raise UsageError(
-                f"--methods: unknown method '{name}'{did_you_mean(name, METHODS)}; "
-                f"methods: {', '.join(METHODS)}"
+                f"--methods: unknown method '{name}'{did_you_mean(name, known)}; "
+                f"methods: {', '.join(known)}"
             )
     _require_different("--methods", names)
     if not names:
-        raise UsageError(f"--methods: expected at least one of {', '.join(METHODS)}")
+        raise UsageError(f"--methods: expected at least one of {', '.join(known)}")
+    for name in variants or {}:
+        if name not in names:
+            raise UsageError(f"--variant: '{name}' is not among --methods: {', '.join(names)}")
     return names
+
+
+def parse_variants(texts: Sequence[str]) -> dict[str, Variant]:
+    """`NAME=METHOD,key=value,…`, each name once.
+
+    Raises:
+        UsageError: a text that is not so, an unknown method, a key that it does not read, or that a
+            comparison decides itself.
+    """
+    variants: dict[str, Variant] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        method, *parts = re.split(r",(?=[A-Za-z_.]+=)", rest)
+        if not equals or not NAME.fullmatch(name) or not all("=" in part for part in parts):
+            raise UsageError(f"--variant: expected NAME=METHOD,key=value,…, received '{text}'")
+        if name in METHODS or name in variants or name == UNTRAINED:
+            raise UsageError(f"--variant: '{name}' is a name already; choose another one")
+        if method not in METHODS:
+            raise UsageError(
+                f"--variant: '{name}': unknown method '{method}'{did_you_mean(method, METHODS)}; "
+                f"methods: {', '.join(METHODS)}"
+            )
+        settings: dict[str, Any] = {}
+        for part in parts:
+            key, _, value = part.partition("=")
+            _require_free(key, "--variant")
+            if key == "adapter.rank":
+                raise UsageError(f"--variant: '{name}': 'adapter.rank' is what --match picks")
+            if not reads(method, key):
+                raise UsageError(f"--variant: '{name}': {method} does not read '{key}'")
+            try:
+                settings[key] = parse_scalar(value)
+            except ProblemsError:
+                raise UsageError(f"--variant: '{part}': the value is not valid YAML") from None
+        variants[name] = Variant(method, settings)
+    return variants
 
 
 def parse_seeds(text: str, first: int = 0) -> list[int]:
@@ -135,17 +194,22 @@ def parse_sweeps(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise UsageError(f"--sweep: '{text}': the values are not valid YAML") from None
         if key in sweeps:
             raise UsageError(f"--sweep: the key '{key}' stands twice")
-        if key.split(".")[0] not in SWEPT:
-            raise UsageError(
-                f"--sweep: '{key}' cannot be swept; keys below {', '.join(SWEPT)} can"
-                f"{did_you_mean(key, _known_keys())}"
-            )
-        owner = {"adapter.method": "--methods", "training.seed": "--seeds"}.get(key)
-        if owner:
-            raise UsageError(f"--sweep: '{key}' is what {owner} says")
+        _require_free(key, "--sweep")
         _require_different(f"--sweep: {key}", found)
         sweeps[key] = found
     return sweeps
+
+
+def _require_free(key: str, option: str) -> None:
+    """Refuse a key that does not belong to a setting."""
+    if key.split(".")[0] not in SWEPT:
+        raise UsageError(
+            f"{option}: '{key}' cannot be swept; keys below {', '.join(SWEPT)} can"
+            f"{did_you_mean(key, _known_keys())}"
+        )
+    owner = {"adapter.method": "--methods", "training.seed": "--seeds"}.get(key)
+    if owner:
+        raise UsageError(f"{option}: '{key}' is what {owner} says")
 
 
 def require_known(sweeps: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
@@ -175,7 +239,9 @@ def reads(method: str, key: str) -> bool:
     return part != "adapter" or name.split(".")[0] in (*COMMON, *METHODS[method].reads)
 
 
-def points_of(method: str, sweeps: Mapping[str, Sequence[Any]], rate: float) -> list[Point]:
+def points_of(
+    method: str | Variant, sweeps: Mapping[str, Sequence[Any]], rate: float
+) -> list[Point]:
     """The settings that a method is tried with: Π |values| of them, whatever it reads.
 
     Every method gets the same number of settings, since the best of many is better than the best
@@ -183,16 +249,22 @@ def points_of(method: str, sweeps: Mapping[str, Sequence[Any]], rate: float) -> 
     of the learning rate, 1, 1/2, 2, 1/4, 4, …, that are not among them yet.
 
     Args:
-        method: one of the methods.
+        method: one of the methods, or a variant, which does not read what its own settings say.
         sweeps: key → values.
         rate: the recipe's learning rate.
     """
     if not sweeps:
         return [Point()]
+    variant = Variant(method) if isinstance(method, str) else method
+    rate = float(variant.settings.get(RATE, rate))
     budget = 1
     for values in sweeps.values():
         budget *= len(values)
-    own = {key: values for key, values in sweeps.items() if reads(method, key)}
+    own = {
+        key: values
+        for key, values in sweeps.items()
+        if reads(variant.method, key) and key not in variant.settings
+    }
     grid = [dict(zip(own, values, strict=True)) for values in product(*own.values())]
     settings: list[tuple[dict[str, Any], bool]] = [(one, False) for one in grid]
     seen = {_identity(one, rate) for one in grid}

@@ -56,6 +56,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     else:
         whose = "as the recipe's own adapter trains" if match == "params" else "as asked for"
         lines.append(f"ranks picked for trained values within 2 % of {target:,}, {whose}")
+    lines += [f"{name} is {text}" for name, text in report["variants"].items()]
     lines += report["budget"]
     cut = [name for name, one in report["tasks"].items() if one["validation"] == CUT]
     if report["tuning"]:

@@ -84,6 +84,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         "resamples": RESAMPLES,
         "bootstrap_seed": _BOOTSTRAP_SEED,
         "budget": plan["budget"],
+        "variants": plan.get("variants", {}),
         "methods": {method: _method(own[method], plan, results, method) for method in methods},
         "tasks": {
             name: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.comparison.grid import (
     CUT,
     Point,
+    Variant,
     budget_lines,
     points_of,
     require_known,
@@ -53,6 +54,7 @@ class Options:
         sweeps: key → values.
         baseline: the method that the others are compared with.
         limit: at most so many rows of each task score a run.
+        variants: name → what it stands for, of the methods that are none of the family's own.
     """
 
     methods: Sequence[str]
@@ -61,6 +63,11 @@ class Options:
     sweeps: Mapping[str, Sequence[Any]]
     baseline: str
     limit: int | None = None
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    def variant(self, name: str) -> Variant:
+        """What one of the methods stands for."""
+        return self.variants.get(name) or Variant(name)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class Study:
                 "data": prints,
             },
             "methods": list(options.methods),
+            "variants": {name: one.text for name, one in options.variants.items()},
             "baseline": options.baseline,
             "seeds": list(options.seeds),
             "target": self.target,
@@ -188,8 +196,12 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
     if options.match == "params":
         target = count_at(own, shapes(own.target_modules), count)(own.rank)
     rate = recipe.training.learning_rate
-    points = {method: points_of(method, options.sweeps, rate) for method in options.methods}
-    sized = _sizes(settled, points, shapes, count, target)
+    points = {
+        method: points_of(options.variant(method), options.sweeps, rate)
+        for method in options.methods
+    }
+    variants = {method: options.variant(method) for method in options.methods}
+    sized = _sizes(settled, points, variants, shapes, count, target)
     runs = [
         PlannedRun(
             id=run_name(method, point, seed),
@@ -220,6 +232,7 @@ Sized = tuple[str, Point, Recipe, int]  # method, its setting, the recipe, train
 def _sizes(
     recipe: Recipe,
     points: Mapping[str, Sequence[Point]],
+    variants: Mapping[str, Variant],
     shapes: Shapes,
     tasks: int,
     target: int | None,
@@ -234,14 +247,15 @@ def _sizes(
     problems: list[Problem] = []
     for number in range(len(next(iter(points.values())))):
         for method, own in points.items():
-            point = own[number]
+            point, kind = own[number], variants[method].method
+            settings = {**variants[method].settings, **point.settings}
             if target is None:
-                chosen = with_settings(recipe, method, point.settings)
+                chosen = with_settings(recipe, kind, settings)
                 count = _count_of(chosen, shapes, tasks)
                 sized.append((method, point, chosen, count(chosen.adapter.rank)))
                 continue
-            step = _experts(recipe, point) if method == "moelora" else 1
-            count = _count_of(_at(recipe, method, point, step), shapes, tasks)
+            step = _experts(recipe, settings) if kind == "moelora" else 1
+            count = _count_of(_at(recipe, kind, settings, step), shapes, tasks)
             counts.append((count, step))
             name = f"{method} ({point.text})" if point.settings else method
             try:
@@ -249,7 +263,7 @@ def _sizes(
             except UsageError as error:
                 problems.append(Problem("--match", None, "", str(error)))
                 continue
-            sized.append((method, point, _at(recipe, method, point, rank), count(rank)))
+            sized.append((method, point, _at(recipe, kind, settings, rank), count(rank)))
     if problems:
         assert target is not None
         common = common_target(counts, target)
@@ -264,9 +278,9 @@ def _sizes(
     return sized
 
 
-def _at(recipe: Recipe, method: str, point: Point, rank: int) -> Recipe:
+def _at(recipe: Recipe, method: str, settings: Mapping[str, Any], rank: int) -> Recipe:
     """The recipe of a method's setting at a rank, with the scale of its update kept."""
-    own, settings = recipe.adapter, point.settings
+    own = recipe.adapter
     alpha = float(settings.get("adapter.alpha", own.alpha))  # meant for the recipe's own rank
     scaling = settings.get("adapter.scaling", own.scaling)
     sizes = {"adapter.rank": rank, "adapter.alpha": alpha_at(rank, alpha, own.rank, scaling)}
@@ -282,10 +296,10 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
 
-def _experts(recipe: Recipe, point: Point) -> int:
+def _experts(recipe: Recipe, settings: Mapping[str, Any]) -> int:
     """moelora shares its rank among so many experts evenly."""
     own = recipe.adapter.up_projections if recipe.adapter.method == "moelora" else None
-    chosen = point.settings.get("adapter.up_projections") or own
+    chosen = settings.get("adapter.up_projections") or own
     return int(chosen or method_default("moelora", "up_projections"))
 
 

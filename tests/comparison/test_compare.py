@@ -16,6 +16,7 @@ import yaml
 
 from mtl_lora_cli.comparison import compare as room
 from mtl_lora_cli.comparison.compare import run_study
+from mtl_lora_cli.comparison.grid import Variant
 from mtl_lora_cli.comparison.report import build_report
 from mtl_lora_cli.comparison.study import Options, Study, plan_study
 from mtl_lora_cli.errors import MtlLoraError, UsageError
@@ -315,6 +316,20 @@ def test_ranks_that_do_not_match_are_refused_before_anything_is_written(
         plan(folder, match=10_000)
     assert "lora cannot come within 2% of 10,000" in refused.value.lines[0]
     assert not folder.exists()
+
+
+def test_a_variant_is_planned_with_its_settings(plan: Plan, tmp_path: Path) -> None:
+    variants = {"embedded": Variant("mtl-lora", {"adapter.gate": "embedding"})}
+    study = plan(tmp_path, methods=["lora", "mtl-lora", "embedded"], seeds=[0], variants=variants)
+    recipes = {run.method: run.recipe for run in study.runs}
+    assert recipes["embedded"].adapter.method == "mtl-lora"
+    assert recipes["embedded"].adapter.gate == "embedding"
+    assert recipes["mtl-lora"].adapter.gate == "weights"
+    assert [run.id for run in study.runs] == ["lora-seed0", "mtl-lora-seed0", "embedded-seed0"]
+    counts = [run.parameters for run in study.runs]
+    assert study.target is not None
+    assert all(abs(count / study.target - 1) <= 0.02 for count in counts)
+    assert study.to_json()["variants"] == {"embedded": "mtl-lora with adapter.gate=embedding"}
 
 
 def test_without_matching_ranks_are_the_recipe_s(plan: Plan, tmp_path: Path) -> None:

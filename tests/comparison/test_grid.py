@@ -7,12 +7,14 @@ import pytest
 from mtl_lora_cli.comparison.grid import (
     RATE,
     Point,
+    Variant,
     budget_lines,
     parse_baseline,
     parse_match,
     parse_methods,
     parse_seeds,
     parse_sweeps,
+    parse_variants,
     points_of,
     require_known,
     run_name,
@@ -120,6 +122,54 @@ def test_every_method_gets_the_same_number_of_settings(method: str) -> None:
     sweeps = {"adapter.temperature": [0.1, 1.0], "adapter.up_projections": [2, 3, 4]}
     points = points_of(method, sweeps, rate=1e-3)
     assert len({point.label for point in points}) == 6
+
+
+def test_a_variant_is_a_method_with_settings_of_its_own() -> None:
+    text = "wide=mtl-lora,adapter.gate=embedding,adapter.target_modules=[q_proj, v_proj]"
+    variants = parse_variants([text])
+    assert variants == {
+        "wide": Variant(
+            "mtl-lora",
+            {"adapter.gate": "embedding", "adapter.target_modules": ["q_proj", "v_proj"]},
+        )
+    }
+    assert parse_methods("lora,wide", variants) == ["lora", "wide"]
+    assert "mtl-lora with adapter.gate=embedding" in variants["wide"].text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("wide", "expected NAME=METHOD,key=value"),
+        ("wide=mtl-lora,embedding", "unknown method 'mtl-lora,embedding'"),
+        ("lora=mtl-lora", "'lora' is a name already"),
+        ("wide=mtl-lara", "unknown method 'mtl-lara'; did you mean 'mtl-lora'"),
+        ("wide=lora,adapter.gate=embedding", "lora does not read 'adapter.gate'"),
+        ("wide=lora,adapter.rank=4", "what --match picks"),
+        ("wide=lora,training.seed=4", "what --seeds says"),
+        ("../wide=lora", "expected NAME=METHOD"),
+    ],
+)
+def test_bad_variants_are_refused(text: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        parse_variants([text])
+
+
+def test_a_variant_that_is_not_compared_is_refused() -> None:
+    with pytest.raises(UsageError, match="'wide' is not among --methods"):
+        parse_methods("lora", parse_variants(["wide=mtl-lora"]))
+
+
+def test_what_a_variant_says_is_not_swept_for_it() -> None:
+    sweeps = {"adapter.temperature": [0.1, 1.0], RATE: [1e-3, 2e-3]}
+    variant = Variant("mtl-lora", {RATE: 4e-3})
+    points = points_of(variant, sweeps, rate=1e-3)
+    assert [dict(point.settings) for point in points] == [
+        {"adapter.temperature": 0.1},
+        {"adapter.temperature": 1.0},
+        {"adapter.temperature": 0.1, RATE: 2e-3},
+        {"adapter.temperature": 1.0, RATE: 2e-3},
+    ]
 
 
 def test_the_budget_is_said() -> None:
