@@ -320,7 +320,13 @@ def test_ranks_that_do_not_match_are_refused_before_anything_is_written(
 
 def test_a_variant_is_planned_with_its_settings(plan: Plan, tmp_path: Path) -> None:
     variants = {"embedded": Variant("mtl-lora", {"adapter.gate": "embedding"})}
-    study = plan(tmp_path, methods=["lora", "mtl-lora", "embedded"], seeds=[0], variants=variants)
+    study = plan(
+        tmp_path,
+        methods=["lora", "mtl-lora", "embedded"],
+        seeds=[0],
+        variants=variants,
+        match=26880,
+    )
     recipes = {run.method: run.recipe for run in study.runs}
     assert recipes["embedded"].adapter.method == "mtl-lora"
     assert recipes["embedded"].adapter.gate == "embedding"
