@@ -1,11 +1,16 @@
 #!/bin/sh
-# The quickstart, step by step; every line can be typed by hand. BIN is the folder of `mtl-lora`.
+# The quickstart, step by step; every line that it shows behind a $ can be typed by hand. BIN is the
+# folder of `mtl-lora`; arguments are changes to the recipe.
 set -eu
-mtl() { "${BIN:+$BIN/}mtl-lora" "$@"; }
+mtl() {
+    printf '$ mtl-lora %s\n' "$*" >&2
+    "${BIN:+$BIN/}mtl-lora" "$@"
+}
 step() { printf '\n== %s\n' "$*" >&2; }
 
 step "1 of 4: training three tasks at once on SmolLM2-135M (about five minutes)"
-run=$(mtl train quickstart)
+run=$(mtl train quickstart "$@")
+echo "$run" >&2
 step "2 of 4: how good was the base model before?"
 mtl eval --run "$run" --task all --base-only
 step "3 of 4: how good is it now?"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.models.quiet import quiet_loading
+from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
 from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.runs.paths import cache_folder
 
@@ -49,6 +49,7 @@ def _convert(path: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet_deepspeed()
     try:
         pre = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
         with quiet_loading():

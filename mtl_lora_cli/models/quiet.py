@@ -1,9 +1,24 @@
-"""Keeping other libraries' progress bars out of ours."""
+"""Keeping other libraries' remarks out of ours."""
 
 from __future__ import annotations
 
+import logging as python_logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed looks for cards, compilers and launchers aloud when it is imported.
+
+    accelerate imports it where transformers saves or loads a model, asked or not.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    python_logging.getLogger("DeepSpeed").setLevel(python_logging.ERROR)
 
 
 @contextmanager

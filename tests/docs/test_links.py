@@ -33,6 +33,12 @@ def test_links_resolve(page: Path) -> None:
         assert not anchor or anchor in headings(file), f"{page.name}: no heading for {target}"
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(LINK.findall((REPOSITORY / "README.md").read_text(encoding="utf-8")))
+    pages = {page.relative_to(REPOSITORY).as_posix() for page in PAGES}
+    assert pages - {"README.md"} <= linked
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_pages_name_no_place_of_one_machine(page: Path) -> None:
     found = re.search(r"(?<![\w.$}])/(home|root|tmp|work)/\S*", page.read_text(encoding="utf-8"))
