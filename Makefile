@@ -39,7 +39,7 @@ quickstart: $(VENV)/.installed
 	@BIN=$(BIN) sh recipes/quickstart.sh
 
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --durations 8
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

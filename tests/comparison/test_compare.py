@@ -24,6 +24,8 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import run as training
 
+pytestmark = pytest.mark.slow
+
 TASKS = {"sst2": "glue/sst2", "rte": "glue/rte"}
 METHODS = ("lora", "mtl-lora")
 Plan = Callable[..., Study]

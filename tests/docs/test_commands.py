@@ -23,6 +23,8 @@ from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 from .conftest import code_of, inside
 from .pages import PAGES, REPOSITORY, Block, Command, blocks_of, inline_commands
 
+pytestmark = pytest.mark.slow
+
 INDEX = "installs from a package index"
 MEASURES = "measures, for minutes and on large cards"
 # A command, or the first line of a block of Python, as it stands in a page → why it is not run.

@@ -47,6 +47,8 @@ from .distributed_worker import (
     stopped_after,
 )
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-6
 TIMES = ("seconds", "tokens_per_second")
 # The same runs by one process.

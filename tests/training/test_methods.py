@@ -11,6 +11,8 @@ import pytest
 
 from mtl_lora_cli.adapters.config import METHODS
 
+pytestmark = pytest.mark.slow
+
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

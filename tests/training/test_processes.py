@@ -23,6 +23,8 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.training import launch, processes
 from mtl_lora_cli.training.processes import Place, place_in, slurm_address
 
+pytestmark = pytest.mark.slow
+
 COMMAND = ("-m", "mtl_lora_cli.cli.main")
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}

@@ -22,6 +22,8 @@ from mtl_lora_cli.training.run import resume, start
 
 from .test_observers import lines, same_adapter
 
+pytestmark = pytest.mark.slow
+
 # At such a rate no answer ever changes: the first look stays the best.
 STILL = {"learning_rate": 1e-12}
 # At such a rate losses rise and fall.
