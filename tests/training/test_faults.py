@@ -389,14 +389,17 @@ def test_two_processes_are_terminated_together(story: Story) -> None:
 
 @pytest.mark.slow
 def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
-    before = story.newest
-    process = story.start()
-    story.learn(process, 1)
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.01)
-    found = ended(process)
-    assert found.code == 130
+    for _ in range(5):
+        before = story.newest
+        process = story.start()
+        story.learn(process, 1)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        found = ended(process)
+        assert found.code == 130
+        if not found.error.startswith("error: stopped after step"):
+            break  # else the first one still waited, and the system made one of two
     assert found.error == "error: interrupted"
     assert story.newest >= before
     assert int(story.newest.removeprefix("step-")) % 4 == 0 or story.newest == before
