@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 
-_OUTCOME = ("gold", "predicted", "gold_value", "predicted_value", "positive_score", "positive")
-
 
 def as_json(
     run: str,
@@ -24,9 +22,11 @@ def as_json(
     name: str | None,
 ) -> dict[str, Any]:
     """What `--json` prints: results without their rows, and what stands beside them."""
+    from mtl_lora_cli.evaluation.results import OUTCOME
+
     rows = []
     for result, other in zip(results, beside, strict=True):
-        row = {key: value for key, value in result.items() if key not in _OUTCOME}
+        row = {key: value for key, value in result.items() if key not in (*OUTCOME, "positive")}
         shown = None if other is None else {k: v for k, v in other.items() if k != "outcome"}
         rows.append({**row, "base" if name is None else "beside": shown})
     return {"run": run, "results": rows, "averages": [dataclasses.asdict(mean) for mean in means]}

@@ -168,9 +168,14 @@ def _print(
 ) -> None:
     """Results, what stands beside them, and their averages, on stdout."""
     from mtl_lora_cli.evaluation.averages import averages
+    from mtl_lora_cli.evaluation.results import theirs_in
 
-    whole = [one for one in beside if one is not None]
-    means = averages(results, _theirs(results, whole) if len(whole) == len(results) else None)
+    theirs = [
+        theirs_in(one, other)
+        for one, other in zip(results, beside, strict=True)
+        if other is not None
+    ]
+    means = averages(results, theirs if len(theirs) == len(results) else None)
     if as_json:
         emit_json(results_as_json(run, results, beside, means, name))
         return
@@ -271,11 +276,3 @@ def _against(
         status(f"scoring {place}")
         found.append(against(finished, task, setting, place, result, scores.get(task.name)))
     return found
-
-
-def _theirs(results: Sequence[Result], beside: Sequence[Result]) -> list[Result]:
-    """The other model's results, as averages are taken of them."""
-    return [
-        {**result, "metrics": other["metrics"], **other["outcome"]}
-        for result, other in zip(results, beside, strict=True)
-    ]

@@ -196,11 +196,8 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
     if options.match == "params":
         target = count_at(own, shapes(own.target_modules), count)(own.rank)
     rate = recipe.training.learning_rate
-    points = {
-        method: points_of(options.variant(method), options.sweeps, rate)
-        for method in options.methods
-    }
     variants = {method: options.variant(method) for method in options.methods}
+    points = {name: points_of(one, options.sweeps, rate) for name, one in variants.items()}
     sized = _sizes(settled, points, variants, shapes, count, target)
     runs = [
         PlannedRun(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.audit import Audit, audit
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
@@ -167,15 +169,27 @@ def prepare_training(
         bound.append(known)
         splits.append(encoded)
         audits.append(found)
-    mixing = recipe.mixing
+    mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
+    return TrainingData(bound, splits, audits, mixture)
+
+
+def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
+    """The stream of rows that a recipe says.
+
+    Args:
+        recipe: its `mixing` and `training`.
+        tasks: in the order of their ids.
+        lengths: of each task the tokens of each of its examples.
+    """
+    mixing, training = recipe.mixing, recipe.training
     strategy, temperature = (
         ("temperature", mixing.temperature)
         if isinstance(mixing, TemperatureMixing)
         else (mixing, 1.0)
     )
-    mixture = Mixture(
+    return Mixture(
         names=tuple(task.name for task in tasks),
-        lengths=tuple(split.lengths for split in splits),
+        lengths=tuple(lengths),
         row_length=training.row_length,
         rows_per_step=training.rows_per_step,
         strategy=strategy,
@@ -184,7 +198,6 @@ def prepare_training(
         repeats=tuple(task.repeat for task in tasks),
         seed=training.seed,
     )
-    return TrainingData(bound, splits, audits, mixture)
 
 
 def with_rows(data: TrainingData, training: Training) -> TrainingData:

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -154,13 +154,8 @@ def _average(
     other, their = _mean(groups, others)
     apart = samples - their
     difference_low, difference_high = np.quantile(apart, [0.025, 0.975]).tolist()
-    return Average(
-        name,
-        len(groups),
-        of,
-        value,
-        low,
-        high,
+    return replace(
+        found,
         other=other,
         difference=value - other,
         difference_low=difference_low,

@@ -97,6 +97,11 @@ def beside(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def theirs_in(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The other model's result on the same rows, from what `beside` says of it."""
+    return {**result, "metrics": other["metrics"], **other["outcome"]}
+
+
 def _paired(
     name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], own: Outcome, other: Outcome
 ) -> dict[str, Any] | None:

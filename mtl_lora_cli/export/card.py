@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.data.mixture import Mixture
+from mtl_lora_cli.data.prepare import mixture_of
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
@@ -17,7 +17,7 @@ from mtl_lora_cli.export.check import Comparison
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.recipe.schema import Recipe, Source, TemperatureMixing
+from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.tasks.task import Task
 
 _MERGED_USE = """\
@@ -231,22 +231,7 @@ def _planned(recipe: Recipe, tasks: list[Task]) -> list[tuple[int, int]] | None:
         for rows, task in zip(found, tasks, strict=True)
         if rows is not None
     ]
-    mixing, training = recipe.mixing, recipe.training
-    strategy, temperature = (
-        ("temperature", mixing.temperature)
-        if isinstance(mixing, TemperatureMixing)
-        else (mixing, 1.0)
-    )
-    mixture = Mixture(
-        names=tuple(task.name for task in tasks),
-        lengths=tuple(np.zeros(size, dtype=np.int64) for size in sizes),
-        row_length=training.row_length,
-        rows_per_step=training.rows_per_step,
-        strategy=strategy,
-        weights=tuple(task.sampling_weight for task in tasks),
-        temperature=temperature,
-        repeats=tuple(task.repeat for task in tasks),
-    )
+    mixture = mixture_of(recipe, tasks, [np.zeros(size, dtype=np.int64) for size in sizes])
     return list(zip(sizes, mixture.planned_counts(), strict=True))
 
 

@@ -10,7 +10,7 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.averages import averages
 from mtl_lora_cli.evaluation.paired import RIGHT_OR_WRONG
 from mtl_lora_cli.evaluation.protocols import LM_EVAL
-from mtl_lora_cli.evaluation.results import compare_with_base, stored
+from mtl_lora_cli.evaluation.results import compare_with_base, stored, theirs_in
 from mtl_lora_cli.runs.folder import RunFolder
 
 # What a table shows of how a task was asked: of two results that are alike in it, the newer counts.
@@ -95,7 +95,7 @@ def _averages(
     for limit, own in groups.items():
         others = [beside[result["id"]] for result in own.values()]
         theirs = [
-            {**result, "metrics": other["metrics"], **other["outcome"]}
+            theirs_in(result, other)
             for result, other in zip(own.values(), others, strict=True)
             if other is not None
         ]
