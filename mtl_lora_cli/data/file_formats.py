@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from mtl_lora_cli.errors import ProblemsError, UsageError, file_problem
+from mtl_lora_cli.errors import UsageError, file_problem
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def read_file(path: Path) -> Rows:
     return Rows(rows, file, fingerprint(data), places)
 
 
-def _text(data: bytes, file: str) -> str:
+def _text(data: bytes, file: str, first: int = 1) -> str:
     data = data.removeprefix(codecs.BOM_UTF8)  # some editors and spreadsheets write it
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        line, byte = first + data.count(b"\n", 0, error.start), data[error.start]
         raise file_problem(file, f"not UTF-8 text: byte 0x{byte:02x}", line=line) from None
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
+        line = first + text[: text.index("\0")].count("\n")
         raise file_problem(file, "not text: has a null byte", line=line)
     return text
 
@@ -151,9 +151,9 @@ class _Json(NamedTuple):
         return file_problem(self.file, f"not valid JSON: {message} (column {column})", line=line)
 
 
-def _json_lines(data: bytes, file: str) -> _Numbered:
+def _json_lines(data: bytes, file: str, first: int = 1) -> _Numbered:
     # Not splitlines(): a string may hold U+2028 and other ends of line that are none here.
-    for number, text in enumerate(_text(data, file).split("\n"), start=1):
+    for number, text in enumerate(_text(data, file, first).split("\n"), start=first):
         line = _Json(text, file, number)
         if (start := line.visible(0)) < len(text):
             row, end = line.value(start)
@@ -167,10 +167,7 @@ def json_line(data: bytes, file: str, number: int) -> dict[str, Any] | None:
     Raises:
         UsageError: it is no JSON object, or no text.
     """
-    try:
-        (row,) = [row for row, _ in _json_lines(data, file)] or [None]
-    except ProblemsError as error:
-        raise file_problem(file, error.problems[0].message, line=number) from None
+    (row,) = [row for row, _ in _json_lines(data, file, number)] or [None]
     if row is not None and not isinstance(row, dict):
         raise UsageError(f"{file}:{number}: expected an object for each row, received {row!r:.60}")
     return row
