@@ -65,6 +65,10 @@ class ProblemsError(UsageError):
         self.problems = list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[ProblemsError], tuple[list[Problem]]]:
+        """Pickled as what it is made of: an error may come from another process."""
+        return type(self), (self.problems,)
+
     @property
     def lines(self) -> list[str]:
         return [" ".join(str(problem).split()) for problem in self.problems]

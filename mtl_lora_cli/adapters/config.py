@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 Method = Literal["mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora"]
-Transform = Literal["full", "diagonal"]
+Transform = Literal["full", "diagonal", "bases"]
 Gate = Literal["weights", "embedding"]
 Scaling = Literal["rank", "sqrt_rank"]
 DownStart = Literal["kaiming", "normal"]
@@ -54,10 +54,21 @@ METHODS: dict[str, Family] = {
     "mtl-lora": Family(
         "arXiv 2410.09437",
         "task",
-        ("up_projections", "temperature", "transform", "gate", "gate_start", "embedding_size"),
+        (
+            "up_projections",
+            "temperature",
+            "transform",
+            "transform_start",
+            "transform_bases",
+            "gate",
+            "gate_start",
+            "embedding_size",
+        ),
         {"up_projections": 3, "temperature": 0.5, "embedding_size": 16},
     ),
-    "mtlora": Family("arXiv 2403.20320", "own", ("task_rank",), {"up_projections": 1}),
+    "mtlora": Family(
+        "arXiv 2403.20320", "own", ("task_rank", "task_modules"), {"up_projections": 1}
+    ),
     "moelora": Family(
         "arXiv 2310.18339",
         "task",
@@ -87,7 +98,11 @@ class AdapterConfig:
         alpha: the update is scaled by s = alpha / rank, or alpha / √rank.
         up_projections: n, number of shared up-projections B_i; None for the method's default.
         temperature: τ of the gate softmax(w / τ); None for the method's default.
-        transform: Λ_t is a full [r, r] matrix or a diagonal [r].
+        transform: Λ_t is a `full` [r, r] matrix, a `diagonal` [r], or I + Σ_k c_{t,k} S_k of `bases`
+            S_k [r, r] that the tasks of a layer share and weights c_t [K] of the task's own.
+        transform_start: Λ_t's diagonal starts as 1 plus a normal number of this standard deviation;
+            not with `bases`, whose Λ_t starts as I.
+        transform_bases: K.
         gate: w_t is learned as it stands (`weights`), or is G e_t with one task embedding e_t [d]
             for the whole model and a projection G [n, d] in each layer (`embedding`).
         embedding_size: d; None for the method's default.
@@ -95,6 +110,8 @@ class AdapterConfig:
         gate_start: standard deviation of the gate's logits w_t / τ at the start. It must not be 0:
             equal gates give every B_i the same gradient, and the B_i stay copies of each other.
         task_rank: r', rows of the A_t of a task's own in mtlora.
+        task_modules: targets, as in `target_modules`; only the adapted layers that one of them names
+            have parts of each task's own in mtlora. None: all of them.
         scaling: `rank` or `sqrt_rank`, see alpha (rsLoRA, arXiv 2312.03732).
         down_start: A starts `kaiming` uniform with a = √5 (LoRA's), or `normal` with standard
             deviation 1 / r.
@@ -111,11 +128,14 @@ class AdapterConfig:
     up_projections: int | None = None
     temperature: float | None = None
     transform: Transform = "full"
+    transform_start: float = 0.0
+    transform_bases: int = 4
     gate: Gate = "weights"
     embedding_size: int | None = None
     dropout: float = 0.0
     gate_start: float = 2.0
     task_rank: int = 1
+    task_modules: tuple[str, ...] | None = None
     scaling: Scaling = "rank"
     down_start: DownStart = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -126,7 +146,10 @@ class AdapterConfig:
         for key in _OTHERWISE:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, method_default(self.method, key))
-        for key in ("rank", "up_projections", "embedding_size", "task_rank"):
+        for key in ("target_modules", "task_modules"):  # a file has lists
+            if getattr(self, key) is not None:
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        for key in ("rank", "up_projections", "embedding_size", "task_rank", "transform_bases"):
             _require(
                 key, getattr(self, key), int, lambda value: value >= 1, "a whole number above 0"
             )
@@ -135,6 +158,12 @@ class AdapterConfig:
         for key in ("alpha", "temperature"):
             _require(key, getattr(self, key), float, lambda value: 0 < value < math.inf, "above 0")
         _require("gate_start", self.gate_start, float, math.isfinite, "a number")
+        start = self.transform_start
+        _require("transform_start", start, float, lambda value: 0 <= value < math.inf, "0 or above")
+        if self.task_modules == ():
+            raise ValueError("task_modules: expected at least one target, or None for all layers")
+        if self.transform == "bases" and start:
+            raise ValueError(f"transform_start: not read with transform: bases, received {start}")
         _require("dropout", self.dropout, float, lambda value: 0 <= value < 1, "from 0 to below 1")
         if "up_projections" not in self.family.reads and self.ups != 1:
             raise ValueError(f"{self.method} has one up-projection, received {self.ups}")
@@ -173,6 +202,14 @@ class AdapterConfig:
             if matches(path, target):
                 return rank
         return self.rank
+
+    def at(self, path: str) -> AdapterConfig:
+        """What the layer at this module path is made of: without parts of tasks' own a plain LoRA."""
+        if self.method != "mtlora" or self.task_modules is None:
+            return self
+        if any(matches(path, target) for target in self.task_modules):
+            return self
+        return replace(self, method="lora", task_modules=None)
 
     def scale(self, rank: int) -> float:
         """s of a layer of this rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 
@@ -11,7 +11,8 @@ def layer_count(config: AdapterConfig, out: int, width: int, tasks: int, rank: i
     """Trained values of one layer [out, width] of rank r, with n up-projections and T tasks.
 
     lora        r (in + out)
-    mtl-lora    r (in + n out) + T (r² or r) + T n, with `gate: embedding` n d instead of T n
+    mtl-lora    r (in + n out) + T (r² or r) + T n, with `gate: embedding` n d instead of T n, with
+                `transform: bases` K r² + T K instead of T r²
     mtlora      (r + T r') (in + out)
     moelora     r (in + out)
     multilora   n r (in + out) + n out
@@ -22,9 +23,14 @@ def layer_count(config: AdapterConfig, out: int, width: int, tasks: int, rank: i
         case "lora" | "moelora":
             return r * (width + out)
         case "mtl-lora":
-            transform = r * r if config.transform == "full" else r
+            bases = config.transform_bases
+            transform = {
+                "full": tasks * r * r,
+                "diagonal": tasks * r,
+                "bases": bases * (r * r + tasks),
+            }[config.transform]
             gate = tasks * n if config.gate == "weights" else n * (config.embedding_size or 0)
-            return r * (width + n * out) + tasks * transform + gate
+            return r * (width + n * out) + transform + gate
         case "mtlora":
             return (r + tasks * config.task_rank) * (width + out)
         case "multilora":
@@ -34,23 +40,18 @@ def layer_count(config: AdapterConfig, out: int, width: int, tasks: int, rank: i
 
 
 def parameter_count(
-    config: AdapterConfig,
-    shapes: Sequence[tuple[int, int]],
-    tasks: int,
-    ranks: Sequence[int] | None = None,
+    config: AdapterConfig, shapes: Mapping[str, tuple[int, int]], tasks: int
 ) -> int:
     """Trained values of a whole adapter.
 
     Args:
         config: sizes and kinds.
-        shapes: (out, in) of each adapted layer.
+        shapes: module path → (out, in) of each adapted layer.
         tasks: T.
-        ranks: of each layer; by default `config.rank` for all.
     """
-    each = ranks or [config.rank] * len(shapes)
     total = sum(
-        layer_count(config, out, width, tasks, rank)
-        for (out, width), rank in zip(shapes, each, strict=True)
+        layer_count(config.at(path), out, width, tasks, config.rank_of(path))
+        for path, (out, width) in shapes.items()
     )
     size = config.embedding_size or 0
     if config.embedded:

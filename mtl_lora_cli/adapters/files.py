@@ -23,7 +23,10 @@ from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_OLDEST = 3
+# Format → keys that came with it: an older file does not say them, and means their defaults.
+_SINCE = {4: ("transform_start", "transform_bases", "task_modules")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +91,8 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     """Read the configuration of an adapter folder.
 
     Raises:
-        MtlLoraError: it is missing, not JSON, of a newer format, lacks or adds a key, is damaged, or
-            says what cannot be.
+        MtlLoraError: it is missing, not JSON, of a format that is not read, lacks or adds a key, is
+            damaged, or says what cannot be.
     """
     path = folder / CONFIG_FILE
     try:
@@ -99,11 +102,15 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     except (ValueError, RecursionError) as error:
         raise MtlLoraError(f"{path}: not valid JSON: {error}") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not _OLDEST <= version <= FORMAT_VERSION:
         raise MtlLoraError(
-            f"{path}: format_version {version!r} is not known; this release reads {FORMAT_VERSION}"
+            f"{path}: format_version {version!r} is not known; "
+            f"this release reads {_OLDEST} to {FORMAT_VERSION}"
         )
     names = {field.name for field in dataclasses.fields(AdapterConfig)}
+    for since, keys in _SINCE.items():
+        if version < since:
+            names.difference_update(keys)
     parts = {"tasks", "base_model", "modules", "checksums"}
     expected = names | parts | {"format_version", "checksum"}
     for key in sorted(expected ^ set(content)):
@@ -118,9 +125,8 @@ def read_adapter_file(folder: Path) -> AdapterFile:
                 f"{path}: {name}: {fields[name]!r} is not known; known: {', '.join(kinds)}"
             )
     for name, fits in _FORMS.items():
-        if not fits(content[name]):
+        if not fits(content.get(name)):
             raise MtlLoraError(f"{path}: {name}: received {content[name]!r:.60}")
-    fields["target_modules"] = tuple(fields["target_modules"])
     try:
         config = AdapterConfig(**fields)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -138,6 +144,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _is_names_or_none(value: Any) -> bool:
+    return value is None or _is_names(value)
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str | None) for v in value.values())
 
@@ -153,6 +163,7 @@ _SIZES = ("in_features", "out_features", "rank")
 _FORMS = {
     "tasks": _is_names,
     "target_modules": _is_names,
+    "task_modules": _is_names_or_none,
     "base_model": _is_texts,
     "checksums": _is_texts,
     "modules": _is_modules,

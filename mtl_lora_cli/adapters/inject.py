@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,7 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
                 f"{did_you_mean(target, known)}; linear layers: {', '.join(known)}"
             )
         paths.update((path, linear[path]) for path in matched)
-    for target in config.rank_pattern:
-        if not any(matches(path, target) for path in paths):
-            raise UsageError(
-                f"adapter.rank_pattern: '{target}' matches no adapted layer"
-                f"{did_you_mean(target, config.target_modules)}"
-            )
+    require_adapted(config, paths)
     _require_untied(model, paths)
     model.requires_grad_(False)
     routing = Routing(len(tasks))
@@ -100,10 +95,26 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
     # In the model's order, whatever the order of the targets: the random start depends on it.
     for path in (path for path in linear if path in paths):
         parent, _, name = path.rpartition(".")
-        layer = MultiTaskLinear(paths[path], config, routing, shared, config.rank_of(path))
+        rank = config.rank_of(path)
+        layer = MultiTaskLinear(paths[path], config.at(path), routing, shared, rank)
         setattr(model.get_submodule(parent), name, layer)
         layers[path] = layer
     return Adapter(config, tasks, routing, layers, shared)
+
+
+def require_adapted(config: AdapterConfig, paths: Collection[str]) -> None:
+    """Refuse what is said of some of the adapted layers where it names none of them.
+
+    Raises:
+        UsageError: naming the target.
+    """
+    for key in ("rank_pattern", "task_modules"):
+        for target in getattr(config, key) or ():
+            if not any(matches(path, target) for path in paths):
+                raise UsageError(
+                    f"adapter.{key}: '{target}' matches no adapted layer"
+                    f"{did_you_mean(target, config.target_modules)}"
+                )
 
 
 def _require_untied(model: nn.Module, paths: dict[str, nn.Linear]) -> None:

@@ -19,6 +19,7 @@ ROLES = (
     "lora_A",
     "lora_B",
     "task_transform",
+    "transform_basis",
     "task_gate",
     "gate_projection",
     "task_lora_A",
@@ -56,11 +57,14 @@ class MultiTaskLinear(nn.Module):
     | multilora | s Σ_i c_i ⊙ (B_i A_i x) | c = 0, B_i like A_i |
     | hydralora | s Σ_i g_i(x) B_i A x, g(x) = softmax(G x / τ) | B = 0 |
 
-    Sources: `config.METHODS`. The update starts at zero in all of them.
+    Sources: `config.METHODS`. The update starts at zero in all of them. Λ_t is a matrix or a diagonal,
+    which may start beside I (`transform_start`), or I + Σ_k c_{t,k} S_k, which starts with S = 0 and
+    c ~ N(0, 1).
 
     Parameters, float32 unless the model is float64: `lora_A` [nA, r, in] with nA = 1 or n, `lora_B`
-    [n, out, r], `task_transform` [T, r, r] or [T, r], `task_gate` [T, n], `gate_projection` [n, d]
-    or [n, in], `task_lora_A` [T, r', in], `task_lora_B` [T, out, r'], `scale` c [n, out].
+    [n, out, r], `task_transform` [T, r, r] or [T, r], with bases c [T, K] beside `transform_basis` S
+    [K, r, r], `task_gate` [T, n], `gate_projection` [n, d] or [n, in], `task_lora_A` [T, r', in],
+    `task_lora_B` [T, out, r'], `scale` c [n, out].
 
     Args:
         base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
@@ -98,10 +102,7 @@ class MultiTaskLinear(nn.Module):
         self.lora_A = nn.Parameter(self._fresh_down(downs, r, width, factory))
         self.lora_B = nn.Parameter(torch.zeros(n, out, r, **factory))
         if method == "mtl-lora":
-            identity = torch.ones(r, **factory)
-            if config.transform == "full":
-                identity = torch.diag(identity)
-            self.task_transform = nn.Parameter(identity.expand(tasks, *identity.shape).clone())
+            self._start_transform(tasks, r, factory)
             spread = config.gate_start * config.tau
             if config.gate == "weights":
                 self.task_gate = nn.Parameter(torch.randn(tasks, n, **factory) * spread)
@@ -119,6 +120,19 @@ class MultiTaskLinear(nn.Module):
             self.scale = nn.Parameter(torch.zeros(n, out, **factory))
         elif method == "hydralora":
             self.gate_projection = nn.Parameter(self._fresh_down(1, n, width, factory)[0])
+
+    def _start_transform(self, tasks: int, rank: int, factory: dict[str, Any]) -> None:
+        config = self.config
+        if config.transform == "bases":
+            bases = config.transform_bases
+            self.task_transform = nn.Parameter(torch.randn(tasks, bases, **factory))
+            self.transform_basis = nn.Parameter(torch.zeros(bases, rank, rank, **factory))
+            return
+        diagonal = torch.ones(tasks, rank, **factory)
+        if config.transform_start:
+            diagonal += config.transform_start * torch.randn(tasks, rank, **factory)
+        full = config.transform == "full"
+        self.task_transform = nn.Parameter(torch.diag_embed(diagonal) if full else diagonal)
 
     def _fresh_down(self, count: int, rank: int, width: int, factory: dict[str, Any]) -> Tensor:
         down = torch.empty(count, rank, width, **factory)
@@ -156,6 +170,10 @@ class MultiTaskLinear(nn.Module):
     def gates(self, tasks: Tensor) -> Tensor:
         """g [P, n] of the tasks [P]: softmax(w_t / τ), float32 or better."""
         return _gates([self], tasks)[0]
+
+    def transforms(self, tasks: Tensor | None) -> Tensor:
+        """Λ [P, r, r] of the tasks [P], or of all; gradients flow through."""
+        return _transforms([self], tasks)[0]
 
     def mixing(self, tasks: Tensor) -> Tensor:
         """M [P, m, k] of the tasks [P]; see `mixing_of`."""
@@ -255,10 +273,21 @@ def mixing_of(
     gates = _gates(layers, tasks)
     if config.method == "moelora":
         return torch.diag_embed(gates.repeat_interleave(layers[0].rank // config.ups, dim=-1))
-    transform = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks, 1)
-    if config.transform == "diagonal":
-        transform = torch.diag_embed(transform)
-    return (gates[..., None, None] * transform[:, :, None]).flatten(2, 3)
+    return (gates[..., None, None] * _transforms(layers, tasks)[:, :, None]).flatten(2, 3)
+
+
+def _transforms(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
+    """Λ [L, P, r, r]."""
+    own = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks, 1)
+    match layers[0].config.transform:
+        case "full":
+            return own
+        case "diagonal":
+            return torch.diag_embed(own)
+        case "bases":
+            basis = torch.stack([layer.transform_basis for layer in layers])  # S [L, K, r, r]
+            identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+            return identity + (own @ basis.flatten(2)).unflatten(2, basis.shape[2:])
 
 
 def _own_rows(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:

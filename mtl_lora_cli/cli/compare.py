@@ -63,6 +63,16 @@ def compare(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Score at most so many rows of a task.")
     ] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            "--score",
+            help="What the report is about: test, or validation, which reads no test file.",
+        ),
+    ] = "test",
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="So many runs at a time, dealt out to the cards.")
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and their sizes, and stop.")
     ] = False,
@@ -84,6 +94,7 @@ def compare(
         against = grid.parse_baseline(baseline, names)
         matched = grid.parse_match(match)
         sweeps = grid.parse_sweeps(sweep or ())
+        scored = grid.parse_score(score)
         folder = output or Path("comparisons") / find_recipe(recipe or "").stem
         if report_only:
             if not (folder / "plan.json").is_file():
@@ -97,13 +108,13 @@ def compare(
         from mtl_lora_cli.comparison.compare import run_study
         from mtl_lora_cli.comparison.study import Options, plan_study
 
-        options = Options(names, matched, numbers, sweeps, against, limit, variants)
+        options = Options(names, matched, numbers, sweeps, against, limit, variants, scored)
         study = plan_study(loaded, folder, options)
         if dry_run:
             _show_plan(study, as_json)
             return
         say("\n".join(study.to_json()["budget"]))
-        run_study(study, say)
+        run_study(study, say, jobs)
         unfinished = _report(folder, as_json)["unfinished"]
         if unfinished:
             raise MtlLoraError(
@@ -140,9 +151,10 @@ def _show_plan(study: Study, as_json: bool) -> None:
         emit(f"{name}: {text}")
     for line in plan["budget"]:
         emit(line)
+    chosen = "settings are chosen by" if study.options.sweeps else "scored on"
     for kind in dict.fromkeys(plan["validation"].values()):
         named = [name for name, other in plan["validation"].items() if other == kind]
-        emit(f"settings are chosen by the {kind}: {', '.join(named)}")
+        emit(f"{chosen} the {kind}: {', '.join(named)}")
     emit(f"results go to {study.folder}")
 
 

@@ -19,6 +19,7 @@ RATE = "training.learning_rate"
 SWEPT = ("adapter", "training", "mixing")  # parts of a recipe whose keys may be swept
 CUT = "rows cut from train"  # validation rows of a task that has no split for them
 UNTRAINED = "untrained"  # stands beside the methods: the base model alone
+TEST, VALIDATION = SCORED = ("test", "validation")  # rows that the report may be about
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,19 @@ def parse_match(text: str) -> int | str | None:
     if text == "none":
         return None
     raise UsageError(f"--match: expected params, params:N or none, received '{text}'")
+
+
+def parse_score(text: str) -> str:
+    """`test` or `validation`: the rows that the report is about.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text not in SCORED:
+        raise UsageError(
+            f"--score: expected {' or '.join(SCORED)}, received '{text}'{did_you_mean(text, SCORED)}"
+        )
+    return text
 
 
 def parse_baseline(name: str | None, methods: Sequence[str]) -> str:

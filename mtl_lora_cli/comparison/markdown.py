@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtl_lora_cli.comparison.grid import CUT
+from mtl_lora_cli.comparison.grid import CUT, VALIDATION
 
 
 def summary_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table of averages: header and rows."""
     baseline = report["baseline"]
-    header = ["method", "average", "95 % interval", f"− {baseline}", "95 % interval", "p"]
+    header = [
+        "method",
+        f"average{_on(report)}",
+        "95 % interval",
+        f"− {baseline}",
+        "95 % interval",
+        "p",
+    ]
     header += ["p (Holm)", "rank", "trained", "tokens/s", "GiB", "settings"]
     rows = []
     for method, one in report["average"].items():
@@ -58,18 +65,15 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"ranks picked for trained values within 2 % of {target:,}, {whose}")
     lines += [f"{name} is {text}" for name, text in report["variants"].items()]
     lines += report["budget"]
-    cut = [name for name, one in report["tasks"].items() if one["validation"] == CUT]
-    if report["tuning"]:
-        lines.append(
-            "settings chosen by the mean validation score, the chosen ones alone scored on test; "
-            + (
-                f"validation rows cut from train: {', '.join(cut)}"
-                if cut
-                else "validation rows: each task's validation split"
-            )
-        )
+    lines += _of_validation(report)
     lines += [f"{method}: left out, no run is finished" for method in report["left_out"]]
     lines += [f"{one['id']}: {one['reason']}" for one in report["unfinished"]]
+    sharing = max(one["sharing"] for one in report["methods"].values())
+    if sharing > 1:
+        lines.append(
+            f"up to {sharing} runs at a time shared a device: tokens/s and seconds are not those of a "
+            f"run alone"
+        )
     if len(report["devices"]) > 1:
         lines.append(
             f"speeds are of several devices and cannot be compared: {', '.join(report['devices'])}"
@@ -77,19 +81,41 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _of_validation(report: Mapping[str, Any]) -> Iterator[str]:
+    """By which rows settings were chosen, and which ones the tables are about."""
+    cut = [name for name, one in report["tasks"].items() if one["validation"] == CUT]
+    rows = (
+        f"validation rows cut from train: {', '.join(cut)}"
+        if cut
+        else "validation rows: each task's validation split"
+    )
+    if report["score"] == VALIDATION:
+        yield f"all scores are of validation rows, and no test file was read; {rows}"
+        if report["tuning"]:
+            yield (
+                "settings chosen by these same scores: a score that chose is not one to publish; "
+                "for that score the chosen settings on test"
+            )
+    elif report["tuning"]:
+        yield (
+            "settings chosen by the mean validation score, the chosen ones alone scored on test; "
+            f"{rows}"
+        )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The whole report as Markdown."""
     tasks, baseline = report["tasks"], report["baseline"]
     methods = list(report["average"])
     parts = [
-        f"# Methods compared on {report['recipe']}",
+        f"# Methods compared on {report['recipe']}{_on(report)}",
         "Average over tasks, each by its own metric; the mean over seeds, with 95 % intervals over "
         "seeds and examples.",
         _table(*summary_rows(report)),
         "\n".join(f"- {line}" for line in notes(report)),
         "## Tasks",
         _table(
-            ["task", "metric", "rows", *methods],
+            ["task", "metric", "rows", *(f"{method}{_on(report)}" for method in methods)],
             [
                 [name, one["metric"], f"{one['examples']:,} {one['split']}"]
                 + [
@@ -103,7 +129,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for method, found in report["differences"].items():
         rows = [[name, *_difference_cells(one), _p(one["p_sign"])] for name, one in found.items()]
-        header = ["task", "difference", "95 % interval", "p", "p (Holm)", "p (sign)"]
+        header = ["task", f"difference{_on(report)}", "95 % interval", "p", "p (Holm)", "p (sign)"]
         parts += [f"## {method} − {baseline}", _table(header, rows)]
     if report["tuning"]:
         rows = [
@@ -155,6 +181,11 @@ def _run_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for method, one in report["methods"].items()
     ]
     return header, rows
+
+
+def _on(report: Mapping[str, Any]) -> str:
+    """Said with every score that is not a test score."""
+    return " (validation)" if report["score"] == VALIDATION else ""
 
 
 def _interval(one: Mapping[str, Any], sign: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mtl_lora_cli.adapters.config import AdapterConfig
@@ -24,7 +24,7 @@ def alpha_at(rank: int, alpha: float, own_rank: int, scaling: str) -> float:
 
 
 def count_at(
-    config: AdapterConfig, shapes: Sequence[tuple[int, int]], tasks: int
+    config: AdapterConfig, shapes: Mapping[str, tuple[int, int]], tasks: int
 ) -> Callable[[int], int]:
     """rank → trained values of this adapter."""
     return lambda rank: parameter_count(replace(config, rank=rank), shapes, tasks)

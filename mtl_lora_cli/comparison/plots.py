@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.comparison.grid import TEST
 from mtl_lora_cli.evaluation.inspect_plot import Panel, fill
 from mtl_lora_cli.report.plots import COLORS
 
@@ -42,15 +43,16 @@ def _scores(report: Mapping[str, Any], colors: Mapping[str, str], path: Path) ->
     from matplotlib import pyplot as plt
 
     names = ["average", *report["tasks"]]
+    word = "" if report["score"] == TEST else f"{report['score']} "
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 1.4 + 0.14 * len(names) * (len(colors) + 1)), sharey=True
     )
     sides = (
-        (report["average"], report["scores"], "score"),
+        (report["average"], report["scores"], f"{word}score"),
         (
             report["average_differences"],
             report["differences"],
-            f"difference to {report['baseline']}",
+            f"{word}difference to {report['baseline']}",
         ),
     )
     for axis, (average, scores, title) in zip(axes, sides, strict=True):

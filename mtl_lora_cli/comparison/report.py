@@ -13,6 +13,7 @@ from mtl_lora_cli.comparison.markdown import markdown
 from mtl_lora_cli.comparison.plots import write_plots
 from mtl_lora_cli.comparison.results import (
     chosen_points,
+    fixed_in,
     is_done,
     points_in,
     read_plan,
@@ -41,28 +42,30 @@ def build_report(folder: Path) -> dict[str, Any]:
             finished, or their rows differ.
     """
     plan = read_plan(folder)
+    score = fixed_in(plan)["score"]
     results = {run["id"]: read_result(folder, run["id"]) for run in plan["runs"]}
     chosen = chosen_points(plan, results)
     finished = {
-        method: _finished(plan, results, method, chosen[method]) for method in plan["methods"]
+        method: _finished(plan, results, method, chosen[method], score)
+        for method in plan["methods"]
     }
     methods = [method for method in plan["methods"] if finished[method]]
     seeds = [seed for seed in plan["seeds"] if all(seed in finished[m] for m in methods)]
     baseline = plan["baseline"]
     if baseline not in methods or not seeds:
         raise MtlLoraError(
-            f"{folder}: nothing can be compared yet: no seed is finished and scored on test for "
+            f"{folder}: nothing can be compared yet: no seed is finished and scored on {score} for "
             f"{'the baseline ' + baseline if baseline not in methods else ', '.join(methods)}"
             f"{_first_reason(results)}"
         )
     own = {method: [finished[method][seed] for seed in seeds] for method in methods}
-    tests: dict[str, list[Mapping[str, Any]]] = {m: [r["test"] for r in own[m]] for m in methods}
+    scored: dict[str, list[Mapping[str, Any]]] = {m: [r[score] for r in own[m]] for m in methods}
     untrained = read_result(folder, UNTRAINED)
-    if untrained is not None:
-        tests[UNTRAINED] = [untrained["test"]] * len(seeds)
-    names = list(tests[baseline][0])
+    if untrained is not None and is_done(untrained):
+        scored[UNTRAINED] = [untrained[score]] * len(seeds)
+    names = list(scored[baseline][0])
     compared = compare(
-        {name: _task_runs(name, tests) for name in names},
+        {name: _task_runs(name, scored) for name in names},
         baseline,
         seed=_BOOTSTRAP_SEED,
         apart=(UNTRAINED,),
@@ -81,6 +84,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         "match": plan["fixed"]["match"],
         "target": plan["target"],
         "limit": plan["fixed"]["limit"],
+        "score": score,
         "resamples": RESAMPLES,
         "bootstrap_seed": _BOOTSTRAP_SEED,
         "budget": plan["budget"],
@@ -88,9 +92,9 @@ def build_report(folder: Path) -> dict[str, Any]:
         "methods": {method: _method(own[method], plan, results, method) for method in methods},
         "tasks": {
             name: {
-                "metric": tests[baseline][0][name]["metric"],
-                "split": tests[baseline][0][name]["split"],
-                "examples": tests[baseline][0][name]["examples"],
+                "metric": scored[baseline][0][name]["metric"],
+                "split": scored[baseline][0][name]["split"],
+                "examples": scored[baseline][0][name]["examples"],
                 "validation": plan["validation"].get(name),
             }
             for name in names
@@ -118,7 +122,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             for method, labels in scores.items()
             for label, score in labels.items()
         ],
-        "unfinished": _unfinished(plan, results, chosen),
+        "unfinished": [*_unfinished(plan, results, chosen), *_failed_base(untrained)],
         "left_out": [method for method in plan["methods"] if method not in methods],
         "gradients": _gradients(own),
         "validation_loss": _validation_loss(own),
@@ -143,24 +147,25 @@ def _finished(
     results: Mapping[str, Mapping[str, Any] | None],
     method: str,
     point: str | None,
+    score: str,
 ) -> dict[int, Mapping[str, Any]]:
-    """seed → result of a method's chosen setting, where it is scored on test."""
+    """seed → result of a method's chosen setting, where it has the scores that are reported."""
     found = {}
     for run in plan["runs"]:
         result = results[run["id"]]
         if (run["method"], run["point"]) != (method, point) or not is_done(result):
             continue
         assert result is not None
-        if result["test"] is not None:
+        if result[score] is not None:
             found[run["seed"]] = result
     return found
 
 
-def _task_runs(name: str, tests: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskRuns:
-    entries = [one[name] for each in tests.values() for one in each]
+def _task_runs(name: str, scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskRuns:
+    entries = [one[name] for each in scored.values() for one in each]
     require_same_rows(name, entries)
     outcomes = {}
-    for method, each in tests.items():
+    for method, each in scored.items():
         known = {id(one[name]): unpack(one[name]) for one in each}
         outcomes[method] = [known[id(one[name])] for one in each]
     return TaskRuns(entries[0]["metric"], outcomes)
@@ -172,7 +177,10 @@ def _method(
     results: Mapping[str, Mapping[str, Any] | None],
     method: str,
 ) -> dict[str, Any]:
-    """What a method is and costs; speed and seconds are means over the seeds, memory the most."""
+    """What a method is and costs; speed and seconds are means over the seeds, memory the most.
+
+    `sharing` is the most processes among which the device of one of its runs was divided.
+    """
     first = own[0]
     memory = [one["peak_memory_gib"] for one in own if one["peak_memory_gib"] is not None]
     runs = [run["id"] for run in plan["runs"] if run["method"] == method]
@@ -187,6 +195,7 @@ def _method(
         "tokens": fmean(one["tokens"] for one in own),
         "peak_memory_gib": max(memory) if memory else None,
         "last_loss": fmean(one["last_loss"] for one in own),
+        "sharing": max(one.get("sharing", 1) for one in own),
         "settings_tried": len(points_in(plan, method)),
         "runs": len(runs),
         "runs_finished": sum(is_done(results[name]) for name in runs),
@@ -206,6 +215,7 @@ def _unfinished(
     results: Mapping[str, Mapping[str, Any] | None],
     chosen: Mapping[str, str | None],
 ) -> list[dict[str, Any]]:
+    score = fixed_in(plan)["score"]
     found = []
     for run in plan["runs"]:
         result = results[run["id"]]
@@ -213,12 +223,19 @@ def _unfinished(
             reason = "not run yet"
         elif not is_done(result):
             reason = result["reason"]
-        elif result["test"] is None and run["point"] == chosen[run["method"]]:
-            reason = "not scored on test yet"
+        elif result[score] is None and run["point"] == chosen[run["method"]]:
+            reason = f"not scored on {score} yet"
         else:
             continue
         found.append({"id": run["id"], "reason": reason})
     return found
+
+
+def _failed_base(untrained: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The base model alone, where its scoring failed."""
+    if untrained is None or is_done(untrained):
+        return []
+    return [{"id": UNTRAINED, "reason": untrained["reason"]}]
 
 
 def _first_reason(results: Mapping[str, Mapping[str, Any] | None]) -> str:

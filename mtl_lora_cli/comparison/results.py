@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_lora_cli.comparison.grid import TEST
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.metrics import Outcome
@@ -68,6 +69,11 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return read_json(folder / PLAN)
 
 
+def fixed_in(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What must not change while a comparison goes on; one without `score` is of the test rows."""
+    return {"score": TEST, **plan["fixed"]}
+
+
 def result_path(folder: Path, name: str) -> Path:
     """Where the result of a run lies."""
     return folder / RESULTS / f"{name}.json"
@@ -126,7 +132,7 @@ def choose(scores: Mapping[str, float | None]) -> str | None:
 def chosen_points(
     plan: Mapping[str, Any], results: Mapping[str, Mapping[str, Any] | None]
 ) -> dict[str, str | None]:
-    """method → the setting whose runs are scored on test."""
+    """method → the setting whose runs are reported."""
     if not plan["fixed"]["sweep"]:
         return {method: points_in(plan, method)[0] for method in plan["methods"]}
     scores = validation_scores(plan, results)

@@ -1,4 +1,4 @@
-"""The rows that score a comparison: those that are reported, and those that choose settings."""
+"""The rows that score a comparison: those that test, and those that validate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mtl_lora_cli.comparison.grid import SCORED, TEST, VALIDATION
 from mtl_lora_cli.data.mixture import subset
 from mtl_lora_cli.data.prepare import Examples, read_examples
 from mtl_lora_cli.data.sources import available_splits, read_split
@@ -16,27 +17,27 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Source
 from mtl_lora_cli.tasks.task import Task
 
-CUT_ROWS = 200  # validation rows cut from train where a source has none, at most a fifth of them
+CUT_ROWS = 500  # validation rows cut from train where a source has none, at most a fifth of them
 _DRAW = 0  # seed of the rows that score: the same for all methods and seeds
 
 
 def report_split(task: Task) -> str:
-    """The split by which the report scores a task: test, or validation where there is no test.
+    """The split by which a task is tested: test, or validation where there is no test.
 
     Raises:
         UsageError: it has neither.
     """
     splits = available_splits(task.source, base=Path(), task=task.name)
-    for split in ("test", "validation"):
+    for split in SCORED:
         if split in splits:
             return split
     raise UsageError(f"task '{task.name}': its source has no test or validation split")
 
 
 def lacks_validation(task: Task) -> bool:
-    """Whether settings cannot be chosen by a split that the report does not score."""
+    """Whether no split is left for validation beside the one that tests; see `report_split`."""
     splits = available_splits(task.source, base=Path(), task=task.name)
-    return "validation" not in splits or report_split(task) == "validation"
+    return not {VALIDATION, TEST} <= set(splits)
 
 
 def cut_source(folder: Path, task: Task) -> Source:
@@ -47,11 +48,11 @@ def cut_source(folder: Path, task: Task) -> Source:
 def write_cuts(folder: Path, tasks: Sequence[Task]) -> None:
     """Divide the train split of tasks that have no validation split of their own.
 
-    Its validation rows, a fifth of the rows but no more than 200, are drawn by a fixed seed and the
+    Its validation rows, a fifth of the rows but no more than 500, are drawn by a fixed seed and the
     task's name. No run learns from them, whatever its seed.
 
     Raises:
-        UsageError: a task has too few rows, or rows that are no JSON.
+        UsageError: a task has too few rows, or rows that are no JSON, or was divided otherwise before.
     """
     for task in tasks:
         found = read_split(task.source, "train", base=Path(), task=task.name)
@@ -79,31 +80,32 @@ def write_cuts(folder: Path, tasks: Sequence[Task]) -> None:
                     f"task '{task.name}': its rows cannot be divided: {error}; "
                     f"give it a validation split"
                 ) from None
-            content = gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0)
-            _write_bytes(own / f"{split}.jsonl.gz", content)
+            _write_rows(own / f"{split}.jsonl.gz", ("\n".join(lines) + "\n").encode())
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    if path.is_file() and path.read_bytes() == content:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _write_rows(path: Path, content: bytes) -> None:
+    """Runs have learned from what stands there: it is kept, and must be the same."""
+    if not path.is_file():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(gzip.compress(content, mtime=0))
+        temporary.replace(path)
+    elif gzip.decompress(path.read_bytes()) != content:
+        raise UsageError(f"{path} holds other rows than would be cut now; choose another --output")
 
 
 def report_rows(tasks: Sequence[Task], limit: int | None) -> list[Examples]:
-    """The rows by which each task is reported, at most `limit` of them."""
+    """The rows by which each task is tested, at most `limit` of them."""
     return [_rows(task, report_split(task), limit) for task in tasks]
 
 
 def validation_rows(
     folder: Path, tasks: Sequence[Task], cut: Collection[str], limit: int | None
 ) -> list[Examples]:
-    """The rows by which settings are chosen; the tasks in `cut` must have been divided."""
+    """The validation rows of each task; those in `cut` must have been divided."""
     return [
         _rows(
             replace(task, source=cut_source(folder, task)) if task.name in cut else task,
-            "validation",
+            VALIDATION,
             limit,
         )
         for task in tasks

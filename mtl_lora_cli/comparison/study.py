@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from mtl_lora_cli.adapters.config import AdapterConfig, method_default
-from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.inject import inject, require_adapted
 from mtl_lora_cli.comparison.grid import (
     CUT,
+    TEST,
+    VALIDATION,
     Point,
     Variant,
     budget_lines,
@@ -25,10 +27,10 @@ from mtl_lora_cli.comparison.grid import (
 )
 from mtl_lora_cli.comparison.matching import alpha_at, common_target, count_at, match_rank
 from mtl_lora_cli.comparison.random_model import empty_model
-from mtl_lora_cli.comparison.results import PLAN, read_plan
+from mtl_lora_cli.comparison.results import PLAN, fixed_in, read_plan
 from mtl_lora_cli.comparison.rows import cut_source, lacks_validation
 from mtl_lora_cli.data.prepare import bind_tasks
-from mtl_lora_cli.data.sources import split_fingerprint
+from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_config
@@ -40,7 +42,7 @@ from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.prepare import adapter_config
 
-Shapes = Callable[[tuple[str, ...]], list[tuple[int, int]]]  # target modules → (out, in) each
+Shapes = Callable[[AdapterConfig], dict[str, tuple[int, int]]]  # → module path → (out, in)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Options:
         baseline: the method that the others are compared with.
         limit: at most so many rows of each task score a run.
         variants: name → what it stands for, of the methods that are none of the family's own.
+        score: the rows that the report is about, `test` or `validation`.
     """
 
     methods: Sequence[str]
@@ -64,6 +67,12 @@ class Options:
     baseline: str
     limit: int | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
+    score: str = TEST
+
+    @property
+    def validated(self) -> bool:
+        """Whether runs are scored on validation rows: to choose settings, or for the report."""
+        return bool(self.sweeps) or self.score == VALIDATION
 
     def variant(self, name: str) -> Variant:
         """What one of the methods stands for."""
@@ -133,7 +142,7 @@ class Study:
         prints = {
             task.name: {
                 split: split_fingerprint(task.source, split, base=Path(), task=task.name)
-                for split in ("train", "validation", "test")
+                for split in self._splits_of(task)
             }
             for task in self.tasks
         }
@@ -143,6 +152,7 @@ class Study:
                 "match": options.match,
                 "sweep": {key: list(values) for key, values in options.sweeps.items()},
                 "limit": options.limit,
+                "score": options.score,
                 "data": prints,
             },
             "methods": list(options.methods),
@@ -158,12 +168,18 @@ class Study:
         }
 
     def validation_said(self) -> dict[str, str]:
-        """task → the rows by which settings are chosen, in words; empty where nothing is swept."""
-        if not self.options.sweeps:
+        """task → its validation rows in words; empty where no run is scored on them."""
+        if not self.options.validated:
             return {}
         return {
             task.name: CUT if task.name in self.cut else "validation split" for task in self.tasks
         }
+
+    def _splits_of(self, task: Task) -> tuple[str, ...]:
+        """The splits that a comparison reads of a task's own source."""
+        if self.options.score == TEST:
+            return ("train", VALIDATION, TEST)
+        return ("train",) if task.name in self.cut else ("train", VALIDATION)
 
 
 def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
@@ -183,18 +199,22 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
             "use --match none"
         )
     tasks = bind_tasks(loaded)
-    cut = [task.name for task in tasks if lacks_validation(task)] if options.sweeps else []
-    entries = [
-        _entry(task, cut_source(folder, task) if task.name in cut else task.source)
-        for task in tasks
-    ]
+    cut = [task.name for task in tasks if options.validated and lacks_validation(task)]
+    entries = []
+    for task in tasks:
+        source = task.source
+        if task.name in cut:
+            source = cut_source(folder, task)
+        elif options.score == VALIDATION:
+            source = without_test(source, base=Path(), task=task.name)
+        entries.append(_entry(task, source))
     settled = recipe.model_copy(update={"tasks": entries, "run": RunSettings()})
     shapes = _shapes(loaded)
     own = adapter_config(recipe)
     count = len(tasks)
     target = options.match if isinstance(options.match, int) else None
     if options.match == "params":
-        target = count_at(own, shapes(own.target_modules), count)(own.rank)
+        target = count_at(own, shapes(own), count)(own.rank)
     rate = recipe.training.learning_rate
     variants = {method: options.variant(method) for method in options.methods}
     points = {name: points_of(one, options.sweeps, rate) for name, one in variants.items()}
@@ -286,7 +306,7 @@ def _at(recipe: Recipe, method: str, settings: Mapping[str, Any], rank: int) -> 
 
 def _count_of(recipe: Recipe, shapes: Shapes, tasks: int) -> Callable[[int], int]:
     config = adapter_config(recipe)
-    return count_at(config, shapes(config.target_modules), tasks)
+    return count_at(config, shapes(config), tasks)
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -304,16 +324,19 @@ def _shapes(loaded: LoadedRecipe) -> Shapes:
     """The adapted layers of the base model, from its configuration alone: no weights are read."""
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
     config = load_config(base)
-    known: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    known: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
 
-    def shapes(targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    def shapes(adapter: AdapterConfig) -> dict[str, tuple[int, int]]:
+        targets = adapter.target_modules
         if targets not in known:
             model = empty_model(config, dtype=torch.float32)
             plain = AdapterConfig(method="lora", target_modules=targets)
-            layers = inject(model, plain, ["task"]).layers.values()
-            known[targets] = [
-                (layer.base_layer.out_features, layer.base_layer.in_features) for layer in layers
-            ]
+            layers = inject(model, plain, ["task"]).layers
+            known[targets] = {
+                path: (layer.base_layer.out_features, layer.base_layer.in_features)
+                for path, layer in layers.items()
+            }
+        require_adapted(adapter, known[targets])
         return known[targets]
 
     return shapes
@@ -332,8 +355,8 @@ def _entry(task: Task, source: Source) -> RecipeTask:
     )
 
 
-def store_plan(study: Study) -> dict[str, Any]:
-    """Write plan.json; an older one must be of the same comparison.
+def checked_plan(study: Study) -> dict[str, Any]:
+    """plan.json as it will be; one that is there already must be of the same comparison.
 
     Methods, seeds and the baseline may be other ones: a comparison may grow.
 
@@ -343,18 +366,26 @@ def store_plan(study: Study) -> dict[str, Any]:
     plan = study.to_json()
     plan = json.loads(json.dumps(plan))  # what will be read again: lists, not tuples
     if (study.folder / PLAN).is_file():
-        changes = describe_changes(read_plan(study.folder)["fixed"], plan["fixed"])
+        changes = describe_changes(fixed_in(read_plan(study.folder)), plan["fixed"])
         if changes:
             raise UsageError(
                 f"{study.folder} holds another comparison: {'; '.join(_short(changes))}; "
                 f"choose another --output"
             )
-    try:
-        study.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: {study.folder} cannot be made: {error.strerror}") from None
-    save_json(study.folder / PLAN, plan)
     return plan
+
+
+def store_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write plan.json.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: {folder} cannot be made: {error.strerror}") from None
+    save_json(folder / PLAN, plan)
 
 
 def _short(changes: Sequence[str], shown: int = 5) -> list[str]:

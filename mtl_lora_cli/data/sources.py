@@ -24,6 +24,7 @@ __all__ = [
     "split_by_column",
     "split_fingerprint",
     "tasks_in",
+    "without_test",
 ]
 
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
@@ -127,6 +128,29 @@ def resolve(source: Source, *, base: Path) -> Source:
         return source
     # Not Path.resolve(): a link stays a link, so that the data behind it may move.
     return source.model_copy(update={"path": os.path.abspath(base / source.path)})  # noqa: PTH100
+
+
+def without_test(source: Source, *, base: Path, task: str) -> Source:
+    """The same rows for training and validation, and no test split: nobody can open its files.
+
+    Raises:
+        UsageError: the source does not exist or cannot be reached.
+    """
+    if source.splits is not None:
+        known: dict[Any, str] = dict(source.splits)
+    elif source.hub is not None:
+        known = {split: split for split in available_splits(source, base=base, task=task)}
+    else:
+        files = _split_files(source, base, task)
+        known = {split: _pattern([file.name for file in own]) for split, own in files.items()}
+    known.pop("test", None)
+    return source.model_copy(update={"splits": known})
+
+
+def _pattern(names: list[str]) -> str:
+    """What matches the parts of a split; a single file's name as it stands."""
+    start = os.path.commonprefix(names)  # noqa: RUF071 - of names, not of paths
+    return start if len(names) == 1 else f"{glob.escape(start)}*{Path(names[0]).suffix}"
 
 
 def split_by_column(rows: Rows, column: str, names: Mapping[str, str] | None) -> dict[str, Rows]:

@@ -115,7 +115,7 @@ def _gate_gram(gates: Mapping[str, Tensor]) -> Tensor:
 def _norms(layer: MultiTaskLinear, tasks: Sequence[str], gram: Tensor | None) -> dict[str, Any]:
     """‖A_i‖, ‖B_i‖, and by task those of what is its own, ‖ΔW_t‖ among them, where there are any.
 
-    `transform_change` is ‖Λ_t − 1‖, 0 at the start.
+    `transform_change` is ‖Λ_t − 1‖, 0 at the start without `transform_start`.
     """
     ups = layer.factors(None)[1] if layer.config.method == "multilora" else layer.lora_B
     norms: dict[str, Any] = {"A": _each(layer.lora_A), "B": _each(ups)}
@@ -124,10 +124,9 @@ def _norms(layer: MultiTaskLinear, tasks: Sequence[str], gram: Tensor | None) ->
         "task_B": getattr(layer, "task_lora_B", None),
     }
     if hasattr(layer, "task_transform"):
-        transform = layer.task_transform
-        start = torch.ones(layer.rank)
+        transform = layer.transforms(None)
         own["transform"] = transform
-        own["transform_change"] = transform - (start if transform.dim() == 2 else torch.diag(start))
+        own["transform_change"] = transform - torch.eye(layer.rank)
     for name, stacked in own.items():
         if stacked is not None:
             norms[name] = _by_task(tasks, _each(stacked))

@@ -69,13 +69,13 @@ def obstacle(model: Any, adapter: Adapter | None) -> str | None:
         for number in range(len(layers)):
             for parts in _TOGETHER:
                 inside_group = [f"layers.{number}.{part}" for part in parts]
-                ranks = {
-                    layer.rank
+                kinds = {
+                    layer.kind
                     for path, layer in adapter.layers.items()
                     if path[path.find("layers.") :] in inside_group
                 }
-                if len(ranks) > 1:
-                    return f"ranks that differ within {', '.join(parts)} of one layer"
+                if len(kinds) > 1:
+                    return f"ranks or own parts that differ within {', '.join(parts)} of one layer"
     return None
 
 
@@ -213,7 +213,7 @@ class FusedDecoder:
             layers = [layer for group in groups for layer in group.adapted]
             together = mixing_of(layers, own.wanted, all_rows=groups[0].all_tasks)
             if together is None:
-                break
+                continue
             parts = together.split([len(group.adapted) for group in groups])
             for (number, kind), part in zip(some, parts, strict=True):
                 found[number][kind] = part

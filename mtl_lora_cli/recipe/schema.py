@@ -75,11 +75,15 @@ class Adapter(StrictModel):
     scaling: Literal["rank", "sqrt_rank"] = "rank"  # or by alpha / √rank
     up_projections: Positive | None = None
     temperature: PositiveFloat | None = None  # the gate is softmax(w / temperature)
-    transform: Literal["full", "diagonal"] = "full"
+    transform: Literal["full", "diagonal", "bases"] = "full"
+    transform_start: NonNegativeFloat = 0.0  # standard deviation of Λ's diagonal around 1
+    transform_bases: Positive = 4  # matrices that the tasks of a layer share, transform: bases
     gate: Literal["weights", "embedding"] = "weights"
     gate_start: NonNegativeFloat = 2.0  # standard deviation of the gate's logits w / temperature
     embedding_size: Positive | None = None  # of the task embedding
     task_rank: Positive = 1  # of each task's own part, mtlora
+    # the adapted layers with parts of the tasks' own; null: all
+    task_modules: Annotated[list[str], Field(min_length=1)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     down_start: Literal["kaiming", "normal"] = "kaiming"
     rank_pattern: dict[str, Positive] = {}  # target or pattern -> rank of the layers it names
@@ -102,6 +106,10 @@ class Adapter(StrictModel):
                 continue
             others = ", ".join(method for method, keys in _READ_BY.items() if name in keys)
             raise ValueError(f"'{name}' is not read by method: {self.method}, only by {others}")
+        if self.transform == "bases" and self.transform_start:
+            raise ValueError("'transform_start' is not read with transform: bases")
+        if self.transform != "bases" and self.transform_bases != 4:
+            raise ValueError(f"'transform_bases' is not read with transform: {self.transform}")
         if self.method == "moelora":
             experts = self.up_projections or 8
             for rank in (self.rank, *self.rank_pattern.values()):
@@ -131,11 +139,13 @@ _READ_BY: dict[str, tuple[str, ...]] = {
         "up_projections",
         "temperature",
         "transform",
+        "transform_start",
+        "transform_bases",
         "gate",
         "gate_start",
         "embedding_size",
     ),
-    "mtlora": ("task_rank",),
+    "mtlora": ("task_rank", "task_modules"),
     "moelora": ("up_projections", "temperature", "embedding_size"),
     "multilora": ("up_projections",),
     "hydralora": ("up_projections", "temperature"),

@@ -61,7 +61,7 @@ def launch(arguments: Sequence[str], processes: int, stdout: int | None = None) 
                 # A terminal sends Ctrl-C to a whole session: here it comes through this process,
                 # once, as a SIGTERM does.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         )
 
@@ -114,7 +114,7 @@ def _told(started: Sequence[subprocess.Popen[bytes]]) -> int:
     return next((process.poll() or 0 for process in started if process.poll()), 0)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Asked of Linux: no process is left behind when this one is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData
     from mtl_lora_cli.models.base import BaseModel
     from mtl_lora_cli.training.prepare import Prepared
+
+SHARING = "MTL_LORA_SHARING"  # among how many processes a device's memory is divided; see `sharing`
 
 
 @dataclass(frozen=True)
@@ -198,18 +201,29 @@ def _with_products(
     return None if best is None else (1, best[1])
 
 
+def sharing() -> int:
+    """How many processes, each with a run of its own, share this one's device."""
+    return int(os.environ.get(SHARING, "1"))
+
+
 def free_memory(device: torch.device) -> tuple[int, str]:
-    """Bytes that this process may still take, and the device's name."""
+    """Bytes that this process may still take, and the device's name.
+
+    Where runs share the device it is an equal part of the whole memory, if so much is free: what the
+    others will take at their peak cannot be seen while they are starting.
+    """
     import torch
 
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
         # What the allocator holds and no tensor uses is free for the next ones.
-        own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + own, torch.cuda.get_device_name(device)
+        own = torch.cuda.memory_reserved(device) - used
+        return min(free + own, total // sharing() - used), torch.cuda.get_device_name(device)
     import psutil
 
-    return int(psutil.virtual_memory().available), "the CPU"
+    machine = psutil.virtual_memory()
+    return int(min(machine.available, machine.total // sharing())), "the CPU"
 
 
 def plan_memory(

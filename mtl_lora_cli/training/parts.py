@@ -17,6 +17,7 @@ PART_OF_ROLE = {
     "task_lora_B": "up",
     "scale": "up",
     "task_transform": "transform",
+    "transform_basis": "transform",
     "task_gate": "gate",
     "gate_projection": "gate",
     "task_embedding": "embedding",

@@ -46,9 +46,7 @@ from mtl_lora_cli.training.zero import deepspeed_config, merged_config
 
 def adapter_config(recipe: Recipe) -> AdapterConfig:
     """The recipe's `adapter`, as the adapters' room knows it."""
-    fields = recipe.adapter.model_dump()
-    fields["target_modules"] = tuple(fields["target_modules"])
-    return AdapterConfig(**fields)
+    return AdapterConfig(**recipe.adapter.model_dump())
 
 
 @dataclass

@@ -74,6 +74,9 @@ def _naive(
             transform = p["task_transform"][task]
             if config.transform == "diagonal":
                 transform = torch.diag(transform)
+            elif config.transform == "bases":
+                weighted = zip(transform, p["transform_basis"], strict=True)
+                transform = torch.eye(config.rank, dtype=x.dtype) + sum(c * S for c, S in weighted)
             dropped = x[i] if mask is None else x[i] * mask[i]
             z = transform @ (p["lora_A"][0] @ dropped)
             for up, value in zip(p["lora_B"], raw, strict=True):

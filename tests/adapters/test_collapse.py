@@ -13,7 +13,7 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear
 MakeLayer = Callable[..., MultiTaskLinear]
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_the_collapsed_update_is_the_layers_effective_weight(
     make_layer: MakeLayer, transform: str, gate: str

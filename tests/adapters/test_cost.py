@@ -21,7 +21,7 @@ def flops(layer: MultiTaskLinear, ids: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_a_thousand_tasks_cost_what_the_present_ones_cost(
     make_layer: MakeLayer, transform: str, gate: str

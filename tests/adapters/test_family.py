@@ -194,6 +194,9 @@ def test_lora_is_pefts_lora(make_layer: MakeLayer) -> None:
     torch.testing.assert_close(layer.lora_B.grad[0], own.lora_B["default"].weight.grad)
 
 
+SHAPES = {"first": (8, 12), "second": (6, 8)}
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -205,6 +208,10 @@ class Two(nn.Module):
     [
         *((name, {}) for name in CONFIGS),
         ("mtl-lora", {"gate": "embedding", "transform": "diagonal"}),
+        ("mtl-lora", {"transform": "bases"}),
+        ("mtl-lora", {"transform": "bases", "transform_bases": 2, "gate": "embedding"}),
+        ("mtlora", {"task_modules": ("second",)}),
+        ("mtlora", {"task_modules": ("first",), "rank_pattern": {"second": 2}}),
     ],
 )
 def test_the_formula_counts_what_is_trained(method: str, more: dict[str, Any]) -> None:
@@ -212,7 +219,7 @@ def test_the_formula_counts_what_is_trained(method: str, more: dict[str, Any]) -
         method=method, target_modules=("first", "second"), **{"rank": 3, **CONFIGS[method], **more}
     )
     adapter = inject(Two(), config, ("a", "b", "c"))
-    assert parameter_count(config, [(8, 12), (6, 8)], 3) == adapter.parameter_count()
+    assert parameter_count(config, SHAPES, 3) == adapter.parameter_count()
 
 
 def test_a_rank_pattern_names_layers() -> None:
@@ -221,16 +228,122 @@ def test_a_rank_pattern_names_layers() -> None:
     assert adapter.layers["first"].rank == 8
     assert adapter.layers["second"].lora_A.shape == (1, 2, 8)
     assert adapter.layers["second"].products(()).scale == 16 / 2
-    count = parameter_count(config, [(8, 12), (6, 8)], 1, ranks=[8, 2])
-    assert count == adapter.parameter_count()
+    assert parameter_count(config, SHAPES, 1) == adapter.parameter_count()
     wrong = AdapterConfig(target_modules=("first",), rank_pattern={"secnd": 2})
     with pytest.raises(UsageError, match="rank_pattern: 'secnd' matches no adapted layer"):
         inject(Two(), wrong, ("a",))
 
 
+def test_tasks_own_parts_in_some_layers_only() -> None:
+    """The others are plain LoRAs of the same rank and scale."""
+    parts = {"method": "mtlora", "target_modules": ("first", "second"), "alpha": 24.0}
+    adapter = inject(Two(), AdapterConfig(**parts, task_modules=("second",)), ("a", "b"))
+    assert set(adapter.tensors()) == {
+        "first.lora_A", "first.lora_B",
+        "second.lora_A", "second.lora_B", "second.task_lora_A", "second.task_lora_B",
+    }  # fmt: skip
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.normal_()
+    first, second = adapter.layers["first"], adapter.layers["second"]
+    x, ids = torch.randn(3, 12), torch.tensor([1, -1, 0])
+    with torch.no_grad(), adapter.routing.assign(ids):
+        added = first(x) - first.base_layer(x)
+    expected = 3 * x @ first.lora_A[0].T @ first.lora_B[0].T
+    expected[1] = 0
+    torch.testing.assert_close(added, expected)
+    assert len({tuple(first.task_update(task)[1].flatten().tolist()) for task in (0, 1)}) == 1
+    assert not torch.equal(second.task_update(0)[1], second.task_update(1)[1])
+    everywhere = inject(Two(), AdapterConfig(**parts), ("a", "b"))
+    assert "first.task_lora_A" in everywhere.tensors()
+    wrong = AdapterConfig(**parts, task_modules=("second", "frist"))
+    with pytest.raises(UsageError, match="task_modules: 'frist' matches no adapted layer; did you"):
+        inject(Two(), wrong, ("a", "b"))
+
+
+@pytest.mark.parametrize("transform", ["full", "diagonal"])
+def test_each_task_may_weigh_the_directions_differently_from_the_start(
+    make_layer: MakeLayer, transform: str
+) -> None:
+    some = make_layer(tasks=50, rank=40, transform=transform, transform_start=0.3)
+    torch.manual_seed(0)
+    layer = MultiTaskLinear(some.base_layer, some.config, some.routing)
+    found = layer.transforms(None).detach()
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    assert torch.equal(found, torch.diag_embed(diagonal))
+    assert diagonal.mean().item() == pytest.approx(1, abs=0.03)
+    assert diagonal.std().item() == pytest.approx(0.3, rel=0.1)
+    x = torch.randn(50, 7, dtype=torch.float64)
+    with layer.routing.assign(torch.arange(50)):
+        assert torch.equal(layer(x), layer.base_layer(x))
+    torch.manual_seed(0)
+    again = MultiTaskLinear(some.base_layer, some.config, some.routing)
+    assert torch.equal(again.task_transform, layer.task_transform)
+
+
+def test_bases_start_as_the_identity_and_all_of_them_learn(make_layer: MakeLayer) -> None:
+    some = make_layer(transform="bases", transform_bases=2)
+    torch.manual_seed(0)
+    layer = MultiTaskLinear(some.base_layer, some.config, some.routing)
+    identity = torch.eye(3, dtype=torch.float64).expand(4, -1, -1)
+    assert torch.equal(layer.transforms(None), identity)
+    layer.lora_B.data.normal_()
+    x = torch.randn(*IDS.shape, 7, dtype=torch.float64)
+    with layer.routing.assign(IDS):
+        layer(x).square().sum().backward()
+    assert layer.transform_basis.grad is not None
+    one, two = layer.transform_basis.grad
+    assert one.any() and two.any() and not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"transform_start": -0.1}, "transform_start: expected 0 or above, received -0.1"),
+        ({"transform": "bases", "transform_start": 0.1}, "not read with transform: bases"),
+        ({"transform_bases": 0}, "transform_bases: expected a whole number above 0"),
+        ({"task_modules": ()}, "task_modules: expected at least one target"),
+    ],
+)
+def test_forms_that_cannot_be(config: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        AdapterConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "line"),
+    [
+        (
+            "lora",
+            {"transform_start": 1.0},
+            "'transform_start' is not read by method: lora, only by",
+        ),
+        ("mtlora", {"transform_bases": 2}, "'transform_bases' is not read by method: mtlora"),
+        (
+            "mtl-lora",
+            {"task_modules": ["o_proj"]},
+            "'task_modules' is not read by method: mtl-lora",
+        ),
+        ("mtl-lora", {"transform_bases": 2}, "'transform_bases' is not read with transform: full"),
+        (
+            "mtl-lora",
+            {"transform": "bases", "transform_start": 1.0},
+            "'transform_start' is not read with transform: bases",
+        ),
+    ],
+)
+def test_a_recipe_says_nothing_that_would_do_nothing(
+    method: str, keys: dict[str, Any], line: str
+) -> None:
+    from mtl_lora_cli.recipe.schema import Adapter
+
+    with pytest.raises(ValueError, match=line):
+        Adapter(method=method, **keys)
+
+
 def test_llama_2_7b_by_the_formulas() -> None:
     """q, k, v, o of 32 layers of width 4,096; 8 tasks, n = 3, r = 8, as in the paper."""
-    shapes = [(4096, 4096)] * 4 * 32
+    shapes = dict.fromkeys(map(str, range(4 * 32)), (4096, 4096))
     assert parameter_count(AdapterConfig(method="lora"), shapes, 8) == 8_388_608
     assert parameter_count(AdapterConfig(method="mtl-lora"), shapes, 8) == 16_845_824
 

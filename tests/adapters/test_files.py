@@ -19,6 +19,7 @@ from mtl_lora_cli.adapters.files import (
     config_checksum,
     load_adapter,
     read_adapter_file,
+    read_alone,
     read_tensors,
     save_adapter,
     tensor_checksum,
@@ -75,7 +76,7 @@ def fault(folder: Path, adapter: Adapter | None = None) -> str:
     return line
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_a_saved_adapter_comes_back_to_the_last_bit(
     tmp_path: Path, transform: str, gate: str
@@ -174,10 +175,40 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [4, 2, 1, 0, "3", None])
+@pytest.mark.parametrize("version", [5, 2, 1, 0, "4", None, True])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 3" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 3 to 4" in fault(saved)
+
+
+def test_the_format_before_this_one_is_read(saved: Path) -> None:
+    """It says nothing of what came later, which then has its default."""
+
+    def as_before(content: dict[str, Any]) -> None:
+        content["format_version"] = 3
+        for key in ("transform_start", "transform_bases", "task_modules"):
+            del content[key]
+
+    edit_config(saved, as_before)
+    adapter = fresh(1)
+    load_adapter(adapter, saved)
+    assert read_adapter_file(saved).config == adapter.config
+    assert all(torch.equal(t, fresh(0).tensors()[name]) for name, t in adapter.tensors().items())
+    edit_config(saved, lambda content: content.update(transform_start=0.5))
+    assert fault(saved).endswith(f"{CONFIG_FILE}: unknown key 'transform_start'")
+
+
+def test_parts_of_tasks_own_in_some_layers_come_back(tmp_path: Path) -> None:
+    form: dict[str, Any] = {"method": "mtlora", "task_modules": ("second",)}
+    written = fresh(0, **form)
+    save_adapter(written, tmp_path, {"name": "base"})
+    read = read_alone(tmp_path)
+    assert read.config == written.config
+    ours, theirs = written.tensors(), read.tensors()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    everywhere = fresh(1, method="mtlora")
+    assert "tensor 'first.task_lora_A' is missing" in fault(tmp_path, everywhere)
 
 
 def test_an_unknown_key(saved: Path) -> None:
@@ -215,6 +246,8 @@ def test_a_configuration_that_was_changed(saved: Path) -> None:
         ("tasks", 5),
         ("tasks", [1]),
         ("target_modules", "q_proj"),
+        ("task_modules", "q_proj"),
+        ("transform_bases", 0),
         ("base_model", []),
         ("checksums", {"a": 1}),
         ("modules", {"layer": {"in_features": 0, "out_features": 3, "rank": 2}}),

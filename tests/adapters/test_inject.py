@@ -177,7 +177,7 @@ def test_a_model_of_images(gate: str) -> None:
         torch.testing.assert_close(Images().double()(images)[2], together[2])
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_number_of_trained_values(transform: str, gate: str, n: int) -> None:
@@ -194,9 +194,9 @@ def test_the_number_of_trained_values(transform: str, gate: str, n: int) -> None
         embedding_size=d,
     )
     sizes = [(8, 8)] * 12 + [(8, 12)]
-    per_task = tasks * (r * r if transform == "full" else r)
+    transforms = {"full": tasks * r * r, "diagonal": tasks * r, "bases": 4 * r * r + tasks * 4}
     gates = tasks * n if gate == "weights" else n * d
-    expected = sum(r * i + n * o * r + per_task + gates for i, o in sizes)
+    expected = sum(r * i + n * o * r + transforms[transform] + gates for i, o in sizes)
     expected += tasks * d if gate == "embedding" else 0
     assert adapter.parameter_count() == expected
 

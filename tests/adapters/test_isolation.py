@@ -28,7 +28,7 @@ def parts_of(layer: MultiTaskLinear) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("value", [17.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_a_tasks_parameters_reach_no_other_task(
     make_layer: MakeLayer, transform: str, gate: str, value: float

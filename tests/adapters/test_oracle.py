@@ -61,7 +61,7 @@ def compare(
         )
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_equals_the_formula(
@@ -118,7 +118,7 @@ def test_dropout_is_off_in_evaluation(
     compare(layer, trained, naive, IDS)
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_gradients_equal_finite_differences(
     make_layer: MakeLayer, trained: Trained, transform: str, gate: str

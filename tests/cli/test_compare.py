@@ -57,6 +57,7 @@ def test_a_report_is_made_again_without_a_model(
         (["--seeds", "1,1"], "--seeds: '1' stands twice"),
         (["--baseline", "mtlora"], "--baseline: expected one of lora, mtl-lora"),
         (["--match", "rank"], "--match: expected params, params:N or none, received 'rank'"),
+        (["--score", "validatoin"], "--score: expected test or validation, received 'validatoin'"),
         (["--match", "params:50"], "--match: lora cannot come within 2% of 50"),
         (["--report-only", "--output", "nowhere"], "nowhere holds no comparison"),
     ],

@@ -6,23 +6,35 @@ import gzip
 import itertools
 import json
 import os
+import pickle
+import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
 
-from mtl_lora_cli.comparison import compare as room
 from mtl_lora_cli.comparison.compare import run_study
 from mtl_lora_cli.comparison.grid import Variant
+from mtl_lora_cli.comparison.markdown import markdown
 from mtl_lora_cli.comparison.report import build_report
+from mtl_lora_cli.comparison.rows import write_cuts
 from mtl_lora_cli.comparison.study import Options, Study, plan_study
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.comparison.workers import environments
+from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.recipe.schema import Source
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import run as training
+from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.memory import SHARING
 
 pytestmark = pytest.mark.slow
 
@@ -111,11 +123,12 @@ def test_each_run_leaves_a_result(finished: tuple[Path, list[str]]) -> None:
 
 def test_a_line_says_what_is_done_and_what_is_left(finished: tuple[Path, list[str]]) -> None:
     starts = [line.split(":")[0] for line in finished[1]]
-    assert starts == ["lora-seed0", "mtl-lora-seed0", "lora-seed1", "mtl-lora-seed1"]
+    assert starts == ["lora-seed0", "mtl-lora-seed0", "lora-seed1", "mtl-lora-seed1", "untrained"]
     assert [line.split("; ")[1].split(",")[0] for line in finished[1]] == [
         "3 left",
         "2 left",
         "1 left",
+        "0 left",
         "0 left",
     ]
 
@@ -213,6 +226,19 @@ def test_a_folder_of_another_comparison_is_refused(
         run_study(other, print)
 
 
+def test_a_plan_of_before_there_was_a_choice_is_about_test(
+    finished: tuple[Path, list[str]], plan: Plan
+) -> None:
+    path = finished[0] / "plan.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    del stored["fixed"]["score"]
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert build_report(finished[0])["score"] == "test"
+    with pytest.raises(UsageError, match="score: 'test' → 'validation'"):
+        run_study(plan(finished[0], score="validation"), print)
+    run_study(plan(finished[0]), print)
+
+
 def test_data_that_changed_are_refused(
     finished: tuple[Path, list[str]], plan: Plan, recipe_file: Path
 ) -> None:
@@ -243,7 +269,7 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(TrainingProgress, "update", watch)
     with pytest.raises(KeyboardInterrupt, match="stopped in mtl-lora-seed0; 1 of 2 runs"):
         run_study(plan(tmp_path, seeds=[0]), print)
-    assert names(tmp_path) == ["lora-seed0", "untrained"]
+    assert names(tmp_path) == ["lora-seed0"]
     run_study(plan(tmp_path, seeds=[0]), print)
     again, whole = result(tmp_path, "mtl-lora-seed0"), result(finished[0], "mtl-lora-seed0")
     assert again["test"] == whole["test"]
@@ -260,7 +286,7 @@ def test_a_run_that_fails_takes_no_other_with_it(
             raise MtlLoraError("the loss is no longer a finite number")
         return start(prepared, path, *rest)
 
-    monkeypatch.setattr(room.training, "start", fail)
+    monkeypatch.setattr(training, "start", fail)
     said: list[str] = []
     run_study(plan(tmp_path, seeds=[0]), said.append)
     assert result(tmp_path, "lora-seed0")["status"] == "done"
@@ -308,6 +334,157 @@ def test_rows_that_choose_settings_are_neither_learned_nor_reported(
         entry = result(swept, "lora-learning_rate-0.003-seed0")
         assert entry["validation"][name]["examples"] == 12
         assert entry["recipe"]["tasks"][0]["source"]["path"].endswith("data/sst2")
+
+
+def answers(stored: dict[str, Any], split: str) -> dict[str, Any] | None:
+    entries = stored[split]
+    return entries and {name: (one["predicted"], one["metrics"]) for name, one in entries.items()}
+
+
+def test_side_by_side_the_results_are_the_same(swept: Path, plan: Plan, tmp_path: Path) -> None:
+    """Two processes, through both phases: learning, and scoring the chosen settings on test."""
+    said: list[str] = []
+    study = plan(tmp_path, seeds=[0], sweeps={"adapter.temperature": [0.1, 1.0]})
+    run_study(study, said.append, jobs=2)
+    assert names(tmp_path) == names(swept)
+    for run in study.runs:
+        here, there = result(tmp_path, run.id), result(swept, run.id)
+        assert here["last_loss"] == there["last_loss"]
+        for split in ("validation", "test"):
+            assert answers(here, split) == answers(there, split)
+    both = (result(folder, "untrained") for folder in (tmp_path, swept))
+    assert len({str(answers(one, "test")) for one in both}) == 1
+    assert sorted(line.split(":")[0] for line in said[:4]) == sorted(run.id for run in study.runs)
+    assert [line.split("; ")[-1].split(" left")[0] for line in said] == list("3210210")
+    assert "2 runs at a time shared a device" in markdown(build_report(tmp_path))
+
+
+def when(ready: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
+    """Do something beside the comparison as soon as it is ready for it."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 100
+        while not ready() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        do()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def workers() -> list[psutil.Process]:
+    """Of this process, in the order in which they were started."""
+    found = [one for one in psutil.Process().children() if "worker_process" in str(one.cmdline())]
+    return sorted(found, key=psutil.Process.create_time)
+
+
+def learning(folder: Path, name: str) -> bool:
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    return metrics.is_file() and "\n" in metrics.read_text(encoding="utf-8")
+
+
+def test_a_process_that_is_killed_takes_only_its_run_with_it_and_ctrl_c_stops_all(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """Killed in its first run, it fails, and another process begins the third beside the second."""
+    endless = ("training.max_steps=100000", "training.epochs=10000")
+    study = plan(tmp_path, *endless, "training.checkpoint_every=null")
+    killed = when(
+        lambda: learning(tmp_path, "lora-seed0") and learning(tmp_path, "mtl-lora-seed0"),
+        lambda: workers()[0].kill(),  # the first one has the first run
+    )
+    stopped = when(
+        lambda: learning(tmp_path, "lora-seed1"), lambda: os.kill(os.getpid(), signal.SIGINT)
+    )
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt, match="stopped in lora-seed1, mtl-lora-seed0; 0 of 4"):
+        run_study(study, said.append, jobs=2)
+    killed.join()
+    stopped.join()
+    assert workers() == []
+    assert [line.split(",")[0] for line in said] == [
+        "lora-seed0: failed: its process was ended by SIGKILL"
+    ]
+    assert names(tmp_path) == ["lora-seed0"]
+    assert result(tmp_path, "lora-seed0")["status"] == "failed"
+    steps = {
+        name: newest_checkpoint(tmp_path / "runs" / name / "checkpoints")
+        for name in ("lora-seed0", "mtl-lora-seed0", "lora-seed1")
+    }
+    assert [step is not None for step in steps.values()] == [False, True, True]
+
+
+def test_an_error_of_another_process_has_all_its_lines() -> None:
+    problems = [Problem("a.yaml", line, "key", "expected a number") for line in (1, 2)]
+    error = ProblemsError(problems)
+    assert pickle.loads(pickle.dumps(error)).lines == error.lines
+
+
+def test_each_process_has_a_card_and_knows_who_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [(one["CUDA_VISIBLE_DEVICES"], one[SHARING]) for one in environments(3)]
+    assert found == [("4", "2"), ("7", "1"), ("4", "2")]
+
+
+def test_without_a_card_processes_divide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    found = environments(3)
+    assert [(one["OMP_NUM_THREADS"], one[SHARING]) for one in found] == [("2", "3")] * 3
+    assert not any("CUDA_VISIBLE_DEVICES" in one for one in found)
+
+
+@pytest.fixture
+def without_tests(recipe_file: Path, tmp_path: Path) -> Path:
+    """The recipe with rows that test, and that nobody can read.
+
+    sst2 has a validation and a test split; rte is tested by its validation split.
+    """
+    root = tmp_path / "broken"
+    shutil.copytree(recipe_file.parent, root, ignore=shutil.ignore_patterns("cache"))
+    for path in (root / "sst2" / "test.jsonl", root / "rte" / "validation.jsonl"):
+        path.write_text("no JSON\n", encoding="utf-8")
+    return root / recipe_file.name
+
+
+def test_a_score_by_validation_reads_no_test_file(without_tests: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = {"match": None, "seeds": [0], "sweeps": {}, "baseline": "lora", "limit": 10}
+    with pytest.raises(UsageError, match=r"test\.jsonl.*not valid JSON"):
+        run_study(
+            plan_study(load_recipe(without_tests), folder, Options(methods=["lora"], **options)),
+            print,
+        )
+    scored = Options(methods=["lora"], score="validation", **options)
+    run_study(plan_study(load_recipe(without_tests), folder, scored), print)
+    stored, report = result(folder, "lora-seed0"), build_report(folder)
+    assert stored["test"] is None
+    for name, count in (("sst2", 10), ("rte", 10)):
+        entry = stored["validation"][name]
+        assert (entry["split"], entry["examples"]) == ("validation", count)
+        assert report["scores"]["lora"][name]["value"] == entry["metrics"]["accuracy"]
+    assert set(report["average"]) == {"lora", "untrained"}
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert plan["validation"] == {"sst2": "validation split", "rte": "rows cut from train"}
+    assert plan["fixed"]["data"]["sst2"].keys() == {"train", "validation"}
+
+
+def test_rows_are_cut_once_and_no_more_than_500(plan: Plan, tmp_path: Path) -> None:
+    task = replace(plan(tmp_path).tasks[0], source=Source(path=str(tmp_path / "rows")))
+    (tmp_path / "rows").mkdir()
+    train = tmp_path / "rows" / "train.jsonl"
+    train.write_text("".join(f'{{"n": {n}}}\n' for n in range(3000)), encoding="utf-8")
+    write_cuts(tmp_path, [task])
+    cut = tmp_path / "data" / task.name / "validation.jsonl.gz"
+    assert len(gzip.decompress(cut.read_bytes()).splitlines()) == 500
+    before = cut.stat().st_mtime_ns
+    write_cuts(tmp_path, [task])
+    assert cut.stat().st_mtime_ns == before
+    train.write_text("".join(f'{{"n": {n}}}\n' for n in range(2000)), encoding="utf-8")
+    with pytest.raises(UsageError, match="holds other rows than would be cut now"):
+        write_cuts(tmp_path, [task])
 
 
 def test_ranks_that_do_not_match_are_refused_before_anything_is_written(

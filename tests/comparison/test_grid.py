@@ -12,6 +12,7 @@ from mtl_lora_cli.comparison.grid import (
     parse_baseline,
     parse_match,
     parse_methods,
+    parse_score,
     parse_seeds,
     parse_sweeps,
     parse_variants,
@@ -51,6 +52,12 @@ def test_bad_seeds_are_refused(text: str) -> None:
 )
 def test_what_is_matched(text: str, expected: int | str | None) -> None:
     assert parse_match(text) == expected
+
+
+def test_what_is_scored_is_test_or_validation() -> None:
+    assert [parse_score(text) for text in ("test", "validation")] == ["test", "validation"]
+    with pytest.raises(UsageError, match="expected test or validation, received 'train'"):
+        parse_score("train")
 
 
 @pytest.mark.parametrize("text", ["rank", "params:", "params:0", "params:x"])

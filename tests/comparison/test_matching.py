@@ -13,7 +13,7 @@ from mtl_lora_cli.comparison.matching import (
 )
 from mtl_lora_cli.errors import UsageError
 
-SHAPES = [(64, 64), (32, 64)]  # two layers, (out, in)
+SHAPES = {"q_proj": (64, 64), "o_proj": (32, 64)}  # (out, in)
 
 
 def test_lora_against_its_formula() -> None:
@@ -26,6 +26,11 @@ def test_mtl_lora_against_its_formula() -> None:
     # r (in + 2 out) + 3 r² + 3 · 2 each
     expected = 4 * (64 + 128) + 48 + 6 + 4 * (64 + 64) + 48 + 6
     assert count_at(config, SHAPES, tasks=3)(4) == expected
+
+
+def test_layers_are_counted_each_by_its_own_parts() -> None:
+    config = AdapterConfig(method="mtlora", task_rank=2, task_modules=("o_proj",))
+    assert count_at(config, SHAPES, tasks=3)(5) == 5 * 128 + (5 + 3 * 2) * 96
 
 
 @pytest.mark.parametrize(("target", "rank"), [(224, 1), (1344, 6), (1360, 6), (2240, 10)])

@@ -116,6 +116,51 @@ def test_settings_are_chosen_by_validation_alone(folder: Path) -> None:
     assert [point for point, one in tuning.items() if one["chosen"]] == ["x", "z"]
 
 
+def about_validation(folder: Path) -> dict[str, Any]:
+    """The same comparison with its report about the validation rows."""
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["fixed"]["score"] = "validation"
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return build_report(folder)
+
+
+def test_a_report_about_validation_takes_the_chosen_settings_validation_scores(
+    folder: Path,
+) -> None:
+    report = about_validation(folder)
+    assert report["scores"]["mtl-lora"]["a"]["seeds"] == [1.0, 1.0]
+    assert report["scores"]["mtl-lora"]["b"]["seeds"] == [0.5, 0.5]
+    assert report["average"]["mtl-lora"]["value"] == 0.75
+    assert report["tasks"]["a"]["split"] == "validation"
+    assert report["unfinished"] == []
+
+
+def test_a_report_about_validation_says_so_everywhere(folder: Path) -> None:
+    text = markdown(about_validation(folder))
+    assert text.startswith("# Methods compared on small (validation)\n")
+    assert "| method | average (validation) |" in text
+    assert "| task | metric | rows | lora (validation) | mtl-lora (validation) |" in text
+    assert "| task | difference (validation) |" in text
+    assert "no test file was read; validation rows cut from train: b" in text
+    assert "a score that chose is not one to publish" in text
+    assert "scored on test" not in text
+    assert "(validation)" not in markdown({**about_validation(folder), "score": "test"})
+
+
+def test_speeds_of_runs_that_shared_a_device_are_said_to_be_so(folder: Path) -> None:
+    assert not any("shared a device" in line for line in notes(build_report(folder)))
+    change(folder, "lora-x-seed1", lambda one: one.update(sharing=4))
+    assert "up to 4 runs at a time shared a device" in "\n".join(notes(build_report(folder)))
+
+
+def test_a_base_model_that_could_not_be_scored_is_named(folder: Path) -> None:
+    failed = {"id": "untrained", "status": "failed", "reason": "out of memory"}
+    save_json(folder / "results" / "untrained.json", failed)
+    report = build_report(folder)
+    assert report["unfinished"] == [{"id": "untrained", "reason": "out of memory"}]
+    assert "untrained" not in report["average"]
+
+
 def test_scores_by_hand(folder: Path) -> None:
     report = build_report(folder)
     assert report["scores"]["lora"]["a"]["seeds"] == [0.5, 0.25]

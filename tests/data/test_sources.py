@@ -26,6 +26,7 @@ from mtl_lora_cli.data.sources import (
     read_split,
     resolve,
     split_by_column,
+    without_test,
 )
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
 from mtl_lora_cli.recipe.schema import Source
@@ -356,6 +357,27 @@ def test_numbered_parts_are_one_split(tmp_path: Path) -> None:
         f"{tmp_path}: source of task 't': expected one file for train, or all its numbered parts; "
         "received train-00000-of-00002.parquet"
     )
+
+
+def test_a_test_split_can_be_left_out(tmp_path: Path) -> None:
+    """The other splits' rows are the same, in however many files; nothing of the test split is known."""
+    for number, row in enumerate(ROWS):
+        (tmp_path / f"train-0000{number}-of-00003.jsonl").write_bytes(as_lines([row]))
+    for name in ("valid.jsonl.gz", "test.jsonl"):
+        (tmp_path / name).write_bytes(zipped(as_lines, ROWS[:1]))
+    whole = Source(path=str(tmp_path))
+    source = without_test(whole, base=Path(), task="t")
+    (tmp_path / "test.jsonl").unlink()
+    assert available_splits(source, base=Path(), task="t") == ("train", "validation")
+    for split in ("train", "validation"):
+        one, other = (read_split(s, split, base=Path(), task="t") for s in (source, whole))
+        assert one is not None and one == other
+    assert len(read_split(source, "train", base=Path(), task="t").rows) == 3  # type: ignore[union-attr]
+
+
+def test_a_test_split_of_named_splits_is_left_out(tmp_path: Path) -> None:
+    named = Source(hub="owner/name", splits={"train": "train", "test": "test[:10]"})
+    assert without_test(named, base=Path(), task="t").splits == {"train": "train"}
 
 
 def test_a_single_file_is_the_train_split(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora": {},
     "mtl-lora embedding diagonal": {"gate": "embedding", "transform": "diagonal"},
     "lora": {"rank_pattern": {"up_proj": 2}},
+    "mtl-lora bases": {"transform": "bases", "transform_bases": 2},
     "mtlora": {"task_rank": 2},
+    "mtlora modules": {"task_modules": ("q_proj",)},
     "moelora": {"up_projections": 2},
     "multilora": {},
     "hydralora": {},
@@ -93,8 +95,11 @@ def test_sizes_and_norms_of_factors(form: str) -> None:
             ups = layer.scale.unsqueeze(-1) * ups
         assert entry["norms"]["B"] == pytest.approx([float(b.norm()) for b in ups])
         if form.startswith("mtl-lora"):
-            transform = layer.task_transform[1]
-            square = torch.diag(transform) if transform.dim() == 1 else transform
+            square = layer.task_transform[1]
+            if form.endswith("diagonal"):
+                square = torch.diag(square)
+            elif form.endswith("bases"):
+                square = torch.eye(4) + torch.einsum("k,kab->ab", square, layer.transform_basis)
             assert entry["norms"]["transform"]["two"] == pytest.approx(float(square.norm()))
             change = float((square - torch.eye(4)).norm())
             assert entry["norms"]["transform_change"]["two"] == pytest.approx(change)

@@ -30,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora embedding diagonal": {"gate": "embedding", "transform": "diagonal"},
     "lora": {},
     "lora ranks": {"rank_pattern": {"down_proj": 2}, "scaling": "sqrt_rank"},
+    "mtl-lora bases": {"transform": "bases"},
     "mtlora": {"task_rank": 2},
+    "mtlora modules": {"task_rank": 2, "task_modules": ["o_proj", "down_proj"]},
     "moelora": {"up_projections": 2},
     "multilora": {"up_projections": 2},
 }

@@ -45,23 +45,35 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
             "up_projections": st.integers(1, 8),
             "temperature": AMOUNTS,
             "transform": st.sampled_from(["full", "diagonal"]),
+            "transform_start": RATES,
             "gate": st.sampled_from(["weights", "embedding"]),
             "gate_start": AMOUNTS,
             "embedding_size": st.integers(1, 99),
         },
-        "mtlora": {"task_rank": st.integers(1, 8)},
+        "mtlora": {
+            "task_rank": st.integers(1, 8),
+            "task_modules": st.lists(NAMES, min_size=1, max_size=2, unique=True),
+        },
         "moelora": {"up_projections": st.sampled_from([1, 2, 4]), "temperature": AMOUNTS},
         "multilora": {"up_projections": st.integers(1, 8)},
         "hydralora": {"up_projections": st.integers(1, 8), "temperature": AMOUNTS},
     }
-    return st.one_of(
-        some({"method": st.just(method)}, **common, **own)
-        for method, own in read_by.items()
-        if method != "moelora"
-    ) | some(
-        {"method": st.just("moelora"), "up_projections": st.sampled_from([1, 2, 4])},
-        **common,
-        temperature=AMOUNTS,
+    return (
+        st.one_of(
+            some({"method": st.just(method)}, **common, **own)
+            for method, own in read_by.items()
+            if method != "moelora"
+        )
+        | some(
+            {"method": st.just("moelora"), "up_projections": st.sampled_from([1, 2, 4])},
+            **common,
+            temperature=AMOUNTS,
+        )
+        | some(
+            {"method": st.just("mtl-lora"), "transform": st.just("bases")},
+            **common,
+            transform_bases=st.integers(1, 8),
+        )
     )
 
 

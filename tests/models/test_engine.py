@@ -89,7 +89,7 @@ def test_equals_the_plain_layers(
     assert_alike(fused, plain, CLOSE)
 
 
-@pytest.mark.parametrize("transform", ["full", "diagonal"])
+@pytest.mark.parametrize("transform", ["full", "diagonal", "bases"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_equals_the_plain_layers_for_other_forms(
     base: BaseModel, batch: PackedBatch, transform: str, n: int
@@ -122,9 +122,35 @@ def test_equals_the_plain_layers_for_every_method(
     assert_alike(fused, plain, CLOSE)
 
 
-def test_ranks_that_differ_within_a_group_take_the_plain_layers(base: BaseModel) -> None:
-    model, adapter = build(base, target_modules=SEVEN, rank_pattern={"k_proj": 2})
+@pytest.mark.parametrize(
+    "modules",
+    [("o_proj",), ("down_proj", "q_proj", "k_proj", "v_proj"), ("*.layers.[34].*",)],
+    ids=",".join,
+)
+def test_parts_of_tasks_own_in_some_groups_equal_the_plain_layers(
+    base: BaseModel, batch: PackedBatch, modules: tuple[str, ...]
+) -> None:
+    form: dict[str, Any] = {"method": "mtlora", "task_rank": 2, "task_modules": modules}
+    model, adapter = build(base, target_modules=SEVEN, **form)
+    own = [path for path, layer in adapter.layers.items() if hasattr(layer, "task_lora_A")]
+    assert 0 < len(own) < len(adapter.layers)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    assert len(plain[1]) == len(adapter.tensors())
+    assert_alike(fused, plain, CLOSE)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{"rank_pattern": {"k_proj": 2}}, {"method": "mtlora", "task_modules": ("v_proj", "o_proj")}],
+)
+def test_layers_that_differ_within_a_group_take_the_plain_layers(
+    base: BaseModel, form: dict[str, Any]
+) -> None:
+    model, adapter = build(base, target_modules=SEVEN, **form)
     assert PackedModel(model, adapter).decoder is None
+    with pytest.raises(UsageError, match="ranks or own parts that differ within self_attn"):
+        PackedModel(model, adapter, engine="fused")
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,13 @@ adapter:
   up_projections: 2
   temperature: 0.5
   transform: full
+  transform_start: 0.5
+  transform_bases: 4
   gate: weights
   gate_start: 1.0
   embedding_size: 4
   task_rank: 1
+  task_modules: null
   scaling: sqrt_rank
   down_start: normal
   rank_pattern: {v_proj: 2}

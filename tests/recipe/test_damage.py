@@ -23,6 +23,7 @@ WRONG: dict[type, list[Any]] = {
     str: [3, 2.5, True, ["text"], {"no such key": "text"}],
     list: ["text", 3, {"a": 1}],
     dict: [3, True, ["text"]],
+    type(None): ["text", 3, {"a": 1}],  # adapter.task_modules, a list where it is given
 }
 
 

@@ -72,8 +72,11 @@ class Kind:
 KINDS = {
     "weights": Kind({}, 3e-2),
     "diagonal": Kind({"transform": "diagonal"}, 1e-1),
+    # Four numbers of a layer pick among matrices that do not learn.
+    "bases": Kind({"transform": "bases"}, 1e-1, most=0.7),
     "embedding": Kind({"gate": "embedding"}, 3e-2),
     "mtlora": Kind({"method": "mtlora"}, 1e-2, most=0.2),
+    "mtlora-modules": Kind({"method": "mtlora", "task_modules": ["down_proj"]}, 1e-2, most=0.2),
     # One embedding picks among experts: what none of them has learned stays unknown.
     "moelora": Kind({"method": "moelora"}, 3e-1, most=0.95, beats_base=False),
 }

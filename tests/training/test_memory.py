@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -440,6 +441,14 @@ def test_where_the_layers_are_not_known_settings_are_named_without_figures(
         "available; what would help: quantization: nf4; dtype: bfloat16; a smaller "
         "training.row_length with on_overflow: truncate_prompt"
     )
+
+
+def test_who_shares_a_device_plans_with_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    alone, _ = memory.free_memory(cpu)
+    monkeypatch.setenv(memory.SHARING, "1000")
+    share, _ = memory.free_memory(cpu)
+    assert share == psutil.virtual_memory().total // 1000 < alone
 
 
 def test_nothing_fits(auto: Callable[..., Path]) -> None:
