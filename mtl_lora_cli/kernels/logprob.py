@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.kernels.backend import in_triton
 
+_LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+
 
 def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
     """ℓ [S], float32 (float64 for float64 logits).
@@ -24,6 +26,35 @@ def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
         targets: t int64 [S], columns of L.
     """
     return cast(Tensor, _TokenLogprobs.apply(logits, owner, targets))
+
+
+def exact_logprobs(
+    hidden: Tensor, weight: Tensor, owner: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """ℓ from half-precision states with logits that are never rounded to it; no gradient.
+
+    A logit of 20 is known to 0.06 in bfloat16: more than what lies between two answers of which a
+    model is not sure. The product of two halves is exact in float32, so only the states are rounded.
+
+    Args:
+        hidden: h [U, d], what the head reads.
+        weight: W [V, d], with L = h Wᵀ.
+        owner, targets: as above.
+
+    Returns:
+        ℓ float32 [S], and the likeliest token of each row, int64 [U].
+    """
+    wide = weight if weight.is_cuda else weight.float()
+    normalisers, likeliest = [], []
+    for rows in hidden.split(max(1, _LOGITS_AT_ONCE // len(weight))):
+        if weight.is_cuda:
+            logits = torch.mm(rows, wide.T, out_dtype=torch.float32)
+        else:
+            logits = rows.float() @ wide.T
+        normalisers.append(_normaliser(logits))
+        likeliest.append(logits.argmax(dim=-1))
+    own = (hidden[owner].float() * weight[targets].float()).sum(-1)
+    return own - torch.cat(normalisers)[owner], torch.cat(likeliest)
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -16,7 +16,7 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
-from mtl_lora_cli.kernels.logprob import token_logprobs
+from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
@@ -199,23 +199,31 @@ class PackedModel(nn.Module):
             slots: the routing of all positions and of those asked for, where it lies ready on the
                 device; otherwise it is found from the batch's task ids.
         """
-        return token_logprobs(self._head(batch, slots), batch.owner, batch.targets)
+        return self._asked(batch, slots)[0]
 
     def judge(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """log p(targets[i] | …), float32 [S], and whether no token is likelier, bool [S]."""
-        logits = self._head(batch, None)
-        likeliest = logits.argmax(dim=-1)[batch.owner] == batch.targets
-        return token_logprobs(logits, batch.owner, batch.targets), likeliest
+        logprobs, likeliest = self._asked(batch, None, judged=True)
+        assert likeliest is not None
+        return logprobs, likeliest[batch.owner] == batch.targets
 
-    def _head(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
+    def _asked(
+        self, batch: PackedBatch, slots: tuple[Slots, Slots] | None, *, judged: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The log-probabilities, and the likeliest token of each position where it is wanted."""
         chosen = self._hidden(batch, slots)
+        head = self.model.get_output_embeddings()
+        if not self.training and _is_plain_half(head):
+            return exact_logprobs(chosen, head.weight, batch.owner, batch.targets)
         select = (
             self._adapter.routing.select(batch.positions)
             if self._adapter is not None and self.head_is_adapted
             else nullcontext()
         )
         with select:
-            return cast(Tensor, self.model.get_output_embeddings()(chosen))
+            logits = cast(Tensor, head(chosen))
+        likeliest = logits.argmax(dim=-1) if judged else None
+        return token_logprobs(logits, batch.owner, batch.targets), likeliest
 
     def _hidden(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
         """Normed hidden states at the positions asked for, [U, d]."""
@@ -250,3 +258,12 @@ class PackedModel(nn.Module):
         every = routing.slots(batch.task_ids.shape, device)
         with routing.select(batch.positions):
             return every, routing.slots(batch.positions.shape, device)
+
+
+def _is_plain_half(head: nn.Module) -> bool:
+    """Whether an output layer is a product with a dense matrix of 16-bit floats, and nothing else."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and head.weight.dtype in (torch.bfloat16, torch.float16)
+    )

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/agreement.py --data FOLDER [--base smollm2-135m] [--methods mtl-lora,mtlora]
 
-Each method trains some steps in float32 on sst2 and home_depot; then all three models answer the same
+Each method trains on sst2 and home_depot; then all three models answer the same
 held-out rows in each dtype. One line each: the score, the largest difference of a candidate's
 log-probability (a sum over its tokens), and the share of equal predictions.
 """
@@ -31,24 +31,30 @@ EXTRA = {"mtlora": {"task_rank": 2}, "moelora": {"up_projections": 2}}
 READERS = {"merged": merged_model, "peft": loaded_by_peft}
 
 
-def train(base: str, data: Path, method: str, steps: int, folder: Path) -> RunFolder:
+def train(asked: argparse.Namespace, method: str, folder: Path) -> RunFolder:
     recipe = {
-        "base_model": base,
-        "dtype": "float32",
+        "base_model": asked.base,
+        "dtype": asked.train_dtype,
         "adapter": {
             "method": method,
             "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
             **EXTRA.get(method, {}),
         },
         "tasks": [
-            {"name": name, "template": name, "source": str(data / source), "max_examples": 600}
+            {
+                "name": name,
+                "template": name,
+                "source": str(asked.data.resolve() / source),
+                "max_examples": asked.examples,
+            }
             for name, source in SOURCES.items()
         ],
         "training": {
-            "max_steps": steps,
+            "epochs": asked.epochs,
+            "max_steps": asked.steps,
             "learning_rate": 2e-3,
             "row_length": 512,
-            "rows_per_step": 1,
+            "rows_per_step": asked.rows_per_step,
             "on_overflow": "truncate_prompt",
         },
     }
@@ -73,14 +79,17 @@ def main() -> None:
     parser.add_argument(
         "--methods", default=",".join(name for name, one in METHODS.items() if one.mergeable)
     )
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--train-dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--examples", type=int, default=600, help="to learn from, of each task")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--rows-per-step", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=80, help="at most")
     parser.add_argument("--rows", type=int, default=200)
     arguments = parser.parse_args()
     for method in arguments.methods.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            data = arguments.data.resolve()
-            trained = train(arguments.base, data, method, arguments.steps, folder)
+            trained = train(arguments, method, folder)
             run = read_finished(trained)
             for task in run.tasks:
                 merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
