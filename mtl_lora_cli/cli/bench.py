@@ -164,7 +164,14 @@ def _from_recipe(name: str, shape: str | None) -> Case:
     if shape is None:
         from mtl_lora_cli.models.base import find_base_model
 
-        shape = str(find_base_model(recipe.base_model, beside=loaded.base).folder)
+        try:
+            shape = str(
+                find_base_model(recipe.base_model, beside=loaded.base, weights=False).folder
+            )
+        except UsageError as error:
+            raise UsageError(
+                f"{error.lines[0]}; --shape measures without it: {', '.join(SHAPES)}, or a folder"
+            ) from None
     require_shape(shape)
     adapter = recipe.adapter.model_dump()
     adapter["target_modules"] = tuple(adapter["target_modules"])
@@ -180,7 +187,8 @@ def _from_recipe(name: str, shape: str | None) -> Case:
         rows_per_step=training.rows_per_step,
         rows_per_pass=training.rows_per_pass,
         dtype=recipe.dtype,
-        gradient_checkpointing=bool(training.gradient_checkpointing),
+        gradient_checkpointing=training.gradient_checkpointing,
+        memory=training.memory,
         max_gradient_norm=training.max_gradient_norm,
     )
 
@@ -195,10 +203,11 @@ def _with_options(
     """
     from dataclasses import replace
 
-    from mtl_lora_cli.comparison.cases import target_modules
+    from mtl_lora_cli.comparison.cases import choose, target_modules, with_method
     from mtl_lora_cli.comparison.yardstick import require_fitting
 
-    mixed = {**case.adapter, **{key: value for key, value in adapter.items() if value is not None}}
+    mixed = with_method(case.adapter, adapter["method"] or case.adapter["method"])
+    mixed |= {key: value for key, value in adapter.items() if value is not None}
     if modules is not None:
         mixed["target_modules"] = target_modules(modules)
     if mixed["method"] == "lora" and adapter["up_projections"] not in (None, 1):
@@ -207,7 +216,10 @@ def _with_options(
     if adapter["rank"] is not None or "alpha" not in mixed:
         mixed["alpha"] = 2.0 * mixed["rank"]
     changed = {key: value for key, value in fields.items() if value is not None}
+    if "rows_per_pass" in changed:  # by hand, so nothing is left to pick
+        changed["memory"] = "manual"
     case = replace(case, adapter=mixed, **changed)
+    choose("--quantization", case.quantization)  # a recipe knows more kinds
     require_fitting(case.row_length)
     return case
 
@@ -239,6 +251,8 @@ def _show(report: dict[str, Any]) -> None:
         f"{environment['device']}, PyTorch {environment['versions']['torch']}"
     )
     for case in done:
+        if case.get("picked"):
+            emit(f"{case['name']}: {case['picked']}")
         if case.get("breakdown"):
             _show_breakdown(case)
 

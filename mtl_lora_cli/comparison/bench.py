@@ -15,6 +15,7 @@ from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.comparison import breakdown
 from mtl_lora_cli.comparison.cases import Case
+from mtl_lora_cli.comparison.fitting import fitted
 from mtl_lora_cli.comparison.random_model import (
     empty_model,
     layer_linears,
@@ -76,7 +77,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     """Build the model, train, and say how fast it was.
 
     Raises:
-        UsageError: something that the case asks for does not exist here.
+        UsageError: something that the case asks for does not exist here, or the recipe's `memory:
+            auto` finds nothing that fits.
         MtlLoraError: the loss is no finite number.
         torch.OutOfMemoryError: it does not fit the card.
     """
@@ -85,6 +87,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     dtype = pick_dtype(case.dtype, device)
     wanted = adapter_config(**case.adapter)
     reset_peak(device)
+    case, picked = fitted(case, wanted, device, dtype)
     started = time.perf_counter()
     torch.manual_seed(measuring.seed)
     sizes, flop = model_sizes(case.shape, device)
@@ -96,8 +99,6 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         attention=_register_attention(),
     )
     adapter = inject(model, wanted, [f"task{number}" for number in range(case.tasks)])
-    if case.gradient_checkpointing:  # for the plain layers; the fused ones are told by `keep`
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     packed = PackedModel(
         model,
         adapter,
@@ -105,6 +106,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         keep=keep_of(case.gradient_checkpointing, config.num_hidden_layers),
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
     ).train()
+    if packed.decoder is None and case.gradient_checkpointing:  # all or nothing there
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(adapter.tensors().values())
     graphed = graphs_possible(packed, adapter, device)
     groups = [ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)]
@@ -132,6 +135,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     )
     floor = floor_json(measuring.rate, flop)
     result: dict[str, Any] = {
+        **case.to_json(),
+        "picked": picked,
         **timing.to_json(),
         "supervised": [one.supervised for one in steps[measuring.warmup : count]],
         "trained_parameters": adapter.parameter_count(),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mtl_lora_cli.adapters.config import KINDS
+from mtl_lora_cli.adapters.config import COMMON, KINDS
 from mtl_lora_cli.comparison.shapes import PROJECTIONS
 from mtl_lora_cli.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.recipe.schema import Recompute
 
 BASELINES = ("peft", "plain", "lora")
 TABLES = ("yardstick",)
@@ -39,7 +42,8 @@ class Case:
         rows_per_step: rows of one optimiser step.
         rows_per_pass: of them, rows that go through the model together.
         dtype: as a recipe spells it.
-        gradient_checkpointing: recompute the layers in the backward pass.
+        gradient_checkpointing: what the backward pass computes again, as a recipe spells it.
+        memory: `auto`: `rows_per_pass` and `gradient_checkpointing` are picked where it is measured.
         max_gradient_norm: at which gradients are clipped.
         baseline: which of `BASELINES` it is, or None.
     """
@@ -55,12 +59,16 @@ class Case:
     rows_per_step: int = 1
     rows_per_pass: int = 1
     dtype: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Recompute = False
+    memory: Literal["manual", "auto"] = "manual"
     max_gradient_norm: float = 1.0
     baseline: Literal["peft", "plain", "lora"] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        again = self.gradient_checkpointing
+        return asdict(self) | {
+            "gradient_checkpointing": again if isinstance(again, bool) else again.model_dump()
+        }
 
     def named(self) -> Case:
         """With a name that says what it is."""
@@ -106,6 +114,13 @@ def choose(option: str, value: str) -> str:
             f"{did_you_mean(value, known)}"
         )
     return value
+
+
+def with_method(adapter: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The adapter's fields with this method: another one takes only what every method reads."""
+    if method == adapter["method"]:
+        return dict(adapter)
+    return {**{name: adapter[name] for name in COMMON if name in adapter}, "method": method}
 
 
 def target_modules(words: str) -> tuple[str, ...]:
@@ -174,6 +189,4 @@ def _with_baseline(cases: list[Case], baseline: Case) -> list[Case]:
 
 def _as_lora(case: Case) -> dict[str, Any]:
     """Plain LoRA of the same rank: one up-projection, no transforms, no gates."""
-    kept = ("rank", "alpha", "dropout", "target_modules")
-    fields = {name: case.adapter[name] for name in kept if name in case.adapter}
-    return {**fields, "method": "lora"}
+    return with_method(case.adapter, "lora")

@@ -52,6 +52,19 @@ def supervised_share() -> float:
     return sum(one.answer for one in lengths()) / sum(one.tokens for one in lengths())
 
 
+def packed(row_length: int) -> list[list[int]]:
+    """The examples' numbers, packed into rows."""
+    from mtl_lora_cli.data.mixture import positions_of
+    from mtl_lora_cli.data.packing import pack
+
+    return pack([positions_of(one.tokens) for one in lengths()], row_length)
+
+
+def densest(row_length: int) -> int:
+    """The most supervised tokens of a row."""
+    return max(sum(lengths()[number].answer for number in row) for row in packed(row_length))
+
+
 def require_fitting(row_length: int, option: str = "--row-length") -> None:
     """Check that every example fits a row.
 
@@ -132,10 +145,9 @@ class Yardstick:
         import numpy as np
 
         from mtl_lora_cli.data.mixture import positions_of
-        from mtl_lora_cli.data.packing import pack
 
         taken = [positions_of(one.tokens) for one in lengths()]
-        rows = pack(taken, row_length)
+        rows = packed(row_length)
         full = [row for row in rows if sum(taken[i] for i in row) >= 0.9 * row_length] or rows
         order = np.random.default_rng(seed).permutation(len(full))
         return [[self.places[example] for example in full[number]] for number in order]

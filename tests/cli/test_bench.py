@@ -81,6 +81,74 @@ def test_a_recipe_gives_the_adapter(
     assert case["adapter"]["alpha"] == 16
 
 
+@pytest.mark.parametrize(("recipe", "tasks"), [("commonsense", 8), ("glue-llama3-8b", 9)])
+def test_a_recipe_whose_model_is_not_here_is_measured_by_shape(
+    invoke: Callable[..., Finished], recipe: str, tasks: int
+) -> None:
+    """Adapter, quantization and rows are the recipe's; `memory: auto` is picked as training does."""
+    pytest.importorskip("bitsandbytes")
+    finished = invoke("bench", "--recipe", recipe, *TINY[1:], "--vs", "lora", "--json")
+    assert finished.returncode == 0, finished.stderr
+    mine, lora = json.loads(finished.stdout)["cases"]
+    for case in (mine, lora):
+        assert (case["shape"], case["tasks"], case["quantization"]) == ("tiny", tasks, "nf4")
+        assert (case["adapter"]["rank"], case["adapter"]["alpha"]) == (8, 16)
+        assert case["adapter"]["dropout"] == 0.05
+        assert (case["row_length"], case["rows_per_step"], case["rows_per_pass"]) == (512, 8, 8)
+        assert case["gradient_checkpointing"] is False
+        assert "rows of 512, 8 rows a pass; nothing computed again" in case["picked"]
+    assert (mine["adapter"]["up_projections"], mine["adapter"]["temperature"]) == (3, 0.1)
+    assert "temperature" not in lora["adapter"]
+
+
+def test_what_was_picked_stands_below_the_table(
+    invoke: Callable[..., Finished], small_recipe: Callable[[], Path]
+) -> None:
+    path = small_recipe()
+    text = path.read_text(encoding="utf-8").replace("  rows_per_step: 2", "  memory: auto")
+    path.write_text(text, encoding="utf-8")
+    arguments = ("bench", "--recipe", str(path), *TINY[3:])
+    auto = invoke(*arguments)
+    assert auto.returncode == 0, auto.stderr
+    assert " free on the CPU: rows of 512, 8 rows a pass; " in auto.stdout.splitlines()[-1]
+    by_hand = invoke(*arguments, "--rows-per-pass", "2")
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert "rows a pass" not in by_hand.stdout
+
+
+def test_another_method_than_the_recipes(
+    invoke: Callable[..., Finished], small_recipe: Callable[[], Path]
+) -> None:
+    """It takes what every method reads; the rest is its own default."""
+    path = small_recipe()
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("  gate: embedding", "  up_projections: 2"),
+        encoding="utf-8",
+    )
+    finished = invoke("bench", "--recipe", str(path), "--method", "lora", *TINY[3:], "--json")
+    assert finished.returncode == 0, finished.stderr
+    (case,) = json.loads(finished.stdout)["cases"]
+    assert case["adapter"]["method"] == "lora"
+    assert case["adapter"]["dropout"] == 0.1
+    assert "up_projections" not in case["adapter"]
+
+
+def test_a_recipe_that_cannot_be_measured(
+    invoke: Callable[..., Finished], small_recipe: Callable[[], Path]
+) -> None:
+    missing = invoke("bench", "--recipe", "glue-llama3-8b")
+    assert missing.returncode == 2
+    (line,) = missing.stderr.splitlines()
+    assert "'meta-llama/Meta-Llama-3-8B' is no folder here" in line
+    assert "; --shape measures without it: llama3-8b, " in line
+    path = small_recipe()
+    text = path.read_text(encoding="utf-8")
+    path.write_text("quantization: int8\n" + text, encoding="utf-8")
+    eight = invoke("bench", "--recipe", str(path), *TINY[3:])
+    assert eight.returncode == 2
+    assert eight.stderr == "error: --quantization: expected one of none, nf4, received 'int8'\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

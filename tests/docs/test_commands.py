@@ -100,6 +100,7 @@ NOT_RUN = {
 # What makes a command small. Of two equal options or keys the last one counts.
 FEWER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("add-task",): ("training.max_steps=2",),
+    ("bench",): ("--shape", "tiny", "--row-length", "512"),
     # On the tiny model no rank of lora is near enough to what the recipe's adapter has.
     ("compare",): (
         *("--seeds", "1", "--limit", "8", "--match", "params:87920"),

@@ -12,6 +12,8 @@ from mtl_lora_cli.recipe.yaml_file import read_document
 from mtl_lora_cli.resources import bundled
 
 RECIPES = sorted(bundled("recipes").glob("**/*.yaml"))
+REAL = [path for path in RECIPES if "${MTL_LORA_DATA}" in path.read_text(encoding="utf-8")]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,67 @@ def test_its_templates_are_there(path: Path) -> None:
 
     for task in load_recipe(path).recipe.tasks:
         find_template(task.template, path.parent)
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_its_real_rows_become_examples(
+    path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtl_lora_cli.data.prepare import bind_tasks, held_out_examples, read_examples
+
+    monkeypatch.setenv("MTL_LORA_DATA", str(data_folder))
+    for task in bind_tasks(load_recipe(path)):
+        for found in (read_examples(task, "train", at_most=20), held_out_examples(task)):
+            assert found is not None, f"{task.name}: a split is missing"
+            assert len(found.examples) >= 20
+            assert all(example.prompt and example.answer for example in found.examples)
+
+
+def test_the_unbalanced_one_is_as_unbalanced_as_it_says(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And docs/mixtures.md says how a temperature evens it out."""
+    from mtl_lora_cli.data import mixture
+    from mtl_lora_cli.data.prepare import bind_tasks, read_examples
+
+    monkeypatch.setenv("MTL_LORA_DATA", str(data_folder))
+    counts = []
+    loaded = load_recipe(bundled("recipes") / "unbalanced-3.yaml")
+    tasks = bind_tasks(loaded)
+    for task in tasks:
+        found = read_examples(task, "train", at_most=task.max_examples)
+        assert found is not None
+        counts.append(len(found.examples))
+    assert counts == [5749, 384, 150]
+    page = (PAGE.parent / "mixtures.md").read_text(encoding="utf-8")
+    epochs = loaded.recipe.training.epochs
+    for number, task in enumerate(tasks):
+        row = f"| {task.name} | {counts[number]:,} |"
+        for strategy, temperature in (("proportional", 1.0), ("temperature", 2.0)):
+            shares = mixture.shares(counts, strategy, (), temperature)
+            passes = epochs * mixture.counts(counts, shares)[number] / counts[number]
+            row += f" {shares[number]:.1%} | {passes:.2f} |"
+        assert row in page
+
+
+@pytest.mark.parametrize("name", ["commonsense", "glue"])
+def test_the_larger_model_changes_the_base_model_alone(name: str) -> None:
+    small, large = (
+        load_recipe(bundled("recipes") / f"{one}.yaml").recipe
+        for one in (name, f"{name}-llama3-8b")
+    )
+    assert large.base_model == "meta-llama/Meta-Llama-3-8B"
+    assert large == small.model_copy(update={"base_model": large.base_model})
+
+
+def test_the_page_lists_them_all() -> None:
+    """docs/recipes.md has a row for each, with the number of its tasks and its base model."""
+    table = r"^\| \[([\w-]+)\]\(../recipes/\1\.yaml\) \| (\d+) \| `([^`]+)` \|"
+    recipes = ((path.stem, load_recipe(path).recipe) for path in RECIPES)
+    expected = [(name, str(len(one.tasks)), one.base_model) for name, one in recipes]
+    assert sorted(re.findall(table, PAGE.read_text(encoding="utf-8"), re.MULTILINE)) == sorted(
+        expected
+    )
 
 
 def test_the_check_of_comments_sees_what_is_missing(tmp_path: Path) -> None:
