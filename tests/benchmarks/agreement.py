@@ -1,8 +1,8 @@
 """How far merged models and PEFT's are from the adapted one on real rows, in float32 and bfloat16.
 
-    python tests/benchmarks/agreement.py --data FOLDER [--base smollm2-135m] [--methods mtl-lora,mtlora]
+    python tests/benchmarks/agreement.py --data FOLDER [--base smollm2-135m] [--forms mtl-lora,mtlora]
 
-Each method trains on sst2 and home_depot; then all three models answer the same
+Each form trains on sst2 and home_depot; then all three models answer the same
 held-out rows in each dtype. One line each: the score, the largest difference of a candidate's
 log-probability (a sum over its tokens), and the share of equal predictions.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from mtl_lora_cli.adapters.config import METHODS
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import Check, Questions, merged_model, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
@@ -27,18 +27,27 @@ from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
 
 SOURCES = {"sst2": "glue/sst2", "home_depot": "ads/home_depot"}
-EXTRA = {"mtlora": {"task_rank": 2}, "moelora": {"up_projections": 2}}
+# A method, or a form of mtl-lora, under the name by which it is asked for: what its adapter says.
+FORMS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "mtl-lora": {"method": "mtl-lora"},
+    "diagonal": {"method": "mtl-lora", "up_projections": 1, "transform": "diagonal"},
+    "bases": {"method": "mtl-lora", "up_projections": 1, "transform": "bases"},
+    "embedding": {"method": "mtl-lora", "gate": "embedding"},
+    "mtlora": {"method": "mtlora", "task_rank": 2},
+    "moelora": {"method": "moelora", "up_projections": 2},
+    "multilora": {"method": "multilora"},
+}
 READERS = {"merged": merged_model, "peft": loaded_by_peft}
 
 
-def train(asked: argparse.Namespace, method: str, folder: Path) -> RunFolder:
+def train(asked: argparse.Namespace, form: str, folder: Path) -> RunFolder:
     recipe = {
         "base_model": asked.base,
         "dtype": asked.train_dtype,
         "adapter": {
-            "method": method,
             "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
-            **EXTRA.get(method, {}),
+            **FORMS[form],
         },
         "tasks": [
             {
@@ -76,9 +85,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="with glue/sst2 and ads/home_depot"
     )
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument(
-        "--methods", default=",".join(name for name, one in METHODS.items() if one.mergeable)
-    )
+    parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--train-dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--examples", type=int, default=600, help="to learn from, of each task")
     parser.add_argument("--epochs", type=float, default=1.0)
@@ -86,10 +93,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80, help="at most")
     parser.add_argument("--rows", type=int, default=200)
     arguments = parser.parse_args()
-    for method in arguments.methods.split(","):
+    for form in arguments.forms.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            trained = train(arguments, method, folder)
+            trained = train(arguments, form, folder)
             run = read_finished(trained)
             for task in run.tasks:
                 merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
@@ -106,7 +113,7 @@ def main() -> None:
                             for metrics in (found.reference.metrics, found.metrics)
                         )
                         print(
-                            f"{method:10}{task.name:12}{dtype:10}{kind:8}{found.examples:5} rows  "
+                            f"{form:10}{task.name:12}{dtype:10}{kind:8}{found.examples:5} rows  "
                             f"accuracy {ours:.3f} and {theirs:.3f}  "
                             f"difference {found.largest:.1e}  equal {found.equal:.2%}",
                             flush=True,

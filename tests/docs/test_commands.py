@@ -42,6 +42,7 @@ NOT_RUN = {
     "python tests/benchmarks/loss_curves.py OUT real-small base_model=… training.epochs=30 "
     "training.max_steps=200 training.rows_per_step=4 training.rows_per_pass=4 "
     "training.checkpoint_every=null": MEASURES,
+    "python tests/benchmarks/tables.py real-17 OUT": MEASURES,
     "torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 "
     "--out results.jsonl": MEASURES,
     "python tests/benchmarks/zero.py --table results.jsonl": "reads what the line above it writes",
@@ -67,12 +68,22 @@ NOT_RUN = {
     "mtl-lora train real-small tasks.sst2.source=my/sst2 tasks.rte.source={hub: nyu-mll/glue, "
     "config: rte, splits: {train: train, test: validation}}": "reads a data set of the hub",
     "mtl-lora tasks show sst2": "reads a data set of the hub",
-    "mtl-lora compare real-17 --methods lora,mtl-lora,embedded,diagonal "
-    "--variant embedded=mtl-lora,adapter.gate=embedding "
-    "--variant diagonal=mtl-lora,adapter.up_projections=1,adapter.transform=diagonal "
-    "--sweep training.learning_rate=1e-3,2e-3,4e-3 --seeds 1 --match params --dry-run": (
-        "reads seventeen data sets, and its ranks match at the size of the recipe's own model; "
-        "tests/comparison/test_compare.py plans variants"
+    **{
+        f"bash docs/study/run.sh {stage} --jobs {jobs}": (
+            "trains for a quarter of an hour on a card; tests/docs/test_study.py plans it"
+        )
+        for stage, jobs in (
+            *((stage, 2) for stage in ("rates", "forms", "search", "parts", "confirm")),
+            ("unbalanced", 3),
+        )
+    },
+    "mtl-lora compare --report-only --output docs/study/confirm": (
+        "reads the files of this repository; tests/docs/test_study.py does it"
+    ),
+    "mtl-lora train commonsense adapter.rank=16 adapter.alpha=32 adapter.up_projections=1 "
+    "adapter.transform=diagonal adapter.transform_start=0.5 "
+    "training.parts.up.learning_rate=1.2e-3 training.parts.transform.learning_rate=3e-3": (
+        "reads data sets of the hub; tests/recipe/test_bundled.py reads the changes"
     ),
     "mtl-lora eval --task boolq --protocol lm-eval": (
         "the harness reads a data set of the hub; tests/evaluation/test_harness.py has local rows"

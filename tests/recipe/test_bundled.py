@@ -13,6 +13,8 @@ from mtl_lora_cli.resources import bundled
 
 RECIPES = sorted(bundled("recipes").glob("**/*.yaml"))
 REAL = [path for path in RECIPES if "${MTL_LORA_DATA}" in path.read_text(encoding="utf-8")]
+PAPER = [path for path in RECIPES if path.stem.startswith(("commonsense", "glue"))]
+WINNER = "recipes/real-17.yaml"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
@@ -49,6 +51,18 @@ def test_there_are_recipes() -> None:
 def test_it_parses(path: Path) -> None:
     loaded = load_recipe(path)
     assert len({task.name for task in loaded.recipe.tasks}) == len(loaded.recipe.tasks) >= 1
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_it_names_what_won_in_the_study(path: Path) -> None:
+    changes = " ".join(re.findall(r"(?m)^#   (\S.*)$", path.read_text(encoding="utf-8"))).split()
+    loaded, winner = load_recipe(path, changes).recipe, load_recipe(bundled(WINNER)).recipe
+    assert loaded.adapter.model_copy(update={"dropout": 0.0, "temperature": None}) == (
+        winner.adapter.model_copy(update={"target_modules": loaded.adapter.target_modules})
+    )
+    for one in (loaded.training, winner.training):
+        assert one.parts.up.learning_rate == pytest.approx(4 * one.learning_rate)
+        assert one.parts.transform.learning_rate == pytest.approx(10 * one.learning_rate)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
