@@ -291,8 +291,7 @@ def _check(comparison: Comparison | None) -> str:
     return (
         f"Loaded again after writing, in a process of its own, and compared on {c.examples:,} "
         f"{c.split} rows in {c.dtype}, with 95 % intervals. The first model below this one had to "
-        f"agree to {c.allowed[0]:g} in log-probabilities and in {c.allowed[1]:.0%} of the "
-        "predictions:\n\n" + _table(rows)
+        f"agree {c.asked}:\n\n" + _table(rows)
     )
 
 

@@ -142,7 +142,7 @@ def export_gguf_merged(
         require_held_out(task, limit)
         if tolerance is None:  # the file is as coarse as the base model's own, whatever the run is
             dtypes = {run.dtype, *stored_dtypes(run.base.folder)}
-            tolerance = max(TOLERANCE[dtype][0] for dtype in dtypes)
+            tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
         check = Check(model_in_llama, _models(run, None), limit, tolerance)
     plan = plan_merge(run.base, updates)
 

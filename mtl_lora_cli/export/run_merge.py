@@ -213,9 +213,8 @@ def _existing(folder: Path) -> Path:
 def _set_aside(written: Path, folder: Path, what: str, comparison: Comparison) -> CheckError:
     """Move what failed where nobody takes it for good: `FOLDER.failed`, or the next free name."""
     reason = (
-        f"{what}: largest difference of log-probabilities {comparison.largest:.3g} "
-        f"(allowed {comparison.allowed[0]:.3g}), equal answers {comparison.equal:.1%} "
-        f"(at least {comparison.allowed[1]:.0%})"
+        f"{what}: largest difference of log-probabilities {comparison.largest:.3g}, "
+        f"equal answers {comparison.equal:.1%}; they had to agree {comparison.asked}"
     )
     number, aside = 1, folder.with_name(f"{folder.name}.failed")
     while aside.exists():

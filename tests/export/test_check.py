@@ -135,7 +135,7 @@ def scored(*values: list[float]) -> Answers:
     return Answers([np.array(each) for each in values], None)
 
 
-def comparison(largest: float, equal: float, allowed: tuple[float, float]) -> Comparison:
+def comparison(largest: float, equal: float, allowed: float) -> Comparison:
     return Comparison("test", 40, "x", {}, {"r": Distance({}, largest, equal)}, allowed)
 
 
@@ -156,18 +156,19 @@ def test_no_number_never_holds(run: FinishedRun, bad: float) -> None:
     assert not check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path()).holds
 
 
-def test_one_near_tie_may_fall_differently_where_the_dtype_has_some() -> None:
-    assert comparison(0.1, 39 / 40, (0.5, 0.99)).holds
-    assert not comparison(0.1, 38 / 40, (0.5, 0.99)).holds
-    assert comparison(0.1, 38 / 40, (0.5, 0.95)).holds
-    assert not comparison(0.1, 39 / 40, (0.5, 1.0)).holds
-    assert not comparison(0.6, 1.0, (0.5, 0.99)).holds
+def test_near_ties_may_fall_differently_where_the_dtype_has_some() -> None:
+    assert comparison(0.1, 30 / 40, allowed=0.5).holds
+    assert not comparison(0.6, 1.0, allowed=0.5).holds
+    assert comparison(1e-4, 1.0, allowed=1e-3).holds
+    assert not comparison(1e-4, 39 / 40, allowed=1e-3).holds
+    assert comparison(0.1, 1.0, allowed=0.5).asked == "to 0.5 in log-probabilities"
+    assert comparison(0.0, 1.0, allowed=1e-3).asked.endswith(" and in all predictions")
 
 
 def test_a_comparison_travels_as_json() -> None:
     measured = {"accuracy": Measured(0.5, 0.25, 0.75), "f1": Measured(None, why="one class")}
     models = {"a": Distance(measured, 0.1, 1.0), "b": Distance({}, float("nan"), 0.0)}
-    sent = Comparison("test", 3, "float32", measured, models, (0.001, 1.0))
+    sent = Comparison("test", 3, "float32", measured, models, 0.001)
     received = Comparison.from_json(json.loads(json.dumps(asdict(sent))))
     assert repr(received) == repr(sent)  # NaN equals nothing
     assert list(received.models) == ["a", "b"]
