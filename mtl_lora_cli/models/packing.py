@@ -1,8 +1,8 @@
 """Attention over packed rows on the fused buffer [q | k | v], forward and backward.
 
-Three ways that give the same numbers up to rounding: our Triton kernels (q, k, v and their gradients
-in one buffer), torch's built-in variable-length attention, and a loop over segments. `Packing.way`
-says which.
+Two ways that give the same numbers up to rounding: our Triton kernels (q, k, v and their gradients in
+one buffer), and torch (`models/attention.py`), whose gradients are autograd's. `Packing.way` says
+which.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def pick_way(x: Tensor, head_dim: int) -> Way:
     """Our kernels in half precision on a card, for heads that fit them; torch elsewhere."""
     if not in_triton(x) or head_dim > LARGEST_DIM:
         return "torch"
-    return "torch" if x.is_cuda and x.dtype == torch.float32 else "triton"
+    return "torch" if x.is_cuda and x.dtype in (torch.float32, torch.float64) else "triton"
 
 
 def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tuple[Tensor, Any]:

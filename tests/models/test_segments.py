@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 
+from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.attention import Segments, packed_attention
 
 
@@ -110,6 +112,111 @@ def test_chains_say_the_same_as_a_mask(qkv: tuple[torch.Tensor, ...]) -> None:
         found.append(scores.masked_fill(behind, float("-inf")).softmax(-1) @ some_v)
     ours = torch.cat(found, dim=1).transpose(0, 1)[None]
     torch.testing.assert_close(ours, written_out(*qkv))
+
+
+def test_segments_of_similar_length_lie_in_stacks() -> None:
+    stacks, source, back = Segments.build([3, 1, 4, 1]).stacks
+    assert stacks == [(2, 4, None), (2, 1, None)]
+    assert source.tolist() == [4, 5, 6, 7, 0, 1, 2, 2, 3, 8]
+    assert back.tolist() == [4, 5, 6, 8, 0, 1, 2, 3, 9]
+    assert source[back].tolist() == list(range(9))
+
+
+def test_a_tree_in_a_stack_sees_what_it_sees_alone() -> None:
+    segments = Segments.build(LENGTHS, REACH)
+    assert [stack[:2] for stack in segments.stacks.stacks] == [(1, 8), (1, 4), (1, 2)]
+    for stack, part in zip(segments.stacks.stacks, (1, 4, None), strict=True):
+        alone = None if part is None else segments.parts[part].seen
+        if alone is None:
+            assert stack.seen is None
+        else:
+            assert stack.seen is not None
+            assert stack.seen[0, 0, -len(alone) :].equal(alone)
+
+
+MIXED = [*range(1, 301, 13), 300, 40, 40, 2, 1, 1]
+
+
+def test_stacks_are_well_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = Segments.build(MIXED)
+    stacks, source, _ = segments.stacks
+    places = [stack.height * stack.length for stack in stacks]
+    assert sum(places) == len(source) <= 1.25 * sum(MIXED)
+    scores = sum(stack.height * stack.length**2 for stack in stacks)
+    assert scores <= 1.25**2 * sum(length**2 for length in MIXED)
+    assert len(stacks) < len(MIXED) / 2
+    monkeypatch.setattr(attention, "_MOST_SCORES", 20_000)
+    for stack in Segments.build(MIXED).stacks.stacks:
+        assert stack.height == 1 or stack.height * stack.length**2 <= 20_000
+
+
+def forked(lengths: list[int]) -> torch.Tensor:
+    """Every segment but each third forks at its middle: a bough of a third of the rest, then another."""
+    reach: list[int] = []
+    for number, length in enumerate(lengths):
+        end = len(reach) + length
+        trunk = length if number % 3 == 0 else (length + 1) // 2
+        bough = (length - trunk) // 3
+        first = len(reach) + trunk + bough
+        reach += [end] * trunk + [first] * bough + [end] * (length - trunk - bough)
+    return torch.tensor(reach, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("key_heads", [6, 2])
+@pytest.mark.parametrize("trees", [False, True], ids=["causal", "trees"])
+def test_stacks_equal_the_segments_one_by_one(
+    dtype: torch.dtype, key_heads: int, trees: bool
+) -> None:
+    segments = Segments.build(MIXED, forked(MIXED) if trees else None)
+    stacks = segments.stacks.stacks
+    assert any(stack.seen is not None for stack in stacks) == trees
+    torch.manual_seed(0)
+    row = torch.randn(sum(MIXED), 6 + 2 * key_heads, 16, dtype=dtype, requires_grad=True)
+    dout = torch.randn(1, sum(MIXED), 6, 16, dtype=dtype)
+
+    def run(attend: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = row.split([6, key_heads, key_heads], dim=1)
+        out = attend(*(part.transpose(0, 1)[None] for part in parts), 0.3, segments)
+        return out, torch.autograd.grad(out, row, dout)[0]
+
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
+    for ours, theirs in zip(run(attention._in_stacks), run(attention._by_segment), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("trees", [False, True], ids=["causal", "trees"])
+def test_a_card_attends_as_a_cpu_does(trees: bool) -> None:
+    """In float64, where stacks do it there and the loop over segments does it here."""
+    segments = Segments.build(MIXED, forked(MIXED) if trees else None)
+    torch.manual_seed(0)
+    q = torch.randn(1, 6, sum(MIXED), 16, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, sum(MIXED), 16, dtype=torch.float64)
+    here = attention.attend_segments(q, k, v, 0.3, segments)
+    there = attention.attend_segments(
+        q.cuda(), k.cuda(), v.cuda(), 0.3, segments.to(torch.device("cuda"))
+    )
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=1e-12)
+    dout = torch.randn_like(here)
+    found, expected = (torch.autograd.grad(out, q, dout.to(out.device))[0] for out in (there, here))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_fills_a_segment_up_comes_from_itself() -> None:
+    """An infinity in one segment reaches neither another one in its stack nor its gradient."""
+    segments = Segments.build([3, 4, 4])
+    assert [stack[:2] for stack in segments.stacks.stacks] == [(3, 4)]
+    torch.manual_seed(0)
+    leaf = torch.randn(1, 2, 11, 8)
+    leaf[:, :, 2] = float("inf")
+    leaf.requires_grad_()
+    out = attention._in_stacks(leaf, leaf, leaf, None, segments)
+    gradient = torch.autograd.grad(out[:, 3:].sum(), leaf)[0]
+    assert out[:, 3:].isfinite().all()
+    assert not out[:, 2].isfinite().any()
+    assert gradient[:, :, 3:].isfinite().all()
 
 
 def test_a_batch_of_rows_is_refused() -> None:
