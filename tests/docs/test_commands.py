@@ -59,6 +59,9 @@ NOT_RUN = {
     "run.directory=/shared/runs distributed.zero_stage=2": "needs two hosts",
     "torchrun --standalone --nproc-per-node 8 --no-python -- mtl-lora train --resume "
     "--run /shared/runs/both": "needs eight cards",
+    "mtl-lora train recipe.yaml --num-processes 2 distributed.zero_stage=2": (
+        "tests/training/test_faults.py starts two so, test_distributed.py trains with every stage"
+    ),
     "mtl-lora train --resume --run both --num-processes 4 distributed.zero_stage=3": (
         "tests/training/test_distributed.py goes on with other stages and numbers of processes"
     ),

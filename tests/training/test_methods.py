@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.cli.main import app
 
 pytestmark = pytest.mark.slow
 
 
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "mtl-lora"])
@@ -30,18 +25,18 @@ def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: P
         "train", str(recipe_file), f"adapter.method={method}", "adapter.rank=8", runs,
         "training.max_steps=4", "run.name=one",
     )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
+    assert trained.exit_code == 0, trained.stderr
     run = str(tmp_path / "one")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "one/metrics.jsonl").open()]
     assert losses[-1] < losses[0]
     scored = cli("eval", "--run", run, "--task", "rte", "--limit", "8", "--json")
-    assert scored.returncode == 0, scored.stderr
+    assert scored.exit_code == 0, scored.stderr
     merged = cli(
         "merge", "--run", run, "--task", "rte", "--output", str(tmp_path / "merged"), "--json"
     )
     if METHODS[method].mergeable:
-        assert merged.returncode == 0, merged.stderr
+        assert merged.exit_code == 0, merged.stderr
     else:
-        assert merged.returncode == 2
+        assert merged.exit_code == 2
         assert "mixes its up-projections by the token" in merged.stderr
         assert not (tmp_path / "merged").exists()
