@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,3 +232,12 @@ def small_run(
     finished = command("train", recipe.name, "--json", cwd=recipe.parent)
     assert finished.returncode == 0, finished.stderr
     return recipe.parent / "runs" / "small", finished
+
+
+@pytest.fixture
+def fresh_run(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
+    """A copy of the small run in `runs` of the working directory, as it was when it had been trained."""
+    copy = tmp_path / "runs" / "small"
+    shutil.copytree(small_run[0], copy, ignore=shutil.ignore_patterns("evaluations"))
+    (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
+    return copy

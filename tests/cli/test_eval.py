@@ -17,12 +17,9 @@ Finished = Any
 
 
 @pytest.fixture
-def run(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
-    """A copy of the finished run, in `runs` of the working directory; nothing is evaluated yet."""
-    copy = tmp_path / "runs" / "small"
-    shutil.copytree(small_run[0], copy, ignore=shutil.ignore_patterns("evaluations"))
-    (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
-    return copy
+def run(fresh_run: Path) -> Path:
+    """The finished run; nothing is evaluated yet."""
+    return fresh_run
 
 
 def test_rows_are_read_once(

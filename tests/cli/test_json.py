@@ -111,13 +111,8 @@ def test_dry_run(
     assert not (recipe.parent / "runs").exists()
 
 
-def test_eval(
-    small_run: tuple[Path, Finished],
-    command: Callable[..., Finished],
-    chatty: dict[str, str],
-) -> None:
-    run, _ = small_run
-    finished = command("eval", "--task", "all", "--json", cwd=run.parent.parent, **chatty)
+def test_eval(fresh_run: Path, command: Callable[..., Finished], chatty: dict[str, str]) -> None:
+    finished = command("eval", "--task", "all", "--json", cwd=fresh_run.parent.parent, **chatty)
     assert finished.returncode == 0, finished.stderr
     assert "chatter" in finished.stderr
     report = json.loads(finished.stdout)

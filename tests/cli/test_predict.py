@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +17,13 @@ Finished = Any
 
 
 @pytest.fixture
-def run(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
-    """A copy of the finished run, in `runs` of the working directory, and rows beside it."""
-    copy = tmp_path / "runs" / "small"
-    shutil.copytree(small_run[0], copy, ignore=shutil.ignore_patterns("evaluations"))
-    (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
+def run(fresh_run: Path, tmp_path: Path) -> Path:
+    """The finished run, and rows beside `runs`."""
     rows = [{"word": word, "of": of} for word, of in (("pink", "warm"), ("dog", "cold"))]
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "rows.csv").write_text("word,of\npink,warm\ndog,cold\n", encoding="utf-8")
-    return copy
+    return fresh_run
 
 
 @pytest.mark.parametrize("file", ["rows.jsonl", "rows.csv"])

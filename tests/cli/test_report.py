@@ -14,15 +14,12 @@ Finished = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def runs(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
+def runs(fresh_run: Path) -> Path:
     """A folder with the small run, and a copy of it that never finished."""
-    run, _ = small_run
-    folder = tmp_path / "runs"
-    shutil.copytree(run, folder / "small")
-    shutil.copytree(run, folder / "half")
-    shutil.rmtree(folder / "half" / "adapter")
-    (folder / "latest").write_text("small\n")
-    return folder
+    half = fresh_run.with_name("half")
+    shutil.copytree(fresh_run, half)
+    shutil.rmtree(half / "adapter")
+    return fresh_run.parent
 
 
 def test_the_newest_run_is_reported_in_its_folder(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,15 +18,11 @@ Typed = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def runs(small_run: tuple[Path, Finished], tmp_path: Path) -> Path:
-    """A folder of runs that holds a copy of the small one, an hour old, and what `latest` says."""
-    run, _ = small_run
-    copy = tmp_path / "runs" / "small"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluations"))
-    (tmp_path / "runs" / "latest").write_text("small\n", encoding="utf-8")
-    for file in (copy, *copy.rglob("*")):
+def runs(fresh_run: Path) -> Path:
+    """A folder of runs that holds the small one, an hour old, and what `latest` says."""
+    for file in (fresh_run, *fresh_run.rglob("*")):
         os.utime(file, (time.time() - 3600,) * 2)
-    return tmp_path / "runs"
+    return fresh_run.parent
 
 
 def test_list(runs: Path, invoke: Callable[..., Finished]) -> None:
