@@ -57,7 +57,8 @@ class Ended:
     @property
     def error(self) -> str:
         """The one line of its failure."""
-        (line,) = [line for line in self.lines if line.startswith("error: ")]
+        # Of two processes that are stopped at once each may say so.
+        (line,) = {line for line in self.lines if line.startswith("error: ")}
         assert not any("Traceback" in line for line in self.lines)
         return line
 
@@ -389,17 +390,18 @@ def test_two_processes_are_terminated_together(story: Story) -> None:
 
 @pytest.mark.slow
 def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
-    for _ in range(5):
+    # Too near, and the system makes one of two; too far, and the first one has ended the run.
+    for pause in (0.01, 0.03, 0.1, 0.02, 0.05, 0.2):
         before = story.newest
         process = story.start()
         story.learn(process, 1)
         for _ in range(2):
             process.send_signal(signal.SIGINT)
-            time.sleep(0.01)
+            time.sleep(pause)
         found = ended(process)
         assert found.code == 130
         if not found.error.startswith("error: stopped after step"):
-            break  # else the first one still waited, and the system made one of two
+            break
     assert found.error == "error: interrupted"
     assert story.newest >= before
     assert int(story.newest.removeprefix("step-")) % 4 == 0 or story.newest == before
