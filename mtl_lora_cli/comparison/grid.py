@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from mtl_lora_cli.adapters.config import COMMON, METHODS
+from mtl_lora_cli.comparison.cases import with_method
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import COMMAND_LINE
 from mtl_lora_cli.recipe.schema import NAME, Recipe
@@ -313,10 +314,7 @@ def with_settings(
         ProblemsError: a value that a recipe may not have.
     """
     data = recipe.model_dump()
-    adapter = data["adapter"]
-    if method != recipe.adapter.method:
-        adapter = {key: value for key, value in adapter.items() if key in COMMON}
-    data["adapter"] = {**adapter, "method": method}
+    data["adapter"] = with_method(data["adapter"], method)
     for key, value in settings.items():
         *parents, last = key.split(".")
         here = data

@@ -29,8 +29,8 @@ def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
 
 
 def exact_logprobs(
-    hidden: Tensor, weight: Tensor, owner: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, owner: Tensor, targets: Tensor, *, judged: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """ℓ from half-precision states with logits that are never rounded to it; no gradient.
 
     A logit of 20 is known to 0.06 in bfloat16: more than what lies between two answers of which a
@@ -40,9 +40,10 @@ def exact_logprobs(
         hidden: h [U, d], what the head reads.
         weight: W [V, d], with L = h Wᵀ.
         owner, targets: as above.
+        judged: whether the likeliest tokens are wanted, another pass over the logits.
 
     Returns:
-        ℓ float32 [S], and the likeliest token of each row, int64 [U].
+        ℓ float32 [S], and the likeliest token of each row, int64 [U], or None.
     """
     wide = weight if weight.is_cuda else weight.float()
     normalisers, likeliest = [], []
@@ -52,9 +53,11 @@ def exact_logprobs(
         else:
             logits = rows.float() @ wide.T
         normalisers.append(_normaliser(logits))
-        likeliest.append(logits.argmax(dim=-1))
+        if judged:
+            likeliest.append(logits.argmax(dim=-1))
     own = (hidden[owner].float() * weight[targets].float()).sum(-1)
-    return own - torch.cat(normalisers)[owner], torch.cat(likeliest)
+    logprobs = own - torch.cat(normalisers)[owner]
+    return logprobs, torch.cat(likeliest) if judged else None
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -214,7 +214,7 @@ class PackedModel(nn.Module):
         chosen = self._hidden(batch, slots)
         head = self.model.get_output_embeddings()
         if not self.training and _is_plain_half(head):
-            return exact_logprobs(chosen, head.weight, batch.owner, batch.targets)
+            return exact_logprobs(chosen, head.weight, batch.owner, batch.targets, judged=judged)
         select = (
             self._adapter.routing.select(batch.positions)
             if self._adapter is not None and self.head_is_adapted

@@ -27,11 +27,13 @@ def test_they_are_those_of_float64(
     hidden, weight, owner, targets = _asked(dtype)
     logits = hidden.double() @ weight.double().T
     expected = logits.log_softmax(-1)[owner, targets]
-    found, likeliest = exact_logprobs(hidden, weight, owner, targets)
+    found, likeliest = exact_logprobs(hidden, weight, owner, targets, judged=True)
     assert found.dtype == torch.float32
     # Sums of 64 products, of values up to 50, in float32.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
-    assert torch.equal(likeliest, logits.argmax(-1))
+    assert likeliest is not None and torch.equal(likeliest, logits.argmax(-1))
+    alone, nothing = exact_logprobs(hidden, weight, owner, targets)
+    assert torch.equal(alone, found) and nothing is None
 
 
 def test_rounded_logits_are_further_off() -> None:
