@@ -1,10 +1,11 @@
 """Each task of a recipe alone: what a method reaches without interference, and without help; by hand:
 
-    python tests/benchmarks/single_tasks.py real-17 OUTPUT [--method lora] [--seeds 0] [key.path=value …]
+    python tests/benchmarks/single_tasks.py real-17 OUTPUT [--method lora] [--seeds 0] [--tasks sst2,rte]
+        [--sweep training.learning_rate=1e-3,2e-3] [key.path=value …]
 
 Makes a comparison of one method in OUTPUT/TASK for each task, of the recipe's own trained values or as
-`--match` says, and writes OUTPUT.json: task → mean of its metric over the seeds. A call that was stopped
-goes on.
+`--match` says, and writes OUTPUT.json: task → mean of its metric over the seeds. What `--sweep` names is
+chosen for each task on its validation rows. A call that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mtl_lora_cli.comparison.compare import run_study
-from mtl_lora_cli.comparison.grid import parse_match, parse_methods, parse_seeds
+from mtl_lora_cli.comparison.grid import TEST, parse_match, parse_methods, parse_seeds, parse_sweeps
 from mtl_lora_cli.comparison.results import read_result
 from mtl_lora_cli.comparison.study import Options, plan_study
 from mtl_lora_cli.recipe.load import find_recipe, load_recipe
@@ -31,26 +32,35 @@ def main() -> None:
     parser.add_argument("--method", default="lora")
     parser.add_argument("--match", default="params")
     parser.add_argument("--seeds", default="1")
-    arguments = parser.parse_args()
+    parser.add_argument("--sweep", action="append", default=[], metavar="key=v1,v2")
+    parser.add_argument("--tasks", help="only these, with commas between")
+    arguments = parser.parse_intermixed_args()
     loaded = load_recipe(find_recipe(arguments.recipe), arguments.changes)
     (method,) = parse_methods(arguments.method)
     options = Options(
         methods=[method],
         match=parse_match(arguments.match),
         seeds=parse_seeds(arguments.seeds, loaded.recipe.training.seed),
-        sweeps={},
+        sweeps=parse_sweeps(arguments.sweep),
         baseline=method,
     )
     found = {}
+    wanted = arguments.tasks.split(",") if arguments.tasks else None
     for task in loaded.recipe.tasks:
+        if wanted is not None and task.name not in wanted:
+            continue
         alone = replace(loaded, recipe=loaded.recipe.model_copy(update={"tasks": [task]}))
         study = plan_study(alone, arguments.output / task.name, options)
         run_study(study, lambda text: print(text, file=sys.stderr))
         results = [read_result(study.folder, run.id) for run in study.runs]
-        entries = [result["test"][task.name] for result in results if result]
+        scored = [
+            result for result in results if result and result.get(TEST)
+        ]  # of the chosen setting
+        entries = [result[TEST][task.name] for result in scored]
         found[task.name] = {
             "metric": entries[0]["metric"],
             "value": fmean(entry["metrics"][entry["metric"]] for entry in entries),
+            "setting": scored[0]["point"],
             "parameters": study.runs[0].parameters,
             "seeds": list(options.seeds),
         }
