@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The comparisons of docs/study.md, one a call, into comparisons/study/NAME; a stopped one goes on.
-#   bash docs/study/run.sh rates|forms|search|parts|confirm|unbalanced [options of compare]
+#   bash docs/study/run.sh rates|forms|search|parts|field|confirm|unbalanced [options of compare]
+#   bash docs/study/run.sh single [options of tests/benchmarks/single_tasks.py]
 # MTL_LORA_DATA names the folder of the data, see docs/real-data.md.
 set -euo pipefail
 
@@ -22,12 +23,12 @@ compare() { # stage, recipe, options
   mtl-lora compare "$recipe" "${before[@]}" "$@" --output "comparisons/study/$stage"
 }
 tuned=(
-  --methods lora-tuned,mtl-tuned --baseline lora-tuned --seeds 1,2,3,4,5
+  --methods lora-tuned,mtl-tuned --baseline lora-tuned
   --variant "lora-tuned=$lora,$rate=1e-3,$up=4e-3"
   --variant "mtl-tuned=$diagonal,$rate=1e-3,$up=4e-3,$Lambda=0.01,adapter.transform_start=0.5"
 )
 
-stage=${1:?which of rates, forms, search, parts, confirm, unbalanced}
+stage=${1:?which of rates, forms, search, parts, field, single, confirm, unbalanced}
 shift
 case $stage in
 rates) # ranks 17, 5.17 million values
@@ -70,11 +71,35 @@ parts) # what B's own rate does
     --variant "d14up4=$diagonal,$rate=1.4e-3,$up=5.6e-3,$Lambda=0.014" \
     --variant "d10up4s=$diagonal,$rate=1e-3,$up=4e-3,$Lambda=0.01,adapter.transform_start=0.5" "$@"
   ;;
+field) # the rest of the family, at settings that LoRA had, too
+  names=() variants=()
+  try() { # name=method,its own settings; name=rates …
+    local own=$1 rates
+    shift
+    for rates in "$@"; do
+      names+=("${own%%=*}_${rates%%=*}")
+      variants+=(--variant "${names[-1]}=${own#*=},${rates#*=}")
+    done
+  }
+  four=("10=$rate=1e-3" "20=$rate=2e-3" "40=$rate=4e-3" "10up4=$rate=1e-3,$up=4e-3")
+  try "weights=mtl-lora,adapter.rank_pattern={down_proj: 6}" "${four[@]}" "07up8=$rate=0.7e-3,$up=5.6e-3"
+  try "embedding=mtl-lora,adapter.gate=embedding,adapter.rank_pattern={down_proj: 6}" "${four[@]}"
+  try "mtlora=mtlora,adapter.task_modules=[o_proj]" "${four[@]}"
+  try "moelora=moelora,adapter.up_projections=16" "${four[@]}"
+  try "multilora=multilora,adapter.up_projections=2,adapter.rank_pattern={down_proj: 6}" "${four[@]}"
+  compare field real-17 --seeds 1 --score validation --match params:4945170 --baseline weights_10 \
+    --methods "$(IFS=,; echo "${names[*]}")" "${variants[@]}" "$@"
+  ;;
+single) # LoRA of rank 16 for each task alone: as many epochs, four times the steps
+  python "$(dirname "$0")/../../tests/benchmarks/single_tasks.py" real-17 comparisons/study/single \
+    "${before[@]}" training.rows_per_step=1 --match params:4884480 --seeds 1, \
+    --sweep "$rate=5e-4,1e-3,2e-3" "$@"
+  ;;
 confirm) # test files, seeds that no search saw
-  compare confirm real-17 --match params:4945170 "${tuned[@]}" "$@"
+  compare confirm real-17 --match params:4945170 --seeds 1,2,3,4,5,6,7,8,9,10 "${tuned[@]}" "$@"
   ;;
 unbalanced) # another mixture
-  compare unbalanced unbalanced-3 --match params:4895190 "${tuned[@]}" "$@"
+  compare unbalanced unbalanced-3 --match params:4895190 --seeds 1,2,3,4,5 "${tuned[@]}" "$@"
   ;;
 *)
   echo "no stage is called '$stage'" >&2

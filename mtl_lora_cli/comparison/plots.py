@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.comparison.grid import TEST
+from mtl_lora_cli.comparison.grid import TEST, UNTRAINED
 from mtl_lora_cli.evaluation.inspect_plot import Panel, fill
 from mtl_lora_cli.report.plots import COLORS
 
@@ -39,7 +39,11 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _scores(report: Mapping[str, Any], colors: Mapping[str, str], path: Path) -> None:
-    """Left the scores, right the differences, a row for the average and one for each task."""
+    """Left the scores, right the differences, a row for the average and one for each task.
+
+    The untrained model stands on the left alone: it is so far from the others that beside it their
+    differences could not be read.
+    """
     from matplotlib import pyplot as plt
 
     names = ["average", *report["tasks"]]
@@ -55,10 +59,15 @@ def _scores(report: Mapping[str, Any], colors: Mapping[str, str], path: Path) ->
             f"{word}difference to {report['baseline']}",
         ),
     )
+    shifts = {
+        method: 0.8 * (number + 0.5) / len(colors) - 0.4 for number, method in enumerate(colors)
+    }
     for axis, (average, scores, title) in zip(axes, sides, strict=True):
-        for number, (method, one) in enumerate(average.items()):
+        for method, one in average.items():
+            if axis is axes[1] and method == UNTRAINED:
+                continue
             entries = [one, *(scores[method][name] for name in report["tasks"])]
-            places = [row + 0.8 * (number + 0.5) / len(average) - 0.4 for row in range(len(names))]
+            places = [row + shifts[method] for row in range(len(names))]
             axis.hlines(
                 places,
                 [entry["low"] for entry in entries],

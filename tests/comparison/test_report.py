@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.comparison import plots
 from mtl_lora_cli.comparison.markdown import markdown, notes
 from mtl_lora_cli.comparison.report import build_report, write_report
 from mtl_lora_cli.errors import MtlLoraError
@@ -245,6 +246,21 @@ def test_everything_is_written(folder: Path) -> None:
     assert names <= {path.name for path in folder.iterdir()}
     stored = json.loads((folder / "report.json").read_text())
     assert stored["average"] == report["average"]
+
+
+def test_differences_to_the_untrained_model_are_not_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = build_report(folder)
+    for part in ("average", "average_differences", "scores", "differences"):
+        report[part] = {**report[part], "untrained": report[part]["mtl-lora"]}
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots.write_plots(report, folder)
+    scores, differences = ([line.get_label() for line in axis.lines] for axis in drawn[0].axes)
+    assert {"lora", "mtl-lora", "untrained"} <= set(scores)
+    assert "mtl-lora" in differences
+    assert "untrained" not in differences
 
 
 def test_the_same_results_make_the_same_numbers(folder: Path) -> None:

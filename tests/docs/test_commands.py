@@ -77,9 +77,11 @@ NOT_RUN = {
         )
         for stage, jobs in (
             *((stage, 2) for stage in ("rates", "forms", "search", "parts", "confirm")),
+            ("field", 4),
             ("unbalanced", 3),
         )
     },
+    "bash docs/study/run.sh single": "trains for minutes on a card",
     "mtl-lora compare --report-only --output docs/study/confirm": (
         "reads the files of this repository; tests/docs/test_study.py does it"
     ),

