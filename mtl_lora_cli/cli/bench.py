@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,9 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to the recipe: key.path=value …")
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +98,11 @@ def bench(
             if value is not None:
                 choose(option, value)
         wanted = [choose("--vs", name) for name in versus or ()]
-        base = _from_recipe(recipe, shape) if recipe is not None else _plain_case(shape)
+        if recipe is None and overrides:
+            raise UsageError(f"'{overrides[0]}': changes are to a recipe; name it with --recipe")
+        base = (
+            _plain_case(shape) if recipe is None else _from_recipe(recipe, overrides or (), shape)
+        )
         base = _with_options(
             base,
             adapter={"method": method, "rank": rank, "up_projections": up_projections},
@@ -147,7 +155,7 @@ def _plain_case(shape: str | None) -> Case:
     return Case(name=name, shape=name, adapter=adapter)
 
 
-def _from_recipe(name: str, shape: str | None) -> Case:
+def _from_recipe(name: str, overrides: Sequence[str], shape: str | None) -> Case:
     """The recipe's model, adapter and rows; its tasks only by their number.
 
     Raises:
@@ -157,7 +165,7 @@ def _from_recipe(name: str, shape: str | None) -> Case:
     from mtl_lora_cli.comparison.shapes import SHAPES, require_shape
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
-    loaded = load_recipe(find_recipe(name))
+    loaded = load_recipe(find_recipe(name), overrides, with_data=False)
     recipe, training = loaded.recipe, loaded.recipe.training
     if shape is None and recipe.base_model in SHAPES:
         shape = recipe.base_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mtl_lora_cli.recipe.yaml_file import (
 from mtl_lora_cli.resources import bundled
 
 COMMAND_LINE = "command line"
+_OF_A_SOURCE = re.compile(r"tasks\.\d+\.source")  # keys of what rows are read from
 # What tasks that are added to a run have in common with it.
 INHERITED = ("base_model", "dtype", "quantization", "prompt_format", "adapter")
 
@@ -78,7 +80,11 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), *, heir_of: Recipe | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    heir_of: Recipe | None = None,
+    with_data: bool = True,
 ) -> LoadedRecipe:
     """Read, override and check a recipe.
 
@@ -86,6 +92,8 @@ def load_recipe(
         path: the YAML file.
         overrides: `key.path=value`; values are read as YAML; a task is named by its name or index.
         heir_of: where `INHERITED` keys come from that are left out; by default none do.
+        with_data: whether the tasks' rows are going to be read. If not, environment variables that their
+            sources name need not be set.
 
     Raises:
         ProblemsError: with one line for every fault.
@@ -100,6 +108,8 @@ def load_recipe(
             _fill(data, heir_of.model_dump(mode="json", include=set(INHERITED)))
         problems: list[Problem] = []
         data = _expand(data, (), document, problems)
+        if not with_data:
+            problems = [one for one in problems if not _OF_A_SOURCE.match(one.key)]
         if problems:
             raise ProblemsError(problems)
     document.data = data

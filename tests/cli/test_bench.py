@@ -133,6 +133,19 @@ def test_another_method_than_the_recipes(
     assert "up_projections" not in case["adapter"]
 
 
+def test_a_recipe_is_changed_and_its_data_is_not_asked_for(
+    invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MTL_LORA_DATA", raising=False)
+    change = ("adapter.rank=4", "adapter.transform_start=0")
+    finished = invoke("bench", *change, "--recipe", "real-17", *TINY[1:], "--json")
+    assert finished.returncode == 0, finished.stderr
+    (case,) = json.loads(finished.stdout)["cases"]
+    assert (case["tasks"], case["adapter"]["rank"]) == (17, 4)
+    assert case["adapter"]["transform_start"] == 0
+    assert case["adapter"]["transform"] == "diagonal"
+
+
 def test_a_recipe_that_cannot_be_measured(
     invoke: Callable[..., Finished], small_recipe: Callable[[], Path]
 ) -> None:
@@ -165,6 +178,9 @@ def test_a_recipe_that_cannot_be_measured(
         (["--shape", "tiny", "--modules", "q_prj"], "adapter.target_modules: 'q_prj' matches no"),
         (["--engine", "plain", "--vs", "plain"], "--vs plain: the case itself runs on the plain"),
         (["--method", "lora", "--up-projections", "3"], "--up-projections: plain LoRA has one"),
+        (["adapter.rank=4"], "'adapter.rank=4': changes are to a recipe; name it with --recipe"),
+        (["real-17"], "'real-17': changes are to a recipe; name it with --recipe"),
+        (["--recipe", "real-17", "rank"], "'rank': expected key.path=value"),
         (["--recipe", "quickstrt"], "quickstrt: no such recipe file; did you mean 'quickstart'?"),
         (["--shape", "tiny", "--base-compute", "fp8"], "--base-compute fp8 needs a CUDA card"),
     ],
