@@ -14,7 +14,13 @@ from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, read_adapter_
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.load import (
+    load_for_float32,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -70,13 +76,20 @@ def read_tasks(folder: RunFolder) -> list[Task]:
         raise MtlLoraError(f"{folder.tasks}: damaged: {type(error).__name__} {error}") from None
 
 
-def open_run(folder: RunFolder, *, quantization: str | None = None, force: bool = False) -> OpenRun:
+def open_run(
+    folder: RunFolder,
+    *,
+    quantization: str | None = None,
+    force: bool = False,
+    in_float32: bool = False,
+) -> OpenRun:
     """Load a run's base model and adapter.
 
     Args:
         folder: of a finished run.
         quantization: another one than the recipe's.
         force: go on where the base model is not the one that the adapter was trained on.
+        in_float32: compute in float32, whatever the recipe says; see `load_for_float32`.
 
     Raises:
         UsageError: the run is unfinished, or its base model is gone or another one by now.
@@ -93,9 +106,8 @@ def open_run(folder: RunFolder, *, quantization: str | None = None, force: bool 
         )
     device = pick_device()
     dtype = pick_dtype(recipe.dtype, device)
-    model = load_model(
-        base, dtype=dtype, device=device, quantization=quantization or recipe.quantization
-    )
+    load = load_for_float32 if in_float32 else load_model
+    model = load(base, dtype=dtype, device=device, quantization=quantization or recipe.quantization)
     adapter = inject(model, file.config, file.tasks)
     load_adapter(adapter, path)
     return OpenRun(
@@ -107,7 +119,7 @@ def open_run(folder: RunFolder, *, quantization: str | None = None, force: bool 
         packed=PackedModel(model, adapter).eval(),
         adapter=adapter,
         device=device,
-        dtype=dtype,
+        dtype=torch.float32 if in_float32 else dtype,
         longest=getattr(model.config, "max_position_embeddings", 2**31),
         checkpoint=hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16],
         trained_on=file.base_model if changed else None,

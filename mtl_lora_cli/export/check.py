@@ -8,6 +8,7 @@ after the other. They travel to that process by name, so they stand at the top o
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,13 +31,26 @@ from mtl_lora_cli.evaluation.metrics import Measured, Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.finished_run import FinishedRun
-from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_config, load_model, load_tokenizer, pick_device
+from mtl_lora_cli.export.shards import matrix_dtypes, read_shard, weight_files
+from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.load import (
+    load_config,
+    load_for_float32,
+    load_model,
+    load_tokenizer,
+    pick_device,
+)
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.training.memory import free_memory
 
-# Largest difference of a candidate's log-probability: what the dtype's rounding does in tens of layers.
+# Largest difference of a candidate's log-probability that rounding makes in tens of layers: where models
+# compute in a dtype …
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+# … and where they compute in float32, and only weights are stored in one.
+WRITTEN_IN = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_SAFETENSORS = "*.safetensors"
+_BYTES_A_VALUE = 5  # of a model in float32, with what a pass takes
 # Where so little is allowed, predictions must be equal, too. Where more is, candidates nearer to each
 # other fall either way, and how many rows have such ones is the task's matter, not the writer's.
 _PREDICTIONS_EQUAL = 1e-2
@@ -64,11 +78,24 @@ class Questions:
         run: whose task it is.
         task: which one.
         setting: how the rows are read and scored.
+        in_float32: whether all models compute in float32 instead of the run's dtype, each with the weights
+            that it has.
     """
 
     run: FinishedRun
     task: Task
     setting: Setting
+    in_float32: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which models compute."""
+        return torch.float32 if self.in_float32 else self.run.dtype
+
+    def load(self, base: BaseModel, quantization: str = "none") -> Any:
+        """A transformers folder, or the run's base model, as it is asked."""
+        load = load_for_float32 if self.in_float32 else load_model
+        return load(base, dtype=self.run.dtype, device=pick_device(), quantization=quantization)
 
     @cached_property
     def examples(self) -> Examples:
@@ -103,7 +130,7 @@ class Questions:
             packed=packed,
             adapter=self.run.adapter,
             device=pick_device(),
-            dtype=self.run.dtype,
+            dtype=self.dtype,
             longest=self.longest,
             checkpoint=self.run.checkpoint,
         )
@@ -128,19 +155,19 @@ Reader = Callable[[Questions, Path], Answers]  # the questions, and the folder t
 
 def run_itself(questions: Questions, folder: Path) -> Answers:
     """The run's adapter on its own base weights, quantised ones included: what `eval` measures."""
-    return questions.ask(open_run(questions.run.folder).packed)
+    opened = open_run(questions.run.folder, in_float32=questions.in_float32)
+    return questions.ask(opened.packed)
 
 
 def run_on_original(questions: Questions, folder: Path) -> Answers:
     """The run's adapter on the full-precision base weights."""
-    return questions.ask(open_run(questions.run.folder, quantization="none").packed)
+    opened = open_run(questions.run.folder, quantization="none", in_float32=questions.in_float32)
+    return questions.ask(opened.packed)
 
 
 def merged_model(questions: Questions, folder: Path) -> Answers:
     """A transformers folder, loaded as any user would."""
-    base = find_base_model(str(folder))
-    model = load_model(base, dtype=questions.run.dtype, device=pick_device())
-    return questions.ask(PackedModel(model))
+    return questions.ask(PackedModel(questions.load(find_base_model(str(folder)))))
 
 
 @dataclass(frozen=True)
@@ -198,7 +225,7 @@ class Check:
         return Comparison(
             split=questions.examples.split,
             examples=len(questions.requests),
-            dtype=str(questions.run.dtype).removeprefix("torch."),
+            dtype=str(questions.dtype).removeprefix("torch."),
             metrics=_measured(questions.task, written),
             models={
                 label: Distance(
@@ -208,7 +235,7 @@ class Check:
                 )
                 for label, other in others.items()
             },
-            allowed=(TOLERANCE[questions.run.dtype] if self.tolerance is None else self.tolerance),
+            allowed=_allowed(questions, folder) if self.tolerance is None else self.tolerance,
         )
 
 
@@ -233,7 +260,7 @@ class Comparison:
 
     Attributes:
         split, examples: which held-out rows, and how many of them.
-        dtype: that all models computed in.
+        dtype: that all models computed in; of their weights it says nothing.
         metrics: the written model's scores.
         models: label → another model; the reference first.
         allowed: what the reference's `largest` may be.
@@ -294,6 +321,42 @@ def check_of(request: Mapping[str, Any]) -> Check:
         {label: _reader(name) for label, name in request["models"].items()},
         request["limit"],
         request["tolerance"],
+    )
+
+
+def questions_about(folder: Path, run: FinishedRun, task: Task, limit: int) -> Questions:
+    """What a check asks about what lies in a folder.
+
+    Sums in 16 bits differ by more than anything that writing does, so models compute in float32. In the
+    run's dtype they do where they would not fit, where 8-bit products round anyhow, and where another
+    program computes.
+    """
+    exact = _float32_tells_more(run, folder)
+    return Questions(run, task, Setting(limit=limit), in_float32=exact)
+
+
+def _float32_tells_more(run: FinishedRun, folder: Path) -> bool:
+    if run.dtype == torch.float32 or run.recipe.quantization == "int8":
+        return False
+    if not any(folder.glob(_SAFETENSORS)):
+        return False
+    values = sum(
+        math.prod(stored.shape)
+        for path in weight_files(run.base.folder)
+        for stored in read_shard(path)[0]
+    )
+    free, _ = free_memory(pick_device())
+    return _BYTES_A_VALUE * values <= free
+
+
+def _allowed(questions: Questions, folder: Path) -> float:
+    """By what rounds on the way from the run to the written model's answers."""
+    if questions.dtype != torch.float32:
+        return TOLERANCE[questions.dtype]
+    written = matrix_dtypes(sorted(folder.glob(_SAFETENSORS)))
+    return max(
+        (WRITTEN_IN[dtype] for dtype in written if dtype in WRITTEN_IN),
+        default=TOLERANCE[torch.float32],
     )
 
 

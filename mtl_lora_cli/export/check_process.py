@@ -38,15 +38,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     try:
         from mtl_lora_cli.evaluation.evaluate import select_tasks
-        from mtl_lora_cli.evaluation.protocols import Setting
-        from mtl_lora_cli.export.check import Questions, check_of
+        from mtl_lora_cli.export.check import check_of, questions_about
         from mtl_lora_cli.export.finished_run import read_finished
         from mtl_lora_cli.runs.folder import RunFolder
 
         run = read_finished(RunFolder(Path(request["run"])))
         (task,) = select_tasks(run.tasks, request["task"])
-        questions = Questions(run, task, Setting(limit=request["limit"]))
-        comparison = check_of(request).compare(questions, Path(request["folder"]))
+        folder = Path(request["folder"])
+        questions = questions_about(folder, run, task, request["limit"])
+        comparison = check_of(request).compare(questions, folder)
     except MtlLoraError as error:
         return {"error": str(error), "code": error.exit_code}
     except Exception as error:

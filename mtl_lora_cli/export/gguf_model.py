@@ -31,7 +31,7 @@ from transformers import AutoConfig
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.gguf_tokenizer import add_tokenizer, rule_of
-from mtl_lora_cli.export.shards import FLOATS, Stored, read_shard, weight_files
+from mtl_lora_cli.export.shards import Stored, matrix_dtypes, read_shard, weight_files
 
 # transformers' model type → llama.cpp's architecture, and whether it interleaves the rows of q and k
 _ARCHITECTURES = {
@@ -182,8 +182,7 @@ def write_model(
 
 def stored_dtypes(folder: Path) -> set[torch.dtype]:
     """The dtypes of a folder's matrices, as far as they can be written."""
-    matrices = [tensor for tensor in _headers(folder) if len(tensor.shape) > 1]
-    return {FLOATS[one.dtype] for one in matrices if FLOATS.get(one.dtype) in _TYPES}
+    return matrix_dtypes(weight_files(folder)) & set(_TYPES)
 
 
 def model_size(folder: Path, dtype: torch.dtype | None = None) -> int:

@@ -23,7 +23,6 @@ from mtl_lora_cli.export.check import Answers, Questions
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import Update, task_updates
 from mtl_lora_cli.export.run_merge import Written
-from mtl_lora_cli.models.load import load_model, pick_device
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -136,7 +135,7 @@ def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
         rank_pattern=own,
         target_modules=run.adapter.config.target_modules,
     )
-    model = load_model(run.base, dtype=run.dtype, device=pick_device(), quantization=quantization)
+    model = questions.load(run.base, quantization)
     adapter = inject(model, config, run.adapter.tasks)
     with torch.no_grad():
         for path, layer in adapter.layers.items():

@@ -23,7 +23,6 @@ from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_a
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.run_merge import require_held_out, write_checked
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.load import load_model, pick_device
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -132,9 +131,7 @@ def loaded_by_peft(questions: Questions, folder: Path) -> Answers:
     from peft import PeftModel
 
     run = questions.run
-    model = load_model(
-        run.base, dtype=run.dtype, device=pick_device(), quantization=run.recipe.quantization
-    )
+    model = questions.load(run.base, run.recipe.quantization)
     wrapped = PeftModel.from_pretrained(model, str(folder))
     return questions.ask(PackedModel(wrapped.get_base_model(), engine="plain"))
 

@@ -8,7 +8,7 @@ memory map: mapped pages of the input would count as this process's memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,12 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise UsageError(f"{index}: names the file '{name}', which is not there")
     return [folder / name for name in sorted(named)]
+
+
+def matrix_dtypes(files: Iterable[Path]) -> set[torch.dtype]:
+    """The dtypes of the matrices in safetensors files."""
+    matrices = [one for path in files for one in read_shard(path)[0] if len(one.shape) > 1]
+    return {FLOATS[one.dtype] for one in matrices if one.dtype in FLOATS}
 
 
 def planned_size(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
@@ -139,3 +140,29 @@ def load_model(
             f"base_model: '{base.name}': {len(missing)} weights are missing, the first is {missing[0]}"
         )
     return model.requires_grad_(False).eval()
+
+
+def load_for_float32(
+    base: BaseModel, *, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> Any:
+    """The frozen base model computing in float32: its weights' own rounding stays, sums add none.
+
+    Args:
+        base: where it lies.
+        dtype: from which weights are quantised to 4 bits, and that the others have beside those. Without
+            quantisation all weights are what the files store.
+        device: where it goes.
+        quantization: `none`, `nf4` or `fp4`.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    if quantization == "none":
+        return load_model(base, dtype=torch.float32, device=device)
+    model = load_model(base, dtype=dtype, device=device, quantization=quantization)
+    nn.Module.float(model)  # transformers' own refuses to, for weights that this leaves as they are
+    for layer in model.modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None:
+            layer.compute_dtype = state.dtype = torch.float32
+    return model

@@ -4,23 +4,38 @@
 
 Each form trains on sst2 and home_depot; then all three models answer the same
 held-out rows in each dtype. One line each: the score, the largest difference of a candidate's
-log-probability (a sum over its tokens), and the share of equal predictions.
+log-probability (a sum over its tokens), and the share of equal predictions. Two more lines say what
+of it is rounding's: `stored` is the merged model with its weights rounded to bfloat16 and float32
+arithmetic, beside the adapted one in float32; `float32` is the adapted model in float32 beside itself in
+bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import Check, Questions, merged_model, run_itself
+from mtl_lora_cli.export.check import (
+    Answers,
+    Check,
+    Questions,
+    Reader,
+    merged_model,
+    run_itself,
+)
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model, pick_device
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.prepare import prepare
@@ -39,6 +54,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "multilora": {"method": "multilora"},
 }
 READERS = {"merged": merged_model, "peft": loaded_by_peft}
+
+
+def stored(questions: Questions, folder: Path) -> Answers:
+    """The merged weights as 16 bits hold them, in float32 arithmetic."""
+    model = load_model(find_base_model(str(folder)), dtype=torch.bfloat16, device=pick_device())
+    return questions.ask(PackedModel(model.float()))
+
+
+def _known(answers: Answers, questions: Questions, folder: Path) -> Answers:
+    """Answers that were given before."""
+    return answers
 
 
 def train(asked: argparse.Namespace, form: str, folder: Path) -> RunFolder:
@@ -101,13 +127,23 @@ def main() -> None:
             for task in run.tasks:
                 merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
                 export_peft(run, task, folder / "peft" / task.name, checked=False)
+            exact: dict[str, Answers] = {}  # the adapted model's in float32
             for dtype in ("float32", "bfloat16"):
                 run = in_dtype(trained, dtype)
                 for task in run.tasks:
                     questions = Questions(run, task, Setting(limit=arguments.rows))
-                    for kind, reader in READERS.items():
-                        check = Check(reader, {"the run": run_itself}, arguments.rows)
-                        found = check.compare(questions, folder / kind / task.name)
+                    own = run_itself(questions, folder)
+                    readers: dict[str, tuple[Reader, str]] = {
+                        kind: (reader, kind) for kind, reader in READERS.items()
+                    }
+                    if dtype == "float32":
+                        exact[task.name] = own
+                        readers["stored"] = (stored, "merged")
+                    else:
+                        readers["float32"] = (partial(_known, exact[task.name]), "merged")
+                    for kind, (reader, place) in readers.items():
+                        check = Check(reader, {"the run": partial(_known, own)}, arguments.rows)
+                        found = check.compare(questions, folder / place / task.name)
                         ours, theirs = (
                             metrics["accuracy"].value
                             for metrics in (found.reference.metrics, found.metrics)

@@ -14,8 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import Check, Comparison, Questions
+from mtl_lora_cli.export.check import Check, Comparison, questions_about
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.task import Task
@@ -99,7 +98,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks compare in this process, where the other one is not what a test is about."""
 
     def compare(check: Check, run: FinishedRun, task: Task, folder: Path) -> Comparison:
-        return check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
+        return check.compare(questions_about(folder, run, task, check.limit), folder)
 
     monkeypatch.setattr(Check, "run", compare)
 

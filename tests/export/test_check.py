@@ -6,18 +6,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export import check_process, run_merge
+from mtl_lora_cli.export import check, check_process, run_merge
 from mtl_lora_cli.export.check import (
     Answers,
     Check,
@@ -25,6 +26,7 @@ from mtl_lora_cli.export.check import (
     Distance,
     Questions,
     merged_model,
+    questions_about,
     received,
     run_itself,
 )
@@ -126,6 +128,68 @@ def test_a_quantised_run_is_merged_both_ways_with_the_scores_beside_the_adapters
     assert "over 35 matrices" in text
     for model in ("this one", *found.models):
         assert f"| {model} | " in text
+
+
+@pytest.mark.usefixtures("in_process")
+def test_sixteen_bits_round_what_is_written_and_not_the_comparison(
+    train: Callable[..., FinishedRun], half: Path, tmp_path: Path
+) -> None:
+    """A run in bfloat16 on weights in bfloat16: sums in 16 bits differ by ten times as much."""
+    run = train(half, dtype="bfloat16", steps=12)
+    found = merge(run, tmp_path / "out").comparison
+    assert found is not None
+    assert (found.dtype, found.allowed, found.equal) == ("float32", 0.25, 1)
+    in_16_bits = compare(run, tmp_path / "out")
+    assert (in_16_bits.dtype, in_16_bits.allowed) == ("bfloat16", 0.5)
+    assert 0 < 3 * found.largest < in_16_bits.largest
+    assert not compare(run, merge(run, tmp_path / "other", 1, checked=False).folder, 0).holds
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_in_float32_on_weights_in_16_bits_is_merged(
+    train: Callable[..., FinishedRun], half: Path, tmp_path: Path
+) -> None:
+    found = merge(train(half, steps=12), tmp_path / "out").comparison
+    assert found is not None
+    assert found.dtype == "float32"
+    assert 1e-3 < found.largest < found.allowed, "the checkpoint's own rounding"
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_quantised_run_in_16_bits_is_checked_in_float32(
+    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path, base: str
+) -> None:
+    """Its four bits are those of the weights in its dtype, whatever the check computes in."""
+    run = train(stories_folder, dtype="bfloat16", quantization="nf4", steps=12)
+    found = merge(run, tmp_path / "out", base=base).comparison
+    assert found is not None
+    assert (found.dtype, found.allowed) == (
+        "float32",
+        {"original": 1e-3, "dequantized": 0.25}[base],
+    )
+    assert found.holds
+
+
+@pytest.mark.parametrize("why", ["room", "eight bits", "another program"])
+def test_where_float32_does_not_help_the_runs_dtype_is_taken(
+    train: Callable[..., FinishedRun],
+    stories_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+) -> None:
+    run = train(stories_folder, dtype="bfloat16")
+    written = tmp_path / "model.safetensors"
+    written.touch()
+    assert questions_about(tmp_path, run, run.tasks[0], 8).dtype == torch.float32
+    if why == "room":
+        monkeypatch.setattr(check, "free_memory", lambda device: (1_000_000, "x"))
+    elif why == "eight bits":
+        run = replace(run, recipe=run.recipe.model_copy(update={"quantization": "int8"}))
+    else:
+        written.rename(tmp_path / "adapter.gguf")
+    assert questions_about(tmp_path, run, run.tasks[0], 8).dtype == torch.bfloat16
 
 
 # What the numbers are made of.
