@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import sys
 import traceback
@@ -43,6 +44,8 @@ def framed() -> Iterator[None]:
     if not _debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        # It recommends a kernel that none of our products would call, at every import.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         # Who has lost another process says so in a line; torch would say it with its C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if not sys.stderr.isatty():
