@@ -44,11 +44,10 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.memory import free_memory
 
-# Largest difference of a candidate's log-probability that rounding makes in tens of layers: where models
-# compute in a dtype …
+# Largest difference of a candidate's log-probability, by what rounds: the arithmetic's dtype, or that of
+# the written weights where they are coarser. In 16 bits sums reach it in tens of layers, on candidates that
+# are far from likely; stored weights alone stay ten times below.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-# … and where they compute in float32, and only weights are stored in one.
-WRITTEN_IN = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 _SAFETENSORS = "*.safetensors"
 _BYTES_A_VALUE = 5  # of a model in float32, with what a pass takes
 # Where so little is allowed, predictions must be equal, too. Where more is, candidates nearer to each
@@ -78,8 +77,8 @@ class Questions:
         run: whose task it is.
         task: which one.
         setting: how the rows are read and scored.
-        in_float32: whether all models compute in float32 instead of the run's dtype, each with the weights
-            that it has.
+        in_float32: whether all models compute in float32 instead of the run's dtype, see
+            `load_for_float32`.
     """
 
     run: FinishedRun
@@ -154,7 +153,7 @@ Reader = Callable[[Questions, Path], Answers]  # the questions, and the folder t
 
 
 def run_itself(questions: Questions, folder: Path) -> Answers:
-    """The run's adapter on its own base weights, quantised ones included: what `eval` measures."""
+    """The run's adapter on its own base weights, quantised ones included, as `eval` measures it."""
     opened = open_run(questions.run.folder, in_float32=questions.in_float32)
     return questions.ask(opened.packed)
 
@@ -260,7 +259,7 @@ class Comparison:
 
     Attributes:
         split, examples: which held-out rows, and how many of them.
-        dtype: that all models computed in; of their weights it says nothing.
+        dtype: that all models computed in, whatever their weights are stored in.
         metrics: the written model's scores.
         models: label → another model; the reference first.
         allowed: what the reference's `largest` may be.
@@ -350,14 +349,8 @@ def _float32_tells_more(run: FinishedRun, folder: Path) -> bool:
 
 
 def _allowed(questions: Questions, folder: Path) -> float:
-    """By what rounds on the way from the run to the written model's answers."""
-    if questions.dtype != torch.float32:
-        return TOLERANCE[questions.dtype]
-    written = matrix_dtypes(sorted(folder.glob(_SAFETENSORS)))
-    return max(
-        (WRITTEN_IN[dtype] for dtype in written if dtype in WRITTEN_IN),
-        default=TOLERANCE[torch.float32],
-    )
+    rounding = {questions.dtype, *matrix_dtypes(sorted(folder.glob(_SAFETENSORS)))}
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in rounding)
 
 
 def _name(reader: Reader) -> str:
