@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,6 @@ class Outcome:
         gold_value, predicted_value: [E] numbers, where the task is scored as an expectation.
         positive_score: [E] probability of the positive class among two choices, if there are two.
         positive: index of the positive class.
-        weight: [E] how often each example counts; None: once.
     """
 
     gold: np.ndarray
@@ -42,7 +41,6 @@ class Outcome:
     predicted_value: np.ndarray | None = None
     positive_score: np.ndarray | None = None
     positive: int = 1
-    weight: np.ndarray | None = None
 
     def tells(self, name: str) -> bool:
         """Whether what the metric is computed from is there, and so whether it is known at all."""
@@ -81,41 +79,36 @@ def measure(name: str, outcome: Outcome, seed: int = 0) -> Measured:
         right = int((outcome.gold == outcome.predicted).sum())
         low, high = wilson(right, len(outcome.gold))
         return Measured(value, low, high)
-    samples = []
-    labels_alone = name not in ("roc_auc", "pearson", "spearman")
-    bare = Outcome(outcome.gold, outcome.predicted, positive=outcome.positive)
-    for part in _resampled(bare if labels_alone else outcome, seed):
-        if not undefined(name, part):
-            samples.append(compute(part))
+    samples = _samples(name, outcome, seed)
     if not samples:
         return Measured(value)
     low, high = np.quantile(samples, [0.025, 0.975]).tolist()
     return Measured(value, low, high)
 
 
-def _resampled(outcome: Outcome, seed: int) -> Iterator[Outcome]:
-    """Bootstrap samples: as many examples, drawn with repetition.
+def _samples(name: str, outcome: Outcome, seed: int) -> list[float]:
+    """The metric on bootstrap samples, as many examples drawn with repetition, where it is defined.
 
     Where labels alone matter, examples with the same gold and predicted label are one example with
-    a weight: the same draw, and scikit-learn reads a handful of rows instead of thousands.
+    a weight: the same draw, and all samples are a few sums.
     """
+    from mtl_lora_cli.evaluation.resampled import resampled
+
     generator = np.random.default_rng(seed)
     size = len(outcome.gold)
-    if outcome.positive_score is None and outcome.gold_value is None:
-        pairs, how_often = np.unique(
-            np.stack([outcome.gold, outcome.predicted]), axis=1, return_counts=True
-        )
-        for weight in generator.multinomial(size, how_often / size, size=RESAMPLES):
-            drawn = weight > 0
-            yield Outcome(
-                pairs[0, drawn],
-                pairs[1, drawn],
-                positive=outcome.positive,
-                weight=weight[drawn].astype(float),
-            )
-        return
-    for _ in range(RESAMPLES):
-        yield outcome.take(generator.integers(size, size=size))
+    if name in ("roc_auc", "pearson", "spearman"):
+        parts = (outcome.take(generator.integers(size, size=size)) for _ in range(RESAMPLES))
+        return [_METRICS[name](part) for part in parts if not undefined(name, part)]
+    (gold, predicted), how_often = np.unique(
+        np.stack([outcome.gold, outcome.predicted]), axis=1, return_counts=True
+    )
+    weights = generator.multinomial(size, how_often / size, size=RESAMPLES)
+    pairs = Outcome(gold, predicted, positive=outcome.positive)
+    values = resampled(name, pairs, weights)
+    drawn = (Outcome(gold[one > 0], predicted[one > 0]) for one in weights)
+    return [
+        float(value) for value, part in zip(values, drawn, strict=True) if not undefined(name, part)
+    ]
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -158,13 +151,11 @@ def undefined(name: str, o: Outcome) -> str | None:
 
 
 def _matthews(o: Outcome) -> float:
-    return float(sk.matthews_corrcoef(o.gold, o.predicted, sample_weight=o.weight))
+    return float(sk.matthews_corrcoef(o.gold, o.predicted))
 
 
 def _kappa(o: Outcome) -> float:
-    return float(
-        sk.cohen_kappa_score(o.gold, o.predicted, weights="quadratic", sample_weight=o.weight)
-    )
+    return float(sk.cohen_kappa_score(o.gold, o.predicted, weights="quadratic"))
 
 
 def _f1(o: Outcome) -> float:
@@ -173,7 +164,6 @@ def _f1(o: Outcome) -> float:
             o.gold == o.positive,
             o.predicted == o.positive,
             zero_division=0.0,
-            sample_weight=o.weight,
         )
     )
 
@@ -188,7 +178,6 @@ def _macro_f1(o: Outcome) -> float:
             labels=labels,
             average="macro",
             zero_division=0.0,
-            sample_weight=o.weight,
         )
     )
 
