@@ -132,7 +132,8 @@ def main() -> None:
             run = read_finished(trained)
             for task in run.tasks:
                 merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
-                export_peft(run, task, folder / "peft" / task.name, checked=False)
+                if not arguments.exact:
+                    export_peft(run, task, folder / "peft" / task.name, checked=False)
             exact: dict[str, Answers] = {}  # the adapted model's in float32
             for dtype, asked in readers_of.items():
                 run = in_dtype(trained, dtype)

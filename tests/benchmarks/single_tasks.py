@@ -53,9 +53,8 @@ def main() -> None:
         study = plan_study(alone, arguments.output / task.name, options)
         run_study(study, lambda text: print(text, file=sys.stderr))
         results = [read_result(study.folder, run.id) for run in study.runs]
-        scored = [
-            result for result in results if result and result.get(TEST)
-        ]  # of the chosen setting
+        # Where settings were swept, the chosen one alone was scored on the test rows.
+        scored = [result for result in results if result and result.get(TEST)]
         entries = [result[TEST][task.name] for result in scored]
         found[task.name] = {
             "metric": entries[0]["metric"],

