@@ -1,6 +1,7 @@
 # make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
 # make test         install what is needed and run every check
 # make soak         kill a training run twenty times, and compare its end with an untouched run
+# make families     every model type that is known, packed beside alone, and trained, merged and exported
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
 # make audit        ask for known vulnerabilities of the tested versions (needs the network)
 # make licences     write docs/licences.md anew
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # One thread a process: two test processes that each use all cores wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
-.PHONY: quickstart test check soak fuzz audit licences record benchmark format clean
+.PHONY: quickstart test check soak families fuzz audit licences record benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -51,6 +52,9 @@ check: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python tests/end_to_end/soak.py --kills 20
+
+families: $(VENV)/.installed-dev
+	$(TEST_ENV) $(BIN)/python -m pytest tests/families -m ""
 
 # Ten properties, 1,200 cases each.
 fuzz: $(VENV)/.installed-dev
