@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,21 +12,6 @@ import pytest
 Finished = subprocess.CompletedProcess[str]
 
 TINY = ("bench", "--shape", "tiny", "--row-length", "512", "--steps", "2", "--warmup", "1")
-
-
-def test_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys\n"
-        "from mtl_lora_cli.cli.main import app\n"
-        "try:\n    app(['bench', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('HEAVY', *[n for n in ('torch', 'numpy', 'transformers') if n in sys.modules])"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "Example: mtl-lora bench " in finished.stdout
-    assert finished.stdout.splitlines()[-1].split() == ["HEAVY"]
 
 
 def test_json(invoke: Callable[..., Finished]) -> None:
