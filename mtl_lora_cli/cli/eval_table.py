@@ -118,6 +118,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
         for metric, measured in result["metrics"].items():
             if measured["value"] is None:
                 notes.append(f"{task}: {metric} is undefined: {measured['why']}")
+        if result.get("ends_counted"):
+            notes.append(f"{task}: {_ends_counted(result)}")
         if result["unparsable"]:
             notes.append(
                 f"{task}: {result['unparsable']} answers could not be read and count as wrong"
@@ -138,6 +140,18 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             f"{cut} prompts were longer than the model's positions and lost their beginning"
         )
     return notes
+
+
+def _ends_counted(result: Result) -> str:
+    """What was counted besides the choices' own tokens, and what the figure is without it."""
+    rows = f"in {result['ends_counted']:,} of {result['examples']:,} rows"
+    text = f"{rows} one choice begins another; there the end of each choice counts, too"
+    harness = result.get("harness")
+    if harness is None:
+        return text
+    return (
+        f"{text}; without it, as in lm-evaluation-harness, acc is {_shown(harness['acc']['value'])}"
+    )
 
 
 def _protocol(result: Result) -> str:

@@ -66,6 +66,11 @@ class Encoder:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
+    @property
+    def answer_end(self) -> tuple[int, ...]:
+        """The tokens behind an answer, as training teaches them."""
+        return (self.end,)
+
     def prompts(self, texts: Sequence[str]) -> list[str]:
         """The prompts as the model reads them."""
         if not self._chat:

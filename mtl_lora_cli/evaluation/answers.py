@@ -29,6 +29,7 @@ class Answers:
         outcome: predicted and right.
         scores: log-probabilities of each example's choices, float64 [choices], not divided by any
             length; None where answers were generated.
+        open_scores: the same without the end where it counts: as lm-evaluation-harness asks.
         texts: the generated answers; None where choices were scored.
         unparsable: how many of them named no choice, or held nothing of what counts.
     """
@@ -36,6 +37,7 @@ class Answers:
     requests: list[Request]
     outcome: Outcome
     scores: list[np.ndarray] | None = None
+    open_scores: list[np.ndarray] | None = None
     texts: list[str] | None = None
     unparsable: int = 0
 
@@ -81,7 +83,7 @@ def answer(
         )
     shard = Shard.of_group()
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
-    together = [request for index in scored for request in requests[index]]
+    together = [request.with_open for index in scored for request in requests[index]]
     parts = [together, *(part for i, part in enumerate(requests) if i not in scored)]
     total = sum(len(range(shard.rank, len(part), shard.count)) for part in parts)
     done = 0
@@ -106,9 +108,12 @@ def answer(
         if index not in scored:
             answers.append(_generated(opened, task, examples, own, encoder.end, step, shard))
             continue
-        values = [next(scores) for _ in own]
+        found = [next(scores) for _ in own]
+        counts = [len(request.choices) for request in own]
+        values = [one[:count] for one, count in zip(found, counts, strict=True)]
+        open_ = [one[-count:] for one, count in zip(found, counts, strict=True)]
         how = setting.normalisation_of(task)
-        answers.append(Answers(own, outcome_of(task, examples, values, own, how), values))
+        answers.append(Answers(own, outcome_of(task, examples, values, own, how), values, open_))
     return answers
 
 
@@ -124,7 +129,7 @@ def _generated(
     """Greedy answers; one that names no choice is wrong, and predicted as -1."""
     reading = reading_of(task.template)
     most = task.template.generate.max_new_tokens
-    limits = [most or max(map(len, request.choices)) + 1 for request in requests]
+    limits = [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
 
     def stopped(tokens: list[int]) -> bool:
         return bool(reading.stop) and reading.complete(opened.tokenizer.decode(tokens))
@@ -214,12 +219,13 @@ def normalised(
     """Log-probabilities divided by a length: by 1, the choice's tokens, or its characters.
 
     Characters are those of the choice as it is rendered, as Python counts them and without the space
-    before it: what lm-evaluation-harness divides by for `acc_norm`.
+    before it: what lm-evaluation-harness divides by for `acc_norm`. An end that counts is as many tokens
+    as it has, and as many characters.
 
     Args:
         scores: float64 [choices] of each example.
         examples: of the task.
-        requests: how they were asked; `token` needs them.
+        requests: how they were asked; `token` needs them. None: without any end.
         normalisation: one of `NORMALISATIONS`.
 
     Returns:
@@ -228,7 +234,11 @@ def normalised(
     if normalisation == "sum":
         return list(scores)
     if normalisation == "character":
-        lengths = [[len(choice) for choice in example.choices] for example in examples.examples]
+        ends = [0] * len(scores) if requests is None else [one.ends for one in requests]
+        lengths = [
+            [len(choice) + own for choice in example.choices]
+            for example, own in zip(examples.examples, ends, strict=True)
+        ]
     else:
         assert requests is not None, "a choice's tokens are known to its request only"
         lengths = [[max(1, len(choice)) for choice in request.choices] for request in requests]

@@ -3,14 +3,17 @@
 log p(choice) = Σ_i log p(token_i | prompt, tokens before it). A prompt and its candidates form a tree,
 in which candidates share what they begin with. A candidate's last token is only asked for, so that
 candidates of one token cost no token of their own: the prompt's last position answers them all.
+
+Where a candidate's tokens begin another's, log p could never be greater for the longer one: `10` is never
+likelier than `1`. There every candidate of the row ends with the end token, as training taught it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import numpy as np
 import torch
@@ -90,14 +93,27 @@ class Request:
     Attributes:
         task: task id, or -1 for the base model alone.
         prompt: tokens.
-        choices: tokens of each candidate as it follows the prompt.
+        choices: tokens of each candidate as it follows the prompt, its end included where that counts.
         truncated: the prompt was cut to fit the model's positions.
+        ends: how many tokens at the end of each candidate are its end; 0 where the end does not count.
     """
 
     task: int
     prompt: list[int]
     choices: list[list[int]]
     truncated: bool = False
+    ends: int = 0
+
+    @property
+    def with_open(self) -> Request:
+        """The same with each candidate without its end behind those with it, where ends count.
+
+        It sends no further token through the model.
+        """
+        if not self.ends:
+            return self
+        open_ = [choice[: -self.ends] for choice in self.choices]
+        return replace(self, choices=[*self.choices, *open_])
 
     @cached_property
     def tree(self) -> Tree:
@@ -121,7 +137,8 @@ def build_requests(
     """Tokenise examples for scoring; a free answer is its example's only candidate.
 
     A prompt that leaves no room for its longest candidate within `limit` positions is cut at its
-    beginning, as lm-evaluation-harness does, and marked.
+    beginning, as lm-evaluation-harness does, and marked. Where one candidate begins another, the end
+    counts for each of them.
 
     Args:
         examples: rendered.
@@ -134,12 +151,24 @@ def build_requests(
         [example.prompt for example in examples],
         [example.choices or (example.answer,) for example in examples],
     )
+    end = list(encoder.answer_end)
     requests = []
     for prompt, choices in zip(prompts, answers, strict=True):
-        room = limit - max(new_tokens, *(len(choice) for choice in choices))
+        counts = one_begins_another(choices)
+        asked = [[*choice, *end] for choice in choices] if counts else choices
+        room = limit - max(new_tokens, *(len(choice) for choice in asked))
         short = encoder.shorten(prompt, max(1, room))
-        requests.append(Request(task, short, choices, truncated=len(short) < len(prompt)))
+        cut = len(short) < len(prompt)
+        requests.append(Request(task, short, asked, cut, len(end) if counts else 0))
     return requests
+
+
+def one_begins_another(choices: Sequence[list[int]]) -> bool:
+    """Whether the tokens of one candidate begin those of another one."""
+    return any(
+        len(one) < len(other) and other[: len(one)] == one
+        for one, other in pairwise(sorted(choices))
+    )
 
 
 def score(

@@ -185,6 +185,7 @@ def _by_ourselves(
             "examples": len(gold),
             "truncated_prompts": sum(request.truncated for request in own.requests),
             "unparsable": own.unparsable,
+            "ends_counted": 0 if own.scores is None else sum(one.ends > 0 for one in own.requests),
             "tokens": sum(request.cost for request in own.requests),
             "majority": Counter(gold).most_common(1)[0][1] / len(gold) if has_choices else None,
             "chance": (
@@ -207,11 +208,11 @@ def _listed(values: np.ndarray | None) -> list[Any] | None:
 
 
 def _as_harness(examples: Examples, answers: Answers) -> dict[str, Any]:
-    """`acc` and `acc_norm` of the same log-probabilities, as lm-evaluation-harness defines them."""
-    assert answers.scores is not None
+    """`acc` and `acc_norm` as lm-evaluation-harness defines them: no end counts."""
+    assert answers.open_scores is not None
     found = {}
     for name, normalisation in (("acc", "sum"), ("acc_norm", "character")):
-        scores = normalised(answers.scores, examples, answers.requests, normalisation)
+        scores = normalised(answers.open_scores, examples, None, normalisation)
         predicted = np.asarray([int(values.argmax()) for values in scores])
         measured = measure("accuracy", Outcome(answers.outcome.gold, predicted))
         found[name] = dataclasses.asdict(measured)
@@ -249,6 +250,7 @@ def _by_harness(
             "examples": len(found.gold),
             "truncated_prompts": None,
             "unparsable": None,
+            "ends_counted": found.ends_counted,
             "tokens": None,
             "majority": None,
             "chance": None,

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
-from mtl_lora_cli.evaluation.metrics import Measured
+from mtl_lora_cli.evaluation.choices import one_begins_another
+from mtl_lora_cli.evaluation.metrics import Measured, wilson
 from mtl_lora_cli.tasks.task import Task
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.lm_eval_model import AdaptedLM
     from mtl_lora_cli.evaluation.open_run import OpenRun
 
 _RESAMPLES = 1000  # for metrics that have no standard error in closed form
@@ -52,6 +54,8 @@ class HarnessResult:
         gold, predicted: index of the right and of the predicted choice of each example; where the
             harness's task has no choices, 0 is right and −1 wrong by its first metric.
         fingerprint: of the rows and what was asked.
+        ends_counted: examples in which the tokens of one choice begin another's; `metrics` has the
+            harness's figures, and beside them those with the end of each choice counted there.
     """
 
     identity: dict[str, Any]
@@ -60,6 +64,7 @@ class HarnessResult:
     gold: list[int]
     predicted: list[int]
     fingerprint: str
+    ends_counted: int = 0
 
 
 def require_harness() -> None:
@@ -135,9 +140,10 @@ def run_harness(
     from mtl_lora_cli.evaluation.lm_eval_model import AdaptedLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = AdaptedLM(opened, -1 if base_only else task.id)
     try:
         found = simple_evaluate(
-            model=AdaptedLM(opened, -1 if base_only else task.id),
+            model=model,
             tasks=[harness.name],
             task_manager=harness.manager,
             limit=limit,
@@ -157,6 +163,7 @@ def run_harness(
     samples = [sample for sample in every if sample["filter"] == every[0]["filter"]]
     config = found["configs"][name]
     gold, predicted = zip(*(_answer(sample) for sample in samples), strict=True)
+    ended = _with_ends(model, samples)
     return HarnessResult(
         identity={
             "task": name,
@@ -165,10 +172,14 @@ def run_harness(
             "lm_eval": __version__,
         },
         split=config.get("test_split") or config.get("validation_split") or "",
-        metrics=_metrics(found["results"][name]),
+        metrics={
+            **_metrics(found["results"][name]),
+            **_ended_metrics(samples, ended, len(model.answer_end)),
+        },
         gold=list(gold),
         predicted=list(predicted),
         fingerprint=_fingerprint(samples),
+        ends_counted=len(ended),
     )
 
 
@@ -189,6 +200,55 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Measured]:
             low, high = value - _NORMAL * error, value + _NORMAL * error
         metrics[shown] = Measured(float(value), low, high)
     return metrics
+
+
+def _choices(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Context and continuation of each of a sample's choices; none where it has no choices."""
+    if not isinstance(sample["target"], int) or len(sample["filtered_resps"]) < 2:
+        return []
+    return [(asked[0], asked[1]) for asked in sample["arguments"]]
+
+
+def _with_ends(model: AdaptedLM, samples: Sequence[Mapping[str, Any]]) -> dict[int, list[float]]:
+    """By place in `samples`: log p of its choices with their ends, where one begins another."""
+    places: dict[int, list[tuple[list[int], list[int]]]] = {}
+    for number, sample in enumerate(samples):
+        pairs = [model._encode_pair(*asked) for asked in _choices(sample)]
+        if len({tuple(context) for context, _ in pairs}) == 1 and one_begins_another(
+            [choice for _, choice in pairs]
+        ):
+            places[number] = pairs
+    asked = [pair for pairs in places.values() for pair in pairs]
+    values = iter(model.with_ends(asked))
+    return {number: [next(values) for _ in pairs] for number, pairs in places.items()}
+
+
+def _ended_metrics(
+    samples: Sequence[Mapping[str, Any]], ended: Mapping[int, list[float]], end: int
+) -> dict[str, Measured]:
+    """`acc` and `acc_norm` with the end of each choice counted where one begins another.
+
+    Args:
+        samples: the harness's.
+        ended: from `_with_ends`.
+        end: how many tokens the end has; for `acc_norm` they are as many characters.
+    """
+    right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
+    for number, sample in enumerate(samples if ended else []):
+        choices = _choices(sample)
+        if not choices:
+            return {}
+        own = ended.get(number)
+        values = np.asarray(own or [logprob for logprob, _ in sample["filtered_resps"]])
+        more = end if own else 0
+        lengths = np.asarray([len(text.removeprefix(" ")) + more for _, text in choices])
+        for name, scores in (("acc", values), ("acc_norm", values / lengths)):
+            right[name].append(int(scores.argmax()) == sample["target"])
+    return {
+        f"{name} (ends counted)": Measured(float(np.mean(own)), *wilson(sum(own), len(own)))
+        for name, own in right.items()
+        if own
+    }
 
 
 def _answer(sample: Mapping[str, Any]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.choices import Request, ask
 from mtl_lora_cli.evaluation.generate import generate
@@ -47,6 +48,11 @@ class AdaptedLM(TemplateLM):
     def eot_token_id(self) -> int:
         """The end token."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def answer_end(self) -> tuple[int, ...]:
+        """What training teaches behind an answer."""
+        return Encoder(self.tokenizer, self._opened.recipe.prompt_format).answer_end
 
     @property
     def prefix_token_id(self) -> int:
@@ -121,6 +127,11 @@ class AdaptedLM(TemplateLM):
                 if text is not None:
                     self.cache_hook.add_partial("loglikelihood", text, results[number])
         return results
+
+    def with_ends(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """log p of each continuation, and of the end that training teaches behind it."""
+        whole = [(None, context, [*text, *self.answer_end]) for context, text in asked]
+        return [logprob for logprob, _ in self._loglikelihood_tokens(whole)]
 
     def _judge(self, batch: PackedBatch) -> torch.Tensor:
         logprobs, likeliest = self._opened.packed.judge(batch)

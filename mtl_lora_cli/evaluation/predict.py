@@ -35,7 +35,8 @@ class Predictor:
       label;
     - `probabilities`: text of each choice → p ∝ exp(score), where the score is the choice's
       log-probability, divided as the template's `normalisation` says;
-    - `value`: Σ p · label, for a task with `scoring: expectation`.
+    - `value`: Σ p · label, for a task with `scoring: expectation`;
+    - `ends_counted`: true where the end of each choice counts, for one of them begins another.
 
     Args:
         opened: the run with its model.
@@ -147,6 +148,8 @@ class Predictor:
             }
             if task.template.scoring == "expectation":
                 prediction["value"] = expected_value(task, likely)
+            if said.requests[number].ends:
+                prediction["ends_counted"] = True
             yield prediction
 
 

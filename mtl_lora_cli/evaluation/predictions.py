@@ -84,6 +84,7 @@ def _lines(
                 "choices": list(example.choices),
                 "log_probabilities": scores[number].tolist(),
                 "scores": divided[number].tolist(),
+                "ends_counted": answers.requests[number].ends > 0,
             }
         if answers.texts is not None:
             line["generated"] = answers.texts[number]

@@ -28,6 +28,8 @@ _ASKED = (
     "harness_task",
     "limit",
     "rows_fingerprint",
+    "ends_counted",  # older results have none, and counted none
+    "positive",
 )
 # What else is the same where only the adapter makes the difference.
 _AROUND = ("template", "prompt_format", "base_model", "dtype", "quantization")
@@ -69,7 +71,7 @@ def compare_with_run(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, 
 def _differences(
     one: Mapping[str, Any], other: Mapping[str, Any], keys: tuple[str, ...]
 ) -> list[str]:
-    return [key for key in keys if one.get(key) != other.get(key)]
+    return [key for key in keys if (one.get(key) or None) != (other.get(key) or None)]
 
 
 def beside(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

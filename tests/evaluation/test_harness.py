@@ -194,6 +194,39 @@ def test_the_harness_runs_its_task_with_our_model(
     assert base["rows_fingerprint"] == result["rows_fingerprint"]
 
 
+def test_both_figures_where_one_choice_begins_another(
+    opened: OpenRun, tasks: list[Task], harness_file: Path, tmp_path: Path
+) -> None:
+    """The harness's own stand under its names; those with the ends counted are our own protocol's."""
+    prompts = ("great film Rating:", "Lily saw ten birds:", "Tom had a ball:", "It was")
+    options = [("1", "10"), ("1", "10"), ("yes", "no"), ("sun", "sunny", "rain")]
+    examples = [
+        Example(prompt, some[1], some, 1) for prompt, some in zip(prompts, options, strict=True)
+    ]
+    text = "".join(
+        json.dumps({"prompt": e.prompt, "choices": list(e.choices), "gold": e.gold}) + "\n"
+        for e in examples
+    )
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    rows = Examples("test", examples, [f"rows:{n}" for n in range(4)], [], "rows")
+    task = replace(
+        tasks[2], template=tasks[2].template.model_copy(update={"metrics": ["accuracy"]})
+    )
+    (own,) = evaluate(opened, [task], Setting(protocol="choices"), rows=[rows])
+    by_character = Setting(protocol="choices", normalisation="character")
+    (per_character,) = evaluate(opened, [task], by_character, rows=[rows])
+    setting = Setting(protocol="lm-eval", harness_task=str(harness_file))
+    (result,) = evaluate(opened, [task], setting)
+    assert own["ends_counted"] == result["ends_counted"] == 3
+    found = {name: measured["value"] for name, measured in result["metrics"].items()}
+    assert found["acc"] == own["harness"]["acc"]["value"]
+    assert found["acc_norm"] == own["harness"]["acc_norm"]["value"]
+    assert found["acc (ends counted)"] == own["metrics"]["accuracy"]["value"]
+    assert found["acc_norm (ends counted)"] == per_character["metrics"]["accuracy"]["value"]
+    (base,) = evaluate(opened, [tasks[1]], replace(setting, limit=1, base_only=True))
+    assert base["ends_counted"] == 1
+
+
 def test_normalised_predictions_are_the_harness_s(harness_file: Path, tmp_path: Path) -> None:
     """Its own code on drawn log-likelihoods; choices of several lengths and letters of several bytes."""
     from lm_eval.tasks import TaskManager
