@@ -17,14 +17,15 @@ from .today import NOT_YET
 LONGEST_REFUSAL = 400
 
 
-def chosen(model: Tiny) -> object:
-    marks = [] if model.quick else [pytest.mark.families]
+def chosen(model: Tiny, *, quick: bool) -> object:
+    """The model as a parameter of a test; where it is not quick, `make families` alone has it."""
+    marks = [] if quick else [pytest.mark.families]
     if str(model) in NOT_YET:
         marks.append(pytest.mark.xfail(reason="not mended yet", strict=False))
     return pytest.param(model, marks=marks, id=str(model))
 
 
-@pytest.mark.parametrize("model", [chosen(model) for model in MODELS])
+@pytest.mark.parametrize("model", [chosen(model, quick=model.quick) for model in MODELS])
 def test_packed_is_as_alone(
     model: Tiny, folder_of: Callable[[Tiny], Path], record: Callable[[Result], None]
 ) -> None:

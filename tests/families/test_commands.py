@@ -1,0 +1,142 @@
+"""Train, evaluate, merge, export: transformers and PEFT alone, elsewhere, give the run's answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.open_run import read_tasks
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.runs.folder import find_run
+
+from .alone import Alone
+from .models import MODELS, Tiny
+from .test_matrix import chosen
+
+TASKS = ("animals", "uses", "search_ads")
+SCORED, GENERATED = 6, 3  # rows of each task
+CLOSE = 1e-3  # of a candidate of several tokens, whose merged weights were rounded once
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """`ask(folder=…, adapter=…, asked=…)` puts questions to the process of `plain_process.py`."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("plain_process.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def put(**question: Any) -> dict[str, Any]:
+        question = {"adapter": None, "said": [], **question}
+        print(json.dumps(question, default=str), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        assert answer, "the process has ended; its last words stand in the error output"
+        return json.loads(answer)
+
+    yield put
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.fixture
+def mtl_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., None]:
+    """The command inside this process, working in `tmp_path`; anything but success fails the test."""
+    from mtl_lora_cli.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MTL_LORA_RUNS", raising=False)
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error" if name.endswith("VERBOSITY") else "true")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*arguments: str) -> None:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            app(list(arguments), prog_name="mtl-lora")
+        said = capfd.readouterr()
+        assert not leaving.value.code, f"mtl-lora {' '.join(arguments)}: {said.err}{said.out}"
+
+    return run
+
+
+def write_recipe(folder: Path, base: Path, targets: list[str]) -> None:
+    content = {
+        "base_model": str(base),
+        "adapter": {"rank": 4, "target_modules": targets},
+        "tasks": [{"name": name, "template": f"samples/{name}"} for name in TASKS],
+        "training": {
+            "max_steps": 10,
+            "epochs": 100,
+            "row_length": 256,
+            "rows_per_step": 1,
+            "learning_rate": 1e-2,
+        },
+        "run": {"name": "small"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def lines_of(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each task."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: [line for line in lines if line["task"] == name] for name in TASKS}
+
+
+@pytest.mark.parametrize(
+    "model", [chosen(model, quick=False) for model in MODELS if not model.refused]
+)
+def test_a_run_is_what_it_leaves_behind(
+    model: Tiny,
+    folder_of: Callable[[Tiny], Path],
+    mtl_lora: Callable[..., None],
+    ask: Ask,
+    tmp_path: Path,
+) -> None:
+    base = folder_of(model)
+    alone = Alone(base, sees=model.vision is not None)
+    targets = sorted(model.targets or {path.rpartition(".")[2] for path in alone.linear_layers()})
+    write_recipe(tmp_path, base, targets)
+    mtl_lora("train", "recipe.yaml")
+    scored = ("--task", "all", "--limit", str(SCORED), "--predictions", "scored.jsonl")
+    mtl_lora("eval", *scored)
+    generated = ("--task", "all", "--limit", str(GENERATED), "--predictions", "generated.jsonl")
+    mtl_lora("eval", *generated, "--protocol", "generate")
+    mtl_lora("merge", "--task", "all", "--no-check")
+    mtl_lora("export", "--task", "all", "--no-check")
+    scores, texts = lines_of(tmp_path / "scored.jsonl"), lines_of(tmp_path / "generated.jsonl")
+    for task in read_tasks(find_run("small", tmp_path / "runs")):
+        examples = held_out(task, Setting(limit=SCORED)).examples
+        asked = [[example.prompt, list(example.choices)] for example in examples]
+        said = [line["generated"] for line in texts[task.name]]
+        merged = ask(folder=tmp_path / "merged/small" / task.name, asked=asked, said=said)
+        by_peft = ask(folder=base, adapter=tmp_path / "exported/small" / task.name, asked=asked)
+        untouched = ask(folder=base, asked=asked)
+        assert apart(untouched["scores"], merged["scores"]) > 10 * CLOSE, "training changed nothing"
+        own = [line["log_probabilities"] for line in scores[task.name]]
+        assert apart(own, merged["scores"]) < CLOSE
+        assert apart(own, by_peft["scores"]) < CLOSE
+        assert [text.strip() for text in said] == [text.strip() for text in merged["continued"]]
+
+
+def apart(one: list[list[float]], two: list[list[float]]) -> float:
+    """Largest difference of two models' log-probabilities of the same candidates."""
+    return max(
+        abs(a - b)
+        for some, others in zip(one, two, strict=True)
+        for a, b in zip(some, others, strict=True)
+    )
