@@ -3,6 +3,7 @@
 # make soak         kill a training run twenty times, and compare its end with an untouched run
 # make families     every model type that is known, packed beside alone, and trained, merged and exported
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
+# make package      build the source archive and the wheel into dist/ and check them (needs the network)
 # make audit        ask for known vulnerabilities of the tested versions (needs the network)
 # make licences     write docs/licences.md anew
 # make record       run the quickstart and write it down: docs/quickstart.md, and its end in README.md
@@ -60,6 +61,14 @@ families: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	MTL_LORA_FUZZ_CASES=1200 $(TEST_ENV) $(BIN)/python -m pytest -n 2 tests/fuzz
 
+# In an environment of its own: twine and what it needs are used here alone.
+package:
+	rm -rf dist
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --disable-pip-version-check --quiet build twine
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+
 audit:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
@@ -79,4 +88,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-audit build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-audit .venv-package build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
