@@ -359,11 +359,15 @@ def _cut(deepspeed: Any, packed: PackedModel, config: Mapping[str, Any]) -> nn.M
 
 
 def _quiet_deepspeed() -> Any:
-    """DeepSpeed, without its remarks."""
+    """DeepSpeed, without its remarks, and without a minute of compiling C++.
+
+    On a CPU it builds sums in shared memory, which only its inference asks for; ours are torch's.
+    """
     quiet_deepspeed()
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
