@@ -16,7 +16,7 @@ from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.runs.paths import cache_folder
 
-FORMAT = 1  # raise it when encoding or auditing gives another result than before
+FORMAT = 2  # raise it when encoding or auditing gives another result than before
 
 
 def key_of(**parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""One file of rows: JSON, JSON lines, CSV, TSV (each also gzipped) and Parquet.
+"""One file of rows: JSON, JSON lines, CSV, TSV (each also gzipped), Parquet and Arrow.
 
 A file is read whole, and what is wrong with it is an error that names the file and the line: a row
 that is quietly dropped or bent would be learned as if it were right.
@@ -7,21 +7,20 @@ that is quietly dropped or bent would be learned as if it were right.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import hashlib
-import io
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from mtl_lora_cli.errors import UsageError, file_problem
+from mtl_lora_cli.data.delimited import BY_ENDING, Layout, Table, unique_columns
+from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
+from mtl_lora_cli.pointers import require_content
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Rows:
     file: str  # as errors show it: a file, or `hub:owner/name[config]/split`
     fingerprint: str  # the same for the same content only
     places: Sequence[str]  # of each row
+    notes: tuple[str, ...] = ()  # what may have been read wrongly
 
     def where(self, index: int) -> str:
         """`path/file.jsonl:12`; `path/file.parquet, row 12` where there are no lines."""
@@ -52,24 +52,33 @@ def ending(path: Path) -> str | None:
     return next((known for known in ENDINGS if name.endswith(known)), None)
 
 
-def read_file(path: Path) -> Rows:
+def read_file(path: Path, layout: Layout = BY_ENDING) -> Rows:
     """Read one file in the format that its ending names.
 
+    Args:
+        path: a file with a known ending, or any file that `layout` gives a delimiter for.
+        layout: how it is written, where its ending does not say it.
+
     Raises:
-        UsageError: the file is missing, cannot be read, has an unknown ending, has no rows, or is
-            not what its ending says.
+        UsageError: the file is missing, cannot be read, has an unknown ending, has no rows, is not
+            what its ending says, or a Git LFS pointer.
     """
     file = str(path)
-    if (known := ending(path)) is None:
-        raise file_problem(file, f"unknown ending, expected one of {', '.join(ENDINGS)}")
+    known = ending(path)
+    if known is None and layout.delimiter is None:
+        expected = f"expected one of {', '.join(ENDINGS)}"
+        raise file_problem(
+            file, f"unknown ending, {expected}; a table needs a delimiter in its source"
+        )
     try:
         data = path.read_bytes()
-        plain = gzip.decompress(data) if known.endswith(".gz") else data
+        require_content(path, data)
+        plain = gzip.decompress(data) if path.name.lower().endswith(".gz") else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise file_problem(file, f"not a whole gzip file: {error}") from None
     except OSError as error:
         raise file_problem(file, f"cannot be read: {error.strerror}") from None
-    numbered = list(_READERS[known.removesuffix(".gz")](plain, file))
+    numbered, notes = _numbered(plain, file, known, layout)
     if not numbered:
         raise file_problem(file, "has no rows, expected at least one")
     rows = [row for row, _ in numbered]
@@ -81,7 +90,44 @@ def read_file(path: Path) -> Rows:
     for row, place in zip(rows, places, strict=True):
         if not isinstance(row, dict):
             raise UsageError(f"{place}: expected an object for each row, received {row!r:.60}")
-    return Rows(rows, file, fingerprint(data), places)
+    if isinstance(layout.columns, Mapping):
+        rows = renamed(rows, layout.columns, file)
+    content = data if layout == BY_ENDING else data + repr(layout).encode()
+    return Rows(rows, file, fingerprint(content), places, tuple(notes))
+
+
+def _numbered(
+    data: bytes, file: str, known: str | None, layout: Layout
+) -> tuple[list[tuple[Any, int]], list[str]]:
+    """The rows with their lines, and what may be wrong with them."""
+    plain = (known or "").removesuffix(".gz")
+    if plain in _READERS:
+        if layout.of_tables:
+            raise file_problem(file, f"{layout.of_tables[0]} goes with CSV, TSV and the like only")
+        return list(_READERS[plain](data, file)), []
+    delimiter = layout.delimiter or _DELIMITERS[plain]
+    quoted = plain == ".csv" or (plain != ".tsv" and delimiter != "\t")
+    if layout.quoting is not None:
+        quoted = layout.quoting == "csv"
+    table = Table(_text(data, file), file, delimiter, quoted, layout)
+    return list(table.rows()), table.notes
+
+
+def renamed(rows: list[Any], names: Mapping[str, str], file: str) -> list[Any]:
+    """The rows with other names for some of their fields.
+
+    Raises:
+        UsageError: no row has such a field, or a row has a field of the new name already.
+    """
+    known = dict.fromkeys(name for row in rows for name in row)
+    for old, new in names.items():
+        if old not in known:
+            listed = ", ".join(list(known)[:20])
+            message = f"columns: no column '{old}'{did_you_mean(old, known)}; there are: {listed}"
+            raise file_problem(file, message)
+        if new in known and new not in names:
+            raise file_problem(file, f"columns: '{old}' cannot be called '{new}', as another is")
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def _text(data: bytes, file: str, first: int = 1) -> str:
@@ -206,57 +252,41 @@ def _json_array(source: _Json, position: int) -> _Numbered:
     source.expect_end(source.visible(end + 1))
 
 
-def _delimited(data: bytes, file: str, delimiter: str) -> _Numbered:
-    """Values stay strings: whether `007` is a number is for the template to say."""
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
-    text = io.StringIO(_text(data, file), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for record in reader:
-            first, line = line, reader.line_num + 1  # a quoted value may span lines
-            if not record:
-                continue
-            if header is None:
-                header = _unique_columns(record, file, first)
-            elif len(record) == len(header):
-                yield dict(zip(header, record, strict=True)), first
-            else:
-                expected = f"expected {len(header)} columns ({', '.join(header)})"
-                raise file_problem(file, f"{expected}, received {len(record)}", line=first)
-    except csv.Error as error:
-        raise file_problem(file, f"broken quoting: {error}", line=line) from None
-
-
 def _parquet(data: bytes, file: str) -> _Numbered:
+    from pyarrow import BufferReader, parquet
+
+    yield from _columns(lambda: parquet.ParquetFile(BufferReader(data)).read(), file, "Parquet")
+
+
+def _arrow(data: bytes, file: str) -> _Numbered:
+    """A stream, as `datasets` writes it, or a file with its magic bytes."""
+    from pyarrow import BufferReader, ipc
+
+    reader = ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream
+    yield from _columns(lambda: reader(BufferReader(data)).read_all(), file, "Arrow")
+
+
+def _columns(read: Callable[[], Any], file: str, what: str) -> _Numbered:
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(pyarrow.BufferReader(data)).read()
-        names = _unique_columns(table.column_names, file, None)
+        table = read()
+        table.validate(full=True)  # else offsets that lead out of a damaged file are followed
+        names = unique_columns(table.column_names, file, None)
         columns = [column.to_pylist() for column in table.columns]
     # pyarrow's own errors are ValueErrors, OSErrors and so on, by no single base class.
     except (pyarrow.ArrowException, ValueError, OSError, ArithmeticError, MemoryError) as error:
-        raise file_problem(file, f"not a whole Parquet file: {error}") from None
+        raise file_problem(file, f"not a whole {what} file: {error}") from None
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True)), 0
 
 
-def _unique_columns(names: list[str], file: str, line: int | None) -> list[str]:
-    if len(set(names)) < len(names):
-        name = Counter(names).most_common(1)[0][0]
-        raise file_problem(file, f"the column '{name}' stands twice", line=line)
-    return names
-
-
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _READERS: dict[str, Callable[[bytes, str], _Numbered]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
-    ".csv": partial(_delimited, delimiter=","),
-    ".tsv": partial(_delimited, delimiter="\t"),
 }
-ENDINGS = (*_READERS, *(f"{name}.gz" for name in _READERS), ".parquet")
-_READERS[".parquet"] = _parquet
+_TEXTS = (*_READERS, *_DELIMITERS)
+ENDINGS = (*_TEXTS, *(f"{name}.gz" for name in _TEXTS), ".parquet", ".arrow")
+_READERS |= {".parquet": _parquet, ".arrow": _arrow}

@@ -34,6 +34,7 @@ class Examples:
         wheres: file and line of each.
         rows: the rows themselves.
         fingerprint: hash of the rows.
+        notes: what may have been read wrongly.
     """
 
     split: str
@@ -41,6 +42,7 @@ class Examples:
     wheres: list[str]
     rows: Sequence[Any]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def read_examples(
     wheres = [found.where(number) for number in numbers]
     rows = [found.rows[number] for number in numbers]
     examples = [renderer.render(row, where) for row, where in zip(rows, wheres, strict=True)]
-    return Examples(split, examples, wheres, rows, found.fingerprint)
+    return Examples(split, examples, wheres, rows, found.fingerprint, found.notes)
 
 
 def held_out_examples(task: Task, split: str | None = None) -> Examples | None:

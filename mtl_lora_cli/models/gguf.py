@@ -13,6 +13,7 @@ from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
+from mtl_lora_cli.pointers import require_content
 from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.runs.paths import cache_folder
 
@@ -27,11 +28,13 @@ def converted_folder(path: Path) -> Path:
     """
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            start = file.read(1024)
+            require_content(path, start)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    magic = start[:4]
     if magic != b"GGUF":
         raise UsageError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{CONVERSION}"

@@ -25,6 +25,26 @@ def _texts(names: Any) -> Any:
     return {str(key) if type(key) is int else key: value for key, value in names.items()}
 
 
+def _one_character(delimiter: Any) -> Any:
+    """`tab` is a word for the one that is hard to write."""
+    if delimiter == "tab":
+        return "\t"
+    if isinstance(delimiter, str) and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise ValueError(f"expected one character, or tab, received {delimiter!r:.60}")
+    return delimiter
+
+
+def _columns_form(value: Any) -> str:
+    return "renamed" if isinstance(value, dict) else "named"
+
+
+ColumnNames = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Columns = Annotated[
+    Annotated[ColumnNames, Tag("named")] | Annotated[dict[str, str], Tag("renamed")],
+    Discriminator(_columns_form),
+]
+
+
 class Source(StrictModel):
     """Where a task's rows come from: exactly one of `sample`, `path` and `hub`."""
 
@@ -35,6 +55,11 @@ class Source(StrictModel):
     revision: str | None = None  # the hub data set's revision
     # split of ours -> file below `path`, or name of the hub's split
     splits: dict[Literal["train", "validation", "test"], str] | None = None
+    # How tables as text are written, where their ending does not say it; see docs/tasks.md.
+    delimiter: Annotated[str | None, BeforeValidator(_one_character)] = None
+    quoting: Literal["csv", "none"] | None = None
+    columns: Columns | None = None  # of files without a header; or a name -> another one
+    broken_rows: Literal["error", "drop"] | None = None  # with another number of fields
     # One file for many tasks: the column that says which task a row belongs to. A recipe's entry
     # with such a source stands for all of its tasks, or for the one that `task` names.
     task_column: str | None = None
@@ -60,6 +85,14 @@ class Source(StrictModel):
         for name in ("config", "revision"):
             if getattr(self, name) is not None and self.hub is None:
                 raise ValueError(f"'{name}' goes with a hub source only")
+        for name in ("delimiter", "quoting", "broken_rows"):
+            if getattr(self, name) is not None and self.path is None:
+                raise ValueError(f"'{name}' goes with a path only")
+        if isinstance(self.columns, list):
+            if self.path is None:
+                raise ValueError("'columns' as a list goes with a path only")
+            if len(set(self.columns)) < len(self.columns):
+                raise ValueError("two of the 'columns' have the same name")
         for name in ("task_names", "task"):
             if getattr(self, name) is not None and self.task_column is None:
                 raise ValueError(f"'{name}' goes with a task_column only")

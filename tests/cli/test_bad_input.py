@@ -29,6 +29,11 @@ label: label
 choices: {yes: "yes", no: "no"}
 """
 ROWS = '{"word": "red", "label": "yes"}\n{"word": "dog", "label": "no"}\n'
+POINTER = """\
+version https://git-lfs.github.com/spec/v1
+oid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0002f74190d6caea8
+size 1048576
+"""
 FILES = {"recipe.yaml": RECIPE, "color.yaml": TEMPLATE, "color.jsonl": ROWS}
 
 TRAIN = ("train", "recipe.yaml")
@@ -333,6 +338,67 @@ CASES = [
         "a line that is no JSON",
         ("TMP/color.jsonl:2: not valid JSON: …",),
         files={"color.jsonl": ROWS.replace('{"word": "dog"', '{word: "dog"')},
+        early=False,
+    ),
+    Bad(
+        "rows that are a Git LFS pointer",
+        ("TMP/color.jsonl is a Git LFS pointer, not the file: git lfs pull",),
+        files={"color.jsonl": POINTER},
+        early=False,
+    ),
+    Bad(
+        "rows that are a web page",
+        ("TMP/color.jsonl is a web page, not the file: download the file itself",),
+        files={"color.jsonl": "\n<!DOCTYPE html>\n<html></html>\n"},
+        early=False,
+    ),
+    Bad(
+        "a base model that is a Git LFS pointer",
+        ("TMP/base/model.safetensors is a Git LFS pointer, not the file: git lfs pull",),
+        files={
+            **recipe("STORIES", "base"),
+            "base/config.json": '{"model_type": "llama"}',
+            "base/model.safetensors": POINTER,
+        },
+        early=False,
+    ),
+    Bad(
+        "a GGUF file that is a Git LFS pointer",
+        ("TMP/base.gguf is a Git LFS pointer, not the file: git lfs pull",),
+        (*TRAIN, "base_model=base.gguf"),
+        {"base.gguf": POINTER},
+        early=False,
+    ),
+    Bad(
+        "a table with another delimiter",
+        (
+            "TMP/color.csv:1: the only column is 'word;label'; say delimiter: ';' in the source",
+        ),
+        files={**recipe("color.jsonl", "color.csv"), "color.csv": "word;label\nred;yes\n"},
+        early=False,
+    ),
+    Bad(
+        "a quotation mark that never closes",
+        (
+            "TMP/color.csv:3: broken quoting: a quotation mark opens here and never closes; where "
+            "quotation marks are text, say quoting: none in the source",
+        ),
+        files={
+            **recipe("color.jsonl", "color.csv"),
+            "color.csv": 'word,label\nred,yes\n"dog,no\ncat,no\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a row with another number of fields",
+        (
+            "TMP/color.tsv:3: expected 2 columns (word, label), received 3; broken_rows: drop in "
+            "the source leaves such rows out",
+        ),
+        files={
+            **recipe("color.jsonl", "color.tsv"),
+            "color.tsv": "word\tlabel\nred\tyes\ndog\tno\tno\n",
+        },
         early=False,
     ),
     Bad(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from mtl_lora_cli.data.delimited import BY_ENDING, Layout
 from mtl_lora_cli.data.file_formats import ENDINGS, Rows, read_file
 from mtl_lora_cli.data.streams import stream_parts
 from mtl_lora_cli.errors import UsageError
@@ -32,13 +34,13 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1", "cp1252")
 TEMPLATE = Template(description="x", prompt="{{ text }}?", label="label", choices={0: "no", 1: "yes"})  # fmt: skip
 
 
-def read(data: bytes, ending: str) -> Rows | str:
+def read(data: bytes, ending: str, layout: Layout = BY_ENDING) -> Rows | str:
     """The rows of a file, or the one line that says why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{ending}"
         path.write_bytes(data)
         try:
-            return read_file(path)
+            return read_file(path, layout)
         except UsageError as error:
             (line,) = error.lines
             assert f"rows{ending}" in line
@@ -124,6 +126,94 @@ def test_a_stream_gives_what_the_file_gives(
         return
     assert isinstance(found, str) or given_rows == list(found.rows)
     assert not isinstance(found, str) or not given_rows  # only an empty file ends one of them
+
+
+# Texts of few characters, so that marks, delimiters and line ends meet each other often.
+FIELDS = st.text('"",;\t|\n\r\'ab é\u2028', max_size=6)
+PLAIN = st.text('"",;|\'ab é\u2028', max_size=6)  # without a tab or a line end
+
+
+@st.composite
+def tables(draw: st.DrawFn, fields: st.SearchStrategy[str]) -> list[list[str]]:
+    """A header with names that differ, and rows of the same length, none of them an empty line."""
+    width = draw(st.integers(2, 4))
+    header = draw(
+        st.lists(
+            st.text("xyz", min_size=1, max_size=3), min_size=width, max_size=width, unique=True
+        )
+    )
+    rows = st.lists(st.lists(fields, min_size=width, max_size=width), min_size=1, max_size=6)
+    return [header, *draw(rows)]  # fmt: skip
+
+
+def as_rows(table: list[list[str]]) -> list[dict[str, str]]:
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+
+
+def starts(plain: str, found: Rows, first: str) -> None:
+    """Where a row is said to stand, its first field begins."""
+    ends = ("\r\n", "\r", "\n")
+    lines = [line.rstrip("\r\n") for line in io.StringIO(plain, newline="")]
+    for row, place in zip(found.rows, found.places, strict=True):
+        line = lines[int(place.rpartition(":")[2]) - 1].lstrip('"')
+        field = row[first].replace('"', '""').lstrip('"')
+        for end in ends:
+            field = field.partition(end)[0]
+        assert line.startswith(field)
+
+
+@settings(Fuzz)
+@given(
+    tables(FIELDS),
+    st.sampled_from(",;\t|"),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from([".csv", ".tsv", ".csv.gz", ".txt"]),
+    st.booleans(),
+)
+def test_what_the_csv_module_quotes_is_what_is_read(
+    table: list[list[str]], delimiter: str, quoting: Any, end: str, ending: str, mark: bool
+) -> None:
+    if end == "\n":  # the module leaves a carriage return without marks here
+        table = [[value.replace("\r", "") for value in row] for row in table]
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=end).writerows(table)
+    data = text.getvalue().encode("utf-8-sig" if mark else "utf-8")
+    content = gzip.compress(data) if ending.endswith(".gz") else data
+    found = read(content, ending, Layout(delimiter=delimiter, quoting="csv"))
+    assert not isinstance(found, str), found
+    assert list(found.rows) == as_rows(table)
+    starts(text.getvalue(), found, table[0][0])
+    bare = read(
+        content, ending, Layout(delimiter=delimiter, quoting="csv", columns=["p", "q", "r", "s"])
+    )
+    assert isinstance(bare, str) == (len(table[0]) != 4)
+    if not isinstance(bare, str):
+        assert [list(row.values()) for row in bare.rows] == table
+
+
+@settings(Fuzz)
+@given(tables(PLAIN), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
+def test_quotation_marks_of_a_tsv_are_text(table: list[list[str]], end: str, last: bool) -> None:
+    """And where a CSV writer would have written the same marks, there is a note."""
+    text = end.join("\t".join(row) for row in table) + end * last
+    found, said = (read(text.encode(), ".tsv", Layout(quoting=how)) for how in (None, "none"))
+    assert not isinstance(found, str) and not isinstance(said, str)
+    assert list(found.rows) == list(said.rows) == as_rows(table)
+    assert [place.rpartition(":")[2] for place in found.places] == [
+        str(number) for number in range(2, len(table) + 1)
+    ]
+    doubled = [
+        value
+        for row in table
+        for value in row
+        if len(value) > 2
+        and value[0] == value[-1] == '"'
+        and '""' in value[1:-1]
+        and '"' not in value[1:-1].replace('""', "")
+    ]
+    assert bool(found.notes) == bool(doubled)
+    assert said.notes == ()
 
 
 @pytest.fixture(scope="module")
