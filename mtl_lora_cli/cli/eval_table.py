@@ -124,6 +124,16 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             notes.append(
                 f"{task}: {result['unparsable']} answers could not be read and count as wrong"
             )
+        if result.get("unreadable"):
+            notes.append(
+                f"{task}: {result['unreadable']} right answers cannot be generated so that they are "
+                "read (generate's stop and max_new_tokens, the tokenizer) and count as wrong"
+            )
+        if result.get("ties"):
+            rows = f"{result['ties']:,} of {result['examples']:,} rows"
+            notes.append(
+                f"{task}: in {rows} the highest score stands twice; the first choice counts"
+            )
         if other is not None and other.get("differs"):
             notes.append(f"{task}: the other run differs in {', '.join(other['differs'])}")
         if other is not None and "equal" in other:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.data import cache
+from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import Mixture, subset
@@ -22,6 +23,8 @@ from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Traini
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
+
+EVERY = "all"  # `--task all`
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
 
     Raises:
         ProblemsError: an unknown template, a fault in one, a task without a source, or a name that
-            stands twice.
+            stands twice or for all tasks.
     """
     tasks: list[Task] = []
     for index, entry in enumerate(loaded.recipe.tasks):
@@ -88,6 +91,11 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
         fans_out = source.task_column is not None and source.task is None
         names = tasks_in(source, base=Path(), task=entry.name) if fans_out else (entry.name,)
         for one in names:
+            if one == EVERY:
+                raise loaded.problem(
+                    ("tasks", index, "name"),
+                    f"a task cannot be called '{EVERY}': --task {EVERY} stands for every task of a run",
+                )
             if any(task.name == one for task in tasks):
                 raise loaded.problem(("tasks", index), f"the task '{one}' stands twice")
             tasks.append(
@@ -247,6 +255,10 @@ def _prepare_task(
         return bound, *stored
     examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
     assert examples is not None  # it has a fingerprint
+    held = held_out_examples(task)
+    for some in (examples, held):
+        if some is not None:
+            require_answers(task, some.examples, some.wheres, encoder)
     encoded = encode_split(
         examples.examples,
         examples.wheres,
@@ -255,7 +267,6 @@ def _prepare_task(
         limit=limit,
         on_overflow=training.on_overflow,
     )
-    held = held_out_examples(task)
     noticed = audit(
         examples.examples,
         held.examples if held else [],

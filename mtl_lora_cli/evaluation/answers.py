@@ -9,12 +9,19 @@ import numpy as np
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
-from mtl_lora_cli.evaluation.choices import Advance, Request, build_requests, score
+from mtl_lora_cli.evaluation.choices import (
+    Advance,
+    Request,
+    build_requests,
+    require_different,
+    score,
+)
 from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
-from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting, reading_of
+from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 
 Progress = Callable[[int, int], None]
@@ -32,6 +39,9 @@ class Answers:
         open_scores: the same without the end where it counts: as lm-evaluation-harness asks.
         texts: the generated answers; None where choices were scored.
         unparsable: how many of them named no choice, or held nothing of what counts.
+        unreadable: how many right answers could not be read, were they generated word for word: a text
+            that ends answers stands in them, the tokenizer does not give them back, or they are too long.
+        ties: how many examples have the highest score twice or more often.
     """
 
     requests: list[Request]
@@ -40,6 +50,8 @@ class Answers:
     open_scores: list[np.ndarray] | None = None
     texts: list[str] | None = None
     unparsable: int = 0
+    unreadable: int = 0
+    ties: int = 0
 
 
 def predict(
@@ -81,6 +93,7 @@ def answer(
         requests.append(
             build_requests(examples.examples, number, encoder, opened.longest, new_tokens=room or 0)
         )
+        require_different(task, examples, requests[-1])
     shard = Shard.of_group()
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
     together = [request.with_open for index in scored for request in requests[index]]
@@ -113,7 +126,10 @@ def answer(
         values = [one[:count] for one, count in zip(found, counts, strict=True)]
         open_ = [one[-count:] for one, count in zip(found, counts, strict=True)]
         how = setting.normalisation_of(task)
-        answers.append(Answers(own, outcome_of(task, examples, values, own, how), values, open_))
+        outcome = outcome_of(task, examples, values, own, how)
+        likeliest = task.template.scoring == "argmax"
+        ties = count_ties(normalised(values, examples, own, how or "sum")) if likeliest else 0
+        answers.append(Answers(own, outcome, values, open_, ties=ties))
     return answers
 
 
@@ -158,7 +174,13 @@ def _generated(
         predicted.append(named)
         unparsable += named < 0 if example.choices else right is None
     outcome = Outcome(np.asarray(gold), np.asarray(predicted))
-    return Answers(requests, outcome, texts=texts, unparsable=unparsable)
+    right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
+    said = opened.tokenizer.batch_decode(right_ones, skip_special_tokens=True)
+    unreadable = sum(
+        not example.choices and not reading.equal(text, example.answer)
+        for text, example in zip(said, examples.examples, strict=True)
+    )
+    return Answers(requests, outcome, texts=texts, unparsable=unparsable, unreadable=unreadable)
 
 
 def outcome_of(
@@ -197,6 +219,15 @@ def outcome_of(
         predicted,
         positive_score=np.asarray([p[positive] for p in likely]) if two else None,
         positive=positive,
+    )
+
+
+def count_ties(scores: Sequence[np.ndarray]) -> int:
+    """Examples of which two choices or more have the highest score, to a millionth of it."""
+    tops = [float(values.max()) for values in scores]
+    return sum(
+        int((values >= top - 1e-6 * abs(top)).sum() > 1)
+        for values, top in zip(scores, tops, strict=True)
     )
 
 

@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.data.answers import require_apart
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.tasks.rendering import Example
+from mtl_lora_cli.tasks.task import Task
 
 Advance = Callable[[int], None]
 
@@ -169,6 +172,16 @@ def one_begins_another(choices: Sequence[list[int]]) -> bool:
         len(one) < len(other) and other[: len(one)] == one
         for one, other in pairwise(sorted(choices))
     )
+
+
+def require_different(task: Task, examples: Examples, requests: Sequence[Request]) -> None:
+    """Refuse examples of which two candidates have the same tokens.
+
+    Raises:
+        UsageError: naming the row and the two.
+    """
+    for example, where, request in zip(examples.examples, examples.wheres, requests, strict=True):
+        require_apart(task.name, where, example.choices, request.choices)
 
 
 def score(

@@ -1,4 +1,4 @@
-"""Greedy answers: what the model says when nobody offers it candidates, and how that is read.
+"""Greedy answers: what the model says when nobody offers it candidates.
 
 Prompts of about one length go through transformers' own model together, filled up on the left, and
 its key-value cache keeps what they leave: each further token costs one position a row.
@@ -6,9 +6,7 @@ its key-value cache keeps what they leave: each further token costs one position
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +15,9 @@ from torch import Tensor
 from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
 from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.tasks.reading import Reading
+
+__all__ = ["Reading", "generate"]
 
 Stopped = Callable[[list[int]], bool]
 
@@ -114,50 +115,3 @@ def _filled_up(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     ids = [[0] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
     mask = [[0] * gap + [1] * (longest - gap) for gap in missing]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a task's generated answers end, and what is read in them.
-
-    Attributes:
-        stop: texts at which an answer ends; white space at its beginning does not count.
-        extract: a regular expression of what counts in an answer; None: the answer as a whole.
-    """
-
-    stop: tuple[str, ...] = ()
-    extract: str | None = None
-
-    def complete(self, text: str) -> bool:
-        """Whether an answer has come to one of the texts that end it."""
-        return any(stop in text.lstrip() for stop in self.stop)
-
-    def answer(self, text: str) -> str:
-        """The answer in a generated text."""
-        text = text.strip()
-        for stop in self.stop:
-            text = text.split(stop)[0]
-        return text.strip()
-
-    def found(self, text: str) -> list[str]:
-        """What the expression finds, in order: its group, or the whole match where it has none."""
-        return re.findall(self.extract, text) if self.extract is not None else [text]
-
-    def choice(self, text: str, choices: Sequence[str]) -> int:
-        """The index of the choice that a generated text names, −1 where it names none.
-
-        With `extract`: of what is found in the answer, the first that is found in a choice, too.
-        Without: the choice that the answer begins with; case does not count.
-        """
-        answer = self.answer(text)
-        if self.extract is not None:
-            known = {self.found(choice)[0]: number for number, choice in enumerate(choices)}
-            return next((known[part] for part in self.found(answer) if part in known), -1)
-        begun = answer.casefold()
-        fitting = (n for n, choice in enumerate(choices) if begun.startswith(choice.casefold()))
-        return next(fitting, -1)
-
-    def equal(self, text: str, expected: str) -> bool | None:
-        """Whether a generated text is the expected free answer; None where nothing is found in it."""
-        found = self.found(self.answer(text))
-        return found[0] == self.found(expected)[0] if found else None

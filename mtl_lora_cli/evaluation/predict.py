@@ -13,7 +13,8 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.open_run import OpenRun
-from mtl_lora_cli.evaluation.protocols import Setting, reading_of
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
 from mtl_lora_cli.tasks.task import Task
 

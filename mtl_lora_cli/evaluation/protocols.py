@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.generate import Reading
-from mtl_lora_cli.tasks.rendering import prefix_conflict
+from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
-from mtl_lora_cli.tasks.template import Normalisation, Template
+from mtl_lora_cli.tasks.template import Normalisation
 
 CHOICES = "choices"
 GENERATE = "generate"
@@ -88,43 +86,6 @@ def require_fit(task: Task, examples: Examples, protocol: str) -> None:
         )
     reading = reading_of(template)
     for example, where in zip(examples.examples, examples.wheres, strict=True):
-        expected = example.choices or (example.answer,)
-        why = _unreadable(reading, expected)
+        why = reading.conflict(example.choices) if example.choices else None
         if why is not None:
-            raise UsageError(
-                f"{where}: task '{task.name}': {why}"
-                + (f": use --protocol {CHOICES}" if example.choices else "")
-            )
-
-
-def _unreadable(reading: Reading, expected: Sequence[str]) -> str | None:
-    """Why the expected answers cannot be told apart when they are generated."""
-    if reading.extract is None:
-        conflict = prefix_conflict(expected)
-        if conflict is None:
-            return None
-        return (
-            f"the choice '{conflict[0]}' begins the choice '{conflict[1]}', so a generated answer "
-            "cannot tell them apart"
-        )
-    found: dict[str, str] = {}
-    for text in expected:
-        parts = reading.found(text)
-        if not parts:
-            return f"generate.extract '{reading.extract}' finds nothing in the answer '{text}'"
-        if parts[0] in found:
-            return (
-                f"generate.extract '{reading.extract}' finds '{parts[0]}' in '{found[parts[0]]}' "
-                f"and in '{text}', so a generated answer cannot tell them apart"
-            )
-        found[parts[0]] = text
-    return None
-
-
-def reading_of(template: Template) -> Reading:
-    """How a task's generated answers are read."""
-    own = template.generate
-    stop = own.stop
-    if stop is None:  # choices are named in the first line
-        stop = ["\n"] if template.choices is not None and own.extract is None else []
-    return Reading(tuple(stop), own.extract)
+            raise UsageError(f"{where}: task '{task.name}': {why}: use --protocol {CHOICES}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.jinja import Expression, Text, explain
-from mtl_lora_cli.tasks.template import Each, Template, index_of, number
+from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
 Variables = dict[str, Any]
@@ -63,7 +62,7 @@ class Renderer:
         choices = self._wrapped([text.strip() for text in texts], variables, where)
         if not labelled:
             return Example(prompt, "", choices, -1)
-        gold, value = self._gold(labels, variables, where)
+        gold, value = self._gold(labels, texts, variables, where)
         return Example(prompt, choices[gold], choices, gold, value)
 
     def labels(self, row: Mapping[str, Any], where: str) -> list[Any]:
@@ -115,7 +114,7 @@ class Renderer:
         return choices
 
     def _gold(
-        self, labels: Sequence[Any], variables: Variables, where: str
+        self, labels: Sequence[Any], texts: Sequence[str], variables: Variables, where: str
     ) -> tuple[int, float | None]:
         label = self._get("label", self._label, variables, where)
         if label is None:
@@ -127,7 +126,39 @@ class Renderer:
             raise self._error(
                 where, "label", f"received {_short(label)}, expected one of {_listed(labels)}"
             )
+        self._require_one_way(label, gold, labels, texts, where)
         return gold, None
+
+    def _require_one_way(
+        self, label: Any, gold: int, labels: Sequence[Any], texts: Sequence[str], where: str
+    ) -> None:
+        """Refuse a label that picks one choice by its value and another one by its place.
+
+        Raises:
+            UsageError: naming both; or two labels are the same.
+        """
+        shown = _short(label)
+        later = labels[gold + 1 :]
+        again = index_of(label, later)
+        if again is not None and (labels[gold] == label) == (later[again] == label):
+            raise self._error(where, "label", f"{shown} fits two of {_listed(labels)}")
+        choices = self.template.choices
+        if isinstance(choices, dict) or (isinstance(choices, Each) and choices.labels is not None):
+            return
+        place, option = index_in(label, texts), index_of(label, texts)
+        if place is None or option is None or place == option:
+            return
+        cure = (
+            "choices: {each: …, labels: …}"
+            if isinstance(choices, Each)
+            else "choices: {label: text, …}"
+        )
+        raise self._error(
+            where,
+            "label",
+            f"{shown} fits in two ways: as the option {_short(texts[option])} and as the index of "
+            f"{_short(texts[place])}; say which with {cure}",
+        )
 
     def _nearest(self, label: Any, labels: Sequence[Any], where: str) -> tuple[int, float]:
         """The choice nearest to a number (the earlier of two), and the number itself."""
@@ -151,18 +182,6 @@ class Renderer:
 
     def _error(self, where: str, key: str, message: str) -> UsageError:
         return UsageError(f"{where}: task '{self.task}': {key}: {message}")
-
-
-def prefix_conflict(choices: Sequence[str]) -> tuple[str, str] | None:
-    """Two choices of which the first begins the second, if there are such.
-
-    Reading a generated answer, `not` cannot be told from the beginning of `not sure`.
-    """
-    ordered = sorted(choices)
-    for shorter, longer in pairwise(ordered):
-        if longer.startswith(shorter):
-            return shorter, longer
-    return None
 
 
 def _candidates(

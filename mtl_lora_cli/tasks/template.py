@@ -129,7 +129,7 @@ class Template(StrictModel):
     normalisation: Normalisation = "sum"
     generate: Generation = Field(default=Generation())
     metrics: list[Metric] = Field(default=[], validate_default=True)
-    positive: Label | None = None  # for f1 and roc_auc; default: the second choice
+    positive: Label | None = None  # for f1 and roc_auc; default: 1, true or yes, else the second
 
     @property
     def labels(self) -> list[Label] | None:
@@ -138,9 +138,10 @@ class Template(StrictModel):
 
     @property
     def positive_index(self) -> int:
-        """Which of two choices is the positive class."""
-        index = None if self.positive is None else index_of(self.positive, self.labels or [])
-        return 1 if index is None else index
+        """Which of two choices is the positive class: the label 1, true or yes unless it is said."""
+        wanted = (1, "true", "yes") if self.positive is None else (self.positive,)
+        found = [index_of(label, self.labels or []) for label in wanted]
+        return next((index for index in found if index is not None), 1)
 
     @field_validator("fields")
     @classmethod
@@ -238,6 +239,14 @@ def index_of(label: Any, labels: Sequence[Any]) -> int | None:
         if str(known).casefold() == text:
             return index
     return None
+
+
+def index_in(label: Any, choices: Sequence[Any]) -> int | None:
+    """A label as a place among the choices, or None: a whole number from 0 to their last."""
+    value = None if isinstance(label, bool) else number(label)
+    if value is None or not value.is_integer() or not 0 <= value < len(choices):
+        return None
+    return int(value)
 
 
 def number(label: Any) -> float | None:

@@ -18,7 +18,13 @@ from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.prepare import Examples, read_examples
 from mtl_lora_cli.evaluation.answers import outcome_of
-from mtl_lora_cli.evaluation.choices import Request, ask, build_requests, fill_passes
+from mtl_lora_cli.evaluation.choices import (
+    Request,
+    ask,
+    build_requests,
+    fill_passes,
+    require_different,
+)
 from mtl_lora_cli.evaluation.metrics import Outcome, undefined
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.ranks import Shard
@@ -108,7 +114,9 @@ def encode_validation(
         )
         one = HeldOut(task, split, found)
         if training.validation.metric and Setting().protocol_of(task) == CHOICES:
-            one = _with_metric(one, build_requests(found.examples, task.id, encoder, limit))
+            requests = build_requests(found.examples, task.id, encoder, limit)
+            require_different(task, found, requests)
+            one = _with_metric(one, requests)
         held.append(one)
     return held
 

@@ -524,6 +524,96 @@ CASES = [
         ("…",),
         ("tasks", "show", "sst2", "--source", "sample:a b"),
     ),
+    Bad(
+        "a task by the name that stands for all",
+        ("recipe.yaml:3: tasks.0.name: a task cannot be called 'all': --task all stands for every …",),
+        files=recipe("name: color", "name: all"),
+        early=False,
+    ),
+    Bad(
+        "a task of a column by the name that stands for all",
+        ("recipe.yaml:3: tasks.0.name: a task cannot be called 'all': --task all stands for every …",),
+        files={
+            **recipe("color.jsonl", "{path: rows.jsonl, task_column: kind}"),
+            "rows.jsonl": '{"word": "red", "label": "yes", "kind": "all"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a label that is an index and an option",
+        (
+            "TMP/color.jsonl:1: task 'color': label: 2 fits in two ways: as the option '2' and as the "
+            "index of '3'; say which with choices: {each: …, labels: …}",
+        ),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nlabel: label\nchoices: {each: options}\n",
+            "color.jsonl": '{"word": "two", "options": ["1", "2", "3"], "label": 2}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a label that is an index and a text of the list",
+        (
+            "TMP/color.jsonl:1: task 'color': label: 1 fits in two ways: as the option '1' and as the "
+            "index of '2'; say which with choices: {label: text, …}",
+        ),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nlabel: label\nchoices: ['1', '2']\n",
+            "color.jsonl": '{"word": "two", "label": 1}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a label that fits two labels in other letters",
+        ("TMP/color.jsonl:1: task 'color': label: 'YES' fits two of 'yes', 'Yes'",),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nlabel: label\nchoices: {'yes': a, 'Yes': b}\n",
+            "color.jsonl": '{"word": "two", "label": "YES"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a right answer that its own stop text cuts",
+        (
+            "TMP/color.jsonl:2: task 'color': generate.stop ',' stands in the answer 'red, blue' and "
+            "ends it: it could never be right",
+        ),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nanswer: '{{ label }}'\ngenerate: {stop: [',']}\n",
+            "color.jsonl": '{"word": "one", "label": "red"}\n{"word": "two", "label": "red, blue"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a right answer of two lines that is read to the line's end",
+        (
+            "TMP/color.jsonl:1: task 'color': generate.stop '\\n' stands in the answer 'red\\nblue' and "
+            "ends it: it could never be right",
+        ),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nanswer: '{{ label }}'\ngenerate: {stop: [\"\\n\"]}\n",
+            "color.jsonl": '{"word": "one", "label": "red\\nblue"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a right answer in which nothing is found",
+        (
+            "TMP/color.jsonl:2: task 'color': generate.extract '[0-9]+' finds nothing in the answer "
+            "'none': it could never be right",
+        ),
+        ("validate", "recipe.yaml"),
+        {
+            "color.yaml": "description: x\nprompt: '{{ word }}'\nanswer: '{{ label }}'\ngenerate: {extract: '[0-9]+'}\n",
+            "color.jsonl": '{"word": "one", "label": "1"}\n{"word": "two", "label": "none"}\n',
+        },
+        early=False,
+    ),
     # What lies there already.
     Bad(
         "a run folder that exists",

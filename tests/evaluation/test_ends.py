@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,7 @@ def test_eval_and_predict_count_the_end_and_say_so(
         "a: in 3 of 3 rows one choice begins another; there the end of each choice counts, too; "
         "without it, as in lm-evaluation-harness, acc is 0.000"
     ) in table
-    opened.tasks.append(rating)
-    said = Predictor(opened).predict(
+    said = Predictor(replace(opened, tasks=[rating])).predict(
         [{"text": prompt.removesuffix(" Rating:")} for prompt in PROMPTS], task="a"
     )
     assert [one["label"] for one in said] == [(1, 2)[number] for number in with_end]

@@ -15,10 +15,10 @@ import torch
 
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import Reading, generate
-from mtl_lora_cli.evaluation.protocols import reading_of
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Renderer
 

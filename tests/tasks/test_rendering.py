@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.tasks.rendering import Example, Renderer, prefix_conflict
+from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.template import Template
 
 
@@ -220,8 +220,3 @@ def test_templates_cannot_be_random() -> None:
     with pytest.raises(ValueError, match="No filter named 'random'"):
         renderer(prompt="{{ [1, 2] | random }}")
     assert "no field 'lipsum'" in fault(renderer(prompt="{{ lipsum() }}"), ROW)
-
-
-def test_prefix_conflict() -> None:
-    assert prefix_conflict(["maybe", "not sure", "yes", "not"]) == ("not", "not sure")
-    assert prefix_conflict(["relevant", "irrelevant"]) is None

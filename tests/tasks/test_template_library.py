@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.tasks.reading import prefix_conflict
 from mtl_lora_cli.tasks.registry import find_template, template_names
-from mtl_lora_cli.tasks.rendering import Example, Renderer, prefix_conflict
+from mtl_lora_cli.tasks.rendering import Example, Renderer
 
 LIBRARY = [name for name in template_names() if not name.startswith("samples/")]
 
