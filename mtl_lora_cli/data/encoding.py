@@ -60,6 +60,7 @@ class Encoder:
         parts = (
             self._tokenizer.backend_tokenizer.to_str(),
             self._tokenizer.chat_template if self._chat else None,
+            sorted(self._tokenizer.special_tokens_map.items()),  # templates write them
             self._format,
             self._start,
             self.end,

@@ -98,12 +98,9 @@ def open_run(
     recipe = load_recipe(folder.recipe).recipe
     file = read_adapter_file(path)
     base = find_base_model(recipe.base_model)
-    changed = base_changes(base, file.base_model)
+    changed = base.changes_since(file.base_model)
     if changed and not force:
-        raise UsageError(
-            f"run '{folder.name}': the base model at {base.folder} is not the one that the adapter "
-            f"was trained on ({changed}); --force goes on"
-        )
+        raise other_base(folder, base, changed, "; --force goes on")
     device = pick_device()
     dtype = pick_dtype(recipe.dtype, device)
     load = load_for_float32 if in_float32 else load_model
@@ -126,13 +123,9 @@ def open_run(
     )
 
 
-def base_changes(base: BaseModel, trained_on: Mapping[str, str | None]) -> str:
-    """What tells two base models apart; empty where nothing does."""
-    expected, found = trained_on.get("revision"), base.revision
-    changes = []
-    if expected and found and expected != found:
-        changes.append(f"revision {found}, expected {expected}")
-    expected, found = trained_on.get("fingerprint"), base.fingerprint
-    if expected != found:
-        changes.append(f"fingerprint {found}, expected {expected}")
-    return ", ".join(changes)
+def other_base(folder: RunFolder, base: BaseModel, changed: str, how: str = "") -> UsageError:
+    """What is said of a run whose base model is another one by now."""
+    return UsageError(
+        f"run '{folder.name}': the base model at {base.folder} is not the one that the adapter was "
+        f"trained on ({changed}){how}"
+    )

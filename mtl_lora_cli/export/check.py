@@ -31,8 +31,9 @@ from mtl_lora_cli.evaluation.metrics import Measured, Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.finished_run import FinishedRun
-from mtl_lora_cli.export.shards import matrix_dtypes, read_shard, weight_files
+from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import (
     load_config,
     load_for_float32,

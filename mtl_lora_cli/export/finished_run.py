@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mtl_lora_cli.adapters.files import CONFIG_FILE, AdapterFile, read_adapter_file, read_alone
+from mtl_lora_cli.adapters.files import CONFIG_FILE, read_adapter_file, read_alone
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.open_run import read_tasks
+from mtl_lora_cli.evaluation.open_run import other_base, read_tasks
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import pick_device, pick_dtype
 from mtl_lora_cli.recipe.load import load_recipe
@@ -59,20 +59,8 @@ def read_finished(folder: RunFolder) -> FinishedRun:
     except MtlLoraError as error:
         raise UsageError(str(error)) from None
     base = find_base_model(recipe.base_model)
-    _require_same(base, file, folder.name)
+    changed = base.changes_since(file.base_model)
+    if changed:
+        raise other_base(folder, base, changed)
     checkpoint = hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16]
     return FinishedRun(folder, recipe, tasks, base, adapter, checkpoint)
-
-
-def _require_same(base: BaseModel, file: AdapterFile, run: str) -> None:
-    trained = file.base_model
-    if base.fingerprint == trained.get("fingerprint"):
-        return
-    revision = trained.get("revision")
-    revisions = (
-        f"revision {base.revision}, expected {revision}; " if base.revision != revision else ""
-    )
-    raise UsageError(
-        f"run '{run}': the base model at {base.folder} is not the one that the adapter was trained "
-        f"on ({revisions}fingerprint {base.fingerprint}, expected {trained.get('fingerprint')})"
-    )

@@ -31,7 +31,8 @@ from transformers import AutoConfig
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.gguf_tokenizer import add_tokenizer, rule_of
-from mtl_lora_cli.export.shards import Stored, matrix_dtypes, read_shard, weight_files
+from mtl_lora_cli.export.shards import Stored, matrix_dtypes, read_shard
+from mtl_lora_cli.models.files import weight_files
 
 # transformers' model type → llama.cpp's architecture, and whether it interleaves the rows of q and k
 _ARCHITECTURES = {

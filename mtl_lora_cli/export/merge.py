@@ -25,16 +25,15 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.quantised import Quantised
 from mtl_lora_cli.export.shards import (
     FLOATS,
-    INDEX,
     Planned,
     Stored,
     as_bytes,
     planned_size,
     read_shard,
-    weight_files,
     write_shard,
 )
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.files import INDEX, weight_files
 from mtl_lora_cli.runs.atomic import sync, write_text
 
 # Weights in other formats, which would be the base model's, and the base model's own card.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.export.shards import FLOATS, read_shard, weight_files
+from mtl_lora_cli.export.shards import FLOATS, read_shard
 from mtl_lora_cli.kernels import int8, nf4
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import load_model, pick_device
 
 

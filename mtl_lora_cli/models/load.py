@@ -68,7 +68,9 @@ def load_tokenizer(base: BaseModel) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             base.folder, config=config, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # whatever a damaged file makes tokenizers raise, a bare Exception too
         raise UsageError(
             f"base_model: '{base.name}': no tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None

@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.files import AdapterFile, read_adapter_file
 from mtl_lora_cli.adapters.inject import per_task
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.open_run import base_changes
+from mtl_lora_cli.evaluation.open_run import other_base
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.recipe.load import INHERITED, LoadedRecipe, describe_changes, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -71,7 +71,7 @@ def _require_agreement(
     """
     given = loaded.recipe
     base = find_base_model(given.base_model, beside=loaded.base)
-    changed = base_changes(base, file.base_model)
+    changed = base.changes_since(file.base_model)
     before, after = ({name: getattr(one, name) for name in INHERITED} for one in (own, given))
     before["adapter"], after["adapter"] = asdict(file.config), asdict(adapter_config(given))
     if not changed:  # two names of one model
@@ -83,7 +83,4 @@ def _require_agreement(
             f"{'; '.join(changes)}"
         )
     if changed:
-        raise UsageError(
-            f"run '{run.name}': the base model at {base.folder} is not the one that the adapter was "
-            f"trained on ({changed})"
-        )
+        raise other_base(run, base, changed)

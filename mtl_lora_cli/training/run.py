@@ -41,6 +41,7 @@ from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.trackers import tracked
+from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
 
 # What may be another when a run goes on: it does not change what is learned.
 _FREE = ("run", "distributed")
@@ -101,7 +102,8 @@ def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None
             run.extends.path.mkdir()
             shutil.copy(prepared.extends.tasks, run.extends.tasks)
             shutil.copytree(prepared.extends.adapter, run.extends.adapter)
-        save_json(run.environment, describe(prepared.device, prepared.dtype, prepared.processes))
+        around = describe(prepared.device, prepared.dtype, prepared.processes)
+        save_json(run.environment, {**around, "base_model": prepared.base.identity()})
         _write_zero(run, zero)
 
     mark_latest(create_run(path, fill))
@@ -164,7 +166,8 @@ def resume(
         processes: this one among those of the run.
 
     Raises:
-        UsageError: the run is finished, or the recipe or the data differ from the run's own.
+        UsageError: the run is finished, or the recipe, the base model, a template or the data are
+            others than those that it began with.
         MtlLoraError: memory or disk do not suffice, or the loss is no number.
         Interrupted: the user stopped the run; it can be resumed.
     """
@@ -172,13 +175,18 @@ def resume(
     extends = run.extends if run.extends.path.is_dir() else None
     if run.adapter.is_dir():
         raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
+    with processes.one_after_another():
+        require_same_names(run, own)
     if recipe_path is not None or overrides:
         heir_of = own.recipe if extends is not None else None
         given = load_recipe(recipe_path or run.recipe, overrides, heir_of=heir_of)
         wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends)
         own = replace(own, recipe=_with_free(own.recipe, wanted.recipe, run))
     prepared = prepare(own, processes, extends=extends)
-    _require_same_rows(run, prepared)
+    require_same_rows(run, prepared)
+    if processes.main:
+        for line in changes_around(run, prepared):
+            print(f"note: {line}", file=sys.stderr)
     with explained(prepared):
         packed, adapter = prepared.build()
         _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
@@ -200,21 +208,6 @@ def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
         update={name: getattr(given.training, name) for name in _FREE_OF_TRAINING}
     )
     return own.model_copy(update={"training": training, "distributed": given.distributed})
-
-
-def _require_same_rows(run: RunFolder, prepared: Prepared) -> None:
-    """Refuse to go on with other rows than the run began with.
-
-    Raises:
-        UsageError: naming the first task whose training rows changed.
-    """
-    learned = prepared.data.tasks
-    for before, now in zip(read_tasks(run)[-len(learned) :], learned, strict=True):
-        if before.fingerprints.get("train") != now.fingerprints.get("train"):
-            raise UsageError(
-                f"task '{now.name}': its training rows changed since run '{run.name}' began; "
-                "go on with the rows of then, or start a new run"
-            )
 
 
 def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:

@@ -43,7 +43,10 @@ def test_a_folder(stories_folder: Path) -> None:
         "name": str(stories_folder),
         "revision": None,
         "fingerprint": found.fingerprint,
+        "tokenizer": found.tokenizer,
+        "chat_template": None,
     }
+    assert found.changes_since(found.identity()) == ""
 
 
 def test_a_folder_beside_the_recipe(copied: Path) -> None:
