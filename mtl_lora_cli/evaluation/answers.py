@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from mtl_lora_cli.evaluation.choices import (
     require_different,
     score,
 )
-from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.generate import Stopped, generate
 from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
@@ -142,26 +143,47 @@ def _generated(
     advance: Advance,
     shard: Shard,
 ) -> Answers:
-    """Greedy answers; one that names no choice is wrong, and predicted as -1."""
-    reading = reading_of(task.template)
-    most = task.template.generate.max_new_tokens
-    limits = [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
-
-    def stopped(tokens: list[int]) -> bool:
-        return bool(reading.stop) and reading.complete(opened.tokenizer.decode(tokens))
-
+    """Greedy answers."""
     answers = generate(
         opened.packed,
         requests,
         end=end,
-        new_tokens=limits,
+        new_tokens=answer_limits(task, requests),
         device=opened.device,
         tokens_per_pass=opened.tokens_per_pass,
-        stopped=stopped,
+        stopped=stop_of(task, opened.tokenizer),
         advance=advance,
         shard=shard,
     )
-    texts = opened.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return read_generated(opened.tokenizer, task, examples, requests, answers)
+
+
+def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
+    """The most tokens that each generated answer may have."""
+    most = task.template.generate.max_new_tokens
+    return [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
+
+
+def stop_of(task: Task, tokenizer: Any) -> Stopped:
+    """Whether the tokens of a generated answer have come to a text that ends it."""
+    reading = reading_of(task.template)
+
+    def stopped(tokens: list[int]) -> bool:
+        return bool(reading.stop) and reading.complete(tokenizer.decode(tokens))
+
+    return stopped
+
+
+def read_generated(
+    tokenizer: Any,
+    task: Task,
+    examples: Examples,
+    requests: list[Request],
+    answers: Sequence[list[int]],
+) -> Answers:
+    """What the tokens of generated answers name; what names no choice is wrong, and predicted as -1."""
+    reading = reading_of(task.template)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     predicted, gold, unparsable = [], [], 0
     for text, example in zip(texts, examples.examples, strict=True):
         if example.choices:
@@ -174,8 +196,9 @@ def _generated(
         predicted.append(named)
         unparsable += named < 0 if example.choices else right is None
     outcome = Outcome(np.asarray(gold), np.asarray(predicted))
+    limits = answer_limits(task, requests)
     right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
-    said = opened.tokenizer.batch_decode(right_ones, skip_special_tokens=True)
+    said = tokenizer.batch_decode(right_ones, skip_special_tokens=True)
     unreadable = sum(
         not example.choices and not reading.equal(text, example.answer)
         for text, example in zip(said, examples.examples, strict=True)

@@ -1,4 +1,4 @@
-"""A merged or exported model beside the run that it comes from, by the evaluation's own code."""
+"""A merged or exported model, asked by its own program alone, beside the run that it comes from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.adapters.files import CONFIG_FILE
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.metrics import measure
 from mtl_lora_cli.evaluation.protocols import LM_EVAL, Setting
 from mtl_lora_cli.evaluation.results import OUTCOME, beside
@@ -95,9 +95,12 @@ def against(
         of a log-probability, and the share of `equal` predictions.
 
     Raises:
-        UsageError: free answers cannot be generated with it.
+        UsageError: it cannot be loaded, or free answers cannot be generated with it.
     """
-    said = _reader(folder)(Questions(run, task, setting), folder)
+    try:
+        said = _reader(folder)(Questions(run, task, setting), folder)
+    except CheckError as error:
+        raise UsageError(f"--against {folder}: {error}") from None
     if said.outcome is None:
         raise UsageError(
             f"--against {folder}: llama.cpp is asked for log-probabilities alone, and task "

@@ -24,12 +24,19 @@ import torch
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.answers import answer, outcome_of
+from mtl_lora_cli.evaluation.answers import (
+    answer,
+    answer_limits,
+    outcome_of,
+    read_generated,
+    stop_of,
+)
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.metrics import Measured, Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
-from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -93,9 +100,14 @@ class Questions:
         return torch.float32 if self.in_float32 else self.run.dtype
 
     def load(self, base: BaseModel, quantization: str = "none") -> Any:
-        """A transformers folder, or the run's base model, as it is asked."""
+        """The run's base model as our own code takes it."""
         load = load_for_float32 if self.in_float32 else load_model
         return load(base, dtype=self.run.dtype, device=pick_device(), quantization=quantization)
+
+    def load_alone(self, folder: Path, quantization: str = "none") -> Any:
+        """A transformers folder as any user has it, see `ask_alone`."""
+        dtype = self.run.dtype
+        return load_alone(folder, dtype, quantization=quantization, in_float32=self.in_float32)
 
     @cached_property
     def examples(self) -> Examples:
@@ -110,8 +122,16 @@ class Questions:
     @cached_property
     def requests(self) -> list[Request]:
         """The rows as they are asked."""
-        encoder = Encoder(self.tokenizer, self.run.recipe.prompt_format)
-        return build_requests(self.examples.examples, self.task.id, encoder, self.longest)
+        return self._requests()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """As the run encodes."""
+        return Encoder(self.tokenizer, self.run.recipe.prompt_format)
+
+    def _requests(self, new_tokens: int = 0) -> list[Request]:
+        rows, task = self.examples.examples, self.task.id
+        return build_requests(rows, task, self.encoder, self.longest, new_tokens=new_tokens)
 
     @cached_property
     def longest(self) -> int:
@@ -142,6 +162,23 @@ class Questions:
         scores = score(packed, self.requests, device=opened.device, tokens_per_pass=tokens)
         return Answers(scores, own.outcome)
 
+    def ask_alone(self, model: Any) -> Answers:
+        """Put them to a model of transformers', or of PEFT's on it, and to none of our own code."""
+        scores = score_alone(model, self.requests)
+        if self.setting.protocol_of(self.task) == CHOICES:
+            return self.answers(scores)
+        room = self.task.template.generate.max_new_tokens or 0
+        requests = self._requests(room)
+        answers = generate_alone(
+            model,
+            requests,
+            end=self.encoder.end,
+            new_tokens=answer_limits(self.task, requests),
+            stopped=stop_of(self.task, self.tokenizer),
+        )
+        said = read_generated(self.tokenizer, self.task, self.examples, requests, answers)
+        return Answers(scores, said.outcome)
+
     def answers(self, scores: list[np.ndarray]) -> Answers:
         """What log-probabilities alone tell: the predictions, too, unless answers are free."""
         if self.task.template.choices is None:
@@ -166,8 +203,8 @@ def run_on_original(questions: Questions, folder: Path) -> Answers:
 
 
 def merged_model(questions: Questions, folder: Path) -> Answers:
-    """A transformers folder, loaded as any user would."""
-    return questions.ask(PackedModel(questions.load(find_base_model(str(folder)))))
+    """A transformers folder, loaded and asked as any user would."""
+    return questions.ask_alone(questions.load_alone(find_base_model(str(folder)).folder))
 
 
 @dataclass(frozen=True)

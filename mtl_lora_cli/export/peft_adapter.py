@@ -23,7 +23,6 @@ from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_a
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.run_merge import require_held_out, write_checked
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
 _PREFIX = "base_model.model."  # PEFT's name for what it wraps
@@ -131,9 +130,8 @@ def loaded_by_peft(questions: Questions, folder: Path) -> Answers:
     from peft import PeftModel
 
     run = questions.run
-    model = questions.load(run.base, run.recipe.quantization)
-    wrapped = PeftModel.from_pretrained(model, str(folder))
-    return questions.ask(PackedModel(wrapped.get_base_model(), engine="plain"))
+    model = questions.load_alone(run.base.folder, run.recipe.quantization)
+    return questions.ask_alone(PeftModel.from_pretrained(model, str(folder)).eval())
 
 
 def run_at_written_rank(questions: Questions, folder: Path) -> Answers:

@@ -104,21 +104,10 @@ def load_model(
     Raises:
         UsageError: the folder holds no causal language model that transformers knows.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     attention.register()
     config = load_config(base)
-    extra: dict[str, Any] = {}
-    if quantization in ("nf4", "fp4"):
-        extra["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=storage,
-        )
-    elif quantization == "int8":
-        extra["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
         with quiet_loading():
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -130,7 +119,7 @@ def load_model(
                 device_map={"": device},
                 attn_implementation=attention.NAME,
                 output_loading_info=True,
-                **extra,
+                quantization_config=bits_and_bytes(quantization, dtype, storage),
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(
@@ -162,9 +151,33 @@ def load_for_float32(
     if quantization == "none":
         return load_model(base, dtype=torch.float32, device=device)
     model = load_model(base, dtype=dtype, device=device, quantization=quantization)
+    compute_in_float32(model)
+    return model
+
+
+def compute_in_float32(model: Any) -> None:
+    """Widen a model with 4-bit weights: those stay, and all that is computed with them is float32."""
     nn.Module.float(model)  # transformers' own refuses to, for weights that this leaves as they are
     for layer in model.modules():
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None:
             layer.compute_dtype = state.dtype = torch.float32
-    return model
+
+
+def bits_and_bytes(
+    quantization: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8
+) -> Any:
+    """transformers' configuration of a `quantization`, as `load_model` takes it; None for `none`."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )

@@ -1,0 +1,189 @@
+"""A model as transformers alone has it: the party that a check asks, and none of our code in it.
+
+Its own classes load it, with the attention that they choose; its own forward and `generate` answer. Each
+example is asked by itself, and nothing is filled up to another one's length. Only candidates of one
+example, and of one length, share a pass; a candidate's last token is only asked for, so candidates
+that differ in it alone cost one row together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from mtl_lora_cli.errors import CheckError
+from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.generate import Stopped
+from mtl_lora_cli.models.load import bits_and_bytes, compute_in_float32, pick_device
+from mtl_lora_cli.models.quiet import quiet_loading
+
+_TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}  # of one example's candidates together
+
+
+def load_alone(
+    folder: Path, dtype: torch.dtype, *, quantization: str = "none", in_float32: bool = False
+) -> Any:
+    """A transformers folder, loaded as any user would.
+
+    Args:
+        folder: with config and safetensors.
+        dtype: of the weights that are not quantised.
+        quantization: as in a recipe. Such weights are rounded and expanded again by bitsandbytes: a run
+            multiplies with what they stand for, while bitsandbytes would round the other factor, too.
+        in_float32: compute in float32; quantised weights stay those of `dtype`.
+
+    Raises:
+        CheckError: transformers does not load it, or finds no value for a weight.
+    """
+    plain = quantization == "none"
+    try:
+        with quiet_loading():
+            model, loading = _class_for(folder).from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32 if plain and in_float32 else dtype,
+                device_map={"": pick_device()},
+                output_loading_info=True,
+                quantization_config=bits_and_bytes(quantization, dtype),
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckError(f"transformers does not load {folder}: {reason}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CheckError(
+            f"transformers finds no value for {len(missing)} weights in {folder}, the first is {missing[0]}"
+        )
+    if not plain:
+        if in_float32:
+            compute_in_float32(model)
+        model = model.dequantize(torch.float32 if in_float32 else dtype)
+    _leave_logits_unrounded(model)
+    return model.requires_grad_(False).eval()
+
+
+def score_alone(model: Any, requests: Sequence[Request]) -> list[np.ndarray]:
+    """Log-probabilities of every candidate of every request, as `evaluation.choices.score` gives them.
+
+        log p(choice) = Σ_i log softmax(logits of what stands before token i)[token i]
+
+    Args:
+        model: a transformers causal language model.
+        requests: each is asked by itself; its task is not looked at.
+
+    Returns:
+        For each request its candidates' log-probabilities, float64 [choices].
+    """
+    return [_score_one(model, request) for request in requests]
+
+
+def generate_alone(
+    model: Any,
+    requests: Sequence[Request],
+    *,
+    end: int,
+    new_tokens: Sequence[int],
+    stopped: Stopped,
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, as `evaluation.generate.generate` gives it.
+
+    Args:
+        model: a transformers causal language model; its own defaults of generating are set aside.
+        requests: prompts; their candidates are not looked at.
+        end: the end token; it ends an answer and is not part of it.
+        new_tokens: for each request the most tokens that its answer may have, at least 1.
+        stopped: whether an answer is complete as it stands.
+
+    Returns:
+        Tokens of each answer.
+    """
+    from transformers import GenerationConfig
+
+    answers: list[list[int]] = []
+    for request, most in zip(requests, new_tokens, strict=True):
+        ids = torch.tensor([request.prompt], device=model.device)
+        start = len(request.prompt)
+
+        def complete(ids: Any, scores: Any, start: int = start, **_: Any) -> Any:
+            return torch.tensor([stopped(ids[0, start:].tolist())], device=ids.device)
+
+        # What is not said here, such as a penalty for repetition, would be the checkpoint's.
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
+        )
+        with torch.inference_mode():
+            (whole,) = model.generate(
+                ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete]
+            )
+        answer = whole[start:].tolist()
+        answers.append(answer[:-1] if answer[-1:] == [end] else answer)
+    return answers
+
+
+def _leave_logits_unrounded(model: Any) -> None:
+    """Let an output layer of 16 bits give float32: rounded logits of 20 or more are off by 0.06."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype == torch.float32:
+        return
+    wide = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    wide.weight, wide.bias = (
+        part if part is None else nn.Parameter(part.detach().float())
+        for part in (head.weight, head.bias)
+    )
+    wide.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
+    model.set_output_embeddings(wide)
+
+
+def _class_for(folder: Path) -> Any:
+    """transformers' class for text, or, where a model has none, the one for images and text."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
+
+
+@torch.inference_mode()
+def _score_one(model: Any, request: Request) -> np.ndarray:
+    sums = np.zeros(len(request.choices))
+    for inner in _passes(request, _TOKENS_PER_PASS[model.device.type]):
+        ids = torch.tensor([[*request.prompt, *tokens] for tokens in inner], device=model.device)
+        logprobs = _last_logits(model, ids, len(inner[0]) + 1).double().log_softmax(-1)
+        for number, choice in enumerate(request.choices):
+            if tuple(choice[:-1]) in inner:
+                row = logprobs[inner.index(tuple(choice[:-1]))]
+                targets = torch.tensor(choice, device=model.device)
+                sums[number] = float(row.gather(1, targets[:, None]).sum())
+    return sums
+
+
+def _passes(request: Request, tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """What follows the prompt in each row, all of a pass of one length: every candidate but its last token."""
+    inner = sorted(
+        {tuple(choice[:-1]) for choice in request.choices}, key=lambda own: (len(own), own)
+    )
+    current: list[tuple[int, ...]] = []
+    for own in inner:
+        full = (len(current) + 1) * (len(request.prompt) + len(own)) > tokens
+        if current and (full or len(own) != len(current[0])):
+            yield current
+            current = []
+        current.append(own)
+    yield current
+
+
+def _last_logits(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits at the last positions, [B, count, V]."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath PEFT's
+    asked = inspect.signature(own.forward).parameters
+    keep = {"logits_to_keep": count} if "logits_to_keep" in asked else {}
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **keep).logits
+    return logits[:, -count:]
