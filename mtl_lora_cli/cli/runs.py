@@ -115,7 +115,7 @@ def show(
         one = summary(folder)
         recipe = _recipe_of(folder.recipe)
         files = sorted(
-            (file.relative_to(folder.path).as_posix(), known.st_size)
+            (Path(file).relative_to(folder.path).as_posix(), known.st_size)
             for file, known in files_of(folder.path)
         )
         if as_json:

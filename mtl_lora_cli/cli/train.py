@@ -50,6 +50,8 @@ def train(
             raise UsageError("a recipe is missing: mtl-lora train RECIPE")
         if run is not None and not resume:
             raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
+        if resume:
+            _require_idle(run, runs)
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
@@ -63,6 +65,14 @@ def train(
                 assert recipe is not None
                 folder = started(processes, recipe, overrides or [], runs, dry_run, as_json)
         finished(processes, folder, as_json)
+
+
+def _require_idle(run: str | None, runs: Path) -> None:
+    """A second writer is refused at once, not when the libraries are loaded."""
+    from mtl_lora_cli.runs.folder import find_run
+    from mtl_lora_cli.runs.lock import require_idle
+
+    require_idle(find_run(run, runs))
 
 
 def _resumed(

@@ -17,6 +17,7 @@ from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
 from mtl_lora_cli.evaluation.paired import paired
 from mtl_lora_cli.recipe.schema import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
+from mtl_lora_cli.runs.lock import in_turn
 
 # Two results on the same examples, asked in the same way.
 _ASKED = (
@@ -178,6 +179,7 @@ def store(folder: RunFolder, result: Mapping[str, Any]) -> str:
     name = f"{stamp}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
     folder.evaluations.mkdir(exist_ok=True)
     save_json(folder.evaluations / f"{name}.json", {"id": name, **result})
-    known = [other for other in _index(folder) if other != name]
-    save_json(folder.evaluations / "index.json", {"evaluations": [*known, name]})
+    with in_turn(folder.evaluations):  # tasks of one run may be scored by several processes at once
+        known = [other for other in _index(folder) if other != name]
+        save_json(folder.evaluations / "index.json", {"evaluations": [*known, name]})
     return name

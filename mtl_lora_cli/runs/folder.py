@@ -112,6 +112,7 @@ def create_run(path: Path, fill: Callable[[RunFolder], None] = lambda run: None)
         with new_folder(path) as folder:
             fill(RunFolder(folder))
     except OSError as error:
+        require_new(path)  # another process has made it meanwhile
         raise UsageError(f"run folder {path} cannot be made: {error.strerror}") from None
     return RunFolder(path)
 

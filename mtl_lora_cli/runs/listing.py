@@ -13,10 +13,11 @@ from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.runs.folder import RunFolder, read_json, run_names
+from mtl_lora_cli.runs.lock import writer_of
 
 FINISHED = "finished"  # its adapter is there
-RUNNING = "running"  # a process of this host has its metrics open
-PERHAPS = "running?"  # none has, but it was written to just now: maybe by another host
+RUNNING = "running"  # a process holds its lock
+PERHAPS = "running?"  # none does, but it was written to just now: maybe where locks do not reach
 STOPPED = "stopped"  # nothing behind its newest checkpoint would be lost
 UNFINISHED = "unfinished"  # some steps behind its newest checkpoint would be
 DAMAGED = "damaged"
@@ -143,7 +144,7 @@ def _status(run: RunFolder, last: dict[str, Any], kept: Sequence[int]) -> str:
 
 def activity_of(run: RunFolder, last: dict[str, Any] | None = None) -> str | None:
     """RUNNING or PERHAPS where a process seems to be at a run, else None."""
-    if _held_open(run.metrics):
+    if writer_of(run) is not None:
         return RUNNING
     if run.adapter.is_dir():
         return None
@@ -151,18 +152,6 @@ def activity_of(run: RunFolder, last: dict[str, Any] | None = None) -> str | Non
     patience = max(_RECENT, 10 * float(last.get("seconds", 0.0)))
     signs = [path.stat().st_mtime for path in (run.recipe, run.metrics) if path.exists()]
     return PERHAPS if time.time() - max(signs, default=0.0) < patience else None
-
-
-def _held_open(path: Path) -> bool:
-    """Whether a process of this host has the file open; it is seen on Linux, of one's own."""
-    wanted = path.resolve()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if any(link.readlink() == wanted for link in (process / "fd").iterdir()):
-                return True
-        except OSError:  # somebody else's, or gone by now
-            continue
-    return False
 
 
 def last_step(metrics: Path) -> dict[str, Any]:
@@ -234,12 +223,17 @@ def newest_scores(run: RunFolder) -> dict[str, Score]:
     return found
 
 
-def files_of(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def files_of(path: Path | str) -> Iterator[tuple[str, os.stat_result]]:
     """Every file below a folder, with what is known of it; no link is followed."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            file = Path(folder, name)
-            try:
-                yield file, file.lstat()
-            except OSError:  # removed meanwhile
-                continue
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from files_of(entry.path)
+                    continue
+                try:
+                    yield entry.path, entry.stat(follow_symlinks=False)
+                except OSError:  # removed meanwhile
+                    continue
+    except OSError:
+        return

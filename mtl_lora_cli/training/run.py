@@ -6,7 +6,7 @@ import errno
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from mtl_lora_cli.runs.folder import (
     require_new,
     save_json,
 )
+from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
 from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
@@ -84,8 +85,29 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
             _create(prepared, path, zero)
         prepared.processes.wait()
         run = RunFolder(path)
-        _learn(run, prepared, packed, adapter, zero, resume=False)
+        with _only_writer(run, prepared.processes):
+            _learn(run, prepared, packed, adapter, zero, resume=False)
     return run
+
+
+@contextmanager
+def _only_writer(run: RunFolder, processes: Processes) -> Iterator[None]:
+    """The processes of a run are one writer, and there is no other.
+
+    Raises:
+        UsageError: another process writes into the run; all raise it.
+    """
+    with ExitStack() as held:
+        refused = None
+        if processes.main:
+            try:
+                held.enter_context(only_writer(run))
+            except UsageError as error:
+                refused = error
+        refused = processes.same(refused)
+        if refused is not None:
+            raise refused
+        yield
 
 
 def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None:
@@ -166,11 +188,19 @@ def resume(
         processes: this one among those of the run.
 
     Raises:
-        UsageError: the run is finished, or the recipe, the base model, a template or the data are
-            others than those that it began with.
+        UsageError: another process trains it, it is finished, or the recipe, the base model, a
+            template or the data are others than those that it began with.
         MtlLoraError: memory or disk do not suffice, or the loss is no number.
         Interrupted: the user stopped the run; it can be resumed.
     """
+    with _only_writer(run, processes):
+        _go_on(run, recipe_path, overrides, processes)
+    return run
+
+
+def _go_on(
+    run: RunFolder, recipe_path: Path | None, overrides: Sequence[str], processes: Processes
+) -> None:
     own = load_recipe(run.recipe)
     extends = run.extends if run.extends.path.is_dir() else None
     if run.adapter.is_dir():
@@ -190,7 +220,6 @@ def resume(
     with explained(prepared):
         packed, adapter = prepared.build()
         _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
-    return run
 
 
 def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
