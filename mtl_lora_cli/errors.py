@@ -38,6 +38,23 @@ class UsageError(MtlLoraError):
     exit_code = ExitCode.USAGE
 
 
+class LeftOutError(UsageError):
+    """One of several tasks cannot be evaluated as asked; the others can.
+
+    Args:
+        task: its name.
+        why: what it lacks.
+    """
+
+    def __init__(self, task: str, why: str) -> None:
+        self.task, self.why = task, why
+        super().__init__(f"task '{task}': {why}")
+
+    def __reduce__(self) -> tuple[type[LeftOutError], tuple[str, str]]:
+        """Pickled as what it is made of: an error may come from another process."""
+        return type(self), (self.task, self.why)
+
+
 class CheckError(MtlLoraError):
     """A check of the result did not hold: exit code 3."""
 

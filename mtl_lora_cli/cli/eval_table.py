@@ -26,7 +26,7 @@ def as_json(
 
     rows = []
     for result, other in zip(results, beside, strict=True):
-        row = {key: value for key, value in result.items() if key not in (*OUTCOME, "positive")}
+        row = {key: value for key, value in result.items() if key not in OUTCOME}
         shown = None if other is None else {k: v for k, v in other.items() if k != "outcome"}
         rows.append({**row, "base" if name is None else "beside": shown})
     return {"run": run, "results": rows, "averages": [dataclasses.asdict(mean) for mean in means]}
@@ -49,6 +49,8 @@ def as_table(
         name: of the other model; None: the untouched base model.
         base_only: the results themselves are the base model's.
     """
+    from mtl_lora_cli.evaluation.results import title_in
+
     header = ["task", "metric", "base" if base_only else "score", "95 % interval"]
     if not base_only:
         header += [name or "base", "difference", "p"]
@@ -56,7 +58,8 @@ def as_table(
     rows = []
     for result, other in zip(results, beside, strict=True):
         for number, (metric, measured) in enumerate(result["metrics"].items()):
-            row = [result["task"] if number == 0 else "", metric, *_value(measured)]
+            title = title_in(result, metric)
+            row = [result["task"] if number == 0 else "", title, *_value(measured)]
             if not base_only:
                 row += _other(metric, other)
             accurate = metric == "accuracy"
@@ -110,6 +113,8 @@ def _other(metric: str, other: Result | None) -> list[str]:
 
 
 def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
+    from mtl_lora_cli.evaluation.results import title_in
+
     examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
     protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
     notes = [f"{examples}; protocol {protocols}"]
@@ -117,7 +122,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
         task = result["task"]
         for metric, measured in result["metrics"].items():
             if measured["value"] is None:
-                notes.append(f"{task}: {metric} is undefined: {measured['why']}")
+                title = title_in(result, metric)
+                notes.append(f"{task}: {title} is undefined: {measured['why']}")
         if result.get("ends_counted"):
             notes.append(f"{task}: {_ends_counted(result)}")
         if result["unparsable"]:
@@ -126,7 +132,7 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             )
         if result.get("unreadable"):
             notes.append(
-                f"{task}: {result['unreadable']} right answers cannot be generated so that they are "
+                f"{task}: {result['unreadable']:,} of {result['examples']:,} right answers cannot be generated so that they are "
                 "read (generate's stop and max_new_tokens, the tokenizer) and count as wrong"
             )
         if result.get("ties"):
@@ -187,8 +193,10 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def _apart(difference: float | None, low: float | None, high: float | None) -> str:
-    if difference is None or low is None or high is None:
+    if difference is None:
         return ""
+    if low is None or high is None:
+        return f"{difference:+.3f}"
     return f"{difference:+.3f} ({low:+.3f} – {high:+.3f})"
 
 

@@ -105,6 +105,7 @@ def evaluate(
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
+        from mtl_lora_cli.data.prepare import EVERY, untrained
         from mtl_lora_cli.evaluation import evaluate as room
         from mtl_lora_cli.evaluation.open_run import read_tasks
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
@@ -126,9 +127,13 @@ def evaluate(
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)
-            places = None if against is None else _places(against, chosen, setting)
+            left_out: dict[str, str] = {}
             with processes.one_after_another():  # the first one fetches what the hub has
-                rows = room.find_rows(chosen, setting)
+                every = task == EVERY
+                rows = room.find_rows(chosen, setting, left_out if every else None)
+                apart = untrained(chosen) if every else {}
+            chosen = [one for one in chosen if one.name not in left_out]
+            places = None if against is None else _places(against, chosen, setting)
             scores: dict[str, Sequence[np.ndarray] | None] = {}
 
             def told(one: Task, examples: Any, answers: Any) -> None:
@@ -153,7 +158,10 @@ def evaluate(
                     None if base_only else room.compare_with_base(folder, one) for one in results
                 ]
             if processes.main:
-                _print(folder.name, results, beside, name, base_only=base_only, as_json=as_json)
+                shown = {**left_out, **apart}
+                _print(
+                    folder.name, results, beside, name, shown, base_only=base_only, as_json=as_json
+                )
             processes.wait()
 
 
@@ -162,11 +170,12 @@ def _print(
     results: list[Result],
     beside: list[Result | None],
     name: str | None,
+    left_out: dict[str, str],
     *,
     base_only: bool,
     as_json: bool,
 ) -> None:
-    """Results, what stands beside them, and their averages, on stdout."""
+    """Results, what stands beside them, their averages, and what is left out, on stdout."""
     from mtl_lora_cli.evaluation.averages import averages
     from mtl_lora_cli.evaluation.results import theirs_in
 
@@ -177,9 +186,11 @@ def _print(
     ]
     means = averages(results, theirs if len(theirs) == len(results) else None)
     if as_json:
-        emit_json(results_as_json(run, results, beside, means, name))
+        emit_json({**results_as_json(run, results, beside, means, name), "left_out": left_out})
         return
     emit(as_table(results, beside, means, name, base_only=base_only))
+    for one, why in left_out.items():
+        emit(f"{one} is left out: {why}")
     if name is None and not base_only and None in beside:
         say("the untouched base model beside it: mtl-lora eval --base-only with the same options")
 
@@ -235,7 +246,9 @@ def _beside_run(
     missing = processes.same(missing)  # before the first process writes more results
     tasks = [task for task in read_tasks(other) if task.name in missing]
     if tasks:
-        rows = find_rows(tasks, setting)
+        left_out: dict[str, str] = {}
+        rows = find_rows(tasks, setting, left_out)
+        tasks = [task for task in tasks if task.name not in left_out]
         _evaluated(other, tasks, setting, rows, lambda *_: None, processes, force=force)
         processes.wait()
         beside = [compare_with_run(other, result) for result in results]

@@ -107,7 +107,7 @@ def written_as_line(result: Written) -> str:
         others = [
             f"{label} {_shown(other.metrics[name])}" for label, other in comparison.models.items()
         ]
-        line += f"; {name} {_shown(measured)}, {', '.join(others)}"
+        line += f"; {comparison.title(name)} {_shown(measured)}, {', '.join(others)}"
     return line
 
 

@@ -47,7 +47,10 @@ def findings(prepared: Prepared) -> list[str]:
         f"{name}: there is no validation split, so training.validation leaves it out"
         for name in prepared.unvalidated
     ]
-    return audited + left_out
+    from mtl_lora_cli.data.prepare import untrained
+
+    apart = [f"{name}: {why}" for name, why in untrained(data.tasks).items()]
+    return audited + left_out + apart
 
 
 def tasks_table(prepared: Prepared) -> str:

@@ -117,7 +117,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _table(
             ["task", "metric", "rows", *(f"{method}{_on(report)}" for method in methods)],
             [
-                [name, one["metric"], f"{one['examples']:,} {one['split']}"]
+                [name, one.get("title") or one["metric"], f"{one['examples']:,} {one['split']}"]
                 + [
                     f"{report['scores'][m][name]['value']:.3f} "
                     f"({_interval(report['scores'][m][name])})"

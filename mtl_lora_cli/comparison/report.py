@@ -93,6 +93,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         "tasks": {
             name: {
                 "metric": scored[baseline][0][name]["metric"],
+                "title": scored[baseline][0][name].get("title"),  # older results have none
                 "split": scored[baseline][0][name]["split"],
                 "examples": scored[baseline][0][name]["examples"],
                 "validation": plan["validation"].get(name),

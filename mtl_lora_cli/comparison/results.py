@@ -28,6 +28,7 @@ def pack(task: Task, examples: Examples, outcome: Outcome) -> dict[str, Any]:
         "examples": len(outcome.gold),
         "rows": f"{examples.fingerprint}-{len(outcome.gold)}",
         "metric": task.template.metrics[0],
+        "title": task.template.title(task.template.metrics[0]),
         "metrics": {name: metric(name, outcome) for name in task.template.metrics},
         "positive": outcome.positive,
         "gold": _packed(outcome.gold),

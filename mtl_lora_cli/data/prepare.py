@@ -16,7 +16,7 @@ from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import Mixture, subset
-from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in
+from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in, untrained_in
 from mtl_lora_cli.errors import ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
@@ -144,6 +144,19 @@ def read_examples(
     rows = [found.rows[number] for number in numbers]
     examples = [renderer.render(row, where) for row, where in zip(rows, wheres, strict=True)]
     return Examples(split, examples, wheres, rows, found.fingerprint, found.notes)
+
+
+def untrained(tasks: Sequence[Task]) -> dict[str, str]:
+    """Tasks that stand only in the held-out rows of these tasks' files, and what that means.
+
+    Raises:
+        UsageError: a row's task is not known.
+    """
+    return {
+        name: f"{count:,} {split} rows are of it, and no training row: it is neither learned nor evaluated"
+        for task in tasks
+        for name, (split, count) in untrained_in(task.source, base=Path(), task=task.name).items()
+    }
 
 
 def held_out_examples(task: Task, split: str | None = None) -> Examples | None:

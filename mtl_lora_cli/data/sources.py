@@ -26,6 +26,7 @@ __all__ = [
     "split_by_column",
     "split_fingerprint",
     "tasks_in",
+    "untrained_in",
     "without_test",
 ]
 
@@ -103,6 +104,24 @@ def tasks_in(source: Source, *, base: Path, task: str) -> tuple[str, ...]:
     if source.task_names is not None:
         return tuple(dict.fromkeys(source.task_names.values()))
     return tuple(_by_task(source.model_dump_json(exclude={"task"}), "train", base, task))
+
+
+def untrained_in(source: Source, *, base: Path, task: str) -> dict[str, tuple[str, int]]:
+    """Tasks of a task column that stand in validation or test alone: their split, and its rows of them.
+
+    Raises:
+        UsageError: a row's task is not known.
+    """
+    if source.task_column is None or source.task_names is not None:
+        return {}
+    whole = source.model_dump_json(exclude={"task"})
+    trained = _by_task(whole, "train", base, task)
+    return {
+        name: (split, len(rows.rows))
+        for split in ("validation", "test")
+        for name, rows in _by_task(whole, split, base, task).items()
+        if name not in trained
+    }
 
 
 @lru_cache(maxsize=4)

@@ -195,7 +195,8 @@ def read_generated(
             gold.append(0)
         predicted.append(named)
         unparsable += named < 0 if example.choices else right is None
-    outcome = Outcome(np.asarray(gold), np.asarray(predicted))
+    positive = task.template.positive_index
+    outcome = Outcome(np.asarray(gold), np.asarray(predicted), positive=positive)
     limits = answer_limits(task, requests)
     right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
     said = tokenizer.batch_decode(right_ones, skip_special_tokens=True)

@@ -11,19 +11,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.evaluation.metrics import Outcome
-from mtl_lora_cli.evaluation.paired import bootstrap_p, sampled
+from mtl_lora_cli.evaluation.metrics import Measured, mcnemar, measure, undefined
+from mtl_lora_cli.evaluation.paired import bootstrap_p, percentiles, sampled
 from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.evaluation.results import outcome_in
 
 Part = tuple[str, str]  # a task as the benchmark knows it, and a metric
+Measure = tuple[int, str]  # a task's place among the results, and a metric
 ALL = "all tasks"
 _ACCURATE = ("sst2", "qnli", "rte", "wnli")
 _MNLI = (("mnli", "accuracy"), ("mnli_mismatched", "accuracy"))
@@ -66,8 +67,8 @@ class Average:
     Attributes:
         name: of the rule.
         tasks, of: how many of the benchmark's tasks there are, and how many it has.
-        value, low, high: with its 95 % interval over the tasks' examples (a bootstrap within each
-            task); None where a metric is undefined, and `why`.
+        value, low, high: with its 95 % interval, from those of the tasks; None where a metric is
+            undefined, and `why`.
         other: the same of the model beside it.
         difference, difference_low, difference_high, p: less the other's, paired by example.
     """
@@ -106,7 +107,7 @@ def averages(
 
 def _rules(
     results: Sequence[Mapping[str, Any]],
-) -> Iterator[tuple[str, list[list[tuple[int, str]]], int]]:
+) -> Iterator[tuple[str, list[list[Measure]], int]]:
     """Each rule's name, its groups as places in `results` with a metric, and its whole number of groups."""
     for name, groups in _GROUPS.items():
         places: dict[str, int] = {}
@@ -136,54 +137,109 @@ def _known_as(result: Mapping[str, Any], family: str) -> str | None:
 
 def _average(
     name: str,
-    groups: list[list[tuple[int, str]]],
+    groups: list[list[Measure]],
     of: int,
     results: Sequence[Mapping[str, Any]],
     others: Sequence[Mapping[str, Any]] | None,
 ) -> Average:
-    for number, metric_name in (part for group in groups for part in group):
+    parts = _weighted(groups)
+    for number, metric_name in parts:
         for one in [results[number], *([] if others is None else [others[number]])]:
             why = _unknown(metric_name, one)
             if why is not None:
                 return Average(name, len(groups), of, None, why=f"{one['task']}: {why}")
-    value, samples = _mean(groups, results)
-    low, high = np.quantile(samples, [0.025, 0.975]).tolist()
+    value = _mean(parts, results)
+    low, high = _interval(value, parts, results)
     found = Average(name, len(groups), of, value, low, high)
-    if others is None:
-        return found
-    other, their = _mean(groups, others)
-    apart = samples - their
-    difference_low, difference_high = np.quantile(apart, [0.025, 0.975]).tolist()
-    return replace(
-        found,
-        other=other,
-        difference=value - other,
-        difference_low=difference_low,
-        difference_high=difference_high,
-        p=bootstrap_p(apart),
-    )
+    return found if others is None else _compared(found, value, parts, results, others)
+
+
+def _weighted(groups: list[list[Measure]]) -> dict[Measure, float]:
+    """What each metric of each task counts for: groups alike, and their parts alike."""
+    return {part: 1 / len(groups) / len(group) for group in groups for part in group}
 
 
 def _unknown(name: str, result: Mapping[str, Any]) -> str | None:
     """Why a metric has no value, if it has none."""
-    own = result["metrics"].get(name)
+    own, outcome = result["metrics"].get(name), outcome_in(result)
     if own is not None and own["value"] is None:
         return f"{name} is undefined: {own['why']}"
-    return None if outcome_in(result).tells(name) else f"{name} is not known"
+    if not outcome.tells(name):
+        return f"{name} is not known"
+    why = undefined(name, outcome) if own is None else None
+    return None if why is None else f"{name} is undefined: {why}"
 
 
-def _mean(
-    groups: list[list[tuple[int, str]]], results: Sequence[Mapping[str, Any]]
-) -> tuple[float, np.ndarray]:
-    """The mean over groups of the mean over their parts, and the same on every resample [B]."""
+def _mean(parts: Mapping[Measure, float], results: Sequence[Mapping[str, Any]]) -> float:
+    """Σ w_i · metric_i."""
+    values = (w * metric(name, outcome_in(results[n])) for (n, name), w in parts.items())
+    return float(sum(values))
 
-    @cache
-    def outcome(number: int) -> Outcome:
-        return outcome_in(results[number])
 
-    points, samples = [], []
-    for group in groups:
-        points.append(np.mean([metric(name, outcome(number)) for number, name in group]))
-        drawn = [sampled(name, outcome(n), results[n]["task"]) for n, name in group]
-        samples.append(np.mean(drawn, axis=0))
-    return float(np.mean(points)), np.mean(samples, axis=0)
+def _interval(
+    value: float, parts: Mapping[Measure, float], results: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, float | None]:
+    """From the intervals of the parts: θ − √Σ_t (Σ_i w_i (θ_i − l_i))², and θ + … of u_i − θ_i.
+
+    Over tasks t, which are independent; metrics i of one task are not, and their distances are added.
+    None where a part has no interval. Source: method of variance estimates recovery, Zou and Donner
+    2008, doi 10.1002/sim.3095.
+    """
+    below: dict[int, float] = {}
+    above: dict[int, float] = {}
+    for (number, name), weight in parts.items():
+        own = _measured(name, results[number])
+        if own.value is None or own.low is None or own.high is None:
+            return None, None
+        below[number] = below.get(number, 0.0) + weight * (own.value - own.low)
+        above[number] = above.get(number, 0.0) + weight * (own.high - own.value)
+    return value - math.hypot(*below.values()), value + math.hypot(*above.values())
+
+
+def _measured(name: str, result: Mapping[str, Any]) -> Measured:
+    own = result["metrics"].get(name)
+    if own is not None and own.get("low") is not None:
+        return Measured(own["value"], own["low"], own["high"])
+    return measure(name, outcome_in(result))
+
+
+def _compared(
+    found: Average,
+    value: float,
+    parts: Mapping[Measure, float],
+    results: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
+) -> Average:
+    """The same beside another model's, on the same resamples.
+
+    Where a task's resamples say nothing (`percentiles`), there is no interval, and p is McNemar's of
+    the rows of all tasks together.
+    """
+    other = _mean(parts, others)
+    apart: dict[int, np.ndarray] = {}
+    for (number, name), weight in parts.items():
+        task = results[number]["task"]
+        ours, theirs = (sampled(name, outcome_in(some[number]), task) for some in (results, others))
+        apart[number] = apart.get(number, 0.0) + weight * (ours - theirs)
+    known = all(
+        percentiles(own, len(results[number]["gold"]))[0] is not None
+        for number, own in apart.items()
+    )
+    together = np.sum(list(apart.values()), axis=0)
+    low, high = np.quantile(together, [0.025, 0.975]).tolist() if known else (None, None)
+    return replace(
+        found,
+        other=other,
+        difference=value - other,
+        difference_low=low,
+        difference_high=high,
+        p=bootstrap_p(together)
+        if known
+        else mcnemar(*(_right(some, apart) for some in (results, others))),
+    )
+
+
+def _right(results: Sequence[Mapping[str, Any]], numbers: Iterable[int]) -> list[bool]:
+    """Of every row of some results whether it was answered right."""
+    outcomes = [outcome_in(results[number]) for number in numbers]
+    return [bool(right) for one in outcomes for right in one.gold == one.predicted]

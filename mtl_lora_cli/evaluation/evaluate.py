@@ -6,12 +6,13 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from mtl_lora_cli.data.prepare import Examples, held_out_examples
-from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.data.prepare import EVERY, Examples, held_out_examples
+from mtl_lora_cli.errors import LeftOutError, UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import (
     Answers,
     Progress,
@@ -20,7 +21,7 @@ from mtl_lora_cli.evaluation.answers import (
     outcome_of,
     predict,
 )
-from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, find_harness_tasks, run_harness
+from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
 from mtl_lora_cli.evaluation.metrics import Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
@@ -55,7 +56,7 @@ def select_tasks(tasks: Sequence[Task], name: str) -> list[Task]:
     Raises:
         UsageError: the run has no such task.
     """
-    if name == "all":
+    if name == EVERY:
         return list(tasks)
     found = [task for task in tasks if task.name == name]
     if not found:
@@ -70,14 +71,15 @@ def held_out(task: Task, setting: Setting) -> Examples:
     """The rows that a task is evaluated on.
 
     Raises:
-        UsageError: it has no such split, or none of its rows, or cannot be scored by the protocol.
+        LeftOutError: it has no such split, or none of its rows, or cannot be scored by the protocol.
+        UsageError: a file or a row is wrong.
     """
     examples = held_out_examples(task, setting.split)
     if examples is None:
         wanted = setting.split or "test or validation"
-        raise UsageError(f"task '{task.name}': its source has no {wanted} split")
+        raise LeftOutError(task.name, f"its source has no {wanted} split")
     if not examples.examples:
-        raise UsageError(f"task '{task.name}': its {examples.split} split has no rows")
+        raise LeftOutError(task.name, f"its {examples.split} split has no rows")
     end = setting.limit
     examples = dataclasses.replace(
         examples,
@@ -93,15 +95,37 @@ Rows = Sequence[Examples] | Sequence[HarnessTask]
 Told = Callable[[Task, Examples, Answers], None]
 
 
-def find_rows(tasks: Sequence[Task], setting: Setting) -> Rows:
+def find_rows(
+    tasks: Sequence[Task], setting: Setting, left_out: dict[str, str] | None = None
+) -> Rows:
     """What each task is evaluated on: a fault in the data shows before a model is loaded.
 
+    Args:
+        tasks: of a run.
+        setting: as they are asked.
+        left_out: gets the tasks that cannot be evaluated so, and why, in the place of an error, as long
+            as one of them can.
+
+    Returns:
+        Of each task that is not left out, in order.
+
     Raises:
-        UsageError: a task cannot be evaluated so.
+        UsageError: a task cannot be evaluated so, or none of them.
     """
+    find: Callable[[Task], Any]
     if setting.protocol == LM_EVAL:
-        return find_harness_tasks(tasks, setting.harness_task)
-    return [held_out(task, setting) for task in tasks]
+        find = harness_tasks(tasks, setting.harness_task)
+    else:
+        find = partial(held_out, setting=setting)
+    found: list[Any] = []
+    for task in tasks:
+        try:
+            found.append(find(task))
+        except LeftOutError as error:
+            if left_out is None or (len(left_out) + 1 == len(tasks) and not found):
+                raise
+            left_out[task.name] = error.why
+    return found
 
 
 def evaluate(
@@ -198,6 +222,7 @@ def _by_ourselves(
             "metrics": {
                 name: dataclasses.asdict(measure(name, outcome)) for name in task.template.metrics
             },
+            "titles": {name: task.template.title(name) for name in task.template.metrics},
             "harness": None if own.scores is None else _as_harness(examples, own),
             "positive": outcome.positive,
             **{name: _listed(getattr(outcome, name)) for name in OUTCOME},

@@ -10,14 +10,14 @@ import hashlib
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
+from mtl_lora_cli.errors import LeftOutError, MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.evaluation.choices import one_begins_another
 from mtl_lora_cli.evaluation.metrics import Measured, wilson
 from mtl_lora_cli.tasks.task import Task
@@ -80,8 +80,8 @@ def require_harness() -> None:
         )
 
 
-def find_harness_tasks(tasks: Sequence[Task], wanted: str | None) -> list[HarnessTask]:
-    """The harness's task for each of the run's.
+def harness_tasks(tasks: Sequence[Task], wanted: str | None) -> Callable[[Task], HarnessTask]:
+    """A function from one of the run's tasks to the harness's.
 
     Args:
         tasks: of the run.
@@ -90,6 +90,7 @@ def find_harness_tasks(tasks: Sequence[Task], wanted: str | None) -> list[Harnes
 
     Raises:
         UsageError: the harness has none of that name, or one is named for several tasks.
+        LeftOutError: from the function; the harness has no task of that name or template.
     """
     require_harness()
     if wanted is not None and len(tasks) > 1:
@@ -99,10 +100,11 @@ def find_harness_tasks(tasks: Sequence[Task], wanted: str | None) -> list[Harnes
     if wanted is not None and wanted.endswith((".yaml", ".yml")):
         if not Path(wanted).is_file():
             raise UsageError(f"--harness-task {wanted}: no such file")
-        return [HarnessTask(wanted, TaskManager(include_defaults=False))]
+        file = HarnessTask(wanted, TaskManager(include_defaults=False))
+        return lambda task: file
     manager = TaskManager()
     known = set(manager.all_subtasks)
-    return [HarnessTask(_known_name(task, wanted, known), manager) for task in tasks]
+    return lambda task: HarnessTask(_known_name(task, wanted, known), manager)
 
 
 def _known_name(task: Task, wanted: str | None, known: set[str]) -> str:
@@ -114,9 +116,10 @@ def _known_name(task: Task, wanted: str | None, known: set[str]) -> str:
     near = did_you_mean(wanted or task.name, known)
     if wanted is not None:
         raise UsageError(f"--harness-task: the harness has no task '{wanted}'{near}")
-    raise UsageError(
-        f"task '{task.name}': cannot be scored by the protocol lm-eval: the harness has no task "
-        f"'{task.name}' and none '{template}'{near}; name one with --harness-task"
+    raise LeftOutError(
+        task.name,
+        "cannot be scored by the protocol lm-eval: the harness has no task "
+        f"'{task.name}' and none '{template}'{near}; name one with --harness-task",
     )
 
 

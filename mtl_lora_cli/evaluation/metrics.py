@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,11 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric with its 95 % interval; `value` is None where the metric is undefined, and `why`."""
+    """A metric with its 95 % interval; `value` is None where the metric is undefined, and `why`.
+
+    There is no interval where all resamples agree, for they say nothing of the next rows then; unless
+    one and the same answer to all rows comes to 0, as it would on the next ones.
+    """
 
     value: float | None
     low: float | None = None
@@ -80,7 +83,9 @@ def measure(name: str, outcome: Outcome, seed: int = 0) -> Measured:
         low, high = wilson(right, len(outcome.gold))
         return Measured(value, low, high)
     samples = _samples(name, outcome, seed)
-    if not samples:
+    size = len(outcome.gold)
+    always_0 = value == 0 and size > 1 and len(np.unique(outcome.predicted)) == 1
+    if not samples or (min(samples) == max(samples) and not always_0):
         return Measured(value)
     low, high = np.quantile(samples, [0.025, 0.975]).tolist()
     return Measured(value, low, high)
@@ -139,15 +144,22 @@ def undefined(name: str, o: Outcome) -> str | None:
     if name in ("pearson", "spearman"):
         assert o.gold_value is not None and o.predicted_value is not None
         for what, values in (("gold", o.gold_value), ("predicted", o.predicted_value)):
-            if len(values) < 2 or np.all(values == values[0]):
+            if len(values) < 2 or _alike(values):
                 return f"all {what} values are equal"
     if name == "roc_auc" and o.positive_score is None:
         return "generated answers have no scores"
     if name == "roc_auc" and len(np.unique(o.gold)) < 2:
         return "only one class among the gold labels"
+    if name == "f1" and not np.any((o.gold == o.positive) | (o.predicted == o.positive)):
+        return "no row has the positive class, and none is given it"
     if name in ("matthews", "quadratic_kappa") and len(np.union1d(o.gold, o.predicted)) < 2:
         return "only one class among gold and predicted labels"
     return None
+
+
+def _alike(values: np.ndarray) -> bool:
+    """Equal but for rounding."""
+    return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.abs(values).max()))
 
 
 def _matthews(o: Outcome) -> float:
@@ -187,11 +199,7 @@ def _roc_auc(o: Outcome) -> float:
 
 
 def _correlation(which: Callable) -> Callable[[Outcome], float]:
-    def compute(o: Outcome) -> float:
-        value = float(which(o.gold_value, o.predicted_value).statistic)
-        return value if math.isfinite(value) else 0.0
-
-    return compute
+    return lambda o: float(which(o.gold_value, o.predicted_value).statistic)
 
 
 def _accuracy(o: Outcome) -> float:

@@ -23,14 +23,16 @@ class Difference:
     """A metric less another model's on the same examples, with its 95 % interval.
 
     Attributes:
-        difference, low, high: value, and percentiles of the paired bootstrap.
+        difference, low, high: value, and percentiles of the paired bootstrap; no interval where all
+            resamples agree on a difference: they say nothing of the next rows then.
         p: two-sided; that the two are equally good.
-        test: `mcnemar` (exact) where answers are right or wrong, else `bootstrap`.
+        test: `mcnemar` (exact) where answers are right or wrong, or there is no interval, else
+            `bootstrap`.
     """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     test: str
 
@@ -60,12 +62,21 @@ def paired(
         sampled(name, one, task, resamples=resamples, seed=seed) for one in (ours, theirs)
     )
     found = own - other
-    low, high = np.quantile(found, [0.025, 0.975]).tolist()
     difference = metric(name, ours) - metric(name, theirs)
-    if name not in RIGHT_OR_WRONG:
+    low, high = percentiles(found, len(ours.gold))
+    if name not in RIGHT_OR_WRONG and low is not None:
         return Difference(difference, low, high, bootstrap_p(found), "bootstrap")
     right = [(one.gold == one.predicted).tolist() for one in (ours, theirs)]
     return Difference(difference, low, high, mcnemar(*right), "mcnemar")
+
+
+def percentiles(differences: np.ndarray, examples: int) -> tuple[float | None, float | None]:
+    """2.5 % and 97.5 % of resampled differences; None of one example's, or where all are one and not 0."""
+    spread = float(np.ptp(differences))
+    if examples < 2 or (spread == 0 and differences[0] != 0):
+        return None, None
+    low, high = np.quantile(differences, [0.025, 0.975]).tolist()
+    return low, high
 
 
 def sampled(

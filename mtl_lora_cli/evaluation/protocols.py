@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from mtl_lora_cli.data.prepare import Examples
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import LeftOutError, UsageError
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Normalisation
@@ -69,20 +69,23 @@ def require_fit(task: Task, examples: Examples, protocol: str) -> None:
     """Refuse a task that the protocol cannot score.
 
     Raises:
-        UsageError: saying why, and which protocol can.
+        LeftOutError: the protocol is not for such tasks; saying which one is.
+        UsageError: choices of a row cannot be told apart.
     """
     template = task.template
     if protocol == CHOICES and template.choices is None:
-        raise UsageError(
-            f"task '{task.name}': its template '{task.template_name}' has free answers; "
-            f"the protocol '{CHOICES}' scores choices: use --protocol {GENERATE}"
+        raise LeftOutError(
+            task.name,
+            f"its template '{task.template_name}' has free answers; "
+            f"the protocol '{CHOICES}' scores choices: use --protocol {GENERATE}",
         )
     if protocol != GENERATE:
         return
     if template.scoring == "expectation":
-        raise UsageError(
-            f"task '{task.name}': it is scored as an expectation over its choices, which answers "
-            f"that are generated do not give: use --protocol {CHOICES}"
+        raise LeftOutError(
+            task.name,
+            "it is scored as an expectation over its choices, which answers "
+            f"that are generated do not give: use --protocol {CHOICES}",
         )
     reading = reading_of(template)
     for example, where in zip(examples.examples, examples.wheres, strict=True):

@@ -18,6 +18,7 @@ from mtl_lora_cli.evaluation.paired import paired
 from mtl_lora_cli.recipe.schema import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.runs.lock import in_turn
+from mtl_lora_cli.tasks.template import OF_ONE_CLASS
 
 # Two results on the same examples, asked in the same way.
 _ASKED = (
@@ -72,6 +73,8 @@ def compare_with_run(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, 
 def _differences(
     one: Mapping[str, Any], other: Mapping[str, Any], keys: tuple[str, ...]
 ) -> list[str]:
+    if not set(OF_ONE_CLASS) & {*one["metrics"], *other["metrics"]}:
+        keys = tuple(key for key in keys if key != "positive")
     return [key for key in keys if (one.get(key) or None) != (other.get(key) or None)]
 
 
@@ -98,6 +101,11 @@ def beside(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
         },
         "p_value": mcnemar(*right),
     }
+
+
+def title_in(result: Mapping[str, Any], metric: str) -> str:
+    """A metric as tables show it, `f1 (yes)`; older results do not say which class it is of."""
+    return str((result.get("titles") or {}).get(metric, metric))
 
 
 def theirs_in(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

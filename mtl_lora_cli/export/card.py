@@ -12,7 +12,7 @@ from mtl_lora_cli.data.prepare import mixture_of
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
-from mtl_lora_cli.evaluation.results import compare_with_base, stored
+from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
 from mtl_lora_cli.export.check import Comparison
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
@@ -260,7 +260,7 @@ def _scores(run: FinishedRun, result: Mapping[str, Any] | None) -> str:
         return "The run has no evaluation of this task; see *Check* for the rows compared there."
     beside = compare_with_base(run.folder, dict(result))
     metrics = list(result["metrics"])
-    rows = [["model", *metrics]]
+    rows = [["model", *(title_in(result, name) for name in metrics)]]
     found = {"the run's adapter": result["metrics"]}
     if beside is not None:
         found["the untouched base model"] = beside["metrics"]
@@ -283,7 +283,14 @@ def _check(comparison: Comparison | None) -> str:
         )
     c = comparison
     metrics = list(c.metrics)
-    rows = [["model", *metrics, "largest difference of log-probabilities", "equal predictions"]]
+    rows = [
+        [
+            "model",
+            *map(c.title, metrics),
+            "largest difference of log-probabilities",
+            "equal predictions",
+        ]
+    ]
     rows.append(["this one", *(_measured(c.metrics[name]) for name in metrics), "", ""])
     for label, other in c.models.items():
         scores = [_measured(other.metrics[name]) for name in metrics]

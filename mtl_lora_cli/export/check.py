@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -273,6 +273,7 @@ class Check:
                 for label, other in others.items()
             },
             allowed=_allowed(questions, folder) if self.tolerance is None else self.tolerance,
+            titles={n: questions.task.template.title(n) for n in questions.task.template.metrics},
         )
 
 
@@ -301,6 +302,7 @@ class Comparison:
         metrics: the written model's scores.
         models: label → another model; the reference first.
         allowed: what the reference's `largest` may be.
+        titles: metrics as tables show them, where that is not their name.
     """
 
     split: str
@@ -309,6 +311,11 @@ class Comparison:
     metrics: Mapping[str, Measured]
     models: Mapping[str, Distance]
     allowed: float
+    titles: Mapping[str, str] = field(default_factory=dict)
+
+    def title(self, metric: str) -> str:
+        """A metric as tables show it."""
+        return self.titles.get(metric, metric)
 
     @property
     def reference(self) -> Distance:

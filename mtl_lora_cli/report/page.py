@@ -122,9 +122,11 @@ def side_by_side(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for result in run["results"]:
             asked = [result[key] for key in ("task", "split", "protocol", "normalisation", "limit")]
             for metric in result["metrics"]:
-                name = metric["name"]
-                line = {"result": result, "metric": name, "cells": [None] * len(runs)}
-                lines.setdefault((*asked, name), line)["cells"][number] = metric
+                # Runs whose F1 is of another class stand in lines of their own.
+                name, title = metric["name"], metric["title"]
+                line = {"result": result, "metric": name, "title": title}
+                line["cells"] = [None] * len(runs)
+                lines.setdefault((*asked, title), line)["cells"][number] = metric
     for line in lines.values():
         bases = {cell["base"] for cell in line["cells"] if cell is not None}
         line["base"] = bases.pop() if len(bases) == 1 else None

@@ -10,7 +10,7 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.averages import averages
 from mtl_lora_cli.evaluation.paired import RIGHT_OR_WRONG
 from mtl_lora_cli.evaluation.protocols import LM_EVAL
-from mtl_lora_cli.evaluation.results import compare_with_base, stored, theirs_in
+from mtl_lora_cli.evaluation.results import compare_with_base, stored, theirs_in, title_in
 from mtl_lora_cli.runs.folder import RunFolder
 
 # What a table shows of how a task was asked: of two results that are alike in it, the newer counts.
@@ -77,7 +77,13 @@ def _scored(
         if result["model"] == "base":
             ours, theirs = {name: {} for name in ours}, ours
         metrics = [
-            {"name": name, **_values(own), **_base_values(theirs.get(name)), **_paired(name, other)}
+            {
+                "name": name,
+                "title": title_in(result, name),
+                **_values(own),
+                **_base_values(theirs.get(name)),
+                **_paired(name, other),
+            }
             for name, own in ours.items()
         ]
         found.append({**{key: result.get(key) for key in _KEPT}, "metrics": metrics})

@@ -215,7 +215,8 @@ def newest_scores(run: RunFolder) -> dict[str, Score]:
                 continue
             metric, measured = next(iter(result["metrics"].items()))
             if measured["value"] is not None:
-                score = Score(metric, float(measured["value"]), int(result["examples"]))
+                title = (result.get("titles") or {}).get(metric, metric)
+                score = Score(title, float(measured["value"]), int(result["examples"]))
                 found[str(result["task"])] = score
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         what = f"{type(error).__name__} {error}"

@@ -44,6 +44,7 @@ Metric = Literal[
     "spearman",
     "exact_match",
 ]
+OF_ONE_CLASS = ("f1", "roc_auc")  # they say how well the positive class is told from the other
 
 
 def _is_text(source: str) -> str:
@@ -142,6 +143,15 @@ class Template(StrictModel):
         wanted = (1, "true", "yes") if self.positive is None else (self.positive,)
         found = [index_of(label, self.labels or []) for label in wanted]
         return next((index for index in found if index is not None), 1)
+
+    def title(self, metric: str) -> str:
+        """A metric as tables show it: one that is about the positive class names it, `f1 (yes)`."""
+        texts = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
+        if metric not in OF_ONE_CLASS or not isinstance(texts, list):
+            return metric
+        index, text = self.positive_index, texts[self.positive_index]
+        named = text.strip() if "{" not in text else str((self.labels or [])[index])
+        return f"{metric} ({named if len(named) <= 30 else named[:29] + '…'})"
 
     @field_validator("fields")
     @classmethod

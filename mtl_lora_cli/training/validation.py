@@ -60,6 +60,12 @@ class HeldOut:
     requests: Sequence[Request] = ()
     metric: str | None = None
 
+    @property
+    def title(self) -> str:
+        """The metric as it is shown."""
+        assert self.metric is not None
+        return self.task.template.title(self.metric)
+
     def measured(self, scores: Sequence[np.ndarray]) -> float | None:
         """The metric of log-probabilities, float64 [choices] each; None where it is undefined."""
         assert self.metric is not None
@@ -198,7 +204,7 @@ class Validation:
         }
         if self._settings.metric:
             event["metric"] = {name: values.get(name) for name in loss}
-            event["metric_name"] = {one.task.name: one.metric for one in self._asked}
+            event["metric_name"] = {one.task.name: one.title for one in self._asked}
             event["macro"]["metric"] = _mean(values.values())
         told = f"validation after step {step}/{self._total_steps}  {_told(event)}"
         return Seen(event, told, self._mark(event))
@@ -211,7 +217,7 @@ class Validation:
         chosen = [one for one in self._seen if name in (MACRO, one.task.name)]
         asked = [one for one in chosen if one.metric is not None]
         kind = "metric" if asked else "loss"
-        what = kind if name == MACRO or not asked else asked[0].metric
+        what = kind if name == MACRO or not asked else asked[0].title
         count = sum(len(one.requests) or len(one.split) for one in asked or chosen)
         value = event[MACRO][kind] if name == MACRO else event[kind][name]
         return Mark(f"{name} {what} on {count:,} held-out examples", value, higher=bool(asked))

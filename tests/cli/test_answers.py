@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_tokenizer
 
 Finished = Any
 
@@ -131,3 +136,147 @@ def test_a_choice_that_begins_another_in_other_letters_is_not_generated(
         f"error: {tmp_path}/rows/test.jsonl:1: task 'a': the choice 'No' begins the choice 'not sure', "
         "so a generated answer cannot tell them apart: use --protocol choices"
     )
+
+
+def test_the_positive_class_is_1_and_every_table_names_it(
+    lay_out: Callable[..., None], invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """Labels listed 1 first: F1 of five right answers of six is 2 · 5 / (5 + 6)."""
+    template = 'prompt: "{{ text }}"\nlabel: label\nchoices: {1: "yes", 0: "no"}\nmetrics: [f1, accuracy]\n'
+    train = [{"text": "a", "label": 1}, {"text": "b", "label": 1}]
+    test = [{"text": f"w{number}", "label": 1} for number in range(5)]
+    lay_out(template, train=train, validation=test, test=[*test, {"text": "z", "label": 0}])
+    trained = invoke(
+        "train", "recipe.yaml", "training.max_steps=12", "training.learning_rate=0.02",
+        "training.validation={every: 12}",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "(f1 (yes) 1.000)" in trained.stderr
+    table = invoke("eval", "--task", "a").stdout
+    assert "a     f1 (yes)  0.909" in table
+    (result,) = json.loads(invoke("eval", "--task", "a", "--json").stdout)["results"]
+    assert result["metrics"]["f1"]["value"] == pytest.approx(10 / 11)
+    assert (result["positive"], result["titles"]["f1"]) == (0, "f1 (yes)")
+    assert "f1 (yes)" in invoke("runs", "show", "own").stdout
+    (generated,) = json.loads(
+        invoke("eval", "--task", "a", "--protocol", "generate", "--json").stdout
+    )["results"]
+    assert generated["positive"] == 0
+    assert "; f1 (yes) 0.909" in invoke("merge", "--task", "a").stdout
+    card = (tmp_path / "merged" / "own" / "a" / "README.md").read_text(encoding="utf-8")
+    assert card.count("| model | f1 (yes) | accuracy") == 2
+    assert invoke("report").returncode == 0
+    (page,) = tmp_path.glob("runs/own/*.html")
+    assert page.read_text(encoding="utf-8").count("f1 (yes)") >= 2
+
+
+TWO = """\
+base_model: {base_model}
+adapter: {{method: lora, rank: 4, target_modules: [q_proj, v_proj]}}
+tasks:
+  - {{name: one, template: task.yaml, source: rows}}
+  - {{name: two, template: task.yaml, source: other}}
+training: {{epochs: 20, max_steps: 2, learning_rate: 1.0e-3, row_length: 128, rows_per_step: 1}}
+run: {{name: own}}
+"""
+YES_NO = 'prompt: "{{ text }}"\nlabel: label\nchoices: {0: "no", 1: "yes"}\n'
+LABELLED = [{"text": "a fine film", "label": 1}, {"text": "dull", "label": 0}]
+
+
+def test_one_task_without_test_rows_does_not_stop_the_others(
+    lay_out: Callable[..., None], invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    lay_out(YES_NO, recipe=TWO, train=LABELLED, test=LABELLED)
+    (tmp_path / "other").mkdir()
+    text = (tmp_path / "rows" / "train.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "other" / "train.jsonl").write_text(text, encoding="utf-8")
+    assert invoke("train", "recipe.yaml").returncode == 0
+    why = "its source has no test or validation split"
+    finished = invoke("eval", "--task", "all")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == f"two is left out: {why}"
+    assert "one   accuracy" in finished.stdout
+    found = json.loads(invoke("eval", "--task", "all", "--json").stdout)
+    assert [one["task"] for one in found["results"]] == ["one"]
+    assert found["left_out"] == {"two": why}
+    alone = invoke("eval", "--task", "two")
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert f"error: task 'two': {why}" in alone.stderr
+    none = invoke("eval", "--task", "all", "--split", "validation")
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "its source has no validation split" in none.stderr
+
+
+def test_a_protocol_that_does_not_fit_one_task_leaves_it_out(
+    lay_out: Callable[..., None], invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    recipe = TWO.replace("task.yaml, source: other", "free.yaml, source: rows")
+    lay_out(YES_NO, recipe=recipe, train=LABELLED, test=LABELLED)
+    free = 'description: x\nprompt: "{{ text }}"\nanswer: "{{ label }}"\n'
+    (tmp_path / "free.yaml").write_text(free, encoding="utf-8")
+    assert invoke("train", "recipe.yaml").returncode == 0
+    finished = invoke("eval", "--task", "all", "--protocol", "choices")
+    assert finished.returncode == 0, finished.stderr
+    assert "two is left out: its template " in finished.stdout
+    assert "has free answers; the protocol 'choices' scores choices" in finished.stdout
+
+
+def test_a_task_that_stands_only_in_the_test_file_is_told(
+    lay_out: Callable[..., None], invoke: Callable[..., Finished]
+) -> None:
+    train = [{**row, "kind": "film"} for row in LABELLED]
+    test = [*train, *({**row, "kind": "book"} for row in LABELLED)]
+    recipe = RECIPE.replace("source: rows", "source: {{path: rows, task_column: kind}}")
+    lay_out(YES_NO, recipe=recipe, train=train, test=test)
+    why = "2 test rows are of it, and no training row: it is neither learned nor evaluated"
+    assert f"note: book: {why}" in invoke("validate", "recipe.yaml").stdout
+    assert invoke("train", "recipe.yaml").returncode == 0
+    finished = invoke("eval", "--task", "all")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == f"book is left out: {why}"
+
+
+def test_right_answers_that_cannot_be_read_are_counted(
+    lay_out: Callable[..., None], invoke: Callable[..., Finished]
+) -> None:
+    """A short answer can be generated, one that has more tokens than are allowed can not."""
+    rows = [{"text": "a", "label": "red"}, {"text": "b", "label": "a very long and dull answer"}]
+    lay_out(
+        'prompt: "{{ text }}"\nanswer: "{{ label }}"\ngenerate: {max_new_tokens: 4}\n',
+        train=rows,
+        test=rows,
+    )
+    assert invoke("train", "recipe.yaml").returncode == 0
+    finished = invoke("eval", "--task", "a")
+    assert "a: 1 of 2 right answers cannot be generated so that they are read" in finished.stdout
+
+
+def test_equal_scores_are_counted(
+    lay_out: Callable[..., None],
+    invoke: Callable[..., Finished],
+    stories_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Two tokens with the same rows in the model: whatever it learns elsewhere, they score alike."""
+    folder = tmp_path / "model"
+    shutil.copytree(stories_folder, folder)
+    tokenizer = load_tokenizer(find_base_model(str(folder)))
+    (one, other), choices = zip(*pairs_of_one_token(tokenizer), strict=True)
+    weights = load_file(folder / "model.safetensors")
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & set(weights):
+        weights[name][other] = weights[name][one]
+    (folder / "model.safetensors").chmod(0o644)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    template = f'prompt: "{{{{ text }}}}"\nlabel: label\nchoices: {json.dumps(choices)}\n'
+    lay_out(template, train=LABELLED, test=LABELLED)
+    assert invoke("train", "recipe.yaml", f"base_model={folder}").returncode == 0
+    finished = invoke("eval", "--task", "a")
+    expected = "a: in 2 of 2 rows the highest score stands twice; the first choice counts"
+    assert expected in finished.stdout
+
+
+def pairs_of_one_token(tokenizer: Any) -> list[tuple[int, str]]:
+    """Two words that are one token each behind a prompt."""
+    _, (tokens,) = Encoder(tokenizer, "plain").continuations(["x"], [["the", "and", "was", "to"]])
+    found = zip(tokens, ("the", "and", "was", "to"), strict=True)
+    return [(own[0], word) for own, word in found if len(own) == 1][:2]

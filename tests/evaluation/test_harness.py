@@ -262,9 +262,9 @@ def test_a_task_that_the_harness_cannot_load_is_one_line(
 
 
 def test_one_harness_task_stands_for_one_task(tasks: list[Task], tmp_path: Path) -> None:
-    from mtl_lora_cli.evaluation.lm_eval_bridge import find_harness_tasks
+    from mtl_lora_cli.evaluation.lm_eval_bridge import harness_tasks
 
     with pytest.raises(UsageError, match="--harness-task boolq stands for one task"):
-        find_harness_tasks(tasks, "boolq")
+        harness_tasks(tasks, "boolq")
     with pytest.raises(UsageError, match=r"missing\.yaml: no such file"):
-        find_harness_tasks(tasks[:1], str(tmp_path / "missing.yaml"))
+        harness_tasks(tasks[:1], str(tmp_path / "missing.yaml"))

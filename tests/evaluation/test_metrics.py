@@ -132,6 +132,26 @@ MIXED = np.arange(20) % 2
             "only one class among gold and predicted",
         ),
         ("quadratic_kappa", {"gold": EQUAL, "predicted": EQUAL}, "only one class among gold and"),
+        (
+            "f1",
+            {"gold": EQUAL, "predicted": EQUAL},
+            "no row has the positive class, and none is given",
+        ),
+        (
+            "f1",
+            {"gold": EQUAL, "predicted": EQUAL - 1},
+            "no row has the positive class, and none is",
+        ),
+        (
+            "f1",
+            {"gold": 1 - EQUAL, "predicted": 1 - EQUAL, "positive": 0},
+            "no row has the positive",
+        ),
+        (
+            "pearson",
+            {"predicted_value": 3.3 + 1e-14 * np.arange(20)},
+            "all predicted values are equal",
+        ),
         ("roc_auc", {"gold": EQUAL}, "only one class among the gold labels"),
         ("pearson", {"gold_value": np.ones(20)}, "all gold values are equal"),
         ("spearman", {"predicted_value": np.ones(20)}, "all predicted values are equal"),
@@ -161,9 +181,16 @@ def test_degenerate_answers_give_a_number_or_a_reason_and_no_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         measured = measure(name, outcome(20, gold=gold, predicted=predicted))
-    numbers = (measured.value, measured.low, measured.high)
-    assert (numbers == (None, None, None)) == (measured.why is not None)
-    assert measured.why or all(n is not None and math.isfinite(n) for n in numbers)
+    assert (measured.value is None) == (measured.why is not None)
+    assert measured.value is None or math.isfinite(measured.value)
+    if measured.low is None or measured.high is None:
+        assert measured.low is measured.high is None
+        return
+    # Answers that are all alike come to 0 on the next rows, too; what is all right need not.
+    alike = measured.value == 0 and (predicted == predicted[0]).all()
+    assert measured.value is not None
+    assert measured.low <= measured.value <= measured.high
+    assert (measured.low < measured.high) != alike
 
 
 @given(st.data())

@@ -65,6 +65,16 @@ def test_a_model_is_not_better_than_itself(gold: np.ndarray) -> None:
         assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
+def test_one_row_says_nothing_of_the_next() -> None:
+    """Not even where it is answered better: exact p is 1, of five rows alike it is 2 / 2⁵."""
+    for rows, p in ((1, 1.0), (5, 2 / 2**5)):
+        right, wrong = (Outcome(np.ones(rows, int), np.full(rows, one)) for one in (1, 0))
+        for name in ("accuracy", "f1"):
+            found = paired(name, right, wrong, "task")
+            assert (found.difference, found.low, found.high) == (1, None, None)
+            assert (found.p, found.test) == (p, "mcnemar")
+
+
 def test_a_task_s_draws_are_its_own(gold: np.ndarray) -> None:
     one = answered(gold, 0.6, 1)
     assert np.array_equal(sampled("accuracy", one, "a"), sampled("accuracy", one, "a"))

@@ -78,6 +78,30 @@ def test_it_survives_json_whose_keys_are_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("choices", "index", "title"),
+    [
+        ("{1: 'yes', 0: 'no'}", 0, "f1 (yes)"),
+        ("{0: 'no', 1: 'yes'}", 1, "f1 (yes)"),
+        ("{true: a, false: b}", 0, "f1 (a)"),
+        ("{'True': a, 'False': b}", 0, "f1 (a)"),
+        ("{'yes': a, 'no': b}", 0, "f1 (a)"),
+        ("{'No': a, 'Yes': b}", 1, "f1 (b)"),
+        ("{1.0: a, -1.0: b}", 0, "f1 (a)"),
+        ("[a, b]", 1, "f1 (b)"),
+        ("{spam: a, ham: b}", 1, "f1 (b)"),
+        ("{spam: '{{ word }}', ham: '{{ text }}'}", 1, "f1 (ham)"),
+    ],
+)
+def test_the_positive_class_is_1_true_or_yes_and_shown(
+    tmp_path: Path, choices: str, index: int, title: str
+) -> None:
+    text = f"description: x\nprompt: '{{{{ text }}}}'\nlabel: label\nchoices: {choices}\n"
+    template = read(tmp_path, text + "metrics: [f1, accuracy]\n")
+    assert template.positive_index == index
+    assert (template.title("f1"), template.title("accuracy")) == (title, "accuracy")
+
+
+@pytest.mark.parametrize(
     ("label", "labels", "index"),
     [
         ("0", [0, 1], 0),
