@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +24,8 @@ from mtl_lora_cli.comparison.results import (
 )
 from mtl_lora_cli.comparison.statistics import RESAMPLES, TaskRuns, compare
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.evaluation.metrics import undefined
+from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.folder import save_json
 
@@ -124,6 +126,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             for label, score in labels.items()
         ],
         "unfinished": [*_unfinished(plan, results, chosen), *_failed_base(untrained)],
+        "undefined": list(_undefined(scored)),
         "left_out": [method for method in plan["methods"] if method not in methods],
         "gradients": _gradients(own),
         "validation_loss": _validation_loss(own),
@@ -160,6 +163,20 @@ def _finished(
         if result[score] is not None:
             found[run["seed"]] = result
     return found
+
+
+def _undefined(scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """A line for each method and task whose metric is 0 / 0, and what it counts as."""
+    for method, each in scored.items():
+        for name, first in each[0].items():
+            whys = [undefined(one[name]["metric"], unpack(one[name])) for one in each]
+            known = [why for why in whys if why is not None]
+            if known:
+                value = metric(first["metric"], unpack(each[whys.index(known[0])][name]))
+                yield (
+                    f"{name}: {first.get('title') or first['metric']} of {method} is undefined with "
+                    f"{len(known)} of {len(each)} seeds ({known[0]}) and counts as {value:g}"
+                )
 
 
 def _task_runs(name: str, scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskRuns:

@@ -110,7 +110,7 @@ def _samples(name: str, outcome: Outcome, seed: int) -> list[float]:
     weights = generator.multinomial(size, how_often / size, size=RESAMPLES)
     pairs = Outcome(gold, predicted, positive=outcome.positive)
     values = resampled(name, pairs, weights)
-    drawn = (Outcome(gold[one > 0], predicted[one > 0]) for one in weights)
+    drawn = (pairs.take(np.flatnonzero(one)) for one in weights)
     return [
         float(value) for value, part in zip(values, drawn, strict=True) if not undefined(name, part)
     ]

@@ -15,7 +15,16 @@ from mtl_lora_cli.runs.folder import RunFolder
 
 # What a table shows of how a task was asked: of two results that are alike in it, the newer counts.
 _ASKED = ("task", "split", "protocol", "normalisation", "harness_task", "limit")
-_COUNTS = ("examples", "majority", "chance", "truncated_prompts", "unparsable")
+_COUNTS = (
+    "examples",
+    "majority",
+    "chance",
+    "truncated_prompts",
+    "unparsable",
+    "unreadable",
+    "ends_counted",
+    "ties",
+)
 _KEPT = ("id", "task", "split", "protocol", "normalisation", "limit", *_COUNTS)
 Result = dict[str, Any]
 

@@ -64,6 +64,12 @@ def test_a_choice_that_another_begins_can_be_learned_and_predicted(
     assert (result["ends_counted"], result["harness"]["acc"]["value"]) == (4, 0.0)
     said = invoke("predict", "--task", "a", "rows/test.jsonl").stdout
     assert [json.loads(line)["label"] for line in said.splitlines()] == [2] * 4
+    merged = invoke("merge", "--task", "a").stdout
+    assert "equal answers 100.0%; accuracy 1.000 " in merged
+    (beside,) = json.loads(
+        invoke("eval", "--task", "a", "--against", "merged/own/a", "--json").stdout
+    )["results"]
+    assert (beside["beside"]["metrics"]["accuracy"]["value"], beside["beside"]["equal"]) == (1, 1)
 
 
 THUMBS = 'prompt: "{{ text }}"\nlabel: label\nchoices: {0: "👎", 1: "👍"}\n'

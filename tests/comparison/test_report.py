@@ -117,6 +117,27 @@ def test_settings_are_chosen_by_validation_alone(folder: Path) -> None:
     assert [point for point, one in tuning.items() if one["chosen"]] == ["x", "z"]
 
 
+def test_a_metric_that_is_0_by_0_is_told(folder: Path) -> None:
+    """No row of `a` has the positive class, and the baseline gives none; the other method does."""
+
+    def positive_0(content: dict[str, Any]) -> None:
+        entry = content["test"]["a"]
+        entry |= {"metric": "f1", "metrics": {"f1": 0.0}, "title": "f1 (no)", "positive": 0}
+        entry["predicted"] = "1 1 1 1" if content["method"] == "lora" else "1 1 1 0"
+
+    for method, point, seed in ANSWERS:
+        if point != "y":
+            change(folder, f"{method}-{point}-seed{seed}", positive_0)
+    report = build_report(folder)
+    line = (
+        "a: f1 (no) of lora is undefined with 2 of 2 seeds (no row has the positive class, and none is "
+        "given it) and counts as 0"
+    )
+    assert report["undefined"] == [line]
+    assert line in notes(report)
+    assert "| a | f1 (no) | 4 test |" in markdown(report)
+
+
 def about_validation(folder: Path) -> dict[str, Any]:
     """The same comparison with its report about the validation rows."""
     plan = json.loads((folder / "plan.json").read_text())
