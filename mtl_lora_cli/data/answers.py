@@ -45,7 +45,7 @@ def require_answers(
 def require_apart(
     task: str, where: str, choices: Sequence[str], tokens: Sequence[list[int]]
 ) -> None:
-    """Refuse choices that are the same to the model.
+    """Refuse choices that are nothing to the model, or the same.
 
     Args:
         task, where: for the error.
@@ -57,6 +57,11 @@ def require_apart(
     """
     known: dict[tuple[int, ...], str] = {}
     for choice, own in zip(choices, tokens, strict=False):
+        if not own:
+            raise UsageError(
+                f"{where}: task '{task}': choices: '{choice}' has no token: the base model's tokenizer "
+                "leaves it out; give it another text"
+            )
         other = known.setdefault(tuple(own), choice)
         if other != choice:
             raise UsageError(

@@ -1,7 +1,7 @@
-"""From rendered examples to tokens.
+"""From conversations to tokens; an example is a conversation of one prompt and one answer.
 
-Prompt and answer are tokenised together, and the prompt's own tokens are counted off: the token at
-the boundary is the one that evaluation will see, and the way is that of lm-evaluation-harness.
+Prompt and answer are tokenised together and cut where the answer begins: the token at the boundary is
+the one that evaluation will see. Where lm-evaluation-harness's way loses nothing, it is the same.
 """
 
 from __future__ import annotations
@@ -10,56 +10,127 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from mtl_lora_cli.data.chat import ChatTemplate, Message, Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.recipe.schema import Chat, Recipe
 from mtl_lora_cli.tasks.rendering import Example
 
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
+_UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
 
 Overflow = Literal["error", "drop", "truncate_prompt"]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads before it answers.
+
+    Attributes:
+        tokens: all of them.
+        own: from which to which of them are the row's own, that may be cut for want of room; the others
+            are a start token, or what the chat template writes.
+    """
+
+    tokens: list[int]
+    own: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def fixed(self) -> int:
+        """Tokens that stay, however small the room is."""
+        return len(self) - (self.own[1] - self.own[0])
+
+    def shortened(self, room: int) -> list[int]:
+        """At most `room` tokens: the row's own lose their beginning, as the question stands at the end.
+
+        Raises:
+            ValueError: there is no room for those that must stay.
+        """
+        gone = max(0, len(self) - room)
+        begin, end = self.own
+        if gone > end - begin:
+            raise ValueError(f"room for {room} of {self.fixed} tokens that are not the row's own")
+        return self.tokens[:begin] + self.tokens[begin + gone :]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as tokens.
+
+    Attributes:
+        tokens: up to the end of the last answer that counts.
+        turns: for each answer that counts the places among the tokens; `close` is `text` where the
+            tokenizer makes no token of the answer.
+        own: from which to which token the last user message's text goes, which may be cut.
+    """
+
+    tokens: list[int]
+    turns: tuple[Turn, ...]
+    own: tuple[int, int]
+
+    @property
+    def mask(self) -> list[bool]:
+        """For each token whether it is learned."""
+        learned = [False] * len(self.tokens)
+        for turn in self.turns:
+            learned[turn.begin : turn.end] = [True] * (turn.end - turn.begin)
+        return learned
+
+
 class Encoder:
-    """Tokenises prompts and answers in the recipe's prompt format.
+    """Tokenises conversations in the recipe's prompt format.
 
     Args:
         tokenizer: a fast transformers tokenizer.
         prompt_format: `plain` (prompt, a space, answer) or `chat` (the tokenizer's chat template).
+        chat: how the chat template is used.
+        lenient: see `ChatTemplate`.
 
     Raises:
-        UsageError: `chat` with a tokenizer that has no chat template, or one without an end token.
+        UsageError: `chat` with a tokenizer whose chat template is missing or cannot be used, or a
+            tokenizer without an end token.
     """
 
-    def __init__(self, tokenizer: Any, prompt_format: str) -> None:
-        if prompt_format == "chat" and not tokenizer.chat_template:
-            raise UsageError(
-                "prompt_format: chat needs a tokenizer with a chat template; use plain"
-            )
+    def __init__(
+        self, tokenizer: Any, prompt_format: str, chat: Chat | None = None, *, lenient: bool = False
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
         self._tokenizer = tokenizer
         self._format = prompt_format
-        self._chat = prompt_format == "chat"
-        self._delimiter = "" if self._chat else " "
+        self._chat = (
+            ChatTemplate(tokenizer, chat or Chat(), lenient=lenient)
+            if prompt_format == "chat"
+            else None
+        )
         self.end = int(tokenizer.eos_token_id)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         # The start token, if the tokenizer sets one before a text; chat templates bring their own.
         first = tokenizer("x")["input_ids"][:1]
-        starts = not self._chat and first == [tokenizer.bos_token_id]
+        starts = self._chat is None and first == [tokenizer.bos_token_id]
         self._start: list[int] = first if starts else []
+
+    @classmethod
+    def of(cls, tokenizer: Any, recipe: Recipe, *, lenient: bool = False) -> Encoder:
+        """The encoder that a recipe asks for."""
+        return cls(tokenizer, recipe.prompt_format, recipe.chat, lenient=lenient)
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides how a text becomes tokens."""
         parts = (
             self._tokenizer.backend_tokenizer.to_str(),
-            self._tokenizer.chat_template if self._chat else None,
+            self._chat and self._chat.identity,
             sorted(self._tokenizer.special_tokens_map.items()),  # templates write them
             self._format,
             self._start,
@@ -67,60 +138,90 @@ class Encoder:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    @property
+    @cached_property
     def answer_end(self) -> tuple[int, ...]:
         """The tokens behind an answer, as training teaches them."""
-        return (self.end,)
+        (found,) = self.conversations([one_turn("x", "x")])
+        turn = found.turns[-1]
+        return tuple(found.tokens[turn.close : turn.end])
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens at which an answer that is generated ends."""
+        control = self._tokenizer.added_tokens_decoder
+        return frozenset({self.end, *(token for token in self.answer_end if token in control)})
+
+    @property
+    def stop_text(self) -> str:
+        """A text at which it ends, too; "" but for templates that end a turn with no control token."""
+        return "" if self._chat is None or self._chat.closes else self._chat.ending.strip()
 
     def prompts(self, texts: Sequence[str]) -> list[str]:
         """The prompts as the model reads them."""
-        if not self._chat:
-            return list(texts)
-        return [
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-            for text in texts
-        ]
+        return list(texts) if self._chat is None else [self._chat.prompt(text) for text in texts]
+
+    def conversations(
+        self, many: Sequence[Sequence[Message]], counts: Sequence[Sequence[bool]] | None = None
+    ) -> Iterator[Conversation]:
+        """Tokens of conversations, and which of them are learned.
+
+        Each is written and tokenised once, as a whole, and cut where its answers begin and end. A token
+        that lies across such a place is the answer's: tokens are never made of parts of the text.
+
+        Args:
+            many: conversations; with `plain` of one prompt and one answer each.
+            counts: for each message whether it is learned; None: every answer is.
+
+        Raises:
+            UsageError: the chat template cannot write one of them.
+        """
+        if self._chat is None:
+            written = [_plainly(messages) for messages in many]
+        else:
+            written = [
+                self._chat.write(messages, None if counts is None else counts[number])
+                for number, messages in enumerate(many)
+            ]
+        encodings = self._encoded([one.text for one in written])
+        for one, encoding in zip(written, encodings, strict=True):
+            yield self._placed(one, encoding)
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Tokens of each prompt, and of each of its answers as they follow it.
+    ) -> tuple[list[Prompt], list[list[list[int]]]]:
+        """Tokens of each prompt, and of each of its answers as they follow it, without their ends.
 
-        Prompt and answer are tokenised once, together, and cut where the answer's first character
-        begins. Where a token lies across that place, or answers leave the prompt different tokens,
-        the prompt is tokenised alone and its tokens are counted off.
+        Prompt and answer, one behind the other, are always the tokens of the whole text. The prompt is
+        what all its answers leave it: tokens that some of them make another one of are the answers'.
+        What a chat template writes before an answer's own text belongs to the prompt here.
 
         Args:
             prompts: rendered prompts.
-            answers: for each prompt one or more answers, without a leading space.
+            answers: for each prompt one or more answers, without a leading space; "" for one that is not
+                known.
 
         Returns:
-            The prompts' tokens, and for each prompt its answers' tokens.
+            The prompts, and for each prompt its answers' tokens.
         """
-        texts = self.prompts(prompts)
-        joined = [
-            text + self._delimiter + answer
-            for text, several in zip(texts, answers, strict=True)
+        pairs = [
+            one_turn(prompt, answer or _UNKNOWN)
+            for prompt, several in zip(prompts, answers, strict=True)
             for answer in several
         ]
-        encodings = self._encoded(joined)
-        prompt_tokens, following = [], []
-        for text, several in zip(texts, answers, strict=True):
-            whole = [next(encodings) for _ in several]
-            cuts = [self._cut(encoding, len(text)) for encoding in whole]
-            ids = [encoding.ids for encoding in whole]
-            first = None if cuts[0] is None else ids[0][: cuts[0]]
-            if first is None or any(
-                cut is None or tokens[:cut] != first
-                for tokens, cut in zip(ids[1:], cuts[1:], strict=True)
-            ):
-                first = self._backend.encode(text, add_special_tokens=False).ids
-                cuts = [len(first)] * len(several)
-            prompt_tokens.append(self._start + first)
-            following.append([tokens[cut:] for tokens, cut in zip(ids, cuts, strict=True)])
-        return prompt_tokens, following
+        found = self.conversations(pairs)
+        first, following = [], []
+        for several in answers:
+            whole = [next(found) for _ in several]
+            cut = _shared(whole)
+            begin, end = whole[0].own
+            first.append(Prompt(whole[0].tokens[:cut], (min(begin, cut), min(end, cut))))
+            following.append(
+                [
+                    one.tokens[cut : one.turns[-1].close] if answer else []
+                    for one, answer in zip(whole, several, strict=True)
+                ]
+            )
+        return first, following
 
     def _encoded(self, texts: Sequence[str]) -> Iterator[Any]:
         """The tokenizer's encodings in order, a chunk ahead of what is being read.
@@ -138,22 +239,64 @@ class Encoder:
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
-    def _cut(self, encoding: Any, place: int) -> int | None:
-        """How many tokens stand before character `place`; None where one lies across it."""
-        token = encoding.char_to_token(place + len(self._delimiter))
-        if token is None:
-            return None
-        while token and encoding.token_to_chars(token - 1)[0] >= place:
-            token -= 1
-        if token and encoding.token_to_chars(token - 1)[1] > place:
-            return None
-        return None if encoding.token_to_chars(token)[0] < place else int(token)
+    def _placed(self, written: Written, encoding: Any) -> Conversation:
+        """Places in the text as places among its tokens."""
+        ids: list[int] = encoding.ids
+        start = [] if ids[:1] == self._start else self._start
+        length = len(written.text)
 
-    def shorten(self, prompt: list[int], room: int) -> list[int]:
-        """The last `room` tokens of a prompt, its start token kept: the question stands at the end."""
-        if len(prompt) <= room:
-            return prompt
-        return self._start + prompt[len(prompt) - room + len(self._start) :]
+        def at(place: int, *, behind: bool = False) -> int:
+            return len(start) + _token_at(encoding, place, length, behind=behind)
+
+        def has_token(turn: Turn) -> bool:
+            places = range(turn.text, turn.close)
+            shown = (place for place in places if not written.text[place].isspace())
+            return any(encoding.char_to_token(place) is not None for place in shown)
+
+        turns = tuple(
+            Turn(
+                begin=at(turn.begin),
+                text=at(turn.text),
+                close=at(turn.close, behind=True) if has_token(turn) else at(turn.text),
+                end=at(turn.end, behind=True),
+            )
+            for turn in written.turns
+        )
+        tokens = [*start, *ids][: turns[-1].end]
+        if not written.closed and tokens[-1] != self.end:
+            tokens.append(self.end)
+            turns = (*turns[:-1], replace(turns[-1], end=len(tokens)))
+        begin, end = written.own
+        return Conversation(tokens, turns, (at(begin, behind=True), at(end)))
+
+
+def _plainly(messages: Sequence[Message]) -> Written:
+    """Prompt, a space, answer."""
+    prompt, answer = (message["content"] for message in messages)
+    text = f"{prompt} {answer}"
+    cut, end = len(prompt), len(text)
+    return Written(text, (Turn(cut, cut, end, end),), (0, cut), closed=False)
+
+
+def _token_at(encoding: Any, place: int, length: int, *, behind: bool) -> int:
+    """How many tokens stand before a character; one that lies across counts with `behind` only."""
+    for character in range(place, length):
+        token = encoding.char_to_token(character)
+        if token is not None:
+            across = encoding.token_to_chars(token)[0] < place
+            return int(token) + (behind and across)
+    return len(encoding)
+
+
+def _shared(whole: Sequence[Conversation]) -> int:
+    """How many tokens all of them begin with, up to where the first answer begins."""
+    cut = min(one.turns[-1].text for one in whole)
+    first = whole[0].tokens
+    for one in whole[1:]:
+        if one.tokens[:cut] != first[:cut]:
+            pairs = zip(one.tokens, first, strict=False)
+            cut = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    return cut
 
 
 @dataclass(frozen=True)
@@ -228,33 +371,35 @@ def encode_split(
         UsageError: an example is too long and `on_overflow` is `error`, or an answer alone is too
             long, or is cut to nothing; or no example is left.
     """
-    prompts, answers = encoder.continuations(
-        [example.prompt for example in examples], [[example.answer] for example in examples]
-    )
+    found = encoder.conversations([one_turn(one.prompt, one.answer) for one in examples])
     parts: list[list[int]] = []
     prompt_lengths: list[int] = []
     dropped = truncated = 0
     too_long: list[tuple[int, int]] = []
-    for number, (prompt, (answer,)) in enumerate(zip(prompts, answers, strict=True)):
-        if not answer:
+    for number, one in enumerate(found):
+        turn = one.turns[-1]
+        if turn.close == turn.text:
             raise UsageError(f"{wheres[number]}: task '{task}': the answer has no token of its own")
-        room = limit - len(answer) - 1
+        prompt, answer = Prompt(one.tokens[: turn.begin], one.own), one.tokens[turn.begin :]
+        kept = prompt.tokens
+        room = limit - len(answer)
         if len(prompt) > room:
             if on_overflow == "drop":
                 dropped += 1
                 continue
             if on_overflow == "error":
-                too_long.append((number, len(prompt) + len(answer) + 1))
+                too_long.append((number, len(one.tokens)))
                 continue
-            if room < 1:
+            if room < max(1, prompt.fixed):
                 raise UsageError(
-                    f"{wheres[number]}: task '{task}': the answer alone has {len(answer)} tokens; "
-                    f"rows hold {limit}"
+                    f"{wheres[number]}: task '{task}': the answer alone has "
+                    f"{turn.close - turn.text} tokens, {len(answer) + prompt.fixed} with what stands "
+                    f"around it; rows hold {limit}"
                 )
-            prompt = encoder.shorten(prompt, room)
+            kept = prompt.shortened(room)
             truncated += 1
-        parts.append([*prompt, *answer, encoder.end])
-        prompt_lengths.append(len(prompt))
+        parts.append([*kept, *answer])
+        prompt_lengths.append(len(kept))
     if too_long:
         number, length = too_long[0]
         raise UsageError(

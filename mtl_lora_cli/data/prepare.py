@@ -183,7 +183,7 @@ def prepare_training(
         UsageError: data that cannot be learned from, naming file and line.
     """
     training = recipe.training
-    encoder = Encoder(tokenizer, recipe.prompt_format)
+    encoder = Encoder.of(tokenizer, recipe)
     limit = min(training.row_length, longest)
     bound, splits, audits = [], [], []
     for task in tasks:

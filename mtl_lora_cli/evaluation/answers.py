@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.evaluation.ranks import Shard
-from mtl_lora_cli.tasks.reading import reading_of
+from mtl_lora_cli.tasks.reading import Reading, reading_of
 from mtl_lora_cli.tasks.task import Task
 
 Progress = Callable[[int, int], None]
@@ -85,7 +85,7 @@ def answer(
         setting: protocol, and whether the base model alone is asked.
         advance: called with (this process's examples done, in all).
     """
-    encoder = Encoder(opened.tokenizer, opened.recipe.prompt_format)
+    encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
     requests: list[list[Request]] = []
     for task, examples in zip(tasks, held, strict=True):
         number = -1 if setting.base_only else task.id
@@ -120,7 +120,7 @@ def answer(
     answers = []
     for index, (task, examples, own) in enumerate(zip(tasks, held, requests, strict=True)):
         if index not in scored:
-            answers.append(_generated(opened, task, examples, own, encoder.end, step, shard))
+            answers.append(_generated(opened, task, examples, own, encoder, step, shard))
             continue
         found = [next(scores) for _ in own]
         counts = [len(request.choices) for request in own]
@@ -139,7 +139,7 @@ def _generated(
     task: Task,
     examples: Examples,
     requests: list[Request],
-    end: int,
+    encoder: Encoder,
     advance: Advance,
     shard: Shard,
 ) -> Answers:
@@ -147,15 +147,15 @@ def _generated(
     answers = generate(
         opened.packed,
         requests,
-        end=end,
+        ends=encoder.stops,
         new_tokens=answer_limits(task, requests),
         device=opened.device,
         tokens_per_pass=opened.tokens_per_pass,
-        stopped=stop_of(task, opened.tokenizer),
+        stopped=stop_of(task, encoder, opened.tokenizer),
         advance=advance,
         shard=shard,
     )
-    return read_generated(opened.tokenizer, task, examples, requests, answers)
+    return read_generated(opened.tokenizer, encoder, task, examples, requests, answers)
 
 
 def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
@@ -164,9 +164,9 @@ def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
     return [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
 
 
-def stop_of(task: Task, tokenizer: Any) -> Stopped:
+def stop_of(task: Task, encoder: Encoder, tokenizer: Any) -> Stopped:
     """Whether the tokens of a generated answer have come to a text that ends it."""
-    reading = reading_of(task.template)
+    reading = _reading(task, encoder)
 
     def stopped(tokens: list[int]) -> bool:
         return bool(reading.stop) and reading.complete(tokenizer.decode(tokens))
@@ -174,15 +174,22 @@ def stop_of(task: Task, tokenizer: Any) -> Stopped:
     return stopped
 
 
+def _reading(task: Task, encoder: Encoder) -> Reading:
+    """As the task's template says, and up to the text by which the chat template ends a turn."""
+    reading = reading_of(task.template)
+    return replace(reading, stop=(*reading.stop, *filter(None, [encoder.stop_text])))
+
+
 def read_generated(
     tokenizer: Any,
+    encoder: Encoder,
     task: Task,
     examples: Examples,
     requests: list[Request],
     answers: Sequence[list[int]],
 ) -> Answers:
     """What the tokens of generated answers name; what names no choice is wrong, and predicted as -1."""
-    reading = reading_of(task.template)
+    reading = _reading(task, encoder)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     predicted, gold, unparsable = [], [], 0
     for text, example in zip(texts, examples.examples, strict=True):

@@ -22,6 +22,7 @@ from torch import Tensor
 from mtl_lora_cli.data.answers import require_apart
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
@@ -149,6 +150,9 @@ def build_requests(
         encoder: tokenises.
         limit: positions that the model knows.
         new_tokens: how many more tokens will be generated, where it is more than the candidates have.
+
+    Raises:
+        UsageError: there is no room even without the row's own text.
     """
     prompts, answers = encoder.continuations(
         [example.prompt for example in examples],
@@ -160,7 +164,12 @@ def build_requests(
         counts = one_begins_another(choices)
         asked = [[*choice, *end] for choice in choices] if counts else choices
         room = limit - max(new_tokens, *(len(choice) for choice in asked))
-        short = encoder.shorten(prompt, max(1, room))
+        if prompt.fixed > max(1, room):
+            raise UsageError(
+                f"the longest answer and what stands around it have {limit - room + prompt.fixed} "
+                f"tokens; the model reads {limit}"
+            )
+        short = prompt.shortened(max(1, room))
         cut = len(short) < len(prompt)
         requests.append(Request(task, short, asked, cut, len(end) if counts else 0))
     return requests

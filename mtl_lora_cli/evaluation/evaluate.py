@@ -174,6 +174,7 @@ def _setting_of(opened: OpenRun, task: Task, setting: Setting) -> dict[str, Any]
         "normalisation": setting.normalisation_of(task),
         "generate": template.generate.model_dump() if protocol == GENERATE else None,
         "prompt_format": opened.recipe.prompt_format,
+        "chat": opened.recipe.chat.model_dump() if opened.recipe.prompt_format == "chat" else None,
         "loss_on": opened.recipe.training.loss_on,
         "template": {"name": task.template_name, "version": template.version},
         "model": "base" if setting.base_only else "adapter",

@@ -6,7 +6,7 @@ its key-value cache keeps what they leave: each further token costs one position
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def generate(
     packed: PackedModel,
     requests: Sequence[Request],
     *,
-    end: int,
+    ends: Collection[int],
     new_tokens: Sequence[int],
     device: torch.device,
     tokens_per_pass: int,
@@ -39,7 +39,7 @@ def generate(
     Args:
         packed: the model.
         requests: prompts with their tasks; their candidates are not looked at.
-        end: the end token; it ends an answer and is not part of it.
+        ends: tokens that end an answer and are not part of it.
         new_tokens: for each request the most tokens that its answer may have.
         device: the model's.
         tokens_per_pass: prompts are put together up to so many tokens.
@@ -62,7 +62,7 @@ def generate(
             limits = [new_tokens[number] for number in numbers]
             tasks = torch.tensor([requests[number].task for number in numbers])
             with torch.inference_mode(), packed.over_padded_rows(tasks) as model:
-                found = _continued(model, rows, limits, end, stopped, device)
+                found = _continued(model, rows, limits, ends, stopped, device)
             answers.update(zip(numbers, found, strict=True))
             advance(len(numbers))
     finally:
@@ -74,7 +74,7 @@ def _continued(
     model: Any,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
-    end: int,
+    ends: Collection[int],
     stopped: Stopped,
     device: torch.device,
 ) -> list[list[int]]:
@@ -98,10 +98,10 @@ def _continued(
         for row, token in enumerate(likeliest.tolist()):
             if not going[row]:
                 continue
-            if token != end:
+            if token not in ends:
                 answers[row].append(token)
             going[row] = (
-                token != end and len(answers[row]) < limits[row] and not stopped(answers[row])
+                token not in ends and len(answers[row]) < limits[row] and not stopped(answers[row])
             )
         ids, places = likeliest[:, None], places[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)

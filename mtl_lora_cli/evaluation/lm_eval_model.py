@@ -7,6 +7,7 @@ its own `HFLM` adds to that), so that its figures are those that it would find f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from mtl_lora_cli.data.chat_variables import template_arguments
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.choices import Request, ask
@@ -52,7 +54,11 @@ class AdaptedLM(TemplateLM):
     @property
     def answer_end(self) -> tuple[int, ...]:
         """What training teaches behind an answer."""
-        return Encoder(self.tokenizer, self._opened.recipe.prompt_format).answer_end
+        return self._encoder.answer_end
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder.of(self.tokenizer, self._opened.recipe, lenient=True)
 
     @property
     def prefix_token_id(self) -> int:
@@ -85,6 +91,7 @@ class AdaptedLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **template_arguments(self.tokenizer, self._opened.recipe.chat),
         )
         return text
 
@@ -190,7 +197,7 @@ class AdaptedLM(TemplateLM):
             answers = generate(
                 self._opened.packed,
                 [asked[number] for number in numbers],
-                end=self.eot_token_id,
+                ends=self._encoder.stops,
                 new_tokens=[limits[number] for number in numbers],
                 device=self._opened.device,
                 tokens_per_pass=self._opened.tokens_per_pass,

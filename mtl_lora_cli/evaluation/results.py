@@ -34,7 +34,7 @@ _ASKED = (
     "positive",
 )
 # What else is the same where only the adapter makes the difference.
-_AROUND = ("template", "prompt_format", "base_model", "dtype", "quantization")
+_AROUND = ("template", "prompt_format", "chat", "base_model", "dtype", "quantization")
 _NAMED = (
     "task",
     "split",

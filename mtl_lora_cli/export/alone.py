@@ -9,7 +9,7 @@ that differ in it alone cost one row together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def generate_alone(
     model: Any,
     requests: Sequence[Request],
     *,
-    end: int,
+    ends: Collection[int],
     new_tokens: Sequence[int],
     stopped: Stopped,
 ) -> list[list[int]]:
@@ -98,7 +98,7 @@ def generate_alone(
     Args:
         model: a transformers causal language model; its own defaults of generating are set aside.
         requests: prompts; their candidates are not looked at.
-        end: the end token; it ends an answer and is not part of it.
+        ends: tokens that end an answer and are not part of it.
         new_tokens: for each request the most tokens that its answer may have, at least 1.
         stopped: whether an answer is complete as it stands.
 
@@ -117,14 +117,14 @@ def generate_alone(
 
         # What is not said here, such as a penalty for repetition, would be the checkpoint's.
         model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=most, eos_token_id=end, pad_token_id=end
+            do_sample=False, max_new_tokens=most, eos_token_id=list(ends), pad_token_id=min(ends)
         )
         with torch.inference_mode():
             (whole,) = model.generate(
                 ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete]
             )
         answer = whole[start:].tolist()
-        answers.append(answer[:-1] if answer[-1:] == [end] else answer)
+        answers.append(answer[:-1] if answer and answer[-1] in ends else answer)
     return answers
 
 

@@ -127,7 +127,7 @@ class Questions:
     @cached_property
     def encoder(self) -> Encoder:
         """As the run encodes."""
-        return Encoder(self.tokenizer, self.run.recipe.prompt_format)
+        return Encoder.of(self.tokenizer, self.run.recipe, lenient=True)
 
     def _requests(self, new_tokens: int = 0) -> list[Request]:
         rows, task = self.examples.examples, self.task.id
@@ -172,11 +172,13 @@ class Questions:
         answers = generate_alone(
             model,
             requests,
-            end=self.encoder.end,
+            ends=self.encoder.stops,
             new_tokens=answer_limits(self.task, requests),
-            stopped=stop_of(self.task, self.tokenizer),
+            stopped=stop_of(self.task, self.encoder, self.tokenizer),
         )
-        said = read_generated(self.tokenizer, self.task, self.examples, requests, answers)
+        said = read_generated(
+            self.tokenizer, self.encoder, self.task, self.examples, requests, answers
+        )
         return Answers(scores, said.outcome)
 
     def answers(self, scores: list[np.ndarray]) -> Answers:

@@ -247,7 +247,7 @@ def _models(run: FinishedRun, rank: int | None) -> dict[str, Reader]:
 
 def _require_same_tokens(questions: Questions, opened: Any) -> None:
     tokenizer = questions.tokenizer
-    encoder = Encoder(tokenizer, questions.run.recipe.prompt_format)
+    encoder = Encoder.of(tokenizer, questions.run.recipe, lenient=True)
     examples = questions.examples.examples
     starts = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     for text in encoder.prompts([f"{one.prompt} {one.answer}" for one in examples]):

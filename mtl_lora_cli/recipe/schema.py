@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -350,6 +351,38 @@ class Run(StrictModel):
     project: Name = "mtl-lora"  # under which they file the run
 
 
+_NOT_TO_GIVE = ("messages", "add_generation_prompt", "chat_template", "tokenize", "tools")
+
+
+class Chat(StrictModel):
+    """How the tokenizer's chat template is used, with `prompt_format: chat`."""
+
+    template_kwargs: dict[str, Any] = {}  # variables that the template reads: enable_thinking, …
+    # Where an answer stands, if the template's generation prompt does not begin its conversation.
+    answers: Literal["conversation", "generation_prompt"] | None = None
+    date: str | None = None  # for a template that prints it; default: when the run begins
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _only_variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name in _NOT_TO_GIVE or not name.isidentifier():
+                raise ValueError(f"'{name}' is no variable of a chat template that can be given")
+        return given
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, given: str | None) -> str | None:
+        if given is not None:
+            try:
+                datetime.fromisoformat(given)
+            except ValueError:
+                raise ValueError(
+                    f"expected a date such as 2026-11-30 or 2026-11-30T12:00:00, received '{given}'"
+                ) from None
+        return given
+
+
 class Recipe(StrictModel):
     """A whole recipe."""
 
@@ -359,6 +392,7 @@ class Recipe(StrictModel):
     engine: Literal["auto", "fused", "plain"] = "auto"  # who runs the base model's layers
     base_compute: Literal["dtype", "fp8"] = "dtype"  # arithmetic of the frozen products
     prompt_format: Literal["plain", "chat"] = "plain"
+    chat: Chat = Chat()
     adapter: Adapter = Adapter()
     tasks: Annotated[list[Task], Field(min_length=1)]
     mixing: Mixing = "proportional"
@@ -394,6 +428,12 @@ class Recipe(StrictModel):
                     "training.diagnose does not go with zero_stage: 3: it differentiates outside of "
                     "DeepSpeed; use stage 2"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _chat_is_read(self) -> Recipe:
+        if self.prompt_format != "chat" and self.chat != Chat():
+            raise ValueError("chat: is read with prompt_format: chat only")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
@@ -198,8 +200,9 @@ def prepare(
         raise loaded.problem(
             ("training", "diagnose"), "looks at what tasks share, which does not learn here"
         )
+    now = processes.same(datetime.now().isoformat(timespec="seconds"))
     with processes.one_after_another():
-        prepared = replace(_prepare(loaded, processes), extends=extends)
+        prepared = replace(_prepare(loaded, processes, now), extends=extends)
     if prepared.recipe.training.memory != "auto":
         return prepared
     recipe, memory = plan_memory(
@@ -222,12 +225,12 @@ def prepare(
     )
 
 
-def _prepare(loaded: LoadedRecipe, processes: Processes) -> Prepared:
-    recipe = loaded.recipe
+def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     deepspeed = _own_deepspeed(loaded)
     tasks = bind_tasks(loaded)
-    base = find_base_model(recipe.base_model, beside=loaded.base)
+    base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
     tokenizer = load_tokenizer(base)
+    recipe = _dated(loaded.recipe, tokenizer, now)
     longest = getattr(load_config(base), "max_position_embeddings", 2**31)
     data = prepare_training(tasks, recipe, tokenizer, longest)
     device = pick_device()
@@ -244,6 +247,13 @@ def _prepare(loaded: LoadedRecipe, processes: Processes) -> Prepared:
         processes=processes,
         deepspeed=deepspeed,
     )
+
+
+def _dated(recipe: Recipe, tokenizer: Any, now: str) -> Recipe:
+    """The recipe with the run's date, where the chat template prints one: the same ever after."""
+    if recipe.prompt_format != "chat" or recipe.chat.date is not None or not prints_date(tokenizer):
+        return recipe
+    return recipe.model_copy(update={"chat": recipe.chat.model_copy(update={"date": now})})
 
 
 def _validation(

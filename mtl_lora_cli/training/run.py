@@ -240,7 +240,10 @@ def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
 
 
 def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:
-    """A recipe with `memory: auto`, with what was picked when the run began: free memory differs."""
+    """A recipe with what was picked when the run began: its date, and, with `memory: auto`, its rows."""
+    if given.recipe.chat.date is None and given.recipe.prompt_format == "chat":
+        chat = given.recipe.chat.model_copy(update={"date": own.chat.date})
+        given = replace(given, recipe=given.recipe.model_copy(update={"chat": chat}))
     wanted, found = given.recipe.training, own.training
     if wanted.memory != "auto":
         return given

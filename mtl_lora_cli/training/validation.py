@@ -102,7 +102,7 @@ def encode_validation(
     """
     training = recipe.training
     assert training.validation is not None
-    encoder = Encoder(tokenizer, recipe.prompt_format)
+    encoder = Encoder.of(tokenizer, recipe)
     limit = min(training.row_length, longest)
     held = []
     for task in tasks:

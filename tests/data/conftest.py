@@ -32,7 +32,8 @@ def small_tokenizer() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<model>"]})
     tokenizer.chat_template = (
-        "{% for m in messages %}<user>{{ m.content }}<end>{% endfor %}"
+        "{% for m in messages %}{{ '<user>' if m.role == 'user' else '<model>' }}{{ m.content }}<end>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<model>{% endif %}"
     )
     return tokenizer

@@ -44,23 +44,33 @@ def test_the_boundary_is_that_of_lm_eval(
     request: pytest.FixtureRequest, which: str, prompt: str, answers: list[str]
 ) -> None:
     tokenizer = request.getfixturevalue(which)
-    (tokens,), (following,) = Encoder(tokenizer, "plain").continuations([prompt], [answers])
-    for answer, ours in zip(answers, following, strict=True):
-        assert (tokens, ours) == lm_eval_pair(tokenizer, prompt, " " + answer)
+    (found,), (following,) = Encoder(tokenizer, "plain").continuations([prompt], [answers])
+    whole = [tokenizer(f"{prompt} {answer}")["input_ids"] for answer in answers]
+    assert [found.tokens + ours for ours in following] == whole
+    theirs = [lm_eval_pair(tokenizer, prompt, " " + answer) for answer in answers]
+    if [before + after for before, after in theirs] == whole:  # its way has lost no token
+        assert [(found.tokens, ours) for ours in following] == theirs
 
 
-def test_a_merge_across_the_boundary_counts_off_the_prompts_tokens(small_tokenizer: Any) -> None:
-    """`A:` + ` yes` is `A`, `: y`, `es` together: after the prompt's two tokens only `es` is left."""
+def test_a_token_across_the_boundary_is_the_answers(small_tokenizer: Any) -> None:
+    """`A:` + ` yes` is `A`, `: y`, `es` together: counting off `A:` would leave `es` alone."""
     (prompt,), ((answer,),) = Encoder(small_tokenizer, "plain").continuations(["A:"], [["yes"]])
-    assert small_tokenizer.convert_ids_to_tokens(prompt) == ["A", ":"]
-    assert small_tokenizer.convert_ids_to_tokens(answer) == ["es"]
+    assert small_tokenizer.convert_ids_to_tokens(prompt.tokens) == ["A"]
+    assert small_tokenizer.convert_ids_to_tokens(answer) == [":Ġy", "es"]
+
+
+def test_answers_share_the_prompt_that_all_of_them_leave(small_tokenizer: Any) -> None:
+    """`A: no` alone would leave `A` and `: `, but `: y` is another token."""
+    (prompt,), (answers,) = Encoder(small_tokenizer, "plain").continuations(["A:"], [["no", "yes"]])
+    assert small_tokenizer.decode(prompt.tokens) == "A"
+    assert [small_tokenizer.decode(answer) for answer in answers] == [": no", ": yes"]
 
 
 def test_the_start_token_is_the_tokenizers(stories_tokenizer: Any, small_tokenizer: Any) -> None:
     for tokenizer, starts in ((stories_tokenizer, True), (small_tokenizer, False)):
         (tokens,), _ = Encoder(tokenizer, "plain").continuations(["a girl"], [["x"]])
-        assert tokens == tokenizer("a girl")["input_ids"]
-        assert (tokens[0] == tokenizer.bos_token_id) == starts
+        assert tokens.tokens == tokenizer("a girl")["input_ids"]
+        assert (tokens.tokens[0] == tokenizer.bos_token_id) == starts
 
 
 def test_many_texts_give_what_each_gives_alone(stories_tokenizer: Any) -> None:
@@ -159,10 +169,10 @@ def test_truncation_without_a_start_token_keeps_the_prompts_end(small_tokenizer:
 def test_a_shortened_prompt_has_the_length_asked_for(stories_tokenizer: Any, room: int) -> None:
     encoder = Encoder(stories_tokenizer, "plain")
     (prompt,), _ = encoder.continuations([LONG], [["yes"]])
-    short = encoder.shorten(prompt, room)
+    short = prompt.shortened(room)
     assert len(short) == room
     assert short[0] == stories_tokenizer.bos_token_id
-    assert short[1:] == (prompt[-(room - 1) :] if room > 1 else [])
+    assert short[1:] == (prompt.tokens[-(room - 1) :] if room > 1 else [])
 
 
 def test_an_answer_that_alone_is_too_long_is_an_error(stories_tokenizer: Any) -> None:

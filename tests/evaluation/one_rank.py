@@ -43,7 +43,7 @@ def main(rank: int, count: int, folder: Path) -> None:
     answers = generate(
         packed,
         requests[:9],
-        end=2,
+        ends=[2],
         new_tokens=[4] * 9,
         device=device,
         tokens_per_pass=700,

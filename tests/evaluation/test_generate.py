@@ -44,7 +44,7 @@ def test_greedy_answers_equal_those_of_transformers(
     ours = generate(
         packed,
         [Request(-1, prompt, [[]]) for prompt in prompts],
-        end=tokenizer.eos_token_id,
+        ends=[tokenizer.eos_token_id],
         new_tokens=LIMITS,
         device=CPU,
         tokens_per_pass=tokens,
@@ -75,7 +75,7 @@ def naive(packed: PackedModel, request: Request, limit: int, end: int) -> list[i
 def test_each_row_is_answered_by_its_own_task(packed: PackedModel, requests: list[Request]) -> None:
     chosen = [Request(task, r.prompt, r.choices) for r in requests[::5] for task in (-1, 0, 2)]
     limits = [number % 7 for number in range(len(chosen))]
-    ours = generate(packed, chosen, end=2, new_tokens=limits, device=CPU, tokens_per_pass=1500)
+    ours = generate(packed, chosen, ends=[2], new_tokens=limits, device=CPU, tokens_per_pass=1500)
     assert ours == [naive(packed, r, n, 2) for r, n in zip(chosen, limits, strict=True)]
     assert len({tuple(answer[:2]) for answer in ours}) > 3
 
@@ -91,7 +91,7 @@ def test_the_packed_model_comes_back(packed: PackedModel, requests: list[Request
 def test_an_answer_ends_where_it_is_complete(packed: PackedModel, requests: list[Request]) -> None:
     def answered(stopped: Any) -> list[list[int]]:
         return generate(
-            packed, requests[:6], end=2, new_tokens=[8] * 6, device=CPU, tokens_per_pass=2048,
+            packed, requests[:6], ends=[2], new_tokens=[8] * 6, device=CPU, tokens_per_pass=2048,
             stopped=stopped,
         )  # fmt: skip
 

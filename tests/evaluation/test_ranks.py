@@ -70,6 +70,6 @@ def test_two_processes_find_what_one_finds(
         assert int(np.argmax(ours)) == int(theirs.argmax())
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     answers = generate(
-        packed, requests[:9], end=2, new_tokens=[4] * 9, device=CPU, tokens_per_pass=2048
+        packed, requests[:9], ends=[2], new_tokens=[4] * 9, device=CPU, tokens_per_pass=2048
     )
     assert both[0]["answers"] == answers

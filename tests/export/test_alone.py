@@ -172,13 +172,13 @@ def test_greedy_answers_are_the_likeliest_tokens(plain: Any) -> None:
     expected = [greedy(prompt, most) for prompt, most in zip(prompts, limits, strict=True)]
     requests = [Request(0, prompt, [[0]]) for prompt in prompts]
     keys: dict[str, Any] = {"new_tokens": limits, "stopped": lambda tokens: False}
-    assert generate_alone(plain, requests, end=10**6, **keys) == expected
+    assert generate_alone(plain, requests, ends=[10**6], **keys) == expected
     end = expected[0][4]
     first = expected[0].index(end)
-    cut = generate_alone(plain, requests[:1], end=end, **{**keys, "new_tokens": [12]})
+    cut = generate_alone(plain, requests[:1], ends=[end], **{**keys, "new_tokens": [12]})
     assert cut == [expected[0][:first]], "the end token is no part of an answer"
     keys = {"new_tokens": [12], "stopped": lambda tokens: len(tokens) == 3}
-    assert generate_alone(plain, requests[:1], end=10**6, **keys) == [expected[0][:3]]
+    assert generate_alone(plain, requests[:1], ends=[10**6], **keys) == [expected[0][:3]]
 
 
 def test_answers_of_both_protocols_equal_the_runs(run: FinishedRun, tmp_path: Path) -> None:

@@ -127,12 +127,17 @@ def trainings() -> st.SearchStrategy[dict[str, Any]]:
 
 
 RECIPES = some(
-    {"tasks": tasks()},
+    {"tasks": tasks(), "prompt_format": st.just("chat")},
     base_model=WORDS,
     dtype=st.sampled_from(["auto", "float32", "bfloat16"]),
     quantization=st.sampled_from(["none", "nf4", "fp4", "int8"]),
     engine=st.sampled_from(["auto", "fused", "plain"]),
-    prompt_format=st.sampled_from(["plain", "chat"]),
+    chat=some(
+        {},
+        template_kwargs=st.dictionaries(st.sampled_from(["enable_thinking", "x"]), st.booleans()),
+        answers=st.sampled_from(["conversation", "generation_prompt"]),
+        date=st.sampled_from(["2026-11-30", "2026-11-30T12:00:00"]),
+    ),
     adapter=adapters(),
     mixing=st.sampled_from(["proportional", "uniform", "weights"]) | some({"temperature": AMOUNTS}),
     training=trainings(),

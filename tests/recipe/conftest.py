@@ -13,7 +13,8 @@ dtype: float32
 quantization: none
 engine: auto
 base_compute: dtype
-prompt_format: plain
+prompt_format: chat
+chat: {template_kwargs: {}, answers: conversation, date: "2026-11-30"}
 adapter:
   method: mtl-lora
   rank: 4
