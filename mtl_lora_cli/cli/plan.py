@@ -50,7 +50,13 @@ def findings(prepared: Prepared) -> list[str]:
     from mtl_lora_cli.data.prepare import untrained
 
     apart = [f"{name}: {why}" for name, why in untrained(data.tasks).items()]
-    return audited + left_out + apart
+    planned = dict(zip(data.mixture.names, data.mixture.planned_counts(), strict=True))
+    never = [
+        f"{name}: its share of an epoch's {sum(planned.values()):,} examples is none: it is not learned"
+        for name, count in planned.items()
+        if count == 0
+    ]
+    return audited + left_out + apart + never
 
 
 def tasks_table(prepared: Prepared) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,13 +50,31 @@ def shares(
     `temperature`: n_t^(1/τ) / Σ n^(1/τ).
     """
     raw: list[float] = {
-        "proportional": [float(n) for n in sizes],
-        "uniform": [1.0] * len(sizes),
-        "weights": list(weights),
-        "temperature": [n ** (1 / temperature) for n in sizes],
-    }[strategy]
+        "proportional": lambda: [float(n) for n in sizes],
+        "uniform": lambda: [1.0] * len(sizes),
+        "weights": lambda: _scaled(weights),
+        "temperature": lambda: _powers(sizes, temperature),
+    }[strategy]()
     total = math.fsum(raw)
     return [value / total for value in raw]
+
+
+_ENDLESS = 1e15  # examples; nobody draws so many
+_LARGE = 1e280  # sums of numbers below it are finite
+
+
+def _scaled(weights: Sequence[float]) -> list[float]:
+    """Weights, divided by the largest where their sum would not be finite: shares stay what they are."""
+    largest = max(weights)
+    return [weight / largest for weight in weights] if largest > _LARGE else list(weights)
+
+
+def _powers(sizes: Sequence[int], temperature: float) -> list[float]:
+    """n^(1/τ), of n over the largest n where the powers would not be finite."""
+    largest = max(sizes)
+    if math.log(max(1, largest)) / temperature > math.log(_LARGE):
+        return [(n / largest) ** (1 / temperature) for n in sizes]
+    return [n ** (1 / temperature) for n in sizes]
 
 
 def counts(sizes: Sequence[int], wanted: Sequence[float]) -> list[int]:
@@ -104,31 +123,48 @@ class Mixture:
     repeats: tuple[float, ...] = ()
     seed: int = 0
 
+    @property
+    def examples_an_epoch(self) -> int:
+        """Of all tasks."""
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        repeats = self.repeats or (1.0,) * len(self.lengths)
+        several = zip(self.lengths, repeats, strict=True)
+        return [round(min(len(n) * times, _ENDLESS)) for n, times in several]
+
     def planned_counts(self) -> list[int]:
         """Examples of each task in one epoch."""
-        repeats = self.repeats or (1.0,) * len(self.lengths)
-        sizes = [round(len(n) * times) for n, times in zip(self.lengths, repeats, strict=True)]
+        sizes = self._sizes()
         return counts(sizes, shares(sizes, self.strategy, self.weights, self.temperature))
 
     def epoch(self, number: int) -> list[list[Place]]:
         """The rows of one epoch, in the order in which they are learned."""
         return _epoch(_Identity(self), number)
 
-    def steps_in(self, epochs: float) -> int:
-        """Optimiser steps of so many epochs; a part of an epoch is a part of its rows."""
-        whole = math.floor(epochs)
-        steps = sum(self._epoch_steps(number) for number in range(whole))
+    def steps_in(self, epochs: float, at_most: int | None = None) -> int:
+        """Optimiser steps of so many epochs; a part of an epoch is a part of its rows.
+
+        Args:
+            epochs: how many.
+            at_most: no more steps than these, and no look at epochs behind them.
+        """
+        steps, whole = 0, math.floor(epochs)
+        for number in range(whole):
+            if at_most is not None and steps >= at_most:
+                return at_most
+            steps += self._epoch_steps(number)
         if epochs > whole:
             steps += max(1, round((epochs - whole) * self._epoch_steps(whole)))
-        return steps
+        return steps if at_most is None else min(steps, at_most)
 
     def step(self, number: int) -> tuple[int, list[list[Place]]]:
         """The epoch and the rows of optimiser step `number`, counted from 0."""
-        epoch = 0
-        while number >= (steps := self._epoch_steps(epoch)):
-            number -= steps
-            epoch += 1
-        start = number * self.rows_per_step
+        firsts = _first_steps(_Identity(self))
+        while firsts[-1] <= number:
+            firsts.append(firsts[-1] + self._epoch_steps(len(firsts) - 1))
+        epoch = bisect_right(firsts, number) - 1
+        start = (number - firsts[epoch]) * self.rows_per_step
         return epoch, self.epoch(epoch)[start : start + self.rows_per_step]
 
     def _epoch_steps(self, number: int) -> int:
@@ -151,6 +187,12 @@ class _Identity:
 @lru_cache(maxsize=4096)
 def _epoch_steps(identity: _Identity, number: int) -> int:
     return -(-len(_epoch(identity, number)) // identity.mixture.rows_per_step)
+
+
+@lru_cache(maxsize=2)
+def _first_steps(identity: _Identity) -> list[int]:
+    """The number of each epoch's first step, as far as it was asked for."""
+    return [0]
 
 
 @lru_cache(maxsize=2)

@@ -26,6 +26,8 @@ from mtl_lora_cli.tasks.task import Task
 
 EVERY = "all"  # `--task all`
 
+_MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -203,6 +205,9 @@ def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarr
         recipe: its `mixing` and `training`.
         tasks: in the order of their ids.
         lengths: of each task the tokens of each of its examples.
+
+    Raises:
+        UsageError: an epoch would draw nothing, or more than a run can hold.
     """
     mixing, training = recipe.mixing, recipe.training
     strategy, temperature = (
@@ -210,7 +215,7 @@ def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarr
         if isinstance(mixing, TemperatureMixing)
         else (mixing, 1.0)
     )
-    return Mixture(
+    mixture = Mixture(
         names=tuple(task.name for task in tasks),
         lengths=tuple(lengths),
         row_length=training.row_length,
@@ -221,6 +226,17 @@ def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarr
         repeats=tuple(task.repeat for task in tasks),
         seed=training.seed,
     )
+    drawn = mixture.examples_an_epoch
+    if drawn == 0:
+        raise UsageError(
+            "tasks: an epoch would draw no example: 'repeat' times the examples of each task rounds to 0"
+        )
+    if drawn > _MOST_DRAWN:
+        raise UsageError(
+            f"tasks: an epoch would draw {drawn:,} examples, more than {_MOST_DRAWN:,}; lower 'repeat', "
+            "and say training.epochs for more passes"
+        )
+    return mixture
 
 
 def with_rows(data: TrainingData, training: Training) -> TrainingData:

@@ -218,6 +218,7 @@ Recomputation = Annotated[
 ]
 
 _PICKED = ("rows_per_pass", "gradient_checkpointing")
+_MOST_EPOCHS = 100_000
 
 
 class Part(StrictModel):
@@ -292,6 +293,15 @@ class Training(StrictModel):
     # Not `validate`: pydantic's models have a method of that name.
     validation: Annotated[Validation | None, BeforeValidator(_switch)] = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _ends(self) -> Training:
+        """The steps of all epochs are counted before the first one."""
+        if self.epochs > _MOST_EPOCHS and self.max_steps is None:
+            raise ValueError(
+                f"'epochs' above {_MOST_EPOCHS:,} need 'max_steps', received {self.epochs:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _picked_once(self) -> Training:

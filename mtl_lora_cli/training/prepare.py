@@ -288,9 +288,7 @@ def _require_held_out(loaded: LoadedRecipe, name: str, held: list[HeldOut]) -> N
 
 
 def _steps(recipe: Recipe, data: TrainingData) -> int:
-    steps = data.mixture.steps_in(recipe.training.epochs)
-    most = recipe.training.max_steps
-    return steps if most is None else min(steps, most)
+    return data.mixture.steps_in(recipe.training.epochs, recipe.training.max_steps)
 
 
 def _own_deepspeed(loaded: LoadedRecipe) -> Path | None:

@@ -160,6 +160,54 @@ CASES = [
         ("recipe.yaml:8: mixing.temperature: input should be greater than 0, received -1",),
         files=more("mixing: {temperature: -1}\n"),
     ),
+    *(
+        Bad(
+            f"mixing temperature {value}",
+            (f"recipe.yaml:8: mixing.temperature: input should be {message}, received …",),
+            files=more(f"mixing: {{temperature: {value}}}\n"),
+        )
+        for value, message in (
+            ("0", "greater than 0"),
+            (".inf", "a finite number"),
+            (".nan", "a finite number"),
+        )
+    ),
+    *(
+        Bad(
+            f"a weight of {value}",
+            (f"recipe.yaml:6: tasks.0.sampling_weight: input should be {message}, received …",),
+            files=recipe("color.jsonl\n", f"color.jsonl\n    sampling_weight: {value}\n"),
+        )
+        for value, message in (("-1", "greater than or equal to 0"), (".nan", "a finite number"))
+    ),
+    Bad(
+        "weights that are all 0",
+        ("recipe.yaml:1: mixing: weights needs a sampling_weight above 0",),
+        files={
+            "recipe.yaml": RECIPE.replace("color.jsonl", "color.jsonl\n    sampling_weight: 0")
+            + "mixing: weights\n"
+        },
+    ),
+    Bad(
+        "more epochs than can be counted",
+        ("recipe.yaml:8: training: 'epochs' above 100,000 need 'max_steps', received 1e+09…",),
+        files=more("training: {epochs: 1.0e+9}\n"),
+    ),
+    Bad(
+        "a share of no example",
+        (
+            "tasks: an epoch would draw no example: 'repeat' times the examples of each task rounds "
+            "to 0",
+        ),
+        files=recipe("color.jsonl\n", "color.jsonl\n    repeat: 0.1\n"),
+        early=False,
+    ),
+    Bad(
+        "more examples than an epoch can hold",
+        ("tasks: an epoch would draw 1,000,000,000,000,000 examples, more than 268,435,456; …",),
+        files=recipe("color.jsonl\n", "color.jsonl\n    repeat: 1.0e+300\n"),
+        early=False,
+    ),
     Bad(
         "a task twice",
         ("recipe.yaml:2: tasks: the task 'color' stands twice; names must differ",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from itertools import chain
 from typing import Any
 
@@ -55,6 +56,41 @@ def test_counts_add_up_and_lie_next_to_the_shares(sizes: list[int], data: st.Dat
     got = counts(sizes, wanted)
     assert sum(got) == sum(sizes)
     assert all(abs(n - share * sum(sizes)) < 1 for n, share in zip(got, wanted, strict=True))
+
+
+POSITIVE = st.floats(0, allow_infinity=False, exclude_min=True)
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=6).filter(any), POSITIVE)
+def test_any_temperature_gives_shares(sizes: list[int], temperature: float) -> None:
+    """Against exponentials of logarithms, at the edges of what a float holds, too."""
+    found = np.array(shares(sizes, "temperature", [], temperature))
+    with np.errstate(divide="ignore", over="ignore"):
+        logarithms = np.log(np.array(sizes, dtype=np.float64))
+        powers = np.exp((logarithms - logarithms.max()) / temperature)
+    powers[np.array(sizes) == max(sizes)] = 1.0
+    np.testing.assert_allclose(found, powers / powers.sum(), rtol=1e-9, atol=1e-12)
+    assert sum(counts(sizes, found.tolist())) == sum(sizes)
+
+
+@given(st.lists(st.one_of(POSITIVE, st.just(0.0)), min_size=1, max_size=6).filter(any))
+def test_any_weights_give_shares(weights: list[float]) -> None:
+    found = shares([3] * len(weights), "weights", weights)
+    assert abs(sum(found) - 1) < 1e-9
+    exact = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
+    assert found == pytest.approx([float(value) for value in exact], rel=1e-6, abs=1e-12)
+
+
+def test_the_largest_task_has_all_at_a_temperature_near_zero() -> None:
+    assert mixture(strategy="temperature", temperature=1e-3).planned_counts() == [0, 0, 137]
+
+
+def test_steps_are_counted_no_further_than_asked() -> None:
+    """Billions of epochs of a few rows: none behind the last step is looked at."""
+    mixed = mixture()
+    assert mixed.steps_in(1e12, at_most=50) == 50
+    assert mixed.steps_in(2, at_most=10**6) == mixed.steps_in(2)
+    assert mixed.steps_in(0.5, at_most=1) == 1
 
 
 @given(SIZES, st.floats(1, 1000))
