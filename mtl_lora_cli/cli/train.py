@@ -100,7 +100,7 @@ def started(
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training import run as training
     from mtl_lora_cli.training.add_task import load_addition
-    from mtl_lora_cli.training.prepare import prepare
+    from mtl_lora_cli.training.prepare import prepare, require_fit
 
     path = find_recipe(recipe)
     if extends is None:
@@ -109,6 +109,7 @@ def started(
         loaded = load_addition(extends, path, overrides)
     folder = training.new_run_path(loaded, runs, processes)
     prepared = prepare(loaded, processes, extends=extends)
+    require_fit(prepared)
     if dry_run:
         if processes.main:
             emit_plan(prepared, as_json)

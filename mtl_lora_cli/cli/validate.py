@@ -22,15 +22,16 @@ def validate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a recipe and all its data, audit every row, and train nothing."""
+    """Read a recipe and all its data, audit every row, try the adapter's targets, and train nothing."""
     with framed():
         from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
-        from mtl_lora_cli.training.prepare import prepare
+        from mtl_lora_cli.training.prepare import prepare, require_fit
 
         prepared = prepare(loaded)
+        require_fit(prepared)
         if as_json:
             emit_json(
                 {

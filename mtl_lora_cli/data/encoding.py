@@ -105,6 +105,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
         self._tokenizer = tokenizer
+        self.beyond = getattr(tokenizer, "beyond", None)  # from `load_tokenizer`
         self._format = prompt_format
         self._chat = (
             ChatTemplate(tokenizer, chat or Chat(), lenient=lenient)
@@ -237,7 +238,10 @@ class Encoder:
                     ahead.append(pool.submit(self._encode, following))
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        encodings = list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        if self.beyond is not None and self.beyond.tokens:
+            self.beyond.require_known(number for one in encodings for number in one.ids)
+        return encodings
 
     def _placed(self, written: Written, encoding: Any) -> Conversation:
         """Places in the text as places among its tokens."""

@@ -194,6 +194,8 @@ def prepare_training(
         bound.append(known)
         splits.append(encoded)
         audits.append(found)
+    if encoder.beyond is not None:
+        encoder.beyond.require_known([tokenizer.eos_token_id])  # it ends every answer
     mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
     return TrainingData(bound, splits, audits, mixture)
 
@@ -275,6 +277,7 @@ def _prepare_task(
         template=task.template_text,
         fingerprints=found,
         encoder=encoder.fingerprint,
+        beyond=sorted(encoder.beyond.tokens) if encoder.beyond is not None else [],
         limit=limit,
         on_overflow=training.on_overflow,
         subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,

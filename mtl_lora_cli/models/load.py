@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +81,38 @@ def load_tokenizer(base: BaseModel) -> Any:
         )
     # What does not fit is counted and handled where it shows, not warned of in passing.
     tokenizer.model_max_length = 10**9
+    tokenizer.beyond = Beyond(tokenizer.get_vocab(), config)
     return tokenizer
+
+
+class Beyond:
+    """The tokens of a tokenizer for which its model has no row in the embedding.
+
+    Some are there and never used, such as a token for padding; where a text has one, it is an error.
+
+    Args:
+        vocabulary: token → id.
+        config: of the model.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], config: Any) -> None:
+        self.rows = getattr(config.get_text_config(), "vocab_size", None) or 2**31
+        self.tokens = {number: token for token, number in vocabulary.items() if number >= self.rows}
+
+    def require_known(self, ids: Iterable[int | None]) -> None:
+        """Refuse ids that the model does not have.
+
+        Raises:
+            UsageError: naming the first one.
+        """
+        if not self.tokens:
+            return
+        for number in ids:
+            if number in self.tokens:
+                raise UsageError(
+                    f"base_model: the tokenizer gives token {number} ('{self.tokens[number]}'), the "
+                    f"model has {self.rows} (0 to {self.rows - 1})"
+                )
 
 
 def load_model(

@@ -21,8 +21,9 @@ from mtl_lora_cli.data.prepare import (
     read_examples,
     with_rows,
 )
-from mtl_lora_cli.errors import did_you_mean
+from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.decoder import obstacle
 from mtl_lora_cli.models.load import (
     load_config,
     load_model,
@@ -31,11 +32,13 @@ from mtl_lora_cli.models.load import (
     pick_dtype,
 )
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
+from mtl_lora_cli.training.fit import on_meta
 from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
@@ -180,6 +183,27 @@ class Prepared:
                 )
             )
         return found
+
+
+def require_fit(prepared: Prepared) -> None:
+    """Refuse what the base model cannot do, by its configuration alone: no weight is read.
+
+    The checks are those of `Prepared.build`, on a model without memory.
+
+    Raises:
+        UsageError: a target names no layer, or a tied weight, or the recipe a part or an engine that the
+            model does not have.
+    """
+    recipe = prepared.recipe
+    names = [task.name for task in prepared.data.tasks]
+    with quiet_loading():
+        model, adapter = on_meta(prepared.base, prepared.adapter_config, names)
+    if prepared.extends is None:  # otherwise what learns is known when the run's adapter is read
+        require_parts(adapter, recipe.training.parts)
+    if recipe.engine == "fused":
+        reason = obstacle(model, adapter)
+        if reason is not None:
+            raise UsageError(f"engine: fused does not know this model: {reason}")
 
 
 def prepare(
