@@ -45,7 +45,7 @@ def load_alone(
     plain = quantization == "none"
     try:
         with quiet_loading():
-            model, loading = _class_for(folder).from_pretrained(
+            model, loading = class_for(folder).from_pretrained(
                 folder,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -142,7 +142,7 @@ def _leave_logits_unrounded(model: Any) -> None:
     model.set_output_embeddings(wide)
 
 
-def _class_for(folder: Path) -> Any:
+def class_for(folder: Path) -> Any:
     """transformers' class for text, or, where a model has none, the one for images and text."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

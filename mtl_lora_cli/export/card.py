@@ -13,6 +13,7 @@ from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
+from mtl_lora_cli.export.alone import class_for
 from mtl_lora_cli.export.check import Comparison
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
@@ -22,9 +23,9 @@ from mtl_lora_cli.tasks.task import Task
 
 _MERGED_USE = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import KIND, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+model = KIND.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
@@ -85,7 +86,7 @@ def merged_card(
         library="transformers",
         relation="finetune",
         about="\n\n".join(parts),
-        use=_MERGED_USE,
+        use=_MERGED_USE.replace("KIND", class_for(folder).__name__),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.export.quantised import Quantised
 from mtl_lora_cli.export.shards import (
     FLOATS,
@@ -32,6 +32,7 @@ from mtl_lora_cli.export.shards import (
     read_shard,
     write_shard,
 )
+from mtl_lora_cli.export.weight_names import weight_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import INDEX, weight_files
 from mtl_lora_cli.runs.atomic import sync, write_text
@@ -84,12 +85,16 @@ class MergePlan:
         kept: weights files that stay as they are.
         copied: the other files.
         texts: small files that are written anew: name → content.
+        changing: tensors that the updates must change.
+        changed: those that writing has changed so far.
     """
 
     shards: Sequence[Shard]
     kept: Sequence[Path]
     copied: Sequence[Path]
     texts: Mapping[str, str]
+    changing: frozenset[str]
+    changed: set[str]
 
     def size(self, place: Path) -> int:
         """Bytes that writing it into a folder of this file system takes; a hard link takes none."""
@@ -108,27 +113,33 @@ def plan_merge(
 
     Args:
         base: the full-precision base model.
-        updates: weight name → its update; every one must be found.
+        updates: weight of the model → its update; every one must be found in the files.
         how: merge into the weights as this rounds them.
 
     Raises:
-        UsageError: a weight is missing from the base model, or has another shape or no dtype of
-            floating point; a weights file is missing or damaged.
+        UsageError: no update changes anything; a weight is missing from the base model, or has another
+            shape or no dtype of floating point; a weights file is missing or damaged.
     """
-    left = dict(updates)
+    names = weight_names(base)
+    left = {names.tensor(weight): update for weight, update in updates.items()}
+    changing = {name for name, update in left.items() if _is_any(update)}
+    if len(left) < len(updates) or not changing:
+        raise UsageError(
+            f"{len(updates)} adapted weights would change {len(changing)} tensors of {base.folder}: "
+            "there is nothing to merge"
+        )
     shards, kept = [], []
+    changed: set[str] = set()
     files = weight_files(base.folder)
     for path in files:
         stored, metadata = read_shard(path)
-        planned = [_planned(one, left.pop(one.name, None), how) for one in stored]
+        planned = [_planned(one, left.get(one.name), how, changed) for one in stored]
         if all(after is None for after in planned):
             kept.append(path)
         else:
             both = zip(stored, planned, strict=True)
             tensors = [_as_it_is(before) if after is None else after for before, after in both]
             shards.append(Shard(path.name, tensors, metadata or {"format": "pt"}))
-    if left:
-        raise UsageError(f"{base.folder}: no weight '{next(iter(left))}' to merge into")
     texts = {} if how is None else _texts(base.folder, shards, kept, how.dtype)
     copied = [
         path
@@ -137,7 +148,7 @@ def plan_merge(
         and path.suffix not in _NOT_COPIED
         and path.name not in ("README.md", *texts)
     ]
-    return MergePlan(shards, kept, copied, texts)
+    return MergePlan(shards, kept, copied, texts, frozenset(changing), changed)
 
 
 def write_merged(
@@ -149,6 +160,9 @@ def write_merged(
         plan: from `plan_merge`.
         folder: an existing empty folder.
         say: called with a line for each shard.
+
+    Raises:
+        CheckError: a tensor that an update falls on has stayed as it was.
     """
     with ThreadPoolExecutor(max_workers=1) as disk:  # it works while the next file is computed
         synced = []
@@ -158,6 +172,12 @@ def write_merged(
             synced.append(disk.submit(sync, folder / shard.name))
     for done in synced:
         done.result()
+    unchanged = sorted(plan.changing - plan.changed)
+    if unchanged:
+        raise CheckError(
+            f"{len(unchanged)} of {len(plan.changing)} tensors that the adapter changes came out as "
+            f"they were, the first is {unchanged[0]}: its update is lost in their dtype's rounding"
+        )
     for path in plan.kept:
         _link_or_copy(path, folder / path.name)
     for path in plan.copied:
@@ -166,7 +186,15 @@ def write_merged(
         write_text(folder / name, text)
 
 
-def _planned(stored: Stored, update: Update | None, how: Quantised | None) -> Planned | None:
+def _is_any(update: Update) -> bool:
+    """Whether B' A' is not zero: ‖B' A'‖² = Σ (B'ᵀ B') ∘ (A' A'ᵀ)."""
+    down, up, _ = update
+    return bool(((up.T @ up) * (down @ down.T)).sum() != 0)
+
+
+def _planned(
+    stored: Stored, update: Update | None, how: Quantised | None, changed: set[str]
+) -> Planned | None:
     """What becomes of one tensor; None where it stays as it is."""
     if update is not None:
         _require_fit(stored, update)
@@ -174,9 +202,9 @@ def _planned(stored: Stored, update: Update | None, how: Quantised | None) -> Pl
         return None
     dtype = FLOATS[stored.dtype] if how is None else how.dtype
     if how is not None and stored.name in how.names:
-        return _with(stored, dtype, partial(_rounded, stored, update, how))
+        return _with(stored, dtype, partial(_rounded, stored, update, how, changed))
     if update is not None:
-        return _with(stored, dtype, partial(_updated, stored, update, dtype))
+        return _with(stored, dtype, partial(_updated, stored, update, dtype, changed))
     if FLOATS[stored.dtype] == dtype:
         return None
     return _with(stored, dtype, partial(_cast, stored, dtype))
@@ -208,17 +236,32 @@ def _require_fit(stored: Stored, update: Update) -> None:
         )
 
 
-def _updated(stored: Stored, update: Update, dtype: torch.dtype) -> Iterator[np.ndarray]:
+def _updated(
+    stored: Stored, update: Update, dtype: torch.dtype, changed: set[str]
+) -> Iterator[np.ndarray]:
     for first, rows in stored.rows():
-        yield as_bytes(_added(rows.to(dtype), update, first))
+        yield as_bytes(_noted(stored, rows.to(dtype), update, first, changed))
 
 
-def _rounded(stored: Stored, update: Update | None, how: Quantised) -> Iterator[np.ndarray]:
+def _rounded(
+    stored: Stored, update: Update | None, how: Quantised, changed: set[str]
+) -> Iterator[np.ndarray]:
     weight = how.rounded(stored.whole())
     step = stored.rows_in_block
     for first in range(0, len(weight), step):
         rows = weight[first : first + step]
-        yield as_bytes(rows if update is None else _added(rows, update, first))
+        yield as_bytes(rows if update is None else _noted(stored, rows, update, first, changed))
+
+
+def _noted(stored: Stored, rows: Tensor, update: Update, first: int, changed: set[str]) -> Tensor:
+    """`_added`; a tensor of which a value becomes another one is noted."""
+    if stored.name in changed:
+        return _added(rows, update, first)
+    before = rows.clone()
+    after = _added(rows, update, first)
+    if not torch.equal(before, after):
+        changed.add(stored.name)
+    return after
 
 
 def _added(rows: Tensor, update: Update, first: int) -> Tensor:

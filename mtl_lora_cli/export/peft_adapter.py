@@ -7,21 +7,26 @@ goes into B, so that PEFT's lora_alpha / r is 1 whatever the method's own scale 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.alone import class_for
 from mtl_lora_cli.export.card import model_card
 from mtl_lora_cli.export.check import Answers, Check, Comparison, Questions, Reader, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_at
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.run_merge import require_held_out, write_checked
+from mtl_lora_cli.export.weight_names import skeleton, wrapper_class, wrapper_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -30,9 +35,9 @@ _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _USE = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {kind}
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {kind}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
@@ -73,6 +78,7 @@ def export_peft(
         CheckError: what PEFT makes of it differs; it lies aside.
     """
     updates, truncation = updates_at(run, task, rank)
+    wrapped = wrapper_names(run.base, updates)
     if checked:
         _require_peft()
         require_held_out(task, limit)
@@ -81,8 +87,16 @@ def export_peft(
         task,
         folder,
         what="the exported adapter differs from the run's",
-        size=sum(4 * (down.numel() + up.numel()) for down, up, _ in updates.values()),
-        write=lambda path: write_peft(updates, _targets(run.adapter), _loadable(run.base), path),
+        size=(1 + bool(wrapped))
+        * sum(4 * (down.numel() + up.numel()) for down, up, _ in updates.values()),
+        write=lambda path: write_peft(
+            updates,
+            _targets(run.adapter),
+            _loadable(run.base),
+            path,
+            wrapped=wrapped,
+            excluded=beside_the_text(run.base, updates, wrapped, _targets(run.adapter)),
+        ),
         check=Check(loaded_by_peft, _models(rank), limit, tolerance) if checked else None,
         readme=partial(_card, run, task, truncation=truncation),
         say=say,
@@ -91,15 +105,34 @@ def export_peft(
 
 
 def write_peft(
-    updates: Mapping[str, Update], targets: list[str], base_model: str, folder: Path
+    updates: Mapping[str, Update],
+    targets: list[str],
+    base_model: str,
+    folder: Path,
+    *,
+    wrapped: Mapping[str, str] = MappingProxyType({}),
+    excluded: str | None = None,
 ) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder."""
+    """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder.
+
+    Args:
+        updates: weight of the model → its update.
+        targets: names of the adapted layers.
+        base_model: what transformers finds the base model by.
+        folder: where to.
+        wrapped: weight → its name in the wrapper, see `wrapper_names`. PEFT takes the names that it finds in
+            the model that it is given, so both are written.
+        excluded: expression of modules with a target's name that are not adapted.
+    """
     tensors, ranks = {}, {}
-    for name, (down, up, scale) in updates.items():
-        path = name.removesuffix(".weight")
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down.contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = (scale * up).contiguous()
-        ranks[path] = down.shape[0]
+    for weight, (down, up, scale) in updates.items():
+        for name in dict.fromkeys((weight, wrapped.get(weight, weight))):
+            path = name.removesuffix(".weight")
+            tensors[f"{_PREFIX}{path}.lora_A.weight"] = down.clone()
+            tensors[f"{_PREFIX}{path}.lora_B.weight"] = scale * up.clone()
+            ranks[path] = down.shape[0]
+    if any("." in target for target in targets):
+        targets = list(ranks)
     rank = max(ranks.values())
     others = {path: own for path, own in ranks.items() if own != rank}
     config: dict[str, Any] = {
@@ -119,10 +152,46 @@ def write_peft(
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": targets,
+        "exclude_modules": excluded,
     }
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     (folder / _CONFIG).write_text(text, encoding="utf-8")
+
+
+def beside_the_text(
+    base: BaseModel, weights: Iterable[str], wrapped: Mapping[str, str], targets: Sequence[str]
+) -> str | None:
+    """An expression of the modules that PEFT would adapt, too, by their names, such as a vision tower's.
+
+    Each is named by the shortest path to it that leads to no adapted layer.
+
+    Args:
+        base: the base model.
+        weights: that are adapted.
+        wrapped: see `write_peft`.
+        targets: names of the adapted layers.
+    """
+    adapted = {name.removesuffix(".weight") for name in (*weights, *wrapped.values())}
+    leading = {above for path in adapted for above in _prefixes(path)}
+    named = {*targets, *(adapted if any("." in target for target in targets) else ())}
+    beside = set()
+    for kind in dict.fromkeys((None, wrapper_class(base))):
+        for path, _ in skeleton(base, kind).named_modules():
+            if path not in adapted and named.intersection(_suffixes(path)):
+                beside.add(next(above for above in _prefixes(path) if above not in leading))
+    return f"({'|'.join(map(re.escape, sorted(beside)))})(\\..*)?" if beside else None
+
+
+def _prefixes(path: str) -> list[str]:
+    """A module's path from its first part to all of it: a, a.b, a.b.c."""
+    return list(accumulate(path.split("."), lambda above, part: f"{above}.{part}"))
+
+
+def _suffixes(path: str) -> list[str]:
+    """A module's path and what it ends in: a.b.c, b.c, c; PEFT takes a target for any of them."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def loaded_by_peft(questions: Questions, folder: Path) -> Answers:
@@ -184,6 +253,13 @@ def _card(
     truncation: Truncation | None,
 ) -> str:
     reduced = "" if truncation is None else f"\n\nThe rank was reduced: {truncation}."
+    wrapped = wrapper_class(run.base)
+    twice = (
+        f" Its tensors stand there twice, as {class_for(run.base.folder).__name__} names them and as "
+        f"{wrapped.__name__} does."
+        if wrapped is not None
+        else ""
+    )
     base = run.base.name if run.base.revision is not None else "BASE_MODEL"
     room = next((room for room in _VLLM_RANKS if room >= _rank(folder)), _rank(folder))
     return model_card(
@@ -195,6 +271,8 @@ def _card(
         relation="adapter",
         about=f"One task of the run `{run.folder.name}`: of its method, {run.recipe.adapter.method}, "
         "one task is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B."
-        f"{reduced}",
-        use=_USE.format(base=base, room=room, task=task.name),
+        f"{twice}{reduced}",
+        use=_USE.format(
+            kind=class_for(run.base.folder).__name__, base=base, room=room, task=task.name
+        ),
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.export.shards import FLOATS, read_shard
+from mtl_lora_cli.export.weight_names import weight_names
 from mtl_lora_cli.kernels import int8, nf4
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
@@ -21,7 +22,7 @@ class Quantised:
 
     Attributes:
         kind: `nf4`, `fp4` or `int8`, as in the recipe.
-        names: of the weights that are quantised.
+        names: in the files, of the weights that are quantised.
         dtype: that the run computes in, and to which all other weights are cast.
         device: where weights are quantised; another kind of device may round ties otherwise.
     """
@@ -81,8 +82,11 @@ def quantised(base: BaseModel, kind: str, dtype: torch.dtype) -> Quantised:
 
     # Every kind picks the same layers; of 8 bits, transformers makes none without the weights.
     model = load_model(base, dtype=dtype, device=torch.device("meta"), quantization="nf4")
+    place = weight_names(base)
     names = frozenset(
-        f"{path}.weight" for path, part in model.named_modules() if isinstance(part, Linear4bit)
+        place.tensor(f"{path}.weight")
+        for path, part in model.named_modules()
+        if isinstance(part, Linear4bit)
     )
     return Quantised(kind, names, dtype, pick_device())
 

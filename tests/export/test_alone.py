@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from mtl_lora_cli.errors import CheckError, ExitCode, UsageError
 from mtl_lora_cli.evaluation import open_run
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.protocols import GENERATE, Setting
-from mtl_lora_cli.export import run_merge
+from mtl_lora_cli.export import merge
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.check import Questions, largest_difference, merged_model, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.weight_names import WeightNames, weight_names
+from mtl_lora_cli.models.base import BaseModel
 
 
 @pytest.fixture(scope="session")
@@ -99,14 +102,15 @@ def test_a_packed_path_that_leaves_something_out_does_not_hold(
 def test_an_update_on_another_layers_weight_does_not_hold(
     run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = run_merge.task_updates
+    """As a wrong name of one weight would lead it there."""
+    one, other = (f"model.layers.{number}.mlp.down_proj.weight" for number in (1, 2))
 
-    def wrong(*args: Any) -> Any:
-        updates = right(*args)
-        one, other = (f"model.layers.{number}.mlp.down_proj.weight" for number in (1, 2))
-        return {**updates, one: updates[other], other: updates[one]}
+    def wrong(base: BaseModel) -> WeightNames:
+        names = weight_names(base)
+        swapped = {**names.tensors, one: names.tensors[other], other: names.tensors[one]}
+        return replace(names, tensors=swapped)
 
-    monkeypatch.setattr(run_merge, "task_updates", wrong)
+    monkeypatch.setattr(merge, "weight_names", wrong)
     with pytest.raises(CheckError, match="differs from the adapted one") as caught:
         merge_tasks(run, [(run.tasks[0], tmp_path / "out")], limit=4)
     assert caught.value.exit_code == ExitCode.CHECK

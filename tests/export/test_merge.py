@@ -21,6 +21,7 @@ from mtl_lora_cli.adapters.files import config_checksum
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.export import finished_run
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.quantised import measure_rounding, quantised
@@ -369,7 +370,7 @@ def test_a_shard_that_is_gone_or_cut_short_is_refused(
         with pytest.raises(UsageError, match=f"{shard}: no safetensors file"):
             plan_merge(found, updates)
     shard.unlink()
-    with pytest.raises(UsageError, match=f"names the file '{shard.name}', which is not there"):
+    with pytest.raises(UsageError, match=f"names 3 files, and '{shard.name}' is not there"):
         plan_merge(found, updates)
 
 
@@ -496,7 +497,9 @@ def test_another_revision_is_told(
     content["base_model"] = {"name": "a/b", "revision": "old", "fingerprint": "0" * 32}
     content["checksum"] = config_checksum(content)
     config.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=r"\(revision None, expected old; fingerprint"):
+    moved = replace(run.base, name="a/b", revision="new")
+    monkeypatch.setattr(finished_run, "find_base_model", lambda name: moved)
+    with pytest.raises(UsageError, match=r"\(revision new, expected old, fingerprint"):
         read_finished(RunFolder(copied))
 
 

@@ -44,8 +44,8 @@ def test_a_wrong_file_is_noticed_and_lies_aside(
 ) -> None:
     right = peft_adapter.write_peft
 
-    def wrong(updates: Any, targets: Any, base: str, folder: Path) -> None:
-        right(updates, targets, base, folder)
+    def wrong(updates: Any, targets: Any, base: str, folder: Path, **keys: Any) -> None:
+        right(updates, targets, base, folder, **keys)
         file = folder / "adapter_model.safetensors"
         save_file({n: 1.5 * t for n, t in load_file(file).items()}, file)
 

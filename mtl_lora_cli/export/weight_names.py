@@ -1,0 +1,132 @@
+"""Which tensor of the files is which weight of the model, as transformers maps them on loading.
+
+A wrapper's files say `model.language_model.layers.0…` where the model for text has `model.layers.0…`; older
+files lack a prefix, or have names that were changed since. transformers renames each tensor by rules
+that belong to the model's class, and makes some weights of several tensors. The same rules are asked here;
+nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.alone import class_for
+from mtl_lora_cli.export.shards import read_shard
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.files import weight_files
+from mtl_lora_cli.models.load import load_config
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Names in a base model's files.
+
+    Attributes:
+        base: whose files.
+        tensors: weight of the model → the tensor of the files that holds its values.
+        made: the tensors of the files of which transformers makes other weights, put together or cut.
+    """
+
+    base: BaseModel
+    tensors: Mapping[str, str]
+    made: frozenset[str]
+
+    def tensor(self, weight: str) -> str:
+        """The tensor that a weight is.
+
+        Raises:
+            UsageError: there is none, or none that is this weight alone.
+        """
+        if weight in self.tensors:
+            return self.tensors[weight]
+        why = (
+            ": what the files hold in pieces, or as one piece for several weights, cannot be changed "
+            "there; export --format peft needs no merge"
+            if self.made
+            else ""
+        )
+        raise UsageError(f"{self.base.folder}: no weight '{weight}' to merge into{why}")
+
+
+def weight_names(base: BaseModel, kind: Any = None) -> WeightNames:
+    """Where the weights of a base model lie.
+
+    Args:
+        base: with its files.
+        kind: transformers' class whose weights are asked for; None: the one that loads the base model.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    model = skeleton(base, kind)
+    weights, prefix = model.state_dict(), model.base_model_prefix
+    rules = get_model_conversion_mapping(model)
+    renaming = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converting = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    tensors: dict[str, str] = {}
+    made = set()
+    # In transformers' order: a rule may wait for the name that another one has seen.
+    for name in sorted(_names(base), key=dot_natural_key):
+        weight, converted = rename_source_key(name, renaming, converting, prefix, weights)
+        if weight not in weights and name in weights:
+            weight, converted = rename_source_key(name, [], [], prefix, weights)
+        if weight in weights and converted is None:
+            tensors.setdefault(weight, name)
+        elif weight in weights:
+            made.add(name)
+    return WeightNames(base, tensors, frozenset(made))
+
+
+def wrapper_class(base: BaseModel) -> Any:
+    """transformers' class for images and text, where the base model loads as one for text; else None.
+
+    Qwen 3.5 and Llama 4 come as such wrappers, which is what their configuration and servers call them.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    kind = type(load_config(base))
+    mapping = AutoModelForImageTextToText._model_mapping
+    if kind not in mapping or isinstance(skeleton(base), mapping[kind]):
+        return None
+    return mapping[kind]
+
+
+def wrapper_names(base: BaseModel, weights: Iterable[str]) -> dict[str, str]:
+    """Weights of the model → their names in `wrapper_class`; none where there is no such class."""
+    kind = wrapper_class(base)
+    if kind is None:
+        return {}
+    own, wrapped = weight_names(base), weight_names(base, kind)
+    places = {tensor: weight for weight, tensor in wrapped.tensors.items()}
+    found = {weight: places.get(own.tensors.get(weight, "")) for weight in weights}
+    return {weight: name for weight, name in found.items() if name is not None}
+
+
+def skeleton(base: BaseModel, kind: Any = None) -> Any:
+    """The base model's modules without any weights.
+
+    Args:
+        base: of which the configuration is read.
+        kind: transformers' class; None: the one that loads it.
+    """
+    config = load_config(base)
+    with torch.device("meta"):
+        if kind is None:
+            return class_for(base.folder).from_config(config)
+        return kind(config)
+
+
+def _names(base: BaseModel) -> Iterator[str]:
+    for path in weight_files(base.folder):
+        for stored in read_shard(path)[0]:
+            yield stored.name
