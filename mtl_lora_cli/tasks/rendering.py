@@ -120,28 +120,26 @@ class Renderer:
         if label is None:
             raise self._error(where, "label", f"is null, expected one of {_listed(labels)}")
         if self.template.scoring == "expectation":
+            self._require_one_way(label, texts, where)
             return self._nearest(label, labels, where)
         gold = index_of(label, labels)
         if gold is None:
             raise self._error(
                 where, "label", f"received {_short(label)}, expected one of {_listed(labels)}"
             )
-        self._require_one_way(label, gold, labels, texts, where)
-        return gold, None
-
-    def _require_one_way(
-        self, label: Any, gold: int, labels: Sequence[Any], texts: Sequence[str], where: str
-    ) -> None:
-        """Refuse a label that picks one choice by its value and another one by its place.
-
-        Raises:
-            UsageError: naming both; or two labels are the same.
-        """
-        shown = _short(label)
         later = labels[gold + 1 :]
         again = index_of(label, later)
         if again is not None and (labels[gold] == label) == (later[again] == label):
-            raise self._error(where, "label", f"{shown} fits two of {_listed(labels)}")
+            raise self._error(where, "label", f"{_short(label)} fits two of {_listed(labels)}")
+        self._require_one_way(label, texts, where)
+        return gold, None
+
+    def _require_one_way(self, label: Any, texts: Sequence[str], where: str) -> None:
+        """Refuse a label that picks one choice by its text and another one by its place.
+
+        Raises:
+            UsageError: naming both.
+        """
         choices = self.template.choices
         if isinstance(choices, dict) or (isinstance(choices, Each) and choices.labels is not None):
             return
@@ -156,7 +154,7 @@ class Renderer:
         raise self._error(
             where,
             "label",
-            f"{shown} fits in two ways: as the option {_short(texts[option])} and as the index of "
+            f"{_short(label)} fits in two ways: as the option {_short(texts[option])} and as the index of "
             f"{_short(texts[place])}; say which with {cure}",
         )
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.data.encoding import Encoder
@@ -69,32 +67,6 @@ def by_transformers(plain: Any, prompt: list[int], choice: list[int]) -> float:
     with torch.no_grad():
         logprobs = plain(tokens[None]).logits[0].log_softmax(-1)
     return sum(float(logprobs[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens)))
-
-
-@given(
-    st.lists(st.text("10a ", min_size=1, max_size=4).map(str.strip).filter(bool), min_size=2, max_size=5, unique=True),
-    st.sampled_from(PROMPTS),
-)  # fmt: skip
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_no_choice_begins_another_in_what_is_asked(
-    encoder: Encoder, base: PackedModel, plain: Any, choices: list[str], prompt: str
-) -> None:
-    """Any choices: none can win by being shorter alone, and scores are transformers' own."""
-    example = Example(prompt, choices[0], tuple(choices), 0)
-    (request,) = build_requests([example], -1, encoder, 512)
-    for one in request.choices:
-        for other in request.choices:
-            assert one is other or other[: len(one)] != one
-    end = list(encoder.answer_end)
-    _, (bare,) = encoder.continuations([prompt], [choices])
-    begins = any(a != b and b[: len(a)] == a for a in bare for b in bare)
-    assert request.choices == ([[*one, *end] for one in bare] if begins else bare)
-    assert request.ends == (len(end) if begins else 0)
-    (found,) = score(base, [request.with_open], device=CPU, tokens_per_pass=2048)
-    expected = [by_transformers(plain, request.prompt, one) for one in request.choices]
-    np.testing.assert_allclose(found[: len(bare)], expected, rtol=1e-5, atol=1e-4)
-    without = [by_transformers(plain, request.prompt, one) for one in bare]
-    np.testing.assert_allclose(found[-len(bare) :], without, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("end", [(2,), (5, 13)])

@@ -220,3 +220,34 @@ def test_templates_cannot_be_random() -> None:
     with pytest.raises(ValueError, match="No filter named 'random'"):
         renderer(prompt="{{ [1, 2] | random }}")
     assert "no field 'lipsum'" in fault(renderer(prompt="{{ lipsum() }}"), ROW)
+
+
+NUMBERS = ["4", "2", "1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("label", "gold"),
+    [(2, None), ("2", None), (1, None), (3, 3), (4, 0), ("4", 0), ("3", 3)],
+)
+def test_a_number_beside_options_that_are_numbers_fits_one_way_or_none(
+    label: Any, gold: int | None
+) -> None:
+    """3 is the index of '3' itself, and 4 no index at all; said which, every one of them fits."""
+    row = {"text": "?", "options": NUMBERS, "label": label}
+    unsaid = renderer(choices={"each": "options"})
+    if gold is None:
+        assert "label: " in fault(unsaid, row) and "fits in two ways" in fault(unsaid, row)
+    else:
+        assert unsaid.render(row, "f:1").gold == gold
+    by_text = renderer(choices={"each": "options", "labels": "options"}, label="label | int")
+    assert by_text.render(row, "f:1").gold == NUMBERS.index(str(int(float(label))))
+    by_place = renderer(choices={"each": "options", "labels": "range(4)"}, label="label | int")
+    if int(float(label)) < 4:
+        assert by_place.render(row, "f:1").gold == int(float(label))
+
+
+def test_a_place_in_a_list_of_numbers_is_no_number_of_an_expectation() -> None:
+    rows = renderer(choices=["1", "2", "3"], scoring="expectation")
+    assert "fits in two ways" in fault(rows, {"text": "?", "label": 1})
+    said = renderer(choices={1: "1", 2: "2", 3: "3"}, scoring="expectation")
+    assert said.render({"text": "?", "label": 1}, "f:1").gold == 0
