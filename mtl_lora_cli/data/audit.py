@@ -5,56 +5,107 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mtl_lora_cli.tasks.rendering import Example
+
+_TELLING = 10  # held-out rows that all have one answer, from which on that is said
+
+
+class Blank(NamedTuple):
+    """Rows of one split that print a field which is empty or blank."""
+
+    split: str
+    found: int
+    rows: int
+    fields: str  # their names
+    first: str  # file and line
+
+    def __str__(self) -> str:
+        split = "training" if self.split == "train" else self.split
+        return (
+            f"{self.found:,} of {self.rows:,} {split} rows have an empty or blank field in their "
+            f"prompt ({self.fields}), the first is {self.first}"
+        )
+
+
+class Leak(NamedTuple):
+    """Rows of a split that stand in training rows, too."""
+
+    split: str
+    found: int
+    rows: int
+    task: str = ""  # whose training rows; "": its own
+
+    def __str__(self) -> str:
+        where = f"the training rows of {self.task}" if self.task else "train"
+        return f"{self.found:,} of {self.rows:,} {self.split} rows also stand in {where}"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Counts over one task's training rows.
+    """Counts over one task's training rows, and over what it is held against.
 
     Attributes:
         rows: training rows, after `max_examples`.
         repeated: rows whose prompt and answer stood before.
         contradictory: rows whose prompt also stands with another answer.
-        leaked: held-out rows whose prompt also stands in train.
+        leaks: held-out rows that stand in train, without regard to white space and case.
         held_out: rows of the split that evaluation will use.
         held_out_split: its name, or None where there is none.
         cut_prompts: prompts that lost their beginning for want of room.
         dropped: rows left out for want of room.
+        blank: rows whose prompt has a gap.
+        constant: the answer that all held-out rows have, where training rows have others.
+        notes: what may have been read wrongly.
     """
 
     rows: int
     repeated: int = 0
     contradictory: int = 0
-    leaked: int = 0
+    leaks: tuple[Leak, ...] = ()
     held_out: int = 0
     held_out_split: str | None = None
     cut_prompts: int = 0
     dropped: int = 0
+    blank: tuple[Blank, ...] = ()
+    constant: str | None = None
+    notes: tuple[str, ...] = ()
 
     def findings(self, task: str) -> list[str]:
         """A line for each count that is not zero, the gravest first."""
         of = f"of {self.rows:,} training rows"
-        texts = (
-            (self.leaked, f"of {self.held_out:,} {self.held_out_split} rows also stand in train"),
+        counts = (
             (self.contradictory, f"{of} have a prompt that also stands with another answer"),
             (self.dropped, f"{of} are left out: longer than a row"),
             (self.cut_prompts, f"{of} lose the beginning of their prompt: longer than a row"),
             (self.repeated, f"{of} repeat an earlier one"),
         )
-        lines = [f"{task}: {count:,} {text}" for count, text in texts if count]
+        lines = [*self.notes, *map(str, self.leaks), *map(str, self.blank)]
+        lines += [f"{count:,} {text}" for count, text in counts if count]
+        if self.constant is not None:
+            lines.append(
+                f"all {self.held_out:,} {self.held_out_split} rows have the answer "
+                f"'{self.constant:.60}', as where labels are kept back"
+            )
         if self.held_out_split is None:
-            lines.append(f"{task}: there is no test or validation split to evaluate it on")
-        return lines
+            lines.append("there is no test or validation split to evaluate it on")
+        return [f"{task}: {line}" for line in lines]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {
+            "leaks": [leak._asdict() for leak in self.leaks],
+            "blank": [blank._asdict() for blank in self.blank],
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Audit:
-        return cls(**content)
+        leaks = tuple(Leak(**leak) for leak in content["leaks"])
+        blank = tuple(Blank(**blank) for blank in content["blank"])
+        notes = tuple(content["notes"])
+        return cls(**{**content, "leaks": leaks, "blank": blank, "notes": notes})
 
 
 def audit(
@@ -62,19 +113,54 @@ def audit(
     held_out: Sequence[Example],
     held_out_split: str | None,
     *,
+    leaks: Sequence[Leak],
+    blank: Sequence[Blank | None],
     cut_prompts: int,
     dropped: int,
+    notes: Sequence[str] = (),
 ) -> Audit:
-    """Compare a task's training rows with each other and with the held-out ones."""
+    """Compare a task's training rows with each other, and put together what else was found."""
     pairs = Counter((example.prompt, example.answer) for example in train)
     answers = Counter(prompt for prompt, _ in pairs)
     return Audit(
         rows=len(train),
         repeated=len(train) - len(pairs),
         contradictory=sum(answers[example.prompt] > 1 for example in train),
-        leaked=sum(example.prompt in answers for example in held_out),
+        leaks=tuple(leak for leak in leaks if leak.found),
         held_out=len(held_out),
         held_out_split=held_out_split,
         cut_prompts=cut_prompts,
         dropped=dropped,
+        blank=tuple(found for found in blank if found is not None),
+        constant=_constant(train, held_out),
+        notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def blank_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> Blank | None:
+    """The rows of a split whose prompt prints nothing where it means to print a field."""
+    found = [number for number, example in enumerate(examples) if example.blank]
+    if not found:
+        return None
+    names = dict.fromkeys(name for number in found for name in examples[number].blank)
+    return Blank(split, len(found), len(examples), ", ".join(names), wheres[found[0]])
+
+
+def leaked(split: str, held_out: np.ndarray, train: np.ndarray, task: str = "") -> Leak:
+    """How many of a split's rows stand in training rows; both as `traces.traces` gives them.
+
+    Within a task two rows are the same by their prompts; rows of two tasks also by the texts that
+    their prompts read.
+    """
+    columns = [0, 1] if task else [0]
+    hits = np.zeros(len(held_out), dtype=bool)
+    for column in columns:
+        hits |= np.isin(held_out[:, column], train[:, column]) & (held_out[:, column] != 0)
+    return Leak(split, int(hits.sum()), len(held_out), task)
+
+
+def _constant(train: Sequence[Example], held_out: Sequence[Example]) -> str | None:
+    answers = {example.answer for example in held_out}
+    if len(held_out) < _TELLING or len(answers) > 1 or len({e.answer for e in train}) < 2:
+        return None
+    return answers.pop()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -18,6 +19,9 @@ from mtl_lora_cli.runs.paths import cache_folder
 
 FORMAT = 2  # raise it when encoding or auditing gives another result than before
 
+Traces = dict[str, np.ndarray]  # of each split, see traces.py
+_TRACES = "traces."
+
 
 def key_of(**parts: Any) -> str:
     """A key for everything that determines an encoding: template text, fingerprints, lengths, …"""
@@ -25,7 +29,7 @@ def key_of(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def load(key: str) -> tuple[EncodedSplit, Audit] | None:
+def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
     """What was stored under the key; None where there is nothing, or nothing readable."""
     path = _path(key)
     try:
@@ -37,16 +41,19 @@ def load(key: str) -> tuple[EncodedSplit, Audit] | None:
                 prompt_lengths=file.get_tensor("prompt_lengths"),
                 **about["counts"],
             )
-        return encoded, Audit.from_json(about["audit"])
+            known = [name for name in file.keys() if name.startswith(_TRACES)]  # noqa: SIM118
+            traces = {name.removeprefix(_TRACES): file.get_tensor(name) for name in known}
+        return encoded, Audit.from_json(about["audit"]), traces
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def store(key: str, encoded: EncodedSplit, audit: Audit) -> None:
+def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None:
     """Keep an encoding; a cache that cannot be written is no reason to stop."""
     counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows")}
     about = json.dumps({"counts": counts, "audit": audit.to_json()})
     tensors = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
+    tensors |= {f"{_TRACES}{split}": numbers for split, numbers in traces.items()}
     path = _path(key)
     temporary = ""
     try:

@@ -13,15 +13,17 @@ import numpy as np
 
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
-from mtl_lora_cli.data.audit import Audit, audit
+from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import Mixture, subset
 from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in, untrained_in
+from mtl_lora_cli.data.traces import traces
+from mtl_lora_cli.data.unlabelled import with_cure
 from mtl_lora_cli.errors import ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
 from mtl_lora_cli.tasks.registry import find_template
-from mtl_lora_cli.tasks.rendering import Example, Renderer
+from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
 from mtl_lora_cli.tasks.task import Task
 
 EVERY = "all"  # `--task all`
@@ -121,7 +123,12 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
 
 
 def read_examples(
-    task: Task, split: str, *, at_most: int | None = None, seed: int = 0
+    task: Task,
+    split: str,
+    *,
+    at_most: int | None = None,
+    seed: int = 0,
+    labelled: bool = True,
 ) -> Examples | None:
     """Read and render one split of a task.
 
@@ -130,6 +137,7 @@ def read_examples(
         split: `train`, `validation` or `test`.
         at_most: keep so many rows, drawn by `seed` and the task's name.
         seed: of that draw.
+        labelled: False: what is right is not even looked at.
 
     Returns:
         The examples, or None where the source has no such split.
@@ -144,7 +152,13 @@ def read_examples(
     numbers = subset(len(found.rows), at_most, seed, task.name).tolist()
     wheres = [found.where(number) for number in numbers]
     rows = [found.rows[number] for number in numbers]
-    examples = [renderer.render(row, where) for row, where in zip(rows, wheres, strict=True)]
+    try:
+        examples = [
+            renderer.render(row, where, labelled=labelled)
+            for row, where in zip(rows, wheres, strict=True)
+        ]
+    except LabelError as error:
+        raise with_cure(error, task, split, renderer, found.rows) from None
     return Examples(split, examples, wheres, rows, found.fingerprint, found.notes)
 
 
@@ -187,13 +201,15 @@ def prepare_training(
     training = recipe.training
     encoder = Encoder.of(tokenizer, recipe)
     limit = min(training.row_length, longest)
-    bound, splits, audits = [], [], []
+    bound, splits, audits, seen = [], [], [], []
     for task in tasks:
         with _no_collection():
-            known, encoded, found = _prepare_task(task, recipe, encoder, limit)
+            known, encoded, found, rows = _prepare_task(task, recipe, encoder, limit)
         bound.append(known)
         splits.append(encoded)
         audits.append(found)
+        seen.append(rows)
+    audits = _across(bound, audits, seen)
     if encoder.beyond is not None:
         encoder.beyond.require_known([tokenizer.eos_token_id])  # it ends every answer
     mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
@@ -261,9 +277,28 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _across(
+    tasks: Sequence[Task], audits: Sequence[Audit], seen: Sequence[cache.Traces]
+) -> list[Audit]:
+    """The audits with held-out rows of each task that stand in the training rows of another one."""
+    found = []
+    all_train = np.concatenate([rows["train"] for rows in seen])
+    for task, own, rows in zip(tasks, audits, seen, strict=True):
+        leaks = [
+            leaked(split, rows[split], others["train"], other.name)
+            for split in ("test", "validation")
+            if split in rows and leaked(split, rows[split], all_train, "any").found
+            for other, others in zip(tasks, seen, strict=True)
+            if other is not task
+        ]
+        more = tuple(leak for leak in leaks if leak.found)
+        found.append(replace(own, leaks=own.leaks + more))
+    return found
+
+
 def _prepare_task(
     task: Task, recipe: Recipe, encoder: Encoder, limit: int
-) -> tuple[Task, EncodedSplit, Audit]:
+) -> tuple[Task, EncodedSplit, Audit, cache.Traces]:
     training = recipe.training
     prints = {
         split: split_fingerprint(task.source, split, base=Path(), task=task.name)
@@ -288,6 +323,10 @@ def _prepare_task(
     examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
     assert examples is not None  # it has a fingerprint
     held = held_out_examples(task)
+    # Looked at for leaks, too: `training.validation.best` picks by its rows.
+    beside = (
+        read_examples(task, "validation", labelled=False) if held and held.split == "test" else None
+    )
     for some in (examples, held):
         if some is not None:
             require_answers(task, some.examples, some.wheres, encoder)
@@ -299,12 +338,17 @@ def _prepare_task(
         limit=limit,
         on_overflow=training.on_overflow,
     )
+    read = [one for one in (examples, held, beside) if one is not None]
+    seen = {one.split: traces(one.examples) for one in read}
     noticed = audit(
         examples.examples,
         held.examples if held else [],
         held.split if held else None,
+        leaks=[leaked(one.split, seen[one.split], seen["train"]) for one in read[1:]],
+        blank=[blank_fields(one.split, one.examples, one.wheres) for one in read],
         cut_prompts=encoded.truncated,
         dropped=encoded.dropped,
+        notes=[note for one in read for note in one.notes],
     )
-    cache.store(key, encoded, noticed)
-    return bound, encoded, noticed
+    cache.store(key, encoded, noticed, seen)
+    return bound, encoded, noticed, seen

@@ -164,15 +164,24 @@ def without_test(source: Source, *, base: Path, task: str) -> Source:
     Raises:
         UsageError: the source does not exist or cannot be reached.
     """
+    return without(source, "test", base=base, task=task)
+
+
+def without(source: Source, split: str, *, base: Path, task: str) -> Source:
+    """The same source with all splits but one, named.
+
+    Raises:
+        UsageError: the source does not exist or cannot be reached.
+    """
     if source.splits is not None:
         known: dict[Any, str] = dict(source.splits)
     elif source.hub is not None:
-        known = {split: split for split in available_splits(source, base=base, task=task)}
+        known = {one: one for one in available_splits(source, base=base, task=task)}
     else:
         files = _split_files(source, base, task)
-        known = {split: _pattern([file.name for file in own]) for split, own in files.items()}
-    known.pop("test", None)
-    return source.model_copy(update={"splits": known})
+        known = {one: _pattern([file.name for file in own]) for one, own in files.items()}
+    kept = {one: known[one] for one in SPLITS if one in known and one != split}
+    return source.model_copy(update={"splits": kept})
 
 
 def _pattern(names: list[str]) -> str:

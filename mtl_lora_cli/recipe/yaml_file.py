@@ -5,6 +5,7 @@ YAML 1.2's core rules are used: `yes` and `no` are words, `3e-4` is a number, a 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,19 @@ _Dumper.yaml_implicit_resolvers = {
 def dump_yaml(data: Any) -> str:
     """YAML that reads back as the same data, here and by readers of YAML 1.1."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_flow(data: Any) -> str:
+    """YAML on one line, `{path: rows, splits: {train: train.jsonl}}`."""
+    text = yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=math.inf,
+    )
+    return text.strip()
 
 
 def parse_scalar(text: str) -> Any:

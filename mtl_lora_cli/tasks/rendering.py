@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.tasks.jinja import Expression, Text, explain
+from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_at
+from mtl_lora_cli.tasks.printing import NotPrintableError, printable
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
@@ -24,6 +26,14 @@ class Example:
     choices: tuple[str, ...]  # candidate answers in order; () for a free answer
     gold: int  # index into choices; -1 for a free answer or where there is no label
     value: float | None = None  # the label as a number, with `scoring: expectation`
+    # What the audit looks at: the row's texts that the prompt may read, and which that it prints are
+    # empty or blank.
+    texts: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    blank: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+class LabelError(UsageError):
+    """A row's right answer is missing, or none of the choices."""
 
 
 class Renderer:
@@ -38,6 +48,15 @@ class Renderer:
         self._answer = Text(template.answer)
         self._candidates = _candidates(template)
         # Most rows wrap the same few choices, and Jinja is the slowest thing here.
+        printed = set(self._prompt.printed)
+        self._looked_at = [
+            (str(path[0]) if len(path) == 1 else "", path, spelled(path) if path in printed else "")
+            for path in self._prompt.paths
+        ]
+        names = [one.names for _, one in self._fields]
+        names += [self._prompt.names, self._label.names, self._answer.names]
+        self._reads_row = any("row" in own for own in names)
+        self._golds: dict[Any, int] = {}  # right choice by label
         self._wrap_alone = lru_cache(maxsize=4096)(lambda text: self._answer({"choice": text}))
 
     def render(self, row: Mapping[str, Any], where: str, *, labelled: bool = True) -> Example:
@@ -56,14 +75,35 @@ class Renderer:
         prompt = self._get("prompt", self._prompt, variables, where).rstrip()
         if not prompt:
             raise self._error(where, "prompt", "is empty for this row")
+        answer, choices, gold, value = self._answered(variables, where, labelled)
+        return Example(prompt, answer, choices, gold, value, *self._noticed(variables))
+
+    def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The texts that the prompt may read, and the fields that it prints though they are blank."""
+        texts: list[str] = []
+        blank: list[str] = []
+        for name, path, printed in self._looked_at:
+            value = variables.get(name) if name else value_at(variables, path)
+            if type(value) is str:
+                texts.append(value)
+                if printed and (not value or value.isspace()):
+                    blank.append(printed)
+            elif value is not None:
+                texts.extend(_texts(value))
+        return tuple(texts), tuple(blank)
+
+    def _answered(
+        self, variables: Variables, where: str, labelled: bool
+    ) -> tuple[str, tuple[str, ...], int, float | None]:
+        """The right answer, the choices, which of them it is, and its number."""
         if self._candidates is None:
-            return self._free(prompt, variables, where, labelled)
+            return self._free(variables, where) if labelled else "", (), -1, None
         texts, labels = self._get("choices", self._candidates, variables, where)
         choices = self._wrapped([text.strip() for text in texts], variables, where)
         if not labelled:
-            return Example(prompt, "", choices, -1)
+            return "", choices, -1, None
         gold, value = self._gold(labels, texts, variables, where)
-        return Example(prompt, choices[gold], choices, gold, value)
+        return choices[gold], choices, gold, value
 
     def labels(self, row: Mapping[str, Any], where: str) -> list[Any]:
         """The label value of each of a row's choices; none for a free answer.
@@ -80,18 +120,23 @@ class Renderer:
 
     def _variables(self, row: Mapping[str, Any], where: str) -> Variables:
         """The row's fields, and what `fields` computes from them."""
+        if "row" in row and self._reads_row:
+            raise self._error(
+                where,
+                "row",
+                "the template reads the whole row under this name, which a field of it has, too; "
+                "call that another: columns: {row: …} in the source",
+            )
         variables: Variables = {**row, "row": row}
         for name, expression in self._fields:
             variables[name] = self._get(f"fields.{name}", expression, variables, where)
         return variables
 
-    def _free(self, prompt: str, variables: Variables, where: str, labelled: bool) -> Example:
-        if not labelled:
-            return Example(prompt, "", (), -1)
-        answer = self._get("answer", self._answer, variables, where).strip()
+    def _free(self, variables: Variables, where: str) -> str:
+        answer = self._label_of("answer", self._answer, variables, where).strip()
         if not answer:
-            raise self._error(where, "answer", "is empty for this row")
-        return Example(prompt, answer, (), -1)
+            raise self._label_error(where, "answer", "is empty for this row")
+        return answer
 
     def _wrapped(self, texts: list[str], variables: Variables, where: str) -> tuple[str, ...]:
         """The choices as answers, checked: two or more, none empty, no two alike."""
@@ -116,22 +161,26 @@ class Renderer:
     def _gold(
         self, labels: Sequence[Any], texts: Sequence[str], variables: Variables, where: str
     ) -> tuple[int, float | None]:
-        label = self._get("label", self._label, variables, where)
+        label = self._label_of("label", self._label, variables, where)
         if label is None:
-            raise self._error(where, "label", f"is null, expected one of {_listed(labels)}")
+            raise self._label_error(where, "label", f"is null, expected one of {_listed(labels)}")
         if self.template.scoring == "expectation":
             self._require_one_way(label, texts, where)
             return self._nearest(label, labels, where)
+        known = (type(label), label) if isinstance(label, str | int | float) else None
+        if known in self._golds:
+            return self._golds[known], None
         gold = index_of(label, labels)
         if gold is None:
-            raise self._error(
-                where, "label", f"received {_short(label)}, expected one of {_listed(labels)}"
-            )
+            received, expected = f"received {_spelt(label)}", f"expected one of {_listed(labels)}"
+            raise self._label_error(where, "label", f"{received}, {expected}")
         later = labels[gold + 1 :]
         again = index_of(label, later)
         if again is not None and (labels[gold] == label) == (later[again] == label):
             raise self._error(where, "label", f"{_short(label)} fits two of {_listed(labels)}")
         self._require_one_way(label, texts, where)
+        if known is not None and isinstance(self.template.choices, dict):  # the same for all rows
+            self._golds[known] = gold
         return gold, None
 
     def _require_one_way(self, label: Any, texts: Sequence[str], where: str) -> None:
@@ -167,7 +216,7 @@ class Renderer:
             raise self._error(where, "choices", f"labels must be numbers, not {_listed(labels)}")
         if value is None or not min(numbers) <= value <= max(numbers):
             expected = f"expected a number from {min(numbers)} to {max(numbers)}"
-            raise self._error(where, "label", f"received {_short(label)}, {expected}")
+            raise self._label_error(where, "label", f"received {_short(label)}, {expected}")
         return min(range(len(numbers)), key=lambda index: abs(numbers[index] - value)), value
 
     def _get(
@@ -177,6 +226,18 @@ class Renderer:
             return compiled(variables)
         except Exception as error:  # a template may raise whatever Python can
             raise self._error(where, key, explain(error, variables["row"])) from None
+
+    def _label_of(
+        self, key: str, compiled: Callable[[Variables], Result], variables: Variables, where: str
+    ) -> Result:
+        """What the row says is right; whatever is wrong with it is an error of the label."""
+        try:
+            return self._get(key, compiled, variables, where)
+        except UsageError as error:
+            raise LabelError(str(error)) from None
+
+    def _label_error(self, where: str, key: str, message: str) -> LabelError:
+        return LabelError(str(self._error(where, key, message)))
 
     def _error(self, where: str, key: str, message: str) -> UsageError:
         return UsageError(f"{where}: task '{self.task}': {key}: {message}")
@@ -198,9 +259,10 @@ def _candidates(
             labels = texts if labels_of is None else _as_list(labels_of(variables))
             if len(texts) != len(labels):
                 raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
-            if None in texts:
-                raise ValueError(f"a null stands in {_listed(texts)}")
-            return [str(text) for text in texts], labels
+            try:
+                return [str(printable(text)) for text in texts], labels
+            except NotPrintableError as error:
+                raise ValueError(f"{error}, one of {_listed(texts)}") from None
 
         return from_row
     labels = template.labels or []
@@ -212,6 +274,23 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"expected a list, received {_short(value)}")
     return list(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
+
+
+def _spelt(label: Any) -> str:
+    """A label as an error shows it, and how it is written where it may only look like another one."""
+    shown = _short(label)
+    looks_alike = isinstance(label, str) and label.isprintable() and not label.isascii()
+    return f"{shown} (written {label!a:.60})" if looks_alike else shown
 
 
 def _listed(values: Iterable[Any]) -> str:

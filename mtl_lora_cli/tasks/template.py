@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +33,8 @@ from mtl_lora_cli.recipe.schema import Name, Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
 
+# Not what Python's float() takes, too: 1_0 and other digits than ours are no numbers of a table.
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 Label = bool | int | float | str
 Normalisation = Literal["sum", "token", "character"]
 Metric = Literal[
@@ -238,16 +242,20 @@ def read_template(path: str | Path) -> Template:
 def index_of(label: Any, labels: Sequence[Any]) -> int | None:
     """The place of a label among `labels`, or None.
 
-    The same label is 0 in one file, "0" in the next and false in a third: values match by
-    equality first (0 == 0.0 == False), then by their text without regard to case.
+    The same label is 0 in one file, "0" in the next, false in a third, and "0.0" where pandas met an
+    empty cell. Values match by equality first (0 == 0.0 == False), then by their text without regard
+    to case, then also without regard to white space and to the Unicode form of the same letters, then
+    as numbers.
     """
     for index, known in enumerate(labels):
         if known == label:
             return index
-    text = str(label).casefold()
-    for index, known in enumerate(labels):
-        if str(known).casefold() == text:
-            return index
+    forms: tuple[Callable[[Any], Any], ...] = (_folded, _plain, _amount)
+    for form in forms:
+        wanted = form(label)
+        for index, known in enumerate(labels if wanted is not None else ()):
+            if form(known) == wanted:
+                return index
     return None
 
 
@@ -261,11 +269,31 @@ def index_in(label: Any, choices: Sequence[Any]) -> int | None:
 
 def number(label: Any) -> float | None:
     """A label as a finite number, or None."""
-    try:
-        value = float(label)
-    except (TypeError, ValueError):
-        return None
+    amount = None if _is_truth(label) and not isinstance(label, bool) else _amount(label)
+    value = math.nan if amount is None else float(amount)
     return value if math.isfinite(value) else None
+
+
+def _folded(label: Any) -> str:
+    return str(label).casefold()
+
+
+def _plain(label: Any) -> str:
+    """`é` is one character or two, and a space may be one that breaks no line."""
+    text = unicodedata.normalize("NFC", str(label)).casefold()
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _amount(label: Any) -> Decimal | None:
+    """The number that a label is, or is written as; a truth value is 1 or 0."""
+    text = str(label).strip()
+    if _is_truth(text):
+        return Decimal(text.casefold() == "true")
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
+
+
+def _is_truth(label: Any) -> bool:
+    return str(label).strip().casefold() in ("true", "false")
 
 
 def _labels(choices: Choices | None) -> list[Label] | None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mtl_lora_cli.data import cache
+from mtl_lora_cli.data.audit import Leak
 from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, read_examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.base import find_base_model
@@ -140,12 +141,140 @@ def test_the_audit_counts_leaks_repetitions_and_contradictions(
     write_rows(folder / "d" / "test.jsonl", [*rows_of(2), {"text": "new", "label": 1}])
     data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
     (audit,) = data.audits
-    assert (audit.rows, audit.repeated, audit.contradictory, audit.leaked) == (8, 1, 2, 2)
+    assert (audit.rows, audit.repeated, audit.contradictory) == (8, 1, 2)
+    assert audit.leaks == (Leak("test", 2, 3),)
     assert audit.findings("own") == [
         "own: 2 of 3 test rows also stand in train",
         "own: 2 of 8 training rows have a prompt that also stands with another answer",
         "own: 1 of 8 training rows repeat an earlier one",
     ]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["read", "from the cache"])
+def test_validation_rows_are_held_against_train_beside_a_test_split(
+    folder: Path, stories_folder: Path, again: bool
+) -> None:
+    """Without regard to white space, case and Unicode form; and their labels are not looked at."""
+    train = [{"text": "A fine film", "label": 1}, {"text": "d\u00fcll", "label": 0}]
+    held = [{"text": " a FINE\n film", "label": -1}, {"text": "du\u0308ll", "label": -1}]
+    write_rows(folder / "d" / "train.jsonl", train)
+    write_rows(folder / "d" / "validation.jsonl", [*held, {"text": "other", "label": -1}])
+    write_rows(folder / "d" / "test.jsonl", [{"text": "new", "label": 1}])
+    for _ in range(1 + again):
+        data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+    assert data.audits[0].findings("own") == ["own: 2 of 3 validation rows also stand in train"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["read", "from the cache"])
+def test_held_out_rows_that_another_task_learns(
+    folder: Path, stories_folder: Path, again: bool
+) -> None:
+    """Under the same template, or by their texts under another one with other names."""
+    texts = ["a fine little film", "dull from end to end", "nothing to add here", "short"]
+    write_rows(folder / "a" / "train.jsonl", rows_of(4))
+    held = [{"text": text, "label": 1} for text in texts]
+    write_rows(folder / "a" / "test.jsonl", held)
+    write_rows(folder / "b" / "train.jsonl", [*rows_of(4, start=9), *held[:1]])
+    others = [{"sentence": text.upper(), "label": 0} for text in texts]
+    write_rows(folder / "c" / "train.jsonl", others)
+    other = TEMPLATE.replace("{{ text }}", "Is this good? {{ sentence | trim }}")
+    (folder / "other.yaml").write_text(other, encoding="utf-8")
+    tasks = (
+        "- {name: a, template: own.yaml, source: a}\n"
+        "- {name: b, template: own.yaml, source: b}\n"
+        "- {name: c, template: other.yaml, source: c}\n"
+    )
+    for _ in range(1 + again):
+        data = prepare(folder, stories_folder, tasks)
+    # One word alone, as `short` is, tells no row from another under another template.
+    assert data.audits[0].findings("a") == [
+        "a: 1 of 4 test rows also stand in the training rows of b",
+        "a: 3 of 4 test rows also stand in the training rows of c",
+    ]
+
+
+def test_a_gap_in_a_prompt_is_said(folder: Path, stories_folder: Path) -> None:
+    """Where the prompt prints a field whatever the row is like; not where it asks for it first."""
+    (folder / "d").mkdir()
+    (folder / "d" / "train.csv").write_text('text,more,label\ngood,,1\n,x,0\n"   ",,1\n')
+    (folder / "d" / "test.csv").write_text("text,more,label\ngood,,1\nbad,,0\n")
+    text = TEMPLATE.replace(
+        "{{ text }}", "Review: {{ text | trim }}{% if more %} {{ more }}{% endif %}"
+    )
+    (folder / "own.yaml").write_text(text, encoding="utf-8")
+    for _ in range(2):  # the second time from the cache
+        data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+        assert data.audits[0].findings("own")[1] == (
+            "own: 2 of 3 training rows have an empty or blank field in their prompt (text), the "
+            f"first is {folder}/d/train.csv:3"
+        )
+
+
+def test_held_out_rows_with_one_answer_are_said(folder: Path, stories_folder: Path) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    write_rows(folder / "d" / "test.jsonl", [{**row, "label": 0} for row in rows_of(12, start=9)])
+    data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+    assert data.audits[0].findings("own") == [
+        "own: all 12 test rows have the answer 'no', as where labels are kept back"
+    ]
+
+
+def test_notes_of_files_are_findings(folder: Path, stories_folder: Path) -> None:
+    (folder / "d").mkdir()
+    (folder / "d" / "train.tsv").write_text('text\tlabel\n"A ""must see"""\t1\nbad\t0\n')
+    (folder / "d" / "test.tsv").write_text("text\tlabel\nso\t1\n")
+    for _ in range(2):
+        data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+        (line,) = data.audits[0].findings("own")
+        assert line.startswith(f"own: {folder}/d/train.tsv: 1 fields look quoted as in CSV")
+
+
+# Ways in which public test splits keep their labels back; None: the column is not there.
+@pytest.mark.parametrize("label", [-1, "-1", -1.0, "", "?", "-", None, "null", "hidden", -100])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_without_labels_names_the_way_out(
+    folder: Path, stories_folder: Path, label: Any, split: str
+) -> None:
+    rows = [{**row, "label": label} for row in rows_of(3, start=50)]
+    if label is None:
+        rows = [{"text": row["text"]} for row in rows]
+    elif label == "null":
+        rows = [{**row, "label": None} for row in rows]
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    write_rows(folder / "d" / f"{split}.jsonl", rows)
+    other = "validation" if split == "test" else ""
+    if other:
+        write_rows(folder / "d" / "dev.jsonl", rows_of(2, start=9))
+    tasks = "- {name: own, template: own.yaml, source: d}\n"
+    with pytest.raises(UsageError) as caught:
+        prepare(folder, stories_folder, tasks)
+    (line,) = caught.value.lines
+    said, _, cure = line.partition("leave the split out with source: ")
+    assert said.startswith(f"{folder}/d/{split}.jsonl:1: task 'own': label: ")
+    assert said.endswith(f"; no {split} row has a right answer, as where labels are kept back: ")
+    kept = "{train: train.jsonl, validation: dev.jsonl}" if other else "{train: train.jsonl}"
+    assert cure == f"{{path: {folder}/d, splits: {kept}}}"
+    data = prepare(folder, stories_folder, tasks, f"tasks.own.source={cure}")  # the way out is one
+    assert len(data.splits[0]) == 4
+
+
+def test_a_single_wrong_label_of_a_test_split_is_no_split_without_labels(
+    folder: Path, stories_folder: Path
+) -> None:
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    write_rows(folder / "d" / "test.jsonl", [{"text": "x", "label": -1}, *rows_of(3, start=50)])
+    with pytest.raises(UsageError) as caught:
+        prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+    assert str(caught.value).endswith("label: received -1, expected one of 0, 1")
+
+
+def test_a_free_answer_that_is_kept_back(folder: Path, stories_folder: Path) -> None:
+    free = 'description: d\nprompt: "{{ text }}"\nanswer: "{{ label }}"\n'
+    (folder / "own.yaml").write_text(free, encoding="utf-8")
+    write_rows(folder / "d" / "train.jsonl", rows_of(4))
+    write_rows(folder / "d" / "test.jsonl", [{"text": "x", "label": None}])
+    with pytest.raises(UsageError, match=r"answer: a null would be printed.*leave the split out"):
+        prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
 
 
 def test_arc_easy_has_the_two_questions_that_stand_in_both_splits(
@@ -158,7 +287,7 @@ def test_arc_easy_has_the_two_questions_that_stand_in_both_splits(
         f"- {{name: arc, template: llm_adapters, source: {source}}}\n",
         "training.on_overflow=truncate_prompt",
     )
-    assert data.audits[0].leaked == 2
+    assert data.audits[0].leaks == (Leak("test", 2, 2376),)
 
 
 def test_an_empty_split_is_an_error(folder: Path, stories_folder: Path) -> None:

@@ -762,7 +762,8 @@ def test_json_comes_back_as_it_was(
 @given(rows=tables())
 def test_tables_come_back_as_they_were(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     for ending in (".csv", ".tsv.gz", ".parquet", ".arrow"):
-        keys = quoting(ending) | ({"delimiter": ","} if ending == ".csv" else {})
+        delimiter = {".csv": ",", ".tsv.gz": "tab"}.get(ending)
+        keys = quoting(ending) | ({"delimiter": delimiter} if delimiter else {})
         found = read(tmp_path, f"a{ending}", WRITERS[ending](rows), **keys)
         assert list(found.rows) == rows
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example, Renderer
-from mtl_lora_cli.tasks.template import Template
+from mtl_lora_cli.tasks.template import Template, index_of
 
 
 def renderer(**keys: Any) -> Renderer:
@@ -214,6 +215,46 @@ def test_no_filter_prints_a_null(name: str) -> None:
     assert "a null would be printed" in fault(
         renderer(prompt=f"{{{{ text | {name} }}}}"), {"text": None, "label": 1}
     )
+
+
+DECOMPOSED = unicodedata.normalize("NFD", "größe")
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "gold"),
+    [
+        # As pandas writes whole numbers beside an empty cell, and as others write truth values.
+        *(("1.0", [0, 1], 1), ("0.0", [0, 1], 0), (1.0, ["0", "1"], 1), ("1", ["0.0", "1.0"], 1)),
+        *(("True", [0, 1], 1), ("false", [0, 1], 0), ("1.0", [True, False], 0), (True, [0, 1], 1)),
+        *(("01", [0, 1], 1), (" 1 ", [0, 1], 1), ("+1", [0, 1], 1), ("2.50", [2.5, 3], 0)),
+        # The same letters in another Unicode form, and spaces of other kinds.
+        *((DECOMPOSED, ["klein", "größe"], 1), ("größe", ["klein", DECOMPOSED], 1)),
+        *(("not\u00a0sure", ["sure", "not sure"], 1), ("yes ", ["yes", "no"], 0), ("NO\t", ["yes", "no"], 1)),
+        # What is equal comes first.
+        *(("1.0", ["1", "1.0"], 1), ("A", ["a", "A"], 1), ("a b", ["a  b", "a b"], 1)),
+        # What is no label is none.
+        *(("1_0", [1, 10], None), ("1,0", [1, 10], None), ("x²", ["x2", "y"], None), ("", [0, 1], None)),
+        *(("10000000000000000001", [10000000000000000000, 1], None), ([1], [0, 1], None)),
+        *((float("nan"), [0, 1], None), ("ﬁne", ["fine", "no"], 0), ("1.5", [1, 2], None)),
+    ],
+)  # fmt: skip
+def test_the_same_label_in_many_forms(label: Any, labels: list[Any], gold: int | None) -> None:
+    assert index_of(label, labels) == gold
+    rows = renderer(choices={value: f"choice {n}" for n, value in enumerate(labels)})
+    row = {"text": "?", "label": label}
+    if gold is None:
+        assert "label: received " in fault(rows, row)
+    else:
+        for _ in range(2):  # the second time it is known
+            assert rows.render(row, "f:1").gold == gold
+
+
+def test_a_label_that_only_looks_like_another_one_is_spelt_out() -> None:
+    rows = renderer(choices={"yes": "y", "no": "n"})
+    assert fault(rows, {"text": "?", "label": "y\u0435s"}).endswith(
+        "label: received 'y\u0435s' (written 'y\\u0435s'), expected one of 'yes', 'no'"
+    )
+    assert "received 'yes\\u200b', " in fault(rows, {"text": "?", "label": "yes\u200b"})
 
 
 def test_templates_cannot_be_random() -> None:
