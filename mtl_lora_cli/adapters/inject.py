@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ class Adapter:
         routing: assign task ids here before calling the model.
         layers: module path in the untouched model → its adapted layer.
         shared: the tensors that belong to the whole model.
+        remarks: what a user may not expect of the targets, a line each.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Adapter:
         self.routing = routing
         self.layers = layers
         self.shared = shared
+        self.remarks: list[str] = []
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under their names in the adapter file: `{module path}.{role}`."""
@@ -51,6 +56,17 @@ class Adapter:
                 if hasattr(layer, role):
                     named[f"{path}.{role}"] = getattr(layer, role)
         return named
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside the block every adapted layer is the frozen one that it was made of."""
+        for layer in self.layers.values():
+            layer.forward = layer.base_layer.forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                del layer.forward
 
     def trained(self) -> dict[str, Tensor]:
         """Those of `tensors` that learn: all, where none was frozen (`extend.start_beside`)."""
@@ -66,25 +82,40 @@ def per_task(name: str) -> bool:
     return name.rpartition(".")[2].startswith("task_")
 
 
-def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Adapter:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    tasks: Sequence[str],
+    *,
+    within: Sequence[str] = ("",),
+) -> Adapter:
     """Freeze the model and wrap every layer that a target names.
 
     A target is a whole module path, its last part or parts (`q_proj`, `mlp.up_proj`), or a pattern
     (`*.layers.1?.*.q_proj`).
 
+    Args:
+        model: any.
+        config: sizes and kinds.
+        tasks: names in the order of their ids.
+        within: paths of the modules whose layers may be adapted; by default all.
+
     Raises:
         UsageError: a target matches nothing, something that is no linear layer, or a tied weight.
     """
-    linear = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if any(not part or path == part or path.startswith(part + ".") for part in within)
+    }
+    linear = {path: module for path, module in modules.items() if is_linear(module)}
     paths: dict[str, nn.Linear] = {}
+    few = []
     for target in config.target_modules:
         matched = [path for path in linear if matches(path, target)]
         if not matched:
-            known = sorted({path.rpartition(".")[2] for path in linear})
-            raise UsageError(
-                f"adapter.target_modules: '{target}' matches no linear layer of the model"
-                f"{did_you_mean(target, known)}; linear layers: {', '.join(known)}"
-            )
+            raise UsageError(_no_match(target, modules, linear))
+        few.append(_few_of(target, matched, modules))
         paths.update((path, linear[path]) for path in matched)
     require_adapted(config, paths)
     _require_untied(model, paths)
@@ -99,7 +130,60 @@ def inject(model: nn.Module, config: AdapterConfig, tasks: Sequence[str]) -> Ada
         layer = MultiTaskLinear(paths[path], config.at(path), routing, shared, rank)
         setattr(model.get_submodule(parent), name, layer)
         layers[path] = layer
-    return Adapter(config, tasks, routing, layers, shared)
+    adapter = Adapter(config, tasks, routing, layers, shared)
+    adapter.remarks = [one for one in few if one]
+    return adapter
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes x Wᵀ + b and nothing else; bitsandbytes' layers do.
+
+    Routers and grouped projections inherit from `nn.Linear`, and compute something else.
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    known = type(module).forward is nn.Linear.forward
+    return known or type(module).__module__.startswith("bitsandbytes") or _is_product(module)
+
+
+@torch.no_grad()
+def _is_product(layer: nn.Linear) -> bool:
+    """Whether a layer with a forward of its own computes x Wᵀ + b, from a try."""
+    weight = layer.weight
+    try:
+        x = torch.linspace(-1, 1, 2 * layer.in_features, dtype=weight.dtype, device=weight.device)
+        x = x.view(1, 2, -1)
+        out, right = layer(x), nn.functional.linear(x, weight, layer.bias)
+        same: bool = out.shape == right.shape
+        return same and (weight.is_meta or torch.allclose(out, right))
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _no_match(
+    target: str, modules: Mapping[str, nn.Module], linear: Mapping[str, nn.Linear]
+) -> str:
+    known = sorted({path.rpartition(".")[2] for path in linear})
+    others = sorted({type(m).__name__ for path, m in modules.items() if matches(path, target)})
+    if others:
+        what = f"'{target}' matches modules of class {', '.join(others)}, which cannot be adapted"
+    else:
+        what = f"'{target}' matches no linear layer of the model{did_you_mean(target, known)}"
+    return f"adapter.target_modules: {what}; linear layers: {', '.join(known) or 'none'}"
+
+
+def _few_of(target: str, matched: Sequence[str], modules: Collection[str]) -> str:
+    """A remark where a target hits some of a stack's layers and not the others; else empty."""
+    if "*" in target or "?" in target or "." in target:
+        return ""
+    stacks = {match[0] for path in matched if (match := re.match(r".*?\.\d+(?=\.)", path))}
+    prefix = {stack.rpartition(".")[0] for stack in stacks}
+    of = {
+        match[0]
+        for path in modules
+        if (match := re.match(r".*?\.\d+(?=\.)", path)) and match[0].rpartition(".")[0] in prefix
+    }
+    return f"{target}: {len(stacks)} of {len(of)} layers" if len(stacks) < len(of) else ""
 
 
 def require_adapted(config: AdapterConfig, paths: Collection[str]) -> None:

@@ -144,6 +144,26 @@ class MultiTaskLinear(nn.Module):
         return down
 
     @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at its device or dtype before they call the layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        """Of the frozen layer."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Of the frozen layer."""
+        return self.base_layer.out_features
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Layers of one kind have matrices M of one shape."""
         return (self.config.method, self.rank)

@@ -7,7 +7,7 @@ and hold for every position of the axes that follow them, up to the features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -113,6 +113,18 @@ class Routing:
         with self.assign(ids[index]):
             yield
 
+    def recomputed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` of torch's checkpointing: what is computed again has the ids of the first time."""
+        return nullcontext(), self._again(self._current)
+
+    @contextmanager
+    def _again(self, assignment: _Assignment | None) -> Iterator[None]:
+        previous, self._current = self._current, assignment
+        try:
+            yield
+        finally:
+            self._current = previous
+
     @contextmanager
     def fan_out(self, tasks: Sequence[int]) -> Iterator[None]:
         """Inside the block activations lead with one stream a task: [len(tasks), …, features]."""
@@ -145,14 +157,35 @@ def slots_of(ids: Tensor, device: torch.device) -> Slots:
 
 
 def _slots(ids: Tensor, shape: torch.Size, device: torch.device) -> Slots:
-    if ids.shape != shape[: ids.ndim]:
-        raise ValueError(
-            f"task ids of shape {tuple(ids.shape)} do not lead activations of shape {tuple(shape)}"
-        )
-    wide = ids.reshape(ids.shape + (1,) * (len(shape) - ids.ndim)).expand(shape).reshape(-1)
+    wide = _led(ids, shape)
     present, place = torch.unique(wide, return_inverse=True)
     active = None
     if present.numel() and present[0] == BASE_ONLY:
         active = (wide != BASE_ONLY).unsqueeze(1).to(device)
         present, place = present[1:], place - 1
     return Slots(present.to(device), place.to(torch.int32).to(device), active)
+
+
+def _led(ids: Tensor, shape: torch.Size) -> Tensor:
+    """The id of each position of an activation, flattened: int64 [N].
+
+    Model code reshapes what it hands to a layer. The same positions in the same order are accepted
+    flattened, and behind leading axes of length 1.
+    """
+    if ids.shape == shape[: ids.ndim]:
+        return ids.reshape(ids.shape + (1,) * (len(shape) - ids.ndim)).expand(shape).reshape(-1)
+    bare_ids, bare_shape = _without_leading_ones(ids.shape), _without_leading_ones(shape)
+    if bare_ids == bare_shape[: len(bare_ids)] and (bare_ids or not bare_shape):
+        return _led(ids.reshape(bare_ids), torch.Size(bare_shape))
+    if ids.ndim > 1 and shape and shape[0] == ids.numel() > 1:
+        return _led(ids.reshape(-1), shape)
+    raise ValueError(
+        f"task ids of shape {tuple(ids.shape)} do not lead activations of shape {tuple(shape)}"
+    )
+
+
+def _without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    own = list(shape)
+    while own and own[0] == 1:
+        own.pop(0)
+    return tuple(own)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
-from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.comparison import breakdown
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.fitting import fitted
@@ -27,7 +26,7 @@ from mtl_lora_cli.comparison.timing import peak_gib, reset_peak, synchronize, ti
 from mtl_lora_cli.comparison.yardstick import Step, Yardstick, supervised_share
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import attention
-from mtl_lora_cli.models.load import pick_dtype
+from mtl_lora_cli.models.load import adapt, pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.floor import Rate, floor_json, flop_per_token
 from mtl_lora_cli.training.footprint import keep_of
@@ -98,7 +97,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         quantization=case.quantization,
         attention=_register_attention(),
     )
-    adapter = inject(model, wanted, [f"task{number}" for number in range(case.tasks)])
+    adapter = adapt(model, wanted, [f"task{number}" for number in range(case.tasks)])
     packed = PackedModel(
         model,
         adapter,

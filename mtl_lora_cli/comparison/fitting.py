@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.random_model import empty_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import densest, lengths
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.recipe.schema import Recipe, Task, Training
 from mtl_lora_cli.training.fit import Situation
 from mtl_lora_cli.training.footprint import GIB
@@ -55,7 +55,7 @@ def _situation(
     names = [f"task{number}" for number in range(case.tasks)]
     model = empty_model(find_config(case.shape), dtype=dtype)
     with torch.device("meta"):
-        adapter = inject(model, config, names)
+        adapter = adapt(model, config, names)
     recipe = Recipe(
         quantization="nf4" if case.quantization == "nf4" else "none",
         # The plain baseline goes over the same rows as the case that it stands beside.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mtl_lora_cli.adapters.config import AdapterConfig, method_default
-from mtl_lora_cli.adapters.inject import inject, require_adapted
+from mtl_lora_cli.adapters.inject import require_adapted
 from mtl_lora_cli.comparison.grid import (
     CUT,
     TEST,
@@ -33,7 +33,7 @@ from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_config
+from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.recipe.schema import Run as RunSettings
@@ -331,7 +331,7 @@ def _shapes(loaded: LoadedRecipe) -> Shapes:
         if targets not in known:
             model = empty_model(config, dtype=torch.float32)
             plain = AdapterConfig(method="lora", target_modules=targets)
-            layers = inject(model, plain, ["task"]).layers
+            layers = adapt(model, plain, ["task"]).layers
             known[targets] = {
                 path: (layer.base_layer.out_features, layer.base_layer.in_features)
                 for path, layer in layers.items()

@@ -19,7 +19,7 @@ from mtl_lora_cli.errors import UsageError
 if TYPE_CHECKING:
     from mtl_lora_cli.data.encoding import EncodedSplit
     from mtl_lora_cli.data.mixture import Place
-    from mtl_lora_cli.models.packed import PackedBatch
+    from mtl_lora_cli.models.batch import PackedBatch
 
 
 class Length(NamedTuple):

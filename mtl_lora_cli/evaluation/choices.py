@@ -24,8 +24,9 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.ranks import ALONE, Shard
-from mtl_lora_cli.models.attention import Segments
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.segments import Segments
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 
@@ -40,7 +41,7 @@ class Tree:
 
     Attributes:
         tokens, places: int32 [n], and their places in the text.
-        reach: int32 [n], see `mtl_lora_cli.models.attention`.
+        reach: int32 [n], see `mtl_lora_cli.models.segments`.
         prompt: number of the prompt's tokens.
         owner: int32 [S], for each token of the candidates, one candidate behind the other, the
             position that answers it.
@@ -247,14 +248,16 @@ def ask(
     Returns:
         For each request float64 [choices, K], in request order.
     """
+    whole, requests = requests, [part for one in requests for part in _apart(packed, one)]
     own = shard.share([request.cost for request in requests])
     results: dict[int, np.ndarray] = {}
+    first = set(np.cumsum([0, *(len(_apart(packed, one)) for one in whole)]).tolist())
 
     def collect(numbers: list[int], values: Tensor) -> None:
         trees = [requests[number].tree for number in numbers]
         sums = _sums(trees, values.double().cpu().numpy())
         results.update(zip(numbers, sums, strict=True))
-        advance(len(numbers))
+        advance(sum(number in first for number in numbers))
 
     training = packed.training
     packed.eval()
@@ -273,7 +276,16 @@ def ask(
             collect(*running)
     finally:
         packed.train(training)
-    return shard.gather(results)
+    found = iter(shard.gather(results))
+    return [np.concatenate([next(found) for _ in _apart(packed, one)]) for one in whole]
+
+
+def _apart(packed: PackedModel, request: Request) -> list[Request]:
+    """A request as it is, or a candidate each, where the model cannot share what candidates share."""
+    longest = len(request.prompt) + max(len(choice) for choice in request.choices) - 1
+    if packed.shares(longest):
+        return [request]
+    return [replace(request, choices=[choice]) for choice in request.choices]
 
 
 def fill_passes(costs: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:

@@ -24,7 +24,7 @@ from mtl_lora_cli.evaluation.ranks import Shard
 
 if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.open_run import OpenRun
-    from mtl_lora_cli.models.packed import PackedBatch
+    from mtl_lora_cli.models.batch import PackedBatch
 
 _MOST_NEW_TOKENS = 256  # HFLM's default
 

@@ -11,17 +11,20 @@ import torch
 from pydantic import ValidationError
 
 from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, read_adapter_file
-from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import (
+    adapt,
     load_for_float32,
     load_model,
     load_tokenizer,
+    longest_of,
     pick_device,
     pick_dtype,
 )
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json
@@ -105,19 +108,21 @@ def open_run(
     dtype = pick_dtype(recipe.dtype, device)
     load = load_for_float32 if in_float32 else load_model
     model = load(base, dtype=dtype, device=device, quantization=quantization or recipe.quantization)
-    adapter = inject(model, file.config, file.tasks)
+    adapter = adapt(model, file.config, file.tasks)
     load_adapter(adapter, path)
+    packed = PackedModel(model, adapter).eval()
+    settled(packed, base, quantization=quantization or recipe.quantization)
     return OpenRun(
         folder=folder,
         recipe=recipe,
         tasks=read_tasks(folder),
         base=base,
         tokenizer=load_tokenizer(base),
-        packed=PackedModel(model, adapter).eval(),
+        packed=packed,
         adapter=adapter,
         device=device,
         dtype=torch.float32 if in_float32 else dtype,
-        longest=getattr(model.config, "max_position_embeddings", 2**31),
+        longest=longest_of(model.config),
         checkpoint=hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16],
         trained_on=file.base_model if changed else None,
     )

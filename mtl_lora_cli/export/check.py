@@ -46,6 +46,7 @@ from mtl_lora_cli.models.load import (
     load_for_float32,
     load_model,
     load_tokenizer,
+    longest_of,
     pick_device,
 )
 from mtl_lora_cli.models.packed import PackedModel
@@ -136,8 +137,7 @@ class Questions:
     @cached_property
     def longest(self) -> int:
         """Positions that the base model knows."""
-        config = load_config(self.run.base)
-        return getattr(config, "max_position_embeddings", 2**31)
+        return longest_of(load_config(self.run.base))
 
     def ask(self, packed: PackedModel) -> Answers:
         """Put them to a model in this process."""

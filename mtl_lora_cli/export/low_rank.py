@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.check import Answers, Questions
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import Update, task_updates
 from mtl_lora_cli.export.run_merge import Written
+from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.tasks.task import Task
 
 
@@ -136,10 +137,12 @@ def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
         target_modules=run.adapter.config.target_modules,
     )
     model = questions.load(run.base, quantization)
-    adapter = inject(model, config, run.adapter.tasks)
+    adapter = adapt(model, config, run.adapter.tasks)
     with torch.no_grad():
         for path, layer in adapter.layers.items():
             down, up, scale = updates[f"{path}.weight"]
             layer.lora_A[0].copy_(down)
             layer.lora_B[0].copy_(up * (scale / config.scale(layer.rank)))
-    return questions.ask(PackedModel(model, adapter))
+    packed = PackedModel(model, adapter)
+    settled(packed, run.base, quantization=quantization or "none")
+    return questions.ask(packed)

@@ -21,9 +21,9 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import mixing_of
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
-from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.blocks import AttentionBlock, Group, Keep, MlpBlock, Pass
 from mtl_lora_cli.models.packing import Packing, pick_way
+from mtl_lora_cli.models.segments import Segments
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")  # same layer: norms, rotary halves, SwiGLU, no extras
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies

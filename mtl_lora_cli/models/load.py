@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import attention
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.quiet import quiet_loading
 
@@ -54,6 +55,41 @@ def load_config(base: BaseModel) -> Any:
         raise UsageError(
             f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def _first_attention(kind: Any, config: Any) -> str | None:
+    """None where attention can be chosen later; otherwise the way that transformers tests against."""
+    found = kind._model_mapping[type(config)]
+    classes = found if isinstance(found, list | tuple) else [found]
+    return None if all(one._can_set_attn_implementation() for one in classes) else "eager"
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model: its own, or of a wrapper's part."""
+    return config.get_text_config()
+
+
+def longest_of(config: Any) -> int:
+    """Positions that a model knows; 2³¹ where its configuration sets no limit."""
+    found = getattr(text_config(config), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 2**31
+
+
+def model_class(base: BaseModel, config: Any) -> Any:
+    """transformers' class for the language model of a configuration, in its wrapper if it has one.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise UsageError(
+        f"base_model: '{base.name}': transformers knows no causal language model of type "
+        f"'{config.model_type}'"
+    )
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -123,7 +159,7 @@ def load_model(
     quantization: str = "none",
     storage: torch.dtype = torch.uint8,
 ) -> Any:
-    """The frozen base model, ready for packed rows.
+    """The frozen base model, for `PackedModel`.
 
     Args:
         base: where it lies.
@@ -136,21 +172,19 @@ def load_model(
     Raises:
         UsageError: the folder holds no causal language model that transformers knows.
     """
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
     config = load_config(base)
     try:
         with quiet_loading():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            kind = model_class(base, config)
+            model, loading = kind.from_pretrained(
                 base.folder,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=attention.NAME,
                 output_loading_info=True,
+                attn_implementation=_first_attention(kind, config),
                 quantization_config=bits_and_bytes(quantization, dtype, storage),
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -213,3 +247,30 @@ def bits_and_bytes(
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
     )
+
+
+def text_body(model: Any) -> nn.Module:
+    """The part of a causal language model, or of a wrapper around one, whose output its head reads."""
+    config = model.config
+    if config.get_text_config() is not config and hasattr(model, "get_decoder"):
+        return cast(nn.Module, model.get_decoder())
+    return cast(nn.Module, model.base_model)
+
+
+def language_part(model: Any) -> tuple[str, ...]:
+    """Paths of the modules that read text: the body, and what stands behind it; no tower beside it."""
+    body = text_body(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    path = names.get(id(body), "")
+    around = path.split(".")[0] if path else ""
+    behind = [name for name, _ in model.named_children() if name != around]
+    return (path, *behind)
+
+
+def adapt(model: Any, config: AdapterConfig, tasks: Sequence[str]) -> Adapter:
+    """Put an adapter into the part of a model that reads text.
+
+    Raises:
+        UsageError: as `inject`.
+    """
+    return inject(model, config, tasks, within=language_part(model))

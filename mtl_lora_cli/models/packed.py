@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -17,44 +17,14 @@ from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
-from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.attention import NotHonoured
+from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
+from mtl_lora_cli.models.plain import PlainEngine, Way, own_attention, use_attention
 
 Engine = Literal["auto", "fused", "plain"]
 BaseCompute = Literal["dtype", "fp8"]
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """One pass through the model: N tokens of many examples behind each other.
-
-    Attributes:
-        input_ids, position_ids: int64 [1, N]; positions restart in every segment.
-        task_ids: int64 [1, N] on the CPU; -1 is the base model alone.
-        segments: bounds of the examples.
-        positions: int64 [U], where the head is applied.
-        owner: int64 [S], for each question the index in `positions` that answers it.
-        targets: int64 [S], the token whose log-probability is asked.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    task_ids: Tensor
-    segments: Segments
-    positions: Tensor
-    owner: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """The batch on a device; task ids stay on the CPU, where routing reads them."""
-        if device.type == "cpu":
-            return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "owner", "targets")
-        }
-        return replace(self, segments=self.segments.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -93,6 +63,12 @@ class PackedModel(nn.Module):
             which the fused engine alone can do.
         resident: the base model's weights stay in memory; see `FusedDecoder`.
 
+    Attributes:
+        decoder: the fused engine; None where transformers' own layers run.
+        plain: the plain engine; None where the fused one runs.
+        not_fused: why the fused engine does not run.
+        trust: what the self-test found (`trusted.settled`).
+
     Raises:
         UsageError: `fused` or `fp8` was asked for and the model's layers are not of that kind, or
             the card has no 8-bit floats.
@@ -112,16 +88,19 @@ class PackedModel(nn.Module):
         self.model = model
         self._adapter = adapter
         self.decoder: FusedDecoder | None = None
+        self.plain: PlainEngine | None = None
         self.keep: list[Keep] = []
-        if engine != "plain":
-            reason = obstacle(model, adapter)
-            if reason is None:
-                self.decoder = FusedDecoder(model, resident=resident)
-                one = Keep() if keep is None else keep
-                layers = len(self.decoder.layers)
-                self.keep = [one] * layers if isinstance(one, Keep) else list(one)
-            elif engine == "fused":
-                raise UsageError(f"engine: fused does not know this model: {reason}")
+        self.trust: Any = None  # a `trust.Trust`, once the self-test has run
+        self.not_fused = "engine: plain" if engine == "plain" else obstacle(model, adapter)
+        if self.not_fused is None:
+            self.decoder = FusedDecoder(model, resident=resident)
+            one = Keep() if keep is None else keep
+            layers = len(self.decoder.layers)
+            self.keep = [one] * layers if isinstance(one, Keep) else list(one)
+        elif engine == "fused":
+            raise UsageError(f"engine: fused does not know this model: {self.not_fused}")
+        else:
+            self.plain = _first_way(model, adapter)
         multiply_ourselves(model)
         if base_compute == "fp8":
             if self.decoder is None:
@@ -133,6 +112,31 @@ class PackedModel(nn.Module):
                     f"{torch.cuda.get_device_name(device)}"
                 )
             self.decoder.round_to_fp8()
+
+    def go(self, way: Way) -> None:
+        """Ask transformers' own layers from now on, in this way.
+
+        Raises:
+            UsageError: the model's attention cannot be replaced, and the way wants that.
+        """
+        self.decoder = None
+        self.plain = None
+        self.plain = PlainEngine(self.model, self._adapter, way)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter in the model, if there is one."""
+        return self._adapter
+
+    def shares(self, length: int) -> bool:
+        """Whether answers that begin alike, of up to so many positions, may share what they begin with."""
+        return self.plain is None or self.plain.shares(length)
+
+    def engine_line(self) -> str:
+        """Which engine runs, and why not the other one."""
+        if self.plain is None:
+            return "fused engine"
+        return f"plain engine, {self.plain.way}; the fused engine does not run: {self.not_fused}"
 
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:
@@ -153,14 +157,13 @@ class PackedModel(nn.Module):
         Args:
             task_ids: int64 [B], of each row.
         """
-        config = self.model.config
-        before = config._attn_implementation
-        self.model.set_attn_implementation("sdpa")
+        use_attention(self.model, own_attention(self.model))
         try:
             with nullcontext() if self._adapter is None else self._adapter.routing.assign(task_ids):
                 yield self.model
         finally:
-            self.model.set_attn_implementation(before)
+            if self.plain is not None:
+                self.plain.take_attention()
 
     @torch.no_grad()
     def rounding(self, batch: PackedBatch) -> Rounding:
@@ -211,7 +214,12 @@ class PackedModel(nn.Module):
         self, batch: PackedBatch, slots: tuple[Slots, Slots] | None, *, judged: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The log-probabilities, and the likeliest token of each position where it is wanted."""
-        chosen = self._hidden(batch, slots)
+        if self.plain is not None:
+            chosen = self.plain(batch)
+            if not self.plain.way.bare_head:
+                return self._read(chosen, batch, judged)
+        else:
+            chosen = self._hidden(batch, slots)
         head = self.model.get_output_embeddings()
         if not self.training and _is_plain_half(head):
             return exact_logprobs(chosen, head.weight, batch.owner, batch.targets, judged=judged)
@@ -222,26 +230,23 @@ class PackedModel(nn.Module):
         )
         with select:
             logits = cast(Tensor, head(chosen))
+        return self._read(logits, batch, judged)
+
+    def _read(
+        self, logits: Tensor, batch: PackedBatch, judged: bool
+    ) -> tuple[Tensor, Tensor | None]:
         likeliest = logits.argmax(dim=-1) if judged else None
         return token_logprobs(logits, batch.owner, batch.targets), likeliest
 
     def _hidden(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
-        """Normed hidden states at the positions asked for, [U, d]."""
-        positions = batch.positions.to(batch.input_ids.device)
-        if self.decoder is None:
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                segments=batch.segments,
-            ).last_hidden_state[0]
-            return cast(Tensor, hidden[positions])
+        """Normed hidden states at the positions asked for, [U, d], by the fused engine."""
+        assert self.decoder is not None
         every, chosen = slots or self._slots(batch)
         return self.decoder.forward(
             batch.input_ids,
             batch.position_ids,
             batch.segments,
-            positions,
+            batch.positions.to(batch.input_ids.device),
             every,
             chosen,
             training=self.training,
@@ -258,6 +263,14 @@ class PackedModel(nn.Module):
         every = routing.slots(batch.task_ids.shape, device)
         with routing.select(batch.positions):
             return every, routing.slots(batch.positions.shape, device)
+
+
+def _first_way(model: Any, adapter: Adapter | None) -> PlainEngine:
+    """Packed rows where the model's attention can be ours; what is right is for `trust.settle` to say."""
+    try:
+        return PlainEngine(model, adapter, Way())
+    except NotHonoured:
+        return PlainEngine(model, adapter, Way("rows"))
 
 
 def _is_plain_half(head: nn.Module) -> bool:

@@ -22,7 +22,8 @@ from mtl_lora_cli.kernels.tiles import (
     QUERY_BACKWARD,
     launch_for,
 )
-from mtl_lora_cli.models.attention import Segments, attend_segments
+from mtl_lora_cli.models.attention import Scores, attend_segments
+from mtl_lora_cli.models.segments import Segments
 
 Way = Literal["triton", "torch"]
 
@@ -114,7 +115,7 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
     with torch.set_grad_enabled(learn):
         leaf = qkv.detach().requires_grad_(learn)
         q, k, v = packing.split(leaf)
-        out = attend_segments(q, k, v, packing.scaling, packing.segments)
+        out = attend_segments(q, k, v, Scores(packing.scaling), packing.segments)
         out = out.reshape(qkv.shape[0], width)
     return with_room(out.detach(), room), (leaf, out) if learn else None
 

@@ -33,3 +33,16 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_warnings() -> Iterator[None]:
+    """transformers' own warnings about what we look at ourselves."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

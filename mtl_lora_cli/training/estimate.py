@@ -11,7 +11,15 @@ import torch
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import load_config, load_tokenizer, pick_device, pick_dtype
+from mtl_lora_cli.models.load import (
+    load_config,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+from mtl_lora_cli.models.load import (
+    longest_of as positions_of_model,
+)
 from mtl_lora_cli.training.doctor import Check, Verdict, ok
 from mtl_lora_cli.training.fit import (
     Remedy,
@@ -140,7 +148,7 @@ def _read(
         text = f"{base.folder} holds neither weights nor a tokenizer that can be used; {counted}"
         return None, Check("recipe", Verdict.WARN, text)
     try:
-        longest = getattr(load_config(base), "max_position_embeddings", 2**31)
+        longest = positions_of_model(load_config(base))
         data = prepare_training(tasks, loaded.recipe, tokenizer, longest)
     except MtlLoraError as error:
         text = f"{'; '.join(error.lines)}; {counted}"

@@ -124,14 +124,13 @@ def on_meta(base: BaseModel, config: AdapterConfig, tasks: Sequence[str]) -> tup
         UsageError: the configuration is of no known model, or the adapter fits nothing in it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from mtl_lora_cli.adapters.inject import inject
-    from mtl_lora_cli.models.load import load_config
+    from mtl_lora_cli.models.load import adapt, load_config, model_class
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
-        return model, inject(model, config, tasks)
+        known = load_config(base)
+        model = model_class(base, known).from_config(known)
+        return model, adapt(model, config, tasks)
 
 
 def together(sizes: ModelSizes, row: Load, count: int) -> Load:

@@ -373,7 +373,7 @@ def sizes_of(
     return ModelSizes(
         layers=layers,
         heads=model.config.num_attention_heads,
-        vocabulary=model.config.vocab_size,
+        vocabulary=model.config.get_text_config().vocab_size,
         other_weights=sum(p.numel() for p in model.parameters()) - trained - inside,
         trained=trained,
         value=value,

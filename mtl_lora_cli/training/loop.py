@@ -23,7 +23,8 @@ from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel, Rounding
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.best import Best, Mark, best_after

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.extend import start_beside
-from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.prepare import (
     TrainingData,
@@ -25,14 +25,17 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.decoder import obstacle
 from mtl_lora_cli.models.load import (
+    adapt,
     load_config,
     load_model,
     load_tokenizer,
+    longest_of,
     pick_device,
     pick_dtype,
 )
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.quiet import quiet_loading
+from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
@@ -118,7 +121,7 @@ class Prepared:
             storage=self.dtype if cut else torch.uint8,
         )
         names = [task.name for task in self.data.tasks]
-        adapter = inject(model, self.adapter_config, names)
+        adapter = adapt(model, self.adapter_config, names)
         if self.extends is not None:
             start_beside(adapter, self.extends.adapter)
         require_parts(adapter, self.recipe.training.parts)
@@ -127,12 +130,22 @@ class Prepared:
             model,
             adapter,
             engine=self.recipe.engine,
-            keep=keep_of(recompute, model.config.num_hidden_layers),
+            keep=keep_of(
+                recompute, getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+            ),
             base_compute=self.recipe.base_compute,
             resident=not cut,
         )
+        settled(
+            packed,
+            self.base,
+            quantization=self.recipe.quantization,
+            base_compute=self.recipe.base_compute,
+        )
         if packed.decoder is None and recompute:  # transformers' layers know all or nothing
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
+            )
         if self.processes.rank:  # the same start, and other features dropped than elsewhere
             torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
         return packed, adapter
@@ -255,7 +268,7 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
-    longest = getattr(load_config(base), "max_position_embeddings", 2**31)
+    longest = longest_of(load_config(base))
     data = prepare_training(tasks, recipe, tokenizer, longest)
     device = pick_device()
     return Prepared(

@@ -29,7 +29,8 @@ from mtl_lora_cli.evaluation.metrics import Outcome, undefined
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.ranks import Shard
 from mtl_lora_cli.evaluation.resampled import metric
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.best import Mark

@@ -6,6 +6,7 @@ place of each adapted weight, and gradients flow through that sum.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ class Alone:
             example: int64 [n].
             weights: parameter → what takes its place.
         """
+        model = copy.deepcopy(self.model)  # some rotary embeddings keep what they have seen
         logits = functional_call(
-            self.model, dict(weights), (), {"input_ids": example[None, :-1], "use_cache": False}
+            model, dict(weights), (), {"input_ids": example[None, :-1], "use_cache": False}
         ).logits[0]
         picked = logits.float().log_softmax(-1).gather(1, example[1:, None])
         return picked[:, 0]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.models.attention import Segments
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.load import adapt, load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.trust import settle
 
 from .alone import Alone
 from .models import WINDOW, Tiny
@@ -74,11 +75,12 @@ class Packed:
             temperature=TEMPERATURE,
             target_modules=tuple(targets),
         )
-        self.adapter: Adapter = inject(model, config, TASKS)
+        self.adapter: Adapter = adapt(model, config, TASKS)
         with torch.no_grad():
             for tensor in self.adapter.tensors().values():
                 tensor.add_(0.05 * torch.randn_like(tensor))
         self.model = PackedModel(model, self.adapter).eval()
+        settle(self.model)
 
     @property
     def engine(self) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
-from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.models.attention import NotHonoured
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.segments import Segments
 
 LogProbs = Callable[..., list[Tensor]]
 
@@ -172,5 +173,6 @@ def test_an_adapted_head_knows_the_tasks_of_the_positions_asked_for(
 
 
 def test_the_model_refuses_to_run_without_segments(bare: PackedModel) -> None:
-    with pytest.raises(ValueError, match="call the model through PackedModel"):
-        bare.model(torch.tensor([[5, 6]]))
+    plain = PackedModel(bare.model, engine="plain")
+    with pytest.raises(NotHonoured, match="do not pass the bounds of examples on"):
+        plain.model(torch.tensor([[5, 6]]))

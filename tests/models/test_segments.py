@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mtl_lora_cli.models import attention
-from mtl_lora_cli.models.attention import Segments, packed_attention
+from mtl_lora_cli.models.attention import Scores, packed_attention
+from mtl_lora_cli.models.segments import EVERYTHING, Segments
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0, 2], [-1], [0]])
@@ -30,7 +31,7 @@ REACH = torch.tensor([8, 8, 8, 6, 5, 6, 8, 8, 10, 10, 14, 14, 13, 14], dtype=tor
 
 
 def test_a_tree_is_its_trunk_and_the_rest() -> None:
-    parts = Segments.build(LENGTHS, REACH).parts
+    parts = Segments.build(LENGTHS, REACH).parts()
     assert [part[:3] for part in parts] == [
         (0, 0, 3),
         (0, 3, 8),
@@ -115,7 +116,7 @@ def test_chains_say_the_same_as_a_mask(qkv: tuple[torch.Tensor, ...]) -> None:
 
 
 def test_segments_of_similar_length_lie_in_stacks() -> None:
-    stacks, source, back = Segments.build([3, 1, 4, 1]).stacks
+    stacks, source, back = Segments.build([3, 1, 4, 1]).stacks()
     assert stacks == [(2, 4, None), (2, 1, None)]
     assert source.tolist() == [4, 5, 6, 7, 0, 1, 2, 2, 3, 8]
     assert back.tolist() == [4, 5, 6, 8, 0, 1, 2, 3, 9]
@@ -124,9 +125,9 @@ def test_segments_of_similar_length_lie_in_stacks() -> None:
 
 def test_a_tree_in_a_stack_sees_what_it_sees_alone() -> None:
     segments = Segments.build(LENGTHS, REACH)
-    assert [stack[:2] for stack in segments.stacks.stacks] == [(1, 8), (1, 4), (1, 2)]
-    for stack, part in zip(segments.stacks.stacks, (1, 4, None), strict=True):
-        alone = None if part is None else segments.parts[part].seen
+    assert [stack[:2] for stack in segments.stacks().stacks] == [(1, 8), (1, 4), (1, 2)]
+    for stack, part in zip(segments.stacks().stacks, (1, 4, None), strict=True):
+        alone = None if part is None else segments.parts()[part].seen
         if alone is None:
             assert stack.seen is None
         else:
@@ -139,14 +140,14 @@ MIXED = [*range(1, 301, 13), 300, 40, 40, 2, 1, 1]
 
 def test_stacks_are_well_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     segments = Segments.build(MIXED)
-    stacks, source, _ = segments.stacks
+    stacks, source, _ = segments.stacks()
     places = [stack.height * stack.length for stack in stacks]
     assert sum(places) == len(source) <= 1.25 * sum(MIXED)
     scores = sum(stack.height * stack.length**2 for stack in stacks)
     assert scores <= 1.25**2 * sum(length**2 for length in MIXED)
     assert len(stacks) < len(MIXED) / 2
-    monkeypatch.setattr(attention, "_MOST_SCORES", 20_000)
-    for stack in Segments.build(MIXED).stacks.stacks:
+    monkeypatch.setattr("mtl_lora_cli.models.segments._MOST_SCORES", 20_000)
+    for stack in Segments.build(MIXED).stacks().stacks:
         assert stack.height == 1 or stack.height * stack.length**2 <= 20_000
 
 
@@ -169,7 +170,7 @@ def test_stacks_equal_the_segments_one_by_one(
     dtype: torch.dtype, key_heads: int, trees: bool
 ) -> None:
     segments = Segments.build(MIXED, forked(MIXED) if trees else None)
-    stacks = segments.stacks.stacks
+    stacks = segments.stacks().stacks
     assert any(stack.seen is not None for stack in stacks) == trees
     torch.manual_seed(0)
     row = torch.randn(sum(MIXED), 6 + 2 * key_heads, 16, dtype=dtype, requires_grad=True)
@@ -177,7 +178,9 @@ def test_stacks_equal_the_segments_one_by_one(
 
     def run(attend: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         parts = row.split([6, key_heads, key_heads], dim=1)
-        out = attend(*(part.transpose(0, 1)[None] for part in parts), 0.3, segments)
+        out = attend(
+            *(part.transpose(0, 1)[None] for part in parts), Scores(0.3), segments, EVERYTHING
+        )
         return out, torch.autograd.grad(out, row, dout)[0]
 
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
@@ -194,9 +197,9 @@ def test_a_card_attends_as_a_cpu_does(trees: bool) -> None:
     torch.manual_seed(0)
     q = torch.randn(1, 6, sum(MIXED), 16, dtype=torch.float64, requires_grad=True)
     k, v = torch.randn(2, 1, 2, sum(MIXED), 16, dtype=torch.float64)
-    here = attention.attend_segments(q, k, v, 0.3, segments)
+    here = attention.attend_segments(q, k, v, Scores(0.3), segments)
     there = attention.attend_segments(
-        q.cuda(), k.cuda(), v.cuda(), 0.3, segments.to(torch.device("cuda"))
+        q.cuda(), k.cuda(), v.cuda(), Scores(0.3), segments.to(torch.device("cuda"))
     )
     torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=1e-12)
     dout = torch.randn_like(here)
@@ -207,12 +210,12 @@ def test_a_card_attends_as_a_cpu_does(trees: bool) -> None:
 def test_what_fills_a_segment_up_comes_from_itself() -> None:
     """An infinity in one segment reaches neither another one in its stack nor its gradient."""
     segments = Segments.build([3, 4, 4])
-    assert [stack[:2] for stack in segments.stacks.stacks] == [(3, 4)]
+    assert [stack[:2] for stack in segments.stacks().stacks] == [(3, 4)]
     torch.manual_seed(0)
     leaf = torch.randn(1, 2, 11, 8)
     leaf[:, :, 2] = float("inf")
     leaf.requires_grad_()
-    out = attention._in_stacks(leaf, leaf, leaf, None, segments)
+    out = attention._in_stacks(leaf, leaf, leaf, Scores(), segments, EVERYTHING)
     gradient = torch.autograd.grad(out[:, 3:].sum(), leaf)[0]
     assert out[:, 3:].isfinite().all()
     assert not out[:, 2].isfinite().any()
@@ -221,5 +224,5 @@ def test_what_fills_a_segment_up_comes_from_itself() -> None:
 
 def test_a_batch_of_rows_is_refused() -> None:
     x = torch.randn(2, 1, 3, 4)
-    with pytest.raises(ValueError, match="received a batch of 2"):
+    with pytest.raises(attention.NotHonoured, match="not within one packed sequence of 3"):
         packed_attention(torch.nn.Identity(), x, x, x, None, segments=Segments.build([3]))

@@ -1,0 +1,497 @@
+"""The self-test: our path beside transformers' own, before anything is learned or answered.
+
+A few short examples of random tokens go through our path together, and each of them alone through
+transformers' own forward pass, with its eager attention, on the same weights. What differs by more
+than rounding computes another model. The plain engine has three layouts (`plain.py`); the first
+one that agrees is taken, so no list says which model wants which. Where none agrees, the model is
+refused.
+
+Examples are longer than the model's window, and lie on both sides of a rotary embedding's limit. Where
+that would take long, a small model of the same kind stands for the long ones: few layers, random
+weights, window and limit scaled down.
+
+Two more things are asked of our path alone. Causality: other later tokens change no earlier
+log-probability. Isolation: one example's tokens change nothing in another.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.load import text_body
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.plain import LAYOUTS, Way, forget_lengths, use_attention
+from mtl_lora_cli.models.segments import Segments
+
+SHORT = (19, 11, 14)  # tokens of the examples that every model is asked
+FILLED_UP = (71, 66)  # and those that are asked where one example a row is to be right
+BEYOND = 5  # how much longer than a window or a limit an example is
+MOST_ASKED = 48  # positions of an example that are compared
+STAND_IN_WINDOW = 16
+STAND_IN_LIMIT = 24
+STAND_IN_WORDS = 256
+_OPERATIONS = {"cpu": 3e11, "cuda": 1e15}  # a few seconds
+_SCORES = {"cpu": 2**28, "cuda": 2**31}  # values of one layer's attention, eager
+
+LIKELIEST = 8  # tokens a position that are compared: those that transformers finds likeliest
+
+# In 32 bits the largest |Δ log p|. In 16 bits the divergence, in the mean over an example: rounding
+# moves single log-probabilities far there, and a router that falls the other way further still.
+LARGEST = 1e-3
+DIVERGENCE = 0.04
+# The same path twice, with other tokens where nothing may look: nothing but rounding in a mixture.
+LARGEST_UNSEEN = 1e-4
+DIVERGENCE_UNSEEN = 0.01
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two ways to the same log-probabilities, in nats.
+
+    Attributes:
+        largest: of all |Δ log p|.
+        divergence: Σ p log(p / q) over the likeliest tokens and all others as one, in the mean over
+            the positions of an example; of the example where it is largest.
+    """
+
+    largest: float
+    divergence: float
+
+    def within(self, dtype: torch.dtype, *, unseen: bool = False) -> bool:
+        """Whether rounding in `dtype` explains it; NaN never does."""
+        if dtype in (torch.bfloat16, torch.float16):
+            return self.divergence <= (DIVERGENCE_UNSEEN if unseen else DIVERGENCE)
+        return self.largest <= (LARGEST_UNSEEN if unseen else LARGEST)
+
+    def __str__(self) -> str:
+        return f"{self.largest:.2g} nats at most (divergence {self.divergence:.2g})"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What transformers says behind the last tokens of an example.
+
+    Attributes:
+        tokens: int64 [asked, LIKELIEST], the likeliest.
+        logprobs: float32, the same shape.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the self-test found.
+
+    Attributes:
+        way: of the plain engine; None: the fused engine runs.
+        difference: from each example alone in transformers.
+        lengths: tokens of the examples.
+        tried: ways that were not taken, and why.
+        stand_in: lengths that a small model of the same kind was asked instead; empty: none.
+    """
+
+    way: Way | None
+    difference: Difference
+    lengths: tuple[int, ...]
+    tried: tuple[str, ...] = ()
+    stand_in: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        small = (
+            "; longer ones by a small model of the same kind (few layers, random weights)"
+            if self.stand_in
+            else ""
+        )
+        return (
+            f"{len(self.lengths)} examples of {min(self.lengths)} to {max(self.lengths)} tokens "
+            f"beside each alone in transformers: {self.difference}{small}"
+        )
+
+
+def settle(packed: PackedModel) -> Trust:
+    """Find the engine and the way that compute the model, and leave `packed` with them.
+
+    Args:
+        packed: the model, with an adapter or without; the adapter takes no part.
+
+    Raises:
+        UsageError: no way agrees with transformers; or the adapter is on a layer that the model
+            never calls.
+    """
+    training, asked_fused = packed.training, packed.decoder is not None
+    packed.eval()
+    try:
+        with torch.no_grad():
+            found = _settled(packed)
+            if found.way is not None:
+                _require_called(packed)
+    finally:
+        packed.train(training)
+    if asked_fused and found.way is not None:
+        packed.not_fused = found.tried[0].partition(": ")[2]
+    return found
+
+
+def _settled(packed: PackedModel) -> Trust:
+    model = packed.model
+    config = model.config.get_text_config()
+    lengths, small = affordable(model)
+    examples = draw(lengths, model.config)
+    expected = alone(packed, examples)
+    limit = length_limit(config)
+    ways: list[Way | None] = [None] if packed.decoder is not None else []
+    bare = head_is_bare(packed, examples[-1])
+    ways += [Way(layout, bare, limit) for layout in LAYOUTS]
+    tried: list[str] = []
+    for way in ways:
+        name = "the fused engine" if way is None else str(way)
+        try:
+            if way is not None:
+                packed.go(way)
+            difference = _measured(packed, examples, expected)
+            if small:
+                _require_stand_in(packed, small)
+            if way is not None and way.layout == "rows":
+                filled = draw(FILLED_UP, model.config)
+                _measured(packed, filled, alone(packed, filled))
+            return Trust(way, difference, tuple(lengths), tuple(tried), tuple(small))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's code does with what it was not made for
+            tried.append(f"{name}: {_in_a_line(error)}")
+    raise UsageError(
+        f"base_model: a model of type '{model.config.model_type}' cannot be computed here as "
+        f"transformers computes it ({'; '.join(tried)}); take another base model"
+    )
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, UsageError) else f"{type(error).__name__}: {text}"
+
+
+def _measured(
+    packed: PackedModel, examples: Sequence[Tensor], expected: Sequence[Asked]
+) -> Difference:
+    """The difference from what transformers says.
+
+    Raises:
+        UsageError: it is no rounding, or our path sees what it must not see.
+    """
+    dtype = expected_dtype(packed.model)
+    ours = together(packed, examples, expected)
+    difference = _between([one.logprobs for one in expected], ours)
+    if not difference.within(dtype):
+        raise UsageError(f"log-probabilities differ by {difference}")
+    changed, kept = _with_another_end(examples)
+    again = together(packed, changed, expected)
+    unseen = _between([ours[0][:kept], *ours[1:]], [again[0][:kept], *again[1:]])
+    if not unseen.within(dtype, unseen=True):
+        raise UsageError(f"tokens that must not be seen change log-probabilities by {unseen}")
+    return difference
+
+
+def _with_another_end(examples: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """The first example with other tokens at its end, and how many answers that leaves alone."""
+    first = examples[0].clone()
+    half = len(first) // 2
+    first[half:] = first[half:].flip(0).roll(1)
+    asked = min(len(first) - 1, MOST_ASKED)
+    before = half - (len(first) - 1 - asked)  # positions before the change, of those compared
+    return [first, *examples[1:]], max(0, before)
+
+
+def _between(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Difference:
+    """From log-probabilities [asked, LIKELIEST] of each example."""
+    pairs = [(p, q.to(p.device)) for p, q in zip(theirs, ours, strict=True) if len(p)]
+    largest = torch.stack([(p - q).abs().max() for p, q in pairs]).max()
+    mean = torch.stack([_divergence(p, q).mean() for p, q in pairs]).max()
+    return Difference(float(largest), float(mean))
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Σ p log(p / q) over the tokens asked and the rest as one more, from logarithms: [asked]."""
+    rest_p, rest_q = ((1 - x.exp().sum(dim=-1)).clamp(min=1e-6) for x in (p, q))
+    return (p.exp() * (p - q)).sum(dim=-1) + rest_p * (rest_p / rest_q).log()
+
+
+def together(
+    packed: PackedModel, examples: Sequence[Tensor], questions: Sequence[Asked]
+) -> list[Tensor]:
+    """log p of the same tokens by our path, float32 [asked, LIKELIEST] each."""
+    lengths = [len(example) - 1 for example in examples]
+    asked = [len(question.tokens) for question in questions]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    positions = torch.cat(
+        [torch.arange(end - count, end) for end, count in zip(ends, asked, strict=True)]
+    )
+    targets = torch.cat([question.tokens for question in questions]).cpu()
+    batch = PackedBatch(
+        input_ids=torch.cat([example[:-1] for example in examples])[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        task_ids=torch.full((1, ends[-1]), -1),
+        segments=Segments.build(lengths),
+        positions=positions,
+        owner=torch.arange(len(positions)).repeat_interleave(targets.shape[1]),
+        targets=targets.flatten(),
+    ).to(device_of(packed.model))
+    with packed.routed(batch):
+        return list(packed(batch).float().view(targets.shape).split(asked))
+
+
+def alone(packed: PackedModel, examples: Sequence[Tensor]) -> list[Asked]:
+    """What transformers says: each example by itself, eager attention, no layer of ours.
+
+    Raises:
+        UsageError: transformers cannot do that.
+    """
+    model = packed.model
+    with _untouched(packed):
+        try:
+            found = []
+            for example in examples:
+                forget_lengths(model)
+                found.append(_alone(model, example.to(device_of(model))))
+            return found
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"base_model: transformers itself cannot run this model of type "
+                f"'{model.config.model_type}': {_in_a_line(error)}"
+            ) from error
+
+
+def _alone(model: Any, example: Tensor) -> Asked:
+    asked = min(len(example) - 1, MOST_ASKED)
+    few = "logits_to_keep" in signature(model.forward).parameters
+    keep = {"logits_to_keep": asked} if few else {}
+    logits = model(input_ids=example[None, :-1], use_cache=False, **keep).logits[0, -asked:]
+    logprobs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(LIKELIEST, dim=-1)
+    return Asked(tokens, logprobs)
+
+
+@contextmanager
+def _untouched(packed: PackedModel) -> Iterator[None]:
+    """Inside the block the model is transformers' own."""
+    use_attention(packed.model, "eager")
+    try:
+        with nullcontext() if packed.adapter is None else packed.adapter.bypassed():
+            yield
+    finally:
+        if packed.plain is not None:
+            packed.plain.take_attention()
+
+
+def head_is_bare(packed: PackedModel, example: Tensor) -> bool:
+    """Whether logits are the output layer's product with the last hidden state, bit for bit."""
+    model = packed.model
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    ids = example[None, :-1].to(device_of(model))
+    with _untouched(packed):
+        try:
+            hidden = text_body(model)(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+        except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
+            return False
+
+
+def _require_called(packed: PackedModel) -> None:
+    """Refuse an adapter on a layer whose weight the model reads past the layer.
+
+    Experts that no token went to are not called either; one of a kind is enough.
+    """
+    adapter = packed.adapter
+    if adapter is None:
+        return
+    called: set[str] = set()
+
+    def kind(path: str) -> str:
+        return re.sub(r"\.\d+", "", path)
+
+    hooks = [
+        layer.register_forward_hook(lambda *_, path=path: called.add(kind(path)))
+        for path, layer in adapter.layers.items()
+    ]
+    try:
+        examples = draw(SHORT, packed.model.config)
+        none = Asked(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1))
+        together(packed, examples, [none] * len(examples))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    never = sorted({path for path in adapter.layers if kind(path) not in called})
+    if never:
+        raise UsageError(
+            f"adapter.target_modules: '{never[0]}' is never called as a layer in a model of type "
+            f"'{packed.model.config.model_type}': an adapter there would do nothing"
+        )
+
+
+def draw(lengths: Sequence[int], config: Any) -> list[Tensor]:
+    """Random tokens, int64 [length] each, none of them one that the model's code looks for."""
+    words = config.get_text_config().vocab_size
+    special = _special(config, words)
+    usable = torch.tensor([token for token in range(words) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+    return [
+        usable[torch.randint(len(usable), (length,), generator=generator)] for length in lengths
+    ]
+
+
+def _special(config: Any, words: int) -> set[int]:
+    found: set[int] = set()
+    for one in (config, config.get_text_config()):
+        for name, value in one.to_dict().items():
+            if name.endswith(("_token_id", "_token_index", "_token_ids")):
+                found.update(v for v in (value if isinstance(value, list) else [value]) if v)
+    return {int(token) for token in found if 0 <= int(token) < words}
+
+
+def windows_of(config: Any) -> dict[str, int]:
+    """What limits how far some layer's attention sees: key of the configuration → positions."""
+    if not getattr(config, "use_sliding_window", True):
+        return {}
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if ("window" in name or name == "attention_chunk_size")
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and value > 1
+    }
+
+
+def critical_lengths(config: Any) -> list[int]:
+    """Tokens of examples on both sides of every window and of the rotary embedding's limit."""
+    limit = length_limit(config)
+    sizes = {*windows_of(config).values(), *(() if limit is None else (limit,))}
+    return sorted((length for size in sizes for length in (size + BEYOND, size)), reverse=True)
+
+
+def length_limit(config: Any) -> int | None:
+    """Positions beyond which the rotary embedding is another one; None where it never changes."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    limits = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or getattr(config, "max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") in ("dynamic", "longrope")
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
+def affordable(model: Any) -> tuple[list[int], list[int]]:
+    """Lengths of examples for the model itself, and those that a small one stands for."""
+    config = model.config.get_text_config()
+    wanted = critical_lengths(config)
+    device = device_of(model).type
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    heads = getattr(config, "num_attention_heads", None) or 1
+    fits = [
+        length
+        for length in wanted
+        if 8.0 * weights * length <= _OPERATIONS[device] and heads * length**2 <= _SCORES[device]
+    ]
+    return [*fits, *SHORT], sorted(set(wanted) - set(fits))
+
+
+def _require_stand_in(packed: PackedModel, lengths: Sequence[int]) -> None:
+    """Measure a small model of the same kind instead, with lengths beyond its own window and limit.
+
+    Raises:
+        UsageError: it differs.
+    """
+    small = stand_in(packed)
+    config = small.model.config.get_text_config()
+    examples = draw([*critical_lengths(config), *SHORT], small.model.config)
+    expected = alone(small, examples)
+    if packed.plain is not None:
+        way = packed.plain.way
+        small.go(replace(way, together=length_limit(config)))
+    try:
+        _measured(small, examples, expected)
+    except UsageError as error:
+        raise UsageError(
+            f"a small model of the same kind, asked for lengths beyond {min(lengths)}: {error}"
+        ) from error
+
+
+def stand_in(packed: PackedModel) -> PackedModel:
+    """A model of the same kind with few layers, few words, and window and limit scaled down."""
+    from transformers import AutoModelForCausalLM
+
+    real = packed.model.config.get_text_config()
+    config = small_config(real)
+    device, dtype = device_of(packed.model), expected_dtype(packed.model)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # so large that attention is far from even
+                parameter.data.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    model = model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return PackedModel(model, engine="auto" if packed.decoder is not None else "plain").eval()
+
+
+def small_config(real: Any) -> Any:
+    """See `stand_in`."""
+    config = copy.deepcopy(real)
+    kinds = getattr(config, "layer_types", None)
+    layers = config.num_hidden_layers
+    few = (
+        1 + max((kinds.index(kind) for kind in set(kinds)), default=1) if kinds else min(2, layers)
+    )
+    config.num_hidden_layers = few
+    if kinds:
+        config.layer_types = list(kinds[:few])
+    config.vocab_size = STAND_IN_WORDS
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    for name in windows_of(real):
+        setattr(config, name, STAND_IN_WINDOW)
+    _scale_rotary(config)
+    return config
+
+
+def _scale_rotary(config: Any) -> None:
+    """Set the limit of a length-dependent rotary embedding to a small one."""
+    if length_limit(config) is None:
+        return
+    rope = copy.deepcopy(config.rope_parameters)
+    for kind in (rope, *(one for one in rope.values() if isinstance(one, dict))):
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            kind["original_max_position_embeddings"] = STAND_IN_LIMIT
+    config.rope_parameters = rope
+    if getattr(config, "original_max_position_embeddings", None):
+        config.original_max_position_embeddings = STAND_IN_LIMIT
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's weights lie."""
+    return next(model.parameters()).device
+
+
+def expected_dtype(model: Any) -> torch.dtype:
+    """In what the model computes."""
+    return next(
+        (p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.numel()),
+        torch.float32,
+    )

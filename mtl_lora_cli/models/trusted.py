@@ -1,0 +1,106 @@
+"""The self-test's results, kept: the same model on the same software needs it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.plain import Way
+from mtl_lora_cli.models.trust import Difference, Trust, device_of, expected_dtype, settle
+from mtl_lora_cli.runs.paths import cache_folder
+
+_ROOMS = ("models", "adapters", "kernels")  # what decides what our path computes
+
+
+def settled(
+    packed: PackedModel, base: BaseModel, *, quantization: str = "none", base_compute: str = "dtype"
+) -> Trust:
+    """Find the engine and the way that compute the model, or take what was found before.
+
+    Args:
+        packed: the model, as it will be used; it is left with that way.
+        base: the base model in it.
+        quantization, base_compute: as the recipe says.
+
+    Raises:
+        UsageError: as `trust.settle`.
+    """
+    path = cache_folder() / "trust" / f"{_key(packed, base, quantization, base_compute)}.json"
+    known = _read(path)
+    if known is None:
+        known = settle(packed)
+        _write(path, known)
+    elif known.way is not None:
+        was_fused = packed.decoder is not None
+        packed.go(known.way)
+        if was_fused:
+            packed.not_fused = known.tried[0].partition(": ")[2]
+    packed.trust = known
+    return known
+
+
+def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: str) -> str:
+    device = device_of(packed.model)
+    parts = {
+        "base": base.fingerprint,
+        "engine": "fused" if packed.decoder is not None else packed.not_fused,
+        "adapted": None if packed.adapter is None else sorted(packed.adapter.layers),
+        "dtype": str(expected_dtype(packed.model)),
+        "quantization": quantization,
+        "base_compute": base_compute,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "versions": [version(name) for name in ("torch", "transformers", "mtl-lora")],
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """A fingerprint of the code that is tested."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for room in _ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Trust | None:
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        way = kept["way"]
+        return Trust(
+            way=None if way is None else Way(**way),
+            difference=Difference(**kept["difference"]),
+            lengths=tuple(kept["lengths"]),
+            tried=tuple(kept["tried"]),
+            stand_in=tuple(kept["stand_in"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, trust: Trust) -> None:
+    """A cache that cannot be written is no reason to stop."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(trust), file)
+        Path(temporary).replace(path)
+    except OSError:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
