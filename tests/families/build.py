@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ def configuration(model: Tiny) -> Any:
             if part.__name__ == AUTO:
                 part = CONFIG_MAPPING[own["model_type"]]
             keys[f"{name}_config"] = {**_known(part, common), **own}
-    return kind(**keys)
+    return kind(**copy.deepcopy(keys))  # a configuration writes into what it is given
 
 
 def _known(kind: Any, keys: Mapping[str, Any]) -> dict[str, Any]:

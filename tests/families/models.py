@@ -144,6 +144,16 @@ MINISTRAL_ROPE = rope(
     mscale_all_dim=1.0,
 )
 
+INDEXED = {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16}
+QSA = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
+LONGCAT = {"head_dim": 8, "num_key_value_heads": 4, "moe_topk": 2, "zero_expert_num": 2}
+
 MODELS: tuple[Tiny, ...] = (
     # The fused engine's layers.
     tiny("llama", quick=True),
@@ -322,6 +332,15 @@ MODELS: tuple[Tiny, ...] = (
     tiny("exaone_moe", "window", **WINDOWED, first_k_dense_replace=0),
     tiny("afmoe", "window", **WINDOWED, num_dense_layers=1),
     tiny("mimo_v2_flash", "window, sinks", **WINDOWED),
+    tiny("granitemoe_swa", "window, sinks", logits_scaling=2.0, **WINDOWED),
+    tiny("cohere2_moe", "window", logit_scale=0.5, **WINDOWED),
+    tiny("aria_text", moe_num_experts=4, moe_num_shared_experts=1),
+    tiny("laguna", "window", **WINDOWED, num_attention_heads_per_layer=[4, 4]),
+    tiny("mellum", "window", **WINDOWED),
+    tiny("hy_v3"),
+    tiny("flint", "window", **WINDOWED),
+    tiny("kolibri1", "window", **WINDOWED),
+    tiny("zaya", router_hidden_size=16, num_experts_per_tok=1),
     # Compressed keys and values.
     tiny("deepseek_v2", num_key_value_heads=4),
     tiny("deepseek_v3", num_key_value_heads=4, quick=True),
@@ -336,6 +355,12 @@ MODELS: tuple[Tiny, ...] = (
         index_head_dim=16,
         num_attention_heads=4,
     ),
+    tiny("axk1", num_key_value_heads=4),
+    tiny("longcat_flash", num_layers=1, ffn_hidden_size=64, expert_ffn_hidden_size=32, **LONGCAT),
+    tiny("deepseek_v32", index_topk=2048, **INDEXED),
+    tiny("deepseek_v32", "sparse", index_topk=12, **INDEXED),
+    tiny("glm_moe_dsa", "sparse", index_topk=12, **INDEXED),
+    tiny("axk2", "sparse", index_topk=12, gated_norm_rank=8, **INDEXED),
     # Positions as biases.
     tiny("bloom", quick=True),
     tiny("mpt", d_model=64, n_heads=4, n_layers=2, max_seq_len=512, quick=True),
@@ -367,6 +392,54 @@ MODELS: tuple[Tiny, ...] = (
         logits_soft_cap=5.0,
         quick=True,
     ),
+    tiny(
+        "nemotron_h",
+        layers_block_type=["mamba", "attention", "mlp", "moe"],
+        num_hidden_layers=4,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=8,
+        chunk_size=16,
+        moe_shared_expert_intermediate_size=32,
+    ),
+    tiny(
+        "zamba2",
+        layers_block_type=["mamba", "hybrid"],
+        n_mamba_heads=8,
+        mamba_d_state=8,
+        chunk_size=16,
+        adapter_rank=8,
+    ),
+    tiny(
+        "zamba",
+        layers_block_type=["hybrid", "mamba", "hybrid"],
+        num_hidden_layers=3,
+        n_mamba_heads=2,
+        num_key_value_heads=4,
+        mamba_dt_rank=4,
+    ),
+    tiny(
+        "kimi_linear",
+        **LINEAR,
+        linear_head_dim=16,
+        linear_num_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+    ),
+    tiny("bailing_hybrid", **LINEAR, num_key_value_heads=4, short_conv_kernel_size=4),
+    tiny("lfm3", "window", layer_types=["conv", "sliding_attention"]),
+    tiny("xlstm", num_heads=4, chunk_size=16),
+    tiny("rwkv", attention_hidden_size=64),
+    tiny("qwen4_exp_text", **LINEAR, hc_lowrank=16, **QSA),
+    # Of another age.
+    tiny("openai-gpt"),
+    tiny("ctrl", dff=128),
+    tiny("bert", is_decoder=True),
+    tiny("bert", "both ways"),
+    tiny("roberta", is_decoder=True),
+    tiny("xlnet", d_head=16, d_inner=128),
+    tiny("bart", d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=128),
     # As on the hub, with a part that sees.
     tiny(
         "gemma3",
