@@ -7,7 +7,7 @@ place of each adapted weight, and gradients flow through that sum.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,20 @@ class Alone:
         self.config = AutoConfig.from_pretrained(folder)
 
     def linear_layers(self) -> dict[str, nn.Module]:
-        """Path → layer: the linear ones of the text part, without the output layer."""
+        """Path → layer: the linear ones of the text part, without the output layer.
+
+        A class of the model's own that only descends from a linear layer, as routers do, is none.
+        """
         head = self.model.get_output_embeddings()
         return {
             path: layer
             for path, layer in self.model.named_modules()
-            if isinstance(layer, nn.Linear | Conv1D)
-            and layer is not head
-            and not any(word in path for word in ELSEWHERE)
+            if type(layer) in (nn.Linear, Conv1D) and layer is not head and not elsewhere(path)
         }
+
+    def targets(self) -> tuple[str, ...]:
+        """Last names of all of these."""
+        return tuple(sorted({path.rpartition(".")[2] for path in self.linear_layers()}))
 
     def logprobs(self, example: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """log p of every token but the first, [n - 1].
@@ -95,14 +100,6 @@ class Alone:
         return weights
 
 
-def all_logprobs(
-    alone: Alone,
-    examples: Sequence[Tensor],
-    tasks: Sequence[int],
-    weights: Mapping[int, Mapping[str, Tensor]],
-) -> list[Tensor]:
-    """Of each example, with the weights of its task."""
-    return [
-        alone.logprobs(example, weights[task])
-        for example, task in zip(examples, tasks, strict=True)
-    ]
+def elsewhere(path: str) -> bool:
+    """Whether a layer belongs to a part that sees or hears, or stands between that and the text."""
+    return any(word in path for word in ELSEWHERE)

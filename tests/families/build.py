@@ -17,7 +17,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .models import COMMON, VISION, Tiny
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-GAIN = 1.5  # of a matrix: without it attention is all but even, and logits all but equal
 AUTO = "AutoConfig"
 
 
@@ -31,7 +30,7 @@ def build(model: Tiny, tokenizer: Path, folder: Path) -> Path:
     """
     torch.manual_seed(0)
     made = auto_class(model).from_config(configuration(model), dtype=torch.float32)
-    _let_weights_matter(made)
+    _let_weights_matter(made, model.gain)
     made.save_pretrained(folder)
     for name in TOKENIZER:
         shutil.copy(tokenizer / name, folder / name)
@@ -62,10 +61,10 @@ def _known(kind: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _let_weights_matter(model: nn.Module) -> None:
-    """Matrices ~ N(0, (1.5/√fan-in)²); vectors, which often start as zeros or ones, move a little."""
+def _let_weights_matter(model: nn.Module, gain: float) -> None:
+    """Matrices ~ N(0, (gain/√fan-in)²); vectors, which often start as zeros or ones, move a little."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
-            parameter.normal_(std=GAIN / parameter.shape[-1] ** 0.5)
+            parameter.normal_(std=gain / parameter.shape[-1] ** 0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter
@@ -18,7 +18,7 @@ from mtl_lora_cli.models.load import adapt, load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.models.trust import settle
 
-from .alone import Alone
+from .alone import Alone, elsewhere
 from .models import WINDOW, Tiny
 
 CPU = torch.device("cpu")
@@ -135,10 +135,14 @@ def judge(model: Tiny, folder: Path) -> Verdict:
         UsageError: the model is refused.
     """
     alone = Alone(folder, sees=model.vision is not None)
-    layers = alone.linear_layers()
-    targets = model.targets or sorted({path.rpartition(".")[2] for path in layers})
+    targets = model.targets or alone.targets()
     packed = Packed(folder, targets)
-    wanted = {path for path in layers if path.rpartition(".")[2] in targets}
+    ends = tuple(f".{target}" for target in targets)
+    wanted = {
+        path
+        for path, layer in alone.model.named_modules()
+        if path.endswith(ends) and isinstance(layer, nn.Linear) and not elsewhere(path)
+    }
     names = {path: within(path, wanted) for path in packed.adapter.layers}
     assert set(names.values()) == wanted, f"adapted {sorted(names)}, expected {sorted(wanted)}"
     tensors = {

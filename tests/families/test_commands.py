@@ -108,9 +108,8 @@ def test_a_run_is_what_it_leaves_behind(
     tmp_path: Path,
 ) -> None:
     base = folder_of(model)
-    alone = Alone(base, sees=model.vision is not None)
-    targets = sorted(model.targets or {path.rpartition(".")[2] for path in alone.linear_layers()})
-    write_recipe(tmp_path, base, targets)
+    targets = model.targets or Alone(base, sees=model.vision is not None).targets()
+    write_recipe(tmp_path, base, list(targets))
     mtl_lora("train", "recipe.yaml")
     scored = ("--task", "all", "--limit", str(SCORED), "--predictions", "scored.jsonl")
     mtl_lora("eval", *scored)
