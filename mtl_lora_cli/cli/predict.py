@@ -44,7 +44,8 @@ def predict(
 ) -> None:
     """Label rows: JSON lines with label and probabilities, as soon as they are known."""
     with framed():
-        from mtl_lora_cli.data.streams import read_parts, stream_parts
+        from mtl_lora_cli.data.sources import layout_of_new_rows
+        from mtl_lora_cli.data.streams import read_parts, stream_parts, with_names
         from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
         from mtl_lora_cli.runs.folder import find_run
 
@@ -68,10 +69,12 @@ def predict(
         glue = glue_submission.require_glue(known[name]) if form == "glue" else None
         status(f"loading run {folder.name}")
         predictor = Predictor(open_run(folder, force=force))
+        layout, names = layout_of_new_rows(known[name].source if name else None)
         if file == "-":
             parts = stream_parts(sys.stdin.buffer, "stdin", ROWS)
         else:
-            parts = read_parts(Path(file), ROWS)
+            parts = read_parts(Path(file), ROWS, layout)
+        parts = with_names(parts, names)
         if glue is not None:
             emit(glue_submission.HEADER)
         number = 0

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtl_lora_cli.cli.frame import emit, emit_json, framed
+from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
 from mtl_lora_cli.cli.options import JsonOption
 
 
@@ -62,7 +62,10 @@ def show(
     name: Annotated[str, typer.Argument(help="A template, such as sst2 or glue/sst2, or a file.")],
     source: Annotated[
         str | None,
-        typer.Option("--source", help="A file or folder to read; default: the template's own."),
+        typer.Option(
+            "--source",
+            help="A file or folder, or a source's keys in braces; default: the template's own.",
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="How many examples.")] = 3,
     as_json: JsonOption = False,
@@ -73,12 +76,17 @@ def show(
         from mtl_lora_cli.data.sources import resolve
         from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.recipe.schema import Source
+        from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
         from mtl_lora_cli.tasks.registry import find_template
         from mtl_lora_cli.tasks.task import Task
 
         full, path, template = find_template(name, Path())
         try:
-            given = template.source if source is None else Source.model_validate(source)
+            given = template.source
+            if source is not None and source.startswith("{"):
+                given = validate_document(parse_document(source, "--source"), Source)
+            elif source is not None:
+                given = Source.model_validate(source)
         except ValueError:
             raise UsageError(
                 f"--source: expected a path or sample:NAME, received '{source}'"
@@ -112,6 +120,8 @@ def show(
         if as_json:
             emit_json(shown)
             return
+        for note in examples.notes:
+            say(f"note: {note}")
         for entry in shown:
             emit(f"--- {entry['where']}\n{entry['prompt']} [{entry['answer']}]")
             if entry["choices"]:

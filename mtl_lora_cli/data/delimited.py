@@ -33,12 +33,15 @@ class Layout:
             `none`: quotation marks are text; None: by the ending.
         columns: names, where the first line is a row already; or present names → other names.
         broken_rows: `drop` leaves out, and counts, rows with another number of fields.
+        of_new_rows: these are the keys of a task's own files, for rows that may lack their labels
+            and may come in another format.
     """
 
     delimiter: str | None = None
     quoting: Literal["csv", "none"] | None = None
     columns: Sequence[str] | Mapping[str, str] | None = None
     broken_rows: Literal["error", "drop"] = "error"
+    of_new_rows: bool = False
 
     @property
     def names(self) -> list[str] | None:
@@ -90,12 +93,15 @@ class Table:
         dropped: list[int] = []
         spanning: list[tuple[int, int]] = []
         for record, first, last in self._records():
+            if not seen and header is not None:
+                if self.layout.of_new_rows and len(record) != len(header):
+                    header = None  # it has other columns, and says which
+                else:
+                    self._no_second_header(record, first)
+            seen = True
             if header is None:
                 header = self._header(record, first)
                 continue
-            if not seen:
-                self._no_second_header(record, first)
-            seen = True
             if len(record) == len(header):
                 if last > first and self.layout.quoting is None:
                     spanning.append((first, last))
@@ -104,16 +110,16 @@ class Table:
                 dropped.append(first)
             else:
                 raise self._wrong_length(record, header, first)
-        self._note(dropped, "rows are left out: they have another number of fields", "")
+        self._note(dropped, "rows left out for another number of fields", "")
         if self.layout.quoting is None:
             self._note(
                 self._several_rows(spanning, len(header or ())) if spanning else [],
-                "rows hold line ends in quotation marks and look like several rows",
+                "rows that hold line ends in quotation marks and look like several rows",
                 "where marks are text, say quoting: none; quoting: csv takes this note away",
             )
             self._note(
                 [] if self.quoted else self._quoted_as_in_csv(),
-                "fields look quoted as in CSV and are read as they stand",
+                "fields that look quoted as in CSV, read as they stand",
                 "quoting: csv takes the marks away, quoting: none takes this note away",
             )
 
@@ -202,7 +208,7 @@ class Table:
 
     def _note(self, lines: list[int], what: str, advice: str) -> None:
         if lines:
-            text = f"{self.file}: {len(lines):,} {what}, the first in line {lines[0]}"
+            text = f"{self.file}: {what}: {len(lines):,}, the first in line {lines[0]}"
             self.notes.append(f"{text}; {advice}" if advice else text)
 
     def _other(self, record: list[str], columns: int) -> str:

@@ -102,7 +102,7 @@ def _numbered(
     """The rows with their lines, and what may be wrong with them."""
     plain = (known or "").removesuffix(".gz")
     if plain in _READERS:
-        if layout.of_tables:
+        if layout.of_tables and not layout.of_new_rows:
             raise file_problem(file, f"{layout.of_tables[0]} goes with CSV, TSV and the like only")
         return list(_READERS[plain](data, file)), []
     delimiter = layout.delimiter or _DELIMITERS[plain]

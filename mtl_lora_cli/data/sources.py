@@ -12,8 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.data.delimited import Layout
-from mtl_lora_cli.data.file_formats import ENDINGS, Rows, ending, fingerprint, read_file, renamed
+from mtl_lora_cli.data.delimited import BY_ENDING, Layout
+from mtl_lora_cli.data.file_formats import Rows, fingerprint, read_file, renamed
+from mtl_lora_cli.data.folders import matching, splits_of
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -30,10 +31,8 @@ __all__ = [
     "without_test",
 ]
 
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
-_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-# The hub's own files are parts, such as `train-00000-of-00002.parquet`.
-_SPLIT_FILE = re.compile(r"(train|validation|valid|val|dev|test)(?:-\d+-of-(\d+)(?:-\w+)?)?\..+")
 
 
 def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | None:
@@ -71,6 +70,20 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
 def layout_of(source: Source) -> Layout:
     """How a source's files are written."""
     return Layout(source.delimiter, source.quoting, source.columns, source.broken_rows or "error")
+
+
+def layout_of_new_rows(source: Source | None) -> tuple[Layout, Mapping[str, str]]:
+    """How rows to predict are written, and other names for their fields, by the source of their task.
+
+    They are files like those of the task, without labels as a rule: a file may have a header where the
+    task's own have none, and its fields may have the other names already.
+    """
+    if source is None:
+        return BY_ENDING, {}
+    layout = replace(layout_of(source), broken_rows="error", of_new_rows=True)
+    if isinstance(layout.columns, Mapping):
+        return replace(layout, columns=None), layout.columns
+    return layout, {}
 
 
 def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> str | None:
@@ -178,8 +191,11 @@ def without(source: Source, split: str, *, base: Path, task: str) -> Source:
     elif source.hub is not None:
         known = {one: one for one in available_splits(source, base=base, task=task)}
     else:
-        files = _split_files(source, base, task)
-        known = {one: _pattern([file.name for file in own]) for one, own in files.items()}
+        root = _root(source, base, task)
+        known = {
+            one: _pattern([file.relative_to(root).as_posix() for file in own])
+            for one, own in _split_files(source, base, task).items()
+        }
     kept = {one: known[one] for one in SPLITS if one in known and one != split}
     return source.model_copy(update={"splits": kept})
 
@@ -209,7 +225,8 @@ def split_by_column(rows: Rows, column: str, names: Mapping[str, str] | None) ->
         value = row.get(column)
         task = str(value) if type(value) in (int, str) else ""
         if names is not None:
-            task = names.get(task, "")
+            whole = _WHOLE.fullmatch(str(value))  # pandas writes 1.0 for 1 beside an empty cell
+            task = names.get(task, names.get(whole[1], "") if whole else "")
         if not task:
             received = f"received {value!r:.60}" if column in row else "the row does not have it"
             raise UsageError(f"{rows.where(index)}: {column}: expected {expected}, {received}")
@@ -235,7 +252,7 @@ def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
 
 def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]:
     """The files of each split that a sample, file or folder has."""
-    root = _sample(source.sample, task) if source.sample is not None else base / str(source.path)
+    root = _root(source, base, task)
     key = f"source of task '{task}'"
     try:
         if root.is_file() and not source.splits:
@@ -246,12 +263,16 @@ def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]
             raise file_problem(root, "no such file or folder", key=key)
         if source.splits:
             return {
-                split: _matching(root, pattern, f"{key}: splits.{split}")
+                split: matching(root, pattern, f"{key}: splits.{split}")
                 for split, pattern in source.splits.items()
             }
-        return _found_in(root, key)
+        return splits_of(root, key)
     except OSError as error:
         raise file_problem(root, f"cannot be read: {error.strerror}", key=key) from None
+
+
+def _root(source: Source, base: Path, task: str) -> Path:
+    return _sample(source.sample, task) if source.sample is not None else base / str(source.path)
 
 
 def _sample(name: str, task: str) -> Path:
@@ -261,40 +282,6 @@ def _sample(name: str, task: str) -> Path:
         hint = did_you_mean(name, known) or f"; known samples: {', '.join(known) or 'none'}"
         raise UsageError(f"source of task '{task}': unknown sample '{name}'{hint}")
     return samples / name
-
-
-def _matching(folder: Path, pattern: str, key: str) -> list[Path]:
-    """The file of that name, else all that match the pattern, in the order of their names."""
-    if (folder / pattern).is_file():
-        return [folder / pattern]
-    absolute = str(Path(glob.escape(str(folder))) / pattern)  # a pattern may start at the root
-    found = sorted(glob.glob(absolute, recursive=True))  # noqa: PTH207
-    files = [Path(match) for match in found if Path(match).is_file()]
-    if not files:
-        raise file_problem(folder, f"no file matches '{pattern}'", key=key)
-    return files
-
-
-def _found_in(folder: Path, key: str) -> dict[str, list[Path]]:
-    """Files by the names of splits; several are one split only if they are its numbered parts."""
-    splits: dict[str, list[Path]] = {}
-    parts: dict[str, set[int]] = {}  # how many files a split has, as its files' names tell it
-    for file in sorted(folder.iterdir()):
-        found = _SPLIT_FILE.fullmatch(file.name)
-        if found and ending(file) and file.is_file():
-            split = _NAMES.get(found[1], found[1])
-            splits.setdefault(split, []).append(file)
-            parts.setdefault(split, set()).add(int(found[2] or 1))
-    if not splits:
-        names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "an empty folder"
-        expected = f"train.*, validation.* or test.* with the ending {', '.join(ENDINGS)}"
-        raise file_problem(folder, f"expected {expected}; received {names}", key=key)
-    for split, files in splits.items():
-        if parts[split] != {len(files)}:
-            names = ", ".join(file.name for file in files[:5])
-            expected = f"expected one file for {split}, or all its numbered parts"
-            raise file_problem(folder, f"{expected}; received {names}", key=key)
-    return splits
 
 
 def _read_hub(source: Source, split: str) -> Rows | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mtl_lora_cli.data.delimited import BY_ENDING, Layout
 from mtl_lora_cli.data.file_formats import json_line, read_file
 from mtl_lora_cli.errors import UsageError, file_problem
 from mtl_lora_cli.pointers import require_content
@@ -16,8 +17,13 @@ Placed = tuple[Mapping[str, Any], str]  # a row and its place
 _AHEAD = 1024  # lines that are read and not yet asked for
 
 
-def read_parts(path: Path, most: int) -> Iterator[list[Placed]]:
+def read_parts(path: Path, most: int, layout: Layout = BY_ENDING) -> Iterator[list[Placed]]:
     """The rows of a file in parts of `most`; JSON lines are read as they are asked for.
+
+    Args:
+        path: of any format.
+        most: rows of a part.
+        layout: of tables as text.
 
     Raises:
         UsageError: the file or a row cannot be read.
@@ -30,10 +36,31 @@ def read_parts(path: Path, most: int) -> Iterator[list[Placed]]:
         except OSError as error:
             raise file_problem(str(path), f"cannot be read: {error.strerror}") from None
         return
-    rows = read_file(path)
+    rows = read_file(path, layout)
     placed = list(zip(rows.rows, rows.places, strict=True))
     for start in range(0, len(placed), most):
         yield placed[start : start + most]
+
+
+def with_names(parts: Iterable[list[Placed]], names: Mapping[str, str]) -> Iterator[list[Placed]]:
+    """The rows with other names for the fields that have an old one.
+
+    Raises:
+        UsageError: a row has a field of the old and one of the new name.
+    """
+    for part in parts:
+        for row, place in part if names else ():
+            for old, new in names.items():
+                if old in row and new in row and new not in names:
+                    raise UsageError(f"{place}: '{old}' is called '{new}' here, and both are there")
+        yield (
+            [
+                ({names.get(name, name): value for name, value in row.items()}, place)
+                for row, place in part
+            ]
+            if names
+            else part
+        )
 
 
 def stream_parts(file: BinaryIO, name: str, most: int) -> Iterator[list[Placed]]:

@@ -438,6 +438,94 @@ CASES = [
         early=False,
     ),
     Bad(
+        "a list in a prompt",
+        (
+            "TMP/color.jsonl:1: task 'color': prompt: a list (['red']) would be printed; in this row: "
+            "word; say how, as in {{ word | join(', ') }}",
+        ),
+        files={"color.jsonl": '{"word": ["red"], "label": "yes"}\n'},
+        early=False,
+    ),
+    Bad(
+        "a method in a prompt",
+        (
+            "TMP/color.jsonl:1: task 'color': prompt: the method 'title' would be printed; in this row "
+            "word has no field of that name",
+        ),
+        files={"color.yaml": TEMPLATE.replace("{{ word }}", "{{ word.title }}")},
+        early=False,
+    ),
+    Bad(
+        "a field with the name of the row",
+        (
+            "TMP/color.jsonl:1: task 'color': row: the template reads the whole row under this name, "
+            "which a field of it has, too; call that another: columns: {row: …} in the source",
+        ),
+        files={
+            "color.yaml": TEMPLATE.replace("{{ word }}", "{{ row['word'] }}"),
+            "color.jsonl": '{"word": "red", "label": "yes", "row": 7}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a label that only looks like one",
+        (
+            "TMP/color.jsonl:2: task 'color': label: received 'n\u03bf' (written 'n\\u03bf'), "
+            "expected one of 'yes', 'no'",
+        ),
+        files={"color.jsonl": ROWS.replace('"no"', '"n\u03bf"')},
+        early=False,
+    ),
+    Bad(
+        "a test split whose labels are kept back",
+        (
+            "TMP/folder/test.jsonl:1: task 'color': label: received '?', expected one of 'yes', 'no'; "
+            "no test row has a right answer, as where labels are kept back: leave the split out with "
+            "source: {path: TMP/folder, splits: {train: train.jsonl}}",
+        ),
+        files={
+            **recipe("color.jsonl", "folder"),
+            "folder/train.jsonl": ROWS,
+            "folder/test.jsonl": '{"word": "blue", "label": "?"}\n',
+        },
+        early=False,
+    ),
+    Bad(
+        "a folder of several data sets",
+        (
+            "TMP/folder: source of task 'color': holds several data sets: one, two/data; name one: "
+            "path: TMP/folder/one",
+        ),
+        files={
+            **recipe("color.jsonl", "folder"),
+            "folder/one/train.jsonl": ROWS,
+            "folder/two/data/train.jsonl": ROWS,
+        },
+        early=False,
+    ),
+    Bad(
+        "columns of a file that has a header",
+        (
+            "TMP/color.csv:1: the first line is a header, it has 'word'; columns as a list goes with "
+            "files without one, columns: {OLD: NEW} renames",
+        ),
+        files={
+            **recipe("color.jsonl", "{path: color.csv, columns: [word, label]}"),
+            "color.csv": "word,label\nred,yes\n",
+        },
+        early=False,
+    ),
+    Bad(
+        "quoting of a hub data set",
+        ("recipe.yaml:5: tasks.0.source: 'quoting' goes with a path only",),
+        files=recipe("color.jsonl", "{hub: owner/name, quoting: none}"),
+    ),
+    Bad(
+        "unknown key of a source: tasks show",
+        ("--source:1: quotin: unknown key; did you mean 'quoting'?",),
+        ("tasks", "show", "color.yaml", "--source", "{path: color.jsonl, quotin: none}"),
+    ),
+    Bad(
         "a row with another number of fields",
         (
             "TMP/color.tsv:3: expected 2 columns (word, label), received 3; broken_rows: drop in "

@@ -70,7 +70,7 @@ def test_a_csv_that_has_no_quoting_is_noticed(tmp_path: Path) -> None:
     rows, (note,) = read_all(tmp_path, "a.csv", text)
     assert len(rows) == 3
     assert note.startswith(
-        f"{tmp_path}/a.csv: 1 rows hold line ends in quotation marks and look like several rows, "
+        f"{tmp_path}/a.csv: rows that hold line ends in quotation marks and look like several rows: 1, "
         "the first in line 2; where marks are text, say quoting: none"
     )
     assert len(read(tmp_path, "a.csv", text, quoting="none")) == 5
@@ -97,7 +97,7 @@ def test_fields_quoted_as_pandas_does_it_are_noticed(tmp_path: Path) -> None:
     rows, (note,) = read_all(tmp_path, "a.tsv", text)
     assert rows[0]["sentence"] == '"A ""must see"" for all"'
     assert (
-        "a.tsv: 1 fields look quoted as in CSV and are read as they stand, the first in line 2"
+        "a.tsv: fields that look quoted as in CSV, read as they stand: 1, the first in line 2"
         in note
     )
     assert [row["sentence"] for row in read(tmp_path, "a.tsv", text, quoting="csv")] == texts
@@ -321,7 +321,6 @@ def test_glue_s_own_files_are_read_as_published(tmp_path: Path, name: str) -> No
     assert examples.examples[0].prompt.startswith(prompt)
     assert examples.examples[0].answer == answer
     dropped = [
-        f"{tmp_path}/train.tsv: 1 rows are left out: they have another number of fields, "
-        "the first in line 3"
+        f"{tmp_path}/train.tsv: rows left out for another number of fields: 1, the first in line 3"
     ]
     assert list(examples.notes) == (dropped if name == "qqp" else [])

@@ -226,7 +226,9 @@ def test_notes_of_files_are_findings(folder: Path, stories_folder: Path) -> None
     for _ in range(2):
         data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
         (line,) = data.audits[0].findings("own")
-        assert line.startswith(f"own: {folder}/d/train.tsv: 1 fields look quoted as in CSV")
+        assert line.startswith(
+            f"own: {folder}/d/train.tsv: fields that look quoted as in CSV, read as they stand: 1, "
+        )
 
 
 # Ways in which public test splits keep their labels back; None: the column is not there.

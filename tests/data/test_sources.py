@@ -676,6 +676,12 @@ def test_split_by_column_keeps_order_and_lines(tmp_path: Path) -> None:
     assert tasks["boolq"].where(1) == rows.where(3) == f"{tmp_path}/a.json:14"
     assert len({rows.fingerprint, *(part.fingerprint for part in tasks.values())}) == 3
 
+    floats = read(tmp_path, "b.csv", "task_id,n\n1.0,0\n0.0,1\n2,2\n")
+    tasks = split_by_column(
+        floats, "task_id", {"0": "boolq", "1": "piqa", "2": "piqa", "1.00": "x"}
+    )
+    assert {task: len(part.rows) for task, part in tasks.items()} == {"piqa": 2, "boolq": 1}
+
     by_value = split_by_column(rows, "task_id", None)
     assert {task: len(part.rows) for task, part in by_value.items()} == {"1": 2, "0": 2, "2": 1}
     words = read(tmp_path, "a.csv", "task\nb\na\nb\n")
@@ -687,6 +693,8 @@ def test_split_by_column_keeps_order_and_lines(tmp_path: Path) -> None:
     [
         ('{"task_id": 9}', {"0": "a", "1": "b"}, "expected one of 0, 1, received 9"),
         ('{"task_id": "x"}', {"0": "a"}, "expected one of 0, received 'x'"),
+        ('{"task_id": "1.05"}', {"0": "a", "15": "b"}, "expected one of 0, 15, received '1.05'"),
+        ('{"task_id": "v1.0"}', {"0": "a", "v1": "b"}, "expected one of 0, v1, received 'v1.0'"),
         ('{"other": 9}', {"0": "a"}, "expected one of 0, the row does not have it"),
         ('{"other": 9}', None, "expected a task's id or name, the row does not have it"),
         ('{"task_id": 0.0}', None, "expected a task's id or name, received 0.0"),

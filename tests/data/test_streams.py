@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from mtl_lora_cli.data.streams import read_parts, stream_parts
+from mtl_lora_cli.data.delimited import BY_ENDING
+from mtl_lora_cli.data.sources import layout_of_new_rows
+from mtl_lora_cli.data.streams import read_parts, stream_parts, with_names
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.recipe.schema import Source
 
 LINES = b'{"a": 1}\n\n{"a": 2}\r\n{"a": "\xc3\xa9"}'  # the last one has no end
 
@@ -63,6 +66,34 @@ def test_rows_before_a_bad_line_are_given(bad: bytes, message: str) -> None:
             given += part
     assert given == [({"a": 1}, "stdin:1")]
     assert message in str(caught.value)
+
+
+def test_new_rows_are_written_as_the_task_s_own_are(tmp_path: Path) -> None:
+    """In its layout, with or without a header, labels, or the other names; in any format."""
+    table = tmp_path / "rows.tsv"
+    layout, names = layout_of_new_rows(
+        Source(path="x", delimiter=";", quoting="none", columns=["label", "text"])
+    )
+    assert names == {}
+    for text, expected in (
+        ('1;"a\n', {"label": "1", "text": '"a'}),
+        ('index;note;text\n1;;"a\n', {"index": "1", "note": "", "text": '"a'}),
+    ):
+        table.write_text(text, encoding="utf-8")
+        assert rows(read_parts(table, 9, layout)) == [(expected, f"{table}:{text.count(chr(10))}")]
+    (tmp_path / "rows.json").write_text('[{"text": "a"}]', encoding="utf-8")
+    assert rows(read_parts(tmp_path / "rows.json", 9, layout))[0][0] == {"text": "a"}
+
+    layout, names = layout_of_new_rows(
+        Source(path="x", columns={"question": "text", "dup": "label"})
+    )
+    lines = b'{"question": "a", "dup": 1}\n{"text": "b"}\n{"text": "c", "question": "d"}\n'
+    parts = with_names(stream_parts(io.BytesIO(lines), "stdin", 1), names)
+    assert next(parts) == [({"text": "a", "label": 1}, "stdin:1")]
+    assert next(parts) == [({"text": "b"}, "stdin:2")]
+    with pytest.raises(UsageError, match="stdin:3: 'question' is called 'text' here, and both"):
+        next(parts)
+    assert layout_of_new_rows(None) == (BY_ENDING, {})
 
 
 def test_files_of_any_format(tmp_path: Path) -> None:
