@@ -93,11 +93,8 @@ class Table:
         dropped: list[int] = []
         spanning: list[tuple[int, int]] = []
         for record, first, last in self._records():
-            if not seen and header is not None:
-                if self.layout.of_new_rows and len(record) != len(header):
-                    header = None  # it has other columns, and says which
-                else:
-                    self._no_second_header(record, first)
+            if header is not None and not seen and self._is_header(record, first):
+                header = None
             seen = True
             if header is None:
                 header = self._header(record, first)
@@ -166,16 +163,19 @@ class Table:
                 )
         return unique_columns(record, self.file, line)
 
-    def _no_second_header(self, record: list[str], line: int) -> None:
-        """Names are given: the first line must not give them, too."""
+    def _is_header(self, record: list[str], line: int) -> bool:
+        """Names are given: the first line must not give them, too, unless it is one of new rows."""
         names = self.layout.names or []
         own = {name.casefold() for name in names}
         found = [value for value in record if value.strip().casefold() in own]
+        if self.layout.of_new_rows:
+            return bool(found) or len(record) != len(names)
         if found:
             message = f"the first line is a header, it has '{found[0]}'; columns as a list goes with files"
             raise file_problem(
                 self.file, f"{message} without one, columns: {{OLD: NEW}} renames", line=line
             )
+        return False
 
     def _several_rows(self, spanning: list[tuple[int, int]], columns: int) -> list[int]:
         """First lines of rows each of whose lines could be a row by itself.

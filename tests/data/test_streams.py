@@ -77,6 +77,7 @@ def test_new_rows_are_written_as_the_task_s_own_are(tmp_path: Path) -> None:
     assert names == {}
     for text, expected in (
         ('1;"a\n', {"label": "1", "text": '"a'}),
+        ('index;text\n1;"a\n', {"index": "1", "text": '"a'}),
         ('index;note;text\n1;;"a\n', {"index": "1", "note": "", "text": '"a'}),
     ):
         table.write_text(text, encoding="utf-8")

@@ -80,7 +80,15 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
 def tasks() -> st.SearchStrategy[list[dict[str, Any]]]:
     source = st.one_of(
         WORDS.map(str.strip).filter(bool).map(lambda path: f"data/{path}"),
-        some({"path": WORDS}, splits=st.just({"train": "a.jsonl"})),
+        some(
+            {"path": WORDS},
+            splits=st.just({"train": "a.jsonl"}),
+            delimiter=st.sampled_from([";", "\t", "tab", "|"]),
+            quoting=st.sampled_from(["csv", "none"]),
+            columns=st.lists(WORDS, min_size=1, max_size=3, unique=True)
+            | st.dictionaries(WORDS, WORDS, max_size=2),
+            broken_rows=st.sampled_from(["error", "drop"]),
+        ),
         some({"hub": st.just("owner/name")}, config=NAMES, revision=NAMES),
         some({"sample": st.just("animals")}),
         some(
