@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real data and the tiny real model lie, if they are here."""
+"""Shared fixtures: a small model and rows of our own, and the real data where they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+FIXTURES = REPOSITORY / "tests" / "fixtures"
 
 
 def pytest_configure() -> None:
@@ -22,27 +23,49 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests go first: at the end no process then waits for another one's long file."""
+def _real_data() -> Path:
+    """Where the real data lie, if they are here; docs/real-data.md says what they are."""
+    return Path(os.environ.get("MTL_LORA_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: at the end no process then waits for another one's long file.
+
+    What says something of the real data alone is left out where they are not.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def _shared(variable: str, default: Path, what: str) -> Path:
-    folder = Path(os.environ.get(variable, default))
-    if not folder.is_dir():
-        pytest.skip(f"{what} not found at {folder}; set {variable} to its folder")
-    return folder
+    if not _real_data().is_dir():
+        real = [item for item in items if item.get_closest_marker("real_data")]
+        config.hook.pytest_deselected(items=real)
+        items[:] = [item for item in items if not item.get_closest_marker("real_data")]
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """GLUE, commonsense and ad data as gzipped JSON lines (see docs/real-data.md)."""
-    return _shared("MTL_LORA_DATA", REPOSITORY.parent / "shared" / "data", "the real data")
+    """Rows of our own in the forms of GLUE, the commonsense collection and ads, as gzipped JSON lines."""
+    return FIXTURES / "data"
 
 
 @pytest.fixture(scope="session")
-def stories_folder() -> Path:
-    """A trained LLaMA-architecture model of 260 thousand parameters."""
-    default = REPOSITORY.parent / "shared" / "models" / "stories260k"
-    return _shared("MTL_LORA_STORIES", default, "the model stories260k")
+def real_data_folder() -> Path:
+    """The real ones, for tests that are marked `real_data`."""
+    return _real_data()
+
+
+@pytest.fixture(scope="session", params=["own", pytest.param("real", marks=pytest.mark.real_data)])
+def each_data_folder(request: pytest.FixtureRequest) -> Path:
+    """Both, one after the other, for what has to be so in either."""
+    return FIXTURES / "data" if request.param == "own" else _real_data()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """A trained LLaMA-architecture model of 260 thousand parameters, made by tests/fixtures."""
+    return FIXTURES / "model"
+
+
+@pytest.fixture(scope="session")
+def stories_folder(small_model: Path) -> Path:
+    """The same under its first name."""
+    return small_model

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_lora_cli.comparison import yardstick
 from mtl_lora_cli.data.packing import pack, padding_share
 
 LENGTHS = st.integers(1, 60).flatmap(
@@ -56,9 +55,8 @@ def test_the_same_lengths_give_the_same_rows(case: tuple[int, list[int]]) -> Non
     assert pack(case[1], case[0]) == pack(list(case[1]), case[0])
 
 
-def test_under_two_percent_is_padding_on_commonsense_lengths(data_folder: Path) -> None:
-    table = json.loads((data_folder / "commonsense_lengths.json").read_text())
-    lengths = [prompt + answer for _, prompt, answer in table]
+def test_under_two_percent_is_padding_on_commonsense_lengths() -> None:
+    lengths = [one.tokens for one in yardstick.lengths()]
     random.Random(0).shuffle(lengths)
     rows = pack(lengths, 4096)
     share = padding_share(lengths, rows, 4096)

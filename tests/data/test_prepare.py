@@ -280,9 +280,9 @@ def test_a_free_answer_that_is_kept_back(folder: Path, stories_folder: Path) -> 
 
 
 def test_arc_easy_has_the_two_questions_that_stand_in_both_splits(
-    data_folder: Path, folder: Path, stories_folder: Path
+    each_data_folder: Path, folder: Path, stories_folder: Path
 ) -> None:
-    source = data_folder / "commonsense" / "ARC-Easy"
+    source = each_data_folder / "commonsense" / "ARC-Easy"
     data = prepare(
         folder,
         stories_folder,

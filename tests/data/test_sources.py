@@ -713,21 +713,21 @@ def test_a_row_of_no_known_task_is_one_line(
     )
 
 
-# Real data, and anything at all
+# Whole data sets, and anything at all
 
 
-def test_real_files_have_the_rows_that_their_manifest_says(data_folder: Path) -> None:
-    manifest = json.loads((data_folder / "manifest.json").read_text())
+def test_files_have_the_rows_that_their_manifest_says(each_data_folder: Path) -> None:
+    manifest = json.loads((each_data_folder / "manifest.json").read_text(encoding="utf-8"))
     assert manifest
     for entry in manifest:
         file = Path(entry["file"])
         source = Source(path=str(file.parent))
         split = file.name.partition(".")[0]
-        rows = read_split(source, split, base=data_folder, task="t")
+        rows = read_split(source, split, base=each_data_folder, task="t")
         assert rows is not None
         assert len(rows.rows) == entry["rows"], file
         assert set(rows.rows[0]) == set(entry["fields"]), file
-        assert rows.where(len(rows.rows) - 1) == f"{data_folder / file}:{entry['rows']}"
+        assert rows.where(len(rows.rows) - 1) == f"{each_data_folder / file}:{entry['rows']}"
 
 
 text = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))

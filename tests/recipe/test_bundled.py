@@ -87,12 +87,12 @@ def test_its_templates_are_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
-def test_its_real_rows_become_examples(
-    path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_its_rows_become_examples(
+    path: Path, each_data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mtl_lora_cli.data.prepare import bind_tasks, held_out_examples, read_examples
 
-    monkeypatch.setenv("MTL_LORA_DATA", str(data_folder))
+    monkeypatch.setenv("MTL_LORA_DATA", str(each_data_folder))
     for task in bind_tasks(load_recipe(path)):
         for found in (read_examples(task, "train", at_most=20), held_out_examples(task)):
             assert found is not None, f"{task.name}: a split is missing"
@@ -100,14 +100,15 @@ def test_its_real_rows_become_examples(
             assert all(example.prompt and example.answer for example in found.examples)
 
 
+@pytest.mark.real_data
 def test_the_unbalanced_one_is_as_unbalanced_as_it_says(
-    data_folder: Path, monkeypatch: pytest.MonkeyPatch
+    real_data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And docs/mixtures.md says how a temperature evens it out."""
     from mtl_lora_cli.data import mixture
     from mtl_lora_cli.data.prepare import bind_tasks, read_examples
 
-    monkeypatch.setenv("MTL_LORA_DATA", str(data_folder))
+    monkeypatch.setenv("MTL_LORA_DATA", str(real_data_folder))
     counts = []
     loaded = load_recipe(bundled("recipes") / "unbalanced-3.yaml")
     tasks = bind_tasks(loaded)

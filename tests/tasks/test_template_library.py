@@ -216,10 +216,10 @@ def test_stsb_names_its_grid() -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_every_row_of_a_real_file(name: str, data_folder: Path) -> None:
+def test_every_row_of_a_file(name: str, each_data_folder: Path) -> None:
     file = f"{FOLDERS.get(name, name)}/{REAL[name]}.jsonl.gz"
-    examples = rendered(name, data_folder / file)
-    assert len(examples) == rows_in_manifest(data_folder)[file]
+    examples = rendered(name, each_data_folder / file)
+    assert len(examples) == rows_in_manifest(each_data_folder)[file]
     labels = {str(row["label"]) for row, _ in examples}
     golds = {example.gold for _, example in examples}
     if name == "glue/stsb":
@@ -228,12 +228,12 @@ def test_every_row_of_a_real_file(name: str, data_folder: Path) -> None:
         assert len(golds) == len(labels)  # each label has its own choice
 
 
-def test_all_llm_adapters_test_files_say_what_their_output_says(data_folder: Path) -> None:
+def test_all_llm_adapters_test_files_say_what_their_output_says(each_data_folder: Path) -> None:
     count = 0
-    for path in sorted((data_folder / "commonsense").glob("*/test.jsonl.gz")):
+    for path in sorted((each_data_folder / "commonsense").glob("*/test.jsonl.gz")):
         for row, example in rendered("commonsense/llm_adapters", path):
             assert example.answer == row["output"]
             assert example.choices[example.gold].endswith(f" {row['answer']}")
             assert prefix_conflict(example.choices) is None
             count += 1
-    assert count == 13_377
+    assert count in (640, 13_377)  # ours, the real ones
