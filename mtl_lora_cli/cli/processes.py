@@ -18,6 +18,11 @@ ProcessesOption = Annotated[
 ]
 
 
+def alone() -> bool:
+    """Whether no launcher has started this process as one of several, who tell a fault once."""
+    return not {"RANK", "SLURM_STEP_ID"} & os.environ.keys()
+
+
 def launched(count: int) -> int:
     """Run this command in so many processes; their exit code."""
     from mtl_lora_cli.errors import UsageError

@@ -9,7 +9,7 @@ import typer
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
-from mtl_lora_cli.cli.processes import ProcessesOption, launched
+from mtl_lora_cli.cli.processes import ProcessesOption, alone, launched
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,8 @@ def train(
             raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
         if resume:
             _require_idle(run, runs)
+        elif recipe is not None and alone():
+            _require_valid(recipe, overrides or [])
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
@@ -73,6 +75,13 @@ def _require_idle(run: str | None, runs: Path) -> None:
     from mtl_lora_cli.runs.lock import require_idle
 
     require_idle(find_run(run, runs))
+
+
+def _require_valid(recipe: str, overrides: list[str]) -> None:
+    """A fault of the recipe is told at once, not when the libraries are loaded."""
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+
+    load_recipe(find_recipe(recipe), overrides)
 
 
 def _resumed(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ..forks import Forks
+
 Finished = subprocess.CompletedProcess[str]
 
 COMMAND = (sys.executable, "-m", "mtl_lora_cli.cli.main")
@@ -98,6 +100,14 @@ def command(environment: Callable[..., dict[str, str]]) -> Callable[..., Finishe
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cold(environment: Callable[..., dict[str, str]]) -> Iterator[Forks]:
+    """`cold.run(*arguments, cwd=…)` is a process that has loaded nothing but the command line."""
+    forks = Forks(environment=environment())
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Whatever is wrong with the recipe, the data or the call: one line a fault, code 2, no trace left.
 
-Faults that show before the heavy libraries are loaded are met by a real process; for the others
-the command runs inside this one, because importing torch again for each would take minutes.
+Faults that show before the heavy libraries are loaded are met by a process that has loaded none; for
+the others the command runs inside this one, because importing torch again for each would take minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from ..forks import Ended, Forks
 
 RECIPE = """\
 base_model: STORIES
@@ -37,6 +39,7 @@ size 1048576
 FILES = {"recipe.yaml": RECIPE, "color.yaml": TEMPLATE, "color.jsonl": ROWS}
 
 TRAIN = ("train", "recipe.yaml")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "sklearn")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Bad:
             STORIES, TMP and RUNS stand for folders, here as in the arguments and files.
         arguments: of the command.
         files: beside or instead of the good ones; None takes one away.
-        early: it is found before any heavy library is loaded, which a real process shows.
+        early: it is found before any heavy library is loaded, which a cold process shows.
     """
 
     name: str
@@ -1028,9 +1031,11 @@ def test_bad_input(
     watched = [tmp_path, *([Path(names["RUNS"])] if "RUNS" in names else [])]
     before = [listing(folder) for folder in watched]
 
-    finished: subprocess.CompletedProcess[str]
+    finished: subprocess.CompletedProcess[str] | Ended
     if case.early:
-        finished = request.getfixturevalue("command")(*arguments, cwd=tmp_path)
+        cold: Forks = request.getfixturevalue("cold")
+        finished = cold.run(*arguments, cwd=tmp_path, heavy=HEAVY)
+        assert finished.loaded == ()
     else:
         finished = request.getfixturevalue("invoke")(*arguments)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import typer
+
+from ..forks import Forks
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -61,29 +62,18 @@ def test_help_answers_at_once(command: Callable[..., Finished], tmp_path: Path) 
     assert min(used for _, used in seconds) <= AT_ONCE, seconds
 
 
-def test_every_commands_help_answers_at_once_and_loads_nothing_heavy() -> None:
-    """In forks of one process, which each load what their command loads."""
-    program = Path(__file__).with_name("every_help.py")
-    commands = [" ".join(words) for words in _all_commands()]
-    finished = subprocess.run(
-        [sys.executable, program, str(AT_ONCE), ",".join(HEAVY), *commands],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    answers = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert [answer["command"] for answer in answers] == commands
-    for answer in answers:
-        assert set(answer["loaded"]) <= {"pydantic"}, answer
-        assert answer["seconds"] <= AT_ONCE, answer
-
-
 @pytest.mark.parametrize("words", _all_commands(), ids=" ".join)
-def test_each_help_has_an_example(words: tuple[str, ...], invoke: Callable[..., Finished]) -> None:
-    finished = invoke(*words, "--help")
-    assert finished.returncode == 0
-    assert f"Example: mtl-lora {' '.join(words)} " in finished.stdout
+def test_every_commands_help_answers_at_once_and_loads_nothing_heavy(
+    words: tuple[str, ...], cold: Forks, tmp_path: Path
+) -> None:
+    for _ in range(5):  # what other processes do shows in a single measurement
+        ended = cold.run(*words, "--help", cwd=tmp_path, heavy=HEAVY)
+        assert ended.returncode == 0, ended.stderr
+        assert set(ended.loaded) <= {"pydantic"}
+        assert f"Example: mtl-lora {' '.join(words)} " in ended.stdout
+        if ended.seconds <= AT_ONCE:
+            return
+    assert ended.seconds <= AT_ONCE
 
 
 def test_no_command_shows_the_help(invoke: Callable[..., Finished]) -> None:
