@@ -1,20 +1,20 @@
-"""The command as a user runs it, and one run on real data that the tests share."""
+"""The command as a user runs it, and one run that the tests share."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-Finished = subprocess.CompletedProcess[str]
+from ..forks import Ended, Forks
 
 STEPS = 100
 DROPPED = {"MTL_LORA_RUNS", "PYTHONUNBUFFERED"}  # the caller's own settings
+LOADED = ("mtl_lora_cli.training.run", "mtl_lora_cli.export.run_merge", "transformers.models.llama")
 
 
 @pytest.fixture(scope="session")
@@ -24,45 +24,45 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command(
-    workplace: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Finished]:
-    """`command(*arguments)` runs a process that must end well, one thread, no network."""
+def warm(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands as processes of their own, one thread each, no network, libraries loaded already."""
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
     settled = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "MTL_LORA_CACHE": str(tmp_path_factory.mktemp("cache")),
         "MTL_LORA_DATA": str(data_folder.resolve()),
     }
+    # With a card a library may open it while it is loaded, and a fork cannot open it again.
+    forks = Forks(*(() if torch.cuda.is_available() else LOADED), environment={**kept, **settled})
+    yield forks
+    forks.close()
 
-    def run(*arguments: str) -> Finished:
-        kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
-        finished = subprocess.run(
-            [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments],
-            cwd=workplace,
-            env={**kept, **settled},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert finished.returncode == 0, finished.stderr
-        return finished
+
+@pytest.fixture(scope="session")
+def command(workplace: Path, warm: Forks) -> Callable[..., Ended]:
+    """`command(*arguments)` runs a process that must end well."""
+
+    def run(*arguments: str) -> Ended:
+        ended = warm.run(*arguments, cwd=workplace, seconds=600)
+        assert ended.returncode == 0, ended.stderr
+        return ended
 
     return run
 
 
 @pytest.fixture(scope="session")
 def real_run(
-    command: Callable[..., Finished], workplace: Path, stories_folder: Path
+    command: Callable[..., Ended], workplace: Path, stories_folder: Path
 ) -> tuple[Path, float]:
-    """A hundred steps of the recipe `real-small` on the tiny model, and the seconds they took."""
+    """A hundred steps of the recipe `real-small` on the small model and our rows, and the seconds they took."""
     started = time.monotonic()
     command(
         "train",
         "real-small",
         f"base_model={stories_folder.resolve()}",
         f"training.max_steps={STEPS}",
+        "training.epochs=2",
         "run.name=real",
     )
     return workplace / "runs" / "real", time.monotonic() - started

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from ..forks import Ended
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ SHORT = (
 
 
 def test_one_seed_one_adapter(
-    command: Callable[..., subprocess.CompletedProcess[str]],
+    command: Callable[..., Ended],
     workplace: Path,
     stories_folder: Path,
 ) -> None:

@@ -1,9 +1,8 @@
-"""Four real tasks on a tiny real model: trained, evaluated before and after, merged, loaded."""
+"""Four tasks on a small model: trained, evaluated before and after, merged, loaded."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
 
+from ..forks import Ended
+
 pytestmark = pytest.mark.slow
 
-Finished = subprocess.CompletedProcess[str]
-Command = Callable[..., Finished]
+Command = Callable[..., Ended]
 
 TASKS = ["boolq", "rte", "sst2", "home_depot"]
 LIMIT = ("--limit", "40")
@@ -32,7 +32,7 @@ def _mean_losses(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {task: sum(losses) / len(losses) for task, losses in seen.items()}
 
 
-def _by_task(finished: Finished) -> dict[str, dict[str, Any]]:
+def _by_task(finished: Ended) -> dict[str, dict[str, Any]]:
     return {result["task"]: result for result in json.loads(finished.stdout)["results"]}
 
 
