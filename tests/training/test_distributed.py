@@ -54,6 +54,7 @@ TIMES = ("seconds", "tokens_per_second")
 # The same runs by one process.
 ALONE = {
     "float32": VALIDATED,
+    "plain": ("engine=plain", *VALIDATED),
     "nf4": (*FOUR_BIT, *VALIDATED),
     "fp4": ("quantization=fp4", *SHORT),
     "int8": ("quantization=int8", *SHORT),
@@ -87,8 +88,11 @@ class Trained:
         return [{k: v for k, v in event.items() if k not in TIMES} for event in found]
 
     def alone(self, name: str) -> str:
-        """The run of one process that a case is compared with."""
-        return f"alone-{name.partition('-')[0]}"
+        """The run of one process that a case is compared with.
+
+        In float32 two engines' roundings are further apart after ten steps than two processes' are.
+        """
+        return f"alone-{'plain' if name == 'float32-3-plain' else name.partition('-')[0]}"
 
 
 @pytest.fixture(scope="module")
