@@ -85,8 +85,8 @@ def test_our_model_answers_the_harness_as_its_own_does(
     asked = [
         *texts_of(examples)[::3],
         ("", "Once upon a time"),
-        ("Once upon a time", ", there was"),
-        ("Lily and her dog " * 80, "went to the park"),
+        ("Once upon a time Nora", " drew a broken clock"),
+        ("Nora and her old lamp " * 80, "lay under the bridge"),
     ]
     ours = base_lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     theirs = hflm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
