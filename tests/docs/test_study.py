@@ -1,12 +1,14 @@
-"""The study's page says what its result files say."""
+"""The study's page and reports say what the answers of its runs say, all of them recomputed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -14,10 +16,15 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.comparison.markdown import markdown
 from mtl_lora_cli.comparison.report import build_report
 from mtl_lora_cli.comparison.results import average
 
+from .pages import imported
+
 DOCS = Path(__file__).parents[2] / "docs"
+STUDY = DOCS / "study"
+ANSWERS = imported("study/answers")
 BOTH = ("lora-tuned", "mtl-tuned")
 PAGE = (DOCS / "study.md").read_text(encoding="utf-8")
 RUN = re.compile(r"((?:rates|forms|search|parts)/[\w.-]+) \| ([^|]+) \| \**(\d+\.\d\d)\**")
@@ -39,9 +46,15 @@ FIELD = {
 ALONE = re.compile(r"^\| ([\w-]+) \| (\d+\.\d) \| (\d+\.\d) \| (\d+\.\d) \|$", re.MULTILINE)
 
 
+@cache
+def _results(stage: str) -> dict[str, dict[str, Any]]:
+    """Path within the stage → result."""
+    content = (STUDY / stage / ANSWERS.ANSWERS).read_bytes()
+    return ANSWERS.expanded(content)  # type: ignore[no-any-return]
+
+
 def _result(stage: str, run: str) -> dict[str, Any]:
-    path = DOCS / "study" / stage / "results" / f"{run}.json"
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return _results(stage)[f"results/{run}.json"]
 
 
 def _percent(entries: dict[str, Any]) -> str:
@@ -54,8 +67,7 @@ def test_the_search_is_told_whole() -> None:
     for stage in ("rates", "forms", "search", "parts"):
         plan = json.loads((DOCS / "study" / stage / "plan.json").read_text(encoding="utf-8"))
         for run in plan["runs"]:
-            path = DOCS / "study" / stage / "results" / f"{run['id']}.json"
-            if path.is_file():
+            if f"results/{run['id']}.json" in _results(stage):
                 name = run["id"].removesuffix("-seed0")
                 found[f"{stage}/{name}"] = _percent(_result(stage, run["id"])["validation"])
     assert told == found
@@ -105,7 +117,7 @@ def test_the_interval_over_seeds(seeds: int, said: str) -> None:
 
 
 def test_the_field() -> None:
-    ran = {f"field/{path.stem}" for path in (DOCS / "study" / "field" / "results").glob("*.json")}
+    ran = {f"field/{Path(path).stem}" for path in _results("field")}
     for start, runs in FIELD.items():
         (row,) = re.findall(rf"^\| {re.escape(start)}.*$", PAGE, re.MULTILINE)
         values = [_percent(_result(*f"{run}-seed0".split("/"))["validation"]) for run in runs]
@@ -137,9 +149,9 @@ def test_the_tasks_alone() -> None:
 def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
     alone = json.loads((DOCS / "study" / "single.json").read_text(encoding="utf-8"))
     for name, one in alone.items():
-        folder = DOCS / "study" / "single" / name
-        files = sorted((folder / "results").iterdir())  # of equal settings the first is chosen
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        every = _results("single")
+        files = sorted(path for path in every if path.startswith(f"{name}/"))
+        results = [every[path] for path in files]  # of equal settings the first is chosen
         best = max(results, key=lambda result: average(result["validation"]))
         assert best["point"] == one["setting"]
         assert average(best["test"]) == pytest.approx(one["value"])
@@ -165,10 +177,50 @@ def test_the_script_plans_what_was_run(stage: str, real_data_folder: Path) -> No
     assert planned["runs"] == ran["runs"]
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stages as `compare` left them."""
+    folder = tmp_path_factory.mktemp("study")
+    for stage in ANSWERS.STAGES:
+        ANSWERS.unpack(stage, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ANSWERS.STAGES)
+def test_every_result_is_the_one_that_was_packed(stage: str, unpacked: Path) -> None:
+    lines = (STUDY / stage / ANSWERS.HASHES).read_text(encoding="utf-8").splitlines()
+    files = {path for path in (unpacked / stage).rglob("*.json") if path.name != "plan.json"}
+    assert len(lines) == len(files)
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        assert hashlib.sha256((unpacked / stage / name).read_bytes()).hexdigest() == digest, name
+
+
+@pytest.mark.parametrize("stage", [stage for stage in ANSWERS.STAGES if stage != "single"])
+def test_the_reports_are_made_of_the_answers(stage: str, unpacked: Path) -> None:
+    """Tables, intervals and tests, all of them anew; only the day is another one."""
+    kept = json.loads((STUDY / stage / "report.json").read_text(encoding="utf-8"))
+    written = {name: kept[name] for name in ("format_version", "date", "plots")}
+    report = {**build_report(unpacked / stage), **written}
+    assert _rounded(report) == _rounded(kept)
+    page = (STUDY / stage / "report.md").read_text(encoding="utf-8")
+    assert _undated(markdown(report)) == _undated(page)
+
+
 @pytest.mark.parametrize("stage", ["confirm", "unbalanced"])
 def test_the_intervals_of_the_reports(stage: str) -> None:
-    report = build_report(DOCS / "study" / stage)
+    report = json.loads((STUDY / stage / "report.json").read_text(encoding="utf-8"))
     one = report["average_differences"]["mtl-tuned"]
     value, low, high = (100 * one[key] for key in ("value", "low", "high"))
     said = f"{value:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
     assert said in PAGE
+
+
+def _rounded(report: dict[str, Any]) -> Any:
+    """Without the last digits, in which libraries may differ."""
+    return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.9g}"))
+
+
+def _undated(page: str) -> str:
+    """Without when a report was made, and of which revision."""
+    return re.sub(r"^- git .*$", "", page, flags=re.MULTILINE)
