@@ -11,13 +11,16 @@ from pathlib import Path
 
 import typer
 
+from mtl_lora_cli.visible import visible
+
 
 def complete_run(context: typer.Context, incomplete: str) -> list[str]:
     """The runs whose names begin so."""
     from mtl_lora_cli.runs.folder import run_names
 
     try:
-        return [name for name in run_names(_runs(context)) if name.startswith(incomplete)]
+        known = (name for name in run_names(_runs(context)) if visible(name) == name)
+        return [name for name in known if name.startswith(incomplete)]
     except OSError:
         return []
 

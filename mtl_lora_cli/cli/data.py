@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtl_lora_cli.cli.frame import emit, framed, status, stdout_is_terminal
+from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
     from mtl_lora_cli.training.prepare import Prepared
@@ -61,7 +62,7 @@ def show(
         for one in chosen:
             for number in range(min(count, len(prepared.data.splits[one.id]))):
                 emit(f"--- {one.name}, example {number}")
-                emit(_marked(prepared, one.id, number))
+                emit(_marked(prepared, one.id, number), styled=True)
 
 
 def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
@@ -78,7 +79,7 @@ def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
         for (task, example), own in zip(row, used, strict=True):
             end = start + own
             emit(f"--- positions {start} to {end - 1}, task id {task} ({data.tasks[task].name})")
-            emit(_marked(prepared, task, example))
+            emit(_marked(prepared, task, example), styled=True)
             start = end
 
 
@@ -90,7 +91,7 @@ def _marked(prepared: Prepared, task: int, number: int) -> str:
     before, after = _SUPERVISED if stdout_is_terminal() else _PLAIN
     # By what each token adds: some tokenizers lose a space when a token is decoded alone.
     whole = [prepared.tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
-    texts = [longer[len(shorter) :] for shorter, longer in pairwise(whole)]
+    texts = [visible(longer[len(shorter) :]) for shorter, longer in pairwise(whole)]
     return "|".join(
         f"{before}{text}{after}" if place >= first else text for place, text in enumerate(texts)
     )

@@ -16,6 +16,7 @@ from mtl_lora_cli.cli.frame import (
     stdout_is_terminal,
 )
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunsOption
+from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
     from mtl_lora_cli.recipe.load import LoadedRecipe
@@ -63,7 +64,7 @@ def doctor(
         if as_json:
             _emit_as_json(checks, estimate)
         else:
-            emit(_shown(checks))
+            emit(_shown(checks), styled=True)
             if estimate is not None:
                 emit(_memory_table(estimate))
         failed = [check.name for check in checks if check.verdict == Verdict.FAIL]
@@ -106,8 +107,8 @@ def _shown(checks: list[Check]) -> str:
     """A table in colours on a terminal, a plain one elsewhere; below it what mends what."""
     mend = [(check.name, check.remedy) for check in checks if check.remedy]
     width = max((len(name) for name, _ in mend), default=0)
-    remedies = [f"mend {name.ljust(width)}  {remedy}" for name, remedy in mend]
-    rows = [(check.name, str(check.verdict), check.finding) for check in checks]
+    remedies = [f"mend {name.ljust(width)}  {visible(remedy)}" for name, remedy in mend]
+    rows = [(check.name, str(check.verdict), visible(check.finding)) for check in checks]
     if stdout_is_terminal():
         return "\n".join([_in_colours(rows), *remedies])
     from mtl_lora_cli.cli.table import table

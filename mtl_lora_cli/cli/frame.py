@@ -20,6 +20,7 @@ from typing import Any
 import typer
 
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
+from mtl_lora_cli.visible import tell, visible, visible_json
 
 _debug = False
 _stdout: int | None = None  # the real stdout while a frame is open
@@ -79,15 +80,21 @@ def _fail(lines: list[str], code: ExitCode) -> None:
     if _debug:
         traceback.print_exc()
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        tell(f"error: {line}")
     raise typer.Exit(int(code))
 
 
-def emit(text: str) -> None:
-    """Write a result to the real stdout."""
-    data = (text + "\n").encode()
+def emit(text: str, *, styled: bool = False) -> None:
+    """Write a result to the real stdout.
+
+    Args:
+        text: the result.
+        styled: it has colours of our own; then whoever made it has shown strangers' control characters.
+    """
+    shown = (text if styled else visible(text)) + "\n"
+    data = shown.encode(errors="backslashreplace")  # a file's name may be no text
     if _stdout is None:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(data.decode())
         return
     sys.stderr.flush()
     while data:
@@ -96,12 +103,15 @@ def emit(text: str) -> None:
 
 def emit_json(content: Any) -> None:
     """Write a result as one JSON document."""
-    emit(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+    emit(as_json(content, indent=1))
 
 
-def say(text: str) -> None:
-    """A message to the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+def as_json(content: Any, indent: int | None = None) -> str:
+    """A JSON document, on one line or on several."""
+    return visible_json(json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False))
+
+
+say = tell
 
 
 def status(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtl_lora_cli.cli.completion import complete_task
-from mtl_lora_cli.cli.frame import emit, framed, status
+from mtl_lora_cli.cli.frame import as_json, emit, framed, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
 
 _FORMATS = ("jsonl", "glue")
@@ -85,6 +84,6 @@ def predict(
                 if glue is not None:
                     lines.append(glue_submission.line(glue, number, row, prediction))
                 else:
-                    lines.append(json.dumps(prediction, ensure_ascii=False, allow_nan=False))
+                    lines.append(as_json(prediction))
                 number += 1
             emit("\n".join(lines))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtl_lora_cli.visible import visible_line
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
     """The first column aligned left, the others right, or all of them left."""
-    lines = [list(header), *[list(row) for row in rows]]
+    lines = [[visible_line(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
     def shown(line: Sequence[str]) -> str:

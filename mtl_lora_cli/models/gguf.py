@@ -7,7 +7,6 @@ text before the byte-level step. `tokenizer.ggml.pre` names that rule; SmolLM's 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
 from mtl_lora_cli.pointers import require_content
 from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.runs.paths import cache_folder
+from mtl_lora_cli.visible import tell
 
 CONVERSION = 1  # raise it when a conversion gives another result than before
 
@@ -39,10 +39,7 @@ def converted_folder(path: Path) -> Path:
         raise UsageError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if not folder.is_dir():
-        print(
-            f"converting {path.name} to safetensors (once; seconds to minutes)",
-            file=sys.stderr,
-        )
+        tell(f"converting {path.name} to safetensors (once; seconds to minutes)")
         _convert(path, folder)
     return folder
 

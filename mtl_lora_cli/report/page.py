@@ -14,6 +14,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.report.plots import MEASURES, Plot, can_be_drawn
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.training.progress import duration
+from mtl_lora_cli.visible import visible
 
 GENERATOR = "mtl-lora report"
 _TEMPLATE = "report.html.j2"
@@ -41,6 +42,11 @@ _LABELS = {
 _FORMATS = {"seconds": "duration", "floor_share": "share"}
 
 
+def _finalized(value: Any) -> Any:
+    """Strangers' control characters are shown in a page, too; markup stays markup."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
+
+
 def render(facts: Mapping[str, Any], plots: Sequence[Plot]) -> str:
     """The page as text.
 
@@ -53,6 +59,7 @@ def render(facts: Mapping[str, Any], plots: Sequence[Plot]) -> str:
         autoescape=True,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
+        finalize=_finalized,
     )
     drawn = [(plot, Markup(plot.svg)) for plot in plots]
     runs = facts["runs"]

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.visible import tell
 
 LOCK_FILE = ".lock"
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
@@ -56,10 +56,9 @@ def _acquired(path: Path, run: RunFolder) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _HELD:
-                print(
+                tell(
                     f"note: the file system of {run.path} has no locks ({error.strerror}): nothing keeps "
-                    "a second process from writing into this run",
-                    file=sys.stderr,
+                    "a second process from writing into this run"
                 )
                 return handle
             os.close(handle)

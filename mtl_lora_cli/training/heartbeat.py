@@ -8,7 +8,6 @@ silent, or has said that it failed, the others end within a minute, and say whic
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from mtl_lora_cli.errors import ExitCode
+from mtl_lora_cli.visible import tell
 
 _EVERY = 1.0  # seconds between two signs of life
 _SILENT = 30.0  # seconds after which a process counts as gone
@@ -106,7 +106,7 @@ class Heartbeat:
         """At once, as another process does; the first one speaks for all."""
         self.say(AT_ONCE)
         if self._rank == 0:
-            print("error: interrupted", file=sys.stderr, flush=True)
+            tell("error: interrupted")
         os._exit(ExitCode.INTERRUPTED)
 
     def _name(self, rank: int) -> str:
@@ -121,7 +121,7 @@ class Heartbeat:
         self.say(f"failed: {reason}")
         if not self.said_by_a_lower(f"failed: {reason}", wait=2.0):
             text = f"error: {reason}; the run stops here: its last checkpoint is intact"
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
         os._exit(1)
 
     def who_is_gone(self) -> str | None:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from mtl_lora_cli.visible import tell
+
 _GRACE = 20.0  # seconds that the others have to say what they know, when one has ended
 _LOOK = 0.1
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -104,11 +106,9 @@ def _told(started: Sequence[subprocess.Popen[bytes]]) -> int:
         code = process.poll()
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            print(
+            tell(
                 f"error: process {rank + 1} of {len(started)} (process id {process.pid}) was ended "
-                f"by {name}; the others are ended, too",
-                file=sys.stderr,
-                flush=True,
+                f"by {name}; the others are ended, too"
             )
             return 128 - code
     return next((process.poll() or 0 for process in started if process.poll()), 0)

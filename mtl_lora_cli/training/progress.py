@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mtl_lora_cli.visible import visible
+
 _PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 _LIVE_SECONDS = 0.5  # between two pictures where there is one
 _NARROWEST = 60  # columns that the screen needs
@@ -122,7 +124,7 @@ class TrainingProgress:
         if self._live is not None:
             self._live.update(self._screen(), refresh=True)
         else:
-            self._console.print(self._plain(), soft_wrap=True, markup=False)
+            self._console.print(visible(self._plain()), soft_wrap=True, markup=False)
 
     def look(self, event: Mapping[str, Any], line: str | None = None) -> None:
         """Show what an observer found.
@@ -142,7 +144,7 @@ class TrainingProgress:
         """One line between the updates."""
         if self._live is not None and self._live.is_started:
             self._live.update(self._screen())
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(visible(text), soft_wrap=True, markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it was, with the last picture on it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -43,6 +42,7 @@ from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
+from mtl_lora_cli.visible import tell
 
 # What may be another when a run goes on: it does not change what is learned.
 _FREE = ("run", "distributed")
@@ -216,7 +216,7 @@ def _go_on(
     require_same_rows(run, prepared)
     if processes.main:
         for line in changes_around(run, prepared):
-            print(f"note: {line}", file=sys.stderr)
+            tell(f"note: {line}")
     with explained(prepared):
         packed, adapter = prepared.build()
         _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
@@ -288,18 +288,17 @@ def _learn(
         if checkpoint is not None:
             lost = trainer.resume(checkpoint)
             if lost is not None and processes.main:
-                print(
+                tell(
                     f"note: the best so far, {lost}, does not count any more: its checkpoint is "
                     "damaged or gone",
-                    file=sys.stderr,
                 )
         if processes.main:
             if resume:
                 _write_zero(run, zero)
             if checkpoint is not None:
-                print(f"resuming {run.name} after step {trainer.position.step}", file=sys.stderr)
+                tell(f"resuming {run.name} after step {trainer.position.step}")
             if recipe.base_compute == "fp8":
-                print(trainer.rounding(), file=sys.stderr)
+                tell(str(trainer.rounding()))
         progress = TrainingProgress(
             prepared.total_steps,
             trainer.position.step,
