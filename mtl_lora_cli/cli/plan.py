@@ -56,7 +56,7 @@ def findings(prepared: Prepared) -> list[str]:
         for name, count in planned.items()
         if count == 0
     ]
-    return audited + left_out + apart + never
+    return [*data.notes, *audited, *left_out, *apart, *never]
 
 
 def tasks_table(prepared: Prepared) -> str:

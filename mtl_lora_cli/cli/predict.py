@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mtl_lora_cli.cli.completion import complete_task
-from mtl_lora_cli.cli.frame import as_json, emit, framed, status
+from mtl_lora_cli.cli.frame import as_json, emit, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
 
 _FORMATS = ("jsonl", "glue")
@@ -76,7 +76,7 @@ def predict(
         parts = with_names(parts, names)
         if glue is not None:
             emit(glue_submission.HEADER)
-        number = 0
+        number = cut = 0
         for part in parts:
             answers = predictor.answer(part, task=task, task_column=task_column)
             lines = []
@@ -86,4 +86,9 @@ def predict(
                 else:
                     lines.append(as_json(prediction))
                 number += 1
+                cut += "truncated" in prediction
             emit("\n".join(lines))
+        if cut:
+            say(
+                f"note: {cut:,} of {number:,} rows were longer than the model's positions and lost their beginning"
+            )

@@ -17,7 +17,7 @@ from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.runs.paths import cache_folder
 
-FORMAT = 2  # raise it when encoding or auditing gives another result than before
+FORMAT = 3  # raise it when encoding or auditing gives another result than before
 
 Traces = dict[str, np.ndarray]  # of each split, see traces.py
 _TRACES = "traces."

@@ -49,12 +49,20 @@ class Written:
         turns: the places of the answers that count, in order.
         own: characters of the last user message: all that may be cut for want of room.
         closed: whether a control token ends the last answer that counts.
+        spelled: whether control tokens stand in it by other names (`ControlTokens`).
     """
 
     text: str
     turns: tuple[Turn, ...]
     own: tuple[int, int]
     closed: bool
+    spelled: bool = False
+
+    @property
+    def before_answer(self) -> str:
+        """The character before the last answer that counts."""
+        place = self.turns[-1].text
+        return self.text[place - 1 : place]
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,25 @@ class ChatTemplate:
         self._control = re.compile("|".join(re.escape(t) for t in added if t.strip()) or "(?!)")
         self._before = lru_cache(maxsize=64)(self._generation_prompt)
         self._shape = self._look()
+
+    @property
+    def notes(self) -> list[str]:
+        """What is good to know of where answers stand, a line each."""
+        lead, foot = self._shape.lead, self._shape.foot
+        notes = []
+        if lead:
+            notes.append(
+                f"the chat template writes {lead!r} between its generation prompt and an answer: it is "
+                "learned with the answer"
+            )
+        if self._left_out:
+            notes.append(
+                f"the chat template's generation prompt ends with {foot[-20:]!r}, of which its "
+                f"conversation has no {self._left_out!r}: answers stand where the conversation has them"
+            )
+        if notes and "enable_thinking" in self.arguments["chat_template"]:
+            notes[-1] += "; chat.template_kwargs.enable_thinking decides"
+        return notes
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -176,6 +203,7 @@ class ChatTemplate:
         begin = _beginning(start, before)
         if begin is None:
             begin = self._settle(start, before)
+        self._left_out = "" if self._answers == "generation_prompt" else before[begin:]
         return _Shape(head, foot, start[begin:], tail)
 
     def _settle(self, start: str, before: str) -> int:

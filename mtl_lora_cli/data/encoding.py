@@ -12,14 +12,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from string import ascii_letters, digits
 from typing import Any, Literal
 
 import numpy as np
 
 from mtl_lora_cli.data.chat import ChatTemplate, Message, Turn, Written, one_turn
+from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat, Recipe
 from mtl_lora_cli.tasks.rendering import Example
+from mtl_lora_cli.tasks.task import Task
 
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
@@ -92,6 +95,7 @@ class Encoder:
         tokenizer: a fast transformers tokenizer.
         prompt_format: `plain` (prompt, a space, answer) or `chat` (the tokenizer's chat template).
         chat: how the chat template is used.
+        control_tokens: what becomes of control tokens in rows' text, see `ControlTokens`.
         lenient: see `ChatTemplate`.
 
     Raises:
@@ -100,7 +104,13 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_format: str, chat: Chat | None = None, *, lenient: bool = False
+        self,
+        tokenizer: Any,
+        prompt_format: str,
+        chat: Chat | None = None,
+        *,
+        control_tokens: str = "text",
+        lenient: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
@@ -112,6 +122,7 @@ class Encoder:
             if prompt_format == "chat"
             else None
         )
+        self.control_tokens = ControlTokens(tokenizer, control_tokens)
         self.end = int(tokenizer.eos_token_id)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -124,7 +135,34 @@ class Encoder:
     @classmethod
     def of(cls, tokenizer: Any, recipe: Recipe, *, lenient: bool = False) -> Encoder:
         """The encoder that a recipe asks for."""
-        return cls(tokenizer, recipe.prompt_format, recipe.chat, lenient=lenient)
+        return cls(
+            tokenizer,
+            recipe.prompt_format,
+            recipe.chat,
+            control_tokens=recipe.control_tokens,
+            lenient=lenient,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the chat template does that is good to know, a line each."""
+        return [] if self._chat is None else self._chat.notes
+
+    def notes_on(self, task: Task, marked: Marked) -> list[str]:
+        """What is good to know of a task's control tokens, a line each."""
+        own = self.control_tokens.written_by(task)
+        if self._chat is None:
+            sets = self._tokenizer.convert_ids_to_tokens([*self._start, self.end])
+            own = {token: where for token, where in own.items() if token in sets}
+        listed = ", ".join(f"{token} ({where})" for token, where in own.items())
+        beside = "it is not set twice" if self._chat is None else "the chat template writes its own"
+        notes = [f"the template itself writes {listed}; {beside}"] if own else []
+        if marked.places:
+            notes.append(
+                f"{len(marked.places):,} of {len(marked.examples):,} training rows hold a control token "
+                f"of the tokenizer, which is read as text: {marked.first}, {marked.places[0]}"
+            )
+        return notes
 
     @property
     def fingerprint(self) -> str:
@@ -134,6 +172,7 @@ class Encoder:
             self._chat and self._chat.identity,
             sorted(self._tokenizer.special_tokens_map.items()),  # templates write them
             self._format,
+            self.control_tokens.how,
             self._start,
             self.end,
         )
@@ -183,7 +222,8 @@ class Encoder:
                 self._chat.write(messages, None if counts is None else counts[number])
                 for number, messages in enumerate(many)
             ]
-        encodings = self._encoded([one.text for one in written])
+        written = [self.control_tokens.spelled(one) for one in written]
+        encodings = self._encoded(written)
         for one, encoding in zip(written, encodings, strict=True):
             yield self._placed(one, encoding)
 
@@ -224,7 +264,24 @@ class Encoder:
             )
         return first, following
 
-    def _encoded(self, texts: Sequence[str]) -> Iterator[Any]:
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether some answers share a token with white space that the chat template writes before them.
+
+        Then it belongs to all answers: where a prompt ends must not depend on the answer.
+        """
+        if self._chat is None or not self._chat.write(one_turn("x", "x")).before_answer.isspace():
+            return False
+        for letter in ascii_letters + digits:
+            written = self._chat.write(one_turn("x", letter))
+            encoding = self._backend.encode(written.text, add_special_tokens=False)
+            place = written.turns[-1].text
+            token = encoding.char_to_token(place)
+            if token is not None and encoding.token_to_chars(token)[0] < place:
+                return True
+        return False
+
+    def _encoded(self, texts: Sequence[Written]) -> Iterator[Any]:
         """The tokenizer's encodings in order, a chunk ahead of what is being read.
 
         The tokenizer runs outside Python's lock, so the next chunk costs the reader no time.
@@ -237,11 +294,15 @@ class Encoder:
                 if following is not None:
                     ahead.append(pool.submit(self._encode, following))
 
-    def _encode(self, texts: Sequence[str]) -> list[Any]:
-        encodings = list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+    def _encode(self, texts: Sequence[Written]) -> list[Any]:
+        found = self._backend.encode_batch([one.text for one in texts], add_special_tokens=False)
+        for number, one in enumerate(texts):
+            if one.spelled:
+                by_name = self.control_tokens.by_name
+                found[number] = by_name.encode(one.text, add_special_tokens=False)
         if self.beyond is not None and self.beyond.tokens:
-            self.beyond.require_known(number for one in encodings for number in one.ids)
-        return encodings
+            self.beyond.require_known(number for one in found for number in one.ids)
+        return list(found)
 
     def _placed(self, written: Written, encoding: Any) -> Conversation:
         """Places in the text as places among its tokens."""
@@ -257,21 +318,23 @@ class Encoder:
             shown = (place for place in places if not written.text[place].isspace())
             return any(encoding.char_to_token(place) is not None for place in shown)
 
-        turns = tuple(
-            Turn(
-                begin=at(turn.begin),
-                text=at(turn.text),
-                close=at(turn.close, behind=True) if has_token(turn) else at(turn.text),
+        def placed(turn: Turn) -> Turn:
+            text = len(written.text[: turn.text].rstrip()) if self._joins else turn.text
+            return Turn(
+                begin=at(min(turn.begin, text)),
+                text=at(text),
+                close=at(turn.close, behind=True) if has_token(turn) else at(text),
                 end=at(turn.end, behind=True),
             )
-            for turn in written.turns
-        )
+
+        turns = tuple(map(placed, written.turns))
         tokens = [*start, *ids][: turns[-1].end]
         if not written.closed and tokens[-1] != self.end:
             tokens.append(self.end)
             turns = (*turns[:-1], replace(turns[-1], end=len(tokens)))
         begin, end = written.own
-        return Conversation(tokens, turns, (at(begin, behind=True), at(end)))
+        # A start token that the text itself begins with stays, too.
+        return Conversation(tokens, turns, (max(len(self._start), at(begin, behind=True)), at(end)))
 
 
 def _plainly(messages: Sequence[Message]) -> Written:

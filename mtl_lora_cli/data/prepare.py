@@ -61,12 +61,14 @@ class TrainingData:
         splits: encoded training examples of each task.
         audits: what was noticed about each task's rows.
         mixture: the stream of rows.
+        notes: what is good to know of all tasks, a line each.
     """
 
     tasks: list[Task]
     splits: list[EncodedSplit]
     audits: list[Audit]
     mixture: Mixture
+    notes: tuple[str, ...] = ()
 
 
 def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
@@ -211,9 +213,9 @@ def prepare_training(
         seen.append(rows)
     audits = _across(bound, audits, seen)
     if encoder.beyond is not None:
-        encoder.beyond.require_known([tokenizer.eos_token_id])  # it ends every answer
+        encoder.beyond.require_known(encoder.answer_end)  # it ends every answer
     mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
-    return TrainingData(bound, splits, audits, mixture)
+    return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes))
 
 
 def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
@@ -330,8 +332,9 @@ def _prepare_task(
     for some in (examples, held):
         if some is not None:
             require_answers(task, some.examples, some.wheres, encoder)
+    marked = encoder.control_tokens.mark(task, examples)
     encoded = encode_split(
-        examples.examples,
+        marked.examples,
         examples.wheres,
         encoder,
         task=task.name,
@@ -348,7 +351,7 @@ def _prepare_task(
         blank=[blank_fields(one.split, one.examples, one.wheres) for one in read],
         cut_prompts=encoded.truncated,
         dropped=encoded.dropped,
-        notes=[note for one in read for note in one.notes],
+        notes=[*encoder.notes_on(task, marked), *(note for one in read for note in one.notes)],
     )
     cache.store(key, encoded, noticed, seen)
     return bound, encoded, noticed, seen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.evaluation.ranks import Shard
-from mtl_lora_cli.tasks.reading import Reading, reading_of
+from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 
 Progress = Callable[[int, int], None]
@@ -91,8 +91,16 @@ def answer(
         number = -1 if setting.base_only else task.id
         generated = setting.protocol_of(task) == GENERATE
         room = task.template.generate.max_new_tokens if generated else None
+        marked = encoder.control_tokens.mark(task, examples).examples
         requests.append(
-            build_requests(examples.examples, number, encoder, opened.longest, new_tokens=room or 0)
+            build_requests(
+                marked,
+                number,
+                encoder,
+                opened.longest,
+                new_tokens=room or 0,
+                generated=generated,
+            )
         )
         require_different(task, examples, requests[-1])
     shard = Shard.of_group()
@@ -166,18 +174,16 @@ def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
 
 def stop_of(task: Task, encoder: Encoder, tokenizer: Any) -> Stopped:
     """Whether the tokens of a generated answer have come to a text that ends it."""
-    reading = _reading(task, encoder)
+    reading = reading_of(task.template)
+    turn_end = encoder.stop_text
 
     def stopped(tokens: list[int]) -> bool:
-        return bool(reading.stop) and reading.complete(tokenizer.decode(tokens))
+        if not reading.stop and not turn_end:
+            return False
+        text = tokenizer.decode(tokens)
+        return reading.complete(text) or (bool(turn_end) and turn_end in text)
 
     return stopped
-
-
-def _reading(task: Task, encoder: Encoder) -> Reading:
-    """As the task's template says, and up to the text by which the chat template ends a turn."""
-    reading = reading_of(task.template)
-    return replace(reading, stop=(*reading.stop, *filter(None, [encoder.stop_text])))
 
 
 def read_generated(
@@ -189,15 +195,22 @@ def read_generated(
     answers: Sequence[list[int]],
 ) -> Answers:
     """What the tokens of generated answers name; what names no choice is wrong, and predicted as -1."""
-    reading = _reading(task, encoder)
+    reading = reading_of(task.template)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    if encoder.stop_text:
+        texts = [text.split(encoder.stop_text)[0] for text in texts]
+
+    def own(answer: str) -> str:
+        """Without an end token that the task's template writes itself: it is no part of what is said."""
+        return answer.removesuffix(tokenizer.eos_token).rstrip()
+
     predicted, gold, unparsable = [], [], 0
     for text, example in zip(texts, examples.examples, strict=True):
         if example.choices:
-            named = reading.choice(text, example.choices)
+            named = reading.choice(text, [own(choice) for choice in example.choices])
             gold.append(example.gold)
         else:
-            right = reading.equal(text, example.answer)
+            right = reading.equal(text, own(example.answer))
             named = 0 if right else -1
             gold.append(0)
         predicted.append(named)
@@ -208,7 +221,7 @@ def read_generated(
     right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
     said = tokenizer.batch_decode(right_ones, skip_special_tokens=True)
     unreadable = sum(
-        not example.choices and not reading.equal(text, example.answer)
+        not example.choices and not reading.equal(text, own(example.answer))
         for text, example in zip(said, examples.examples, strict=True)
     )
     return Answers(requests, outcome, texts=texts, unparsable=unparsable, unreadable=unreadable)

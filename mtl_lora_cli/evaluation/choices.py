@@ -138,6 +138,7 @@ def build_requests(
     limit: int,
     *,
     new_tokens: int = 0,
+    generated: bool = False,
 ) -> list[Request]:
     """Tokenise examples for scoring; a free answer is its example's only candidate.
 
@@ -151,6 +152,7 @@ def build_requests(
         encoder: tokenises.
         limit: positions that the model knows.
         new_tokens: how many more tokens will be generated, where it is more than the candidates have.
+        generated: answers will be: then a free one is not known when its prompt is cut.
 
     Raises:
         UsageError: there is no room even without the row's own text.
@@ -159,6 +161,11 @@ def build_requests(
         [example.prompt for example in examples],
         [example.choices or (example.answer,) for example in examples],
     )
+    if generated and not all(example.choices for example in examples):
+        prompts, _ = encoder.continuations(
+            [example.prompt for example in examples],
+            [example.choices or ("",) for example in examples],
+        )
     end = list(encoder.answer_end)
     requests = []
     for prompt, choices in zip(prompts, answers, strict=True):

@@ -12,6 +12,7 @@ from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
+from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.tasks.reading import reading_of
@@ -36,6 +37,7 @@ class Predictor:
       label;
     - `probabilities`: text of each choice → p ∝ exp(score), where the score is the choice's
       log-probability, divided as the template's `normalisation` says;
+    - `truncated`: true where the row's text lost its beginning: the model reads no more;
     - `value`: Σ p · label, for a task with `scoring: expectation`;
     - `ends_counted`: true where the end of each choice counts, for one of them begins another.
 
@@ -130,9 +132,9 @@ class Predictor:
         if said.scores is None:
             assert said.texts is not None
             reading = reading_of(task.template)
-            for text in said.texts:
+            for text, request in zip(said.texts, said.requests, strict=True):
                 parts = reading.found(reading.answer(text))
-                yield {"task": task.name, "answer": parts[0] if parts else None}
+                yield {"task": task.name, "answer": parts[0] if parts else None, **_cut(request)}
             return
         renderer = self._tasks[task.name][1]
         how = task.template.normalisation
@@ -151,7 +153,11 @@ class Predictor:
                 prediction["value"] = expected_value(task, likely)
             if said.requests[number].ends:
                 prediction["ends_counted"] = True
-            yield prediction
+            yield {**prediction, **_cut(said.requests[number])}
+
+
+def _cut(request: Request) -> Prediction:
+    return {"truncated": True} if request.truncated else {}
 
 
 def require_task(names: Sequence[str], task: str | None, task_column: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def model_card(
     evaluated = _evaluation(run, task)
     sections = {
         "Use": use,
-        "Prompt": f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```",
+        "Prompt": _prompt(run, task),
         "Method": _method(run),
         "Data": _data(run, task),
         "Scores": _scores(run, evaluated),
@@ -126,6 +127,27 @@ def model_card(
     body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections.items())
     metadata = _metadata(run, task, evaluated, title, library, relation)
     return f"---\n{metadata}\n---\n# {title}\n\n{about.rstrip()}\n\n{body}\n"
+
+
+def _prompt(run: FinishedRun, task: Task) -> str:
+    """The task's template, and what stands around it."""
+    text = f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```\n\n"
+    if run.recipe.prompt_format != "chat":
+        return f"{text}The answer stands behind it and a space."
+    chat = run.recipe.chat
+    text += "It is a user message in the base model's chat template, and the answer is the reply."
+    if chat.template_kwargs:
+        given = json.dumps(chat.template_kwargs, ensure_ascii=False)
+        text += f" The template was given `chat_template_kwargs` = `{given}`: give it the same."
+    if chat.date is not None:
+        text += f" It prints the date, which was {chat.date} in training and in the scores below."
+    if chat.answers is not None:
+        place = {
+            "conversation": "where the template writes it in a conversation",
+            "generation_prompt": "behind the template's generation prompt",
+        }[chat.answers]
+        text += f" The template contradicts itself on where an answer stands: it was {place}."
+    return text
 
 
 def _metadata(

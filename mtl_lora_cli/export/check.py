@@ -130,9 +130,16 @@ class Questions:
         """As the run encodes."""
         return Encoder.of(self.tokenizer, self.run.recipe, lenient=True)
 
-    def _requests(self, new_tokens: int = 0) -> list[Request]:
-        rows, task = self.examples.examples, self.task.id
-        return build_requests(rows, task, self.encoder, self.longest, new_tokens=new_tokens)
+    def _requests(self, new_tokens: int | None = None) -> list[Request]:
+        rows = self.encoder.control_tokens.mark(self.task, self.examples).examples
+        return build_requests(
+            rows,
+            self.task.id,
+            self.encoder,
+            self.longest,
+            new_tokens=new_tokens or 0,
+            generated=new_tokens is not None,
+        )
 
     @cached_property
     def longest(self) -> int:

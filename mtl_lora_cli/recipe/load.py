@@ -25,7 +25,15 @@ from mtl_lora_cli.resources import bundled
 COMMAND_LINE = "command line"
 _OF_A_SOURCE = re.compile(r"tasks\.\d+\.source")  # keys of what rows are read from
 # What tasks that are added to a run have in common with it.
-INHERITED = ("base_model", "dtype", "quantization", "prompt_format", "chat", "adapter")
+INHERITED = (
+    "base_model",
+    "dtype",
+    "quantization",
+    "prompt_format",
+    "chat",
+    "control_tokens",
+    "adapter",
+)
 
 
 @dataclass(frozen=True)

@@ -403,6 +403,7 @@ class Recipe(StrictModel):
     base_compute: Literal["dtype", "fp8"] = "dtype"  # arithmetic of the frozen products
     prompt_format: Literal["plain", "chat"] = "plain"
     chat: Chat = Chat()
+    control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
     adapter: Adapter = Adapter()
     tasks: Annotated[list[Task], Field(min_length=1)]
     mixing: Mixing = "proportional"

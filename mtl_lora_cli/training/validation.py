@@ -111,8 +111,9 @@ def encode_validation(
         if found is None:
             held.append(HeldOut(task, _nothing()))
             continue
+        marked = encoder.control_tokens.mark(task, found).examples
         split = encode_split(
-            found.examples,
+            marked,
             found.wheres,
             encoder,
             task=task.name,
@@ -121,7 +122,7 @@ def encode_validation(
         )
         one = HeldOut(task, split, found)
         if training.validation.metric and Setting().protocol_of(task) == CHOICES:
-            requests = build_requests(found.examples, task.id, encoder, limit)
+            requests = build_requests(marked, task.id, encoder, limit)
             require_different(task, found, requests)
             one = _with_metric(one, requests)
         held.append(one)

@@ -15,6 +15,7 @@ engine: auto
 base_compute: dtype
 prompt_format: chat
 chat: {template_kwargs: {}, answers: conversation, date: "2026-11-30"}
+control_tokens: text
 adapter:
   method: mtl-lora
   rank: 4
