@@ -127,7 +127,7 @@ def _answer(request: dict[str, Any], start: float) -> dict[str, Any]:
 
 def serve() -> None:
     """Answer requests on stdin, a line of JSON each."""
-    import mtl_lora_cli.cli.main  # noqa: F401 - what every command begins with
+    import mtl_lora_cli.cli.app  # noqa: F401 - what every command begins with
 
     used = resource.getrusage(resource.RUSAGE_SELF)
     for name in sys.argv[1:]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import typer
 
+from mtl_lora_cli.cli import interrupts
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
 from mtl_lora_cli.visible import tell, visible, visible_json
 
@@ -55,17 +56,22 @@ def framed() -> Iterator[None]:
     sys.stdout.flush()
     _stdout = os.dup(1)
     os.dup2(2, 1)
+    interrupts.framed = True
     try:
         yield
     except typer.Exit:
         raise
     except MtlLoraError as error:
+        if interrupts.asked:
+            _fail(["interrupted"], ExitCode.INTERRUPTED)
         _fail(error.lines, error.exit_code)
     except (KeyboardInterrupt, typer.Abort) as error:  # Ctrl-C, or Ctrl-D at a question
         _fail([str(error) or "interrupted"], ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os._exit(ExitCode.FAILED)  # the reader of our output went away; nobody is left to tell
     except Exception as error:
+        if interrupts.asked:  # a library has made another error of it
+            _fail(["interrupted"], ExitCode.INTERRUPTED)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         _fail([f"internal error: {text} (--debug shows where)"], ExitCode.FAILED)
     finally:
@@ -74,6 +80,7 @@ def framed() -> Iterator[None]:
         os.dup2(_stdout, 1)
         os.close(_stdout)
         _stdout = None
+        interrupts.framed = False
 
 
 def _fail(lines: list[str], code: ExitCode) -> None:

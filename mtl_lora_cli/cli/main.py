@@ -1,86 +1,18 @@
-"""The command `mtl-lora`: options that all commands share, and the list of commands."""
+"""Where the command begins: nothing is loaded before Ctrl-C ends it in order."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
 
-import typer
-
-from mtl_lora_cli.cli import (
-    add_task,
-    bench,
-    compare,
-    data,
-    doctor,
-    evaluate,
-    export,
-    frame,
-    init,
-    inspect,
-    merge,
-    predict,
-    report,
-    runs,
-    schema,
-    tasks,
-    train,
-    validate,
-)
-
-app = typer.Typer(
-    help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
-    epilog="First steps: mtl-lora train quickstart; mtl-lora eval --task all; mtl-lora merge --task uses",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-train.register(app)
-add_task.register(app)
-evaluate.register(app)
-predict.register(app)
-merge.register(app)
-export.register(app)
-inspect.register(app)
-report.register(app)
-runs.register(app)
-validate.register(app)
-tasks.register(app)
-data.register(app)
-bench.register(app)
-compare.register(app)
-doctor.register(app)
-init.register(app)
-schema.register(app)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"mtl-lora {version('mtl-lora')}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and library warnings.")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-    local_rank: Annotated[
-        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
-    ] = None,  # DeepSpeed's launcher says it here, besides in the environment
-) -> None:
-    frame.set_debug(debug)
+from mtl_lora_cli.cli import interrupts
 
 
 def main() -> None:
     """Entry point of the console script."""
+    interrupts.listen()
+    from mtl_lora_cli.cli.app import app
+
     try:
         app(prog_name="mtl-lora")  # as a module, too: what a shell completes hangs on the name
     finally:

@@ -150,7 +150,7 @@ def invoke(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
     def run(*arguments: str) -> Finished:
-        from mtl_lora_cli.cli.main import app
+        from mtl_lora_cli.cli.app import app
 
         capfd.readouterr()
         code: int | str | None = 0

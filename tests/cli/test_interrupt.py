@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,49 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
         [{key: event[key] for key in same} for event in _events(run)] for run in (whole, cut)
     )
     assert one == other
+
+
+WHILE_IMPORTING = """\
+import os, signal, sys
+
+class Interrupting:
+    wanted = MODULE
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.wanted:
+            self.wanted = None
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                if HOW != "dropped":
+                    raise ImportError("it cannot be had")
+
+sys.meta_path.insert(0, Interrupting())
+from mtl_lora_cli.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["turned into another error", "dropped"])
+@pytest.mark.parametrize("module", ["typer", "mtl_lora_cli.recipe.load", "pydantic", "torch"])
+def test_interrupted_in_an_import_that_would_hide_it(
+    small_recipe: Callable[[], Path],
+    environment: Callable[..., dict[str, str]],
+    module: str,
+    how: str,
+) -> None:
+    code = WHILE_IMPORTING.replace("MODULE", repr(module)).replace("HOW", repr(how))
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "validate", str(small_recipe())],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "error: interrupted\n"
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_a_score_is_shown_after_an_evaluation(runs: Path, invoke: Callable[..., 
 def test_nothing_heavy_is_imported(runs: Path, environment: Callable[..., dict[str, str]]) -> None:
     code = (
         "import sys\n"
-        "from mtl_lora_cli.cli.main import app\n"
+        "from mtl_lora_cli.cli.app import app\n"
         "for words in (['runs'], ['runs', 'show']):\n"
         "    try: app(words)\n"
         "    except SystemExit as end: assert end.code == 0\n"

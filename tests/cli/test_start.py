@@ -22,7 +22,7 @@ AT_ONCE = 0.4  # seconds
 
 def test_the_command_line_imports_nothing_heavy() -> None:
     code = (
-        "import sys, mtl_lora_cli.cli.main\n"
+        "import sys, mtl_lora_cli.cli.app\n"
         f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
     )
     finished = subprocess.run(
@@ -42,7 +42,7 @@ def _commands(app: typer.Typer, *before: str) -> Iterator[tuple[str, ...]]:
 
 
 def _all_commands() -> list[tuple[str, ...]]:
-    from mtl_lora_cli.cli.main import app
+    from mtl_lora_cli.cli.app import app
 
     return list(_commands(app))
 

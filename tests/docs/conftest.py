@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from mtl_lora_cli.cli.main import app
+from mtl_lora_cli.cli.app import app
 
 Row = dict[str, Any]
 

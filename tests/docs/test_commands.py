@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from mtl_lora_cli.cli.main import app
+from mtl_lora_cli.cli.app import app
 from mtl_lora_cli.errors import ExitCode
 from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 

@@ -55,7 +55,7 @@ def mtl_lora(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., None]:
     """The command inside this process, working in `tmp_path`; anything but success fails the test."""
-    from mtl_lora_cli.cli.main import app
+    from mtl_lora_cli.cli.app import app
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MTL_LORA_RUNS", raising=False)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from mtl_lora_cli.cli.main import app
+from mtl_lora_cli.cli.app import app
 from mtl_lora_cli.training.prepare import Prepared
 
 PAGE = 4096  # the smallest piece of a file system in memory

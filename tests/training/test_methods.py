@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mtl_lora_cli.adapters.config import METHODS
-from mtl_lora_cli.cli.main import app
+from mtl_lora_cli.cli.app import app
 
 pytestmark = pytest.mark.slow
 

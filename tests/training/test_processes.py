@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_lora_cli.cli.main import app
+from mtl_lora_cli.cli.app import app
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.training import launch, processes
 from mtl_lora_cli.training.processes import Place, place_in, slurm_address
