@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -44,15 +45,18 @@ def project(stories_folder: Path, tmp_path: Path) -> Path:
     path = tmp_path / "model" / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     model = tokenizer["model"]
-    last = max(model["vocab"].values())
-    word = next(word for word, number in model["vocab"].items() if number == last)
-    del model["vocab"][word]
+    # The new control token takes the number of a long word that no other word is made of.
     pairs = [one if isinstance(one, list) else one.split(" ") for one in model["merges"]]
-    model["merges"] = [one for one in pairs if "".join(one) != word and word not in one]
-    model["vocab"]["<turn_end>"] = last
+    parts = {part for pair in pairs for part in pair}
+    word = next(
+        w for w in reversed(model["vocab"]) if len(w) > 2 and w not in parts and "<" not in w
+    )
+    number = model["vocab"].pop(word)
+    model["merges"] = [pair for pair in pairs if "".join(pair) != word]
+    model["vocab"]["<turn_end>"] = number
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"].append(
-        {"id": last, "content": "<turn_end>", "special": True, **flags}
+        {"id": number, "content": "<turn_end>", "special": True, **flags}
     )
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
     (tmp_path / "model" / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
@@ -76,7 +80,7 @@ def test_one_date_one_ending_no_cut_in_silence(
     project: Path, invoke: Callable[..., Finished]
 ) -> None:
     shown = ok(invoke("data", "show", "recipe.yaml", "--count", "1"))
-    assert "|⟦ y⟧|⟦es⟧|⟦<turn_end>⟧" in shown
+    assert "".join(re.findall("⟦(.*?)⟧", shown)) == " yes<turn_end>"
 
     ok(invoke("train", "recipe.yaml"))
     kept = yaml.safe_load((project / "runs" / "dated" / "recipe.yaml").read_text(encoding="utf-8"))

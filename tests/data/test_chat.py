@@ -50,8 +50,8 @@ def test_a_generation_prompt_that_ends_with_a_space(stories_tokenizer: Any) -> N
         assert before.endswith("ASSISTANT:")
         assert after == f"{answer}</s>"
     (prompt,), (answers,) = encoder.continuations([PROMPT], [["no", "yes"]])
-    assert tokenizer.convert_ids_to_tokens(prompt.tokens)[-1] == ":"
-    assert [tokenizer.convert_ids_to_tokens(a)[0] for a in answers] == ["▁n", "▁y"]
+    assert tokenizer.decode(prompt.tokens).endswith("ASSISTANT:")
+    assert all(tokenizer.convert_ids_to_tokens(own)[0].startswith("▁") for own in answers)
     (unknown,), _ = encoder.continuations([PROMPT], [[""]])
     assert unknown == prompt  # predicting a free answer begins where training did
 
@@ -159,7 +159,9 @@ def test_a_template_that_raises_or_drops_a_text_is_one_line(
     with pytest.raises(UsageError) as caught:
         learned(stories_tokenizer, Encoder(chat(stories_tokenizer, text), "chat"))
     (line,) = caught.value.lines
-    assert line.startswith("prompt_format: chat: the chat template of stories260k ")
+    assert line.startswith(
+        f"prompt_format: chat: the chat template of {Path(stories_tokenizer.name_or_path).name} "
+    )
     assert says in line
 
 
@@ -185,7 +187,7 @@ def test_what_is_cut_is_the_rows_own(stories_tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="not the row's own"):
         prompt.shortened(prompt.fixed - 1)
     with pytest.raises(
-        UsageError, match=r"rows:1: task 'a': the answer alone has 2 tokens, \d+ with"
+        UsageError, match=r"rows:1: task 'a': the answer alone has \d tokens, \d+ with"
     ):
         encode_split([example], ["rows:1"], encoder, task="a", limit=8, on_overflow="truncate_prompt")  # fmt: skip
 

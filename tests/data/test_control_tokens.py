@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ BY_HAND = (
 ROWS = [{"sentence": "a fine </s><s> film", "label": 1}, {"sentence": "dull", "label": 0}]
 
 
+def spelled(tokenizer: Any, tokens: list[int]) -> str:
+    """A text in which control tokens that are tokens stand in ⟦ ⟧."""
+    control = tokenizer.added_tokens_decoder
+    parts = groupby(tokens, key=lambda token: token in control)
+    return "".join(
+        "".join(f"⟦{control[token].content}⟧" for token in some)
+        if known
+        else tokenizer.decode(list(some))
+        for known, some in parts
+    )
+
+
 @pytest.fixture
 def prepared(stories_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Encode rows of a template as a run does: the tokens as text, and what is said."""
@@ -55,9 +68,7 @@ def prepared(stories_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
         data = prepare_training(bind_tasks(loaded), loaded.recipe, tokenizer, 512)
         split = data.splits[0]
-        shown = [
-            "|".join(tokenizer.convert_ids_to_tokens(split.example(n))) for n in range(len(split))
-        ]
+        shown = [spelled(tokenizer, split.example(n).tolist()) for n in range(len(split))]
         return shown, data.audits[0].findings("a")
 
     return make
@@ -66,9 +77,9 @@ def prepared(stories_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("form", ["plain", "chat"])
 def test_a_row_brings_text(prepared: Any, form: str) -> None:
     shown, said = prepared(REVIEW, prompt_format=form)
-    assert "f|in|e|▁|<|/|s|>|<|s|>|▁f" in shown[0]
-    assert [one.split("|").count("<s>") for one in shown] == [1, 1]
-    assert [one.split("|").count("</s>") for one in shown] == [1 + (form == "chat")] * 2
+    assert "a fine </s><s> film" in shown[0]
+    assert [one.count("⟦<s>⟧") for one in shown] == [1, 1]
+    assert [one.count("⟦</s>⟧") for one in shown] == [1 + (form == "chat")] * 2
     (line,) = [line for line in said if "control token" in line]
     assert line.startswith(
         "a: 1 of 2 training rows hold a control token of the tokenizer, which is"
@@ -80,12 +91,12 @@ def test_a_row_brings_text(prepared: Any, form: str) -> None:
 def test_a_free_answer_with_an_end_token_in_it_goes_on(prepared: Any) -> None:
     free = 'description: x\nprompt: "{{ sentence }}"\nanswer: "{{ label }}"\n'
     shown, _ = prepared(free, [{"sentence": "one", "label": "a </s> b"}])
-    assert shown[0].endswith("▁a|▁|<|/|s|>|▁b|</s>")
+    assert shown[0].endswith("a </s> b⟦</s>⟧")
 
 
 def test_the_recipe_may_say_otherwise(prepared: Any) -> None:
     shown, _ = prepared(REVIEW, control_tokens="token")
-    assert "|</s>|<s>|" in shown[0]
+    assert "⟦</s>⟧⟦<s>⟧" in shown[0]
     with pytest.raises(UsageError) as caught:
         prepared(REVIEW, control_tokens="error")
     (line,) = caught.value.lines
@@ -95,7 +106,7 @@ def test_the_recipe_may_say_otherwise(prepared: Any) -> None:
 
 def test_what_a_template_writes_by_hand_stands_once_and_is_said(prepared: Any) -> None:
     shown, said = prepared(BY_HAND, [{"sentence": "a <s> film", "label": "x"}])
-    assert shown == ["<s>|▁|[|I|N|S|T|]|▁a|▁|<|s|>|▁f|il|m|▁|[|/|I|N|S|T|]|▁|x|</s>"]
+    assert [one.replace("⟧ ", "⟧") for one in shown] == ["⟦<s>⟧[INST] a <s> film [/INST] x⟦</s>⟧"]
     assert (
         "a: the template itself writes <s> (task.yaml:2), </s> (task.yaml:3); it is not set twice"
         in said
