@@ -1,5 +1,7 @@
 # make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
+# make quick        the tests that need no training and no other process: under two minutes on two cores
 # make test         install what is needed and run every check
+# make kernels      the tests of Triton's kernels, in its interpreter, and of GGUF files
 # make soak         kill a training run twenty times, and compare its end with an untouched run
 # make families     every model type that is known, packed beside alone, and trained, merged and exported
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
@@ -17,7 +19,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # One thread a process: two test processes that each use all cores wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
-.PHONY: quickstart test check soak families fuzz audit licences record benchmark format clean
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: quickstart quick test check kernels soak families fuzz package audit licences record benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -40,8 +44,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed
 	@BIN=$(BIN) sh recipes/quickstart.sh
 
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow and not families"
+
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 12
+	$(PYTEST) --durations 12
+
+# Triton's kernels in its interpreter, and GGUF files: a part of `make test` that can be run alone.
+kernels: $(VENV)/.installed-dev
+	$(PYTEST) tests/kernels tests/models/test_gguf.py tests/export/test_gguf.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -49,6 +60,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
+	$(BIN)/python tests/fixtures/make_rows.py --check
 	$(BIN)/python docs/make_licences.py --check
 
 soak: $(VENV)/.installed-dev

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Finished = subprocess.CompletedProcess[str]
 
 TINY = ("bench", "--shape", "tiny", "--row-length", "512", "--steps", "2", "--warmup", "1")

@@ -37,6 +37,7 @@ def test_a_dry_run_prints_the_budget(recipe: str, invoke: Invoke) -> None:
     assert "lora does not read every swept key" in finished.stdout
 
 
+@pytest.mark.slow
 def test_a_report_is_made_again_without_a_model(
     recipe: str, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def module(folder: Path, name: str, text: str) -> None:
     (folder / name / "__init__.py").write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_this_machine_and_a_recipe(
     command: Callable[..., Finished], stories_folder: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_every_example_is_written_down(run: Path, invoke: Callable[..., Finished
     assert hashlib.sha256(b"pink is a color?").hexdigest() in prompts
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(
     run: Path, command: Callable[..., Finished], invoke: Callable[..., Finished]
 ) -> None:

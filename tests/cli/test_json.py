@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Finished = subprocess.CompletedProcess[str]
 
 # Python reads this at its start; it makes a library that every command needs talk while importing.

@@ -52,6 +52,7 @@ def test_the_python_side_says_the_same(run: Path, invoke: Callable[..., Finished
     assert found == [json.loads(line) for line in printed]
 
 
+@pytest.mark.slow
 def test_a_pipe_is_answered_row_by_row(
     run: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 # Whoever looks up a name or connects to an address of the internet leaves a line in a file, and has

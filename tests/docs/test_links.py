@@ -9,8 +9,13 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *REPOSITORY.glob("docs/*.md")]
+    [
+        *REPOSITORY.glob("*.md"),
+        *REPOSITORY.glob("docs/*.md"),
+        REPOSITORY / "tests/fixtures/README.md",
+    ]
 )
+FILE = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?)`")  # `folder/file.py`, `folder/`
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -34,9 +39,24 @@ def test_links_resolve(page: Path) -> None:
 
 
 def test_the_readme_leads_to_every_page() -> None:
+    """By a link of its own to each of docs/, over others to what is beside them."""
     linked = set(LINK.findall((REPOSITORY / "README.md").read_text(encoding="utf-8")))
-    pages = {page.relative_to(REPOSITORY).as_posix() for page in PAGES}
-    assert pages - {"README.md"} <= linked
+    pages = {page.relative_to(REPOSITORY).as_posix() for page in REPOSITORY.glob("docs/*.md")}
+    assert pages | {"CHANGELOG.md"} <= linked
+    reached, left = set[Path](), [REPOSITORY / "README.md"]
+    while left:
+        page = left.pop()
+        if page in PAGES and page not in reached:
+            reached.add(page)
+            names = LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8")))
+            left += [(page.parent / name.partition("#")[0]).resolve() for name in names]
+    assert reached == set(PAGES)
+
+
+def test_files_that_contributors_are_sent_to_are_there() -> None:
+    named = FILE.findall((REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())

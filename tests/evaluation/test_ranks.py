@@ -38,6 +38,7 @@ def test_outside_of_a_group_a_process_is_alone() -> None:
     assert Shard.of_group() == ALONE == Shard(0, 1)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(
     packed: PackedModel, requests: list[Request], stories_folder: Path, tmp_path: Path
 ) -> None:

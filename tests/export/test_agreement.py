@@ -27,6 +27,8 @@ from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.tasks.task import Task
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -33,6 +33,8 @@ from mtl_lora_cli.export.check import (
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import Written, merge_tasks
 
+pytestmark = pytest.mark.slow
+
 
 def merge(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Written:
     (written,) = merge_tasks(run, [(run.tasks[task], folder)], limit=8, **keys)

@@ -20,6 +20,8 @@ from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.models.packing import Packing, attend
 from mtl_lora_cli.models.segments import Segments
 
+pytestmark = pytest.mark.slow
+
 LENGTHS, TASKS = [9, 1, 18], [2, -1, 0]
 
 

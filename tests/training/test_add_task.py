@@ -33,6 +33,8 @@ from mtl_lora_cli.training.add_task import load_addition
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.run import resume, start
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = ("sst2", "home_depot"), "cola"
 # Task → where its data lie, and its held-out split there.
 DATA = {

@@ -28,6 +28,8 @@ from mtl_lora_cli.training.run import resume, start
 from .conftest import Poison
 from .faults_worker import ENDLESS, STEPS
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("faults_worker.py")
 NAMESPACE = ("unshare", "--map-root-user", "--mount")
 
@@ -376,7 +378,6 @@ def ended(process: Started, within: float = 60) -> Ended:
     return Ended(process.returncode, stderr.splitlines())
 
 
-@pytest.mark.slow
 def test_two_processes_are_terminated_together(story: Story) -> None:
     process = story.start()
     story.learn(process)
@@ -388,7 +389,6 @@ def test_two_processes_are_terminated_together(story: Story) -> None:
     assert story.newest == f"step-{done:06d}"
 
 
-@pytest.mark.slow
 def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
     # Too near, and the system makes one of two; too far, and the first one has ended the run.
     for pause in (0.01, 0.03, 0.1, 0.02, 0.05, 0.2):
@@ -407,7 +407,6 @@ def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
     assert int(story.newest.removeprefix("step-")) % 4 == 0 or story.newest == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "torchrun"), [(1, False), (0, True)])
 def test_a_killed_process_is_named_by_the_others(story: Story, rank: int, torchrun: bool) -> None:
     before = story.newest

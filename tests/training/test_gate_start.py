@@ -11,6 +11,8 @@ import torch
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 
+pytestmark = pytest.mark.slow
+
 
 def mean_cosine(small: Callable[..., Any], config: AdapterConfig) -> float:
     """Mean cosine of two up-projections of a layer after 100 steps on four real tasks."""

@@ -14,6 +14,8 @@ from mtl_lora_cli.recipe.schema import Diagnose, Validation
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 LOOKING = {"diagnose": Diagnose(every=2), "validation": Validation(every=3, examples=5)}
 TIMES = ("seconds", "tokens_per_second")
 

@@ -21,6 +21,8 @@ from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
 from mtl_lora_cli.training.schedule import learning_rate_factor
 
+pytestmark = pytest.mark.slow
+
 EMBEDDED = AdapterConfig(rank=4, gate="embedding")
 PARTS = ("down", "up", "transform", "gate", "embedding")
 

@@ -301,6 +301,7 @@ def on_a_terminal() -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_a_real_terminal_shows_one_whole_screen(
     recipe_file: Path, tmp_path: Path, on_a_terminal: Callable[..., str]
 ) -> None:

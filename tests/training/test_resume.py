@@ -17,6 +17,8 @@ from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.prepare import Prepared
 from mtl_lora_cli.training.run import resume, start
 
+pytestmark = pytest.mark.slow
+
 
 def same(one: Any, two: Any) -> None:
     assert one.losses == two.losses

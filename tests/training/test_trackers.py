@@ -25,6 +25,7 @@ def _with(prepared: Prepared, path: Path, *names: str) -> RunFolder:
     return start(replace(prepared, recipe=own), path)
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_every_number_of_the_metrics(recipe_file: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -67,6 +67,7 @@ def test_the_untrained_metrics_are_the_plain_models(
     assert observer.metrics() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_last_look_is_what_eval_finds(recipe_file: Path, tmp_path: Path) -> None:
     """All rows of the split, so that both see the same ones."""
     overrides = ["training.validation.every=4", "training.row_length=512", "training.max_steps=5"]
