@@ -31,7 +31,8 @@ def only_writer(run: RunFolder) -> Iterator[None]:
     On a file system without locks this says so and goes on.
 
     Raises:
-        UsageError: another process does, by its number; or nobody can write there.
+        UsageError: another process does, by its number; or the run is gone.
+        OSError: nobody can write there.
     """
     path = run.path / LOCK_FILE
     handle = _acquired(path, run)
@@ -50,7 +51,7 @@ def _acquired(path: Path, run: RunFolder) -> int:
     for attempt in range(_TRIES):
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise UsageError(f"{run.path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -96,13 +96,15 @@ def _only_writer(run: RunFolder, processes: Processes) -> Iterator[None]:
 
     Raises:
         UsageError: another process writes into the run; all raise it.
+        MtlLoraError: nobody can write there; likewise.
     """
     with ExitStack() as held:
-        refused = None
+        refused: MtlLoraError | None = None
         if processes.main:
             try:
-                held.enter_context(only_writer(run))
-            except UsageError as error:
+                with _disk(run):
+                    held.enter_context(only_writer(run))
+            except MtlLoraError as error:
                 refused = error
         refused = processes.same(refused)
         if refused is not None:

@@ -258,9 +258,10 @@ def test_changed_rows_are_refused(stopped: Callable[..., RunFolder], tmp_path: P
     file.write_text(file.read_text().replace('"sentence": "', '"sentence": "Well, ', 1))
     with pytest.raises(UsageError) as caught:
         resume(run, None, [])
-    assert str(caught.value) == (
-        "task 'cola': its training rows changed since run 'killed' began; "
-        "go on with the rows of then, or start a new run"
+    assert re.fullmatch(
+        r"task 'cola': its training rows changed since run 'killed' began "
+        r"\(fingerprint \w{16}, recorded \w{16}\); go on with the rows of then, or start a new run",
+        str(caught.value),
     )
     assert not run.adapter.exists()
 
