@@ -289,7 +289,7 @@ def test_arc_easy_has_the_two_questions_that_stand_in_both_splits(
         f"- {{name: arc, template: llm_adapters, source: {source}}}\n",
         "training.on_overflow=truncate_prompt",
     )
-    assert data.audits[0].leaks == (Leak("test", 2, 2376),)
+    assert [(leak.split, leak.found) for leak in data.audits[0].leaks] == [("test", 2)]
 
 
 def test_an_empty_split_is_an_error(folder: Path, stories_folder: Path) -> None:
