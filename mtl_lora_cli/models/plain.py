@@ -164,8 +164,9 @@ class PlainEngine:
                 yield _filled_up(batch, group, owner)
         elif self.way.layout == "single":
             lone = paths
+        one = _packed if self.way.layout == "packed" else _filled_up
         for path in lone:
-            yield _filled_up(batch, [path], owner)
+            yield one(batch, [path], owner)
 
 
 def _whole(batch: PackedBatch) -> _Piece:

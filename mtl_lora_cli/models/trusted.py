@@ -17,7 +17,8 @@ import torch
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
-from mtl_lora_cli.models.trust import Difference, Trust, device_of, expected_dtype, settle
+from mtl_lora_cli.models.stand_in import device_of, dtype_of
+from mtl_lora_cli.models.trust import Difference, Trust, settle
 from mtl_lora_cli.runs.paths import cache_folder
 
 _ROOMS = ("models", "adapters", "kernels")  # what decides what our path computes
@@ -56,7 +57,7 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "base": base.fingerprint,
         "engine": "fused" if packed.decoder is not None else packed.not_fused,
         "adapted": None if packed.adapter is None else sorted(packed.adapter.layers),
-        "dtype": str(expected_dtype(packed.model)),
+        "dtype": str(dtype_of(packed.model)),
         "quantization": quantization,
         "base_compute": base_compute,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
