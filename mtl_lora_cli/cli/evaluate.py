@@ -216,6 +216,8 @@ def _evaluated(
     opened: OpenRun = open_run(folder, force=force)
     if opened.trained_on is not None and processes.main:
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
+    if opened.packed.plain is not None and processes.main:
+        say(f"note: {opened.packed.engine_line()}")
     console = Console(stderr=True, quiet=not processes.main)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("scoring", total=None)

@@ -86,11 +86,28 @@ def tasks_table(prepared: Prepared) -> str:
     return "\n".join([table(header, rows), *notes, *memory, steps])
 
 
+def tried_engine(prepared: Prepared) -> dict[str, Any]:
+    """Which engine would run, by the self-test."""
+    from mtl_lora_cli.training.trial import tried
+
+    names = [task.name for task in prepared.data.tasks]
+    config = prepared.adapter_config
+    return tried(prepared.recipe, prepared.base, config, names, prepared.device, prepared.dtype)
+
+
+def engine_lines(report: dict[str, Any]) -> list[str]:
+    """The same in words."""
+    from mtl_lora_cli.training.trial import in_a_line
+
+    return [in_a_line(report), *(f"note: {line}" for line in report.get("remarks", []))]
+
+
 def emit_plan(prepared: Prepared, as_json: bool) -> None:
     """The resolved recipe, its tasks, and the size of what would be trained, to stdout."""
     from mtl_lora_cli.recipe.load import dump_recipe
 
-    _, adapter = prepared.build()
+    packed, adapter = prepared.build()
+    engine = packed.engine_report()
     if as_json:
         emit_json(
             {
@@ -99,10 +116,13 @@ def emit_plan(prepared: Prepared, as_json: bool) -> None:
                 "findings": findings(prepared),
                 "steps": prepared.total_steps,
                 "memory": prepared.memory,
+                "engine": engine,
                 "trainable_parameters": adapter.parameter_count(),
             }
         )
         return
     emit(dump_recipe(prepared.recipe))
     emit(tasks_table(prepared))
+    for line in engine_lines(engine):
+        emit(line)
     emit(f"{adapter.parameter_count():,} trainable parameters")

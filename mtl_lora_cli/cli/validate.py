@@ -8,7 +8,7 @@ import typer
 
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, status
 from mtl_lora_cli.cli.options import JsonOption
-from mtl_lora_cli.cli.plan import findings, task_rows, tasks_table
+from mtl_lora_cli.cli.plan import engine_lines, findings, task_rows, tasks_table, tried_engine
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +32,8 @@ def validate(
 
         prepared = prepare(loaded)
         require_fit(prepared)
+        status("trying the base model")
+        engine = tried_engine(prepared)
         if as_json:
             emit_json(
                 {
@@ -40,8 +42,11 @@ def validate(
                     "findings": findings(prepared),
                     "steps": prepared.total_steps,
                     "memory": prepared.memory,
+                    "engine": engine,
                 }
             )
             return
         emit(tasks_table(prepared))
+        for line in engine_lines(engine):
+            emit(line)
         emit(f"{loaded.path} is valid")

@@ -183,6 +183,7 @@ def _setting_of(opened: OpenRun, task: Task, setting: Setting) -> dict[str, Any]
         "adapter_base_model": opened.trained_on,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "quantization": opened.recipe.quantization,
+        "engine": opened.packed.engine_line(),
         "limit": setting.limit,
     }
 

@@ -6,7 +6,8 @@ its key-value cache keeps what they leave: each further token costs one position
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,18 +57,38 @@ def generate(
     training = packed.training
     packed.eval()
     try:
-        for some in fill_passes([costs[number] for number in own], tokens_per_pass):
-            numbers = [own[place] for place in some]
+        for numbers in _passes(packed, requests, own, costs, tokens_per_pass):
             rows = [requests[number].prompt for number in numbers]
             limits = [new_tokens[number] for number in numbers]
-            tasks = torch.tensor([requests[number].task for number in numbers])
-            with torch.inference_mode(), packed.over_padded_rows(tasks) as model:
+            with torch.inference_mode(), packed.over_rows(requests[numbers[0]].task) as model:
                 found = _continued(model, rows, limits, ends, stopped, device)
             answers.update(zip(numbers, found, strict=True))
             advance(len(numbers))
     finally:
         packed.train(training)
     return shard.gather(answers)
+
+
+def _passes(
+    packed: PackedModel,
+    requests: Sequence[Request],
+    own: Sequence[int],
+    costs: Sequence[int],
+    tokens_per_pass: int,
+) -> Iterator[list[int]]:
+    """Numbers of the requests of one task that are answered together.
+
+    Where another row's length could change an answer, or state would run over what fills a row up, only
+    prompts of one length are; where even rows of one length could, each is answered by itself.
+    """
+    layout = "packed" if packed.plain is None else packed.plain.way.layout
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number in own:
+        alike = {"packed": 0, "rows": len(requests[number].prompt), "single": number}[layout]
+        groups.setdefault((requests[number].task, alike), []).append(number)
+    for group in groups.values():
+        for some in fill_passes([costs[number] for number in group], tokens_per_pass):
+            yield [group[place] for place in some]
 
 
 def _continued(
@@ -83,17 +104,18 @@ def _continued(
     going = [limit > 0 for limit in limits]
     ids, mask = (tensor.to(device) for tensor in _filled_up(prompts))
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    known = signature(model.forward).parameters
+    kept = "cache_params" if "cache_params" in known else "past_key_values"
     cache = None
     while any(going):
+        wanted = {"position_ids": places, "logits_to_keep": 1, kept: cache}
         out = model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=places,
-            past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **{name: value for name, value in wanted.items() if name in known},
         )
-        cache = out.past_key_values
+        cache = getattr(out, kept)
         likeliest = out.logits[:, -1].argmax(dim=-1)
         for row, token in enumerate(likeliest.tolist()):
             if not going[row]:

@@ -136,7 +136,25 @@ class PackedModel(nn.Module):
         """Which engine runs, and why not the other one."""
         if self.plain is None:
             return "fused engine"
-        return f"plain engine, {self.plain.way}; the fused engine does not run: {self.not_fused}"
+        way = self.plain.way
+        slower = "" if way.layout == "packed" else " (slower)"
+        packed = [one for one in getattr(self.trust, "tried", ()) if one.startswith("packed")]
+        return (
+            f"plain engine, {way}{slower}; the fused engine does not know it: {self.not_fused}"
+            + "".join(f"; {one}" for one in packed)
+        )
+
+    def engine_report(self) -> dict[str, Any]:
+        """The same as data: `engine`, `layout`, `why_not_fused`, `self_test`, `line`, `remarks`."""
+        plain = self.plain
+        return {
+            "engine": "fused" if plain is None else "plain",
+            "layout": "packed" if plain is None else plain.way.layout,
+            "why_not_fused": self.not_fused,
+            "self_test": None if self.trust is None else str(self.trust),
+            "line": self.engine_line(),
+            "remarks": [] if self._adapter is None else list(self._adapter.remarks),
+        }
 
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:
@@ -148,18 +166,20 @@ class PackedModel(nn.Module):
                 yield
 
     @contextmanager
-    def over_padded_rows(self, task_ids: Tensor) -> Iterator[Any]:
+    def over_rows(self, tasks: int | Tensor) -> Iterator[Any]:
         """transformers' own model, adapter included, with a key-value cache for who wants one.
 
         Inside the block it takes rows filled up to one length and their attention mask, not packed
         ones.
 
         Args:
-            task_ids: int64 [B], of each row.
+            tasks: of all rows, or int64 [B] of each; −1 is the base model alone. One task of all rows
+                is right whatever shape the model's code gives its activations.
         """
+        ids = torch.as_tensor(tasks)
         use_attention(self.model, own_attention(self.model))
         try:
-            with nullcontext() if self._adapter is None else self._adapter.routing.assign(task_ids):
+            with nullcontext() if self._adapter is None else self._adapter.routing.assign(ids):
                 yield self.model
         finally:
             if self.plain is not None:

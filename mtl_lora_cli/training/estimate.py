@@ -33,6 +33,7 @@ from mtl_lora_cli.training.fit import (
 from mtl_lora_cli.training.footprint import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.training.memory import Choice, free_memory, pick
 from mtl_lora_cli.training.prepare import adapter_config
+from mtl_lora_cli.training.trial import in_a_line, tried
 
 if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData
@@ -77,6 +78,18 @@ class Estimate:
         return self.needed <= self.free
 
 
+def _engine(
+    loaded: LoadedRecipe, base: BaseModel, names: Sequence[str], situation: Situation
+) -> Check:
+    """Which engine runs the base model, by the self-test."""
+    config = adapter_config(loaded.recipe)
+    try:
+        report = tried(loaded.recipe, base, config, names, situation.device, situation.dtype)
+    except MtlLoraError as error:
+        return Check("engine", Verdict.FAIL, "; ".join(error.lines), "take another base model")
+    return Check("engine", Verdict.OK, in_a_line(report))
+
+
 def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], Estimate | None]:
     """Check what a recipe names, and estimate the memory of its steps.
 
@@ -107,7 +120,7 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         longest=recipe.training.row_length,
     )
     data, check = _read(loaded, tasks, base)
-    checks = [check]
+    checks = [check, _engine(loaded, base, names, situation)]
     if data is not None:
         situation = replace(
             situation,

@@ -82,7 +82,7 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
         zero = prepared.zero()
         ready()
         if prepared.processes.main:
-            _create(prepared, path, zero)
+            _create(prepared, path, zero, packed.engine_report())
         prepared.processes.wait()
         run = RunFolder(path)
         with _only_writer(run, prepared.processes):
@@ -112,7 +112,9 @@ def _only_writer(run: RunFolder, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None:
+def _create(
+    prepared: Prepared, path: Path, zero: dict[str, Any] | None, engine: dict[str, Any]
+) -> None:
     """The run folder, whole or not at all."""
     where = prepared.recipe.run.model_copy(
         update={"name": path.name, "directory": str(path.parent.resolve())}
@@ -127,7 +129,9 @@ def _create(prepared: Prepared, path: Path, zero: dict[str, Any] | None) -> None
             shutil.copy(prepared.extends.tasks, run.extends.tasks)
             shutil.copytree(prepared.extends.adapter, run.extends.adapter)
         around = describe(prepared.device, prepared.dtype, prepared.processes)
-        save_json(run.environment, {**around, "base_model": prepared.base.identity()})
+        save_json(
+            run.environment, {**around, "base_model": prepared.base.identity(), "engine": engine}
+        )
         _write_zero(run, zero)
 
     mark_latest(create_run(path, fill))
@@ -299,6 +303,10 @@ def _learn(
                 _write_zero(run, zero)
             if checkpoint is not None:
                 tell(f"resuming {run.name} after step {trainer.position.step}")
+            if packed.plain is not None:
+                tell(f"note: {packed.engine_line()}")
+            for line in adapter.remarks:
+                tell(f"note: {line}")
             if recipe.base_compute == "fp8":
                 tell(str(trainer.rounding()))
         progress = TrainingProgress(

@@ -93,7 +93,7 @@ def test_predictions_are_those_of_padded_batches(
             place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
             ids[row, place], mask[row, place] = tokens, 1
         tasks = torch.tensor([requests[number].task for number, _, _ in some])
-        with torch.no_grad(), packed.over_padded_rows(tasks) as model:
+        with torch.no_grad(), packed.over_rows(tasks) as model:
             places = (mask.cumsum(1) - 1).clamp(min=0)
             logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
         logprobs = logits.double().log_softmax(-1)

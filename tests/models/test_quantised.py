@@ -94,7 +94,7 @@ def test_generating_leaves_the_weights_as_they_were(
     packed, batch = quantised(quantization, engine).eval(), make_batch([20], [1])
     with torch.no_grad(), packed.routed(batch):
         before = packed(batch)
-    with torch.no_grad(), packed.over_padded_rows(torch.tensor([1])) as model:
+    with torch.no_grad(), packed.over_rows(1) as model:
         mask = torch.ones_like(batch.input_ids)
         logits = model(input_ids=batch.input_ids, attention_mask=mask).logits
     with torch.no_grad(), packed.routed(batch):

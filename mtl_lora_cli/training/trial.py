@@ -1,0 +1,73 @@
+"""Which engine a recipe's model would run on, tried before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.load import adapt, load_config, load_model
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.stand_in import stand_in
+from mtl_lora_cli.models.trust import settle
+from mtl_lora_cli.models.trusted import settled
+from mtl_lora_cli.recipe.schema import Recipe
+
+_SHARE = 0.4  # of free memory that a trial may take
+_LARGEST = {"cpu": 4 * 2**30, "cuda": 64 * 2**30}  # bytes of weights; more takes too long to read
+
+
+def tried(
+    recipe: Recipe,
+    base: BaseModel,
+    config: AdapterConfig,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The engine, and the self-test's result, as `PackedModel.engine_report` gives them.
+
+    Where the weights are not here, or too large to be read for a trial, a small model of the same kind
+    stands for them: few layers, random weights.
+
+    Raises:
+        UsageError: the model is refused.
+    """
+    stored = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
+    if 0 < stored <= min(_LARGEST[device.type], _SHARE * _free(device)):
+        model = load_model(base, dtype=dtype, device=device, quantization=recipe.quantization)
+        adapter = adapt(model, config, names)
+        packed = PackedModel(
+            model, adapter, engine=recipe.engine, base_compute=recipe.base_compute
+        ).eval()
+        settled(packed, base, quantization=recipe.quantization, base_compute=recipe.base_compute)
+        return packed.engine_report()
+    real = load_config(base).get_text_config()
+    small = stand_in(real, device, dtype)
+    if small is None:
+        return {"engine": None, "why": "its weights are not read here: tried when the run begins"}
+    try:
+        packed = PackedModel(small, engine=recipe.engine).eval()
+        packed.trust = settle(packed)
+    except UsageError as error:
+        raise UsageError(f"{error} (tried on a small model of the same kind)") from error
+    return {**packed.engine_report(), "tried_on": "a small model of the same kind"}
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def in_a_line(report: dict[str, Any]) -> str:
+    """A report as `validate` and `doctor` show it."""
+    if report["engine"] is None:
+        return f"engine: {report['why']}"
+    small = f" (tried on {report['tried_on']})" if "tried_on" in report else ""
+    return f"{report['line']}; {report['self_test']}{small}"
