@@ -3,7 +3,7 @@
 The self-test (`trust.py`) asks examples on both sides of every such limit. A window of thousands of
 positions in a model of billions of weights would take minutes on a CPU, and in 16 bits rounding is
 larger than what a few keys at its edge weigh. There a small model stands for it: the same configuration
-with few layers, few words, random weights that matter, and small limits.
+with few layers, few words, narrow MLPs, random weights that matter, and small limits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 BEYOND = 5  # how much longer than a window or a limit an example is
-WINDOW, LIMIT, WORDS = 16, 24, 256  # of the small model
+WINDOW, LIMIT, WORDS, INNER = 16, 24, 256, 256  # of the small model
 LONG = 3 * WINDOW  # tokens of an example of which most see less than all
 MOST_WEIGHTS = 2_000_000_000
 _REACHES = re.compile(r"window|attention_chunk_size|index(er)?_(topk|budget)|compress_rate")
@@ -101,6 +101,9 @@ def small_config(real: Any) -> Any:
     for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if getattr(config, name, None) is not None:
             setattr(config, name, number)
+    for name, size in real.to_dict().items():
+        if name.endswith("intermediate_size") and isinstance(size, int):
+            setattr(config, name, min(size, INNER))
     for name in windows_of(real):
         value = getattr(config, name)
         small = [min(one, WINDOW) for one in value] if isinstance(value, list) else WINDOW

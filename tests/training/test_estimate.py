@@ -72,7 +72,7 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
 
 def test_a_configuration_alone_is_enough(eight_b: Path, examined: Examined) -> None:
     checks, found = examined(eight_b, "dtype=bfloat16")
-    assert verdicts(checks) == {"recipe": "warn", "fit": "ok"}
+    assert verdicts(checks) == {"recipe": "warn", "engine": "ok", "fit": "ok"}
     assert "every position counts as supervised" in checks[0].finding
     assert found.parts["weights"] == pytest.approx(16.06e9, rel=0.001)
     trained = 32 * 8 * (4 * 4096 + 3 * (2 * 4096 + 2 * 1024)) + 2 * 4 * 32 * (8 * 8 + 3)
@@ -161,7 +161,7 @@ def test_layers_that_are_not_known_are_not_estimated(
 ) -> None:
     checks, found = examined(stories_folder, "engine=plain")
     assert found is None
-    assert verdicts(checks) == {"recipe": "ok", "fit": "warn"}
+    assert verdicts(checks) == {"recipe": "ok", "engine": "ok", "fit": "warn"}
     assert "found engine: plain" in checks[-1].finding
 
 
