@@ -21,7 +21,15 @@ from torch import nn
 from mtl_lora_cli.errors import CheckError
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import Stopped
-from mtl_lora_cli.models.load import bits_and_bytes, compute_in_float32, pick_device
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import (
+    bits_and_bytes,
+    compute_in,
+    load_config,
+    model_class,
+    pick_device,
+)
+from mtl_lora_cli.models.prequantised import expanding, kept_quantised, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 
 _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}  # of one example's candidates together
@@ -42,19 +50,21 @@ def load_alone(
     Raises:
         CheckError: transformers does not load it, or finds no value for a weight.
     """
-    plain = quantization == "none"
+    base = find_base_model(str(folder))
+    kind = model_class(base, load_config(base))
+    how = expanding(base, quantization) or bits_and_bytes(quantization, dtype)
     try:
         with quiet_loading():
-            model, loading = class_for(folder).from_pretrained(
+            model, loading = kind.from_pretrained(
                 folder,
                 use_safetensors=True,
                 trust_remote_code=False,
-                dtype=torch.float32 if plain and in_float32 else dtype,
+                dtype=torch.float32 if in_float32 and quantization == "none" else dtype,
                 device_map={"": pick_device()},
                 output_loading_info=True,
-                quantization_config=bits_and_bytes(quantization, dtype),
+                **({} if how is None else {"quantization_config": how}),
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckError(f"transformers does not load {folder}: {reason}") from None
     missing = sorted(loading["missing_keys"])
@@ -62,10 +72,11 @@ def load_alone(
         raise CheckError(
             f"transformers finds no value for {len(missing)} weights in {folder}, the first is {missing[0]}"
         )
-    if not plain:
-        if in_float32:
-            compute_in_float32(model)
-        model = model.dequantize(torch.float32 if in_float32 else dtype)
+    exactly = torch.float32 if in_float32 else dtype
+    if quantization != "none" or method_of(base) is not None:
+        compute_in(model, exactly)
+    if quantization != "none" or kept_quantised(base):
+        model = model.dequantize(exactly)
     _leave_logits_unrounded(model)
     return model.requires_grad_(False).eval()
 
@@ -140,15 +151,6 @@ def _leave_logits_unrounded(model: Any) -> None:
     )
     wide.register_forward_pre_hook(lambda _, inputs: tuple(one.float() for one in inputs))
     model.set_output_embeddings(wide)
-
-
-def class_for(folder: Path) -> Any:
-    """transformers' class for text, or, where a model has none, the one for images and text."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 @torch.inference_mode()

@@ -14,11 +14,12 @@ from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.metrics import Measured
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
-from mtl_lora_cli.export.alone import class_for
 from mtl_lora_cli.export.check import Comparison
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.load import load_config, model_class
+from mtl_lora_cli.models.prequantised import method_of
 from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.tasks.task import Task
 
@@ -87,7 +88,7 @@ def merged_card(
         library="transformers",
         relation="finetune",
         about="\n\n".join(parts),
-        use=_MERGED_USE.replace("KIND", class_for(folder).__name__),
+        use=_MERGED_USE.replace("KIND", model_class(run.base, load_config(run.base)).__name__),
     )
 
 
@@ -209,11 +210,17 @@ def _method(run: FinishedRun) -> str:
         "adapted": f"{', '.join(config.target_modules)}: {len(run.adapter.layers)} layers",
         "trained values": f"{run.adapter.parameter_count():,}, for {len(run.tasks)} tasks",
         "optimiser steps": f"{steps[-1]:,}" if steps else "not recorded",
-        "base weights in training": run.recipe.quantization
-        if run.recipe.quantization != "none"
-        else "not quantised",
+        "base weights in training": _base_weights(run),
     }
     return _table([["", ""], *([key, value] for key, value in rows.items())])
+
+
+def _base_weights(run: FinishedRun) -> str:
+    """How the base model's weights were quantised, by the recipe or before."""
+    before = method_of(run.base)
+    if before is not None:
+        return f"quantised already ({before})"
+    return run.recipe.quantization if run.recipe.quantization != "none" else "not quantised"
 
 
 def _data(run: FinishedRun, task: Task) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +35,19 @@ from mtl_lora_cli.export.shards import (
 )
 from mtl_lora_cli.export.weight_names import weight_names
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.files import INDEX, weight_files
+from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
 from mtl_lora_cli.runs.atomic import sync, write_text
 
 # Weights in other formats, which would be the base model's, and the base model's own card.
 _NOT_COPIED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors"}
+
+# What is no float and no part of a quantised weight: places, masks.
+_NUMBERS = ("I64", "BOOL")
+_SCALES = ".absmax"  # what bitsandbytes stores beside a weight of 4 bits
+_AGAIN = (
+    "a sum would have to be quantised again, which is not merging; export --format peft leaves the base "
+    "model as it is"
+)
 
 Update = tuple[Tensor, Tensor, float]  # A' [k, in], B'_t [out, k], s
 
@@ -128,11 +137,11 @@ def plan_merge(
             f"{len(updates)} adapted weights would change {len(changing)} tensors of {base.folder}: "
             "there is nothing to merge"
         )
+    files = {path: read_shard(path) for path in weight_files(base.folder)}
+    _require_plain(base, left, {one.name for found, _ in files.values() for one in found})
     shards, kept = [], []
     changed: set[str] = set()
-    files = weight_files(base.folder)
-    for path in files:
-        stored, metadata = read_shard(path)
+    for path, (stored, metadata) in files.items():
         planned = [_planned(one, left.get(one.name), how, changed) for one in stored]
         if all(after is None for after in planned):
             kept.append(path)
@@ -140,7 +149,7 @@ def plan_merge(
             both = zip(stored, planned, strict=True)
             tensors = [_as_it_is(before) if after is None else after for before, after in both]
             shards.append(Shard(path.name, tensors, metadata or {"format": "pt"}))
-    texts = {} if how is None else _texts(base.folder, shards, kept, how.dtype)
+    texts = _texts(base.folder, shards, kept, None if how is None else how.dtype)
     copied = [
         path
         for path in sorted(base.folder.iterdir())
@@ -222,17 +231,24 @@ def _as_it_is(stored: Stored) -> Planned:
     return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks)
 
 
+def _require_plain(base: BaseModel, updated: Iterable[str], names: Container[str]) -> None:
+    """Refuse bitsandbytes' 4-bit weights, which may be stored as what looks like floats."""
+    for name in updated:
+        if f"{name}{_SCALES}" in names:
+            raise UsageError(f"{base.folder}: weight '{name}' is stored in 4 bits: {_AGAIN}")
+
+
 def _require_fit(stored: Stored, update: Update) -> None:
     down, up, _ = update
+    if stored.dtype not in FLOATS:
+        raise UsageError(
+            f"{stored.file}: weight '{stored.name}' is stored as {stored.dtype}, expected one of "
+            f"{', '.join(FLOATS)}: {_AGAIN}"
+        )
     if stored.shape != (up.shape[0], down.shape[1]):
         raise UsageError(
             f"{stored.file}: weight '{stored.name}' has shape {list(stored.shape)}, "
             f"the adapter fits [{up.shape[0]}, {down.shape[1]}]"
-        )
-    if stored.dtype not in FLOATS:
-        raise UsageError(
-            f"{stored.file}: weight '{stored.name}' is stored as {stored.dtype}, "
-            f"expected one of {', '.join(FLOATS)}"
         )
 
 
@@ -278,23 +294,43 @@ def _cast(stored: Stored, dtype: torch.dtype) -> Iterator[np.ndarray]:
 
 
 def _texts(
-    folder: Path, shards: Sequence[Shard], kept: Sequence[Path], dtype: torch.dtype
+    folder: Path, shards: Sequence[Shard], kept: Sequence[Path], dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """The configuration and the index, which tell of dtypes and sizes."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = str(dtype).removeprefix("torch.")
-    keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
-    texts = {"config.json": {**config, **dict.fromkeys(keys, name)}}
-    if (folder / INDEX).is_file():
+    """The files that tell of the weights' format, as far as it becomes another one.
+
+    Args:
+        folder: of the base model.
+        shards: that are written.
+        kept: weights files that stay.
+        dtype: to which all is cast; None: every tensor keeps its own.
+    """
+    tensors: list[Planned | Stored] = [one for shard in shards for one in shard.tensors]
+    tensors += [stored for path in kept for stored in read_shard(path)[0]]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    texts = {CONFIG: _config(config, tensors, dtype)}
+    if dtype is not None and (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        size = sum(tensor.size for shard in shards for tensor in shard.tensors)
-        size += sum(stored.size for path in kept for stored in read_shard(path)[0])
+        size = sum(tensor.size for tensor in tensors)
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         texts[INDEX] = index
     return {
         name: json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         for name, content in texts.items()
+        if name != CONFIG or content != config
     }
+
+
+def _config(
+    config: Mapping[str, Any], tensors: Sequence[Planned | Stored], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """config.json without a quantisation that no tensor has, and with the dtype that all have."""
+    written = dict(config)
+    if all(tensor.dtype in (*FLOATS, *_NUMBERS) for tensor in tensors):
+        written.pop("quantization_config", None)
+    if dtype is not None:
+        keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+        written.update(dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
+    return written
 
 
 def _can_link(path: Path, place: Path) -> bool:

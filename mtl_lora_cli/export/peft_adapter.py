@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.export.alone import class_for
 from mtl_lora_cli.export.card import model_card
 from mtl_lora_cli.export.check import Answers, Check, Comparison, Questions, Reader, run_itself
 from mtl_lora_cli.export.finished_run import FinishedRun
@@ -28,6 +27,7 @@ from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.run_merge import require_held_out, write_checked
 from mtl_lora_cli.export.weight_names import skeleton, wrapper_class, wrapper_names
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.load import load_config, model_class
 from mtl_lora_cli.tasks.task import Task
 
 _PREFIX = "base_model.model."  # PEFT's name for what it wraps
@@ -221,6 +221,11 @@ def _loadable(base: BaseModel) -> str:
     return base.name if base.revision is not None else str(base.folder)
 
 
+def _loaded_as(base: BaseModel) -> str:
+    """The class of transformers that loads it."""
+    return str(model_class(base, load_config(base)).__name__)
+
+
 def _rank(folder: Path) -> int:
     return int(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["r"])
 
@@ -255,7 +260,7 @@ def _card(
     reduced = "" if truncation is None else f"\n\nThe rank was reduced: {truncation}."
     wrapped = wrapper_class(run.base)
     twice = (
-        f" Its tensors stand there twice, as {class_for(run.base.folder).__name__} names them and as "
+        f" Its tensors stand there twice, as {_loaded_as(run.base)} names them and as "
         f"{wrapped.__name__} does."
         if wrapped is not None
         else ""
@@ -272,7 +277,5 @@ def _card(
         about=f"One task of the run `{run.folder.name}`: of its method, {run.recipe.adapter.method}, "
         "one task is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B."
         f"{twice}{reduced}",
-        use=_USE.format(
-            kind=class_for(run.base.folder).__name__, base=base, room=room, task=task.name
-        ),
+        use=_USE.format(kind=_loaded_as(run.base), base=base, room=room, task=task.name),
     )

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.export.alone import class_for
 from mtl_lora_cli.export.shards import read_shard
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
-from mtl_lora_cli.models.load import load_config
+from mtl_lora_cli.models.load import load_config, model_class
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class WeightNames:
         raise UsageError(f"{self.base.folder}: no weight '{weight}' to merge into{why}")
 
 
+@lru_cache(maxsize=4)
 def weight_names(base: BaseModel, kind: Any = None) -> WeightNames:
     """Where the weights of a base model lie.
 
@@ -122,7 +123,7 @@ def skeleton(base: BaseModel, kind: Any = None) -> Any:
     config = load_config(base)
     with torch.device("meta"):
         if kind is None:
-            return class_for(base.folder).from_config(config)
+            return model_class(base, config).from_config(config)
         return kind(config)
 
 

@@ -13,6 +13,7 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 
 
@@ -170,9 +171,11 @@ def load_model(
             gathers weights as numbers of one kind.
 
     Raises:
-        UsageError: the folder holds no causal language model that transformers knows.
+        UsageError: the folder holds no causal language model that transformers knows, or one that is
+            quantised in a way that cannot be trained around.
     """
     config = load_config(base)
+    how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage)
     try:
         with quiet_loading():
             kind = model_class(base, config)
@@ -185,9 +188,9 @@ def load_model(
                 device_map={"": device},
                 output_loading_info=True,
                 attn_implementation=_first_attention(kind, config),
-                quantization_config=bits_and_bytes(quantization, dtype, storage),
+                **({} if how is None else {"quantization_config": how}),
             )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UsageError(
             f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -196,6 +199,8 @@ def load_model(
         raise UsageError(
             f"base_model: '{base.name}': {len(missing)} weights are missing, the first is {missing[0]}"
         )
+    if method_of(base) is not None:
+        compute_in(model, dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -217,17 +222,25 @@ def load_for_float32(
     if quantization == "none":
         return load_model(base, dtype=torch.float32, device=device)
     model = load_model(base, dtype=dtype, device=device, quantization=quantization)
-    compute_in_float32(model)
+    compute_in(model, torch.float32)
     return model
 
 
-def compute_in_float32(model: Any) -> None:
-    """Widen a model with 4-bit weights: those stay, and all that is computed with them is float32."""
-    nn.Module.float(model)  # transformers' own refuses to, for weights that this leaves as they are
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Let a model with quantised weights compute in a dtype: those stay, what they are expanded to changes.
+
+    transformers itself refuses to, and where files are quantised already it leaves all else as they have it.
+    """
+    halves = (torch.float16, torch.bfloat16)
     for layer in model.modules():
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
-        if state is not None:
-            layer.compute_dtype = state.dtype = torch.float32
+        for name, value in (*layer._parameters.items(), *layer._buffers.items()):
+            state = getattr(value, "quant_state", None)
+            if state is not None:
+                layer.compute_dtype = state.dtype = dtype
+            elif isinstance(value, nn.Parameter) and value.is_floating_point():
+                value.data = value.data.to(dtype)
+            elif value is not None and value.dtype in halves:
+                layer._buffers[name] = value.to(dtype)
 
 
 def bits_and_bytes(

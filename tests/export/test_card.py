@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_the_runs_own_evaluation_stands_in_it(
 def test_the_base_models_licence_is_taken_over(
     run: FinishedRun, tmp_path: Path, head: str, expected: dict[str, str]
 ) -> None:
+    shutil.copy(run.base.folder / "config.json", tmp_path)
     (tmp_path / "README.md").write_text(f"---\n{head}---\n# A model\n")
     data = card(replace(run, base=replace(run.base, folder=tmp_path))).data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == expected

@@ -52,7 +52,9 @@ def large(run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Finishe
 def start(large: FinishedRun) -> Start:
     """`start(folder)` begins to merge into it, in another process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mtl_lora_cli.export.run_merge"])
+    context.set_forkserver_preload(
+        ["mtl_lora_cli.export.run_merge", "transformers.models.llama.modeling_llama"]
+    )
 
     def begin(folder: Path, checked: bool = False) -> BaseProcess:
         targets, keys = [(large.tasks[0], folder)], {"checked": checked, "limit": 4}
