@@ -162,6 +162,8 @@ class ChatTemplate:
         """
         if counts is None:
             counts = [message["role"] == "assistant" for message in messages]
+        if not any(counts):
+            raise ValueError("no message of the conversation counts")
         whole = self._render(messages)
         self._require_all(whole, messages)
         turns = []

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_letters, digits
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import numpy as np
 
 from mtl_lora_cli.data.chat import ChatTemplate, Message, Turn, Written, one_turn
 from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
+from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat, Recipe
 from mtl_lora_cli.tasks.rendering import Example
@@ -28,64 +29,6 @@ _CHUNK = 4096  # texts tokenised together while the chunk before is read
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
 
 Overflow = Literal["error", "drop", "truncate_prompt"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a model reads before it answers.
-
-    Attributes:
-        tokens: all of them.
-        own: from which to which of them are the row's own, that may be cut for want of room; the others
-            are a start token, or what the chat template writes.
-    """
-
-    tokens: list[int]
-    own: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def fixed(self) -> int:
-        """Tokens that stay, however small the room is."""
-        return len(self) - (self.own[1] - self.own[0])
-
-    def shortened(self, room: int) -> list[int]:
-        """At most `room` tokens: the row's own lose their beginning, as the question stands at the end.
-
-        Raises:
-            ValueError: there is no room for those that must stay.
-        """
-        gone = max(0, len(self) - room)
-        begin, end = self.own
-        if gone > end - begin:
-            raise ValueError(f"room for {room} of {self.fixed} tokens that are not the row's own")
-        return self.tokens[:begin] + self.tokens[begin + gone :]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation as tokens.
-
-    Attributes:
-        tokens: up to the end of the last answer that counts.
-        turns: for each answer that counts the places among the tokens; `close` is `text` where the
-            tokenizer makes no token of the answer.
-        own: from which to which token the last user message's text goes, which may be cut.
-    """
-
-    tokens: list[int]
-    turns: tuple[Turn, ...]
-    own: tuple[int, int]
-
-    @property
-    def mask(self) -> list[bool]:
-        """For each token whether it is learned."""
-        learned = [False] * len(self.tokens)
-        for turn in self.turns:
-            learned[turn.begin : turn.end] = [True] * (turn.end - turn.begin)
-        return learned
 
 
 class Encoder:
@@ -225,7 +168,7 @@ class Encoder:
         written = [self.control_tokens.spelled(one) for one in written]
         encodings = self._encoded(written)
         for one, encoding in zip(written, encodings, strict=True):
-            yield self._placed(one, encoding)
+            yield tokens_of(one, encoding, start=self._start, end=self.end, joined=self._joins)
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
@@ -253,7 +196,7 @@ class Encoder:
         first, following = [], []
         for several in answers:
             whole = [next(found) for _ in several]
-            cut = _shared(whole)
+            cut = shared_tokens(whole)
             begin, end = whole[0].own
             first.append(Prompt(whole[0].tokens[:cut], (min(begin, cut), min(end, cut))))
             following.append(
@@ -304,38 +247,6 @@ class Encoder:
             self.beyond.require_known(number for one in found for number in one.ids)
         return list(found)
 
-    def _placed(self, written: Written, encoding: Any) -> Conversation:
-        """Places in the text as places among its tokens."""
-        ids: list[int] = encoding.ids
-        start = [] if ids[:1] == self._start else self._start
-        length = len(written.text)
-
-        def at(place: int, *, behind: bool = False) -> int:
-            return len(start) + _token_at(encoding, place, length, behind=behind)
-
-        def has_token(turn: Turn) -> bool:
-            places = range(turn.text, turn.close)
-            shown = (place for place in places if not written.text[place].isspace())
-            return any(encoding.char_to_token(place) is not None for place in shown)
-
-        def placed(turn: Turn) -> Turn:
-            text = len(written.text[: turn.text].rstrip()) if self._joins else turn.text
-            return Turn(
-                begin=at(min(turn.begin, text)),
-                text=at(text),
-                close=at(turn.close, behind=True) if has_token(turn) else at(text),
-                end=at(turn.end, behind=True),
-            )
-
-        turns = tuple(map(placed, written.turns))
-        tokens = [*start, *ids][: turns[-1].end]
-        if not written.closed and tokens[-1] != self.end:
-            tokens.append(self.end)
-            turns = (*turns[:-1], replace(turns[-1], end=len(tokens)))
-        begin, end = written.own
-        # A start token that the text itself begins with stays, too.
-        return Conversation(tokens, turns, (max(len(self._start), at(begin, behind=True)), at(end)))
-
 
 def _plainly(messages: Sequence[Message]) -> Written:
     """Prompt, a space, answer."""
@@ -343,27 +254,6 @@ def _plainly(messages: Sequence[Message]) -> Written:
     text = f"{prompt} {answer}"
     cut, end = len(prompt), len(text)
     return Written(text, (Turn(cut, cut, end, end),), (0, cut), closed=False)
-
-
-def _token_at(encoding: Any, place: int, length: int, *, behind: bool) -> int:
-    """How many tokens stand before a character; one that lies across counts with `behind` only."""
-    for character in range(place, length):
-        token = encoding.char_to_token(character)
-        if token is not None:
-            across = encoding.token_to_chars(token)[0] < place
-            return int(token) + (behind and across)
-    return len(encoding)
-
-
-def _shared(whole: Sequence[Conversation]) -> int:
-    """How many tokens all of them begin with, up to where the first answer begins."""
-    cut = min(one.turns[-1].text for one in whole)
-    first = whole[0].tokens
-    for one in whole[1:]:
-        if one.tokens[:cut] != first[:cut]:
-            pairs = zip(one.tokens, first, strict=False)
-            cut = next(place for place, (ours, theirs) in enumerate(pairs) if ours != theirs)
-    return cut
 
 
 @dataclass(frozen=True)

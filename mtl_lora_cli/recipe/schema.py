@@ -6,7 +6,15 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
@@ -421,6 +429,13 @@ class Recipe(StrictModel):
             seen.add(task.name)
         return tasks
 
+    @field_validator("chat")
+    @classmethod
+    def _is_read(cls, chat: Chat, others: ValidationInfo) -> Chat:
+        if others.data.get("prompt_format") == "plain" and chat != Chat():
+            raise ValueError("is read with prompt_format: chat only")
+        return chat
+
     @model_validator(mode="after")
     def _what_stage_3_can_cut(self) -> Recipe:
         if self.distributed.zero_stage == 3:
@@ -439,12 +454,6 @@ class Recipe(StrictModel):
                     "training.diagnose does not go with zero_stage: 3: it differentiates outside of "
                     "DeepSpeed; use stage 2"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _chat_is_read(self) -> Recipe:
-        if self.prompt_format != "chat" and self.chat != Chat():
-            raise ValueError("chat: is read with prompt_format: chat only")
         return self
 
     @model_validator(mode="after")

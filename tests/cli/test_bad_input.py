@@ -630,6 +630,35 @@ CASES = [
         (*TRAIN, "prompt_format=chat"),
         early=False,
     ),
+    Bad(
+        "a key of chats beside plain prompts",
+        ("recipe.yaml:8: chat: is read with prompt_format: chat only…",),
+        files=more("chat: {answers: conversation}\n"),
+    ),
+    Bad(
+        "a date that is none",
+        (
+            "recipe.yaml:9: chat.date: expected a date such as 2026-11-30 or 2026-11-30T12:00:00, received 'soon'",
+        ),
+        files=more("prompt_format: chat\nchat: {date: soon}\n"),
+    ),
+    Bad(
+        "the messages as a variable of the chat template",
+        (
+            "recipe.yaml:9: chat.template_kwargs: 'messages' is no variable of a chat template that can be given…",
+        ),
+        files=more("prompt_format: chat\nchat: {template_kwargs: {messages: []}}\n"),
+    ),
+    Bad(
+        "a control token in a row",
+        (
+            "TMP/color.jsonl:2: task 'color': the row holds </s>, a control token of the tokenizer, and "
+            "control_tokens is error; text and token go on",
+        ),
+        (*TRAIN, "control_tokens=error"),
+        {"color.jsonl": '{"word": "red", "label": "yes"}\n{"word": "a</s>b", "label": "no"}\n'},
+        early=False,
+    ),
     # The other commands that read a recipe, a template or a source.
     Bad(
         "unknown key: validate",

@@ -16,6 +16,7 @@ from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.card import model_card
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.recipe.schema import Chat
 
 
 def card(run: FinishedRun, task: int = 0) -> ModelCard:
@@ -131,3 +132,16 @@ def test_the_base_models_licence_is_taken_over(
     (tmp_path / "README.md").write_text(f"---\n{head}---\n# A model\n")
     data = card(replace(run, base=replace(run.base, folder=tmp_path))).data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == expected
+
+
+def test_it_says_how_a_chat_template_was_used(run: FinishedRun) -> None:
+    assert "The answer stands behind it and a space." in card(run).text
+    chat = Chat(
+        template_kwargs={"enable_thinking": False}, answers="generation_prompt", date="2026-11-30"
+    )
+    recipe = run.recipe.model_copy(update={"prompt_format": "chat", "chat": chat})
+    text = card(replace(run, recipe=recipe)).text
+    assert "a user message in the base model's chat template" in text
+    assert '`chat_template_kwargs` = `{"enable_thinking": false}`' in text
+    assert "which was 2026-11-30 in training" in text
+    assert "it was behind the template's generation prompt" in text
