@@ -70,10 +70,7 @@ def framed() -> Iterator[None]:
     except BrokenPipeError:
         os._exit(ExitCode.FAILED)  # the reader of our output went away; nobody is left to tell
     except Exception as error:
-        if interrupts.asked:  # a library has made another error of it
-            _fail(["interrupted"], ExitCode.INTERRUPTED)
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        _fail([f"internal error: {text} (--debug shows where)"], ExitCode.FAILED)
+        _fail_unforeseen(error)
     finally:
         sys.stdout.flush()
         ctypes.CDLL(None).fflush(None)  # what C libraries (NCCL, for one) still hold back
@@ -81,6 +78,16 @@ def framed() -> Iterator[None]:
         os.close(_stdout)
         _stdout = None
         interrupts.framed = False
+
+
+def _fail_unforeseen(error: Exception) -> None:
+    if interrupts.asked:  # a library has made another error of it
+        _fail(["interrupted"], ExitCode.INTERRUPTED)
+    if isinstance(error, OSError) and error.filename is not None:  # a disk or a folder, by its name
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = "internal error: " + " ".join(f"{type(error).__name__}: {error}".split())
+    _fail([f"{text} (--debug shows where)"], ExitCode.FAILED)
 
 
 def _fail(lines: list[str], code: ExitCode) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.resources import expanded
 
 PROJECTIONS = {
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -57,7 +57,7 @@ def require_shape(name: str) -> None:
     """
     if name in SHAPES:
         return
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"--shape: the folder '{name}' holds no config.json")
@@ -80,7 +80,7 @@ def find_config(name: str) -> Any:
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
     try:
-        return AutoConfig.from_pretrained(Path(name).expanduser())
+        return AutoConfig.from_pretrained(expanded(name))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--shape: '{name}': its config.json cannot be read: {reason}") from None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.numpy import save_file
 
 from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoding import EncodedSplit
-from mtl_lora_cli.runs.paths import cache_folder
+from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
+from mtl_lora_cli.visible import tell
 
 FORMAT = 3  # raise it when encoding or auditing gives another result than before
 
@@ -62,9 +64,15 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
         os.close(handle)
         save_file(tensors, temporary, metadata={"about": about})
         Path(temporary).replace(path)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+        _tell_once(str(path.parent), getattr(error, "strerror", None) or str(error))
+
+
+@cache
+def _tell_once(folder: str, why: str) -> None:
+    tell(f"note: {folder} cannot be written ({why}): encoded data are not kept; {ANOTHER_CACHE}")
 
 
 def _path(key: str) -> Path:

@@ -19,6 +19,7 @@ from mtl_lora_cli.models.files import (
 )
 from mtl_lora_cli.models.gguf import converted_folder
 from mtl_lora_cli.pointers import require_contents
+from mtl_lora_cli.resources import expanded
 
 _TEXTS = (".json", ".model", ".jinja", ".txt")  # files of a base model beside its weights
 # alias → (distribution that ships the model as GGUF, its package, how to get it)
@@ -130,7 +131,7 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
 
 
 def _places(name: str, beside: Path | None) -> list[Path]:
-    path = Path(name).expanduser()
+    path = expanded(name)
     return [path] if beside is None or path.is_absolute() else [path, beside / path]
 
 

@@ -14,7 +14,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
 from mtl_lora_cli.pointers import require_content
 from mtl_lora_cli.runs.atomic import new_folder
-from mtl_lora_cli.runs.paths import cache_folder
+from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
 CONVERSION = 1  # raise it when a conversion gives another result than before
@@ -24,7 +24,7 @@ def converted_folder(path: Path) -> Path:
     """The safetensors folder of a GGUF file, converting it if that was not done before.
 
     Raises:
-        UsageError: the file is not a GGUF file that transformers can read.
+        UsageError: the file is not a GGUF file that transformers can read, or the cache cannot be written.
     """
     try:
         with path.open("rb") as file:
@@ -39,6 +39,7 @@ def converted_folder(path: Path) -> Path:
         raise UsageError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}-v{CONVERSION}"
     if not folder.is_dir():
+        require_cache(folder.parent)
         tell(f"converting {path.name} to safetensors (once; seconds to minutes)")
         _convert(path, folder)
     return folder

@@ -20,7 +20,7 @@ from mtl_lora_cli.recipe.yaml_file import (
     read_document,
     validate_document,
 )
-from mtl_lora_cli.resources import bundled
+from mtl_lora_cli.resources import bundled, expanded
 
 COMMAND_LINE = "command line"
 _OF_A_SOURCE = re.compile(r"tasks\.\d+\.source")  # keys of what rows are read from
@@ -201,7 +201,7 @@ def _expand(value: Any, path: KeyPath, document: Document, problems: list[Proble
         return str(found)
 
     text = ENVIRONMENT.sub(replace, value)
-    return str(Path(text).expanduser()) if text.startswith("~/") else text
+    return str(expanded(text)) if text.startswith("~/") else text
 
 
 def describe_changes(

@@ -3,10 +3,58 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from functools import cache
 from pathlib import Path
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.resources import expanded
+from mtl_lora_cli.visible import tell
+
+ANOTHER_CACHE = "MTL_LORA_CACHE names another folder"
 
 
 def cache_folder() -> Path:
-    """Where converted models and encoded data are kept: MTL_LORA_CACHE, or ~/.cache/mtl-lora."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mtl-lora"
-    return Path(os.environ.get("MTL_LORA_CACHE", default)).expanduser()
+    """Where converted models and encoded data are kept: MTL_LORA_CACHE, or ~/.cache/mtl-lora.
+
+    Raises:
+        UsageError: there is no home folder, and a folder of that name in the place for temporary files is
+            somebody else's.
+    """
+    named = os.environ.get("MTL_LORA_CACHE")
+    if named:
+        return expanded(named)
+    above = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return _without_home() if above.parts[:1] == ("~",) else above / "mtl-lora"
+
+
+@cache
+def _without_home() -> Path:
+    """Of this user alone, as a home would be: what lies in a cache is believed."""
+    folder = Path(tempfile.gettempdir()) / f"mtl-lora-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        known = folder.lstat()
+        own = known.st_uid == os.geteuid() and not known.st_mode & 0o022 and not folder.is_symlink()
+    except OSError:
+        own = False
+    if not own:
+        raise UsageError(f"there is no home folder, and {folder} cannot be used; {ANOTHER_CACHE}")
+    tell(f"note: there is no home folder; the cache is {folder}; {ANOTHER_CACHE}")
+    return folder
+
+
+def require_cache(folder: Path) -> None:
+    """Make a folder of the cache, before work that would be lost without it.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"the cache folder {folder} cannot be written: {error.strerror}; {ANOTHER_CACHE}"
+        ) from None

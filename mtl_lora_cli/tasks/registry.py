@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
-from mtl_lora_cli.resources import bundled
+from mtl_lora_cli.resources import bundled, expanded
 from mtl_lora_cli.tasks.template import Template, read_template
 
 GROUP = "mtl_lora.templates"
@@ -66,7 +66,7 @@ def find_template(name: str, beside: Path | None) -> tuple[str, Path, Template]:
         ProblemsError: the file has faults.
     """
     if name.endswith(_SUFFIXES):
-        path = (beside or Path()) / Path(name).expanduser()
+        path = (beside or Path()) / expanded(name)
         return name, path, read_template(path)
     known: dict[str, Path] = {}
     for source in (template_names, installed_templates):

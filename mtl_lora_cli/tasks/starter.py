@@ -14,6 +14,7 @@ from pathlib import Path
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.yaml_file import parse_document, parse_scalar, validate_document
+from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.tasks.registry import find_template
 
 _ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
@@ -86,9 +87,9 @@ def read_task(text: str) -> StarterTask:
             f"--task {text}:FILE"
         )
     if source and not source.startswith("sample:"):
-        if not Path(source).expanduser().exists():
+        if not expanded(source).exists():
             raise UsageError(f"{where}: no such file or folder: {source}")
-        source = str(Path(source).expanduser().resolve())
+        source = str(expanded(source).resolve())
     return StarterTask(
         name=name or Path(full).stem,
         template=str(path.resolve()) if full.endswith((".yaml", ".yml")) else full,
@@ -119,7 +120,7 @@ def starter_recipe(
                 f"--task OTHER={task.template}"
             )
     folder = output.resolve().parent
-    path = Path(base_model).expanduser()
+    path = expanded(base_model)
     model = _near(path.resolve(), folder) if path.exists() else base_model
     text = "\n".join(_lines(model, tasks, HARDWARE[hardware], folder)) + "\n"
     validate_document(parse_document(text, str(output)), Recipe)

@@ -39,6 +39,7 @@ from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.fit import on_meta
@@ -337,7 +338,7 @@ def _own_deepspeed(loaded: LoadedRecipe) -> Path | None:
     name = loaded.recipe.distributed.deepspeed
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = expanded(name)
     for place in (path, loaded.base / path):
         if place.is_file():
             return place.resolve()
@@ -361,7 +362,7 @@ def _resolved(
         )
         for task in data.tasks
     ]
-    path = Path(recipe.base_model).expanduser()
+    path = expanded(recipe.base_model)
     name = recipe.base_model
     if path.exists():
         name = str(path.resolve())

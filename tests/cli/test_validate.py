@@ -43,16 +43,18 @@ def test_what_the_adapter_cannot_fit(
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_weight_is_read(
+def test_targets_are_looked_at_before_weights(
     recipe: Path, stories_folder: Path, invoke: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """The header tells of tensors; every byte behind it may be missing from this look."""
+    """A header tells of tensors, and not a byte of them is there."""
     model = Path(shutil.copytree(stories_folder, tmp_path / "model"))
     weights = (model / "model.safetensors").read_bytes()
     begin = 8 + int.from_bytes(weights[:8], "little")
     (model / "model.safetensors").write_bytes(weights[:begin])
-    finished = invoke("validate", str(recipe), f"base_model={model}")
-    assert finished.returncode == 0, finished.stderr
+    for change, message in list(REFUSED.items())[:3]:
+        finished = invoke("validate", str(recipe), f"base_model={model}", change)
+        assert finished.returncode == 2
+        assert finished.stderr == f"error: {message}\n"
 
 
 @pytest.fixture
@@ -114,3 +116,31 @@ def test_a_share_of_nothing_is_told(recipe: Path, invoke: Callable[..., Finished
     assert finished.returncode == 0, finished.stderr
     told = "note: cold: its share of an epoch's 36 examples is none: it is not learned"
     assert told in finished.stdout.splitlines()
+
+
+@pytest.mark.parametrize("model", ["a folder", "a GGUF file"])
+def test_a_cache_that_cannot_be_written(
+    recipe: Path,
+    invoke: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+) -> None:
+    """Encoded data do without, and it is said once; a converted model cannot."""
+    monkeypatch.setenv("MTL_LORA_CACHE", "/proc/none")
+    cure = "; MTL_LORA_CACHE names another folder\n"
+    if model == "a folder":
+        finished = invoke("validate", str(recipe))
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stderr.startswith("note: /proc/none/encoded cannot be written (")
+        assert finished.stderr.endswith(f"): encoded data are not kept{cure}")
+        assert finished.stderr.count("\n") == 1
+        return
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and more")
+    finished = invoke("validate", str(recipe), f"base_model={tmp_path / 'model.gguf'}")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(
+        "error: the cache folder /proc/none/models cannot be written: "
+    )
+    assert finished.stderr.endswith(cure)
+    assert finished.stderr.count("\n") == 1
