@@ -4,37 +4,60 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .models import COMMON, VISION, Tiny
+from mtl_lora_cli import resources
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+from .models import COMMON, VISION, VOCABULARY, Tiny
+
 AUTO = "AutoConfig"
 
 
-def build(model: Tiny, tokenizer: Path, folder: Path) -> Path:
-    """Write the model and a tokenizer to a folder.
-
-    Args:
-        model: which.
-        tokenizer: folder that holds the tokenizer's files.
-        folder: new, or empty.
-    """
+def build(model: Tiny, folder: Path) -> Path:
+    """Write the model and a tokenizer to a folder that is new or empty."""
     torch.manual_seed(0)
     made = auto_class(model).from_config(configuration(model), dtype=torch.float32)
     _let_weights_matter(made, model.gain)
     made.save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copy(tokenizer / name, folder / name)
+    tokenizer().save_pretrained(folder)
     return folder
+
+
+@cache
+def tokenizer() -> Any:
+    """Pieces of bytes, learned from the sample tasks: every family's own class reads it alike."""
+    samples = resources.bundled("data_templates") / "samples"
+    texts = [path.read_text(encoding="utf-8") for path in sorted(samples.rglob("train.jsonl"))]
+    pieces = Tokenizer(BPE())
+    pieces.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    pieces.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def auto_class(model: Tiny) -> Any:

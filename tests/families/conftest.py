@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ import pytest
 from transformers.utils import logging
 
 from .build import build
-from .models import Tiny
-from .results import Result, table
+from .models import MODELS, Tiny
+from .page import PAGE, rendered
+from .results import ENOUGH, Result, table
 
 RESULTS = pytest.StashKey[dict[str, Result]]()
+COMMANDS = pytest.StashKey[list[Tiny]]()
+WRITE = "MTL_LORA_WRITE_FAMILIES"  # set by `make families`
 
 
 @pytest.fixture(scope="session")
-def folder_of(
-    stories_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Tiny], Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], Path]:
     """`folder_of(model)`: where the tiny model lies; it is made once."""
     made: dict[str, Path] = {}
     logging.set_verbosity_error()
@@ -28,7 +30,7 @@ def folder_of(
     def find(model: Tiny) -> Path:
         if str(model) not in made:
             folder = tmp_path_factory.mktemp("family") / str(model)
-            made[str(model)] = build(model, stories_folder, folder)
+            made[str(model)] = build(model, folder)
         return made[str(model)]
 
     return find
@@ -45,8 +47,17 @@ def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
     return keep
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+@pytest.fixture
+def record_commands(request: pytest.FixtureRequest) -> Callable[[Tiny], None]:
+    """Keeps a model whose commands came to their end with the right answers."""
+    return request.config.stash.setdefault(COMMANDS, []).append
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     results = config.stash.get(RESULTS, {})
+    if os.environ.get(WRITE) and exitstatus == 0 and len(results) == len(MODELS):
+        found = [results[str(model)] for model in MODELS]
+        PAGE.write_text(rendered(found, ENOUGH, config.stash[COMMANDS]), encoding="utf-8")
     if results:
         terminalreporter.section("model families")
         for line in table(list(results.values())):

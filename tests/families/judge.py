@@ -84,8 +84,8 @@ class Packed:
 
     @property
     def engine(self) -> str:
-        """Which engine runs."""
-        return "plain" if self.model.decoder is None else "fused"
+        """Which engine runs, and how."""
+        return "fused" if self.model.plain is None else f"plain, {self.model.plain.way}"
 
     def logprobs(self, examples: Sequence[Tensor], tasks: Sequence[int]) -> Tensor:
         """Of every token but the first, all examples in one pass, one behind the other."""

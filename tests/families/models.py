@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCABULARY = 512  # of the tests' small model, whose tokenizer these get
+VOCABULARY = 512
 WINDOW = 32  # most examples are longer, some are as long, some are shorter
 
 COMMON: dict[str, Any] = {
@@ -87,6 +87,7 @@ class Tiny:
         gain: of a matrix: without it attention is all but even, and logits all but equal; less where
             transformers' own float32 would be further than the tests' tolerance from its float64.
         refused: what the one line says where this model is refused; empty where it is not.
+        not_for_peft: what the one line says where PEFT cannot name the adapted layers; empty where it can.
         quick: it belongs to the part that CI runs.
     """
 
@@ -98,6 +99,7 @@ class Tiny:
     targets: tuple[str, ...] = ()
     gain: float = 1.5
     refused: str = ""
+    not_for_peft: str = ""
     quick: bool = False
 
     def __str__(self) -> str:
@@ -113,11 +115,14 @@ def tiny(
     targets: tuple[str, ...] = (),
     gain: float = 1.5,
     refused: str = "",
+    not_for_peft: str = "",
     quick: bool = False,
     **config: Any,
 ) -> Tiny:
     """A line of the table."""
-    return Tiny(model_type, variant, config, text, vision, targets, gain, refused, quick)
+    return Tiny(
+        model_type, variant, config, text, vision, targets, gain, refused, not_for_peft, quick
+    )
 
 
 WHOLE = {"sliding_window": None}
@@ -179,7 +184,7 @@ MODELS: tuple[Tiny, ...] = (
         ),
     ),
     tiny("llama", "yarn", **rope("yarn", factor=4.0, original_max_position_embeddings=128)),
-    tiny("llama", "dynamic rope", max_position_embeddings=64, **rope("dynamic", factor=4.0)),
+    tiny("llama", "dynamic rope", max_position_embeddings=128, **rope("dynamic", factor=4.0)),
     tiny("llama", "longrope", rope_parameters=LONG, quick=True),
     tiny("mistral", **WHOLE),
     tiny("mistral", "window", quick=True),
@@ -479,6 +484,7 @@ MODELS: tuple[Tiny, ...] = (
     tiny("lfm3", "window", layer_types=["conv", "sliding_attention"]),
     tiny("xlstm", num_heads=4, chunk_size=16),
     tiny("rwkv", attention_hidden_size=64, rescale_every=0),
+    tiny("rwkv", "rescaled", attention_hidden_size=64, rescale_every=1, refused="its own weights"),
     tiny("qwen4_exp_text", **LINEAR, hc_lowrank=16, **QSA),
     # Of another age.
     tiny("openai-gpt", refused="Conv1D", targets=("c_attn",)),

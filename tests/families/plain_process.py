@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -66,21 +67,29 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print what they like
     for line in sys.stdin:
-        question = json.loads(line)
-        model = load(question["folder"], question["adapter"])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(question["folder"])
-        answer = {
-            "scores": [
-                [score(model, tokenizer, prompt, candidate) for candidate in candidates]
-                for prompt, candidates in question["asked"]
-            ],
-            "continued": [
-                continued(model, tokenizer, prompt, said)
-                for (prompt, _), said in zip(question["asked"], question["said"], strict=False)
-            ],
-        }
+        try:
+            answer = answered(json.loads(line))
+        except Exception:  # whatever it is: who asked shall see it, and may ask about other folders
+            answer = {"error": traceback.format_exc()}
         assert not any(name.partition(".")[0] == "mtl_lora_cli" for name in sys.modules)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def answered(question: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one line."""
+    model = load(question["folder"], question["adapter"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(question["folder"])
+    asked, said = question["asked"], question["said"]
+    return {
+        "scores": [
+            [score(model, tokenizer, prompt, candidate) for candidate in candidates]
+            for prompt, candidates in asked
+        ],
+        "continued": [
+            continued(model, tokenizer, prompt, text)
+            for (prompt, _), text in zip(asked, said, strict=False)
+        ],
+    }
 
 
 if __name__ == "__main__":

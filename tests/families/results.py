@@ -42,7 +42,7 @@ def table(results: Sequence[Result]) -> list[str]:
         how = result.refusal
         if verdict is not None:
             how = (
-                f"{verdict.engine:6} forward {verdict.forward:.0e} "
+                f"{verdict.engine:26} forward {verdict.forward:.0e} "
                 f"candidates {verdict.candidates:.0e} gradient {verdict.gradient:.0e}"
             )
         lines.append(f"{name} {how}")

@@ -12,7 +12,6 @@ from mtl_lora_cli.errors import UsageError
 from .judge import judge
 from .models import MODELS, Tiny
 from .results import ENOUGH, Result
-from .today import NOT_YET
 
 LONGEST_REFUSAL = 400
 
@@ -20,8 +19,6 @@ LONGEST_REFUSAL = 400
 def chosen(model: Tiny, *, quick: bool) -> object:
     """The model as a parameter of a test; where it is not quick, `make families` alone has it."""
     marks = [] if quick else [pytest.mark.families]
-    if str(model) in NOT_YET:
-        marks.append(pytest.mark.xfail(reason="not mended yet", strict=False))
     return pytest.param(model, marks=marks, id=str(model))
 
 

@@ -1,0 +1,146 @@
+"""The self-test sees what the plain engine was mended of: each mend is taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models import attention, packed, plain, trust
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.plain import Way
+from mtl_lora_cli.models.segments import EVERYTHING
+
+from .models import MODELS
+
+Patch = pytest.MonkeyPatch
+
+
+def everything_seen(patch: Patch) -> None:
+    """No window, no chunks."""
+    attend = attention.attend_segments
+    patch.setattr(attention, "attend_segments", lambda *a: attend(*a[:5], EVERYTHING))
+
+
+def one_too_many(patch: Patch) -> None:
+    """A window's edge is one key further away."""
+    attend = attention.attend_segments
+
+    def wide(*a: Any) -> Any:
+        rule = a[5]
+        return attend(
+            *a[:5], rule if rule.window is None else rule._replace(window=rule.window + 1)
+        )
+
+    patch.setattr(attention, "attend_segments", wide)
+
+
+def scores_without(**left_out: Any) -> Callable[[Patch], None]:
+    """Attention that passes over one of its keywords."""
+
+    def take_away(patch: Patch) -> None:
+        attend = attention.attend_segments
+
+        def deaf(q: Any, k: Any, v: Any, scores: Any, *others: Any) -> Any:
+            return attend(q, k, v, replace(scores, **left_out), *others)
+
+        patch.setattr(attention, "attend_segments", deaf)
+
+    return take_away
+
+
+def bare_head(patch: Patch) -> None:
+    """Logits are the output layer's product, whatever the model does with them."""
+    patch.setattr(trust, "head_is_bare", lambda *_: True)
+
+
+def one_rotary(patch: Patch) -> None:
+    """Short and long examples get one rotary embedding."""
+    patch.setattr(trust, "Way", lambda layout, bare_head, _: Way(layout, bare_head))
+
+
+def no_mask(patch: Patch) -> None:
+    """Attention of the model's own, which is told to be ours and gets no mask."""
+
+    def told(model: Any, name: str) -> bool:
+        model.config.get_text_config()._attn_implementation = name
+        return True
+
+    patch.setattr(plain, "use_attention", told)
+    patch.setattr(attention, "_mask", lambda *_, **__: None)
+
+
+def packed_alone(patch: Patch) -> None:
+    """There is no other layout: the state of one example runs on into the next."""
+
+
+TAKEN_AWAY = [
+    ("mistral-window", everything_seen),
+    ("gemma3_text-window", everything_seen),
+    ("olmo3-window", one_too_many),
+    ("llama4_text-chunks", everything_seen),
+    ("gemma2-caps", scores_without(softcap=None)),
+    ("gemma2-window-caps", bare_head),
+    ("gemma3_text-window-cap", bare_head),
+    ("granite-scales", bare_head),
+    ("cohere", bare_head),
+    ("gpt_oss-window-sinks", scores_without(sinks=None)),
+    ("gemma2-no-caps", scores_without(scaling=None)),
+    ("phi3-longrope", one_rotary),
+    ("llama-longrope", one_rotary),
+    ("mamba", packed_alone),
+    ("lfm2", packed_alone),
+    ("qwen3_next", packed_alone),
+    ("recurrent_gemma-window-cap", packed_alone),
+    ("bloom", no_mask),
+    ("xglm", no_mask),
+    ("codegen", no_mask),
+]
+
+
+LAYOUT = (packed_alone, no_mask)  # mended by another layout, not within packed rows
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def loaded(
+    name: str, folder_of: Callable[..., Path], dtype: torch.dtype = torch.float32
+) -> PackedModel:
+    (model,) = (model for model in MODELS if str(model) == name)
+    base = find_base_model(str(folder_of(model)))
+    return PackedModel(load_model(base, dtype=dtype, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "take_away"), TAKEN_AWAY)
+def test_what_is_taken_away_is_missed(
+    name: str,
+    take_away: Callable[[Patch], None],
+    dtype: torch.dtype,
+    folder_of: Callable[..., Path],
+    monkeypatch: Patch,
+) -> None:
+    model = loaded(name, folder_of, dtype)
+    found = trust.settle(model)
+    assert found.way is not None
+    assert (found.way.layout == "packed") == (take_away not in LAYOUT)
+    monkeypatch.setattr(trust, "LAYOUTS", ("packed",))
+    take_away(monkeypatch)
+    with pytest.raises(UsageError, match=r"differ by|must not be seen"):
+        trust.settle(model)
+
+
+def test_the_fused_engine_is_tested_like_the_other(
+    folder_of: Callable[..., Path], monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(packed, "obstacle", lambda *_: None)
+    model = loaded("mistral-window", folder_of)
+    assert model.decoder is not None
+    assert trust.settle(model).way is not None
+    assert "differ by" in str(model.not_fused)
