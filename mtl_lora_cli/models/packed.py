@@ -67,6 +67,7 @@ class PackedModel(nn.Module):
         decoder: the fused engine; None where transformers' own layers run.
         plain: the plain engine; None where the fused one runs.
         not_fused: why the fused engine does not run.
+        must_fuse: the recipe asks for what the fused engine alone does.
         trust: what the self-test found (`trusted.settled`).
 
     Raises:
@@ -90,6 +91,7 @@ class PackedModel(nn.Module):
         self.decoder: FusedDecoder | None = None
         self.plain: PlainEngine | None = None
         self.keep: list[Keep] = []
+        self.must_fuse = engine == "fused" or base_compute == "fp8"
         self.trust: Any = None  # a `trust.Trust`, once the self-test has run
         self.not_fused = "engine: plain" if engine == "plain" else obstacle(model, adapter)
         if self.not_fused is None:

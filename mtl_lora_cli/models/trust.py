@@ -59,9 +59,9 @@ class Allowed(NamedTuple):
 
 # In 32 bits the largest |Δ log p|. In 16 bits the divergence, in the mean over an example: rounding
 # moves single log-probabilities far there, and a router that falls the other way further still.
-ROUNDING = Allowed(largest=1e-3, divergence=0.02)
-# Of a small model with large random weights, whose routers fall the other way more often.
-ROUNDING_SMALL = Allowed(largest=1e-3, divergence=0.1)
+# On real weights (SmolLM2-135M, one H200) up to 0.02 was seen, which some wrong models stay below: so in 16
+# bits a small model of the same kind is asked in 32 bits, too, where right and wrong lie far apart.
+ROUNDING = Allowed(largest=1e-3, divergence=0.1)
 # The same path twice, with other tokens where nothing may look: nothing but rounding in a mixture.
 UNSEEN = Allowed(largest=1e-4, divergence=0.01)
 
@@ -171,7 +171,8 @@ def _settled(packed: PackedModel) -> Trust:
     limit = length_limit(config)
     ways: list[Way | None] = [None] if packed.decoder is not None else []
     bare = head_is_bare(packed, examples[-1])
-    ways += [Way(layout, bare, limit) for layout in LAYOUTS]
+    if not packed.must_fuse:
+        ways += [Way(layout, bare, limit) for layout in LAYOUTS]
     tried: list[str] = []
     for way in ways:
         name = "the fused engine" if way is None else str(way)
@@ -205,6 +206,8 @@ def _beyond(packed: PackedModel, lengths: Sequence[int]) -> tuple[int, ...]:
     """
     if not lengths or _require_stand_in(packed, lengths):
         return tuple(lengths)
+    if max(lengths) <= max(SHORT):
+        return ()
     examples = draw([*sorted(lengths, reverse=True), *SHORT], packed.model.config)
     _measured(packed, examples, alone(packed, examples))
     return ()
@@ -219,7 +222,6 @@ def _measured(
     packed: PackedModel,
     examples: Sequence[Tensor],
     expected: Sequence[Asked],
-    allowed: Allowed = ROUNDING,
 ) -> Difference:
     """The difference from what transformers says.
 
@@ -229,7 +231,7 @@ def _measured(
     dtype = dtype_of(packed.model)
     ours = together(packed, examples, expected)
     difference = _between([one.logprobs for one in expected], ours)
-    if not difference.within(dtype, allowed):
+    if not difference.within(dtype, ROUNDING):
         raise UsageError(f"log-probabilities differ by {difference}")
     changed, kept = _with_another_end(examples)
     again = together(packed, changed, expected)
@@ -283,7 +285,8 @@ def together(
         owner=torch.arange(len(positions)).repeat_interleave(targets.shape[1]),
         targets=targets.flatten(),
     ).to(device_of(packed.model))
-    with packed.routed(batch):
+    exactly = nullcontext() if packed.decoder is None else packed.decoder.exactly()
+    with packed.routed(batch), exactly:  # what 8-bit floats cost is told elsewhere (`rounding`)
         return list(packed(batch).float().view(targets.shape).split(asked))
 
 
@@ -411,7 +414,9 @@ def affordable(model: Any) -> tuple[list[int], list[int]]:
         if 8.0 * weights * length <= _OPERATIONS[device] and heads * length**2 <= _SCORES[device]
     ]
     half = dtype_of(model) in (torch.bfloat16, torch.float16)
-    return [*fits, *SHORT], sorted(set(wanted) if half else set(wanted) - set(fits))
+    if half:
+        return [*fits, *SHORT], sorted(set(wanted)) or [max(SHORT)]
+    return [*fits, *SHORT], sorted(set(wanted) - set(fits))
 
 
 def _require_stand_in(packed: PackedModel, lengths: Sequence[int]) -> bool:
@@ -428,7 +433,8 @@ def _require_stand_in(packed: PackedModel, lengths: Sequence[int]) -> bool:
     """
     way = None if packed.plain is None else packed.plain.way
     device = device_of(packed.model)
-    for dtype in dict.fromkeys([torch.float32, dtype_of(packed.model)]):
+    long = critical_lengths(packed.model.config.get_text_config())
+    for dtype in dict.fromkeys([torch.float32, *([dtype_of(packed.model)] if long else [])]):
         model = stand_in(packed.model.config.get_text_config(), device, dtype)
         if model is None:
             return False
@@ -439,7 +445,7 @@ def _require_stand_in(packed: PackedModel, lengths: Sequence[int]) -> bool:
         try:
             if way is not None:
                 small.go(replace(way, together=length_limit(config)))
-            _measured(small, examples, expected, ROUNDING_SMALL)
+            _measured(small, examples, expected)
         except UsageError as error:
             raise UsageError(
                 f"a small model of the same kind, asked for lengths beyond {min(lengths)}: {error}"
