@@ -186,8 +186,9 @@ def test_a_misspelt_key_is_refused_everywhere(complete: str) -> None:
     assert count > 50
 
 
-def test_the_library_agrees_where_it_is_installed(complete: str) -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+def test_the_library_agrees(complete: str) -> None:
+    import jsonschema
+
     validator = jsonschema.Draft202012Validator(SCHEMA)
     validator.check_schema(SCHEMA)
     assert validator.is_valid(parse_document(complete, "").data)
