@@ -43,6 +43,7 @@ def lay_out(tmp_path: Path, stories_folder: Path) -> Callable[..., None]:
     return write
 
 
+@pytest.mark.slow
 def test_a_choice_that_another_begins_can_be_learned_and_predicted(
     lay_out: Callable[..., None], invoke: Callable[..., Finished], tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_choice_that_begins_another_in_other_letters_is_not_generated(
     )
 
 
+@pytest.mark.slow
 def test_the_positive_class_is_1_and_every_table_names_it(
     lay_out: Callable[..., None], invoke: Callable[..., Finished], tmp_path: Path
 ) -> None:

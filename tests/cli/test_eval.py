@@ -22,6 +22,7 @@ def run(fresh_run: Path) -> Path:
     return fresh_run
 
 
+@pytest.mark.slow
 def test_rows_are_read_once(
     run: Path, invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:

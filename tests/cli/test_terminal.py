@@ -72,6 +72,7 @@ def test_rows_in_data_show(
     assert "\\x1b|]" in _everything(finished)
 
 
+@pytest.mark.slow
 def test_rows_in_predict_on_a_terminal(
     fresh_run: Path, at_a_terminal: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mtl_lora_cli.kernels import fp8, logprob, mix, nf4, norm, swiglu
 
+pytestmark = pytest.mark.slow  # in the interpreter: make kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Result = Sequence[Tensor | None]
 WIDTHS = [16, 48, 1030]

@@ -12,6 +12,8 @@ from torch import Tensor
 from mtl_lora_cli.kernels.tiles import FORWARD, KEY_BACKWARD, QUERY_BACKWARD, Launch, tile_table
 from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
 
+pytestmark = pytest.mark.slow  # in the interpreter: make kernels
+
 SMALL = Launch(tile=16, step=16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -62,13 +62,11 @@ class Kind:
         adapter: its keys in a recipe.
         learning_rate: of the rows.
         most: the held-out loss of the learned rows, as a share of that which they start with.
-        beats_base: it is lower than the base model's, too.
     """
 
     adapter: dict[str, Any]
     learning_rate: float
     most: float = 0.6
-    beats_base: bool = True
 
 
 KINDS = {
@@ -80,7 +78,8 @@ KINDS = {
     "mtlora": Kind({"method": "mtlora"}, 1e-2, most=0.2),
     "mtlora-modules": Kind({"method": "mtlora", "task_modules": ["down_proj"]}, 1e-2, most=0.2),
     # One embedding picks among experts: what none of them has learned stays unknown.
-    "moelora": Kind({"method": "moelora"}, 3e-1, most=0.95, beats_base=False),
+    # Of more experts its rows, which only weigh them, move too little in so few steps.
+    "moelora": Kind({"method": "moelora", "up_projections": 2}, 1.0, most=0.95),
 }
 
 
@@ -196,7 +195,7 @@ def test_the_old_tasks_stay_to_the_last_bit_and_the_new_one_learns(
     begun = start(untouched, place.folder / "runs" / f"{kind}-begun")
     learned = held_out_loss(new, NEW)
     assert learned < KINDS[kind].most * held_out_loss(begun, NEW)
-    assert (learned < held_out_loss(new, NEW, base_only=True)) == KINDS[kind].beats_base
+    assert learned < held_out_loss(new, NEW, base_only=True)
 
 
 def test_rows_start_at_the_mean_of_those_that_there_are(
