@@ -29,7 +29,8 @@ from mtl_lora_cli.comparison.workers import Processes, processes_for
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import describe_changes, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
-from mtl_lora_cli.runs.folder import save_json
+from mtl_lora_cli.runs.folder import RunFolder, save_json
+from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.training.progress import duration
 
 # What a run decides for itself, or what stands in its own folder in another form.
@@ -49,7 +50,8 @@ def run_study(study: Study, say: Callable[[str], None], jobs: int = 1) -> dict[s
         plan.json as it is stored.
 
     Raises:
-        UsageError: the folder holds something else, or the rows that score cannot be read.
+        UsageError: the folder holds something else, another process works there, or the rows that score
+            cannot be read.
         KeyboardInterrupt: the user stopped it; what is finished is kept.
     """
     plan = checked_plan(study)
@@ -57,12 +59,20 @@ def run_study(study: Study, say: Callable[[str], None], jobs: int = 1) -> dict[s
     work = Work(study)
     _require_rows(study, work)  # a fault in them shows before anything is written
     store_plan(study.folder, plan)
+    with only_writer(RunFolder(study.folder), f"the comparison in {study.folder} is being made"):
+        _do(study, plan, work, say, jobs)
+    return plan
+
+
+def _do(
+    study: Study, plan: Mapping[str, Any], work: Work, say: Callable[[str], None], jobs: int
+) -> None:
+    """What is not done yet."""
     (study.folder / RESULTS).mkdir(exist_ok=True)
     write_cuts(study.folder, [task for task in study.tasks if task.name in study.cut])
     runner = _Runner(study, work, jobs, say)
     runner.do([Job(LEARN, run) for run in study.runs if not is_done(_result(study, run.id))])
     runner.do(_what_follows(study, plan))
-    return plan
 
 
 def _require_rows(study: Study, work: Work) -> None:

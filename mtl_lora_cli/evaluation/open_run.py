@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, read_adapter_file
+from mtl_lora_cli.adapters.files import (
+    CONFIG_FILE,
+    AdapterFile,
+    load_adapter,
+    read_adapter_file,
+)
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
 from mtl_lora_cli.models.load import (
     adapt,
     load_for_float32,
@@ -29,6 +35,7 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.visible import tell
 
 
 @dataclass
@@ -104,6 +111,7 @@ def open_run(
     changed = base.changes_since(file.base_model)
     if changed and not force:
         raise other_base(folder, base, changed, "; --force goes on")
+    tell_unrecorded(folder, file)
     device = pick_device()
     dtype = pick_dtype(recipe.dtype, device)
     load = load_for_float32 if in_float32 else load_model
@@ -126,6 +134,15 @@ def open_run(
         checkpoint=hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16],
         trained_on=file.base_model if changed else None,
     )
+
+
+def tell_unrecorded(folder: RunFolder, file: AdapterFile) -> None:
+    """Say of an early version's adapter what it did not record; of several processes the first does."""
+    if not is_complete(file.base_model) and os.environ.get("RANK", "0") == "0":
+        tell(
+            f"note: run '{folder.name}' was trained by an early version, which did not record its tokenizer "
+            "and chat template: whether they are the same is not known"
+        )
 
 
 def other_base(folder: RunFolder, base: BaseModel, changed: str, how: str = "") -> UsageError:

@@ -10,7 +10,7 @@ import torch
 from mtl_lora_cli.adapters.files import CONFIG_FILE, read_adapter_file, read_alone
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.open_run import other_base, read_tasks
+from mtl_lora_cli.evaluation.open_run import other_base, read_tasks, tell_unrecorded
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import pick_device, pick_dtype
 from mtl_lora_cli.recipe.load import load_recipe
@@ -62,5 +62,6 @@ def read_finished(folder: RunFolder) -> FinishedRun:
     changed = base.changes_since(file.base_model)
     if changed:
         raise other_base(folder, base, changed)
+    tell_unrecorded(folder, file)
     checkpoint = hashlib.sha256((path / CONFIG_FILE).read_bytes()).hexdigest()[:16]
     return FinishedRun(folder, recipe, tasks, base, adapter, checkpoint)

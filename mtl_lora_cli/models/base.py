@@ -116,7 +116,9 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
     require_contents(path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS)
     try:
         require_model(folder)
-        files = weight_files(folder) if weights else sorted(folder.glob("*.safetensors"))
+        there = sorted(folder.glob("*.safetensors"))
+        whole = weights or (there and revision is None)  # of the hub's some may be fetched later
+        files = weight_files(folder) if whole else there
     except UsageError as error:
         raise UsageError(f"base_model: '{name}': {error}") from None
     require_contents(files)

@@ -25,17 +25,21 @@ _TRIES, _PAUSE = 5, 0.02  # who only looks holds the lock for a moment, too
 
 
 @contextmanager
-def only_writer(run: RunFolder) -> Iterator[None]:
+def only_writer(run: RunFolder, doing: str | None = None) -> Iterator[None]:
     """Nobody else writes into the run meanwhile.
 
     On a file system without locks this says so and goes on.
+
+    Args:
+        run: the run, or another folder.
+        doing: what another one is told of it; default: `run 'NAME' is being trained`.
 
     Raises:
         UsageError: another process does, by its number; or the run is gone.
         OSError: nobody can write there.
     """
     path = run.path / LOCK_FILE
-    handle = _acquired(path, run)
+    handle = _acquired(path, run, doing)
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -46,7 +50,7 @@ def only_writer(run: RunFolder) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquired(path: Path, run: RunFolder) -> int:
+def _acquired(path: Path, run: RunFolder, doing: str | None) -> int:
     """The lock's file, open and locked; it is the one that lies there, not one that was removed."""
     for attempt in range(_TRIES):
         try:
@@ -59,7 +63,7 @@ def _acquired(path: Path, run: RunFolder) -> int:
             if error.errno not in _HELD:
                 tell(
                     f"note: the file system of {run.path} has no locks ({error.strerror}): nothing keeps "
-                    "a second process from writing into this run"
+                    "a second process from writing there"
                 )
                 return handle
             os.close(handle)
@@ -69,7 +73,7 @@ def _acquired(path: Path, run: RunFolder) -> int:
         if _is_at(handle, path):
             return handle
         os.close(handle)
-    raise _refused(run, writer_of(run) or "another process")
+    raise _refused(run, writer_of(run) or "another process", doing)
 
 
 def require_idle(run: RunFolder) -> None:
@@ -83,10 +87,9 @@ def require_idle(run: RunFolder) -> None:
         raise _refused(run, writer)
 
 
-def _refused(run: RunFolder, writer: str) -> UsageError:
-    return UsageError(
-        f"run '{run.name}' is being trained by {writer}; wait for it, or stop it first"
-    )
+def _refused(run: RunFolder, writer: str, doing: str | None = None) -> UsageError:
+    doing = doing or f"run '{run.name}' is being trained"
+    return UsageError(f"{doing} by {writer}; wait for it, or stop it first")
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -143,3 +143,18 @@ def test_what_is_only_said_otherwise_goes_on(
     assert finished.returncode == 0, finished.stderr
     (note,) = [line for line in finished.stderr.splitlines() if line.startswith("note: ")]
     assert note.startswith("note: since run 'small' began: torch 1.0 → ")
+
+
+def test_an_early_adapter_is_read_and_it_is_said(
+    fresh_run: Path, invoke: Callable[..., Finished]
+) -> None:
+    path = fresh_run / "adapter" / "mtl_lora_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("tokenizer", "chat_template"):
+        del content["base_model"][key]
+    content["checksum"] = config_checksum(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    for words in (("eval",), ("merge", "--no-check")):
+        finished = invoke(*words, "--task", "warm")
+        assert finished.returncode == 0, finished.stderr
+        assert "note: run 'small' was trained by an early version, which did not" in finished.stderr

@@ -145,5 +145,7 @@ def test_the_base_model_stands_beside_the_same_question_only(
     assert beside is not None
     assert (beside["metrics"], beside["harness"]) == (base["metrics"], base["harness"])
     assert compare_with_base(opened.folder, other) is None
-    assert compare_with_base(opened.folder, {**result, "base_model": {"name": "other"}}) is None
+    for key, value in (("name", "other"), ("tokenizer", "other"), ("chat_template", "other")):
+        elsewhere = {**result["base_model"], key: value}
+        assert compare_with_base(opened.folder, {**result, "base_model": elsewhere}) is None
     assert len({entry["id"] for entry in stored(opened.folder)}) == 3

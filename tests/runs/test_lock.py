@@ -119,3 +119,30 @@ def test_a_folder_that_is_gone_is_one_line(run: RunFolder) -> None:
     run.path.rmdir()
     with pytest.raises(UsageError, match="cannot be written: No such file"), only_writer(run):
         pass
+
+
+def test_in_turn_nothing_is_lost(tmp_path: Path) -> None:
+    """Each process reads a number and writes the next one, as results are added to an index."""
+    count = tmp_path / "count"
+    count.write_text("0")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from mtl_lora_cli.runs.lock import in_turn\n"
+        "count = Path(sys.argv[1])\n"
+        "for _ in range(200):\n"
+        "    with in_turn(count.parent):\n"
+        "        count.write_text(str(int(count.read_text()) + 1))\n"
+    )
+    several = [subprocess.Popen([sys.executable, "-c", code, str(count)]) for _ in range(3)]
+    assert [process.wait() for process in several] == [0, 0, 0]
+    assert count.read_text() == "600"
+
+
+def test_another_folder_says_what_it_is_of(run: RunFolder) -> None:
+    with (
+        only_writer(run, "the comparison is being made"),
+        pytest.raises(UsageError, match=f"the comparison is being made by process {os.getpid()};"),
+        only_writer(run, "the comparison is being made"),
+    ):
+        pass
