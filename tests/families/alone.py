@@ -61,12 +61,17 @@ class Alone:
             example: int64 [n].
             weights: parameter → what takes its place.
         """
+        logits = self._logits(example[:-1], weights)
+        return logits.log_softmax(-1).gather(1, example[1:, None])[:, 0]
+
+    def likeliest(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> int:
+        """What follows the tokens."""
+        return int(self._logits(tokens, weights)[-1].argmax())
+
+    def _logits(self, tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         model = copy.deepcopy(self.model)  # some rotary embeddings keep what they have seen
-        logits = functional_call(
-            model, dict(weights), (), {"input_ids": example[None, :-1], "use_cache": False}
-        ).logits[0]
-        picked = logits.float().log_softmax(-1).gather(1, example[1:, None])
-        return picked[:, 0]
+        keys = {"input_ids": tokens[None], "use_cache": False}
+        return functional_call(model, dict(weights), (), keys).logits[0].float()
 
     def adapted(
         self, tensors: Mapping[str, Tensor], scale: float, temperature: float, task: int

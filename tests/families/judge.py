@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.evaluation.choices import Request, score
-from mtl_lora_cli.models.attention import Segments
+from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import adapt, load_model
-from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.segments import Segments
 from mtl_lora_cli.models.trust import settle
 
 from .alone import Alone, elsewhere
@@ -26,6 +28,7 @@ TASKS = ("one", "two", "three")
 # Tokens of each example, the last one only asked for, and its task; −1 is the base model alone. Shorter
 # and longer than the window, just as long, one more; on both sides of where longrope changes (64).
 EXAMPLES = ((21, 0), (10, 1), (151, 2), (WINDOW + 1, 0), (WINDOW + 2, -1), (26, 2), (101, 1))
+NEW_TOKENS = 5
 RANK, SCALE, TEMPERATURE, UPS = 4, 4.0, 0.5, 2
 
 
@@ -40,6 +43,7 @@ class Verdict:
         gradient: largest |Δg| of the adapter, of the largest |g| of a tensor of the same role.
         later: largest |Δ log p| of a token when only what comes later in its example, and the second
             half of all other examples, changes.
+        continued: whether prompts of two lengths are continued by the same likeliest tokens.
     """
 
     engine: str
@@ -47,11 +51,13 @@ class Verdict:
     candidates: float
     gradient: float
     later: float
+    continued: bool
 
     @property
     def worst(self) -> float:
         """The largest of them."""
-        return max(self.forward, self.candidates, self.gradient, self.later)
+        largest = max(self.forward, self.candidates, self.gradient, self.later)
+        return largest if self.continued else float("inf")
 
 
 class Packed:
@@ -164,6 +170,7 @@ def judge(model: Tiny, folder: Path) -> Verdict:
         moved = packed.logprobs([changed(one) for one in examples], tasks)
         earlier = torch.cat([torch.arange(len(one) - 1) < len(one) // 2 - 1 for one in examples])
         candidates = _candidates(packed, alone, weights)
+        continued = _continued(packed, alone, weights)
     gradients = packed.gradients(examples, tasks)
     return Verdict(
         engine=packed.engine,
@@ -178,6 +185,7 @@ def judge(model: Tiny, folder: Path) -> Verdict:
             gradients,
         ),
         later=float((found - moved)[earlier].abs().max()),
+        continued=continued,
     )
 
 
@@ -225,3 +233,27 @@ def _candidates(packed: Packed, alone: Alone, weights: dict[int, dict[str, Tenso
             right = float(whole[-len(answer) :].sum())
             worst = max(worst, abs(right - float(scores[task][number])))
     return worst
+
+
+def _continued(packed: Packed, alone: Alone, weights: dict[int, dict[str, Tensor]]) -> bool:
+    """Whether greedy answers are the likeliest tokens of each row by itself, without a cache."""
+    prompts = draw([WINDOW + 8, 17, 62, 17])  # the third grows beyond where longrope changes
+    tasks = [0, 0, 1, 2]
+    requests = [
+        Request(task, prompt.tolist(), [[]]) for task, prompt in zip(tasks, prompts, strict=True)
+    ]
+    answers = generate(
+        packed.model,
+        requests,
+        ends=(),
+        new_tokens=[NEW_TOKENS] * len(requests),
+        device=CPU,
+        tokens_per_pass=1000,
+    )
+    for task, prompt, answer in zip(tasks, prompts, answers, strict=True):
+        tokens = prompt
+        for token in answer:
+            if alone.likeliest(tokens, weights[task]) != token:
+                return False
+            tokens = torch.cat([tokens, torch.tensor([token])])
+    return True
