@@ -408,7 +408,7 @@ MODELS: tuple[Tiny, ...] = (
     tiny("doge", "keeps 16", keep_window_size=16, quick=True),
     # A state that runs on.
     tiny("mamba", targets=MAMBA, gain=1.0, quick=True),
-    tiny("mamba", "dt_proj", targets=("dt_proj",), refused="never called as a layer"),
+    tiny("mamba", "dt_proj", targets=("dt_proj",), refused="never called as a layer", quick=True),
     tiny("mamba2", num_heads=8, n_groups=1, state_size=8, chunk_size=16),
     tiny("falcon_mamba", targets=MAMBA),
     tiny(
@@ -490,7 +490,7 @@ MODELS: tuple[Tiny, ...] = (
     tiny("openai-gpt", refused="Conv1D", targets=("c_attn",)),
     tiny("ctrl", dff=128),
     tiny("bert", is_decoder=True),
-    tiny("bert", "both ways", refused="tokens that must not be seen"),
+    tiny("bert", "both ways", refused="tokens that must not be seen", quick=True),
     tiny("roberta", is_decoder=True),
     tiny("xlnet", refused="tokens that must not be seen", d_head=16, d_inner=128),
     tiny(
