@@ -61,7 +61,7 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "quantization": quantization,
         "base_compute": base_compute,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "versions": [version(name) for name in ("torch", "transformers", "mtl-lora")],
+        "versions": [version(name) for name in ("torch", "transformers")],
         "code": _code(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
