@@ -19,7 +19,8 @@ from torch import Tensor
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Layout
-from mtl_lora_cli.models.trust import ROUNDING, Difference, dtype_of
+from mtl_lora_cli.models.stand_in import dtype_of
+from mtl_lora_cli.models.trust import ROUNDING, Difference
 
 _STEPS = 3
 _CACHES = ("past_key_values", "cache_params")  # what transformers' models call it
