@@ -199,9 +199,15 @@ def resume(
         MtlLoraError: memory or disk do not suffice, or the loss is no number.
         Interrupted: the user stopped the run; it can be resumed.
     """
+    _require_unfinished(run)
     with _only_writer(run, processes):
         _go_on(run, recipe_path, overrides, processes)
     return run
+
+
+def _require_unfinished(run: RunFolder) -> None:
+    if run.adapter.is_dir():
+        raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
 
 
 def _go_on(
@@ -209,8 +215,7 @@ def _go_on(
 ) -> None:
     own = load_recipe(run.recipe)
     extends = run.extends if run.extends.path.is_dir() else None
-    if run.adapter.is_dir():
-        raise UsageError(f"run '{run.name}' is finished; nothing is left to resume")
+    _require_unfinished(run)  # by whoever wrote until now
     with processes.one_after_another():
         require_same_names(run, own)
     if recipe_path is not None or overrides:
