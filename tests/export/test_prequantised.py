@@ -58,7 +58,7 @@ def packed_by_bitsandbytes(
 
 def tiny(kind: str, stories: Path, folder: Path) -> Path:
     (model,) = (one for one in MODELS if str(one) == kind)
-    return build(model, stories, folder)
+    return build(model, folder)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def folder_of(
         if kind not in made:
             (model,) = (one for one in MODELS if str(one) == kind)
             folder = tmp_path_factory.mktemp("base") / kind
-            made[kind] = build(model, stories_folder, folder)
+            made[kind] = build(model, folder)
             (folder / "preprocessor_config.json").write_text('{"size": 28}')
         return made[kind]
 
