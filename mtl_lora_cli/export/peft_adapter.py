@@ -7,10 +7,8 @@ goes into B, so that PEFT's lora_alpha / r is 1 whatever the method's own scale 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,13 +22,13 @@ from mtl_lora_cli.export.check import Answers, Check, Comparison, Questions, Rea
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_at
 from mtl_lora_cli.export.merge import Update
+from mtl_lora_cli.export.peft_names import PREFIX, beside_the_text, require_named
 from mtl_lora_cli.export.run_merge import require_held_out, write_checked
-from mtl_lora_cli.export.weight_names import skeleton, wrapper_class, wrapper_names
+from mtl_lora_cli.export.weight_names import wrapper_class, wrapper_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import load_config, model_class
 from mtl_lora_cli.tasks.task import Task
 
-_PREFIX = "base_model.model."  # PEFT's name for what it wraps
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _USE = """\
 ```python
@@ -73,8 +71,8 @@ def export_peft(
         say: called with progress lines.
 
     Raises:
-        UsageError: the output folder is not empty, PEFT is not installed, the rank is too large, or
-            the method is no LoRA for any task.
+        UsageError: the output folder is not empty, PEFT is not installed or cannot name the layers, the
+            rank is too large, or the method is no LoRA for any task.
         CheckError: what PEFT makes of it differs; it lies aside.
     """
     updates, truncation = updates_at(run, task, rank)
@@ -82,6 +80,13 @@ def export_peft(
     if checked:
         _require_peft()
         require_held_out(task, limit)
+    targets = _targets(run.adapter)
+
+    def write(path: Path) -> None:
+        excluded = beside_the_text(run.base, updates, wrapped, targets)
+        write_peft(updates, targets, _loadable(run.base), path, wrapped=wrapped, excluded=excluded)
+        require_named(run.base, path)
+
     written = write_checked(
         run,
         task,
@@ -89,14 +94,7 @@ def export_peft(
         what="the exported adapter differs from the run's",
         size=(1 + bool(wrapped))
         * sum(4 * (down.numel() + up.numel()) for down, up, _ in updates.values()),
-        write=lambda path: write_peft(
-            updates,
-            _targets(run.adapter),
-            _loadable(run.base),
-            path,
-            wrapped=wrapped,
-            excluded=beside_the_text(run.base, updates, wrapped, _targets(run.adapter)),
-        ),
+        write=write,
         check=Check(loaded_by_peft, _models(rank), limit, tolerance) if checked else None,
         readme=partial(_card, run, task, truncation=truncation),
         say=say,
@@ -128,8 +126,8 @@ def write_peft(
     for weight, (down, up, scale) in updates.items():
         for name in dict.fromkeys((weight, wrapped.get(weight, weight))):
             path = name.removesuffix(".weight")
-            tensors[f"{_PREFIX}{path}.lora_A.weight"] = down.clone()
-            tensors[f"{_PREFIX}{path}.lora_B.weight"] = scale * up.clone()
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = down.clone()
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = scale * up.clone()
             ranks[path] = down.shape[0]
     if any("." in target for target in targets):
         targets = list(ranks)
@@ -157,41 +155,6 @@ def write_peft(
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     (folder / _CONFIG).write_text(text, encoding="utf-8")
-
-
-def beside_the_text(
-    base: BaseModel, weights: Iterable[str], wrapped: Mapping[str, str], targets: Sequence[str]
-) -> str | None:
-    """An expression of the modules that PEFT would adapt, too, by their names, such as a vision tower's.
-
-    Each is named by the shortest path to it that leads to no adapted layer.
-
-    Args:
-        base: the base model.
-        weights: that are adapted.
-        wrapped: see `write_peft`.
-        targets: names of the adapted layers.
-    """
-    adapted = {name.removesuffix(".weight") for name in (*weights, *wrapped.values())}
-    leading = {above for path in adapted for above in _prefixes(path)}
-    named = {*targets, *(adapted if any("." in target for target in targets) else ())}
-    beside = set()
-    for kind in dict.fromkeys((None, wrapper_class(base))):
-        for path, _ in skeleton(base, kind).named_modules():
-            if path not in adapted and named.intersection(_suffixes(path)):
-                beside.add(next(above for above in _prefixes(path) if above not in leading))
-    return f"({'|'.join(map(re.escape, sorted(beside)))})(\\..*)?" if beside else None
-
-
-def _prefixes(path: str) -> list[str]:
-    """A module's path from its first part to all of it: a, a.b, a.b.c."""
-    return list(accumulate(path.split("."), lambda above, part: f"{above}.{part}"))
-
-
-def _suffixes(path: str) -> list[str]:
-    """A module's path and what it ends in: a.b.c, b.c, c; PEFT takes a target for any of them."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def loaded_by_peft(questions: Questions, folder: Path) -> Answers:
@@ -231,12 +194,15 @@ def _rank(folder: Path) -> int:
 
 
 def _targets(adapter: Adapter) -> list[str]:
-    """The layers' last names where the recipe gave names, as servers want them; else whole paths."""
-    names = sorted({path.rpartition(".")[2] for path in adapter.layers})
-    plain = all("*" not in t and "?" not in t for t in adapter.config.target_modules)
-    return (
-        names if plain and set(names) <= set(adapter.config.target_modules) else [*adapter.layers]
-    )
+    """The layers' last names where the recipe gave names, as servers want them; else whole paths.
+
+    A name that something above an adapted layer has, too, such as `0`, would lead PEFT to that.
+    """
+    names = {path.rpartition(".")[2] for path in adapter.layers}
+    above = {part for path in adapter.layers for part in path.split(".")[:-1]}
+    given = set(adapter.config.target_modules)
+    plain = all("*" not in target and "?" not in target for target in given)
+    return sorted(names) if plain and names <= given - above else [*adapter.layers]
 
 
 def _require_peft() -> None:

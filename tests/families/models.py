@@ -164,6 +164,7 @@ QSA = {
 LONGCAT = {"head_dim": 8, "num_key_value_heads": 4, "moe_topk": 2, "zero_expert_num": 2}
 
 FALCON = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+PEFT = "PEFT cannot adapt these layers"
 MAMBA = ("in_proj", "out_proj", "x_proj")
 
 MODELS: tuple[Tiny, ...] = (
@@ -332,8 +333,8 @@ MODELS: tuple[Tiny, ...] = (
     tiny("olmoe"),
     tiny("flex_olmo"),
     tiny("phimoe", **WHOLE),
-    tiny("glm4_moe"),
-    tiny("dots1", **UNWINDOWED),
+    tiny("glm4_moe", not_for_peft=PEFT),
+    tiny("dots1", not_for_peft=PEFT, **UNWINDOWED),
     tiny("minimax_m2"),
     tiny("granitemoe", logits_scaling=2.0, attention_multiplier=0.25),
     tiny(
@@ -343,8 +344,8 @@ MODELS: tuple[Tiny, ...] = (
         shared_intermediate_size=64,
         gain=1.0,
     ),
-    tiny("ernie4_5_moe", moe_k=2, moe_num_experts=4, moe_num_shared_experts=1),
-    tiny("hunyuan_v1_moe", moe_topk=2),
+    tiny("ernie4_5_moe", not_for_peft=PEFT, moe_k=2, moe_num_experts=4, moe_num_shared_experts=1),
+    tiny("hunyuan_v1_moe", not_for_peft=PEFT, moe_topk=2),
     tiny(
         "dbrx",
         d_model=64,
@@ -354,16 +355,16 @@ MODELS: tuple[Tiny, ...] = (
         attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     ),
     tiny("jetmoe", num_key_value_heads=2, kv_channels=16),
-    tiny("solar_open"),
-    tiny("exaone_moe", "window", **WINDOWED, first_k_dense_replace=0),
-    tiny("afmoe", "window", **WINDOWED, num_dense_layers=1),
+    tiny("solar_open", not_for_peft=PEFT),
+    tiny("exaone_moe", "window", not_for_peft=PEFT, **WINDOWED, first_k_dense_replace=0),
+    tiny("afmoe", "window", not_for_peft=PEFT, **WINDOWED, num_dense_layers=1),
     tiny("mimo_v2_flash", "window, sinks", **WINDOWED),
     tiny(
         "granitemoe_swa", "window, sinks", logits_scaling=2.0, attention_multiplier=0.25, **WINDOWED
     ),
     tiny("cohere2_moe", "window", logit_scale=0.5, **WINDOWED),
     tiny("aria_text", moe_num_experts=4, moe_num_shared_experts=1),
-    tiny("laguna", "window", **WINDOWED, num_attention_heads_per_layer=[4, 4]),
+    tiny("laguna", "window", not_for_peft=PEFT, **WINDOWED, num_attention_heads_per_layer=[4, 4]),
     tiny("mellum", "window", **WINDOWED),
     tiny("hy_v3"),
     tiny("flint", "window", **WINDOWED),
@@ -372,9 +373,9 @@ MODELS: tuple[Tiny, ...] = (
         "zaya", router_hidden_size=16, num_experts_per_tok=1, targets=("q_proj", "k_proj", "o_proj")
     ),
     # Compressed keys and values.
-    tiny("deepseek_v2", num_key_value_heads=4),
-    tiny("deepseek_v3", num_key_value_heads=4, quick=True),
-    tiny("glm4_moe_lite", num_key_value_heads=4),
+    tiny("deepseek_v2", not_for_peft=PEFT, num_key_value_heads=4),
+    tiny("deepseek_v3", not_for_peft=PEFT, num_key_value_heads=4, quick=True),
+    tiny("glm4_moe_lite", not_for_peft=PEFT, num_key_value_heads=4),
     tiny("youtu", num_key_value_heads=4),
     tiny(
         "deepseek_v4",
@@ -388,15 +389,16 @@ MODELS: tuple[Tiny, ...] = (
     tiny("axk1", num_key_value_heads=4),
     tiny(
         "longcat_flash",
+        not_for_peft=PEFT,
         targets=("q_b_proj", "kv_b_proj", "o_proj", "down_proj"),
         num_layers=1,
         ffn_hidden_size=64,
         expert_ffn_hidden_size=32,
         **LONGCAT,
     ),
-    tiny("deepseek_v32", index_topk=2048, **INDEXED),
-    tiny("deepseek_v32", "sparse", index_topk=12, **INDEXED),
-    tiny("glm_moe_dsa", "sparse", index_topk=12, **INDEXED),
+    tiny("deepseek_v32", not_for_peft=PEFT, index_topk=2048, **INDEXED),
+    tiny("deepseek_v32", "sparse", not_for_peft=PEFT, index_topk=12, **INDEXED),
+    tiny("glm_moe_dsa", "sparse", not_for_peft=PEFT, index_topk=12, **INDEXED),
     tiny("axk2", "sparse", index_topk=12, gated_norm_rank=8, **INDEXED),
     # Positions as biases.
     tiny("bloom", quick=True),
@@ -407,10 +409,17 @@ MODELS: tuple[Tiny, ...] = (
     tiny("doge"),
     tiny("doge", "keeps 16", keep_window_size=16, quick=True),
     # A state that runs on.
-    tiny("mamba", targets=MAMBA, gain=1.0, quick=True),
-    tiny("mamba", "dt_proj", targets=("dt_proj",), refused="never called as a layer", quick=True),
-    tiny("mamba2", num_heads=8, n_groups=1, state_size=8, chunk_size=16),
-    tiny("falcon_mamba", targets=MAMBA),
+    tiny("mamba", not_for_peft=PEFT, targets=MAMBA, gain=1.0, quick=True),
+    tiny(
+        "mamba",
+        "dt_proj",
+        not_for_peft=PEFT,
+        targets=("dt_proj",),
+        refused="never called as a layer",
+        quick=True,
+    ),
+    tiny("mamba2", not_for_peft=PEFT, num_heads=8, n_groups=1, state_size=8, chunk_size=16),
+    tiny("falcon_mamba", not_for_peft=PEFT, targets=MAMBA),
     tiny(
         "jamba",
         targets=(*MAMBA, "q_proj", "o_proj", "down_proj"),
@@ -419,7 +428,7 @@ MODELS: tuple[Tiny, ...] = (
         quick=True,
     ),
     tiny("bamba", attn_layer_indices=[1]),
-    tiny("falcon_h1", quick=True),
+    tiny("falcon_h1", not_for_peft=PEFT, quick=True),
     tiny(
         "granitemoehybrid",
         **LINEAR,
@@ -427,7 +436,7 @@ MODELS: tuple[Tiny, ...] = (
         logits_scaling=2.0,
         attention_multiplier=0.25,
     ),
-    tiny("qwen3_next", **LINEAR, gain=0.8, quick=True),
+    tiny("qwen3_next", not_for_peft=PEFT, **LINEAR, gain=0.8, quick=True),
     tiny("qwen3_5_text", **LINEAR, gain=0.8),
     tiny("qwen3_5_moe_text", **LINEAR, gain=0.8),
     tiny("lfm2", layer_types=["conv", "full_attention"], quick=True),
@@ -444,6 +453,7 @@ MODELS: tuple[Tiny, ...] = (
     ),
     tiny(
         "nemotron_h",
+        not_for_peft=PEFT,
         layers_block_type=["mamba", "attention", "mlp", "moe"],
         num_hidden_layers=4,
         mamba_num_heads=8,
