@@ -104,7 +104,9 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
             content = " ".join(fingerprint(file.read_bytes()) for file in files)
         except OSError as error:
             raise file_problem(files[0], f"cannot be read: {error.strerror}") from None
-    chosen = f"{source.task_column} {source.task_names} {source.task} {layout_of(source)}"
+    chosen = f"{source.task_column} {source.task_names} {source.task}"
+    if layout_of(source) != BY_ENDING:  # otherwise as before there were layouts: runs remember it
+        chosen += f" {layout_of(source)}"
     return fingerprint(f"{content} {chosen}".encode())
 
 

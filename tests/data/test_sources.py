@@ -713,6 +713,17 @@ def test_a_row_of_no_known_task_is_one_line(
     )
 
 
+def test_a_fingerprint_is_what_it_was_for_runs_that_remember_it(tmp_path: Path) -> None:
+    """As written in 0.1.0's first plans; only a source that says how its files are written differs."""
+    (tmp_path / "train.jsonl").write_bytes(b'{"a": 1}\n')
+    plain = Source(path=str(tmp_path))
+    content = hashlib.sha256(b'{"a": 1}\n').hexdigest()[:16]
+    expected = hashlib.sha256(f"{content} None None None".encode()).hexdigest()[:16]
+    assert sources.split_fingerprint(plain, "train", base=tmp_path, task="t") == expected
+    other = plain.model_copy(update={"quoting": "none"})
+    assert sources.split_fingerprint(other, "train", base=tmp_path, task="t") != expected
+
+
 # Whole data sets, and anything at all
 
 
