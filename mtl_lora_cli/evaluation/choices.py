@@ -255,10 +255,11 @@ def ask(
     Returns:
         For each request float64 [choices, K], in request order.
     """
-    whole, requests = requests, [part for one in requests for part in _apart(packed, one)]
+    parts = [_apart(packed, request) for request in requests]
+    requests = [part for some in parts for part in some]
     own = shard.share([request.cost for request in requests])
     results: dict[int, np.ndarray] = {}
-    first = set(np.cumsum([0, *(len(_apart(packed, one)) for one in whole)]).tolist())
+    first = set(np.cumsum([0, *(len(some) for some in parts)]).tolist())
 
     def collect(numbers: list[int], values: Tensor) -> None:
         trees = [requests[number].tree for number in numbers]
@@ -284,7 +285,7 @@ def ask(
     finally:
         packed.train(training)
     found = iter(shard.gather(results))
-    return [np.concatenate([next(found) for _ in _apart(packed, one)]) for one in whole]
+    return [np.concatenate([next(found) for _ in some]) for some in parts]
 
 
 def _apart(packed: PackedModel, request: Request) -> list[Request]:
