@@ -24,12 +24,12 @@ from mtl_lora_cli.comparison.random_model import (
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.timing import peak_gib, reset_peak, synchronize, time_steps
 from mtl_lora_cli.comparison.yardstick import Step, Yardstick, supervised_share
+from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import attention
+from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import adapt, pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.floor import Rate, floor_json, flop_per_token
-from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
@@ -192,8 +192,8 @@ def smallest_side(shape: str) -> int:
 
 
 def _register_attention() -> str:
-    attention.register()
-    return attention.NAME
+    registered.register()
+    return registered.NAME
 
 
 class _Training:

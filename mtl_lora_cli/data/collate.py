@@ -9,8 +9,8 @@ import torch
 
 from mtl_lora_cli.data.encoding import EncodedSplit
 from mtl_lora_cli.data.mixture import Place, positions_of
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.segments import Segments
 
 
 def training_batch(

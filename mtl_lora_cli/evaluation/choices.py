@@ -22,11 +22,11 @@ from torch import Tensor
 from mtl_lora_cli.data.answers import require_apart
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.models.segments import Segments
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 
@@ -41,7 +41,7 @@ class Tree:
 
     Attributes:
         tokens, places: int32 [n], and their places in the text.
-        reach: int32 [n], see `mtl_lora_cli.models.segments`.
+        reach: int32 [n], see `mtl_lora_cli.engine.segments`.
         prompt: number of the prompt's tokens.
         owner: int32 [S], for each token of the candidates, one candidate behind the other, the
             position that answers it.

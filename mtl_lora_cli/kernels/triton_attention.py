@@ -9,7 +9,7 @@ With q_i, k_j of one segment, s_ij = scaling · q_i·k_j for j ≤ i, P = softma
 No score leaves the chip: the backward pass computes P again from `lse`. Each program writes its own
 tile of the result and nobody else's, so that sums have one order and every run gives the same bits.
 
-Trees, which evaluation alone has (`models/segments.py`): key j is seen by the queries j ≤ i < reach_j
+Trees, which evaluation alone has (`engine/segments.py`): key j is seen by the queries j ≤ i < reach_j
 of its segment, one comparison more for each score.
 
 A program's tile comes from a table (`tiles.tile_table`). Rows of the table whose first position is

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.models.segments import Segments
+from mtl_lora_cli.engine.segments import Segments
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
+from mtl_lora_cli.engine.decoder import FusedDecoder, obstacle
+from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
-from mtl_lora_cli.models.attention import NotHonoured
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.blocks import Keep
-from mtl_lora_cli.models.decoder import FusedDecoder, obstacle
 from mtl_lora_cli.models.plain import PlainEngine, Way, own_attention, use_attention
+from mtl_lora_cli.models.registered import NotHonoured
 
 Engine = Literal["auto", "fused", "plain"]
 BaseCompute = Literal["dtype", "fp8"]

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.models import attention
+from mtl_lora_cli.engine.segments import Segments, alike
+from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import text_body
 from mtl_lora_cli.models.quiet import quiet_warnings
-from mtl_lora_cli.models.segments import Segments, alike
 
 Layout = Literal["packed", "rows", "single"]
 LAYOUTS: tuple[Layout, ...] = ("packed", "rows", "single")
@@ -88,7 +88,7 @@ class PlainEngine:
         way: how it is asked.
 
     Raises:
-        attention.NotHonoured: `packed` is asked for, and the model's attention cannot be replaced.
+        registered.NotHonoured: `packed` is asked for, and the model's attention cannot be replaced.
     """
 
     def __init__(self, model: Any, adapter: Adapter | None, way: Way) -> None:
@@ -101,9 +101,9 @@ class PlainEngine:
     def take_attention(self) -> None:
         """Give the model the attention of its layout, as after somebody else used it."""
         if self.way.layout == "packed":
-            attention.register()
-            if not use_attention(self._model, attention.NAME):
-                raise attention.NotHonoured("its attention cannot be replaced")
+            registered.register()
+            if not use_attention(self._model, registered.NAME):
+                raise registered.NotHonoured("its attention cannot be replaced")
         else:
             use_attention(self._model, own_attention(self._model))
 

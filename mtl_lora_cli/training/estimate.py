@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
+from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import (
@@ -30,7 +31,6 @@ from mtl_lora_cli.training.fit import (
     on_meta,
     remedies,
 )
-from mtl_lora_cli.training.footprint import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.training.memory import Choice, free_memory, pick
 from mtl_lora_cli.training.prepare import adapter_config
 from mtl_lora_cli.training.trial import in_a_line, tried

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Recipe, Recompute
-from mtl_lora_cli.training.footprint import (
+from mtl_lora_cli.engine.memory import (
     Load,
     ModelSizes,
     peak_bytes,
     recompute_of,
     sizes_of,
 )
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.passes import ROOM
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Situation:
         Raises:
             UnknownLayersError: its layers are not the fused engine's.
         """
-        from mtl_lora_cli.models.decoder import obstacle
+        from mtl_lora_cli.engine.decoder import obstacle
 
         recipe, model, adapter = self.recipe, self.model, self.adapter
         reason = "engine: plain" if recipe.engine == "plain" else obstacle(model, adapter)

@@ -9,6 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mtl_lora_cli.engine.memory import (
+    GIB,
+    Load,
+    ModelSizes,
+    fixed_bytes,
+    needed_bytes,
+    peak_bytes,
+    recompute_of,
+    weight_bytes,
+)
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.fit import (
@@ -21,16 +31,6 @@ from mtl_lora_cli.training.fit import (
     remedies,
     situation_of,
     together,
-)
-from mtl_lora_cli.training.footprint import (
-    GIB,
-    Load,
-    ModelSizes,
-    fixed_bytes,
-    needed_bytes,
-    peak_bytes,
-    recompute_of,
-    weight_bytes,
 )
 from mtl_lora_cli.training.processes import ALONE, Processes
 

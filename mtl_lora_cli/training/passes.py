@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
+from mtl_lora_cli.engine.attention import table_keys
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.models.packing import table_keys
-from mtl_lora_cli.models.segments import Segments
 
 _SEGMENT = 256  # positions of a segment of padding
 ROOM = 256  # questions and segments are padded to whole multiples of this

@@ -21,9 +21,10 @@ from mtl_lora_cli.data.prepare import (
     read_examples,
     with_rows,
 )
+from mtl_lora_cli.engine.decoder import obstacle
+from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.decoder import obstacle
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -43,7 +44,6 @@ from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.fit import on_meta
-from mtl_lora_cli.training.footprint import keep_of
 from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts

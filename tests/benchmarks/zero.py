@@ -30,7 +30,7 @@ from mtl_lora_cli.comparison.random_model import random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
 from mtl_lora_cli.data.mixture import Mixture
-from mtl_lora_cli.models import attention
+from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import pick_device, pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Distributed, Training
@@ -46,7 +46,7 @@ WARM_UP = 3
 
 def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """Train so many steps at one stage; what was seen, over all processes."""
-    attention.register()
+    registered.register()
     device = pick_device()
     dtype = pick_dtype("auto", device)
     config = find_config(wanted.shape)
@@ -57,7 +57,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         dtype=dtype,
         device=device,
         quantization=wanted.quantization,
-        attention=attention.NAME,
+        attention=registered.NAME,
         storage=dtype if cut else torch.uint8,
     )
     names = [f"task{number}" for number in range(TASKS)]

@@ -43,12 +43,12 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.adapters.inject import inject
     from mtl_lora_cli.comparison.random_model import random_model
     from mtl_lora_cli.comparison.shapes import find_config
-    from mtl_lora_cli.models import attention
+    from mtl_lora_cli.models import registered
     from mtl_lora_cli.models.packed import PackedModel
     from mtl_lora_cli.training.passes import EagerPasses
     from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
-    attention.register()
+    registered.register()
     made = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -57,7 +57,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
             dtype=torch.float32,
             device=torch.device("cpu"),
             quantization="none",
-            attention=attention.NAME,
+            attention=registered.NAME,
         )
         adapter = inject(model, adapter_config(**tiny.adapter), [str(i) for i in range(8)])
         packed = PackedModel(model, adapter).train()

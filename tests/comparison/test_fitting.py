@@ -12,8 +12,8 @@ from mtl_lora_cli.comparison.bench import Measuring, adapter_config, run_case
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.fitting import fitted
 from mtl_lora_cli.comparison.yardstick import Yardstick, densest
+from mtl_lora_cli.engine.memory import GIB
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.training.footprint import GIB
 
 LLAMA = Case(
     name="llama",

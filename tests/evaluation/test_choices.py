@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.evaluation.choices import Request, Tree, build_requests, score
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-from mtl_lora_cli.models.segments import Segments
 from mtl_lora_cli.tasks.rendering import Example
 
 

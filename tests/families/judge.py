@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import adapt, load_model
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.models.segments import Segments
 from mtl_lora_cli.models.trust import settle
 
 from .alone import Alone, elsewhere

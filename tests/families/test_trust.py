@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_lora_cli.engine.segments import EVERYTHING
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import attention, packed, plain, trust
+from mtl_lora_cli.models import packed, plain, registered, trust
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
-from mtl_lora_cli.models.segments import EVERYTHING
 
 from .models import MODELS
 
@@ -25,13 +25,13 @@ Patch = pytest.MonkeyPatch
 
 def everything_seen(patch: Patch) -> None:
     """No window, no chunks."""
-    attend = attention.attend_segments
-    patch.setattr(attention, "attend_segments", lambda *a: attend(*a[:5], EVERYTHING))
+    attend = registered.attend_segments
+    patch.setattr(registered, "attend_segments", lambda *a: attend(*a[:5], EVERYTHING))
 
 
 def one_too_many(patch: Patch) -> None:
     """A window's edge is one key further away."""
-    attend = attention.attend_segments
+    attend = registered.attend_segments
 
     def wide(*a: Any) -> Any:
         rule = a[5]
@@ -39,19 +39,19 @@ def one_too_many(patch: Patch) -> None:
             *a[:5], rule if rule.window is None else rule._replace(window=rule.window + 1)
         )
 
-    patch.setattr(attention, "attend_segments", wide)
+    patch.setattr(registered, "attend_segments", wide)
 
 
 def scores_without(**left_out: Any) -> Callable[[Patch], None]:
     """Attention that passes over one of its keywords."""
 
     def take_away(patch: Patch) -> None:
-        attend = attention.attend_segments
+        attend = registered.attend_segments
 
         def deaf(q: Any, k: Any, v: Any, scores: Any, *others: Any) -> Any:
             return attend(q, k, v, replace(scores, **left_out), *others)
 
-        patch.setattr(attention, "attend_segments", deaf)
+        patch.setattr(registered, "attend_segments", deaf)
 
     return take_away
 
@@ -74,7 +74,7 @@ def no_mask(patch: Patch) -> None:
         return True
 
     patch.setattr(plain, "use_attention", told)
-    patch.setattr(attention, "_mask", lambda *_, **__: None)
+    patch.setattr(registered, "_mask", lambda *_, **__: None)
 
 
 def packed_alone(patch: Patch) -> None:

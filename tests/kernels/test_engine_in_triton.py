@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.engine.attention import Packing, attend
+from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-from mtl_lora_cli.models.packing import Packing, attend
-from mtl_lora_cli.models.segments import Segments
 
 pytestmark = pytest.mark.slow
 

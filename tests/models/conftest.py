@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-from mtl_lora_cli.models.segments import Segments
 
 
 @pytest.fixture(scope="session")

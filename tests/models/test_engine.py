@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 

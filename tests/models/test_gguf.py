@@ -59,8 +59,8 @@ def test_a_conversion_is_used_again(smollm2: BaseModel) -> None:
 
 
 def test_the_converted_model_knows_its_english(smollm2: BaseModel) -> None:
+    from mtl_lora_cli.engine.segments import Segments
     from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-    from mtl_lora_cli.models.segments import Segments
 
     tokenizer = load_tokenizer(smollm2)
     model = load_model(smollm2, dtype=torch.float32, device=torch.device("cpu"))

@@ -14,8 +14,8 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.function import AdapterProducts
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.comparison.random_model import random_model
-from mtl_lora_cli.models import attention
-from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.training.passes import Capacity, EagerPasses, GraphedPasses, padded
 
@@ -40,7 +40,7 @@ def build(
     **config: Any,
 ) -> tuple[Any, Adapter]:
     """A small model of LLaMA's kind with grouped heads, and an adapter far from its start."""
-    attention.register()
+    registered.register()
     shape = AutoConfig.for_model(
         "llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=512,
         num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim,
@@ -51,7 +51,7 @@ def build(
         dtype=torch.bfloat16,
         device=CARD,
         quantization=quantization,
-        attention=attention.NAME,
+        attention=registered.NAME,
     )
     if dtype != torch.bfloat16:
         model.to(dtype)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
-from mtl_lora_cli.models.attention import NotHonoured
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-from mtl_lora_cli.models.segments import Segments
+from mtl_lora_cli.models.registered import NotHonoured
 
 LogProbs = Callable[..., list[Tensor]]
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mtl_lora_cli.models import attention
-from mtl_lora_cli.models.attention import Scores, packed_attention
-from mtl_lora_cli.models.segments import EVERYTHING, Segments
+from mtl_lora_cli.engine import torch_attention as attention
+from mtl_lora_cli.engine.segments import EVERYTHING, Segments
+from mtl_lora_cli.engine.torch_attention import Scores
+from mtl_lora_cli.models.registered import NotHonoured, packed_attention
 
 
 @pytest.mark.parametrize("lengths", [[], [3, 0, 2], [-1], [0]])
@@ -146,7 +147,7 @@ def test_stacks_are_well_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = sum(stack.height * stack.length**2 for stack in stacks)
     assert scores <= 1.25**2 * sum(length**2 for length in MIXED)
     assert len(stacks) < len(MIXED) / 2
-    monkeypatch.setattr("mtl_lora_cli.models.segments._MOST_SCORES", 20_000)
+    monkeypatch.setattr("mtl_lora_cli.engine.segments._MOST_SCORES", 20_000)
     for stack in Segments.build(MIXED).stacks().stacks:
         assert stack.height == 1 or stack.height * stack.length**2 <= 20_000
 
@@ -224,5 +225,5 @@ def test_what_fills_a_segment_up_comes_from_itself() -> None:
 
 def test_a_batch_of_rows_is_refused() -> None:
     x = torch.randn(2, 1, 3, 4)
-    with pytest.raises(attention.NotHonoured, match="not within one packed sequence of 3"):
+    with pytest.raises(NotHonoured, match="not within one packed sequence of 3"):
         packed_attention(torch.nn.Identity(), x, x, x, None, segments=Segments.build([3]))

@@ -10,6 +10,15 @@ import pytest
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.comparison.shapes import SHAPES
+from mtl_lora_cli.engine.memory import (
+    GIB,
+    Load,
+    fixed_bytes,
+    head_bytes,
+    peak_bytes,
+    peak_parts,
+    weight_bytes,
+)
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.recipe.load import load_recipe
@@ -19,15 +28,6 @@ from mtl_lora_cli.training import memory
 from mtl_lora_cli.training.doctor import Check
 from mtl_lora_cli.training.estimate import Estimate, examine_recipe
 from mtl_lora_cli.training.fit import Situation, on_meta
-from mtl_lora_cli.training.footprint import (
-    GIB,
-    Load,
-    fixed_bytes,
-    head_bytes,
-    peak_bytes,
-    peak_parts,
-    weight_bytes,
-)
 from mtl_lora_cli.training.prepare import prepare
 
 RECIPE = """\

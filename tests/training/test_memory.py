@@ -19,15 +19,7 @@ from mtl_lora_cli.cli.plan import tasks_table
 from mtl_lora_cli.comparison.random_model import empty_model, random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
-from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.models import attention
-from mtl_lora_cli.models.blocks import Keep
-from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
-from mtl_lora_cli.recipe.schema import Diagnose, Recompute
-from mtl_lora_cli.training import memory
-from mtl_lora_cli.training.fit import alternatives, situation_of
-from mtl_lora_cli.training.footprint import (
+from mtl_lora_cli.engine.memory import (
     CONTEXT,
     GIB,
     GroupSizes,
@@ -43,6 +35,14 @@ from mtl_lora_cli.training.footprint import (
     sizes_of,
     weight_bytes,
 )
+from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.models import registered
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
+from mtl_lora_cli.recipe.schema import Diagnose, Recompute
+from mtl_lora_cli.training import memory
+from mtl_lora_cli.training.fit import alternatives, situation_of
 from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
 from mtl_lora_cli.training.prepare import Prepared, prepare
@@ -189,10 +189,10 @@ def test_the_estimate_is_what_torch_allocates(recompute: bool | Recompute) -> No
     """The peak of one pass over the memory before it, on the CPU."""
     config = find_config("tiny")
     config.num_hidden_layers, config.intermediate_size = 4, 192
-    attention.register()
+    registered.register()
     cpu = torch.device("cpu")
     model = random_model(
-        config, dtype=torch.float32, device=cpu, quantization="none", attention=attention.NAME
+        config, dtype=torch.float32, device=cpu, quantization="none", attention=registered.NAME
     )
     adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), ("one", "two"))
     packed = PackedModel(model, adapter, keep=keep_of(recompute, 4)).train()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.models.blocks import Keep
+from mtl_lora_cli.engine.saved import Keep
 
 
 def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""The decoder of a LLaMA-class model over packed rows, built of the blocks in `blocks.py`.
+"""The decoder of a LLaMA-class model over packed rows, built of the blocks beside this file.
 
 It reads the weights of the transformers model that it is made from, and leaves that model as it is:
 the same parameters, the same adapted layers. What it saves is time and memory: one product for q, k
@@ -20,10 +20,13 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import mixing_of
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine.attention import Packing, pick_way
+from mtl_lora_cli.engine.attention_block import AttentionBlock
+from mtl_lora_cli.engine.group import Group
+from mtl_lora_cli.engine.mlp_block import MlpBlock
+from mtl_lora_cli.engine.saved import Keep, Pass
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
-from mtl_lora_cli.models.blocks import AttentionBlock, Group, Keep, MlpBlock, Pass
-from mtl_lora_cli.models.packing import Packing, pick_way
-from mtl_lora_cli.models.segments import Segments
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")  # same layer: norms, rotary halves, SwiGLU, no extras
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies

@@ -1,7 +1,7 @@
 """Attention over packed rows on the fused buffer [q | k | v], forward and backward.
 
 Two ways that give the same numbers up to rounding: our Triton kernels (q, k, v and their gradients in
-one buffer), and torch (`models/attention.py`), whose gradients are autograd's. `Packing.way` says
+one buffer), and torch (`engine/torch_attention.py`), whose gradients are autograd's. `Packing.way` says
 which.
 """
 
@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.torch_attention import Scores, attend_segments
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.rotary import rotate_
 from mtl_lora_cli.kernels.tiles import (
@@ -22,8 +24,6 @@ from mtl_lora_cli.kernels.tiles import (
     QUERY_BACKWARD,
     launch_for,
 )
-from mtl_lora_cli.models.attention import Scores, attend_segments
-from mtl_lora_cli.models.segments import Segments
 
 Way = Literal["triton", "torch"]
 

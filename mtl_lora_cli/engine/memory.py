@@ -3,7 +3,7 @@
     peak = fixed + max over the moments of a step of (kept so far + working)
 
 *Fixed* are weights, adapter, its gradients and AdamW's state. *Kept* is what the blocks of
-`models/blocks.py` leave for the backward pass. *Working* is what lives for one block only. The
+`attention_block.py` and `mlp_block.py` leave for the backward pass. *Working* is what lives for one block only. The
 moments are each block's forward pass, the head's, and each block's backward pass, when what the
 later layers kept is free again. All memory is in bytes.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtl_lora_cli.adapters.frozen import ALIGNMENT
+from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.kernels.backend import PITCH
-from mtl_lora_cli.models.blocks import Keep
 from mtl_lora_cli.recipe.schema import Recompute
 
 if TYPE_CHECKING:

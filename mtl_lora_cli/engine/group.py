@@ -1,0 +1,200 @@
+"""Projections of one input, some or all of them adapted, as one product both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.routing import Slots
+
+_MOST_OWN_ROWS = 128
+Norm = tuple[Tensor, Tensor]  # r [N] and w [d] of h = w ⊙ (r x)
+
+
+class Group:
+    """Projections of one input, some or all of them adapted.
+
+    Inputs and output gradients come with room behind their columns (`room`), where the adapter's
+    own small factor goes, so that the large product takes both; see `adapters/frozen.py`.
+
+    Args:
+        layers: as they stand in the model: `MultiTaskLinear`, or a frozen linear layer.
+        resident: whether the weights stay in memory; see `FrozenWeights.lay_together`.
+
+    Attributes:
+        all_tasks: z holds the own rows of all tasks, present or not.
+    """
+
+    def __init__(self, *layers: torch.nn.Module, resident: bool = True) -> None:
+        bases = [
+            layer.base_layer if isinstance(layer, MultiTaskLinear) else layer for layer in layers
+        ]
+        self.frozen = FrozenWeights(bases)  # type: ignore[arg-type]
+        self.adapted = [layer for layer in layers if isinstance(layer, MultiTaskLinear)]
+        self.products: AdapterProducts | None = None
+        self.all_tasks = False
+        wanted = Room()
+        if self.adapted:
+            spans = tuple(
+                span
+                for layer, span in zip(layers, self.frozen.spans, strict=True)
+                if isinstance(layer, MultiTaskLinear)
+            )
+            self.products = self.adapted[0].products(spans)
+            # Parts of each task's own stand beside the shared ones, those of all tasks where they
+            # are few: then there is one size whatever tasks are present.
+            first = self.adapted[0]
+            own = first.config.family.spread == "own"
+            self.all_tasks = own and first.routing.tasks * first.config.task_rank <= _MOST_OWN_ROWS
+            if self.all_tasks or not own:
+                with torch.no_grad():
+                    each = [layer.factors(None) for layer in self.adapted]
+                wanted = Room(
+                    columns=sum(up.shape[0] * up.shape[2] for _, up in each),
+                    rows=sum(down.shape[0] * down.shape[1] for down, _ in each),
+                )
+        self.frozen.lay_together(wanted, resident=resident)
+
+    @property
+    def room(self) -> Room:
+        """Columns to leave free behind the group's input, and behind its output's gradient."""
+        return self.frozen.room
+
+    @property
+    def count(self) -> int:
+        """Number of `tensors`."""
+        return 1 + 2 * len(self.adapted) if self.adapted else 0
+
+    def wanted(self, slots: Slots) -> Tensor | None:
+        """The tasks whose own parts are read: [P], or None for all."""
+        return None if self.all_tasks else slots.wanted
+
+    def tensors(self, mixing: Tensor | None, slots: Slots) -> list[Tensor | None]:
+        """What autograd must know of: M, the downs, the ups."""
+        if self.products is None:
+            return []
+        each = [layer.factors(self.wanted(slots)) for layer in self.adapted]
+        return [mixing, *(down for down, _ in each), *(up for _, up in each)]
+
+    def forward(
+        self, wide: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
+    ) -> tuple[Tensor, Tape | None]:
+        """y from [x | room], and what the backward pass needs of the adapters."""
+        x = self.input(wide)
+        if self.products is None or slots.count == 0:
+            return self.frozen.product(x, self.frozen.weights()), None
+        mixing, rest = tensors[0], tensors[1:]
+        count = len(self.adapted)
+        factors = self.products.factors(self.frozen, x.dtype, rest[:count], rest[count:], mixing)
+        mask = self.products.mask(x) if training else None
+        z = self.products.narrow(x, mask, factors)
+        tape = Tape(factors, z, mask, tuple(like.shape for like in rest))
+        return self._product(wide, tape, slots), tape
+
+    def again(self, wide: Tensor, tape: Tape | None, slots: Slots) -> Tensor:
+        """y once more."""
+        if tape is None:
+            return self.frozen.product(self.input(wide), self.frozen.weights())
+        return self._product(wide, tape, slots)
+
+    def input(self, wide: Tensor) -> Tensor:
+        """x of [x | room]."""
+        return wide[:, : self.frozen.shape[1]]
+
+    def backward(
+        self, wide: Tensor, tape: Tape | None, slots: Slots, wanted: bool, *, roomy: bool
+    ) -> tuple[Tensor | None, Gradients | None]:
+        """dx where it is wanted, and the adapters' gradients, that of A unfinished.
+
+        Args:
+            wide: [dy | room], or dy alone where it is not `roomy`.
+            tape, slots: of the forward pass.
+            wanted: whether dx is.
+            roomy: whether there is room behind dy.
+        """
+        weights = self.frozen.weights()
+        dy = wide[:, : self.frozen.shape[0]]
+        if self.products is None or tape is None:
+            return self.frozen.input_gradient(dy, weights) if wanted else None, None
+        u = self.products.spread(tape.z, tape.factors, slots)
+        dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots)
+        found = Gradients(dz, dmixing, dups)
+        if not wanted:
+            return None, found
+        if roomy and self.room.rows and tape.mask is None:
+            wide[:, self.frozen.shape[0] :].copy_(dz)
+            return self.frozen.input_gradient(wide, weights, tape.factors.down), found
+        dx = self.frozen.input_gradient(dy, weights)
+        self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)
+        return dx, found
+
+    def finish(
+        self, gradients: Gradients | None, tape: Tape | None, x: Tensor, norm: Norm | None = None
+    ) -> list[Tensor | None]:
+        """The gradients of `tensors`.
+
+        Args:
+            gradients: from `backward`.
+            tape: of the forward pass.
+            x: the group's input [N, in]; with `norm` what the norm before it was given.
+            norm: that norm.
+        """
+        if self.products is None:
+            return []
+        if gradients is None or tape is None:
+            return [None] * self.count
+        if norm is None:
+            ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
+        else:
+            ddown = self.products.normed_down_gradient(gradients.dz, x, *norm, tape.mask)
+        half = len(tape.shapes) // 2
+        dtype = self.adapted[0].lora_A.dtype
+        parameters = self.products.parameter_gradients(
+            tape.shapes[:half], tape.shapes[half:], dtype, ddown, gradients.dups
+        )
+        return [gradients.dmixing, *parameters]
+
+    def _product(self, wide: Tensor, tape: Tape, slots: Slots) -> Tensor:
+        assert self.products is not None
+        weights = self.frozen.weights()
+        if self.room.columns:
+            self.products.spread(tape.z, tape.factors, slots, out=wide[:, self.frozen.shape[1] :])
+            return self.frozen.product(wide, weights, tape.factors.up)
+        y = self.frozen.product(wide, weights)
+        self.products.add_up(y, self.products.spread(tape.z, tape.factors, slots), tape.factors)
+        return y
+
+
+@dataclass
+class Tape:
+    """What a group's forward pass leaves: factors in the activations' dtype, z, the mask, and the
+    shapes of the downs and ups."""
+
+    factors: Factors
+    z: Tensor
+    mask: Tensor | None
+    shapes: tuple[torch.Size, ...]
+
+    def tensors(self) -> list[Tensor | None]:
+        return [*self.factors, self.z, self.mask]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], shapes: tuple[torch.Size, ...]) -> Tape:
+        down, up, mixing, z, mask = tensors
+        return Tape(Factors(down, up, mixing), z, mask, shapes)
+
+
+@dataclass
+class Gradients:
+    """What a group's backward pass has found before A's gradient is asked for."""
+
+    dz: Tensor
+    dmixing: Tensor | None
+    dups: list[Tensor]

@@ -1,0 +1,95 @@
+"""What one pass through the blocks is told, and what they save for its backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine.attention import Packing
+from mtl_lora_cli.engine.group import Tape
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What the forward pass leaves for the backward pass instead of having it computed again.
+
+    Attributes:
+        attended: outputs of attention. Again: attention.
+        qkv, gate_up: outputs of these projections. Again: a large product each.
+    """
+
+    attended: bool = True
+    qkv: bool = True
+    gate_up: bool = True
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What holds for all layers of one pass through the model.
+
+    Attributes:
+        slots: the routing of the N positions.
+        packing: attention's view of them.
+        positions: [U] int64: the last layer goes on with these positions alone; None for all.
+        chosen_slots: the routing of the positions that go on.
+        keep: what is kept for the backward pass.
+        training: whether dropout is on.
+        learn: whether a backward pass will come.
+    """
+
+    slots: Slots
+    packing: Packing
+    positions: Tensor | None
+    chosen_slots: Slots
+    keep: Keep
+    training: bool
+    learn: bool
+
+
+class Saved:
+    """Names for what a block saves: `save_for_backward` takes a flat list."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.names: list[tuple[str, int, Any]] = []
+        self.flat: list[Tensor | None] = []
+        self._ctx = ctx
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.names.append((name, 1, None))
+        self.flat.append(tensor)
+
+    def add_tape(self, name: str, tape: Tape | None) -> None:
+        if tape is not None:
+            tensors = tape.tensors()
+            self.names.append((name, len(tensors), tape.shapes))
+            self.flat += tensors
+
+    def close(self) -> None:
+        self._ctx.save_for_backward(*self.flat)
+        self._ctx.names = self.names
+
+
+def opened(ctx: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    tensors = list(ctx.saved_tensors)
+    for name, count, shapes in ctx.names:
+        own, tensors = tensors[:count], tensors[count:]
+        found[name] = own[0] if shapes is None else Tape.of(own, shapes)
+    return found
+
+
+def both_gradients(ctx: Any, dx: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
+    """x and δ have one gradient."""
+    x_wanted, delta_wanted = ctx.needs_input_grad[at : at + 2]
+    return dx if x_wanted else None, dx if delta_wanted else None
+
+
+def spread_out(chosen: Tensor, positions: Tensor | None, like: Tensor) -> Tensor:
+    """Rows put back to their positions, zero elsewhere."""
+    if positions is None:
+        return chosen
+    return torch.zeros_like(like).index_add_(0, positions, chosen)
