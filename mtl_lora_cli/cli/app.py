@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mtl_lora_cli import extensions
 from mtl_lora_cli.cli import (
     add_task,
     bench,
@@ -67,6 +70,14 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and library warnings.")
     ] = False,
+    extension: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--extension",
+            metavar="FILE.py",
+            help="A Python file that adds a metric, a method, an export format, …",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -75,3 +86,7 @@ def _options(
     ] = None,  # DeepSpeed's launcher says it here, besides in the environment
 ) -> None:
     frame.set_debug(debug)
+    if extension or os.environ.get(extensions.VARIABLE):
+        with frame.framed():
+            extensions.load_named_extensions()
+            extensions.load_extensions(extension or ())

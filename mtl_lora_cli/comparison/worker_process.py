@@ -23,7 +23,9 @@ def main() -> None:
     # Ctrl-C is passed on by whoever asked, who says it, too.
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         from mtl_lora_cli.comparison.work import Work
+        from mtl_lora_cli.extensions import load_named_extensions
 
+        load_named_extensions()
         study, sys.argv = pickle.loads(planned)  # the command line as runs remember it
         work = Work(study)
         while True:

@@ -31,7 +31,7 @@ from mtl_lora_cli.models.load import (
 )
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import settled
-from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.task import Task
@@ -75,11 +75,13 @@ class OpenRun:
 
 
 def read_tasks(folder: RunFolder) -> list[Task]:
-    """The tasks of a run, from its tasks.json.
+    """The tasks of a run, from its tasks.json; its extensions first, for they may name metrics of them.
 
     Raises:
         MtlLoraError: the file is damaged.
     """
+    if folder.recipe.is_file():
+        load_extensions_of(folder.recipe)
     try:
         return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
     except (KeyError, TypeError, ValidationError) as error:

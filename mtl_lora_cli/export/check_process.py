@@ -40,8 +40,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         from mtl_lora_cli.evaluation.evaluate import select_tasks
         from mtl_lora_cli.export.check import check_of, questions_about
         from mtl_lora_cli.export.finished_run import read_finished
+        from mtl_lora_cli.extensions import load_named_extensions
         from mtl_lora_cli.runs.folder import RunFolder
 
+        load_named_extensions()
         run = read_finished(RunFolder(Path(request["run"])))
         (task,) = select_tasks(run.tasks, request["task"])
         folder = Path(request["folder"])

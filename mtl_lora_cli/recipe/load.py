@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.extensions import load_extensions
 from mtl_lora_cli.recipe.schema import ENVIRONMENT, Recipe
 from mtl_lora_cli.recipe.yaml_file import (
     Document,
@@ -120,8 +121,50 @@ def load_recipe(
             problems = [one for one in problems if not _OF_A_SOURCE.match(one.key)]
         if problems:
             raise ProblemsError(problems)
+        _extend(data, document, path, heir_of)
     document.data = data
     return LoadedRecipe(validate_document(document, Recipe), path, document)
+
+
+def load_extensions_of(path: Path) -> None:
+    """Run the extensions that a run's recipe names, for what needs no more of it.
+
+    Raises:
+        ProblemsError: the recipe cannot be read, or a file of its is missing or fails.
+    """
+    document = read_document(path)
+    if isinstance(document.data, dict):
+        _extend(document.data, document, path, None)
+
+
+def _extend(data: dict[str, Any], document: Document, path: Path, heir_of: Recipe | None) -> None:
+    """Run a recipe's extensions before its other keys are checked, and give their absolute paths.
+
+    Raises:
+        ProblemsError: a file is missing or fails, or lies in a run's folder: opening a stranger's run
+            must not run what came with it.
+    """
+    inherited = [] if heir_of is None else heir_of.extensions
+    files = data.get("extensions", [])
+    if not isinstance(files, list) or not all(isinstance(one, str) for one in files):
+        return  # the schema says so
+    folder = path.resolve().parent
+    found = list(inherited)
+    for number, name in enumerate(files):
+        key = ("extensions", number)
+        where, line = document.where(key)
+        file = (Path.cwd() if where == COMMAND_LINE else folder) / name
+        problem = None
+        if not file.is_file():
+            problem = f"no such file {file}"
+        elif (folder / "tasks.json").is_file() and file.resolve().is_relative_to(folder):
+            problem = f"{file} lies in the run's folder, and is not run; move it elsewhere"
+        if problem is not None:
+            raise ProblemsError([Problem(where, line, f"extensions.{number}", problem)])
+        found.append(str(file.resolve()))
+    if found:
+        data["extensions"] = list(dict.fromkeys(found))
+        load_extensions(data["extensions"])
 
 
 def dump_recipe(recipe: Recipe) -> str:

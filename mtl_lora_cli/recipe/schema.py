@@ -404,6 +404,8 @@ class Chat(StrictModel):
 class Recipe(StrictModel):
     """A whole recipe."""
 
+    # Python files that add methods, metrics, …: `recipe.load` runs them before all else is checked
+    extensions: list[str] = []
     base_model: str = "smollm2-135m"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"

@@ -72,6 +72,7 @@ training:
   seed: 7
 distributed: {zero_stage: 2, offload: optimizer, deepspeed: ds.json}
 run: {name: here, directory: there, trackers: [tensorboard], project: mine}
+extensions: []
 """
 
 
