@@ -189,9 +189,11 @@ def _settled(packed: PackedModel) -> Trust:
             raise
         except Exception as error:  # whatever a model's code does with what it was not made for
             tried.append(f"{name}: {_in_a_line(error)}")
+    last = tried[-1] if tried else "the fused engine was asked for, and does not know it"
+    others = f", and {len(tried) - 1} other ways" if len(tried) > 1 else ""
     raise UsageError(
         f"base_model: a model of type '{model.config.model_type}' cannot be computed here as "
-        f"transformers computes it ({'; '.join(tried)}); take another base model"
+        f"transformers computes it ({last}{others}); take another base model"
     )
 
 
