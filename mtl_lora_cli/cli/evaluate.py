@@ -110,6 +110,7 @@ def evaluate(
         from mtl_lora_cli.evaluation.open_run import read_tasks
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
         from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
+        from mtl_lora_cli.evaluation.results import require_storable
         from mtl_lora_cli.training.processes import joined
 
         for option, value, known in (
@@ -127,6 +128,9 @@ def evaluate(
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)
+            for one in (folder, other):
+                if one is not None:
+                    require_storable(one)
             left_out: dict[str, str] = {}
             with processes.one_after_another():  # the first one fetches what the hub has
                 every = task == EVERY

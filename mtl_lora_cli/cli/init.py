@@ -49,12 +49,14 @@ def init(
     with framed():
         from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.runs.atomic import write_text
+        from mtl_lora_cli.runs.paths import require_writable
         from mtl_lora_cli.tasks.starter import HARDWARE, hardware_here, read_task, starter_recipe
 
         if output.exists() and not force:
             raise UsageError(f"{output} exists; choose another --output, or replace it: --force")
         if not output.resolve().parent.is_dir():
             raise UsageError(f"--output: no such folder: {output.parent}")
+        require_writable(output.parent, "--output")
         given = {"--base-model": base_model, "--task": tasks, "--hardware": hardware}
         missing = [option for option, value in given.items() if not value]
         if yes:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example
 
 _TELLING = 10  # held-out rows that all have one answer, from which on that is said
@@ -20,13 +21,22 @@ class Blank(NamedTuple):
     split: str
     found: int
     rows: int
-    fields: str  # their names
+    fields: str  # their names, the first row's first
     first: str  # file and line
 
+    @property
+    def name(self) -> str:
+        """Of the split, as messages call it."""
+        return "training" if self.split == "train" else self.split
+
+    @property
+    def field(self) -> str:
+        """The first row's first."""
+        return self.fields.split(", ")[0]
+
     def __str__(self) -> str:
-        split = "training" if self.split == "train" else self.split
         return (
-            f"{self.found:,} of {self.rows:,} {split} rows have an empty or blank field in their "
+            f"{self.found:,} of {self.rows:,} {self.name} rows have an empty or blank field in their "
             f"prompt ({self.fields}), the first is {self.first}"
         )
 
@@ -144,6 +154,20 @@ def blank_fields(split: str, examples: Sequence[Example], wheres: Sequence[str])
         return None
     names = dict.fromkeys(name for number in found for name in examples[number].blank)
     return Blank(split, len(found), len(examples), ", ".join(names), wheres[found[0]])
+
+
+def require_no_blank(task: str, found: Sequence[Blank]) -> None:
+    """Refuse rows with an empty field where their prompt means to print a text.
+
+    Raises:
+        UsageError: naming the first of them and its field.
+    """
+    for blank in found:
+        raise UsageError(
+            f"{blank.first}: task '{task}': {blank.field}: is empty or blank, expected a text "
+            f"({blank.found:,} of {blank.rows:,} {blank.name} rows have such a field); blank_fields: note "
+            "goes on"
+        )
 
 
 def leaked(split: str, held_out: np.ndarray, train: np.ndarray, task: str = "") -> Leak:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
-from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked
+from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
 from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
 from mtl_lora_cli.data.mixture import Mixture, subset
 from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in, untrained_in
@@ -207,6 +207,8 @@ def prepare_training(
     for task in tasks:
         with _no_collection():
             known, encoded, found, rows = _prepare_task(task, recipe, encoder, limit)
+        if recipe.blank_fields == "error":
+            require_no_blank(task.name, found.blank)
         bound.append(known)
         splits.append(encoded)
         audits.append(found)

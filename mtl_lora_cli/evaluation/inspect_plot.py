@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.runs.paths import require_writable
 
 _LABELS = 60  # more rows or columns than this are not all named
 _TALLEST, _WIDEST = 12, 60  # inches of a heat map, and of the whole picture
@@ -50,6 +51,7 @@ def require_plots(path: Path) -> None:
         )
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output: there is no folder {path.absolute().parent}")
+    require_writable(path.parent, "--output")
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.answers import Answers, normalised
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, LM_EVAL, Setting
 from mtl_lora_cli.runs.atomic import write_text
+from mtl_lora_cli.runs.paths import require_writable as require_folder
 from mtl_lora_cli.tasks.task import Task
 
 
@@ -30,6 +31,7 @@ def require_writable(path: Path, setting: Setting) -> None:
         raise UsageError(f"--predictions {path}: is a folder, expected a file")
     if not path.parent.is_dir():
         raise UsageError(f"--predictions {path}: the folder {path.parent} is not there")
+    require_folder(path.parent, f"--predictions {path}")
 
 
 class Predictions:

@@ -17,7 +17,9 @@ from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
 from mtl_lora_cli.evaluation.paired import paired
 from mtl_lora_cli.recipe.schema import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
+from mtl_lora_cli.runs.listing import digest_of, read_digests
 from mtl_lora_cli.runs.lock import in_turn
+from mtl_lora_cli.runs.paths import require_writable
 from mtl_lora_cli.tasks.template import OF_ONE_CLASS
 
 # Two results on the same examples, asked in the same way.
@@ -180,6 +182,15 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
+def require_storable(folder: RunFolder) -> None:
+    """Refuse to score what the run folder would not keep.
+
+    Raises:
+        UsageError: the run folder cannot be written.
+    """
+    require_writable(folder.evaluations, f"run '{folder.name}'")
+
+
 def store(folder: RunFolder, result: Mapping[str, Any]) -> str:
     """Add a result to the run folder, and return its id."""
     what = json.dumps([result.get(key) for key in _NAMED])
@@ -189,5 +200,7 @@ def store(folder: RunFolder, result: Mapping[str, Any]) -> str:
     save_json(folder.evaluations / f"{name}.json", {"id": name, **result})
     with in_turn(folder.evaluations):  # tasks of one run may be scored by several processes at once
         known = [other for other in _index(folder) if other != name]
-        save_json(folder.evaluations / "index.json", {"evaluations": [*known, name]})
+        digests = {**read_digests(folder), name: digest_of(result)}
+        content = {"evaluations": [*known, name], "digests": digests}
+        save_json(folder.evaluations / "index.json", content)
     return name

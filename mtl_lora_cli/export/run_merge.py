@@ -24,6 +24,7 @@ from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.quantised import measure_rounding, quantised
 from mtl_lora_cli.runs.atomic import new_folder, write_text
+from mtl_lora_cli.runs.paths import require_writable
 from mtl_lora_cli.tasks.task import Task
 
 BASES = ("original", "dequantized")
@@ -168,15 +169,16 @@ def write_checked(
 
 
 def require_empty(folder: Path) -> None:
-    """Refuse an output folder that holds something.
+    """Refuse an output folder that holds something, or cannot be written.
 
     Raises:
-        UsageError: it exists and is not an empty folder.
+        UsageError: it exists and is not an empty folder, or nothing can be written there.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
             f"output folder {folder} exists and is not empty; choose another with --output"
         )
+    require_writable(folder, f"output folder {folder}")
 
 
 def require_space(size: int, folder: Path) -> None:

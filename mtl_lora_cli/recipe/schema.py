@@ -414,6 +414,7 @@ class Recipe(StrictModel):
     prompt_format: Literal["plain", "chat"] = "plain"
     chat: Chat = Chat()
     control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
+    blank_fields: Literal["note", "error"] = "note"  # a row whose prompt prints an empty field
     adapter: Adapter = Adapter()
     tasks: Annotated[list[Task], Field(min_length=1)]
     mixing: Mixing = "proportional"

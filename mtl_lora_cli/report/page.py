@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.report.plots import MEASURES, Plot, can_be_drawn
 from mtl_lora_cli.runs.atomic import write_text
+from mtl_lora_cli.runs.paths import require_writable
 from mtl_lora_cli.training.progress import duration
 from mtl_lora_cli.visible import visible
 
@@ -144,12 +145,13 @@ def require_ours(path: Path) -> None:
     """Refuse to write where there is something else, or nowhere.
 
     Raises:
-        UsageError: there is no such folder, or what is there is no report.
+        UsageError: there is no such folder, it cannot be written, or what is there is no report.
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"--output: there is no folder {path.absolute().parent}")
     if path.is_dir():
         raise UsageError(f"--output: {path} is a folder")
+    require_writable(path.parent, "--output")
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,19 +209,35 @@ def newest_scores(run: RunFolder) -> dict[str, Score]:
         return {}
     found = {}
     try:
-        for identity in read_json(index)["evaluations"]:
-            result = read_json(run.evaluations / f"{identity}.json")
-            if result["model"] != "adapter":
-                continue
-            metric, measured = next(iter(result["metrics"].items()))
-            if measured["value"] is not None:
-                title = (result.get("titles") or {}).get(metric, metric)
-                score = Score(title, float(measured["value"]), int(result["examples"]))
-                found[str(result["task"])] = score
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        content = read_json(index)
+        known = content.get("digests") or {}
+        for identity in content["evaluations"]:
+            one = known.get(identity) or digest_of(read_json(run.evaluations / f"{identity}.json"))
+            if one["model"] == "adapter" and one["value"] is not None:
+                score = Score(str(one["metric"]), float(one["value"]), int(one["examples"]))
+                found[str(one["task"])] = score
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__} {error}"
         raise MtlLoraError(f"{run.evaluations}: a damaged result: {what}") from None
     return found
+
+
+def digest_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a list of runs shows of a result: `index.json` keeps it, since results hold every row."""
+    metric, measured = next(iter(result["metrics"].items()), ("", {"value": None}))
+    title = (result.get("titles") or {}).get(metric, metric)
+    own = {name: result[name] for name in ("task", "model", "examples")}
+    return {**own, "metric": title, "value": measured["value"]}
+
+
+def read_digests(run: RunFolder) -> dict[str, Any]:
+    """Id → `digest_of` that result; early versions kept none.
+
+    Raises:
+        MtlLoraError: the index is damaged.
+    """
+    index = run.evaluations / "index.json"
+    return dict(read_json(index).get("digests") or {}) if index.is_file() else {}
 
 
 def files_of(path: Path | str) -> Iterator[tuple[str, os.stat_result]]:

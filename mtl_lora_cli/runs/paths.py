@@ -44,6 +44,26 @@ def _without_home() -> Path:
     return folder
 
 
+def require_writable(folder: Path, what: str) -> None:
+    """Refuse, before the work, a folder that cannot be written; it need not be there yet.
+
+    Args:
+        folder: what will be written, or a folder above it.
+        what: for the error, such as `--output merged`.
+
+    Raises:
+        UsageError: a file stands in its way, or nothing can be written there.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"{what}: {there} is a file, expected a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UsageError(f"{what}: {there} cannot be written: {error.strerror}") from None
+
+
 def require_cache(folder: Path) -> None:
     """Make a folder of the cache, before work that would be lost without it.
 

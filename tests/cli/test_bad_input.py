@@ -846,6 +846,39 @@ CASES = [
         {"full/x.txt": "x"},
         early=False,
     ),
+    *(
+        Bad(
+            f"{command} below a file",
+            ("output folder a/b/c: a is a file, expected a folder",),
+            (command, "--task", "warm", "--runs", "RUNS", "--output", "a/b/c"),
+            {"a": "x"},
+            early=False,
+        )
+        for command in ("merge", "export")
+    ),
+    Bad(
+        "eval of a run whose results cannot be written",
+        ("run 'half': runs/half/evaluations is a file, expected a folder",),
+        ("eval", "--task", "warm", "--run", "half"),
+        {
+            "runs/half/recipe.yaml": "RUNS/small/recipe.yaml",
+            "runs/half/tasks.json": "RUNS/small/tasks.json",
+            "runs/half/evaluations": "x",
+        },
+        early=False,
+    ),
+    Bad(
+        "an empty field where the prompt prints a text",
+        (
+            "TMP/color.jsonl:2: task 'color': word: is empty or blank, expected a text (1 of 2 training "
+            "rows have such a field); blank_fields: note goes on",
+        ),
+        files={
+            **more("blank_fields: error\n"),
+            "color.jsonl": '{"word": "red", "label": "yes"}\n{"word": " ", "label": "no"}\n',
+        },
+        early=False,
+    ),
     Bad(
         "merge of all tasks into one folder",
         ("--output names one folder; merge one task at a time with it",),

@@ -27,6 +27,8 @@ from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Template
 
+from ..by_transformers import log_probability
+
 CPU = torch.device("cpu")
 RATING = 'description: x\nprompt: "{{ text }} Rating:"\nlabel: label\nchoices: {1: "1", 2: "10"}\n'
 PROMPTS = ("great film Rating:", "Lily saw ten birds Rating:", "Once upon a time Rating:")
@@ -62,13 +64,6 @@ def plain(stories_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(stories_folder, dtype=torch.float64).eval()
 
 
-def by_transformers(plain: Any, prompt: list[int], choice: list[int]) -> float:
-    tokens = torch.tensor([*prompt, *choice])
-    with torch.no_grad():
-        logprobs = plain(tokens[None]).logits[0].log_softmax(-1)
-    return sum(float(logprobs[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens)))
-
-
 @pytest.mark.parametrize("end", [(2,), (5, 13)])
 def test_an_end_of_several_tokens_goes_into_the_tree(
     encoder: Encoder, base: PackedModel, plain: Any, end: tuple[int, ...], monkeypatch: Any
@@ -80,7 +75,7 @@ def test_an_end_of_several_tokens_goes_into_the_tree(
     scores = score(base, requests, device=CPU, tokens_per_pass=2048)
     for request, values in zip(requests, scores, strict=True):
         assert [tuple(choice[-len(end) :]) for choice in request.choices] == [end, end]
-        expected = [by_transformers(plain, request.prompt, one) for one in request.choices]
+        expected = [log_probability(plain, request.prompt, one) for one in request.choices]
         np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-4)
     short = build_requests(rated().examples, -1, encoder, 9)
     assert all(len(one.prompt) + max(map(len, one.choices)) == 9 for one in short)

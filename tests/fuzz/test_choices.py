@@ -24,6 +24,8 @@ from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Template
 
+from ..by_transformers import log_probability
+
 OWN = Task(
     name="own",
     id=0,
@@ -59,13 +61,6 @@ def plain(stories_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(stories_folder, dtype=torch.float64).eval()
 
 
-def by_transformers(plain: Any, prompt: list[int], choice: list[int]) -> float:
-    tokens = torch.tensor([*prompt, *choice])
-    with torch.no_grad():
-        logprobs = plain(tokens[None]).logits[0].log_softmax(-1)
-    return sum(float(logprobs[i - 1, tokens[i]]) for i in range(len(prompt), len(tokens)))
-
-
 @settings(Fuzz)
 @given(CHOICES, PROMPTS)
 def test_any_choices(
@@ -94,9 +89,9 @@ def test_any_choices(
     assert request.choices == ([[*one, *end] for one in bare] if begins else bare)
     (found,) = score(packed, [request.with_open], device=CPU, tokens_per_pass=2048)
     asked, without = found[: len(bare)], found[-len(bare) :]
-    expected = [by_transformers(plain, request.prompt, one) for one in request.choices]
+    expected = [log_probability(plain, request.prompt, one) for one in request.choices]
     np.testing.assert_allclose(asked, expected, rtol=1e-5, atol=1e-4)
-    expected = [by_transformers(plain, request.prompt, one) for one in bare]
+    expected = [log_probability(plain, request.prompt, one) for one in bare]
     np.testing.assert_allclose(without, expected, rtol=1e-5, atol=1e-4)
     (a_token,) = normalised([asked], examples, requests, "token")
     np.testing.assert_allclose(a_token, asked / [len(one) for one in request.choices])

@@ -16,6 +16,7 @@ base_compute: dtype
 prompt_format: chat
 chat: {template_kwargs: {}, answers: conversation, date: "2026-11-30"}
 control_tokens: text
+blank_fields: error
 adapter:
   method: mtl-lora
   rank: 4

@@ -15,7 +15,14 @@ import pytest
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.runs import listing
 from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, save_json
-from mtl_lora_cli.runs.listing import last_step, newest_first, summary
+from mtl_lora_cli.runs.listing import (
+    Score,
+    digest_of,
+    last_step,
+    newest_first,
+    newest_scores,
+    summary,
+)
 from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.runs.removal import find_removable, remove_run
 
@@ -256,6 +263,23 @@ def test_what_a_killed_removal_leaves_is_no_run(make: Make) -> None:
     assert [one.name for one in newest_first(run.path.parent)] == ["b"]
     make("a")
     assert not (run.path.parent / ".a.killed.partial").exists()
+
+
+def test_a_digest_in_the_index_is_what_the_result_says(make: Make) -> None:
+    """Results hold every row; an index of an early version has no digests, and they are read."""
+    run = make("run")
+    measured = {"f1": {"value": 0.25}, "accuracy": {"value": 0.75}}
+    whole = {"task": "one", "model": "adapter", "examples": 4, "metrics": measured}
+    found = []
+    for more in ({}, {"titles": {"f1": "f1 (yes)"}}):
+        result(run, "r1", **whole, **more)
+        read = newest_scores(run)
+        index = {"evaluations": ["r1"], "digests": {"r1": digest_of({**whole, **more})}}
+        save_json(run.evaluations / "index.json", index)
+        (run.evaluations / "r1.json").unlink()
+        assert newest_scores(run) == read
+        found.append(read["one"])
+    assert found == [Score("f1", 0.25, 4), Score("f1 (yes)", 0.25, 4)]
 
 
 def test_fifteen_hundred_runs_are_listed_in_two_seconds(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""The cache's folder: where it is, and what is said where it cannot be."""
+"""The cache's folder and folders to write: where they are, and what is said where they cannot be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs import paths
-from mtl_lora_cli.runs.paths import cache_folder, require_cache
+from mtl_lora_cli.runs.paths import cache_folder, require_cache, require_writable
 
 
 @pytest.fixture
@@ -65,3 +65,18 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
         assert line.endswith("; MTL_LORA_CACHE names another folder")
     require_cache(tmp_path / "new" / "models")
     assert list((tmp_path / "new" / "models").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, why in (
+        (tmp_path / "file", f"{tmp_path}/file is a file, expected a folder"),
+        (tmp_path / "file" / "a" / "b", f"{tmp_path}/file is a file, expected a folder"),
+        (Path("/proc/none"), "/proc cannot be written: No such file or directory"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            require_writable(folder, "--output")
+        assert list(caught.value.lines) == [f"--output: {why}"]
+    for folder in (tmp_path, tmp_path / "new" / "one"):
+        require_writable(folder, "--output")
+    assert [one.name for one in tmp_path.iterdir()] == ["file"], "nothing is left"
