@@ -15,6 +15,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = REPOSITORY / "tests" / "fixtures"
+# Fixtures that train a model or start processes: `make quick` leaves out what asks for them.
+SLOW = {"small_run", "fresh_run", "command", "started", "train", "trained", "four_bit_run"}
 
 
 def pytest_configure() -> None:
@@ -33,6 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What says something of the real data alone is left out where they are not.
     """
+    for item in items:
+        if SLOW.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if not _real_data().is_dir():

@@ -63,6 +63,7 @@ def write(base: BaseModel, updates: dict[str, Update], folder: Path) -> None:
     write_merged(plan_merge(base, updates), folder)
 
 
+@pytest.mark.slow
 def test_writing_needs_blocks_not_files(base: BaseModel, tmp_path: Path) -> None:
     updates = {
         f"model.layers.0.self_attn.{name}_proj.weight": (

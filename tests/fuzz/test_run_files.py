@@ -44,7 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tasks.append(Task(name, number, name, text, template, Source(path="/nowhere")).to_json())
     save_json(run.tasks, {"tasks": tasks})
     store(
-        run, {"task": "sst2", "model": "base", "gold": [0, 1], "predicted": [1, 1], "metrics": {}}
+        run,
+        {
+            "task": "sst2",
+            "model": "base",
+            "examples": 2,
+            "gold": [0, 1],
+            "predicted": [1, 1],
+            "metrics": {},
+        },
     )
     return run.path
 

@@ -83,6 +83,7 @@ def test_a_configuration_alone_is_enough(eight_b: Path, examined: Examined) -> N
         find_base_model(str(eight_b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "free", "settings", "enough"),
     [
@@ -135,6 +136,7 @@ def test_auto_says_the_same_as_a_prepared_run(
     assert prepared.memory == found.choice
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_cpu_and_stage_3_the_weights(
     eight_b: Path, examined: Examined
 ) -> None:

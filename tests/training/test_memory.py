@@ -223,6 +223,7 @@ def test_eight_billion_in_four_bit_fit_small_cards(gib: int, row_length: int) ->
     assert (choice.recompute.qkv, choice.recompute.gate_up) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [EIGHT_B, EIGHT_B_NF4], ids=["bf16", "nf4"])
 @pytest.mark.parametrize("row_length", [1024, 8192])
 def test_less_memory_never_keeps_more(sizes: ModelSizes, row_length: int) -> None:
