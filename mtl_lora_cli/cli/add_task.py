@@ -38,7 +38,7 @@ def add_task(
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
-        from mtl_lora_cli.training.processes import joined
+        from mtl_lora_cli.machine.processes import joined
 
         with joined() as processes:
             folder = started(

@@ -122,8 +122,8 @@ def bench(
         status("loading libraries")
         from mtl_lora_cli.comparison.bench import Measuring
         from mtl_lora_cli.comparison.measure import check, run_plan
-        from mtl_lora_cli.models.load import pick_device
-        from mtl_lora_cli.training.floor import measure_rate
+        from mtl_lora_cli.machine.cards import pick_device
+        from mtl_lora_cli.machine.rate import measure_rate
 
         device = pick_device()
         check(planned, device)

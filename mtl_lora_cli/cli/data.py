@@ -51,7 +51,7 @@ def show(
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
-        from mtl_lora_cli.evaluation.evaluate import select_tasks
+        from mtl_lora_cli.tasks.chosen import select_tasks
         from mtl_lora_cli.training.prepare import prepare
 
         prepared = prepare(loaded)

@@ -19,8 +19,8 @@ from mtl_lora_cli.cli.options import RUNS, JsonOption, RunsOption
 from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.machine.checks import Check
     from mtl_lora_cli.recipe.load import LoadedRecipe
-    from mtl_lora_cli.training.doctor import Check
     from mtl_lora_cli.training.estimate import Estimate
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -48,7 +48,7 @@ def doctor(
     """Check this machine and what is installed, and say what mends it."""
     with framed():
         from mtl_lora_cli.errors import CheckError
-        from mtl_lora_cli.training.doctor import Verdict, examine
+        from mtl_lora_cli.machine.checks import Verdict, examine
 
         loaded = None
         if recipe is not None:
@@ -74,7 +74,7 @@ def doctor(
 
 def _of_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], Estimate | None]:
     """The recipe's checks stand alone, too: a broken library is told, not raised."""
-    from mtl_lora_cli.training.doctor import isolated
+    from mtl_lora_cli.machine.checks import isolated
 
     estimates: list[Estimate | None] = []
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from mtl_lora_cli.evaluation.open_run import OpenRun
     from mtl_lora_cli.evaluation.protocols import Setting
+    from mtl_lora_cli.machine.processes import Processes
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
-    from mtl_lora_cli.training.processes import Processes
 
 Result = dict[str, Any]
 
@@ -105,13 +105,13 @@ def evaluate(
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
-        from mtl_lora_cli.data.prepare import EVERY, untrained
+        from mtl_lora_cli.data.prepare import untrained
         from mtl_lora_cli.evaluation import evaluate as room
-        from mtl_lora_cli.evaluation.open_run import read_tasks
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
         from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
         from mtl_lora_cli.evaluation.results import require_storable
-        from mtl_lora_cli.training.processes import joined
+        from mtl_lora_cli.machine.processes import joined
+        from mtl_lora_cli.tasks.chosen import EVERY, read_tasks, select_tasks
 
         for option, value, known in (
             ("--protocol", protocol, PROTOCOLS),
@@ -124,7 +124,7 @@ def evaluate(
                 )
         setting = room.Setting(split, limit, base_only, protocol, normalisation, harness_task)
         with joined() as processes:
-            chosen = room.select_tasks(read_tasks(folder), task)
+            chosen = select_tasks(read_tasks(folder), task)
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)
@@ -245,7 +245,7 @@ def _beside_run(
 ) -> list[Result | None]:
     """Another run's results on the same rows; what it has not been asked yet, it is asked now."""
     from mtl_lora_cli.evaluation.evaluate import compare_with_run, find_rows
-    from mtl_lora_cli.evaluation.open_run import read_tasks
+    from mtl_lora_cli.tasks.chosen import read_tasks
 
     beside = [compare_with_run(other, result) for result in results]
     missing = {r["task"] for r, one in zip(results, beside, strict=True) if one is None}

@@ -25,9 +25,8 @@ def outputs_of(
         UsageError: an unknown task, one folder for several, or a folder that holds something.
     """
     from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.evaluation.evaluate import select_tasks
-    from mtl_lora_cli.evaluation.open_run import read_tasks
     from mtl_lora_cli.export.run_merge import require_empty
+    from mtl_lora_cli.tasks.chosen import read_tasks, select_tasks
 
     chosen = select_tasks(read_tasks(run), task)
     if output is not None and len(chosen) > 1:

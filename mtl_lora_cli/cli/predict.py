@@ -60,8 +60,9 @@ def predict(
         folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
-        from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
+        from mtl_lora_cli.evaluation.open_run import open_run
         from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task
+        from mtl_lora_cli.tasks.chosen import read_tasks
 
         known = {one.name: one for one in read_tasks(folder)}
         name = require_task(list(known), task, task_column)

@@ -26,7 +26,7 @@ def alone() -> bool:
 def launched(count: int) -> int:
     """Run this command in so many processes; their exit code."""
     from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.training.launch import equivalent, launch
+    from mtl_lora_cli.machine.launch import equivalent, launch
 
     if "RANK" in os.environ:
         raise UsageError(

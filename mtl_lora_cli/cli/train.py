@@ -14,8 +14,8 @@ from mtl_lora_cli.cli.processes import ProcessesOption, alone, launched
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mtl_lora_cli.machine.processes import Processes
     from mtl_lora_cli.runs.folder import RunFolder
-    from mtl_lora_cli.training.processes import Processes
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
 
@@ -57,7 +57,7 @@ def train(
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
-        from mtl_lora_cli.training.processes import joined
+        from mtl_lora_cli.machine.processes import joined
 
         with joined() as processes:
             folder: RunFolder | None

@@ -22,14 +22,15 @@ from mtl_lora_cli.comparison.random_model import (
     random_model,
 )
 from mtl_lora_cli.comparison.shapes import find_config
-from mtl_lora_cli.comparison.timing import peak_gib, reset_peak, synchronize, time_steps
+from mtl_lora_cli.comparison.timing import time_steps
 from mtl_lora_cli.comparison.yardstick import Step, Yardstick, supervised_share
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import peak_gib, pick_dtype, reset_peak, synchronize
+from mtl_lora_cli.machine.rate import Rate, floor_json, flop_per_token
 from mtl_lora_cli.models import registered
-from mtl_lora_cli.models.load import adapt, pick_dtype
+from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.training.floor import Rate, floor_json, flop_per_token
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mtl_lora_cli.comparison.timing import synchronize
+from mtl_lora_cli.machine.cards import synchronize
 
 Batch = TypeVar("Batch")
 

@@ -12,11 +12,11 @@ import torch
 from mtl_lora_cli.comparison import peft_baseline
 from mtl_lora_cli.comparison.bench import Measuring, model_sizes, run_case
 from mtl_lora_cli.comparison.cases import Case, Plan
-from mtl_lora_cli.comparison.timing import release
 from mtl_lora_cli.comparison.yardstick import lengths
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.training.environment import describe
-from mtl_lora_cli.training.floor import Rate
+from mtl_lora_cli.machine.cards import release
+from mtl_lora_cli.machine.environment import describe
+from mtl_lora_cli.machine.rate import Rate
 
 FORMAT_VERSION = 1
 DOES_NOT_FIT = "does not fit"

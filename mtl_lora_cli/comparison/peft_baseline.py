@@ -21,11 +21,11 @@ from mtl_lora_cli.comparison.bench import LEARNING_RATE, Measuring, model_sizes,
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.random_model import random_model
 from mtl_lora_cli.comparison.shapes import find_config
-from mtl_lora_cli.comparison.timing import release, time_steps
+from mtl_lora_cli.comparison.timing import time_steps
 from mtl_lora_cli.comparison.yardstick import Yardstick
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.models.load import pick_dtype
-from mtl_lora_cli.training.floor import floor_json
+from mtl_lora_cli.machine.cards import pick_dtype, release
+from mtl_lora_cli.machine.rate import floor_json
 
 BATCHES = (8, 16, 32)
 WARMUP, STEPS = 2, 4  # of each setting: it only has to be seen which one is the best, and how good

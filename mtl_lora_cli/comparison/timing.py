@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.machine.cards import peak_gib, reset_peak, synchronize
 
 Batch = TypeVar("Batch")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -116,27 +115,3 @@ def _mark(device: torch.device) -> Any:
 
 def _between(one: Any, two: Any) -> float:
     return two - one if isinstance(one, float) else one.elapsed_time(two) / 1000
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release(device: torch.device) -> None:
-    """Give back what nothing holds any more, so that the next case starts with the whole card."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start counting the peak anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """Most memory allocated since the last reset, GiB."""
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None

@@ -12,17 +12,15 @@ from mtl_lora_cli.comparison.grid import TEST, UNTRAINED, VALIDATION
 from mtl_lora_cli.comparison.results import DONE, average, pack, read_result, result_path
 from mtl_lora_cli.comparison.rows import report_rows, validation_rows
 from mtl_lora_cli.comparison.study import PlannedRun, Study
-from mtl_lora_cli.comparison.timing import release, reset_peak
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.evaluate import Setting, predict
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
-from mtl_lora_cli.models.load import pick_device
+from mtl_lora_cli.machine.cards import pick_device, release, reset_peak, sharing
 from mtl_lora_cli.report.events import training_facts
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.memory import sharing
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.progress import duration
 

@@ -24,8 +24,8 @@ import torch
 
 from mtl_lora_cli.comparison.study import Study
 from mtl_lora_cli.comparison.work import Job, Outcome, Work
-from mtl_lora_cli.training.launch import end_with_parent
-from mtl_lora_cli.training.memory import SHARING
+from mtl_lora_cli.machine.cards import SHARING
+from mtl_lora_cli.machine.launch import end_with_parent
 
 LOGS = "jobs"  # folder of what each process printed
 

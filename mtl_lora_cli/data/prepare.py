@@ -22,11 +22,10 @@ from mtl_lora_cli.data.unlabelled import with_cure
 from mtl_lora_cli.errors import ProblemsError, UsageError
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
+from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
 from mtl_lora_cli.tasks.task import Task
-
-EVERY = "all"  # `--task all`
 
 _MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
 

@@ -21,7 +21,7 @@ from mtl_lora_cli.evaluation.generate import Stopped, generate
 from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
-from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 
@@ -103,11 +103,11 @@ def answer(
             )
         )
         require_different(task, examples, requests[-1])
-    shard = Shard.of_group()
+    processes = Processes.of_group()
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
     together = [request.with_open for index in scored for request in requests[index]]
     parts = [together, *(part for i, part in enumerate(requests) if i not in scored)]
-    total = sum(len(range(shard.rank, len(part), shard.count)) for part in parts)
+    total = sum(len(range(processes.rank, len(part), processes.count)) for part in parts)
     done = 0
 
     def step(count: int) -> None:
@@ -122,13 +122,13 @@ def answer(
             device=opened.device,
             tokens_per_pass=opened.tokens_per_pass,
             advance=step,
-            shard=shard,
+            processes=processes,
         )
     )
     answers = []
     for index, (task, examples, own) in enumerate(zip(tasks, held, requests, strict=True)):
         if index not in scored:
-            answers.append(_generated(opened, task, examples, own, encoder, step, shard))
+            answers.append(_generated(opened, task, examples, own, encoder, step, processes))
             continue
         found = [next(scores) for _ in own]
         counts = [len(request.choices) for request in own]
@@ -149,7 +149,7 @@ def _generated(
     requests: list[Request],
     encoder: Encoder,
     advance: Advance,
-    shard: Shard,
+    processes: Processes,
 ) -> Answers:
     """Greedy answers."""
     answers = generate(
@@ -161,7 +161,7 @@ def _generated(
         tokens_per_pass=opened.tokens_per_pass,
         stopped=stop_of(task, encoder, opened.tokenizer),
         advance=advance,
-        shard=shard,
+        processes=processes,
     )
     return read_generated(opened.tokenizer, encoder, task, examples, requests, answers)
 

@@ -24,7 +24,7 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.ranks import ALONE, Shard
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.rendering import Example
@@ -208,7 +208,7 @@ def score(
     device: torch.device,
     tokens_per_pass: int,
     advance: Advance = lambda done: None,
-    shard: Shard = ALONE,
+    processes: Processes = ALONE,
 ) -> list[np.ndarray]:
     """Log-probabilities of every candidate of every request.
 
@@ -218,7 +218,7 @@ def score(
         device: the model's.
         tokens_per_pass: requests are put together up to so many tokens.
         advance: called with the number of this process's requests done since the last call.
-        shard: this process among those that score the same requests together.
+        processes: this process among those that score the same requests together.
 
     Returns:
         For each request its candidates' log-probabilities, float64 [choices], in request order.
@@ -230,7 +230,7 @@ def score(
         device=device,
         tokens_per_pass=tokens_per_pass,
         advance=advance,
-        shard=shard,
+        processes=processes,
     )
     return [sums[:, 0] for sums in summed]
 
@@ -243,7 +243,7 @@ def ask(
     device: torch.device,
     tokens_per_pass: int,
     advance: Advance = lambda done: None,
-    shard: Shard = ALONE,
+    processes: Processes = ALONE,
 ) -> list[np.ndarray]:
     """Sums over each candidate's tokens of whatever `question` says of each token.
 
@@ -257,7 +257,7 @@ def ask(
     """
     parts = [_apart(packed, request) for request in requests]
     requests = [part for some in parts for part in some]
-    own = shard.share([request.cost for request in requests])
+    own = processes.share([request.cost for request in requests])
     results: dict[int, np.ndarray] = {}
     first = set(np.cumsum([0, *(len(some) for some in parts)]).tolist())
 
@@ -284,7 +284,7 @@ def ask(
             collect(*running)
     finally:
         packed.train(training)
-    found = iter(shard.gather(results))
+    found = iter(processes.collect(results))
     return [np.concatenate([next(found) for _ in some]) for some in parts]
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mtl_lora_cli.data.prepare import EVERY, Examples, held_out_examples
-from mtl_lora_cli.errors import LeftOutError, UsageError, did_you_mean
+from mtl_lora_cli.data.prepare import Examples, held_out_examples
+from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import (
     Answers,
     Progress,
@@ -25,7 +25,6 @@ from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, r
 from mtl_lora_cli.evaluation.metrics import Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
-from mtl_lora_cli.evaluation.ranks import Shard
 from mtl_lora_cli.evaluation.results import (
     OUTCOME,
     compare_with_base,
@@ -33,6 +32,7 @@ from mtl_lora_cli.evaluation.results import (
     store,
     stored,
 )
+from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.tasks.task import Task
 
 __all__ = [
@@ -45,26 +45,8 @@ __all__ = [
     "held_out",
     "outcome_of",
     "predict",
-    "select_tasks",
     "stored",
 ]
-
-
-def select_tasks(tasks: Sequence[Task], name: str) -> list[Task]:
-    """The tasks that `--task NAME|all` names.
-
-    Raises:
-        UsageError: the run has no such task.
-    """
-    if name == EVERY:
-        return list(tasks)
-    found = [task for task in tasks if task.name == name]
-    if not found:
-        known = [task.name for task in tasks]
-        raise UsageError(
-            f"unknown task '{name}'{did_you_mean(name, known)}; tasks of this run: {', '.join(known)}"
-        )
-    return found
 
 
 def held_out(task: Task, setting: Setting) -> Examples:
@@ -158,7 +140,7 @@ def evaluate(
     results = []
     for task, own in zip(tasks, found, strict=True):
         result = {**_setting_of(opened, task, setting), **own}
-        if Shard.of_group().rank == 0:
+        if Processes.of_group().rank == 0:
             result = {"id": store(opened.folder, result), **result}
         results.append(result)
     return results

@@ -12,7 +12,7 @@ import torch
 
 from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
 from mtl_lora_cli.evaluation.continuing import ALONE_ANEW, Manner, Rows, find_manner
-from mtl_lora_cli.evaluation.ranks import ALONE, Shard
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.reading import Reading
 
@@ -31,7 +31,7 @@ def generate(
     tokens_per_pass: int,
     stopped: Stopped = lambda answer: False,
     advance: Advance = lambda done: None,
-    shard: Shard = ALONE,
+    processes: Processes = ALONE,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt.
 
@@ -44,13 +44,13 @@ def generate(
         tokens_per_pass: prompts are put together up to so many tokens.
         stopped: whether an answer is complete as it stands.
         advance: called with the number of this process's requests done since the last call.
-        shard: this process among those that answer the same requests together.
+        processes: this process among those that answer the same requests together.
 
     Returns:
         Tokens of each answer.
     """
     costs = [len(request.prompt) + new_tokens[number] for number, request in enumerate(requests)]
-    own = shard.share(costs)
+    own = processes.share(costs)
     answers: dict[int, list[int]] = {}
     training = packed.training
     packed.eval()
@@ -67,7 +67,7 @@ def generate(
                 advance(len(numbers))
     finally:
         packed.train(training)
-    return shard.gather(answers)
+    return processes.collect(answers)
 
 
 def _passes(

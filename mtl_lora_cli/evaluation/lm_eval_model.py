@@ -20,7 +20,7 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.choices import Request, ask
 from mtl_lora_cli.evaluation.generate import generate
-from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.machine.processes import Processes
 
 if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.open_run import OpenRun
@@ -124,7 +124,7 @@ class AdaptedLM(TemplateLM):
             self._judge,
             device=self._opened.device,
             tokens_per_pass=self._opened.tokens_per_pass,
-            shard=Shard.of_group(),
+            processes=Processes.of_group(),
         )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for numbers, sums in zip(places.values(), found, strict=True):
@@ -202,7 +202,7 @@ class AdaptedLM(TemplateLM):
                 device=self._opened.device,
                 tokens_per_pass=self._opened.tokens_per_pass,
                 stopped=stopped,
-                shard=Shard.of_group(),
+                processes=Processes.of_group(),
             )
             for number, answer in zip(numbers, answers, strict=True):
                 text = self.tokenizer.decode(answer, skip_special_tokens=True)

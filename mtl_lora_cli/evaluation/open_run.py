@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from mtl_lora_cli.adapters.files import (
     CONFIG_FILE,
@@ -18,22 +17,16 @@ from mtl_lora_cli.adapters.files import (
     read_adapter_file,
 )
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
-from mtl_lora_cli.models.load import (
-    adapt,
-    load_for_float32,
-    load_model,
-    load_tokenizer,
-    longest_of,
-    pick_device,
-    pick_dtype,
-)
+from mtl_lora_cli.models.load import adapt, load_for_float32, load_model, load_tokenizer, longest_of
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import settled
-from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
+from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
-from mtl_lora_cli.runs.folder import RunFolder, read_json
+from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.visible import tell
 
@@ -72,20 +65,6 @@ class OpenRun:
     def tokens_per_pass(self) -> int:
         """Tokens that are scored together: enough to keep the device busy, little memory."""
         return 32768 if self.device.type == "cuda" else 2048
-
-
-def read_tasks(folder: RunFolder) -> list[Task]:
-    """The tasks of a run, from its tasks.json; its extensions first, for they may name metrics of them.
-
-    Raises:
-        MtlLoraError: the file is damaged.
-    """
-    if folder.recipe.is_file():
-        load_extensions_of(folder.recipe)
-    try:
-        return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
-    except (KeyError, TypeError, ValidationError) as error:
-        raise MtlLoraError(f"{folder.tasks}: damaged: {type(error).__name__} {error}") from None
 
 
 def open_run(

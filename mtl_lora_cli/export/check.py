@@ -39,6 +39,7 @@ from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
+from mtl_lora_cli.machine.cards import free_memory, pick_device
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import (
@@ -47,11 +48,9 @@ from mtl_lora_cli.models.load import (
     load_model,
     load_tokenizer,
     longest_of,
-    pick_device,
 )
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
-from mtl_lora_cli.training.memory import free_memory
 
 # Largest difference of a candidate's log-probability, by what rounds: the arithmetic's dtype, or that of
 # the written weights where they are coarser. In 16 bits sums reach it in tens of layers, on candidates that

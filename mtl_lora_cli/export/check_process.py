@@ -37,11 +37,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from mtl_lora_cli.errors import MtlLoraError
 
     try:
-        from mtl_lora_cli.evaluation.evaluate import select_tasks
         from mtl_lora_cli.export.check import check_of, questions_about
         from mtl_lora_cli.export.finished_run import read_finished
         from mtl_lora_cli.extensions import load_named_extensions
         from mtl_lora_cli.runs.folder import RunFolder
+        from mtl_lora_cli.tasks.chosen import select_tasks
 
         load_named_extensions()
         run = read_finished(RunFolder(Path(request["run"])))

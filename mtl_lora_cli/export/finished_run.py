@@ -10,12 +10,13 @@ import torch
 from mtl_lora_cli.adapters.files import CONFIG_FILE, read_adapter_file, read_alone
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.open_run import other_base, read_tasks, tell_unrecorded
+from mtl_lora_cli.evaluation.open_run import other_base, tell_unrecorded
+from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import pick_device, pick_dtype
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 
 

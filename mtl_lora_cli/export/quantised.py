@@ -11,9 +11,10 @@ from torch import Tensor
 from mtl_lora_cli.export.shards import FLOATS, read_shard
 from mtl_lora_cli.export.weight_names import weight_names
 from mtl_lora_cli.kernels import int8, nf4
+from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
-from mtl_lora_cli.models.load import load_model, pick_device
+from mtl_lora_cli.models.load import load_model
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,6 @@ from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 
 
-def pick_device() -> torch.device:
-    """The CUDA device of this process, or the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `dtype:` asks for; `auto` is bfloat16 on CUDA and float32 on a CPU.
-
-    bfloat16 on a CPU without the instructions for it is about ten times slower than float32.
-    """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def load_config(base: BaseModel) -> Any:
     """The base model's configuration, as transformers reads it.
 

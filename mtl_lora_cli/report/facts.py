@@ -11,7 +11,6 @@ from typing import Any
 from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.inspect import inspect_adapter
-from mtl_lora_cli.evaluation.open_run import read_tasks
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.report.curves import (
@@ -26,6 +25,7 @@ from mtl_lora_cli.report.scores import read_scores
 from mtl_lora_cli.report.settings import settings
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.runs.listing import summary
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 
 FORMAT_VERSION = 1

@@ -11,17 +11,13 @@ import torch
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
 from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype
+from mtl_lora_cli.machine.checks import Check, Verdict, ok
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import (
-    load_config,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-)
+from mtl_lora_cli.models.load import load_config, load_tokenizer
 from mtl_lora_cli.models.load import (
     longest_of as positions_of_model,
 )
-from mtl_lora_cli.training.doctor import Check, Verdict, ok
 from mtl_lora_cli.training.fit import (
     Remedy,
     Situation,
@@ -31,7 +27,7 @@ from mtl_lora_cli.training.fit import (
     on_meta,
     remedies,
 )
-from mtl_lora_cli.training.memory import Choice, free_memory, pick
+from mtl_lora_cli.training.memory import Choice, pick
 from mtl_lora_cli.training.prepare import adapter_config
 from mtl_lora_cli.training.trial import in_a_line, tried
 

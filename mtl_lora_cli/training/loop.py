@@ -23,6 +23,8 @@ from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.machine.processes import ALONE, Interrupted, Processes
+from mtl_lora_cli.machine.rate import floor_of
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.recipe.schema import Training
@@ -37,11 +39,9 @@ from mtl_lora_cli.training.checkpoints import (
     random_states,
     save_checkpoint,
 )
-from mtl_lora_cli.training.floor import floor_of
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import parameter_groups
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
-from mtl_lora_cli.training.processes import ALONE, Interrupted, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.schedule import learning_rate_factor
 from mtl_lora_cli.training.update import Update, make_optimizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from mtl_lora_cli.engine.memory import (
     weight_bytes,
 )
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.machine.cards import free_memory, memory_in_use
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.fit import (
     SHORTEST_ROW,
@@ -32,7 +33,6 @@ from mtl_lora_cli.training.fit import (
     situation_of,
     together,
 )
-from mtl_lora_cli.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData
     from mtl_lora_cli.models.base import BaseModel
     from mtl_lora_cli.training.prepare import Prepared
-
-SHARING = "MTL_LORA_SHARING"  # among how many processes a device's memory is divided; see `sharing`
 
 
 @dataclass(frozen=True)
@@ -201,31 +199,6 @@ def _with_products(
     return None if best is None else (1, best[1])
 
 
-def sharing() -> int:
-    """How many processes, each with a run of its own, share this one's device."""
-    return int(os.environ.get(SHARING, "1"))
-
-
-def free_memory(device: torch.device) -> tuple[int, str]:
-    """Bytes that this process may still take, and the device's name.
-
-    Where runs share the device it is an equal part of the whole memory, if so much is free: what the
-    others will take at their peak cannot be seen while they are starting.
-    """
-    import torch
-
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        used = torch.cuda.memory_allocated(device)
-        # What the allocator holds and no tensor uses is free for the next ones.
-        own = torch.cuda.memory_reserved(device) - used
-        return min(free + own, total // sharing() - used), torch.cuda.get_device_name(device)
-    import psutil
-
-    machine = psutil.virtual_memory()
-    return int(min(machine.available, machine.total // sharing())), "the CPU"
-
-
 def plan_memory(
     recipe: Recipe,
     base: BaseModel,
@@ -333,27 +306,10 @@ def explained(prepared: Prepared) -> Iterator[None]:
 
 
 def _out_of_memory(prepared: Prepared, error: BaseException) -> str:
-    import torch
-
     asked = re.search(r"allocate:? (?:([\d.]+ [KMG]iB)|(\d+) bytes)", str(error))
     size = asked and (asked[1] or f"{int(asked[2]) / 2**20:,.1f} MiB")
     wanted = f", asked for {size} more" if size else ""
-    if prepared.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(prepared.device)
-        name = torch.cuda.get_device_name(prepared.device)
-        used = torch.cuda.memory_allocated(prepared.device)
-        where = (
-            f"{name} ({total / GIB:.1f} GiB): {used / GIB:.1f} GiB in tensors, "
-            f"{(total - free) / GIB:.1f} GiB in use by all"
-        )
-    else:
-        import psutil
-
-        own, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
-        where = (
-            f"the CPU: {own / GIB:.1f} GiB in use by this process, {machine.available / GIB:.1f} of "
-            f"{machine.total / GIB:.1f} GiB available"
-        )
+    where = memory_in_use(prepared.device)
     try:
         parts, helpful = _parts_and_remedies(prepared)
     except UnknownLayersError:

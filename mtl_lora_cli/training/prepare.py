@@ -24,16 +24,10 @@ from mtl_lora_cli.data.prepare import (
 from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.machine.cards import pick_device, pick_dtype
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import (
-    adapt,
-    load_config,
-    load_model,
-    load_tokenizer,
-    longest_of,
-    pick_device,
-    pick_dtype,
-)
+from mtl_lora_cli.models.load import adapt, load_config, load_model, load_tokenizer, longest_of
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
@@ -47,7 +41,6 @@ from mtl_lora_cli.training.fit import on_meta
 from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
-from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import MACRO, HeldOut, Validation, encode_validation
 from mtl_lora_cli.training.zero import deepspeed_config, merged_config

@@ -18,7 +18,8 @@ from mtl_lora_cli.adapters.extend import save_beside
 from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, save_adapter
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.open_run import read_tasks
+from mtl_lora_cli.machine.environment import describe
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe, Training
@@ -33,12 +34,11 @@ from mtl_lora_cli.runs.folder import (
     save_json,
 )
 from mtl_lora_cli.runs.lock import only_writer
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
-from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.memory import explained
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.processes import ALONE, Processes
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows

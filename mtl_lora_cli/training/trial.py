@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import adapt, load_config, load_model
 from mtl_lora_cli.models.packed import PackedModel
@@ -39,7 +39,7 @@ def tried(
         UsageError: the model is refused.
     """
     stored = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
-    if 0 < stored <= min(_LARGEST[device.type], _SHARE * _free(device)):
+    if 0 < stored <= min(_LARGEST[device.type], _SHARE * free_memory(device)[0]):
         model = load_model(base, dtype=dtype, device=device, quantization=recipe.quantization)
         adapter = adapt(model, config, names)
         packed = PackedModel(
@@ -57,12 +57,6 @@ def tried(
     except UsageError as error:
         raise UsageError(f"{error} (tried on a small model of the same kind)") from error
     return {**packed.engine_report(), "tried_on": "a small model of the same kind"}
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def in_a_line(report: dict[str, Any]) -> str:

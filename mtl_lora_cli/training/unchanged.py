@@ -12,13 +12,13 @@ from typing import Any
 from mtl_lora_cli.adapters.files import read_adapter_file
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.open_run import read_tasks
+from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.models.base import find_base_model, is_complete
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.runs.folder import RunFolder, read_json
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.environment import describe
 from mtl_lora_cli.training.prepare import Prepared
 
 # Of what is in environment.json: what may change a number.

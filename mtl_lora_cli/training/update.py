@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.training.processes import ALONE, Processes
+from mtl_lora_cli.machine.processes import ALONE, Processes
 
 PEAK = "peak"  # key of an optimiser's group: its learning rate before the schedule
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, besides the count of steps

@@ -27,15 +27,14 @@ from mtl_lora_cli.evaluation.choices import (
 )
 from mtl_lora_cli.evaluation.metrics import Outcome, undefined
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
-from mtl_lora_cli.evaluation.ranks import Shard
 from mtl_lora_cli.evaluation.resampled import metric
+from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.best import Mark
 from mtl_lora_cli.training.observers import Seen, undisturbed
-from mtl_lora_cli.training.processes import ALONE, Processes
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
 MACRO = "macro"  # names the average over tasks
@@ -253,7 +252,7 @@ class Validation:
                     self._logprobs,
                     device=device,
                     tokens_per_pass=self._row_length,
-                    shard=Shard(self._sharing.rank, self._sharing.count),
+                    processes=self._sharing,
                 )
             )
         found = {}

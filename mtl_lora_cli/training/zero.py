@@ -33,10 +33,10 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.engine.memory import LIVE_LAYERS
 from mtl_lora_cli.errors import Problem, ProblemsError, file_problem
+from mtl_lora_cli.machine.processes import Processes, require_group
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
-from mtl_lora_cli.training.processes import Processes, require_group
 from mtl_lora_cli.training.update import (
     MOMENTS,
     ParameterGroup,

@@ -33,8 +33,9 @@ from mtl_lora_cli.export.check import (
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_model, pick_device
+from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder

@@ -30,13 +30,13 @@ from mtl_lora_cli.comparison.random_model import random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
 from mtl_lora_cli.data.mixture import Mixture
+from mtl_lora_cli.machine.cards import pick_device, pick_dtype
+from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.models import registered
-from mtl_lora_cli.models.load import pick_device, pick_dtype
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Distributed, Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.processes import Processes, joined
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.zero import deepspeed_config
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from mtl_lora_cli.training import doctor
-from mtl_lora_cli.training.doctor import Check, Verdict, isolated
+from mtl_lora_cli.machine import checks as room
+from mtl_lora_cli.machine.checks import Check, Verdict, isolated
 
 Finished = subprocess.CompletedProcess[str]
 
@@ -130,7 +130,7 @@ def test_on_a_terminal_it_has_colours_and_its_width(
 
 def test_whatever_a_check_raises_is_its_finding() -> None:
     def broken() -> Iterator[Check]:
-        yield doctor.ok("triton", "so far")
+        yield room.ok("triton", "so far")
         raise RuntimeError("no\n  more")
 
     first, second = isolated("triton", broken)
@@ -150,7 +150,7 @@ def test_ctrl_c_is_no_finding() -> None:
 
 def test_versions_that_are_not_met_are_found() -> None:
     wanted = [Requirement(text) for text in ("torch>=2", "torch>=99", "no-such-distribution")]
-    missing = doctor._missing(wanted)
+    missing = room._missing(wanted)
     assert [(str(one), version) for one, version in missing] == [
         ("torch>=99", torch.__version__),
         ("no-such-distribution", "no version"),
@@ -184,7 +184,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Check]:
 
     def ask(endpoint: str) -> Check:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        (check,) = doctor._hub()
+        (check,) = room._hub()
         return check
 
     return ask
@@ -211,8 +211,8 @@ def test_a_hub_that_is_not_there(hub: Callable[[str], Check]) -> None:
 def test_a_hub_that_never_answers_is_not_waited_for(
     hub: Callable[[str], Check], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert doctor._HUB_SECONDS <= 3
-    monkeypatch.setattr(doctor, "_HUB_SECONDS", 0.5)
+    assert room._HUB_SECONDS <= 3
+    monkeypatch.setattr(room, "_HUB_SECONDS", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -224,11 +224,11 @@ def test_a_hub_that_never_answers_is_not_waited_for(
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    (check,) = doctor._folder("runs folder", tmp_path / "file" / "runs")
+    (check,) = room._folder("runs folder", tmp_path / "file" / "runs")
     assert check.verdict == Verdict.FAIL
     assert "cannot be written" in check.finding
     assert str(check.remedy).startswith("export MTL_LORA_RUNS=")
-    (check,) = doctor._folder("cache folder", tmp_path / "new" / "cache")
+    (check,) = room._folder("cache folder", tmp_path / "new" / "cache")
     assert check.verdict != Verdict.FAIL
     assert "(not there yet)" in check.finding
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_card_is_told() -> None:
-    checks = isolated("cards", doctor._cards)
+    checks = isolated("cards", room._cards)
     assert len(checks) == torch.cuda.device_count()
     assert all(torch.cuda.get_device_name(0) in check.finding for check in checks[:1])
     assert all(check.verdict != Verdict.FAIL for check in checks)

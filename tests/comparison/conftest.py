@@ -10,7 +10,7 @@ import torch
 from mtl_lora_cli.comparison.bench import Measuring
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.shapes import PROJECTIONS
-from mtl_lora_cli.training.floor import Rate
+from mtl_lora_cli.machine.rate import Rate
 
 
 @pytest.fixture

@@ -29,12 +29,12 @@ from mtl_lora_cli.comparison.rows import write_cuts
 from mtl_lora_cli.comparison.study import Options, Study, plan_study
 from mtl_lora_cli.comparison.workers import environments
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError, UsageError
+from mtl_lora_cli.machine.cards import SHARING
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Source
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.memory import SHARING
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from mtl_lora_cli.comparison.random_model import empty_model, layer_weights, ran
 from mtl_lora_cli.comparison.shapes import SHAPES, find_config, require_shape
 from mtl_lora_cli.comparison.yardstick import supervised_share
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.training.floor import flop_per_token, known_rate
+from mtl_lora_cli.machine.rate import flop_per_token, known_rate
 
 WEIGHTS = {  # all weights of the published models
     "llama3-8b": 8_030_261_248,

@@ -19,7 +19,7 @@ from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.generate import generate
-from mtl_lora_cli.evaluation.ranks import Shard
+from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
@@ -35,10 +35,15 @@ def main(rank: int, count: int, folder: Path) -> None:
     load_adapter(adapter, folder)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
-    packed, shard = PackedModel(model, adapter).eval(), Shard.of_group()
+    packed, processes = PackedModel(model, adapter).eval(), Processes.of_group()
     advanced: list[int] = []
     scores = score(
-        packed, requests, device=device, tokens_per_pass=700, shard=shard, advance=advanced.append
+        packed,
+        requests,
+        device=device,
+        tokens_per_pass=700,
+        processes=processes,
+        advance=advanced.append,
     )
     answers = generate(
         packed,
@@ -47,7 +52,7 @@ def main(rank: int, count: int, folder: Path) -> None:
         new_tokens=[4] * 9,
         device=device,
         tokens_per_pass=700,
-        shard=shard,
+        processes=processes,
     )
     found = {
         "own": sum(advanced),

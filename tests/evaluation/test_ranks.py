@@ -15,27 +15,9 @@ import torch
 from mtl_lora_cli.adapters.files import save_adapter
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.generate import generate
-from mtl_lora_cli.evaluation.ranks import ALONE, Shard
 from mtl_lora_cli.models.packed import PackedModel
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_every_example_is_done_once_and_the_costs_are_even(count: int) -> None:
-    costs = np.random.default_rng(0).integers(1, 500, size=101).tolist()
-    shares = [Shard(rank, count).share(costs) for rank in range(count)]
-    assert sorted(number for share in shares for number in share) == list(range(101))
-    sums = [sum(costs[number] for number in share) for share in shares]
-    assert max(sums) - min(sums) <= max(costs)
-
-
-def test_more_processes_than_examples() -> None:
-    assert [Shard(rank, 3).share([5, 7]) for rank in range(3)] == [[1], [0], []]
-
-
-def test_outside_of_a_group_a_process_is_alone() -> None:
-    assert Shard.of_group() == ALONE == Shard(0, 1)
 
 
 @pytest.mark.slow

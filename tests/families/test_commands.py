@@ -14,9 +14,9 @@ import yaml
 
 from mtl_lora_cli.errors import ExitCode
 from mtl_lora_cli.evaluation.evaluate import held_out
-from mtl_lora_cli.evaluation.open_run import read_tasks
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.runs.folder import find_run
+from mtl_lora_cli.tasks.chosen import read_tasks
 
 from .alone import Alone
 from .models import MODELS, Tiny

@@ -17,10 +17,10 @@ from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import CONFIG_FILE, TENSOR_FILE, read_alone, save_adapter
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.evaluation.open_run import read_tasks
 from mtl_lora_cli.evaluation.results import store, stored
 from mtl_lora_cli.recipe.schema import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.task import Task
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.processes import Interrupted
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.validation import encode_validation
 

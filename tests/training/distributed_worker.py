@@ -20,11 +20,11 @@ from rich.console import Console
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.processes import Processes, joined
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.run import resume, start
 from mtl_lora_cli.training.validation import Validation

@@ -21,13 +21,14 @@ from mtl_lora_cli.adapters.inject import per_task
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
-from mtl_lora_cli.evaluation.open_run import open_run, read_tasks
+from mtl_lora_cli.evaluation.open_run import open_run
 from mtl_lora_cli.export.check import Check, Comparison, Questions
 from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json
+from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.add_task import load_addition
 from mtl_lora_cli.training.prepare import Prepared, prepare

@@ -18,10 +18,10 @@ import pytest
 import yaml
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.machine.launch import equivalent
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.launch import equivalent
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.run import resume, start
 

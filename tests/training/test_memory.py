@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -37,6 +36,7 @@ from mtl_lora_cli.engine.memory import (
 )
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.machine.processes import Place, Processes
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
@@ -46,7 +46,6 @@ from mtl_lora_cli.training.fit import alternatives, situation_of
 from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.processes import Place, Processes
 from mtl_lora_cli.training.run import resume, start
 
 # d = 8, H = 2, G = 1, D = 4, F = 16; an adapter of r = 2 and n = 3 on q.
@@ -442,14 +441,6 @@ def test_where_the_layers_are_not_known_settings_are_named_without_figures(
         "available; what would help: quantization: nf4; dtype: bfloat16; a smaller "
         "training.row_length with on_overflow: truncate_prompt"
     )
-
-
-def test_who_shares_a_device_plans_with_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    alone, _ = memory.free_memory(cpu)
-    monkeypatch.setenv(memory.SHARING, "1000")
-    share, _ = memory.free_memory(cpu)
-    assert share == psutil.virtual_memory().total // 1000 < alone
 
 
 def test_nothing_fits(auto: Callable[..., Path]) -> None:

@@ -20,8 +20,8 @@ import pytest
 
 from mtl_lora_cli.cli.app import app
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.training import launch, processes
-from mtl_lora_cli.training.processes import Place, place_in, slurm_address
+from mtl_lora_cli.machine import launch, processes
+from mtl_lora_cli.machine.processes import Place, place_in, slurm_address
 
 pytestmark = pytest.mark.slow
 

@@ -17,10 +17,10 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.evaluate import evaluate
 from mtl_lora_cli.evaluation.open_run import open_run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Validation as Settings
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.processes import Processes
 from mtl_lora_cli.training.run import start
 from mtl_lora_cli.training.validation import Validation, encode_validation
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mtl_lora_cli.training.processes import ALONE, Processes
+from mtl_lora_cli.machine.processes import ALONE, Processes
 
 _LIBRARIES = (
     "mtl-lora",

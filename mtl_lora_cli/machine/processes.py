@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from mtl_lora_cli.errors import ExitCode, MtlLoraError, UsageError
-from mtl_lora_cli.training.heartbeat import AT_ONCE, Heartbeat
+from mtl_lora_cli.machine.heartbeat import AT_ONCE, Heartbeat
 
 T = TypeVar("T")
 _COLLECTIVE = timedelta(minutes=30)  # a dead process is noticed by its heartbeat, not by this
@@ -101,6 +101,14 @@ class Processes:
         self.rank, self.count, self.local_rank = place.rank, place.count, place.local_rank
         self._heartbeat = heartbeat
 
+    @classmethod
+    def of_group(cls) -> Processes:
+        """This process's place in torch.distributed's default group, alone where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(Place(dist.get_rank(), dist.get_world_size(), local_rank))
+
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
@@ -128,6 +136,19 @@ class Processes:
         with torch.device("cpu"):
             dist.all_gather_object(found, value, group=_objects())
         return cast(list[T], found)
+
+    def share(self, costs: Sequence[int]) -> list[int]:
+        """The numbers of what this process does: dealt out one by one, the costliest first."""
+        return sorted(range(len(costs)), key=lambda i: (-costs[i], i))[self.rank :: self.count]
+
+    def collect(self, own: Mapping[int, T]) -> list[T]:
+        """What all processes found, in the order of its numbers, on all.
+
+        Args:
+            own: number → what this process found; numpy arrays and lists, which can be sent.
+        """
+        every = {number: one for part in self.gather(dict(own)) for number, one in part.items()}
+        return [every[number] for number in range(len(every))]
 
     def wait(self) -> None:
         """Until all are here."""

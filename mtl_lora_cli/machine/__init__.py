@@ -1,0 +1,1 @@
+"""The machine a run is on: processes, cards, what it can do; nothing of models or data."""
