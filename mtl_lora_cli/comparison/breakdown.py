@@ -32,8 +32,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ("FP8 conversion", r"quantize|fp8_cast|to_fp8|fp8_rows"),
     ("loss", r"logit_normaliser|logit_gradient|log_?softmax|logsumexp|nll_loss"),
     (BASE, r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|scaled_mm|aten::(add|b|badd)?mm\b"),
-    ("norm", r"rms|layer_?norm|add_norm|norm_gradient|apply_norm"),
-    ("SwiGLU", r"swiglu|silu"),
+    ("norm", r"rms|layer_?norm|add_norm|head_norm|norm_gradient|apply_norm"),
+    ("gated activation", r"gated|swiglu|silu|gelu"),
     ("rotary", r"rotary|rope"),
     (
         "elementwise and copies",

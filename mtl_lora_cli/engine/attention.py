@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.plan import AttentionPlan
+from mtl_lora_cli.engine.segments import Rule, Segments
 from mtl_lora_cli.engine.torch_attention import Scores, attend_segments
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
+from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
 from mtl_lora_cli.kernels.rotary import rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
@@ -35,27 +37,47 @@ class Packing:
     Attributes:
         heads, key_heads, head_dim: H, G and D.
         scaling: of the scores.
-        cos, sin: float32 [N, D/2], the rotation of each position.
+        cos, sin: float32 [N, R/2], the rotation of each position; None where nothing turns.
         segments: which positions see which.
         way: who does the work.
+        window: keys that a query sees, its own among them; None: all before it.
+        softcap: c, where scores are c tanh(s / c).
     """
 
     heads: int
     key_heads: int
     head_dim: int
     scaling: float
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
     segments: Segments
     way: Way
+    window: int | None = None
+    softcap: float | None = None
+
+    def ready(self, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
+        """q and k of the buffer [N, (H + 2G) D] normed and turned: in place where there are no norms."""
+        if norms is not None:
+            qkv = head_norm(qkv, norms, heads=self.heads, key_heads=self.key_heads)
+        return self.rotate_(qkv)
 
     def rotate_(self, qkv: Tensor) -> Tensor:
         """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
+        if self.cos is None or self.sin is None:
+            return qkv
         return rotate_(qkv, self.cos, self.sin, heads=self.heads, key_heads=self.key_heads)
 
     def rotate_back_(self, qkv: Tensor) -> Tensor:
         """The rotation by −θ: what gradients need."""
+        if self.cos is None or self.sin is None:
+            return qkv
         return rotate_(qkv, self.cos, -self.sin, heads=self.heads, key_heads=self.key_heads)
+
+    def norm_gradient_(self, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None) -> None:
+        """The gradient before the norms of q and k, in its place; qkv is what they were given."""
+        if norms is not None:
+            own = dqkv[:, : qkv.shape[1]]
+            head_norm_gradient_(own, qkv, norms, heads=self.heads, key_heads=self.key_heads)
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         """q [1, H, N, D], k and v [1, G, N, D], views of the buffer."""
@@ -75,9 +97,14 @@ def table_keys() -> set[tuple[int, bool]]:
     return {(tile, False) for tile in queries} | {(tile, True) for tile in keys}
 
 
-def pick_way(x: Tensor, head_dim: int) -> Way:
-    """Our kernels in half precision on a card, for heads that fit them; torch elsewhere."""
-    if not in_triton(x) or head_dim > LARGEST_DIM:
+def kernels_know(plan: AttentionPlan) -> bool:
+    """Whether our kernels compute a layer's attention."""
+    return plan.head_dim <= LARGEST_DIM and plan.softcap is None and plan.window is None
+
+
+def pick_way(x: Tensor, plan: AttentionPlan) -> Way:
+    """Our kernels in half precision on a card, for what they know; torch elsewhere."""
+    if not in_triton(x) or not kernels_know(plan):
         return "torch"
     return "torch" if x.is_cuda and x.dtype in (torch.float32, torch.float64) else "triton"
 
@@ -115,7 +142,8 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
     with torch.set_grad_enabled(learn):
         leaf = qkv.detach().requires_grad_(learn)
         q, k, v = packing.split(leaf)
-        out = attend_segments(q, k, v, Scores(packing.scaling), packing.segments)
+        scores = Scores(packing.scaling, packing.softcap)
+        out = attend_segments(q, k, v, scores, packing.segments, Rule(packing.window))
         out = out.reshape(qkv.shape[0], width)
     return with_room(out.detach(), room), (leaf, out) if learn else None
 
@@ -151,5 +179,4 @@ def attend_gradient(
         return dqkv
     leaf, result = state
     gradient = torch.autograd.grad(result, leaf, dout)[0]
-    rotate_(gradient, packing.cos, -packing.sin, heads=packing.heads, key_heads=packing.key_heads)
-    return with_room(gradient, room)
+    return with_room(packing.rotate_back_(gradient), room)

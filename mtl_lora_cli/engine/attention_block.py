@@ -1,6 +1,6 @@
-"""The first half of a LLaMA decoder layer, one autograd function.
+"""The first half of a decoder layer, one autograd function: forward, backward, and its bytes.
 
-    x' = x + δ,   δ' = O(attention(QKV(norm x')))
+    x' = x + δ,   δ' = m · after(O(attention(QKV(before x'))))
 
 A block takes the residual stream x and what the block before has yet to add to it (δ), and returns
 both anew, so that each addition happens inside a norm's kernel. Written by hand rather than left to
@@ -16,40 +16,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.engine.attention import attend, attend_gradient
-from mtl_lora_cli.engine.group import Group
-from mtl_lora_cli.engine.saved import Pass, Saved, both_gradients, opened, spread_out
-from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
+from mtl_lora_cli.engine.attention import attend, attend_gradient, kernels_know
+from mtl_lora_cli.engine.halves import AttentionHalf
+from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened, spread_out
+from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 
 
 class AttentionBlock(torch.autograd.Function):
-    """x' = x + δ and δ' = O(attention(QKV(norm x'))).
+    """x' = x + δ and δ' = m · after(O(attention(QKV(before x')))).
 
-    Args of `apply`: norm (weight, ε), the groups QKV and O, the pass, x [N, d], δ [N, d] or None,
-    then the tensors of both groups. Returns x' and δ', [N, d] or, with `positions`, [U, d].
+    Args of `apply`: the layer's half, the pass, x [N, d], δ [N, d] or None, then the tensors of the
+    groups QKV and O. Returns x' and δ', [N, d] or, with `positions`, [U, d].
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        norm: tuple[Tensor, float],
-        qkv_group: Group,
-        o_group: Group,
+        half: AttentionHalf,
         call: Pass,
         x: Tensor,
         delta: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count = qkv_group.count
-        total, normed, inverse = add_norm(x, delta, *norm, room=qkv_group.room.columns)
-        qkv, qkv_tape = qkv_group.forward(normed, tensors[:count], call.slots, call.training)
-        call.packing.rotate_(qkv)
-        o_room = o_group.room.columns
-        attended, state = attend(qkv, call.packing, learn=call.learn, room=o_room)
+        count = half.qkv.count
+        total, h, inverse = half.begin.forward(x, delta, half.qkv.room.columns)
+        qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
+        ready = call.packing.ready(qkv, half.heads)
+        o_room = half.o.room.columns
+        attended, state = attend(ready, call.packing, learn=call.learn, room=o_room)
         chosen, residual = attended, total
         if call.positions is not None:
             chosen, residual = attended[call.positions], total[call.positions]
-        out, o_tape = o_group.forward(chosen, tensors[count:], call.chosen_slots, call.training)
+        out, o_tape = half.o.forward(chosen, tensors[count:], call.chosen_slots, call.training)
+        added, out_inverse = half.end.forward(out)
         if call.learn:
             saved = Saved(ctx)
             saved.add("total", total)
@@ -59,39 +58,120 @@ class AttentionBlock(torch.autograd.Function):
                 # Of a graph the state holds all that would be computed again.
                 if call.keep.attended or not isinstance(state, Tensor):
                     saved.add("attended", attended)
+            if out_inverse is not None:
+                saved.add("out", out)
+                saved.add("out_inverse", out_inverse)
             saved.add_tape("tape_qkv", qkv_tape)
             saved.add_tape("tape_o", o_tape)
             saved.close()
             ctx.state = state if call.keep.qkv else None
-            ctx.static = (norm[0], qkv_group, o_group, call)
-        return residual, out
+            ctx.static = (half, call)
+        return residual, added
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> tuple[Any, ...]:
-        weight, qkv_group, o_group, call = ctx.static
+    def backward(ctx: Any, dresidual: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+        half, call = ctx.static
+        packing, slots = call.packing, call.slots
         saved = opened(ctx)
         total, inverse, state = saved["total"], saved["inverse"], ctx.state
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
         qkv, attended = saved.get("qkv"), saved.get("attended")
         if qkv is None:
-            normed = apply_norm(total, inverse, weight, room=qkv_group.room.columns)
-            qkv = call.packing.rotate_(qkv_group.again(normed, qkv_tape, call.slots))
+            h = half.begin.again(total, inverse, half.qkv.room.columns)
+            qkv = half.qkv.again(h, qkv_tape, slots)
+            ready = packing.ready(qkv, half.heads)
+        elif half.heads is None:
+            ready = qkv
+        else:  # what the norms were given was kept, and they are as cheap as a copy
+            ready = state[0] if isinstance(state, tuple) else packing.ready(qkv, half.heads)
         if attended is None:
-            attended, state = attend(qkv, call.packing, learn=True)
-        attended = o_group.input(attended)
+            attended, state = attend(ready, packing, learn=True)
+        attended = half.o.input(attended)
         chosen = attended if call.positions is None else attended[call.positions]
-        dchosen, o_gradients = o_group.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
-        o_found = o_group.finish(o_gradients, o_tape, chosen)
+        dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
+        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
+        o_found = half.o.finish(o_gradients, o_tape, chosen)
         dattended = spread_out(dchosen, call.positions, attended)
-        room = qkv_group.room.rows
-        dqkv = attend_gradient(dattended, qkv, attended, state, call.packing, room=room)
+        room = half.qkv.room.rows
+        dqkv = attend_gradient(dattended, ready, attended, state, packing, room=room)
+        packing.norm_gradient_(dqkv, qkv, half.heads)
         ctx.state = state = None
-        wanted = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        dnormed, qkv_gradients = qkv_group.backward(dqkv, qkv_tape, call.slots, wanted, roomy=True)
-        qkv_found = qkv_group.finish(qkv_gradients, qkv_tape, total, (inverse, weight))
+        wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        dh, qkv_gradients = half.qkv.backward(dqkv, qkv_tape, slots, wanted, roomy=True)
+        qkv_found = half.qkv.finish(qkv_gradients, qkv_tape, total, half.begin.normed(inverse))
         dx = None
         if wanted:
             dresidual = spread_out(dresidual, call.positions, total)
-            dx = norm_gradient(dnormed, dresidual, total, inverse, weight)
-        return (None, None, None, None, *both_gradients(ctx, dx, 4), *qkv_found, *o_found)
+            dx = half.begin.gradient(dh, dresidual, total, inverse)
+        return (None, None, *both_gradients(ctx, dx, 2), *qkv_found, *o_found)
+
+
+def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
+    """What the block leaves for its backward pass.
+
+    A position: total d, qkv (H + 2G) D, attended H D in `dtype`, 1/rms in float32, and, with qkv,
+    attention's log-sum-exp, H float32; behind a norm of what it adds, out d and another 1/rms. What
+    stands behind attention has U positions in the last layer. torch's graph holds its result and
+    log-sum-exp; q, k and v of each segment are views of what it was given, which is qkv itself, or
+    its copy with normed heads.
+    """
+    value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
+    kernels = _kernels(sizes, layer)
+    each = width * value + (4 if plan.before else 0)
+    if keep.qkv:
+        each += layer.qkv.outputs * value + 4 * plan.heads
+        if keep.attended or not kernels:
+            each += sizes.input_width(layer.o) * value
+        if not kernels:
+            each += layer.o.inputs * value
+            each += layer.qkv.outputs * value if plan.q_norm else 0
+    asked = load.asked if last else load.positions
+    behind = (width * value + 4) * asked if plan.after else 0
+    tapes = sizes.tape(layer.qkv, load.positions) + sizes.tape(layer.o, asked)
+    return each * load.positions + behind + tapes
+
+
+def forward_bytes(
+    sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
+) -> int:
+    """The most that lives beside what is kept, in the forward pass."""
+    plan = layer.plan.attention
+    each = 2 * layer.qkv.inputs + sizes.input_width(layer.qkv)
+    if not keep.qkv:
+        each += layer.qkv.outputs + layer.o.inputs
+    elif not keep.attended:
+        each += layer.o.inputs
+    if plan.q_norm and (_kernels(sizes, layer) or not keep.qkv):
+        each += layer.qkv.outputs  # heads before their norms, or behind them
+    return each * sizes.value * load.positions
+
+
+def backward_bytes(
+    sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
+) -> int:
+    """The most that lives beside what is kept, in the backward pass.
+
+    The gradients of x and δ, of attended H D, of [q | k | v], of the input, of x; what is computed
+    again.
+    """
+    value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
+    kernels = _kernels(sizes, layer)
+    again = 0 if keep.qkv else width + layer.qkv.outputs
+    again += 0 if keep.qkv and keep.attended else layer.o.inputs
+    if plan.q_norm and (kernels or not keep.qkv):
+        again += layer.qkv.outputs
+    each = 4 * width + again + 2 * layer.o.inputs + layer.qkv.outputs
+    if not kernels:
+        each += 2 * layer.qkv.outputs + layer.o.inputs  # the graph's gradients, part by part
+    found = (each * value + 4 * plan.heads) * load.positions
+    if not sizes.kernels:  # the norms' gradient is made in float32, term by term
+        found = max(found, (4 * width * value + 20 * width) * load.positions)
+        if plan.q_norm:
+            beside = (3 * width + again + 2 * layer.qkv.outputs) * value
+            found = max(found, (beside + 20 * layer.qkv.outputs) * load.positions)
+    return found
+
+
+def _kernels(sizes: ModelSizes, layer: LayerSizes) -> bool:
+    return sizes.kernels and kernels_know(layer.plan.attention)

@@ -1,4 +1,4 @@
-"""The decoder of a LLaMA-class model over packed rows, built of the blocks beside this file.
+"""A decoder over packed rows by its family's plan, built of the blocks beside this file.
 
 It reads the weights of the transformers model that it is made from, and leaves that model as it is:
 the same parameters, the same adapted layers. What it saves is time and memory: one product for q, k
@@ -10,86 +10,61 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import mixing_of
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.attention import Packing, pick_way
 from mtl_lora_cli.engine.attention_block import AttentionBlock
-from mtl_lora_cli.engine.group import Group
+from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.halves import Layer, Norm
 from mtl_lora_cli.engine.mlp_block import MlpBlock
+from mtl_lora_cli.engine.plan import (
+    AttentionPlan,
+    NotPlanned,
+    Plan,
+    RotaryPlan,
+    missing_modules,
+    text_body,
+)
 from mtl_lora_cli.engine.saved import Keep, Pass
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2")  # same layer: norms, rotary halves, SwiGLU, no extras
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies
 _QKV, _O, _GATE_UP, _DOWN = range(4)
 LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and δ
 
 
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: tuple[Tensor, float]
-    qkv: Group
-    o: Group
-    mlp_norm: tuple[Tensor, float]
-    gate_up: Group
-    down: Group
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
-
-
 def obstacle(model: Any, adapter: Adapter | None) -> str | None:
     """Why the blocks cannot stand for the model's own layers, or None where they can."""
-    config = model.config
-    if config.model_type not in _MODEL_TYPES:
-        return f"model type {config.model_type}"
-    if getattr(config, "hidden_act", None) != "silu":
-        return f"activation {getattr(config, 'hidden_act', None)}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "sliding-window attention"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        return f"rotary embedding of type {rope.get('rope_type')}"
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        return "no list of decoder layers"
-    if adapter is not None:
-        inside = {f"layers.{i}.{part}" for i in range(len(layers)) for part in _PARTS}
-        for path in adapter.layers:
-            tail = path[path.find("layers.") :]
-            if tail not in inside and not path.endswith("lm_head"):
-                return f"an adapter on {path}"
-        for number in range(len(layers)):
-            for parts in _TOGETHER:
-                inside_group = [f"layers.{number}.{part}" for part in parts]
-                kinds = {
-                    layer.kind
-                    for path, layer in adapter.layers.items()
-                    if path[path.find("layers.") :] in inside_group
-                }
-                if len(kinds) > 1:
-                    return f"ranks or own parts that differ within {', '.join(parts)} of one layer"
-    return None
+    try:
+        plan = plan_of(model.config)
+    except NotPlanned as reason:
+        return str(reason)
+    missing = next(missing_modules(plan, model), None)
+    if missing is not None:
+        return f"no module '{missing}', which its family's plan names"
+    return None if adapter is None else _misplaced(plan, model, adapter)
 
 
-_TOGETHER = (
-    tuple(f"self_attn.{name}_proj" for name in "qkv"),
-    tuple(f"mlp.{name}_proj" for name in ("gate", "up")),
-)
-_PARTS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
+def _misplaced(plan: Plan, model: Any, adapter: Adapter) -> str | None:
+    """What of an adapter the blocks cannot compute."""
+    paths = {id(layer): path for path, layer in adapter.layers.items()}
+    paths.pop(id(model.get_output_embeddings()), None)
+    mixed = None
+    for module, layer in zip(plan.modules(model), plan.layers, strict=True):
+        for group in layer.groups:
+            projections = [module.get_submodule(path) for path in group]
+            adapted = [one for one in projections if paths.pop(id(one), None) is not None]
+            if len({cast(MultiTaskLinear, one).kind for one in adapted}) > 1:
+                mixed = f"ranks or own parts that differ within {', '.join(group)} of one layer"
+    outside = next(iter(paths.values()), None)
+    return mixed if outside is None else f"an adapter on {outside}"
 
 
 class FusedDecoder:
@@ -100,25 +75,27 @@ class FusedDecoder:
         resident: the weights stay in memory; see `FrozenWeights.lay_together`.
 
     Attributes:
+        plan: what it computes.
+        modules: the transformers model's own layers, in whose place it stands.
         layer_calls: run one layer each. Where weights do not stay, somebody else's callables around
             these bring them before and take them away behind.
     """
 
     def __init__(self, model: Any, *, resident: bool = True) -> None:
-        self._base = model.base_model
-        self.layers = [_layer(layer, resident) for layer in self._base.layers]
+        self.plan = plan_of(model.config)
+        self._base: Any = text_body(model)
+        self.modules = self.plan.modules(model)
+        self.layers = [
+            Layer.of(module, plan, resident=resident)
+            for module, plan in zip(self.modules, self.plan.layers, strict=True)
+        ]
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
-        attention = self._base.layers[0].self_attn
-        config = model.config
-        self._heads = config.num_attention_heads
-        self._key_heads = config.num_key_value_heads
-        self._head_dim = attention.head_dim
-        self._scaling = attention.scaling
-        self._norm = _norm(self._base.norm)
+        self._norm = Norm.of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are."""
-        return pick_way(self._norm[0], self._head_dim) == "triton"
+        plans = {layer.attention for layer in self.plan.layers}
+        return all(pick_way(self._norm.weight, plan) == "triton" for plan in plans)
 
     def round_to_fp8(self) -> None:
         """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`)."""
@@ -163,16 +140,18 @@ class FusedDecoder:
         Returns:
             [U, d].
         """
-        x = self._base.embed_tokens(input_ids)[0]
+        x = self._base.get_input_embeddings()(input_ids)[0]
+        if self.plan.embedding_multiplier != 1.0:
+            x = x * self.plan.embedding_multiplier
         learn = torch.is_grad_enabled()
-        packing = self._packing(x, position_ids, segments)
+        packings = self._packings(x, position_ids, segments)
         delta = None
         mixings = self._mixings(slots, chosen_slots)
         for number in range(len(self.layers)):
             last = number + 1 == len(self.layers)
             own = Pass(
                 slots=slots,
-                packing=packing,
+                packing=packings[self.plan.layers[number].attention],
                 positions=positions if last else None,
                 chosen_slots=chosen_slots if last else slots,
                 keep=keep[number],
@@ -180,22 +159,44 @@ class FusedDecoder:
                 learn=learn,
             )
             x, delta = self.layer_calls[number](own, mixings[number], x, delta)
-        return _FinalNorm.apply(x, delta, *self._norm)
+        normed = _FinalNorm.apply(x, delta, *self._norm)
+        scale = self.plan.logit_multiplier
+        return normed if scale == 1.0 else normed * scale
 
-    def _packing(self, x: Tensor, position_ids: Tensor, segments: Segments) -> Packing:
+    def capped(self, logits: Tensor) -> Tensor:
+        """c tanh(z / c), where the family has a soft cap over logits."""
+        cap = self.plan.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _packings(
+        self, x: Tensor, position_ids: Tensor, segments: Segments
+    ) -> dict[AttentionPlan, Packing]:
+        """Attention's view of the positions, for each kind of layer."""
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        cos, sin = self._base.rotary_emb(wide, position_ids)
-        half = self._head_dim // 2
-        return Packing(
-            heads=self._heads,
-            key_heads=self._key_heads,
-            head_dim=self._head_dim,
-            scaling=self._scaling,
-            cos=cos[0, :, :half].contiguous(),
-            sin=sin[0, :, :half].contiguous(),
-            segments=segments,
-            way=pick_way(x, self._head_dim),
-        )
+        angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+        for rotary in self.plan.rotaries:
+            module = self._base.get_submodule(rotary.path)
+            kind = () if rotary.layer_type is None else (rotary.layer_type,)
+            both = module(wide, position_ids, *kind)
+            half = both[0].shape[-1] // 2
+            cos, sin = (one[0, :, :half].to(wide.dtype).contiguous() for one in both)
+            angles[rotary] = cos, sin
+        found = {}
+        for plan in dict.fromkeys(layer.attention for layer in self.plan.layers):
+            cos_, sin_ = angles[plan.rotary]
+            found[plan] = Packing(
+                heads=plan.heads,
+                key_heads=plan.key_heads,
+                head_dim=plan.head_dim,
+                scaling=plan.scaling,
+                cos=cos_,
+                sin=sin_,
+                segments=segments,
+                way=pick_way(x, plan),
+                window=plan.window,
+                softcap=plan.softcap,
+            )
+        return found
 
     def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""
@@ -241,33 +242,17 @@ class _FinalNorm(torch.autograd.Function):
 
 
 def _run_layer(
-    layer: _Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, delta: Tensor | None
+    layer: Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, delta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The stream and what has yet to be added to it, behind one layer."""
     qkv, o, gate_up, down = mixings
+    first, second = layer.attention, layer.mlp
     x, delta = AttentionBlock.apply(
-        layer.input_norm, layer.qkv, layer.o, own, x, delta,
-        *layer.qkv.tensors(qkv, own.slots), *layer.o.tensors(o, own.chosen_slots),
+        first, own, x, delta,
+        *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip
     return MlpBlock.apply(
-        layer.mlp_norm, layer.gate_up, layer.down, own, x, delta,
-        *layer.gate_up.tensors(gate_up, own.chosen_slots),
-        *layer.down.tensors(down, own.chosen_slots),
+        second, own, x, delta,
+        *second.gate_up.tensors(gate_up, own.chosen_slots),
+        *second.down.tensors(down, own.chosen_slots),
     )  # fmt: skip
-
-
-def _layer(layer: Any, resident: bool) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    group = partial(Group, resident=resident)
-    return _Layer(
-        input_norm=_norm(layer.input_layernorm),
-        qkv=group(attention.q_proj, attention.k_proj, attention.v_proj),
-        o=group(attention.o_proj),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=group(mlp.gate_proj, mlp.up_proj),
-        down=group(mlp.down_proj),
-    )
-
-
-def _norm(module: Any) -> tuple[Tensor, float]:
-    return module.weight, module.variance_epsilon

@@ -2,21 +2,22 @@
 
     peak = fixed + max over the moments of a step of (kept so far + working)
 
-*Fixed* are weights, adapter, its gradients and AdamW's state. *Kept* is what the blocks of
-`attention_block.py` and `mlp_block.py` leave for the backward pass. *Working* is what lives for one block only. The
-moments are each block's forward pass, the head's, and each block's backward pass, when what the
-later layers kept is free again. All memory is in bytes.
+*Fixed* are weights, adapter, its gradients and AdamW's state. *Kept* is what the blocks leave for the
+backward pass, *working* what lives for one block only: `attention_block.py` and `mlp_block.py` say
+both, beside what they do. The moments are each block's forward pass, the head's, and each block's
+backward pass, when what the later layers kept is free again. All memory is in bytes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.adapters.frozen import ALIGNMENT
+from mtl_lora_cli.engine import attention_block, mlp_block
+from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.saved import Keep
-from mtl_lora_cli.kernels.backend import PITCH
+from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
 from mtl_lora_cli.recipe.schema import Recompute
 
 if TYPE_CHECKING:
@@ -28,114 +29,7 @@ VALUE_BYTES = 4  # float32: what is trained, its gradient, and AdamW's two momen
 CONTEXT = GIB  # kernels and libraries on the device, and what the allocator cannot use
 FRAGMENTATION = 0.05  # of the tensors
 LIVE_LAYERS = 4  # of a model that is cut into parts: what is whole at a time
-
-
-@dataclass(frozen=True)
-class GroupSizes:
-    """Projections of one input.
-
-    Attributes:
-        inputs, outputs: of their weights together, [outputs, inputs].
-        rows: of all A_j below each other; 0 where none is adapted.
-        columns: of all B_j beside each other, up-projections times rank each.
-    """
-
-    inputs: int
-    outputs: int
-    rows: int = 0
-    columns: int = 0
-
-    @property
-    def weights(self) -> int:
-        return self.inputs * self.outputs
-
-    @property
-    def aligned(self) -> bool:
-        """Whether margins of the weights can hold its adapters; see `adapters/frozen.py`."""
-        return self.rows > 0 and self.rows % ALIGNMENT == 0 and self.columns % ALIGNMENT == 0
-
-    @property
-    def pitch(self) -> int:
-        """Values of one row of [x | room]."""
-        return -(-(self.inputs + self.columns) // PITCH) * PITCH
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """One decoder layer."""
-
-    qkv: GroupSizes
-    o: GroupSizes
-    gate_up: GroupSizes
-    down: GroupSizes
-
-    @property
-    def groups(self) -> tuple[GroupSizes, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Everything that memory depends on, but for the batch.
-
-    Attributes:
-        layers: of the decoder.
-        heads: H, of the queries.
-        vocabulary: V.
-        other_weights: embedding, head, norms, biases; a tied weight once.
-        trained: values of the adapter.
-        value: bytes of a number in `dtype`.
-        four_bit: the layers' weights are NF4 or FP4.
-        eight_bit: they are int8.
-        parts: of how many processes each holds one part of the weights, and gathers a layer at a
-            time; 1 where each holds all.
-        fp8: two 8-bit copies of the layers' weights are kept.
-        kernels: our kernels run; otherwise plain torch, which keeps and copies more.
-        dropout: whether features are dropped before A.
-    """
-
-    layers: tuple[LayerSizes, ...]
-    heads: int
-    vocabulary: int
-    other_weights: int
-    trained: int
-    value: int
-    four_bit: bool = False
-    eight_bit: bool = False
-    parts: int = 1
-    fp8: bool = False
-    kernels: bool = True
-    dropout: bool = False
-
-    @property
-    def expanded(self) -> bool:
-        """Whether weights are laid into a buffer for each product."""
-        return self.four_bit or self.eight_bit or self.parts > 1
-
-    @property
-    def width(self) -> int:
-        """d."""
-        return self.layers[0].qkv.inputs
-
-    def roomy(self, group: GroupSizes) -> bool:
-        """Whether the group's inputs and weights have room for its adapters."""
-        return self.kernels and self.value == 2 and not self.fp8 and group.aligned
-
-    def input_width(self, group: GroupSizes) -> int:
-        """Values of one row of the group's input, room included."""
-        return group.pitch if self.roomy(group) else group.inputs
-
-    def matrix(self, group: GroupSizes) -> int:
-        """Values of the group's dense matrix, margins included."""
-        rows = group.outputs + (group.rows if self.roomy(group) else 0)
-        return rows * self.input_width(group)
-
-
-class Load(NamedTuple):
-    """One pass: N positions, of which U are asked for."""
-
-    positions: int
-    asked: int
+_BLOCKS = (attention_block, mlp_block)
 
 
 def weight_bytes(sizes: ModelSizes) -> int:
@@ -168,86 +62,24 @@ def fixed_bytes(sizes: ModelSizes) -> int:
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
-    """What one layer leaves for its backward pass.
-
-    A position of the attention block: total d, qkv (H + 2G) D, attended H D in `dtype`, 1/rms in
-    float32, and, with qkv, attention's log-sum-exp, H float32. One of the MLP block: total d,
-    gate_up 2F, 1/rms. Of an adapter z, dropout's mask, and, where they do not stand in margins of a
-    dense matrix, its factors in `dtype`. In the last layer all after attention has U positions
-    instead of N.
-    """
-    value, width = sizes.value, layer.qkv.inputs
-    qkv, o, gate_up, down = layer.groups
-    first = width * value + 4
-    if keep.qkv:
-        first += qkv.outputs * value + 4 * sizes.heads
-        if keep.attended or not sizes.kernels:
-            first += sizes.input_width(o) * value
-        if not sizes.kernels:
-            # torch's graph: q, k and v of each segment are views, its result and log-sum-exp not.
-            first += o.inputs * value
-    second = width * value + 4
-    if keep.gate_up:
-        second += gate_up.outputs * value
-    factors = 0
-    counts = [load.positions] * 4
-    if last:
-        counts[1:] = [load.asked] * 3
-    found = first * counts[0] + second * counts[2]
-    for group, count in zip((qkv, o, gate_up, down), counts, strict=True):
-        if group.rows:
-            found += (group.rows * value + sizes.dropout * group.inputs) * count
-            if sizes.expanded or not sizes.roomy(group):
-                factors += (group.rows * group.inputs + group.outputs * group.columns) * value
-    return found + factors
+    """What one layer leaves for its backward pass; all after attention has U positions in the last."""
+    return sum(block.kept_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
 
 
 def forward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
     """The most that lives beside what is kept, in one layer's forward pass."""
-    width = layer.qkv.inputs
-    attention = 2 * width + sizes.input_width(layer.qkv)
-    if not keep.qkv:
-        attention += layer.qkv.outputs + layer.o.inputs
-    elif not keep.attended:
-        attention += layer.o.inputs
-    mlp = 2 * width + sizes.input_width(layer.gate_up) + sizes.input_width(layer.down)
-    if not keep.gate_up:
-        mlp += layer.gate_up.outputs
-    if not sizes.kernels:
-        mlp += layer.down.inputs  # silu(g) before it is multiplied
-    asked = load.asked if last else load.positions
-    found = sizes.value * max(attention * load.positions, mlp * asked)
-    return found + _dropped(sizes, layer, load)
+    most = max(block.forward_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
+    return most + _dropped(sizes, layer, load)
 
 
 def backward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
-    """The most that lives beside what is kept, in one layer's backward pass.
-
-    MLP: the gradients of x and δ, da F, d[g | u] 2F and a F where D is adapted; what is computed
-    again. Attention: the gradients of x and δ, of attended H D, of [q | k | v], of normed, of x;
-    what is computed again.
-    """
-    value, width, inner = sizes.value, layer.qkv.inputs, layer.down.inputs
-    qkv, o, gate_up, down = layer.groups
-    again = 0 if keep.gate_up else gate_up.outputs + width
-    early = inner + gate_up.outputs + (inner if down.rows else 0)
-    if not sizes.kernels:
-        early += 4 * inner  # σ(g), silu(g) and the terms of dg, one by one
-    mlp = 2 * width + again + max(early, gate_up.outputs + 2 * width)
-    again = 0 if keep.qkv else width + qkv.outputs
-    again += 0 if keep.qkv and keep.attended else o.inputs
-    attention = 4 * width + again + 2 * o.inputs + qkv.outputs
-    if not sizes.kernels:
-        attention += 2 * qkv.outputs + o.inputs  # the graph's gradients, part by part
-    asked = load.asked if last else load.positions
-    attention_bytes = (attention * value + 4 * sizes.heads) * load.positions
-    if not sizes.kernels:  # the norms' gradient is made in float32, term by term
-        attention_bytes = max(attention_bytes, (4 * width * value + 20 * width) * load.positions)
-    return max(mlp * value * asked, attention_bytes) + _dropped(sizes, layer, load)
+    """The most that lives beside what is kept, in one layer's backward pass."""
+    most = max(block.backward_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
+    return most + _dropped(sizes, layer, load)
 
 
 def _dropped(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
@@ -259,15 +91,20 @@ def _dropped(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
 
 
 def head_bytes(sizes: ModelSizes, load: Load) -> int:
-    """Logits [U, V] in `dtype`, over which our kernel writes their gradient; torch takes copies."""
+    """Logits [U, V] in `dtype`, over which our kernel writes their gradient; torch takes copies.
+
+    A soft cap keeps tanh, and makes capped logits of it.
+    """
     each = sizes.value if sizes.kernels else sizes.value + 8
+    each += 2 * sizes.value if sizes.capped else 0
     return load.asked * (sizes.vocabulary * each + 4 * sizes.width * sizes.value)
 
 
 def batch_bytes(sizes: ModelSizes, load: Load) -> int:
     """Ids, positions, routing, and the rotations' cos and sin, float32 D/2 each."""
-    head_dim = sizes.layers[0].o.inputs // sizes.heads
-    return load.positions * (4 * head_dim + 64)
+    plans = {layer.plan.attention for layer in sizes.layers}
+    turned = {plan.rotary: plan.head_dim for plan in plans if plan.rotary is not None}
+    return load.positions * (4 * sum(turned.values()) + 64)
 
 
 def peak_bytes(sizes: ModelSizes, recompute: Recompute, load: Load) -> int:
@@ -356,23 +193,15 @@ def sizes_of(
         quantization, base_compute: of the recipe.
         parts: see `ModelSizes`.
     """
-    from mtl_lora_cli.kernels.tiles import LARGEST_DIM
-
+    plan = plan_of(model.config)
     layers = tuple(
-        LayerSizes(
-            qkv=_group(attention.q_proj, attention.k_proj, attention.v_proj),
-            o=_group(attention.o_proj),
-            gate_up=_group(mlp.gate_proj, mlp.up_proj),
-            down=_group(mlp.down_proj),
-        )
-        for attention, mlp in ((one.self_attn, one.mlp) for one in model.base_model.layers)
+        LayerSizes(one, *(_group(module, paths) for paths in one.groups))
+        for module, one in zip(plan.modules(model), plan.layers, strict=True)
     )
     inside = sum(group.weights for layer in layers for group in layer.groups)
     trained = adapter.parameter_count()
-    head_dim = model.base_model.layers[0].self_attn.head_dim
     return ModelSizes(
         layers=layers,
-        heads=model.config.num_attention_heads,
         vocabulary=model.config.get_text_config().vocab_size,
         other_weights=sum(p.numel() for p in model.parameters()) - trained - inside,
         trained=trained,
@@ -381,14 +210,16 @@ def sizes_of(
         eight_bit=quantization == "int8",
         parts=parts,
         fp8=base_compute == "fp8",
-        kernels=on_card and value == 2 and head_dim <= LARGEST_DIM,
+        kernels=on_card and value == 2,
         dropout=adapter.config.dropout > 0,
+        capped=plan.logit_softcap is not None,
     )
 
 
-def _group(*layers: Any) -> GroupSizes:
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    factors = [layer.factors(None) for layer in layers if layer not in bases]
+def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:
+    modules = [layer.get_submodule(path) for path in paths]
+    bases = [getattr(module, "base_layer", module) for module in modules]
+    factors = [module.factors(None) for module in modules if module not in bases]
     return GroupSizes(
         inputs=bases[0].in_features,
         outputs=sum(base.out_features for base in bases),

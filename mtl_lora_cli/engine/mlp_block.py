@@ -1,6 +1,6 @@
-"""The second half of a LLaMA decoder layer, one autograd function; see `attention_block.py`.
+"""The second half of a decoder layer, as `attention_block.py` has the first.
 
-x' = x + δ,   δ' = D(silu(G norm x') ⊙ (U norm x'))
+x' = x + δ,   δ' = m · after(D(f(G h) ⊙ (U h)))  with  h = before x'
 """
 
 from __future__ import annotations
@@ -11,69 +11,119 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.engine.group import Group
-from mtl_lora_cli.engine.saved import Pass, Saved, both_gradients, opened
-from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
-from mtl_lora_cli.kernels.swiglu import swiglu, swiglu_gradient
+from mtl_lora_cli.engine.halves import MlpHalf
+from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened
+from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
+from mtl_lora_cli.kernels.gated import gated, gated_gradient
 
 
 class MlpBlock(torch.autograd.Function):
-    """x' = x + δ and δ' = D(silu(G h) ⊙ (U h)) with h = norm x'.
+    """x' = x + δ and δ' = m · after(D(f(G h) ⊙ (U h))) with h = before x'.
 
-    Args of `apply`: norm (weight, ε), the groups GU and D, the pass, x and δ [M, d], then the
-    tensors of both groups. Returns x' and δ' [M, d]; M is N, or U in the last layer.
+    Args of `apply`: the layer's half, the pass, x and δ [M, d], then the tensors of the groups GU and
+    D. Returns x' and δ' [M, d]; M is N, or U in the last layer.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        norm: tuple[Tensor, float],
-        gate_up_group: Group,
-        down_group: Group,
+        half: MlpHalf,
         call: Pass,
         x: Tensor,
         delta: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count, slots = gate_up_group.count, call.chosen_slots
-        total, normed, inverse = add_norm(x, delta, *norm, room=gate_up_group.room.columns)
-        both, gate_up_tape = gate_up_group.forward(normed, tensors[:count], slots, call.training)
-        activated = swiglu(both, room=down_group.room.columns)
-        out, down_tape = down_group.forward(activated, tensors[count:], slots, call.training)
+        count, slots = half.gate_up.count, call.chosen_slots
+        total, h, inverse = half.begin.forward(x, delta, half.gate_up.room.columns)
+        both, gate_up_tape = half.gate_up.forward(h, tensors[:count], slots, call.training)
+        activated = gated(both, half.plan.activation, room=half.down.room.columns)
+        out, down_tape = half.down.forward(activated, tensors[count:], slots, call.training)
+        added, out_inverse = half.end.forward(out)
         if call.learn:
             saved = Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
             if call.keep.gate_up:
                 saved.add("both", both)
+            if out_inverse is not None:
+                saved.add("out", out)
+                saved.add("out_inverse", out_inverse)
             saved.add_tape("tape_gate_up", gate_up_tape)
             saved.add_tape("tape_down", down_tape)
             saved.close()
-            ctx.static = (norm[0], gate_up_group, down_group, slots)
-        return total, out
+            ctx.static = (half, slots)
+        return total, added
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, dout: Tensor) -> tuple[Any, ...]:
-        weight, gate_up_group, down_group, slots = ctx.static
+    def backward(ctx: Any, dtotal: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+        half, slots = ctx.static
         saved = opened(ctx)
         total, inverse = saved["total"], saved["inverse"]
         gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
         both = saved.get("both")
         if both is None:
-            normed = apply_norm(total, inverse, weight, room=gate_up_group.room.columns)
-            both = gate_up_group.again(normed, gate_up_tape, slots)
-        dactivated, down_gradients = down_group.backward(dout, down_tape, slots, True, roomy=False)
-        dboth, activated = swiglu_gradient(
-            dactivated, both, again=down_tape is not None, room=gate_up_group.room.rows
+            h = half.begin.again(total, inverse, half.gate_up.room.columns)
+            both = half.gate_up.again(h, gate_up_tape, slots)
+        dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
+        dactivated, down_gradients = half.down.backward(dout, down_tape, slots, True, roomy=False)
+        dboth, activated = gated_gradient(
+            dactivated,
+            both,
+            half.plan.activation,
+            again=down_tape is not None,
+            room=half.gate_up.room.rows,
         )
-        down_found = down_group.finish(down_gradients, down_tape, activated)
+        down_found = half.down.finish(down_gradients, down_tape, activated)
         del dactivated, activated
-        dnormed, gate_up_gradients = gate_up_group.backward(
-            dboth, gate_up_tape, slots, True, roomy=True
+        dh, gate_up_gradients = half.gate_up.backward(dboth, gate_up_tape, slots, True, roomy=True)
+        gate_up_found = half.gate_up.finish(
+            gate_up_gradients, gate_up_tape, total, half.begin.normed(inverse)
         )
-        gate_up_found = gate_up_group.finish(
-            gate_up_gradients, gate_up_tape, total, (inverse, weight)
-        )
-        dx = norm_gradient(dnormed, dtotal, total, inverse, weight)
-        return (None, None, None, None, *both_gradients(ctx, dx, 4), *gate_up_found, *down_found)
+        dx = half.begin.gradient(dh, dtotal, total, inverse)
+        return (None, None, *both_gradients(ctx, dx, 2), *gate_up_found, *down_found)
+
+
+def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
+    """What the block leaves for its backward pass.
+
+    A position: total d, gate_up 2F in `dtype`, 1/rms in float32; behind a norm of what it adds, out d
+    and another 1/rms. The last layer has U positions.
+    """
+    value, width, plan = sizes.value, layer.gate_up.inputs, layer.plan.mlp
+    each = width * value + (4 if plan.before else 0)
+    if keep.gate_up:
+        each += layer.gate_up.outputs * value
+    if plan.after:
+        each += width * value + 4
+    count = load.asked if last else load.positions
+    return each * count + sizes.tape(layer.gate_up, count) + sizes.tape(layer.down, count)
+
+
+def forward_bytes(
+    sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
+) -> int:
+    """The most that lives beside what is kept, in the forward pass."""
+    each = 2 * layer.gate_up.inputs
+    each += sizes.input_width(layer.gate_up) + sizes.input_width(layer.down)
+    if not keep.gate_up:
+        each += layer.gate_up.outputs
+    if not sizes.kernels:
+        each += layer.down.inputs  # f(g) before it is multiplied
+    return each * sizes.value * (load.asked if last else load.positions)
+
+
+def backward_bytes(
+    sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
+) -> int:
+    """The most that lives beside what is kept, in the backward pass.
+
+    The gradients of x and δ, da F, d[g | u] 2F and a F where D is adapted; what is computed again.
+    """
+    width, inner, outputs = layer.gate_up.inputs, layer.down.inputs, layer.gate_up.outputs
+    again = 0 if keep.gate_up else outputs + width
+    early = inner + outputs + (inner if layer.down.rows else 0)
+    if not sizes.kernels:  # f(g) and f′(g), or what they are made of; tanh's takes one more
+        early += (2 if layer.plan.mlp.activation == "silu" else 3) * inner
+    each = 2 * width + again + max(early, outputs + 2 * width)
+    return each * sizes.value * (load.asked if last else load.positions)

@@ -33,7 +33,7 @@ class Pass:
 
     Attributes:
         slots: the routing of the N positions.
-        packing: attention's view of them.
+        packing: attention's view of them, in this layer.
         positions: [U] int64: the last layer goes on with these positions alone; None for all.
         chosen_slots: the routing of the positions that go on.
         keep: what is kept for the backward pass.
@@ -58,7 +58,7 @@ class Saved:
         self.flat: list[Tensor | None] = []
         self._ctx = ctx
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | None) -> None:
         self.names.append((name, 1, None))
         self.flat.append(tensor)
 

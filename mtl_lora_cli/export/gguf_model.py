@@ -29,6 +29,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
+from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.plan import NotPlanned, Plan
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.gguf_tokenizer import add_tokenizer, rule_of
 from mtl_lora_cli.export.shards import Stored, matrix_dtypes, read_shard
@@ -99,12 +101,21 @@ def dialect_of(config: Any) -> Dialect:
             f"types known here: {', '.join(_ARCHITECTURES)}"
         )
     architecture, interleaved = _ARCHITECTURES[kind]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    attention = _plan(config).layers[0].attention
+    q, k = (path.rpartition(".")[2] for path in attention.qkv[:2])
+    heads = {q: attention.heads, k: attention.key_heads}
     return Dialect(
         MODEL_ARCH_NAMES[architecture],
         get_tensor_name_map(architecture, config.num_hidden_layers),
         heads if interleaved else {},
     )
+
+
+def _plan(config: Any) -> Plan:
+    try:
+        return plan_of(config)
+    except NotPlanned as reason:
+        raise UsageError(f"this model cannot be exported to GGUF: {reason}") from None
 
 
 @contextmanager
@@ -125,10 +136,12 @@ def require_writable(config: Any, tokenizer: Any = None) -> None:
     """
     dialect_of(config)
     _frequency_factors(config)
-    if config.hidden_act != "silu":
-        raise UsageError(f"llama.cpp runs this kind of model with silu, not {config.hidden_act}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
+    layers = _plan(config).layers
+    other = next((one.mlp.activation for one in layers if one.mlp.activation != "silu"), None)
+    if other is not None:
+        raise UsageError(f"llama.cpp runs this kind of model with silu, not {other}")
+    windows = [one.attention.window for one in layers if one.attention.window is not None]
+    if windows and min(windows) < config.max_position_embeddings:
         raise UsageError("attention in a sliding window cannot be exported to GGUF here")
     if tokenizer is not None:
         rule_of(tokenizer)

@@ -2,7 +2,8 @@
 
     x' = x + δ        r_i = (mean_j x'_ij² + ε)^(-1/2)        h = w ⊙ (r x')
 
-Source: RMSNorm (arXiv 1910.07467) as LLaMA uses it. The weight w is frozen.
+Source: RMSNorm (arXiv 1910.07467) as LLaMA uses it. The weight w is frozen. Where it is of a wider dtype
+than x, as 1 + w is for Gemma, h is rounded after the product with it, else before.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def add_norm(
     total = x if delta is None else x + delta
     wide = total.to(_wide(total))
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    normed = weight * (wide * inverse[:, None]).to(x.dtype)
+    normed = weighted(wide * inverse[:, None], weight, x.dtype)
     return total, with_room(normed, room), inverse
 
 
@@ -46,7 +47,15 @@ def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, *, room: int = 0) -> 
         from mtl_lora_cli.kernels import triton_norm
 
         return triton_norm.apply_norm(x, inverse, weight, room)
-    return with_room(weight * (x.to(inverse.dtype) * inverse[:, None]).to(x.dtype), room)
+    unit = x.to(inverse.dtype) * inverse[:, None]
+    return with_room(weighted(unit, weight, x.dtype), room)
+
+
+def weighted(unit: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """w ⊙ x̂ in a dtype; see the module for where it is rounded."""
+    if weight.dtype == dtype:
+        return weight * unit.to(dtype)
+    return (weight * unit).to(dtype)
 
 
 def norm_gradient(
@@ -71,8 +80,8 @@ def norm_gradient(
 
         return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight)
     unit = x.to(inverse.dtype) * inverse[:, None]
-    weighted = weight.to(inverse.dtype) * dh.to(inverse.dtype)
-    gradient = inverse[:, None] * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))
+    dunit = weight.to(inverse.dtype) * dh.to(inverse.dtype)
+    gradient = inverse[:, None] * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
     if dresidual is not None:
         gradient = gradient + dresidual.to(inverse.dtype)
     return gradient.to(x.dtype)

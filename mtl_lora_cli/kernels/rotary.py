@@ -2,7 +2,8 @@
 
     x' = [x₁ cos − x₂ sin, x₂ cos + x₁ sin]    for the halves x₁, x₂ of each head of q and k
 
-(RoFormer, arXiv 2104.09864, in the halves of LLaMA.) The gradient is the rotation by −θ.
+(RoFormer, arXiv 2104.09864, in the halves of LLaMA.) The gradient is the rotation by −θ. With fewer than
+D/2 angles only the first columns of a head turn; the others stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int
 
     Args:
         qkv: [N, (H + 2G) D]; rows may lie apart.
-        cos, sin: [N, D/2], float32 or better.
+        cos, sin: [N, R/2] with R ≤ D, float32 or better.
         heads, key_heads: H and G.
 
     Returns:
@@ -29,6 +30,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int
 
         return triton_rotary.rotate_(qkv, cos, sin, heads=heads, key_heads=key_heads)
     each = qkv.unflatten(1, (heads + 2 * key_heads, -1))[:, : heads + key_heads]
+    each = each[..., : 2 * cos.shape[-1]]
     wide = each.to(torch.promote_types(qkv.dtype, cos.dtype))
     first, second = wide.chunk(2, dim=-1)
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)

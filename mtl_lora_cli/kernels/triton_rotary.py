@@ -9,7 +9,7 @@ from torch import Tensor
 
 @triton.jit
 def _rotary(
-    x, cos, sin, stride, angle_stride, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
+    x, cos, sin, stride, angle_stride, heads, dim, half, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -17,7 +17,7 @@ def _rotary(
     inside = (head < heads) & (column < half)
     c = tl.load(cos + row * angle_stride + column, mask=column < half, other=1.0)
     s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
-    first = x + row * stride + head * (2 * half) + column
+    first = x + row * stride + head * dim + column
     one = tl.load(first, mask=inside, other=0.0).to(tl.float32)
     two = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
     tl.store(first, (one * c - two * s).to(x.dtype.element_ty), mask=inside)
@@ -27,10 +27,10 @@ def _rotary(
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int) -> Tensor:
     """See `rotary.rotate_`; cos and sin in float32 with equal strides."""
     positions, width = qkv.shape
-    half = width // (heads + 2 * key_heads) // 2
+    dim, half = width // (heads + 2 * key_heads), cos.shape[1]
     if positions:
         _rotary[(positions,)](
-            qkv, cos, sin, qkv.stride(0), cos.stride(0), heads + key_heads, half,
+            qkv, cos, sin, qkv.stride(0), cos.stride(0), heads + key_heads, dim, half,
             HEADS=triton.next_power_of_2(heads + key_heads), HALF=triton.next_power_of_2(half),
             num_warps=4,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +11,7 @@ from torch import nn
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.prequantised import expanding, method_of
@@ -241,14 +242,6 @@ def bits_and_bytes(
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
     )
-
-
-def text_body(model: Any) -> nn.Module:
-    """The part of a causal language model, or of a wrapper around one, whose output its head reads."""
-    config = model.config
-    if config.get_text_config() is not config and hasattr(model, "get_decoder"):
-        return cast(nn.Module, model.get_decoder())
-    return cast(nn.Module, model.base_model)
 
 
 def language_part(model: Any) -> tuple[str, ...]:

@@ -243,7 +243,8 @@ class PackedModel(nn.Module):
         else:
             chosen = self._hidden(batch, slots)
         head = self.model.get_output_embeddings()
-        if not self.training and _is_plain_half(head):
+        capped = self.decoder is not None and self.decoder.plan.logit_softcap is not None
+        if not self.training and not capped and _is_plain_half(head):
             return exact_logprobs(chosen, head.weight, batch.owner, batch.targets, judged=judged)
         select = (
             self._adapter.routing.select(batch.positions)
@@ -252,6 +253,8 @@ class PackedModel(nn.Module):
         )
         with select:
             logits = cast(Tensor, head(chosen))
+        if self.decoder is not None:
+            logits = self.decoder.capped(logits)
         return self._read(logits, batch, judged)
 
     def _read(

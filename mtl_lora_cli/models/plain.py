@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.engine.segments import Segments, alike
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.load import text_body
 from mtl_lora_cli.models.quiet import quiet_warnings
 
 Layout = Literal["packed", "rows", "single"]

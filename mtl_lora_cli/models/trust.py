@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.load import text_body
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import LAYOUTS, Way, forget_lengths, use_attention
 from mtl_lora_cli.models.stand_in import (

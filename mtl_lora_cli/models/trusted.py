@@ -21,7 +21,7 @@ from mtl_lora_cli.models.stand_in import device_of, dtype_of
 from mtl_lora_cli.models.trust import Difference, Trust, settle
 from mtl_lora_cli.runs.paths import cache_folder
 
-_ROOMS = ("models", "adapters", "kernels")  # what decides what our path computes
+_ROOMS = ("models", "engine", "adapters", "kernels")  # what decides what our path computes
 
 
 def settled(
@@ -55,7 +55,7 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
     device = device_of(packed.model)
     parts = {
         "base": base.fingerprint,
-        "engine": "fused" if packed.decoder is not None else packed.not_fused,
+        "engine": packed.not_fused if packed.decoder is None else repr(packed.decoder.plan),
         "adapted": None if packed.adapter is None else sorted(packed.adapter.layers),
         "dtype": str(dtype_of(packed.model)),
         "quantization": quantization,

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtl_lora_cli.engine.memory import (
-    Load,
-    ModelSizes,
     peak_bytes,
     recompute_of,
     sizes_of,
 )
+from mtl_lora_cli.engine.sizes import Load, ModelSizes
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.passes import ROOM

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.engine.memory import (
     GIB,
-    Load,
-    ModelSizes,
     fixed_bytes,
     needed_bytes,
     peak_bytes,
     recompute_of,
     weight_bytes,
 )
+from mtl_lora_cli.engine.sizes import Load, ModelSizes
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import free_memory, memory_in_use
 from mtl_lora_cli.machine.processes import ALONE, Processes

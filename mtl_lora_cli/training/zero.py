@@ -482,8 +482,9 @@ class _CutModel(nn.Module):
     def __init__(self, packed: PackedModel) -> None:
         super().__init__()
         base, decoder = packed.model.base_model, packed.decoder
-        calls = list(base.layers) if decoder is None else decoder.layer_calls
-        pairs = zip(calls, base.layers, strict=True)
+        layers = list(base.layers) if decoder is None else decoder.modules
+        calls = layers if decoder is None else decoder.layer_calls
+        pairs = zip(calls, layers, strict=True)
         pace = _Pace(next(packed.model.parameters()).device)
         self.layers = nn.ModuleList(_CutLayer(call, layer, pace) for call, layer in pairs)
         self.largest = max(p.numel() for p in self.layers.parameters())

@@ -31,7 +31,7 @@ from mtl_lora_cli.comparison.cases import Case
         ("void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::bfloat16_t>", None, "attention"),
         ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", None, "NF4 expansion"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<>", None, "optimizer"),
-        ("_swiglu_gradient", None, "SwiGLU"),
+        ("_gated_gradient", None, "gated activation"),
         ("_attention_forward", None, "attention"),
         ("_attention_backward_keys", None, "attention"),
         ("_adapter_mix_gradient", None, ADAPTER),

@@ -18,7 +18,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, MistralConfig
 
 from mtl_lora_cli.adapters.config import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
@@ -193,7 +193,8 @@ def test_a_module_without_a_name_is_refused(config: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"hidden_act": "gelu"}, "with silu, not gelu"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "with silu, not gelu_tanh"),
         ({"sliding_window": 64}, "sliding window"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
     ],
@@ -201,7 +202,8 @@ def test_a_module_without_a_name_is_refused(config: Any, tmp_path: Path) -> None
 def test_what_cannot_be_written_is_said_before(
     config: Any, change: dict[str, Any], reason: str
 ) -> None:
-    changed = type(config)(**{**config.to_dict(), **change})
+    kind = MistralConfig if "sliding_window" in change else type(config)
+    changed = kind(**{**config.to_dict(), "model_type": kind.model_type, **change})
     with pytest.raises(UsageError, match=reason):
         require_writable(changed)
 

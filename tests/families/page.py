@@ -36,7 +36,7 @@ and `export --format peft`; then transformers and PEFT alone, in another process
 what was written. Adapters are on every linear layer of the text part but the output layer, unless a layer is
 one that cannot carry one.
 
-The fused engine knows `llama`, `mistral` and `qwen2`; all others run on transformers' own layers, in one of
+Where the table says *fused*, the fused engine runs; all others run on transformers' own layers, in one of
 three layouts: packed rows; one example a row, where a state runs on or attention is the type's own; one
 example a pass, where even the length of another row would be felt. Before the first step of every run, and in
 `validate`, the same comparison is made with the model itself, which chooses the layout or refuses the model.

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_lora_cli.engine.families import llama
 from mtl_lora_cli.engine.segments import EVERYTHING
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import packed, plain, registered, trust
+from mtl_lora_cli.models import plain, registered, trust
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.packed import Engine, PackedModel
 from mtl_lora_cli.models.plain import Way
 
 from .models import MODELS
@@ -110,11 +111,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def loaded(
-    name: str, folder_of: Callable[..., Path], dtype: torch.dtype = torch.float32
+    name: str,
+    folder_of: Callable[..., Path],
+    dtype: torch.dtype = torch.float32,
+    engine: Engine = "plain",
 ) -> PackedModel:
     (model,) = (model for model in MODELS if str(model) == name)
     base = find_base_model(str(folder_of(model)))
-    return PackedModel(load_model(base, dtype=dtype, device=torch.device("cpu")))
+    model = load_model(base, dtype=dtype, device=torch.device("cpu"))
+    return PackedModel(model, engine=engine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,8 +144,10 @@ def test_what_is_taken_away_is_missed(
 def test_the_fused_engine_is_tested_like_the_other(
     folder_of: Callable[..., Path], monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(packed, "obstacle", lambda *_: None)
-    model = loaded("mistral-window", folder_of)
+    model = loaded("qwen2-window", folder_of, engine="auto")
     assert model.decoder is not None
+    assert trust.settle(model).way is None
+    monkeypatch.setattr(llama, "window", lambda *_: None)  # a plan that forgets it
+    model = loaded("qwen2-window", folder_of, engine="auto")
     assert trust.settle(model).way is not None
     assert "differ by" in str(model.not_fused)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.kernels import fp8, logprob, mix, nf4, norm, swiglu
+from mtl_lora_cli.kernels import fp8, gated, logprob, mix, nf4, norm
+from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
+from mtl_lora_cli.kernels.rotary import rotate_
 
 pytestmark = pytest.mark.slow  # in the interpreter: make kernels
 
@@ -61,19 +63,25 @@ def test_a_norms_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("again", [True, False])
-def test_swiglu(same: Callable[..., None], width: int, again: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(
+    same: Callable[..., None], width: int, again: bool, activation: gated.Activation
+) -> None:
     both, da = normal(5, 2 * width), normal(5, width, seed=1)
-    same(lambda: [swiglu.swiglu(both)])
-    same(lambda: swiglu.swiglu_gradient(da, both.clone(), again=again))
+    same(lambda: [gated.gated(both, activation)])
+    same(lambda: gated.gated_gradient(da, both.clone(), activation, again=again))
 
 
-def test_swiglus_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_activations_gradient_is_autograds(
+    monkeypatch: pytest.MonkeyPatch, activation: gated.Activation
+) -> None:
     monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
     both = normal(4, 24).double().requires_grad_()
     da = normal(4, 12, seed=1).double()
-    activated = swiglu.swiglu(both)
+    activated = gated.gated(both, activation)
     (activated * da).sum().backward()
-    gradient, again = swiglu.swiglu_gradient(da, both.detach(), again=True)
+    gradient, again = gated.gated_gradient(da, both.detach(), activation, again=True)
     torch.testing.assert_close(gradient, both.grad)
     torch.testing.assert_close(again, activated.detach())
 
@@ -182,3 +190,80 @@ def test_a_product_in_eight_bit_floats_is_near_the_exact_one(
         fp8.to_rows(x), fp8.to_rows(weight), torch.float32 if DEVICE == "cpu" else torch.bfloat16
     )
     assert (ours.float() - exact).norm() / exact.norm() < 0.05
+
+
+HEADS, KEY_HEADS, DIM = 6, 2, 12
+
+
+def head_norms(over: str) -> HeadNorms:
+    """Weights of the two kinds: over each head, over all heads together."""
+    q, k = (DIM, DIM) if over == "head" else (HEADS * DIM, KEY_HEADS * DIM)
+    return HeadNorms(normal(q, seed=1), normal(k, seed=2), 1e-5)
+
+
+@pytest.mark.parametrize("over", ["head", "all"])
+def test_norms_of_queries_and_keys(same: Callable[..., None], over: str) -> None:
+    sizes = {"heads": HEADS, "key_heads": KEY_HEADS}
+    qkv, norms = normal(5, (HEADS + 2 * KEY_HEADS) * DIM), head_norms(over)
+    same(lambda: [head_norm(qkv, norms, **sizes)])
+    wide = normal(5, qkv.shape[1] + 8, seed=3)
+
+    def gradient() -> Result:
+        own = wide.clone()
+        head_norm_gradient_(own[:, : qkv.shape[1]], qkv, norms, **sizes)
+        return [own]
+
+    same(gradient)
+
+
+@pytest.mark.parametrize("over", ["head", "all"])
+def test_their_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch, over: str) -> None:
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    norms = HeadNorms(*(one.double() for one in head_norms(over)[:2]), 1e-5)
+    x = normal(4, (HEADS + 2 * KEY_HEADS) * DIM).double().requires_grad_()
+    dh = normal(*x.shape, seed=3).double()
+    q, k, v = x.split([HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM], 1)
+    rms = torch.nn.functional.rms_norm
+    parts = [
+        rms(part.unflatten(1, (-1, len(weight))), (len(weight),), weight, 1e-5).flatten(1)
+        for part, weight in ((q, norms.q), (k, norms.k))
+    ]
+    normed = torch.cat([*parts, v], 1)
+    ours = head_norm(x.detach(), norms, heads=HEADS, key_heads=KEY_HEADS)
+    torch.testing.assert_close(ours, normed.detach())
+    (normed * dh).sum().backward()
+    gradient = head_norm_gradient_(dh.clone(), x.detach(), norms, heads=HEADS, key_heads=KEY_HEADS)
+    torch.testing.assert_close(gradient, x.grad)
+
+
+@pytest.mark.parametrize("turning", [12, 8])
+def test_rotation(same: Callable[..., None], turning: int) -> None:
+    """All columns of a head, or its first ones."""
+    angles = normal(5, turning // 2, seed=1)
+    qkv = normal(5, (HEADS + 2 * KEY_HEADS) * DIM)
+
+    def turned() -> Result:
+        return [rotate_(qkv.clone(), angles.cos(), angles.sin(), heads=HEADS, key_heads=KEY_HEADS)]
+
+    same(turned)
+    own = turned()[0]
+    assert own is not None
+    before, after = (x.unflatten(1, (-1, DIM)) for x in (qkv, own))
+    assert torch.equal(before[..., turning:], after[..., turning:])
+    assert torch.equal(before[:, HEADS + KEY_HEADS :], after[:, HEADS + KEY_HEADS :])
+    one, two = before[:, 0, 0], before[:, 0, turning // 2]
+    expected = one * angles[:, 0].cos() - two * angles[:, 0].sin()
+    torch.testing.assert_close(after[:, 0, 0], expected)
+
+
+def test_a_norm_whose_weight_is_wider_is_gemmas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 + w in float32 beside activations of 16 bit: rounded once, behind the product."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+    theirs = Gemma2RMSNorm(48, eps=1e-5).to(DEVICE, torch.bfloat16)
+    theirs.weight.data.copy_(normal(48, seed=1))
+    x = normal(5, 48).bfloat16()
+    total, ours, inverse = norm.add_norm(x, None, 1 + theirs.weight.float(), 1e-5)
+    assert torch.equal(ours, theirs(x))
+    assert torch.equal(norm.apply_norm(total, inverse, 1 + theirs.weight.float()), ours)

@@ -243,9 +243,9 @@ def test_the_model_keeps_its_parameters(base: BaseModel) -> None:
 
 def test_an_unknown_architecture_takes_the_plain_layers(base: BaseModel) -> None:
     model, adapter = build(base)
-    model.config.model_type = "gemma"
+    model.config.model_type = "stablelm"
     assert PackedModel(model, adapter).decoder is None
-    with pytest.raises(UsageError, match="model type gemma"):
+    with pytest.raises(UsageError, match="model type stablelm"):
         PackedModel(model, adapter, engine="fused")
 
 

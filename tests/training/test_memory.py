@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
 
 from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
@@ -18,13 +19,10 @@ from mtl_lora_cli.cli.plan import tasks_table
 from mtl_lora_cli.comparison.random_model import empty_model, random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
+from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.memory import (
     CONTEXT,
     GIB,
-    GroupSizes,
-    LayerSizes,
-    Load,
-    ModelSizes,
     fixed_bytes,
     keep_of,
     kept_bytes,
@@ -35,6 +33,7 @@ from mtl_lora_cli.engine.memory import (
     weight_bytes,
 )
 from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.processes import Place, Processes
 from mtl_lora_cli.models import registered
@@ -50,6 +49,11 @@ from mtl_lora_cli.training.run import resume, start
 
 # d = 8, H = 2, G = 1, D = 4, F = 16; an adapter of r = 2 and n = 3 on q.
 SMALL_LAYER = LayerSizes(
+    plan_of(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1
+        )
+    ).layers[0],
     qkv=GroupSizes(8, 16, rows=2, columns=6),
     o=GroupSizes(8, 8),
     gate_up=GroupSizes(8, 32),
@@ -57,7 +61,6 @@ SMALL_LAYER = LayerSizes(
 )
 SMALL = ModelSizes(
     layers=(SMALL_LAYER, SMALL_LAYER),
-    heads=2,
     vocabulary=100,
     other_weights=1000,
     trained=100,
@@ -67,6 +70,7 @@ SMALL = ModelSizes(
 EIGHT_B = ModelSizes(
     layers=(
         LayerSizes(
+            plan_of(find_config("llama3-8b")).layers[0],
             qkv=GroupSizes(4096, 6144, rows=24, columns=72),
             o=GroupSizes(4096, 4096, rows=8, columns=24),
             gate_up=GroupSizes(4096, 28672),
@@ -74,7 +78,6 @@ EIGHT_B = ModelSizes(
         ),
     )
     * 32,
-    heads=32,
     vocabulary=128_256,
     other_weights=2 * 128_256 * 4096 + 65 * 4096,
     trained=12_127_232,

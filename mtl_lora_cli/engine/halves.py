@@ -1,0 +1,163 @@
+"""The frozen parts of a layer's two halves, as the blocks use them, and what both do at their ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from mtl_lora_cli.engine.group import Group
+from mtl_lora_cli.engine.plan import AttentionPlan, LayerPlan, MlpPlan, NormPlan
+from mtl_lora_cli.kernels.backend import with_room
+from mtl_lora_cli.kernels.head_norm import HeadNorms
+from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
+
+
+class Norm(NamedTuple):
+    """A norm of the stream, or of what a block adds to it: its weight, w or 1 + w, and ε."""
+
+    weight: Tensor
+    eps: float
+
+    @staticmethod
+    def of(module: nn.Module, plan: NormPlan) -> Norm:
+        """By a plan; 1 + w in float32 or better, as Gemma computes it."""
+        weight = cast(Tensor, module.weight)
+        if plan.plus_one:
+            weight = 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        return Norm(weight, plan.eps)
+
+
+@dataclass(frozen=True)
+class Begin:
+    """x' = x + δ and the block's input h: x' itself, or normed.
+
+    Attributes:
+        norm: before the block, or None.
+    """
+
+    norm: Norm | None
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, room: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x' [N, d], h [N, d + room], and r [N] of the norm."""
+        if self.norm is not None:
+            return add_norm(x, delta, *self.norm, room=room)
+        total = x if delta is None else x + delta
+        return total, with_room(total, room), None
+
+    def again(self, total: Tensor, inverse: Tensor | None, room: int) -> Tensor:
+        """h once more."""
+        if self.norm is None or inverse is None:
+            return with_room(total, room)
+        return apply_norm(total, inverse, self.norm.weight, room=room)
+
+    def normed(self, inverse: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """What `Group.finish` wants to know of the norm before its input."""
+        return None if self.norm is None or inverse is None else (inverse, self.norm.weight)
+
+    def gradient(
+        self, dh: Tensor, dresidual: Tensor, total: Tensor, inverse: Tensor | None
+    ) -> Tensor:
+        """The gradient of x', from that of h and the one that comes past the block."""
+        if self.norm is None or inverse is None:
+            return dh + dresidual
+        return norm_gradient(dh, dresidual, total, inverse, self.norm.weight)
+
+
+@dataclass(frozen=True)
+class End:
+    """δ' = m · out, or m · norm(out).
+
+    Attributes:
+        norm: behind the block, or None.
+        multiplier: m.
+    """
+
+    norm: Norm | None
+    multiplier: float
+
+    def forward(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """δ' [M, d], and r [M] of the norm."""
+        inverse = None
+        if self.norm is not None:
+            _, out, inverse = add_norm(out, None, *self.norm)
+        return out if self.multiplier == 1.0 else out * self.multiplier, inverse
+
+    def gradient(self, ddelta: Tensor, out: Tensor | None, inverse: Tensor | None) -> Tensor:
+        """The gradient of out."""
+        if self.multiplier != 1.0:
+            ddelta = ddelta * self.multiplier
+        if self.norm is None or out is None or inverse is None:
+            return ddelta
+        return norm_gradient(ddelta.contiguous(), None, out, inverse, self.norm.weight)
+
+
+@dataclass(frozen=True)
+class AttentionHalf:
+    """The frozen parts of a layer's attention; `heads` norms queries and keys."""
+
+    plan: AttentionPlan
+    begin: Begin
+    qkv: Group
+    heads: HeadNorms | None
+    o: Group
+    end: End
+
+
+@dataclass(frozen=True)
+class MlpHalf:
+    """The frozen parts of a layer's MLP."""
+
+    plan: MlpPlan
+    begin: Begin
+    gate_up: Group
+    down: Group
+    end: End
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Both halves of a layer."""
+
+    attention: AttentionHalf
+    mlp: MlpHalf
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """qkv, o, gate and up, down."""
+        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+
+    @staticmethod
+    def of(module: nn.Module, plan: LayerPlan, *, resident: bool) -> Layer:
+        """The parts of a transformers layer, by a plan."""
+
+        def group(paths: tuple[str, ...]) -> Group:
+            return Group(*(module.get_submodule(path) for path in paths), resident=resident)
+
+        def norm(one: NormPlan | None) -> Norm | None:
+            return None if one is None else Norm.of(module.get_submodule(one.path), one)
+
+        first, second = plan.attention, plan.mlp
+        qkv, o, gate_up, down = (group(paths) for paths in plan.groups)
+        q, k = norm(first.q_norm), norm(first.k_norm)
+        return Layer(
+            AttentionHalf(
+                plan=first,
+                begin=Begin(norm(first.before)),
+                qkv=qkv,
+                heads=None if q is None or k is None else HeadNorms(q.weight, k.weight, q.eps),
+                o=o,
+                end=End(norm(first.after), first.multiplier),
+            ),
+            MlpHalf(
+                plan=second,
+                begin=Begin(norm(second.before)),
+                gate_up=gate_up,
+                down=down,
+                end=End(norm(second.after), second.multiplier),
+            ),
+        )

@@ -1,0 +1,202 @@
+"""What a decoder-only model computes, layer by layer: all that the fused engine knows of a family.
+
+    x ← m_e · embedding
+    x ← x + m · after(O(attention(QKV(before x))))        for each layer
+    x ← x + m · after(D(f(G before x) ⊙ (U before x)))
+    log p = log softmax(cap(m_l · head(last x)))
+
+A family (`families/NAME.py`) makes a plan of a configuration. The blocks compute what it says; memory,
+ZeRO, GGUF files and `bench` read sizes and names from it. Paths are those of modules inside a layer,
+of the last norm and of rotary embeddings those inside the body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from mtl_lora_cli.kernels.gated import Activation
+
+
+class NotPlanned(Exception):
+    """A configuration asks for something that no plan can say; the text is what it is."""
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """w ⊙ x / rms(x), or (1 + w) ⊙ x / rms(x).
+
+    Attributes:
+        path: of the module that has w as its `weight`.
+        eps: ε, added to the mean of squares.
+        plus_one: the second form.
+    """
+
+    path: str
+    eps: float
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class RotaryPlan:
+    """Which module turns positions into angles.
+
+    Attributes:
+        path: of the module, whose forward pass takes x and position ids.
+        layer_type: what it takes besides, where one module serves several kinds of layers.
+    """
+
+    path: str = "rotary_emb"
+    layer_type: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The first half of a layer.
+
+    Attributes:
+        heads, key_heads, head_dim: H, G and D.
+        scaling: of the scores.
+        qkv: projections whose outputs side by side are [q | k | v]: three, or one that has all.
+        o: of the projection behind attention.
+        before, after: norms of the block's input, and of what it adds to the stream.
+        q_norm, k_norm: of queries and keys before they are turned; both or none.
+        norm_over: whether those take each head alone or all heads together.
+        rotary: what turns q and k; None: nothing does.
+        window: keys that a query sees, its own among them; None: all before it.
+        softcap: c, where scores are c tanh(s / c).
+        multiplier: m, of what the block adds to the stream.
+    """
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    scaling: float
+    qkv: tuple[str, ...]
+    o: str
+    before: NormPlan | None
+    after: NormPlan | None = None
+    q_norm: NormPlan | None = None
+    k_norm: NormPlan | None = None
+    norm_over: Literal["head", "all"] = "head"
+    rotary: RotaryPlan | None = RotaryPlan()
+    window: int | None = None
+    softcap: float | None = None
+    multiplier: float = 1.0
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Paths of the projections that read one input."""
+        return self.qkv, (self.o,)
+
+
+@dataclass(frozen=True)
+class MlpPlan:
+    """The second half of a layer.
+
+    Attributes:
+        gate_up: projections whose outputs side by side are [g | u]: two, or one that has both.
+        down: of the projection behind the activation.
+        activation: f.
+        before, after, multiplier: as in `AttentionPlan`.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+    activation: Activation
+    before: NormPlan | None
+    after: NormPlan | None = None
+    multiplier: float = 1.0
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Paths of the projections that read one input."""
+        return self.gate_up, (self.down,)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One decoder layer."""
+
+    attention: AttentionPlan
+    mlp: MlpPlan
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Projections of one input each, by path: qkv, o, gate and up, down."""
+        return (*self.attention.groups, *self.mlp.groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole decoder.
+
+    Attributes:
+        layers: in their order.
+        norm: the last one.
+        layers_path: of the list of layers in the body.
+        embedding_multiplier: m_e, where the embedding's own module does not apply it.
+        logit_multiplier: m_l.
+        logit_softcap: c of c tanh(z / c) over the logits.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    norm: NormPlan
+    layers_path: str = "layers"
+    embedding_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Last parts of the projections' paths, each once, attention's before the MLP's."""
+        paths = [path for layer in self.layers for group in layer.groups for path in group]
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+    @property
+    def rotaries(self) -> tuple[RotaryPlan, ...]:
+        """All that turn queries and keys of some layer."""
+        some = [layer.attention.rotary for layer in self.layers]
+        return tuple(dict.fromkeys(rotary for rotary in some if rotary is not None))
+
+    def modules(self, model: Any) -> list[nn.Module]:
+        """The model's own layers that the plan describes."""
+        return list(cast(Any, text_body(model).get_submodule(self.layers_path)))
+
+
+def text_body(model: Any) -> nn.Module:
+    """The part of a causal language model, or of a wrapper around one, whose output its head reads."""
+    config = model.config
+    if config.get_text_config() is not config and hasattr(model, "get_decoder"):
+        return cast(nn.Module, model.get_decoder())
+    return cast(nn.Module, model.base_model)
+
+
+def missing_modules(plan: Plan, model: Any) -> Iterator[str]:
+    """Paths of the plan at which the model has no module, or no such number of layers."""
+    body = text_body(model)
+    named = {name for name, _ in body.named_modules()}
+    if plan.layers_path not in named:
+        yield plan.layers_path
+        return
+    layers = plan.modules(model)
+    if len(layers) != len(plan.layers):
+        yield f"{plan.layers_path}.{min(len(layers), len(plan.layers))}"
+        return
+    yield from (r.path for r in plan.rotaries if r.path not in named)
+    yield from (p for p in (plan.norm.path,) if p not in named)
+    for number, layer in enumerate(plan.layers):
+        for path in _paths(layer):
+            if f"{plan.layers_path}.{number}.{path}" not in named:
+                yield f"{plan.layers_path}.{number}.{path}"
+
+
+def _paths(layer: LayerPlan) -> Iterator[str]:
+    attention, mlp = layer.attention, layer.mlp
+    for group in layer.groups:
+        yield from group
+    norms = (attention.before, attention.after, attention.q_norm, attention.k_norm, mlp.before)
+    yield from (norm.path for norm in (*norms, mlp.after) if norm is not None)

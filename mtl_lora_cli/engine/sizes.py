@@ -1,0 +1,130 @@
+"""Sizes of a model with its adapters: what the bytes of its blocks are reckoned from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mtl_lora_cli.adapters.frozen import ALIGNMENT
+from mtl_lora_cli.engine.plan import LayerPlan
+from mtl_lora_cli.kernels.backend import PITCH
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """Projections of one input.
+
+    Attributes:
+        inputs, outputs: of their weights together, [outputs, inputs].
+        rows: of all A_j below each other; 0 where none is adapted.
+        columns: of all B_j beside each other, up-projections times rank each.
+    """
+
+    inputs: int
+    outputs: int
+    rows: int = 0
+    columns: int = 0
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs
+
+    @property
+    def aligned(self) -> bool:
+        """Whether margins of the weights can hold its adapters; see `adapters/frozen.py`."""
+        return self.rows > 0 and self.rows % ALIGNMENT == 0 and self.columns % ALIGNMENT == 0
+
+    @property
+    def pitch(self) -> int:
+        """Values of one row of [x | room]."""
+        return -(-(self.inputs + self.columns) // PITCH) * PITCH
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer: its groups, and its plan."""
+
+    plan: LayerPlan
+    qkv: GroupSizes
+    o: GroupSizes
+    gate_up: GroupSizes
+    down: GroupSizes
+
+    @property
+    def groups(self) -> tuple[GroupSizes, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Everything that memory depends on, but for the batch.
+
+    Attributes:
+        layers: of the decoder.
+        vocabulary: V.
+        other_weights: embedding, head, norms, biases; a tied weight once.
+        trained: values of the adapter.
+        value: bytes of a number in `dtype`.
+        four_bit: the layers' weights are NF4 or FP4.
+        eight_bit: they are int8.
+        parts: of how many processes each holds one part of the weights, and gathers a layer at a
+            time; 1 where each holds all.
+        fp8: two 8-bit copies of the layers' weights are kept.
+        kernels: our kernels run; otherwise plain torch, which keeps and copies more.
+        dropout: whether features are dropped before A.
+        capped: the logits have a soft cap.
+    """
+
+    layers: tuple[LayerSizes, ...]
+    vocabulary: int
+    other_weights: int
+    trained: int
+    value: int
+    four_bit: bool = False
+    eight_bit: bool = False
+    parts: int = 1
+    fp8: bool = False
+    kernels: bool = True
+    dropout: bool = False
+    capped: bool = False
+
+    @property
+    def expanded(self) -> bool:
+        """Whether weights are laid into a buffer for each product."""
+        return self.four_bit or self.eight_bit or self.parts > 1
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.layers[0].qkv.inputs
+
+    def roomy(self, group: GroupSizes) -> bool:
+        """Whether the group's inputs and weights have room for its adapters."""
+        return self.kernels and self.value == 2 and not self.fp8 and group.aligned
+
+    def input_width(self, group: GroupSizes) -> int:
+        """Values of one row of the group's input, room included."""
+        return group.pitch if self.roomy(group) else group.inputs
+
+    def matrix(self, group: GroupSizes) -> int:
+        """Values of the group's dense matrix, margins included."""
+        rows = group.outputs + (group.rows if self.roomy(group) else 0)
+        return rows * self.input_width(group)
+
+    def tape(self, group: GroupSizes, count: int) -> int:
+        """Bytes that a group's adapters keep for so many positions: z, dropout's mask, and, where they do
+        not stand in margins of a dense matrix, their factors in `dtype`."""
+        if not group.rows:
+            return 0
+        found = (group.rows * self.value + self.dropout * group.inputs) * count
+        if self.expanded or not self.roomy(group):
+            factors = group.rows * group.inputs + group.outputs * group.columns
+            found += factors * self.value
+        return found
+
+
+class Load(NamedTuple):
+    """One pass: N positions, of which U are asked for."""
+
+    positions: int
+    asked: int

@@ -1,0 +1,97 @@
+"""Each family's plan in the fused engine, in float64 against transformers on each example alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.models.packed import PackedModel
+
+from .double import adapt_all, alone, examples, in_double, packed_row, tiny
+
+CLOSE = 1e-9
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("llama", "", {}),
+    (
+        "llama",
+        "biases, tied",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    ("mistral", "", {"sliding_window": None}),
+    ("mistral", "window", {}),
+    ("ministral", "window", MIXED),
+    ("qwen2", "", {}),
+    ("qwen2", "window", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen3", "", {}),
+    ("qwen3", "window", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("gemma", "", {}),
+    ("gemma2", "caps", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **MIXED}),
+    ("gemma3_text", "", MIXED),
+    ("gemma3_text", "cap", {"final_logit_softcapping": 4.0, "query_pre_attn_scalar": 20, **MIXED}),
+    ("smollm3", "", {"no_rope_layers": [1, 0, 1]}),
+    ("smollm3", "window", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **MIXED}),
+    ("phi3", "window", {}),
+    ("phi3", "part", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    ("olmo2", "", {}),
+    ("olmo3", "window", MIXED),
+    (
+        "granite",
+        "",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.5,
+        },
+    ),
+)
+
+
+def furthest(model: Any, keep: Keep | None = None) -> float:
+    """The largest difference of a log-probability, or of a gradient beside its tensor's largest."""
+    bare, some = copy.deepcopy(model), examples()
+    adapter = adapt_all(model)
+    packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
+    batch = packed_row(some)
+    leaves = {
+        name: tensor.detach().clone().requires_grad_() for name, tensor in adapter.tensors().items()
+    }
+    with in_double():
+        right = alone(bare, leaves, some)
+        (right * torch.linspace(1, 2, len(right))).sum().backward()
+        with packed.routed(batch):
+            found = packed(batch)
+            (found * torch.linspace(1, 2, len(found))).sum().backward()
+    worst = [float((found - right).detach().abs().max())]
+    for name, tensor in adapter.tensors().items():
+        wanted = leaves[name].grad
+        assert wanted is not None and tensor.grad is not None
+        worst.append(float((tensor.grad - wanted).abs().max() / wanted.abs().max()))
+    return max(worst)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        pytest.param(kind, changes, id=f"{kind} {variant}".strip())
+        for kind, variant, changes in CASES
+    ],
+)
+def test_fused_is_transformers_alone(model_type: str, changes: dict[str, Any]) -> None:
+    assert furthest(tiny(model_type, **changes)) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [Keep(attended=False), Keep(qkv=False), Keep(gate_up=False), Keep(False, False, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
+def test_what_is_computed_again_is_the_same(model_type: str, keep: Keep) -> None:
+    assert furthest(tiny(model_type, **MIXED), keep) < CLOSE
