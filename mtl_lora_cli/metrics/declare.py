@@ -193,7 +193,7 @@ def metric(
         declared = Metric(
             name, formula, of, tuple(reads), undefined, better, range, worst, proportion, digits
         )
-        if not formula.__module__.startswith("mtl_lora_cli."):
+        if not str(formula.__module__).startswith("mtl_lora_cli."):
             require_weighted(declared)
         METRICS[name] = declared
         return formula

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,24 +135,13 @@ def test_the_page_has_each_with_its_kind_and_interval() -> None:
     assert said == {
         name: (str(one.of), "Wilson" if one.proportion else "bootstrap")
         for name, one in METRICS.items()
-        if one.formula.__module__.startswith("mtl_lora_cli.")
     }
-
-
-@pytest.fixture
-def undeclared() -> Iterator[None]:
-    """What a test declares is taken away again."""
-    before = set(METRICS)
-    yield
-    for name in {*METRICS} - before:
-        del METRICS[name]
 
 
 def _ones(o: Outcome, w: np.ndarray) -> np.ndarray:
     return np.ones(len(w))
 
 
-@pytest.mark.usefixtures("undeclared")
 def test_a_formula_of_the_user_s_is_tried_on_a_few_rows() -> None:
     def unweighted(o: Outcome, w: np.ndarray) -> np.ndarray:
         return np.full(len(w), np.mean(o.gold == o.predicted))
@@ -174,7 +163,6 @@ def test_a_formula_of_the_user_s_is_tried_on_a_few_rows() -> None:
         assert "own" not in METRICS
 
 
-@pytest.mark.usefixtures("undeclared")
 def test_a_declaration_that_cannot_be() -> None:
     with pytest.raises(UsageError, match=r"a metric 'f1' is there already \(.*declared\.py:\d+\)"):
         metric("f1", of=TWO)(_ones)
@@ -184,7 +172,6 @@ def test_a_declaration_that_cannot_be() -> None:
         metric("own", of=VALUES, better="lower", range=(0, np.inf))(_ones)
 
 
-@pytest.mark.usefixtures("undeclared")
 def test_metrics_of_two_directions_have_no_average() -> None:
     metric("loss", of=LABELS, better="lower")(_ones)
     assert (direction(["f1", "accuracy"]), direction(["loss"])) == ("higher", "lower")
