@@ -24,18 +24,17 @@ from mtl_lora_cli.adapters.files import (
     read_tensors,
     save_adapter,
 )
-from mtl_lora_cli.adapters.inject import Adapter, inject, per_task
+from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods.base import Role
 from mtl_lora_cli.errors import MtlLoraError
-
-_FRESH = (".task_lora_A", ".task_lora_B")
 
 
 def start_beside(adapter: Adapter, folder: Path) -> None:
     """Give a fresh adapter of new tasks what all tasks of a trained one share, and freeze that.
 
-    Λ_t, w_t and e_t start as the mean over the trained tasks, from where less loss was reached than
-    from the start of a fresh adapter (docs/adding-tasks.md). A_t and B_t of mtlora start as ever, with
-    B_t = 0: a mean of products is no product of this rank.
+    What belongs to a task starts as the mean over the trained tasks, from where less loss was reached
+    than from the start of a fresh adapter (docs/adding-tasks.md), where its role does not say otherwise
+    (`Role.added`).
 
     Args:
         adapter: of the new tasks alone, with the configuration of the trained one.
@@ -49,13 +48,16 @@ def start_beside(adapter: Adapter, folder: Path) -> None:
         raise MtlLoraError(f"{folder / CONFIG_FILE}: its configuration is not the recipe's adapter")
     own, start = adapter.tensors(), read_tensors(folder)
     for name, tensor in start.items():
-        if name.endswith(_FRESH):
+        role = _role(adapter, name)
+        if role is None or not role.per_task:
+            continue
+        if role.added == "start":
             start[name] = own[name].detach()
-        elif per_task(name):
+        else:
             start[name] = tensor.mean(0, keepdim=True).expand(len(adapter.tasks), *tensor.shape[1:])
     load_tensors(adapter, start, folder / TENSOR_FILE)
     for name, tensor in own.items():
-        tensor.requires_grad_(per_task(name))
+        tensor.requires_grad_(adapter.role(name).per_task)
 
 
 def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping[str, Any]) -> None:
@@ -72,11 +74,13 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
     """
     file, before, learned = read_adapter_file(known), read_tensors(known), adapter.tensors()
     for name, tensor in before.items():
-        if not per_task(name):
+        if not adapter.role(name).per_task:
             _require_equal(name, learned[name].detach().cpu(), tensor)
     joined = inject(frame_of(file), file.config, (*file.tasks, *adapter.tasks))
     tensors = {
-        name: torch.cat([tensor, learned[name].detach().cpu()]) if per_task(name) else tensor
+        name: torch.cat([tensor, learned[name].detach().cpu()])
+        if adapter.role(name).per_task
+        else tensor
         for name, tensor in before.items()
     }
     load_tensors(joined, tensors, known / TENSOR_FILE)
@@ -84,6 +88,11 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
     after = read_tensors(folder)
     for name, tensor in before.items():
         _require_equal(name, after[name][: len(tensor)], tensor)
+
+
+def _role(adapter: Adapter, name: str) -> Role | None:
+    """Of a tensor of a file; None where the adapter has no such, which `load_tensors` says."""
+    return adapter.role(name) if name in adapter.tensors() else None
 
 
 def _require_equal(name: str, found: Tensor, expected: Tensor) -> None:

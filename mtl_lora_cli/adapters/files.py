@@ -13,20 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import METHODS
+from mtl_lora_cli.adapters.methods.base import Settings, first_fault
 from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5  # the method's own keys alone
 _OLDEST = 3
+# Formats 3 and 4 had the keys of every method, whether it reads them or not.
+_OF_ALL_METHODS = (
+    "up_projections",
+    "temperature",
+    "transform",
+    "transform_start",
+    "transform_bases",
+    "gate",
+    "gate_start",
+    "embedding_size",
+    "task_rank",
+    "task_modules",
+)
 # Format → keys that came with it: an older file does not say them, and means their defaults.
 _SINCE = {4: ("transform_start", "transform_bases", "task_modules")}
+_PARTS = ("tasks", "base_model", "modules", "checksums")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +57,7 @@ class AdapterFile:
         checksums: tensor name → SHA-256 of its bytes.
     """
 
-    config: AdapterConfig
+    config: Settings
     tasks: tuple[str, ...]
     base_model: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, Any]]
@@ -64,7 +80,7 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
     """Write the two files into `folder`, which must exist. Tensors are written as trained."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    config = dataclasses.asdict(adapter.config)
+    config = adapter.config.model_dump()
     content = {
         "format_version": FORMAT_VERSION,
         **config,
@@ -107,30 +123,10 @@ def read_adapter_file(folder: Path) -> AdapterFile:
             f"{path}: format_version {version!r} is not known; "
             f"this release reads {_OLDEST} to {FORMAT_VERSION}"
         )
-    names = {field.name for field in dataclasses.fields(AdapterConfig)}
-    for since, keys in _SINCE.items():
-        if version < since:
-            names.difference_update(keys)
-    parts = {"tasks", "base_model", "modules", "checksums"}
-    expected = names | parts | {"format_version", "checksum"}
-    for key in sorted(expected ^ set(content)):
-        kind = "unknown" if key in content else "missing"
-        raise MtlLoraError(f"{path}: {kind} key '{key}'")
-    if content["checksum"] != config_checksum(content):
-        raise MtlLoraError(f"{path}: damaged, or changed by hand: its own checksum differs")
-    fields = {name: content[name] for name in names}
-    for name, kinds in KINDS.items():
-        if fields[name] not in kinds:
-            raise MtlLoraError(
-                f"{path}: {name}: {fields[name]!r} is not known; known: {', '.join(kinds)}"
-            )
+    config = _config(path, content, version)
     for name, fits in _FORMS.items():
         if not fits(content.get(name)):
             raise MtlLoraError(f"{path}: {name}: received {content[name]!r:.60}")
-    try:
-        config = AdapterConfig(**fields)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise MtlLoraError(f"{path}: {error}") from None
     return AdapterFile(
         config=config,
         tasks=tuple(content["tasks"]),
@@ -140,12 +136,46 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     )
 
 
+def _config(path: Path, content: Mapping[str, Any], version: int) -> Settings:
+    """The method's settings, of a file whose keys are the right ones and which is as it was written.
+
+    Raises:
+        MtlLoraError: it is not.
+    """
+    _require_keys(path, content, {"method", "format_version", "checksum", *_PARTS}, others=True)
+    if content["checksum"] != config_checksum(content):
+        raise MtlLoraError(f"{path}: damaged, or changed by hand: its own checksum differs")
+    method = content["method"]
+    if not isinstance(method, str) or method not in METHODS:
+        known = ", ".join(METHODS)
+        raise MtlLoraError(f"{path}: method: {method!r:.60} is not known; known: {known}")
+    names = set(METHODS[method].model_fields)
+    written = set(names)
+    if version < 5:
+        written = {*Settings.model_fields, *_OF_ALL_METHODS}
+        for since, keys in _SINCE.items():
+            if version < since:
+                written.difference_update(keys)
+    _require_keys(path, content, {*written, "format_version", "checksum", *_PARTS}, others=False)
+    try:
+        return METHODS[method](**{name: content[name] for name in names & written})
+    except ValidationError as error:
+        raise MtlLoraError(f"{path}: {first_fault(error)}") from None
+
+
+def _require_keys(
+    path: Path, content: Mapping[str, Any], expected: set[str], *, others: bool
+) -> None:
+    """Refuse a file that lacks one of these keys, or, where no `others` may be, has another one."""
+    for key in sorted(expected ^ set(content)):
+        if key not in content:
+            raise MtlLoraError(f"{path}: missing key '{key}'")
+        if not others:
+            raise MtlLoraError(f"{path}: unknown key '{key}'")
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_names_or_none(value: Any) -> bool:
-    return value is None or _is_names(value)
 
 
 def _is_texts(value: Any) -> bool:
@@ -162,8 +192,6 @@ def _is_modules(value: Any) -> bool:
 _SIZES = ("in_features", "out_features", "rank")
 _FORMS = {
     "tasks": _is_names,
-    "target_modules": _is_names,
-    "task_modules": _is_names_or_none,
     "base_model": _is_texts,
     "checksums": _is_texts,
     "modules": _is_modules,
@@ -199,6 +227,15 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str | 
         MtlLoraError: a tensor is missing, unexpected or of another shape; nothing is copied then.
     """
     own = adapter.tensors()
+    _require_fitting(own, tensors, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _require_fitting(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str | Path
+) -> None:
     for name in own:
         if name not in tensors:
             raise MtlLoraError(f"{source}: tensor '{name}' is missing")
@@ -210,9 +247,6 @@ def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str | 
                 f"{source}: tensor '{name}' has shape {list(tensor.shape)}, "
                 f"expected {list(own[name].shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
@@ -227,12 +261,24 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
             f"{folder / CONFIG_FILE}: tasks are {', '.join(file.tasks)}; "
             f"expected {', '.join(adapter.tasks)}"
         )
-    for name in ("method", "alpha", "temperature", "scaling"):  # no tensor's shape would tell
-        theirs, ours = getattr(file.config, name), getattr(adapter.config, name)
-        if theirs != ours:
-            raise MtlLoraError(f"{folder / CONFIG_FILE}: {name} is {theirs}, expected {ours}")
-    load_tensors(adapter, read_tensors(folder), folder / TENSOR_FILE)
+    ours, theirs = adapter.config, file.config
+    _require_equal(folder, "method", theirs.method, ours.method)
+    tensors = read_tensors(folder)
+    _require_fitting(adapter.tensors(), tensors, folder / TENSOR_FILE)
+    for name in type(ours).model_fields:  # what no tensor's shape would tell
+        if name not in _OF_THE_LAYERS and name not in ours.start_keys:
+            _require_equal(folder, name, getattr(theirs, name), getattr(ours, name))
+    load_tensors(adapter, tensors, folder / TENSOR_FILE)
     return file
+
+
+# Settings that say which layers there are and what training does to their input, not what they compute.
+_OF_THE_LAYERS = ("target_modules", "rank_pattern", "rank", "dropout")
+
+
+def _require_equal(folder: Path, name: str, theirs: Any, ours: Any) -> None:
+    if theirs != ours:
+        raise MtlLoraError(f"{folder / CONFIG_FILE}: {name} is {theirs}, expected {ours}")
 
 
 def read_alone(folder: Path) -> Adapter:

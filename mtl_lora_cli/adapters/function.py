@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.adapters.config import Spread
 from mtl_lora_cli.adapters.frozen import FrozenWeights
+from mtl_lora_cli.adapters.methods.base import Spread
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.mix import mix, mix_gradient
 

@@ -10,12 +10,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig, matches
-from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear, Shared
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, fresh, like, require_declared, wrong
+from mtl_lora_cli.adapters.methods.base import Role, Settings, matches
 from mtl_lora_cli.adapters.routing import Routing
 from mtl_lora_cli.errors import UsageError, did_you_mean
-
-SHARED = ("task_embedding", "gate_projection")  # tensors that belong to the whole model
 
 
 class Adapter:
@@ -26,17 +24,17 @@ class Adapter:
         tasks: names in the order of their ids.
         routing: assign task ids here before calling the model.
         layers: module path in the untouched model → its adapted layer.
-        shared: the tensors that belong to the whole model.
+        shared: role → tensor that belongs to the whole model.
         remarks: what a user may not expect of the targets, a line each.
     """
 
     def __init__(
         self,
-        config: AdapterConfig,
+        config: Settings,
         tasks: Sequence[str],
         routing: Routing,
         layers: dict[str, MultiTaskLinear],
-        shared: Shared,
+        shared: dict[str, nn.Parameter],
     ) -> None:
         self.config = config
         self.tasks = tuple(tasks)
@@ -47,15 +45,15 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under their names in the adapter file: `{module path}.{role}`."""
-        named: dict[str, Tensor] = {}
-        for name in SHARED:
-            if getattr(self.shared, name) is not None:
-                named[name] = getattr(self.shared, name)
+        named: dict[str, Tensor] = dict(self.shared)
         for path, layer in self.layers.items():
-            for role in ROLES:
-                if hasattr(layer, role):
-                    named[f"{path}.{role}"] = getattr(layer, role)
+            named.update((f"{path}.{role}", getattr(layer, role)) for role in layer.roles)
         return named
+
+    def role(self, name: str) -> Role:
+        """The role of one of `tensors`."""
+        path, _, role = name.rpartition(".")
+        return self.layers[path].roles[role] if path else self.config.role(name)
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -77,14 +75,9 @@ class Adapter:
         return sum(tensor.numel() for tensor in self.trained().values())
 
 
-def per_task(name: str) -> bool:
-    """Whether a tensor of an adapter has a row for each task; the others are shared by all tasks."""
-    return name.rpartition(".")[2].startswith("task_")
-
-
 def inject(
     model: nn.Module,
-    config: AdapterConfig,
+    config: Settings,
     tasks: Sequence[str],
     *,
     within: Sequence[str] = ("",),
@@ -122,13 +115,17 @@ def inject(
     model.requires_grad_(False)
     routing = Routing(len(tasks))
     shared = _shared(model, config, len(tasks), next(iter(paths.values())).weight)
-    layers = {}
+    layers: dict[str, MultiTaskLinear] = {}
+    kinds = set()
     # In the model's order, whatever the order of the targets: the random start depends on it.
     for path in (path for path in linear if path in paths):
         parent, _, name = path.rpartition(".")
         rank = config.rank_of(path)
         layer = MultiTaskLinear(paths[path], config.at(path), routing, shared, rank)
         setattr(model.get_submodule(parent), name, layer)
+        if layer.kind not in kinds:
+            require_declared(layer)
+        kinds.add(layer.kind)
         layers[path] = layer
     adapter = Adapter(config, tasks, routing, layers, shared)
     adapter.remarks = [one for one in few if one]
@@ -186,14 +183,14 @@ def _few_of(target: str, matched: Sequence[str], modules: Collection[str]) -> st
     return f"{target}: {len(stacks)} of {len(of)} layers" if len(stacks) < len(of) else ""
 
 
-def require_adapted(config: AdapterConfig, paths: Collection[str]) -> None:
+def require_adapted(config: Settings, paths: Collection[str]) -> None:
     """Refuse what is said of some of the adapted layers where it names none of them.
 
     Raises:
         UsageError: naming the target.
     """
-    for key in ("rank_pattern", "task_modules"):
-        for target in getattr(config, key) or ():
+    for key, targets in config.patterns().items():
+        for target in targets:
             if not any(matches(path, target) for path in paths):
                 raise UsageError(
                     f"adapter.{key}: '{target}' matches no adapted layer"
@@ -217,20 +214,18 @@ def _require_untied(model: nn.Module, paths: dict[str, nn.Linear]) -> None:
             )
 
 
-def _shared(model: nn.Module, config: AdapterConfig, tasks: int, like: Tensor) -> Shared:
-    """The task embedding e_t ~ N(0, 1), and moelora's one gate, like a linear layer's weight."""
-    shared = Shared()
-    if config.embedded:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        size = config.embedding_size or 0
-        start = torch.randn(tasks, size, dtype=dtype, device=like.device)
-        shared.task_embedding = nn.Parameter(start)
-        if config.method == "moelora":
-            gate = torch.empty(config.ups, size, dtype=dtype, device=like.device)
-            nn.init.kaiming_uniform_(gate, a=5**0.5)
-            shared.gate_projection = nn.Parameter(gate)
-    for name in SHARED:
-        parameter = getattr(shared, name)
-        if parameter is not None:
-            model.register_parameter(name, parameter)
+def _shared(
+    model: nn.Module, config: Settings, tasks: int, weight: Tensor
+) -> dict[str, nn.Parameter]:
+    """The method's tensors of the whole model, registered in it.
+
+    Raises:
+        UsageError: the model has something of that name.
+    """
+    shared = {}
+    for role in config.roles_of_model(tasks):
+        if hasattr(model, role.name):
+            raise wrong(config, "roles_of_model", f"the model has a '{role.name}' of its own")
+        shared[role.name] = nn.Parameter(fresh(config, role, **like(weight)))
+        model.register_parameter(role.name, shared[role.name])
     return shared

@@ -1,85 +1,47 @@
-"""One linear layer with an adapter of any method of the family."""
+"""One linear layer with an adapter of any method."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.function import AdaptedProjections, AdapterProducts
+from mtl_lora_cli.adapters.methods.base import Role, Settings, Sizes
 from mtl_lora_cli.adapters.routing import Routing
-from mtl_lora_cli.errors import UsageError
-
-ROLES = (
-    "lora_A",
-    "lora_B",
-    "task_transform",
-    "transform_basis",
-    "task_gate",
-    "gate_projection",
-    "task_lora_A",
-    "task_lora_B",
-    "scale",
-)
-
-
-class Shared:
-    """What belongs to the whole model and not to one layer.
-
-    Attributes:
-        task_embedding: e [T, d].
-        gate_projection: G [n, d], where one gate serves all layers.
-    """
-
-    def __init__(
-        self,
-        task_embedding: nn.Parameter | None = None,
-        gate_projection: nn.Parameter | None = None,
-    ) -> None:
-        self.task_embedding = task_embedding
-        self.gate_projection = gate_projection
+from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.extensions import origin
 
 
 class MultiTaskLinear(nn.Module):
-    """y = W x + ΔW_t x with ΔW_t = s Σ_i g_i B_i Λ_t A_i and parts switched off or tied.
+    """y = W x + b + s · B M_t A x, for a position of task t; `methods` says what A, M_t and B are.
 
-    | method | ΔW_t x | start |
-    | --- | --- | --- |
-    | lora | s B A x | B = 0 |
-    | mtl-lora | s Σ_i g_{t,i} B_i Λ_t A x, g_t = softmax(w_t / τ), w_t learned or G e_t | B = 0, Λ = I |
-    | mtlora | s B A x + s' B_t A_t x, s' = s r / r' | B = B_t = 0 |
-    | moelora | s Σ_i g_{t,i} B_i A_i x, g_t = softmax(G e_t / τ), one G for the model | B = 0 |
-    | multilora | s Σ_i c_i ⊙ (B_i A_i x) | c = 0, B_i like A_i |
-    | hydralora | s Σ_i g_i(x) B_i A x, g(x) = softmax(G x / τ) | B = 0 |
-
-    Sources: `config.METHODS`. The update starts at zero in all of them. Λ_t is a matrix or a diagonal,
-    which may start beside I (`transform_start`), or I + Σ_k c_{t,k} S_k, which starts with S = 0 and
-    c ~ N(0, 1).
-
-    Parameters, float32 unless the model is float64: `lora_A` [nA, r, in] with nA = 1 or n, `lora_B`
-    [n, out, r], `task_transform` [T, r, r] or [T, r], with bases c [T, K] beside `transform_basis` S
-    [K, r, r], `task_gate` [T, n], `gate_projection` [n, d] or [n, in], `task_lora_A` [T, r', in],
-    `task_lora_B` [T, out, r'], `scale` c [n, out].
+    The tensors of the method's roles are Parameters under the roles' names, float32 unless the model is
+    float64.
 
     Args:
         base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
-        config: sizes and kinds.
+        config: the method's settings for this layer.
         routing: tells which task each activation belongs to; shared by the model's layers.
-        shared: the model's own parts, for methods that have them.
+        shared: role → the model's own tensor, for methods that have such.
         rank: r of this layer; by default `config.rank`.
+
+    Raises:
+        UsageError: a role has a name that the layer uses itself, or does not start as declared.
     """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(
         self,
         base: nn.Linear,
-        config: AdapterConfig,
+        config: Settings,
         routing: Routing,
-        shared: Shared | None = None,
+        shared: Mapping[str, nn.Parameter] | None = None,
         rank: int | None = None,
     ) -> None:
         super().__init__()
@@ -87,61 +49,18 @@ class MultiTaskLinear(nn.Module):
         self.config = config
         self.routing = routing
         self.rank = rank or config.rank
+        # Layers of one kind have matrices M of one shape.
+        self.kind = (repr(config), self.rank)
         # Not a module: its parameters belong to the model and must not be registered here again.
-        self._shared = shared or Shared()
-        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        factory: Any = {"dtype": dtype, "device": base.weight.device}
-        self._start(base.in_features, base.out_features, factory)
-
-    def _start(self, width: int, out: int, factory: dict[str, Any]) -> None:
-        config, n, r, tasks = self.config, self.config.ups, self.rank, self.routing.tasks
-        method = config.method
-        if method == "moelora":
-            r //= n
-        downs = n if method in ("moelora", "multilora") else 1
-        self.lora_A = nn.Parameter(self._fresh_down(downs, r, width, factory))
-        self.lora_B = nn.Parameter(torch.zeros(n, out, r, **factory))
-        if method == "mtl-lora":
-            self._start_transform(tasks, r, factory)
-            spread = config.gate_start * config.tau
-            if config.gate == "weights":
-                self.task_gate = nn.Parameter(torch.randn(tasks, n, **factory) * spread)
-            else:
-                size = cast(int, config.embedding_size)
-                projection = torch.randn(n, size, **factory) * (spread / math.sqrt(size))
-                self.gate_projection = nn.Parameter(projection)
-        elif method == "mtlora":
-            own = config.task_rank
-            self.task_lora_A = nn.Parameter(self._fresh_down(tasks, own, width, factory))
-            self.task_lora_B = nn.Parameter(torch.zeros(tasks, out, own, **factory))
-        elif method == "multilora":
-            for up in self.lora_B.data:
-                nn.init.kaiming_uniform_(up, a=math.sqrt(5))
-            self.scale = nn.Parameter(torch.zeros(n, out, **factory))
-        elif method == "hydralora":
-            self.gate_projection = nn.Parameter(self._fresh_down(1, n, width, factory)[0])
-
-    def _start_transform(self, tasks: int, rank: int, factory: dict[str, Any]) -> None:
-        config = self.config
-        if config.transform == "bases":
-            bases = config.transform_bases
-            self.task_transform = nn.Parameter(torch.randn(tasks, bases, **factory))
-            self.transform_basis = nn.Parameter(torch.zeros(bases, rank, rank, **factory))
-            return
-        diagonal = torch.ones(tasks, rank, **factory)
-        if config.transform_start:
-            diagonal += config.transform_start * torch.randn(tasks, rank, **factory)
-        full = config.transform == "full"
-        self.task_transform = nn.Parameter(torch.diag_embed(diagonal) if full else diagonal)
-
-    def _fresh_down(self, count: int, rank: int, width: int, factory: dict[str, Any]) -> Tensor:
-        down = torch.empty(count, rank, width, **factory)
-        for one in down:
-            if self.config.down_start == "kaiming":
-                nn.init.kaiming_uniform_(one, a=math.sqrt(5))
-            else:
-                nn.init.normal_(one, std=1 / rank)
-        return down
+        self._shared = dict(shared or {})
+        sizes = Sizes(base.out_features, base.in_features, self.rank, routing.tasks)
+        self.roles = {role.name: role for role in config.roles(sizes)}
+        self.roles_of_model = {role.name: role for role in config.roles_of_model(routing.tasks)}
+        where = like(base.weight)
+        for name, role in self.roles.items():
+            if hasattr(self, name):
+                raise wrong(config, "roles", f"a role cannot be called '{name}'")
+            setattr(self, name, nn.Parameter(fresh(config, role, **where)))
 
     @property
     def weight(self) -> Tensor:
@@ -163,10 +82,9 @@ class MultiTaskLinear(nn.Module):
         """Of the frozen layer."""
         return self.base_layer.out_features
 
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Layers of one kind have matrices M of one shape."""
-        return (self.config.method, self.rank)
+    def tensors(self, tasks: Tensor | None) -> TensorsOf:
+        """The method's tensors by role, with an axis of one layer; own ones of tasks [P], or of all."""
+        return TensorsOf([self], tasks)
 
     def factors(self, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
         """A [nA, k, in] and B [n, out, m] as the products want them; gradients flow through.
@@ -174,33 +92,7 @@ class MultiTaskLinear(nn.Module):
         Args:
             tasks: [P] the tasks whose own parts are wanted, or None for all.
         """
-        method = self.config.method
-        if method == "multilora":
-            return self.lora_A, self.scale.unsqueeze(-1) * self.lora_B
-        if method == "hydralora":
-            return torch.cat([self.lora_A, self.gate_projection.unsqueeze(0)], dim=1), self.lora_B
-        if method == "mtlora":
-            own_a, own_b = (_of_tasks(p, tasks, 0) for p in (self.task_lora_A, self.task_lora_B))
-            stronger = self.config.scale(self.config.task_rank) / self.config.scale(self.rank)
-            down = torch.cat([self.lora_A[0], own_a.flatten(0, 1)])
-            up = torch.cat([self.lora_B[0], stronger * own_b.permute(1, 0, 2).flatten(1)], dim=1)
-            return down.unsqueeze(0), up.unsqueeze(0)
-        return self.lora_A, self.lora_B
-
-    def gates(self, tasks: Tensor) -> Tensor:
-        """g [P, n] of the tasks [P]: softmax(w_t / τ), float32 or better."""
-        return _gates([self], tasks)[0]
-
-    def transforms(self, tasks: Tensor | None) -> Tensor:
-        """Λ [P, r, r] of the tasks [P], or of all; gradients flow through."""
-        return _transforms([self], tasks)[0]
-
-    def mixing(self, tasks: Tensor) -> Tensor:
-        """M [P, m, k] of the tasks [P]; see `mixing_of`."""
-        found = mixing_of([self], tasks)
-        if found is None:
-            raise ValueError(f"{self.config.method} has no matrices of tasks")
-        return found[0]
+        return self.config.factors(TensorsOf([self], tasks, stacked=False))
 
     @torch.no_grad()
     def task_update(self, task: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +107,7 @@ class MultiTaskLinear(nn.Module):
         Raises:
             UsageError: the method reads the token; it is no LoRA for any task.
         """
-        if not self.config.family.mergeable:
+        if not self.config.mergeable():
             raise UsageError(
                 f"{self.config.method} mixes its up-projections by the token, not by the task: "
                 "no update of the weights equals it"
@@ -224,7 +116,7 @@ class MultiTaskLinear(nn.Module):
         down, up = self.factors(tasks)
         side_by_side = up.permute(1, 0, 2).flatten(1).double()
         mixing = mixing_of([self], tasks)
-        if mixing is not None and mixing.dtype != torch.bool:
+        if mixing is not None and self.config.spread == "task":
             side_by_side = side_by_side @ mixing[0, 0].double()
         return down.flatten(0, 1).double(), side_by_side
 
@@ -235,7 +127,7 @@ class MultiTaskLinear(nn.Module):
             spans,
             config.scale(self.rank),
             config.dropout,
-            config.family.spread,
+            config.spread,
             config.ups,
             config.tau,
         )
@@ -278,61 +170,141 @@ def mixing_of(
         all_rows: z holds the own rows of all tasks, not only of these.
 
     Returns:
-        mtl-lora: M_{l,t} = [g_{l,t,1} Λ_{l,t}; …] [n·r, r]. moelora: the diagonal of the gates, each
-        as often as its expert has rows. Both float32 or better, and gradients flow through them.
-        mtlora: bool [L, P, k], which rows of z are the task's, the shared ones among them. None
-        where tasks do not differ.
+        The method's `mixing`: with `spread: task` float32 or better, gradients flow through; `own`: bool
+        [L, P, k], which rows of z are the task's, the shared ones among them. None where tasks do not
+        differ.
     """
     config = layers[0].config
-    if config.method == "mtlora":
-        if all_rows and tasks is not None:
-            return _own_rows(layers, None).index_select(1, tasks)
-        return _own_rows(layers, tasks)
-    if config.family.spread != "task":
-        return None
-    gates = _gates(layers, tasks)
-    if config.method == "moelora":
-        return torch.diag_embed(gates.repeat_interleave(layers[0].rank // config.ups, dim=-1))
-    return (gates[..., None, None] * _transforms(layers, tasks)[:, :, None]).flatten(2, 3)
+    if all_rows and tasks is not None:
+        every = config.mixing(TensorsOf(layers, None))
+        return None if every is None else every.index_select(1, tasks)
+    return config.mixing(TensorsOf(layers, tasks))
 
 
-def _transforms(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
-    """Λ [L, P, r, r]."""
-    own = _of_tasks(torch.stack([layer.task_transform for layer in layers]), tasks, 1)
-    match layers[0].config.transform:
-        case "full":
-            return own
-        case "diagonal":
-            return torch.diag_embed(own)
-        case "bases":
-            basis = torch.stack([layer.transform_basis for layer in layers])  # S [L, K, r, r]
-            identity = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-            return identity + (own @ basis.flatten(2)).unflatten(2, basis.shape[2:])
+class TensorsOf:
+    """`methods.base.Tensors` of some layers of one kind.
+
+    Args:
+        layers: of equal `kind`.
+        tasks: [P] task ids, or None for all.
+        stacked: with an axis of layers in front; otherwise it is one layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[MultiTaskLinear], tasks: Tensor | None, *, stacked: bool = True
+    ) -> None:
+        self._layers = layers
+        self._tasks = tasks
+        self._stacked = stacked
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self._layers)
+
+    @property
+    def tasks(self) -> int:
+        """P."""
+        return self._layers[0].routing.tasks if self._tasks is None else len(self._tasks)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self._layers[0].rank
+
+    @property
+    def device(self) -> torch.device:
+        """Of the layers."""
+        return self._layers[0].lora_A.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        first = self._layers[0]
+        if name in first.roles_of_model:
+            return self._chosen(first.roles_of_model[name], first._shared[name], 0)
+        if name not in first.roles:
+            known = [*first.roles_of_model, *first.roles]
+            raise UsageError(
+                f"no role '{name}'{did_you_mean(name, known)}; roles: {', '.join(known)}"
+            )
+        if not self._stacked:
+            return self._chosen(first.roles[name], getattr(first, name), 0)
+        values = torch.stack([getattr(layer, name) for layer in self._layers])
+        return self._chosen(first.roles[name], values, 1)
+
+    def _chosen(self, role: Role, values: Tensor, dim: int) -> Tensor:
+        if self._tasks is None or not role.per_task:
+            return values
+        return values.index_select(dim, self._tasks)
 
 
-def _own_rows(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
-    first = layers[0]
-    count = first.routing.tasks if tasks is None else len(tasks)
-    own = torch.eye(count, dtype=torch.bool, device=first.lora_A.device)
-    own = own.repeat_interleave(first.config.task_rank, dim=1)
-    common = own.new_ones(count, first.rank)
-    return torch.cat([common, own], dim=1).expand(len(layers), -1, -1)
+def fresh(config: Settings, role: Role, **where: Any) -> Tensor:
+    """The tensor that training begins with.
+
+    Raises:
+        UsageError: it has not the declared shape.
+    """
+    value = cast(Tensor, _tried(config, "roles", lambda: role.start(*role.shape, **where)))
+    if tuple(value.shape) != role.shape:
+        raise wrong(
+            config,
+            "roles",
+            f"'{role.name}' starts as {list(value.shape)}, and is declared as {list(role.shape)}",
+        )
+    return value
 
 
-def _gates(layers: Sequence[MultiTaskLinear], tasks: Tensor | None) -> Tensor:
-    """g [L, P, n]."""
-    config, shared = layers[0].config, layers[0]._shared
-    if not config.embedded:
-        logits = _of_tasks(torch.stack([layer.task_gate for layer in layers]), tasks, 1)
-    else:
-        embedding = cast(nn.Parameter, shared.task_embedding)
-        chosen = _of_tasks(embedding, tasks, 0)
-        if shared.gate_projection is not None:
-            logits = (chosen @ shared.gate_projection.T).expand(len(layers), -1, -1)
-        else:
-            logits = chosen @ torch.stack([layer.gate_projection for layer in layers]).mT
-    return torch.softmax(logits / config.tau, dim=-1)
+def like(weight: Tensor) -> dict[str, Any]:
+    """dtype and device of what learns beside a frozen weight: float32 unless that is float64."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return {"dtype": dtype, "device": weight.device}
 
 
-def _of_tasks(values: Tensor, tasks: Tensor | None, dim: int) -> Tensor:
-    return values if tasks is None else values.index_select(dim, tasks)
+@torch.no_grad()
+def require_declared(layer: MultiTaskLinear) -> None:
+    """Refuse a method whose roles or matrices are not what it says of them.
+
+    Raises:
+        UsageError: naming its file.
+    """
+    config, tasks = layer.config, layer.routing.tasks
+    for name in ("lora_A", "lora_B"):
+        if name not in layer.roles:
+            raise wrong(config, "roles", f"there is no '{name}'")
+    for role in (*layer.roles_of_model.values(), *layer.roles.values()):
+        if role.per_task and role.shape[:1] != (tasks,):
+            raise wrong(
+                config,
+                "roles",
+                f"'{role.name}' belongs to each task, and its shape {list(role.shape)} does not begin "
+                f"with the {tasks} tasks",
+            )
+    down, up = _tried(config, "factors", lambda: layer.factors(None))
+    mixing = _tried(config, "mixing", lambda: mixing_of([layer], None))
+    k, m = down.shape[0] * down.shape[1], up.shape[0] * up.shape[2]
+    forms = {"task": [1, tasks, m, k], "own": [1, tasks, k], "same": None, "token": None}
+    expected, received = forms[config.spread], None if mixing is None else list(mixing.shape)
+    if received != expected:
+        raise wrong(
+            config,
+            "mixing",
+            f"with spread: {config.spread} and {tasks} tasks, A of {k} rows and B of {m} columns "
+            f"expected a mixing of shape {expected}, received {received}",
+        )
+    if config.spread in ("same", "own") and k != m:
+        raise wrong(config, "factors", f"A has {k} rows and B {m} columns")
+
+
+def _tried(config: Settings, function: str, make: Callable[[], Any]) -> Any:
+    """What a method's function makes; a failure of it is one line."""
+    try:
+        return make()
+    except UsageError as error:
+        raise wrong(config, function, str(error)) from error
+    except Exception as error:  # it is the user's own code
+        raise wrong(config, function, f"{type(error).__name__}: {error}") from error
+
+
+def wrong(config: Settings, function: str, what: str) -> UsageError:
+    """An error about one function of a method, with its file and line."""
+    where = origin(getattr(type(config), function))
+    return UsageError(f"{where}: method {config.method}: {function}: {what}")

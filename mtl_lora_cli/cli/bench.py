@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtl_lora_cli.adapters.methods import BUILT_IN, DEFAULT, reads
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import JsonOption
 from mtl_lora_cli.errors import MtlLoraError, UsageError
@@ -37,7 +38,8 @@ def bench(
         typer.Option("--recipe", help="Take model, adapter and rows from a recipe, no data."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="mtl-lora (default), lora, mtlora, moelora, …")
+        str | None,
+        typer.Option("--method", help=f"{DEFAULT} (default), {', '.join(BUILT_IN[1:])}."),
     ] = None,
     tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Default: 8.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Default: 8.")] = None,
@@ -216,10 +218,10 @@ def _with_options(
 
     mixed = with_method(case.adapter, adapter["method"] or case.adapter["method"])
     mixed |= {key: value for key, value in adapter.items() if value is not None}
+    if not reads(mixed["method"], "up_projections") and mixed.pop("up_projections", 1) != 1:
+        raise UsageError(f"--up-projections: {mixed['method']} has one, and no gates to mix more")
     if modules is not None:
         mixed["target_modules"] = target_modules(modules)
-    if mixed["method"] == "lora" and adapter["up_projections"] not in (None, 1):
-        raise UsageError("--up-projections: plain LoRA has one, and no gates to mix more")
     # The update keeps its scale alpha / rank = 2 where only the rank was asked for.
     if adapter["rank"] is not None or "alpha" not in mixed:
         mixed["alpha"] = 2.0 * mixed["rank"]

@@ -91,7 +91,7 @@ def tried_engine(prepared: Prepared) -> dict[str, Any]:
     from mtl_lora_cli.training.trial import tried
 
     names = [task.name for task in prepared.data.tasks]
-    config = prepared.adapter_config
+    config = prepared.recipe.adapter
     return tried(prepared.recipe, prepared.base, config, names, prepared.device, prepared.dtype)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import KINDS, AdapterConfig
+from mtl_lora_cli.adapters.methods import METHODS, configure, unknown_method
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.comparison import breakdown
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.fitting import fitted
@@ -60,17 +61,18 @@ class Measuring:
     seed: int
 
 
-def adapter_config(method: str, rank: int, **others: Any) -> AdapterConfig:
+def adapter_config(method: str, rank: int, **others: Any) -> Settings:
     """The adapter that a case asks for.
 
     Raises:
         UsageError: there is no such method here.
     """
-    if method not in KINDS["method"]:
-        raise UsageError(
-            f"--method: '{method}' is not available here; methods: {', '.join(KINDS['method'])}"
-        )
-    return AdapterConfig(**{**others, "method": method, "rank": rank})  # type: ignore[arg-type]
+    if method not in METHODS:
+        raise UsageError(f"--method: {unknown_method(method)}")
+    try:
+        return configure(method, rank=rank, **others)
+    except ValueError as error:
+        raise UsageError(f"adapter.{error}") from None
 
 
 def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtl_lora_cli.adapters.config import COMMON, KINDS
+from mtl_lora_cli.adapters.methods import METHODS, common_keys
 from mtl_lora_cli.comparison.shapes import PROJECTIONS
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 BASELINES = ("peft", "plain", "lora")
 TABLES = ("yardstick",)
 # What an option may be; `choose` checks it.
-CHOICES = {
-    "--method": KINDS["method"],
+CHOICES: dict[str, Collection[str]] = {
+    "--method": METHODS,
     "--quantization": ("none", "nf4"),
     "--base-compute": ("bf16", "fp8"),
     "--engine": ("auto", "fused", "plain"),
@@ -33,7 +33,7 @@ class Case:
     Attributes:
         name: as the table shows it.
         shape: of the base model, see `shapes`.
-        adapter: the fields of an `AdapterConfig`.
+        adapter: the settings of a method.
         tasks: T.
         quantization: of the base weights, `none` or `nf4`.
         base_compute: arithmetic of the frozen products, `bf16` or `fp8`.
@@ -120,7 +120,7 @@ def with_method(adapter: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The adapter's fields with this method: another one takes only what every method reads."""
     if method == adapter["method"]:
         return dict(adapter)
-    return {**{name: adapter[name] for name in COMMON if name in adapter}, "method": method}
+    return {**{name: adapter[name] for name in common_keys() if name in adapter}, "method": method}
 
 
 def target_modules(words: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.comparison.cases import Case
 from mtl_lora_cli.comparison.random_model import empty_model
 from mtl_lora_cli.comparison.shapes import find_config
@@ -22,7 +22,7 @@ from mtl_lora_cli.training.memory import pick
 
 
 def fitted(
-    case: Case, config: AdapterConfig, device: torch.device, dtype: torch.dtype
+    case: Case, config: Settings, device: torch.device, dtype: torch.dtype
 ) -> tuple[Case, str | None]:
     """The case with the rows and the recomputation that training would pick here.
 
@@ -50,9 +50,7 @@ def fitted(
     return replace(case, **found.settings()), message
 
 
-def _situation(
-    case: Case, config: AdapterConfig, device: torch.device, dtype: torch.dtype
-) -> Situation:
+def _situation(case: Case, config: Settings, device: torch.device, dtype: torch.dtype) -> Situation:
     names = [f"task{number}" for number in range(case.tasks)]
     model = empty_model(find_config(case.shape), dtype=dtype)
     with torch.device("meta"):

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from mtl_lora_cli.adapters.config import COMMON, METHODS
+from mtl_lora_cli.adapters import methods as adapter_methods
+from mtl_lora_cli.adapters.methods import METHODS, every_key
 from mtl_lora_cli.comparison.cases import with_method
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import COMMAND_LINE
-from mtl_lora_cli.recipe.schema import NAME, Recipe
+from mtl_lora_cli.recipe.schema import NAME, Recipe, Training
 from mtl_lora_cli.recipe.yaml_file import Document, parse_scalar, validate_document
 
 RATE = "training.learning_rate"
@@ -237,10 +238,7 @@ def require_known(sweeps: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
         name = key.partition(".")[2]
         readers = [method for method in METHODS if reads(method, key)]
         if key.startswith("adapter.") and not readers:
-            raise UsageError(
-                f"--sweep: '{key}': unknown key"
-                f"{did_you_mean(name, [*COMMON, *(k for m in METHODS.values() for k in m.reads)])}"
-            )
+            raise UsageError(f"--sweep: '{key}': unknown key{did_you_mean(name, every_key())}")
         method = recipe.adapter.method if recipe.adapter.method in readers else readers[0]
         if key in ("adapter.rank", "adapter.up_projections"):
             continue  # what goes with them (moelora's even share) is checked for each run
@@ -251,7 +249,7 @@ def require_known(sweeps: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
 def reads(method: str, key: str) -> bool:
     """Whether a key of the recipe means anything to a method."""
     part, _, name = key.partition(".")
-    return part != "adapter" or name.split(".")[0] in (*COMMON, *METHODS[method].reads)
+    return part != "adapter" or adapter_methods.reads(method, name.split(".")[0])
 
 
 def points_of(
@@ -370,9 +368,8 @@ def _factors() -> Iterator[float]:
 
 def _known_keys() -> list[str]:
     return [
-        f"{part}.{name}"
-        for part in ("adapter", "training")
-        for name in Recipe.model_fields[part].annotation.model_fields  # type: ignore[union-attr]
+        *(f"adapter.{name}" for name in every_key()),
+        *(f"training.{name}" for name in Training.model_fields),
     ]
 
 

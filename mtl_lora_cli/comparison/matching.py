@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
-from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.count import parameter_count
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.errors import UsageError
 
 TOLERANCE = 0.02
@@ -24,10 +22,10 @@ def alpha_at(rank: int, alpha: float, own_rank: int, scaling: str) -> float:
 
 
 def count_at(
-    config: AdapterConfig, shapes: Mapping[str, tuple[int, int]], tasks: int
+    config: Settings, shapes: Mapping[str, tuple[int, int]], tasks: int
 ) -> Callable[[int], int]:
     """rank → trained values of this adapter."""
-    return lambda rank: parameter_count(replace(config, rank=rank), shapes, tasks)
+    return lambda rank: config.changed(rank=rank).count(shapes, tasks)
 
 
 def match_rank(name: str, count: Callable[[int], int], target: int, step: int = 1) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig, method_default
 from mtl_lora_cli.adapters.inject import require_adapted
+from mtl_lora_cli.adapters.methods import METHODS, configure
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.comparison.grid import (
     CUT,
     TEST,
@@ -32,7 +33,6 @@ from mtl_lora_cli.comparison.rows import cut_source, lacks_validation
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
-from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
@@ -41,9 +41,8 @@ from mtl_lora_cli.recipe.schema import Run as RunSettings
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task
-from mtl_lora_cli.training.prepare import adapter_config
 
-Shapes = Callable[[AdapterConfig], dict[str, tuple[int, int]]]  # → module path → (out, in)
+Shapes = Callable[[Settings], dict[str, tuple[int, int]]]  # → module path → (out, in)
 
 
 @dataclass(frozen=True)
@@ -200,10 +199,6 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
             "use --match none"
         )
     tasks = bind_tasks(loaded)
-    try:
-        direction(task.template.metrics[0] for task in tasks)
-    except ValueError as error:
-        raise UsageError(f"the tasks cannot be compared as a whole: {error}") from None
     cut = [task.name for task in tasks if options.validated and lacks_validation(task)]
     entries = []
     for task in tasks:
@@ -215,7 +210,7 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
         entries.append(_entry(task, source))
     settled = recipe.model_copy(update={"tasks": entries, "run": RunSettings()})
     shapes = _shapes(loaded)
-    own = adapter_config(recipe)
+    own = recipe.adapter
     count = len(tasks)
     target = options.match if isinstance(options.match, int) else None
     if options.match == "params":
@@ -276,7 +271,7 @@ def _sizes(
                 count = _count_of(chosen, shapes, tasks)
                 sized.append((method, point, chosen, count(chosen.adapter.rank)))
                 continue
-            step = _experts(recipe, settings) if kind == "moelora" else 1
+            step = _rank_step(recipe, kind, settings)
             count = _count_of(_at(recipe, kind, settings, step), shapes, tasks)
             counts.append((count, step))
             name = f"{method} ({point.text})" if point.settings else method
@@ -310,7 +305,7 @@ def _at(recipe: Recipe, method: str, settings: Mapping[str, Any], rank: int) -> 
 
 
 def _count_of(recipe: Recipe, shapes: Shapes, tasks: int) -> Callable[[int], int]:
-    config = adapter_config(recipe)
+    config = recipe.adapter
     return count_at(config, shapes(config), tasks)
 
 
@@ -318,11 +313,11 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
 
-def _experts(recipe: Recipe, settings: Mapping[str, Any]) -> int:
-    """moelora shares its rank among so many experts evenly."""
-    own = recipe.adapter.up_projections if recipe.adapter.method == "moelora" else None
-    chosen = settings.get("adapter.up_projections") or own
-    return int(chosen or method_default("moelora", "up_projections"))
+def _rank_step(recipe: Recipe, method: str, settings: Mapping[str, Any]) -> int:
+    """Only multiples of it are ranks of the method with these settings."""
+    keys = dict(recipe.adapter) if recipe.adapter.method == method else {}
+    keys |= {key.removeprefix("adapter."): value for key, value in settings.items()}
+    return METHODS[method].rank_step(keys)
 
 
 def _shapes(loaded: LoadedRecipe) -> Shapes:
@@ -331,11 +326,11 @@ def _shapes(loaded: LoadedRecipe) -> Shapes:
     config = load_config(base)
     known: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
 
-    def shapes(adapter: AdapterConfig) -> dict[str, tuple[int, int]]:
-        targets = adapter.target_modules
+    def shapes(adapter: Settings) -> dict[str, tuple[int, int]]:
+        targets = tuple(adapter.target_modules)
         if targets not in known:
             model = empty_model(config, dtype=torch.float32)
-            plain = AdapterConfig(method="lora", target_modules=targets)
+            plain = configure("lora", target_modules=targets)
             layers = adapt(model, plain, ["task"]).layers
             known[targets] = {
                 path: (layer.base_layer.out_features, layer.base_layer.in_features)

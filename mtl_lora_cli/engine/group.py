@@ -51,8 +51,8 @@ class Group:
             # Parts of each task's own stand beside the shared ones, those of all tasks where they
             # are few: then there is one size whatever tasks are present.
             first = self.adapted[0]
-            own = first.config.family.spread == "own"
-            self.all_tasks = own and first.routing.tasks * first.config.task_rank <= _MOST_OWN_ROWS
+            own = first.config.spread == "own"
+            self.all_tasks = own and first.routing.tasks * first.config.own_rows <= _MOST_OWN_ROWS
             if self.all_tasks or not own:
                 with torch.no_grad():
                     each = [layer.factors(None) for layer in self.adapted]

@@ -17,6 +17,7 @@ from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder
 
 NO_GATES = "no gate of a task: gates are not shown"
@@ -32,6 +33,8 @@ def inspect_run(run: RunFolder) -> dict[str, Any]:
     """
     folder = run.require_adapter()
     try:
+        if run.recipe.is_file():
+            load_extensions_of(run.recipe)
         adapter = read_alone(folder)
     except MtlLoraError as error:
         raise UsageError(str(error)) from None
@@ -87,7 +90,7 @@ def update_gram(updates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _grams(adapter: Adapter) -> dict[str, Tensor]:
     """⟨ΔW_t, ΔW_u⟩ of each layer [T, T]; nothing where the method has no ΔW_t."""
-    if not adapter.config.family.mergeable:
+    if not adapter.config.mergeable():
         return {}
     tasks = range(len(adapter.tasks))
     return {
@@ -99,11 +102,10 @@ def _grams(adapter: Adapter) -> dict[str, Tensor]:
 
 def _gates(adapter: Adapter) -> dict[str, Tensor]:
     """g of each layer [T, n]; nothing where the method has no gate for a task."""
-    config = adapter.config
-    if config.family.spread != "task":
-        return {}
-    tasks = torch.arange(len(adapter.tasks))
-    return {path: layer.gates(tasks).double() for path, layer in adapter.layers.items()}
+    gates = {
+        path: layer.config.gates(layer.tensors(None)) for path, layer in adapter.layers.items()
+    }
+    return {path: one[0].double() for path, one in gates.items() if one is not None}
 
 
 def _gate_gram(gates: Mapping[str, Tensor]) -> Tensor:
@@ -115,21 +117,12 @@ def _gate_gram(gates: Mapping[str, Tensor]) -> Tensor:
 def _norms(layer: MultiTaskLinear, tasks: Sequence[str], gram: Tensor | None) -> dict[str, Any]:
     """‖A_i‖, ‖B_i‖, and by task those of what is its own, ‖ΔW_t‖ among them, where there are any.
 
-    `transform_change` is ‖Λ_t − 1‖, 0 at the start without `transform_start`.
+    mtl-lora's `transform_change` is ‖Λ_t − 1‖, 0 at the start without `transform_start`.
     """
-    ups = layer.factors(None)[1] if layer.config.method == "multilora" else layer.lora_B
-    norms: dict[str, Any] = {"A": _each(layer.lora_A), "B": _each(ups)}
-    own = {
-        "task_A": getattr(layer, "task_lora_A", None),
-        "task_B": getattr(layer, "task_lora_B", None),
-    }
-    if hasattr(layer, "task_transform"):
-        transform = layer.transforms(None)
-        own["transform"] = transform
-        own["transform_change"] = transform - torch.eye(layer.rank)
-    for name, stacked in own.items():
-        if stacked is not None:
-            norms[name] = _by_task(tasks, _each(stacked))
+    tensors, config = layer.tensors(None), layer.config
+    norms: dict[str, Any] = {"A": _each(layer.lora_A), "B": _each(config.up(tensors)[0])}
+    for name, stacked in config.own(tensors).items():
+        norms[name] = _by_task(tasks, _each(stacked[0]))
     if gram is not None:
         norms["update"] = _by_task(tasks, _roots(gram))
     return norms
@@ -179,10 +172,10 @@ def _notes(adapter: Adapter, gated: bool) -> list[str]:
         for name, tensor in adapter.tensors().items()
         if not tensor.isfinite().all()
     ]
-    if not adapter.config.family.mergeable:
+    if not adapter.config.mergeable():
         notes.append(f"{method}: {NO_UPDATES}")
     elif not gated:
         notes.append(f"{method}: {NO_GATES}")
-    if adapter.config.family.spread == "same":
+    if adapter.config.spread == "same":
         notes.append(f"{method}: {ALL_THE_SAME}")
     return notes

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.check import Answers, Questions
 from mtl_lora_cli.export.finished_run import FinishedRun
@@ -129,8 +129,8 @@ def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
     run = questions.run
     updates, _ = updates_at(run, questions.task, rank)
     own = {name.removesuffix(".weight"): len(down) for name, (down, _, _) in updates.items()}
-    config = AdapterConfig(
-        method="lora",
+    config = configure(
+        "lora",
         rank=rank,
         alpha=rank,
         rank_pattern=own,

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
@@ -254,7 +254,7 @@ def language_part(model: Any) -> tuple[str, ...]:
     return (path, *behind)
 
 
-def adapt(model: Any, config: AdapterConfig, tasks: Sequence[str]) -> Adapter:
+def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
     """Put an adapter into the part of a model that reads text.
 
     Raises:

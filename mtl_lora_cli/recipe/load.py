@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.adapters.methods import common_keys
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.extensions import load_extensions
 from mtl_lora_cli.recipe.schema import ENVIRONMENT, Recipe
@@ -114,7 +115,7 @@ def load_recipe(
         for override in overrides:
             _override(data, override, document)
         if heir_of is not None:
-            _fill(data, heir_of.model_dump(mode="json", include=set(INHERITED)))
+            _fill(data, _inheritance(data, heir_of))
         problems: list[Problem] = []
         data = _expand(data, (), document, problems)
         if not with_data:
@@ -175,6 +176,19 @@ def dump_recipe(recipe: Recipe) -> str:
             k: v for k, v in task["source"].items() if v is not None
         }
     return dump_yaml(data)
+
+
+def _inheritance(data: Mapping[str, Any], heir_of: Recipe) -> dict[str, Any]:
+    """What is inherited; of the adapter's keys another method takes those that every method reads."""
+    beneath = heir_of.model_dump(mode="json", include=set(INHERITED))
+    given = data.get("adapter")
+    if (
+        isinstance(given, dict)
+        and given.get("method", heir_of.adapter.method) != heir_of.adapter.method
+    ):
+        common = common_keys()
+        beneath["adapter"] = {k: v for k, v in beneath["adapter"].items() if k in common}
+    return beneath
 
 
 def _fill(data: dict[str, Any], beneath: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -10,19 +11,22 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    PlainValidator,
+    SerializeAsAny,
     Tag,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from mtl_lora_cli.adapters.methods import DEFAULT, METHODS, configure, reads, unknown_method
+from mtl_lora_cli.adapters.methods.base import NonNegativeFloat, Positive, PositiveFloat, Settings
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 SPLITS = ("train", "validation", "test")
 
@@ -108,90 +112,63 @@ class Source(StrictModel):
         return self
 
 
-class Adapter(StrictModel):
-    """The adapter's mathematics; see docs/method.md. Null is the method's own default."""
+def _settings(value: Any) -> Settings:
+    """The settings of the method that a recipe's `adapter` names.
 
-    method: Literal["mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora"] = "mtl-lora"
-    rank: Positive = 8
-    alpha: PositiveFloat = 16.0  # the update is scaled by alpha / rank
-    scaling: Literal["rank", "sqrt_rank"] = "rank"  # or by alpha / √rank
-    up_projections: Positive | None = None
-    temperature: PositiveFloat | None = None  # the gate is softmax(w / temperature)
-    transform: Literal["full", "diagonal", "bases"] = "full"
-    transform_start: NonNegativeFloat = 0.0  # standard deviation of Λ's diagonal around 1
-    transform_bases: Positive = 4  # matrices that the tasks of a layer share, transform: bases
-    gate: Literal["weights", "embedding"] = "weights"
-    gate_start: NonNegativeFloat = 2.0  # standard deviation of the gate's logits w / temperature
-    embedding_size: Positive | None = None  # of the task embedding
-    task_rank: Positive = 1  # of each task's own part, mtlora
-    # the adapted layers with parts of the tasks' own; null: all
-    task_modules: Annotated[list[str], Field(min_length=1)] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    down_start: Literal["kaiming", "normal"] = "kaiming"
-    rank_pattern: dict[str, Positive] = {}  # target or pattern -> rank of the layers it names
-    target_modules: Annotated[list[str], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    ]
-
-    @model_validator(mode="after")
-    def _keys_of_the_method(self) -> Adapter:
-        """A key that the method does not read must not be changed: it would do nothing."""
-        reads = (*_COMMON, *_READ_BY[self.method])
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name in reads or value == field.default:
-                continue
-            if name == "up_projections" and value == 1:
-                continue
-            others = ", ".join(method for method, keys in _READ_BY.items() if name in keys)
-            raise ValueError(f"'{name}' is not read by method: {self.method}, only by {others}")
-        if self.transform == "bases" and self.transform_start:
-            raise ValueError("'transform_start' is not read with transform: bases")
-        if self.transform != "bases" and self.transform_bases != 4:
-            raise ValueError(f"'transform_bases' is not read with transform: {self.transform}")
-        if self.method == "moelora":
-            experts = self.up_projections or 8
-            for rank in (self.rank, *self.rank_pattern.values()):
-                if rank % experts:
-                    raise ValueError(
-                        f"moelora shares its rank among {experts} experts (up_projections) evenly, "
-                        f"received {rank}"
-                    )
-        return self
+    A key that only other methods read must say nothing: it may be null or its default, as it is where
+    an older run wrote every key.
+    """
+    if isinstance(value, Settings):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"expected keys and values, received {value!r:.60}")
+    name = value.get("method", DEFAULT)
+    if not isinstance(name, str) or name not in METHODS:
+        raise _faults([_fault("method", unknown_method(name), name)])
+    kind, faults, given = METHODS[name], [], {}
+    for key, one in value.items():
+        readers = [other for other in METHODS if reads(other, key)]
+        if not reads(name, key) and readers:
+            if not _says_nothing(key, one, name, readers):
+                said = f"'{key}' is not read by method: {name}, only by {', '.join(readers)}"
+                faults.append(_fault(key, said, one))
+        elif one is not None or key not in kind.model_fields or key in Settings.model_fields:
+            given[key] = one  # null is the method's own default
+    try:
+        settings = kind.model_validate(given)
+    except ValidationError as error:
+        faults += [_known_fault(detail) for detail in error.errors()]
+    if faults:
+        raise _faults(faults)
+    return settings
 
 
-# Which keys a method reads beside the common ones; the mathematics is in adapters/config.py, and a
-# test holds the two together: recipes are checked without loading torch.
-_COMMON = (
-    "method",
-    "rank",
-    "alpha",
-    "scaling",
-    "dropout",
-    "down_start",
-    "rank_pattern",
-    "target_modules",
-)
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "lora": (),
-    "mtl-lora": (
-        "up_projections",
-        "temperature",
-        "transform",
-        "transform_start",
-        "transform_bases",
-        "gate",
-        "gate_start",
-        "embedding_size",
-    ),
-    "mtlora": ("task_rank", "task_modules"),
-    "moelora": ("up_projections", "temperature", "embedding_size"),
-    "multilora": ("up_projections",),
-    "hydralora": ("up_projections", "temperature"),
-}
+def _says_nothing(key: str, value: Any, method: str, readers: Sequence[str]) -> bool:
+    """Whether the value is what goes without saying: null, the one default, a single B."""
+    if value is None or (key == "up_projections" and value == 1):
+        return True
+    default = METHODS[readers[0]].start_of(key)
+    same = all(METHODS[other].start_of(key) == default for other in readers)
+    return same and isinstance(value, bool) == isinstance(default, bool) and value == default
+
+
+def _fault(key: str, said: str, value: Any) -> InitErrorDetails:
+    error = PydanticCustomError("value_error", "{error}", {"error": said})
+    return InitErrorDetails(type=error, loc=(key,), input=value)
+
+
+def _known_fault(detail: ErrorDetails) -> InitErrorDetails:
+    return InitErrorDetails(
+        type=detail["type"], loc=detail["loc"], input=detail["input"], ctx=detail.get("ctx", {})
+    )
+
+
+def _faults(faults: list[InitErrorDetails]) -> ValidationError:
+    return ValidationError.from_exception_data("Adapter", faults)
+
+
+# The method's own settings: each method declares its keys, in adapters/methods.
+Adapter = Annotated[SerializeAsAny[Settings], PlainValidator(_settings)]
 
 
 class Task(StrictModel):
@@ -415,7 +392,7 @@ class Recipe(StrictModel):
     chat: Chat = Chat()
     control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
     blank_fields: Literal["note", "error"] = "note"  # a row whose prompt prints an empty field
-    adapter: Adapter = Adapter()
+    adapter: Adapter = Field(default_factory=configure)
     tasks: Annotated[list[Task], Field(min_length=1)]
     mixing: Mixing = "proportional"
     training: Training = Training()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -273,7 +274,13 @@ def _fields_at(model: Any, path: KeyPath) -> set[str]:
             elif part in candidate.model_fields:
                 following.extend(_models_in(candidate.model_fields[part].annotation))
         candidates = following
-    return {name for candidate in candidates for name in candidate.model_fields}
+    return {name for candidate in candidates for name in _keys_of(candidate)}
+
+
+def _keys_of(model: Any) -> Iterable[str]:
+    """A model's keys, or those that it says it may have in another form."""
+    known_keys = getattr(model, "known_keys", None)
+    return known_keys() if known_keys is not None else model.model_fields
 
 
 def _models_in(annotation: Any) -> list[Any]:

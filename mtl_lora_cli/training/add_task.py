@@ -7,11 +7,10 @@ mtlora A_t and B_t. The result is a run of its own, which offers the tasks of bo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mtl_lora_cli.adapters.files import AdapterFile, read_adapter_file
-from mtl_lora_cli.adapters.inject import per_task
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.open_run import other_base
@@ -19,7 +18,6 @@ from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.recipe.load import INHERITED, LoadedRecipe, describe_changes, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.prepare import adapter_config
 
 _LONGEST_NAME = 80  # of a run
 
@@ -39,13 +37,13 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
         UsageError: the run is unfinished, its method has nothing of a task's own, its base model is
             another one by now, or the recipe contradicts it or names one of its tasks.
     """
+    own = load_recipe(run.recipe).recipe
     file = read_adapter_file(run.require_adapter())
-    if not any(per_task(name) for name in file.checksums):
+    if not any(role.per_task for role in file.config.all_roles()):
         raise UsageError(
             f"run '{run.name}': its method, {file.config.method}, has nothing of a task's own that "
             "could learn alone; train all tasks together"
         )
-    own = load_recipe(run.recipe).recipe
     loaded = load_recipe(path, overrides, heir_of=own)
     _require_agreement(loaded, run, own, file)
     names = [task.name for task in bind_tasks(loaded)]
@@ -73,7 +71,7 @@ def _require_agreement(
     base = find_base_model(given.base_model, beside=loaded.base)
     changed = base.changes_since(file.base_model)
     before, after = ({name: getattr(one, name) for name in INHERITED} for one in (own, given))
-    before["adapter"], after["adapter"] = asdict(file.config), asdict(adapter_config(given))
+    before["adapter"], after["adapter"] = file.config.model_dump(), given.adapter.model_dump()
     if not changed:  # two names of one model
         after["base_model"] = before["base_model"]
     changes = describe_changes(before, after)

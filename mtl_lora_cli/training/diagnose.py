@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.inject import Adapter, per_task
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.mixture import Place, positions_of
 from mtl_lora_cli.data.prepare import TrainingData
@@ -21,7 +21,11 @@ _COLUMNS = 2**20  # of the gradients that are widened to float64 together
 
 def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors without a task axis."""
-    return {name: tensor for name, tensor in adapter.tensors().items() if not per_task(name)}
+    return {
+        name: tensor
+        for name, tensor in adapter.tensors().items()
+        if not adapter.role(name).per_task
+    }
 
 
 class Diagnosis:

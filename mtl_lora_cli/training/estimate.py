@@ -28,7 +28,6 @@ from mtl_lora_cli.training.fit import (
     remedies,
 )
 from mtl_lora_cli.training.memory import Choice, pick
-from mtl_lora_cli.training.prepare import adapter_config
 from mtl_lora_cli.training.trial import in_a_line, tried
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _engine(
     loaded: LoadedRecipe, base: BaseModel, names: Sequence[str], situation: Situation
 ) -> Check:
     """Which engine runs the base model, by the self-test."""
-    config = adapter_config(loaded.recipe)
+    config = loaded.recipe.adapter
     try:
         report = tried(loaded.recipe, base, config, names, situation.device, situation.dtype)
     except MtlLoraError as error:
@@ -101,7 +100,7 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         tasks = bind_tasks(loaded)
         base = find_base_model(recipe.base_model, beside=loaded.base, weights=False)
         names = [task.name for task in tasks]
-        model, adapter = on_meta(base, adapter_config(recipe), names)
+        model, adapter = on_meta(base, recipe.adapter, names)
     except MtlLoraError as error:
         return [Check("recipe", Verdict.FAIL, "; ".join(error.lines), _validate(loaded))], None
     device = pick_device()

@@ -19,8 +19,8 @@ from mtl_lora_cli.training.passes import ROOM
 if TYPE_CHECKING:
     import torch
 
-    from mtl_lora_cli.adapters.config import AdapterConfig
     from mtl_lora_cli.adapters.inject import Adapter
+    from mtl_lora_cli.adapters.methods.base import Settings
     from mtl_lora_cli.data.prepare import TrainingData
     from mtl_lora_cli.models.base import BaseModel
     from mtl_lora_cli.training.prepare import Prepared
@@ -103,7 +103,7 @@ def situation_of(prepared: Prepared) -> Situation:
     """Of a run that is ready to learn."""
     data = prepared.data
     names = [task.name for task in data.tasks]
-    model, adapter = on_meta(prepared.base, prepared.adapter_config, names)
+    model, adapter = on_meta(prepared.base, prepared.recipe.adapter, names)
     return Situation(
         recipe=prepared.recipe,
         model=model,
@@ -116,7 +116,7 @@ def situation_of(prepared: Prepared) -> Situation:
     )
 
 
-def on_meta(base: BaseModel, config: AdapterConfig, tasks: Sequence[str]) -> tuple[Any, Adapter]:
+def on_meta(base: BaseModel, config: Settings, tasks: Sequence[str]) -> tuple[Any, Adapter]:
     """A base model and its adapter without a weight, from the model's configuration alone.
 
     Raises:

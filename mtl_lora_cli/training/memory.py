@@ -212,7 +212,7 @@ def plan_memory(
     Args:
         recipe: of the run.
         base: its base model.
-        config: the adapter's AdapterConfig.
+        config: the adapter's settings.
         data: encoded tasks.
         device, dtype: where and in what the base model will compute.
         processes: of the run: all do as the one with the least memory can.

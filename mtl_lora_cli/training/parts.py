@@ -9,25 +9,6 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Part, Parts, Training
 from mtl_lora_cli.training.update import ParameterGroup
 
-# The role at the end of a tensor's name in `Adapter.tensors()` → the part, as the recipe spells it.
-PART_OF_ROLE = {
-    "lora_A": "down",
-    "task_lora_A": "down",
-    "lora_B": "up",
-    "task_lora_B": "up",
-    "scale": "up",
-    "task_transform": "transform",
-    "transform_basis": "transform",
-    "task_gate": "gate",
-    "gate_projection": "gate",
-    "task_embedding": "embedding",
-}
-
-
-def part_of(name: str) -> str:
-    """The part that a tensor belongs to, `{module path}.{role}` → `down`, `up`, …"""
-    return PART_OF_ROLE[name.rpartition(".")[2]]
-
 
 def require_parts(adapter: Adapter, parts: Parts) -> None:
     """Refuse settings of parts that the adapter does not have: they would do nothing.
@@ -35,7 +16,7 @@ def require_parts(adapter: Adapter, parts: Parts) -> None:
     Raises:
         UsageError: naming the parts that there are.
     """
-    there = {part_of(name) for name in adapter.trained()}
+    there = {adapter.role(name).part for name in adapter.trained()}
     missing = [name for name in Parts.model_fields if _is_set(parts, name) and name not in there]
     if missing:
         known = ", ".join(name for name in Parts.model_fields if name in there)
@@ -54,7 +35,7 @@ def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGrou
     """
     tensors: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in adapter.trained().items():
-        own: Part = getattr(settings.parts, part_of(name))
+        own: Part = getattr(settings.parts, adapter.role(name).part)
         rate, decay = own.learning_rate, own.weight_decay
         values = (
             settings.learning_rate if rate is None else rate,

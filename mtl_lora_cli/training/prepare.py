@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.chat_variables import prints_date
@@ -26,7 +25,6 @@ from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import adapt, load_config, load_model, load_tokenizer, longest_of
 from mtl_lora_cli.models.packed import PackedModel
@@ -45,11 +43,6 @@ from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import MACRO, HeldOut, Validation, encode_validation
 from mtl_lora_cli.training.zero import deepspeed_config, merged_config
-
-
-def adapter_config(recipe: Recipe) -> AdapterConfig:
-    """The recipe's `adapter`, as the adapters' room knows it."""
-    return AdapterConfig(**recipe.adapter.model_dump())
 
 
 @dataclass
@@ -86,11 +79,6 @@ class Prepared:
     extends: RunFolder | None = None
 
     @property
-    def adapter_config(self) -> AdapterConfig:
-        """The recipe's `adapter`, as the adapters' room knows it."""
-        return adapter_config(self.recipe)
-
-    @property
     def unvalidated(self) -> list[str]:
         """The tasks that `training.validation` leaves out: they have no validation split."""
         if self.validation is None:
@@ -116,7 +104,7 @@ class Prepared:
             storage=self.dtype if cut else torch.uint8,
         )
         names = [task.name for task in self.data.tasks]
-        adapter = adapt(model, self.adapter_config, names)
+        adapter = adapt(model, self.recipe.adapter, names)
         if self.extends is not None:
             start_beside(adapter, self.extends.adapter)
         require_parts(adapter, self.recipe.training.parts)
@@ -205,7 +193,7 @@ def require_fit(prepared: Prepared) -> None:
     recipe = prepared.recipe
     names = [task.name for task in prepared.data.tasks]
     with quiet_loading():
-        model, adapter = on_meta(prepared.base, prepared.adapter_config, names)
+        model, adapter = on_meta(prepared.base, prepared.recipe.adapter, names)
     if prepared.extends is None:  # otherwise what learns is known when the run's adapter is read
         require_parts(adapter, recipe.training.parts)
     if recipe.engine == "fused":
@@ -240,7 +228,7 @@ def prepare(
     recipe, memory = plan_memory(
         prepared.recipe,
         prepared.base,
-        prepared.adapter_config,
+        prepared.recipe.adapter,
         prepared.data,
         prepared.device,
         prepared.dtype,
@@ -297,13 +285,7 @@ def _validation(
     held = encode_validation(data.tasks, recipe, tokenizer, longest)
     if not any(len(one.split) for one in held):
         raise loaded.problem(("training", "validation"), "no task's source has a validation split")
-    if settings.best == MACRO:
-        try:
-            direction(one.metric for one in held if one.metric is not None)
-        except ValueError as error:
-            why = f"{error}; name a task"
-            raise loaded.problem(("training", "validation", "best"), why) from None
-    elif settings.best is not None:
+    if settings.best is not None and settings.best != MACRO:
         _require_held_out(loaded, settings.best, held)
     return held
 

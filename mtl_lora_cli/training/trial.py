@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.models.base import BaseModel
@@ -25,7 +25,7 @@ _LARGEST = {"cpu": 4 * 2**30, "cuda": 64 * 2**30}  # bytes of weights; more take
 def tried(
     recipe: Recipe,
     base: BaseModel,
-    config: AdapterConfig,
+    config: Settings,
     names: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,

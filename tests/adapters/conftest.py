@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.layer import ROLES, MultiTaskLinear, Shared
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.methods import DEFAULT, configure, reads
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.adapters.routing import Routing
 
 MakeLayer = Callable[..., MultiTaskLinear]
@@ -19,11 +20,7 @@ Naive = Callable[..., Tensor]
 
 def _named(layer: MultiTaskLinear) -> dict[str, nn.Parameter]:
     """The trained tensors of one layer, the model's task embedding among them."""
-    named = {role: getattr(layer, role) for role in ROLES if hasattr(layer, role)}
-    for name, value in vars(layer._shared).items():
-        if value is not None:
-            named[name] = value
-    return named
+    return {role: getattr(layer, role) for role in layer.roles} | layer._shared
 
 
 def _make_layer(
@@ -36,13 +33,11 @@ def _make_layer(
     **config: Any,
 ) -> MultiTaskLinear:
     torch.manual_seed(seed)
-    kinds = AdapterConfig(**{"rank": 3, "alpha": 5.0, "temperature": 0.7, **config})
+    own = {"temperature": 0.7} if reads(config.get("method", DEFAULT), "temperature") else {}
+    kinds = configure(**{"rank": 3, "alpha": 5.0, **own, **config})
     base = base or nn.Linear(7, 5, bias=bias, dtype=dtype)
-    shared, size = Shared(), kinds.embedding_size or 0
-    if kinds.embedded:
-        shared.task_embedding = nn.Parameter(torch.randn(tasks, size, dtype=dtype))
-    if kinds.method == "moelora":
-        shared.gate_projection = nn.Parameter(torch.randn(kinds.ups, size, dtype=dtype))
+    roles = kinds.roles_of_model(tasks)
+    shared = {role.name: nn.Parameter(torch.randn(*role.shape, dtype=dtype)) for role in roles}
     layer = MultiTaskLinear(base, kinds, Routing(tasks), shared)
     with torch.no_grad():  # the start hides most of the formula: B is 0 and Λ the identity
         for parameter in _named(layer).values():
@@ -56,7 +51,7 @@ def _naive(
     weight: Tensor,
     bias: Tensor | None,
     p: Mapping[str, Tensor],
-    config: AdapterConfig,
+    config: Settings,
     mask: Tensor | None = None,
 ) -> Tensor:
     """y = W x + b + (alpha / r) Σ_i g_{t,i} B_i Λ_t A x, a position at a time: x [N, in], ids [N]."""

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -25,6 +24,7 @@ from mtl_lora_cli.adapters.files import (
     tensor_checksum,
 )
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import DEFAULT, configure, reads
 from mtl_lora_cli.errors import MtlLoraError
 
 TASKS = ("boolq", "rte", "sst2")
@@ -33,8 +33,10 @@ TASKS = ("boolq", "rte", "sst2")
 def fresh(seed: int, tasks: tuple[str, ...] = TASKS, **config: Any) -> Adapter:
     torch.manual_seed(seed)
     model = nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4)})
-    kinds = {"target_modules": ("first", "second"), "rank": 2, "embedding_size": 3, **config}
-    adapter = inject(model, AdapterConfig(**kinds), tasks)
+    kinds = {"target_modules": ("first", "second"), "rank": 2, **config}
+    if reads(kinds.get("method", DEFAULT), "embedding_size"):
+        kinds = {"embedding_size": 3, **kinds}
+    adapter = inject(model, configure(**kinds), tasks)
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.copy_(torch.randn_like(tensor))
@@ -175,27 +177,50 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [5, 2, 1, 0, "4", None, True])
+@pytest.mark.parametrize("version", [6, 2, 1, 0, "4", None, True])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 3 to 4" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 3 to 5" in fault(saved)
 
 
-def test_the_format_before_this_one_is_read(saved: Path) -> None:
-    """It says nothing of what came later, which then has its default."""
+# What formats 3 and 4 said beside the keys that every method reads, as releases before wrote it.
+BEFORE: dict[str, dict[str, Any]] = {
+    "lora": {"up_projections": 1, "temperature": 1.0, "embedding_size": 16},
+    "mtl-lora": {"up_projections": 3, "temperature": 0.5, "embedding_size": 3},
+    "mtlora": {"up_projections": 1, "temperature": 1.0, "embedding_size": 16},
+    "moelora": {"up_projections": 2, "temperature": 1.0, "embedding_size": 3},
+    "multilora": {"up_projections": 3, "temperature": 1.0, "embedding_size": 16},
+    "hydralora": {"up_projections": 3, "temperature": 1.0, "embedding_size": 16},
+}
+ALL_METHODS = {
+    "transform": "full", "transform_start": 0.0, "transform_bases": 4, "gate": "weights",
+    "gate_start": 2.0, "task_rank": 1, "task_modules": None,
+}  # fmt: skip
+SINCE_4 = ("transform_start", "transform_bases", "task_modules")
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("method", BEFORE)
+def test_the_formats_before_this_one_are_read(tmp_path: Path, method: str, version: int) -> None:
+    """They had the keys of all methods; 3 said nothing of what came with 4, and meant the defaults."""
+    own = {"up_projections": 2} if method == "moelora" else {}
+    save_adapter(fresh(0, method=method, **own), tmp_path, {"name": "base"})
 
     def as_before(content: dict[str, Any]) -> None:
-        content["format_version"] = 3
-        for key in ("transform_start", "transform_bases", "task_modules"):
+        content.update(format_version=version, **BEFORE[method], **ALL_METHODS)
+        for key in SINCE_4 if version == 3 else ():
             del content[key]
 
-    edit_config(saved, as_before)
-    adapter = fresh(1)
-    load_adapter(adapter, saved)
-    assert read_adapter_file(saved).config == adapter.config
-    assert all(torch.equal(t, fresh(0).tensors()[name]) for name, t in adapter.tensors().items())
-    edit_config(saved, lambda content: content.update(transform_start=0.5))
-    assert fault(saved).endswith(f"{CONFIG_FILE}: unknown key 'transform_start'")
+    edit_config(tmp_path, as_before)
+    adapter = fresh(1, method=method, **own)
+    load_adapter(adapter, tmp_path)
+    assert read_adapter_file(tmp_path).config == adapter.config
+    expected = fresh(0, method=method, **own).tensors()
+    assert all(torch.equal(t, expected[name]) for name, t in adapter.tensors().items())
+    if version == 3:
+        edit_config(tmp_path, lambda content: content.update(transform_start=0.5))
+        line = fault(tmp_path, adapter)
+        assert line.endswith(f"{CONFIG_FILE}: unknown key 'transform_start'")
 
 
 def test_parts_of_tasks_own_in_some_layers_come_back(tmp_path: Path) -> None:

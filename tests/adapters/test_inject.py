@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 
 
@@ -59,7 +59,7 @@ class Images(nn.Module):
 
 def put(model: nn.Module, *targets: str, tasks: int = 3, **config: Any) -> Adapter:
     names = [f"task{number}" for number in range(tasks)]
-    return inject(model, AdapterConfig(target_modules=targets, **config), names)
+    return inject(model, configure(target_modules=targets, **config), names)
 
 
 def shake(adapter: Adapter) -> None:
@@ -220,7 +220,7 @@ def test_the_gates_logits_start_with_the_configured_spread(gate: str) -> None:
     adapter = put(Tower(), "*_proj", gate=gate, tasks=200, gate_start=1.5, temperature=0.3)
     logits = []
     for layer in adapter.layers.values():
-        gates = layer.gates(torch.arange(200)).detach()
+        gates = layer.config.gates(layer.tensors(None))[0].detach()
         torch.testing.assert_close(gates.sum(1), torch.ones(200))
         centred = gates.log() - gates.log().mean(1, keepdim=True)
         logits.append(centred)

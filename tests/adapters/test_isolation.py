@@ -22,7 +22,7 @@ def output(layer: MultiTaskLinear, x: Tensor) -> Tensor:
 
 def parts_of(layer: MultiTaskLinear) -> list[nn.Parameter]:
     """What belongs to single tasks, the task first."""
-    gate = layer._shared.task_embedding if layer.config.gate == "embedding" else layer.task_gate
+    gate = layer._shared["task_embedding"] if layer.config.gate == "embedding" else layer.task_gate
     assert gate is not None
     return [layer.task_transform, gate]
 

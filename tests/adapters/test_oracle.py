@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mtl_lora_cli.adapters.layer import MultiTaskLinear, Shared
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
 
 MakeLayer = Callable[..., MultiTaskLinear]
 Naive = Callable[..., Tensor]
@@ -129,7 +129,7 @@ def test_gradients_equal_finite_differences(
     def output(x: Tensor, *values: Tensor) -> Tensor:
         given = dict(zip(parameters, values, strict=True))
         if "task_embedding" in given:
-            layer._shared = Shared(given.pop("task_embedding"))  # type: ignore[arg-type]
+            layer._shared = {"task_embedding": given.pop("task_embedding")}  # type: ignore[dict-item]
         with layer.routing.assign(IDS):
             return functional_call(layer, given, (x,))
 

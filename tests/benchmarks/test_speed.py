@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.yardstick import Yardstick
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -78,7 +78,7 @@ def test_one_layer(side_by_side: SideBySide) -> None:
     """Forward and backward of SmolLM2's gate projection, with an adapter and without."""
     torch.manual_seed(0)
     model = _Gate()
-    adapter = inject(model, AdapterConfig(target_modules=("proj",)), TASKS)
+    adapter = inject(model, configure(target_modules=("proj",)), TASKS)
     with torch.no_grad():
         model.proj.lora_B.normal_()
     plain = nn.Linear(576, 1536, bias=False).requires_grad_(False)
@@ -118,7 +118,7 @@ def _steps(base: BaseModel, engine: Any) -> Callable[[], object]:
     torch.manual_seed(0)
     device = torch.device("cpu")
     model = load_model(base, dtype=torch.float32, device=device)
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), TASKS)
+    adapter = inject(model, configure(target_modules=("*_proj",)), TASKS)
     packed = PackedModel(model, adapter, engine=engine).train()
     parameters = list(adapter.tensors().values())
     optimizer = make_optimizer([ParameterGroup(parameters, 3e-4, 0.0)], graphed=False)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.random_model import random_model
 from mtl_lora_cli.comparison.shapes import find_config
 from mtl_lora_cli.comparison.yardstick import Yardstick
@@ -61,7 +61,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         storage=dtype if cut else torch.uint8,
     )
     names = [f"task{number}" for number in range(TASKS)]
-    adapter = inject(model, AdapterConfig(rank=8, target_modules=("*_proj",)), names)
+    adapter = inject(model, configure(rank=8, target_modules=("*_proj",)), names)
     packed = PackedModel(model, adapter, resident=not cut)
     yardstick = Yardstick.build(config.vocab_size, TASKS, seed=0)
     settings = Training(

@@ -164,7 +164,7 @@ def test_a_recipe_that_cannot_be_measured(
         (["--modules", ","], "--modules: expected qkvo, all, or names of layers"),
         (["--shape", "tiny", "--modules", "q_prj"], "adapter.target_modules: 'q_prj' matches no"),
         (["--engine", "plain", "--vs", "plain"], "--vs plain: the case itself runs on the plain"),
-        (["--method", "lora", "--up-projections", "3"], "--up-projections: plain LoRA has one"),
+        (["--method", "lora", "--up-projections", "3"], "--up-projections: lora has one"),
         (["adapter.rank=4"], "'adapter.rank=4': changes are to a recipe; name it with --recipe"),
         (["real-17"], "'real-17': changes are to a recipe; name it with --recipe"),
         (["--recipe", "real-17", "rank"], "'rank': expected key.path=value"),

@@ -98,7 +98,7 @@ def test_nf4(tiny: Case, measuring: Measuring) -> None:
 
 
 def test_what_is_not_known_here_is_said(tiny: Case, measuring: Measuring) -> None:
-    with pytest.raises(UsageError, match="--method: 'dora' is not available"):
+    with pytest.raises(UsageError, match="--method: unknown method 'dora'"):
         adapter_config("dora", 8)
     with pytest.raises(UsageError, match="'foo' matches no linear layer"):
         run_case(replace(tiny, adapter={**tiny.adapter, "target_modules": ("foo",)}), measuring)

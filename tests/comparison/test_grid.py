@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.grid import (
     RATE,
     Point,
@@ -22,14 +23,14 @@ from mtl_lora_cli.comparison.grid import (
     with_settings,
 )
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Adapter, Recipe, Task
+from mtl_lora_cli.recipe.schema import Recipe, Task
 
 
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe(
         tasks=[Task(name="sst2", template="sst2")],
-        adapter=Adapter(up_projections=2, dropout=0.1),
+        adapter=configure(up_projections=2, dropout=0.1),
     )
 
 
@@ -197,7 +198,7 @@ def test_runs_are_named_by_method_setting_and_seed() -> None:
 
 def test_another_method_takes_the_common_keys_and_its_own_defaults(recipe: Recipe) -> None:
     other = with_settings(recipe, "hydralora", {}).adapter
-    assert (other.method, other.dropout, other.up_projections) == ("hydralora", 0.1, None)
+    assert (other.method, other.dropout, other.up_projections) == ("hydralora", 0.1, 3)
 
 
 def test_the_recipe_s_own_method_keeps_its_keys(recipe: Recipe) -> None:

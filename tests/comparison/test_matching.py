@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.matching import (
     alpha_at,
     common_target,
@@ -17,19 +17,19 @@ SHAPES = {"q_proj": (64, 64), "o_proj": (32, 64)}  # (out, in)
 
 
 def test_lora_against_its_formula() -> None:
-    count = count_at(AdapterConfig(method="lora"), SHAPES, tasks=3)
+    count = count_at(configure(method="lora"), SHAPES, tasks=3)
     assert count(5) == 5 * (64 + 64) + 5 * (64 + 32)  # r (in + out) each
 
 
 def test_mtl_lora_against_its_formula() -> None:
-    config = AdapterConfig(method="mtl-lora", up_projections=2)
+    config = configure(method="mtl-lora", up_projections=2)
     # r (in + 2 out) + 3 r² + 3 · 2 each
     expected = 4 * (64 + 128) + 48 + 6 + 4 * (64 + 64) + 48 + 6
     assert count_at(config, SHAPES, tasks=3)(4) == expected
 
 
 def test_layers_are_counted_each_by_its_own_parts() -> None:
-    config = AdapterConfig(method="mtlora", task_rank=2, task_modules=("o_proj",))
+    config = configure(method="mtlora", task_rank=2, task_modules=("o_proj",))
     assert count_at(config, SHAPES, tasks=3)(5) == 5 * 128 + (5 + 3 * 2) * 96
 
 

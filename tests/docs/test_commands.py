@@ -82,6 +82,7 @@ NOT_RUN = {
         )
     },
     "bash docs/study/run.sh single": "trains for minutes on a card",
+    "# rotated.py": "tests/extensions/test_method.py trains it, in processes of its own",
     "python docs/study/answers.py unpack comparisons/study": (
         "reads the files of this repository; tests/docs/test_study.py does it"
     ),

@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.json_schema import json_schema
+from mtl_lora_cli.recipe.schema import Recipe, Settings
 from mtl_lora_cli.tasks.template import Each, Generation, Template
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -31,6 +32,10 @@ def holds_a_list(annotation: Any) -> bool:
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Every key that takes a value, `training.seed`, and its default as YAML would have it."""
+    if model is Settings:  # of whatever method; where they differ in a default it is null
+        for name, form in json_schema()["$defs"]["Adapter"]["properties"].items():
+            yield f"{prefix}{name}", spelled(form["default"])
+        return
     for name, field in model.model_fields.items():
         inner = models_in(field.annotation)
         many = "[]" if holds_a_list(field.annotation) and inner else ""

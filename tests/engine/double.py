@@ -17,8 +17,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
 
@@ -84,7 +84,7 @@ def tiny(model_type: str, **changes: Any) -> Any:
 def adapt_all(model: Any) -> Adapter:
     """An adapter of three tasks on every linear layer but the head, far from its start."""
     targets = {path.rpartition(".")[2] for path in linear_layers(model)}
-    config = AdapterConfig(
+    config = configure(
         rank=RANK,
         alpha=SCALE * RANK,
         up_projections=UPS,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.choices import Request, build_requests
@@ -39,7 +39,7 @@ def packed(stories_folder: Path) -> PackedModel:
     base = find_base_model(str(stories_folder))
     torch.manual_seed(0)
     model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), tuple(TASKS))
+    adapter = inject(model, configure(target_modules=("*_proj",)), tuple(TASKS))
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))

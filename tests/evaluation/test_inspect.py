@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import METHODS, AdapterConfig
 from mtl_lora_cli.adapters.files import TENSOR_FILE, read_alone, save_adapter
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import METHODS, configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.inspect import inspect_adapter, inspect_run, update_gram
 from mtl_lora_cli.evaluation.inspect_plot import draw, require_plots
@@ -33,7 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "multilora": {},
     "hydralora": {},
 }
-MERGEABLE = [form for form in FORMS if METHODS[form.split()[0]].mergeable]
+MERGEABLE = [form for form in FORMS if METHODS[form.split()[0]].mergeable()]
 
 
 def make(form: str) -> Adapter:
@@ -45,7 +45,7 @@ def make(form: str) -> Adapter:
         _, number, name = path.split(".")
         model.layers[int(number)].add_module(name, nn.Linear(width, out, bias=False))
     settings = {"rank": 4, "target_modules": ("q_proj", "up_proj"), **FORMS[form]}
-    adapter = inject(model, AdapterConfig(method=form.split()[0], **settings), TASKS)
+    adapter = inject(model, configure(method=form.split()[0], **settings), TASKS)
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.copy_(torch.randn_like(tensor))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import METHODS
 from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import (
     Questions,
@@ -49,7 +49,7 @@ MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 def test_all_mergeable_methods_are_tried() -> None:
     tried = {form.split()[0] for form in FORMS}
-    assert tried == {name for name, family in METHODS.items() if family.mergeable}
+    assert tried == {name for name, kind in METHODS.items() if kind.mergeable()}
 
 
 def adapter(form: str) -> dict[str, Any]:

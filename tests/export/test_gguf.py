@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, MistralConfig
 
-from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.choices import score as our_scores
@@ -276,7 +276,7 @@ def test_llama_cpp_gives_the_runs_own_log_probabilities(
 
 def test_all_mergeable_methods_are_tried() -> None:
     tried = {form.split()[0] for form in FORMS}
-    assert tried == {name for name, family in METHODS.items() if family.mergeable}
+    assert tried == {name for name, kind in METHODS.items() if kind.mergeable()}
 
 
 @pytest.mark.usefixtures("in_process")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.generate import generate
@@ -74,7 +74,7 @@ class Packed:
     def __init__(self, folder: Path, targets: Sequence[str]) -> None:
         torch.manual_seed(0)
         model = load_model(find_base_model(str(folder)), dtype=torch.float32, device=CPU)
-        config = AdapterConfig(
+        config = configure(
             rank=RANK,
             alpha=SCALE * RANK,
             up_projections=UPS,

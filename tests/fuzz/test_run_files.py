@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.files import CONFIG_FILE, TENSOR_FILE, read_alone, save_adapter
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.results import store, stored
 from mtl_lora_cli.recipe.schema import Source
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = RunFolder(tmp_path_factory.mktemp("run"))
     torch.manual_seed(0)
     model = nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4)})
-    config = AdapterConfig(target_modules=("first", "second"), rank=2, gate="embedding")
+    config = configure(target_modules=("first", "second"), rank=2, gate="embedding")
     adapter = inject(model, config, ("sst2", "rte"))
     run.adapter.mkdir()
     save_adapter(adapter, run.adapter, {"name": "base", "revision": None, "fingerprint": "f" * 32})

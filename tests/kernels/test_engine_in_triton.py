@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.attention import Packing, attend
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
@@ -72,7 +72,7 @@ def test_equals_the_plain_layers(
     device = torch.device("cpu")
     model = load_model(base, dtype=torch.float32, device=device, quantization=quantization)
     torch.manual_seed(0)
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",), **config), "abc")
+    adapter = inject(model, configure(target_modules=("*_proj",), **config), "abc")
     tensors = adapter.tensors()
     with torch.no_grad():
         for tensor in tensors.values():
@@ -97,7 +97,7 @@ def test_trees_equal_the_plain_layers(
     device = torch.device("cpu")
     model = load_model(find_base_model(str(stories_folder)), dtype=torch.float32, device=device)
     torch.manual_seed(0)
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), "abc")
+    adapter = inject(model, configure(target_modules=("*_proj",)), "abc")
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model
@@ -32,7 +32,7 @@ def adapted(base: BaseModel) -> Iterator[PackedModel]:
     """With an adapter of three tasks that is far from its start."""
     torch.manual_seed(0)
     model = _load(base)
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), ("one", "two", "three"))
+    adapter = inject(model, configure(target_modules=("*_proj",)), ("one", "two", "three"))
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))

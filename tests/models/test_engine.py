@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
@@ -38,7 +38,7 @@ def build(
     )
     if quantization == "none":
         model.to(dtype)
-    adapter = inject(model, AdapterConfig(**config), ("one", "two", "three"))
+    adapter = inject(model, configure(**config), ("one", "two", "three"))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in adapter.tensors().values():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.function import AdapterProducts
 from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.random_model import random_model
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.models import registered
@@ -56,7 +56,7 @@ def build(
     if dtype != torch.bfloat16:
         model.to(dtype)
     torch.manual_seed(1)
-    adapter = inject(model, AdapterConfig(**config), ("a", "b", "c", "d"))
+    adapter = inject(model, configure(**config), ("a", "b", "c", "d"))
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))

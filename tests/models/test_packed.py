@@ -152,8 +152,8 @@ def test_the_head_sees_only_the_positions_asked_for(
 def test_an_adapted_head_knows_the_tasks_of_the_positions_asked_for(
     stories_folder: Path, logprobs: LogProbs
 ) -> None:
-    from mtl_lora_cli.adapters.config import AdapterConfig
     from mtl_lora_cli.adapters.inject import inject
+    from mtl_lora_cli.adapters.methods import configure
     from mtl_lora_cli.models.base import find_base_model
     from mtl_lora_cli.models.load import load_model
 
@@ -162,7 +162,7 @@ def test_an_adapted_head_knows_the_tasks_of_the_positions_asked_for(
     untied = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     model.lm_head.weight = untied
     torch.manual_seed(0)
-    adapter = inject(model, AdapterConfig(target_modules=("lm_head",)), ("one", "two"))
+    adapter = inject(model, configure(target_modules=("lm_head",)), ("one", "two"))
     adapter.layers["lm_head"].lora_B.data.normal_(std=0.05)
     packed = PackedModel(model, adapter).eval()
     examples = draw(17, 12, 9)

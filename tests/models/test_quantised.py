@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
@@ -34,7 +34,7 @@ def quantised(base: BaseModel) -> Callable[..., PackedModel]:
             quantization=quantization,
             storage=storage,
         )
-        adapter = inject(model, AdapterConfig(), TASKS)
+        adapter = inject(model, configure(), TASKS)
         with torch.no_grad():
             for tensor in adapter.tensors().values():
                 tensor.add_(0.05 * torch.randn_like(tensor))

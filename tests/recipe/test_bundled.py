@@ -57,9 +57,9 @@ def test_it_parses(path: Path) -> None:
 def test_it_names_what_won_in_the_study(path: Path) -> None:
     changes = " ".join(re.findall(r"(?m)^#   (\S.*)$", path.read_text(encoding="utf-8"))).split()
     loaded, winner = load_recipe(path, changes).recipe, load_recipe(bundled(WINNER)).recipe
-    assert loaded.adapter.model_copy(update={"dropout": 0.0, "temperature": None}) == (
-        winner.adapter.model_copy(update={"target_modules": loaded.adapter.target_modules})
-    )
+    targets = loaded.adapter.target_modules
+    same = winner.adapter.changed(target_modules=targets)
+    assert loaded.adapter.changed(dropout=0.0, temperature=0.5) == same
     for one in (loaded.training, winner.training):
         assert one.parts.up.learning_rate == pytest.approx(4 * one.learning_rate)
         assert one.parts.transform.learning_rate == pytest.approx(10 * one.learning_rate)

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from mtl_lora_cli.adapters.methods import every_key
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 
@@ -87,10 +88,14 @@ def _known() -> set[str]:
     """Every key of the schema; one that fits elsewhere may fit here."""
     from mtl_lora_cli.recipe import schema
 
-    models = [schema.Recipe, schema.Adapter, schema.Task, schema.Training, schema.Run]
+    models = [schema.Recipe, schema.Settings, schema.Task, schema.Training, schema.Run]
     models += [schema.Source, schema.TemperatureMixing]
     models += [schema.Parts, schema.Part, schema.Diagnose, schema.Validation]
-    return {name for model in models for name in model.model_fields} | set(schema.SPLITS)
+    return {
+        *(name for model in models for name in model.model_fields),
+        *every_key(),
+        *schema.SPLITS,
+    }
 
 
 @settings(deadline=None)

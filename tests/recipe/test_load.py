@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import (
     describe_changes,
@@ -16,7 +17,7 @@ from mtl_lora_cli.recipe.load import (
     find_recipe,
     load_recipe,
 )
-from mtl_lora_cli.recipe.schema import Adapter, Recipe, Run, Source, Task, TemperatureMixing
+from mtl_lora_cli.recipe.schema import Recipe, Run, Source, Task, TemperatureMixing
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 
 Written = Callable[[str], Path]
@@ -46,7 +47,7 @@ def test_the_complete_recipe_sets_every_key(complete: str, written: Written) -> 
 
 def test_defaults(written: Written) -> None:
     recipe = load_recipe(written("tasks: [{name: a, template: glue/rte}]\n")).recipe
-    assert recipe.adapter == Adapter()
+    assert recipe.adapter == configure()
     assert (recipe.mixing, recipe.base_model) == ("proportional", "smollm2-135m")
     assert recipe.tasks[0].source is None
 

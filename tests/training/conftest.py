@@ -23,8 +23,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.recipe.load import load_recipe
@@ -235,7 +235,7 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
         *,
         folder: Path | None = None,
         weights: tuple[float, ...] | None = None,
-        adapter: AdapterConfig | None = None,
+        adapter: Settings | None = None,
         steps: int = 6,
         **training: Any,
     ) -> Small:

@@ -16,8 +16,7 @@ import yaml
 from torch import Tensor
 
 from mtl_lora_cli.adapters.extend import save_beside
-from mtl_lora_cli.adapters.files import read_tensors
-from mtl_lora_cli.adapters.inject import per_task
+from mtl_lora_cli.adapters.files import read_adapter_file, read_tensors
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
@@ -187,8 +186,9 @@ def test_the_old_tasks_stay_to_the_last_bit_and_the_new_one_learns(
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     was, now = read_tensors(old.adapter), read_tensors(new.adapter)
     assert list(was) == list(now)
+    config = read_adapter_file(old.adapter).config
     for name, tensor in was.items():
-        assert len(now[name]) == len(tensor) + per_task(name)
+        assert len(now[name]) == len(tensor) + config.role(name).per_task
         assert torch.equal(now[name][: len(tensor)], tensor), name
 
     assert all(list(event["task_loss"]) == [NEW] for event in new.events())
@@ -207,8 +207,8 @@ def test_rows_start_at_the_mean_of_those_that_there_are(
         _, adapter = place.addition(old).build()
         was = read_tensors(old.adapter)
         for name, tensor in adapter.tensors().items():
-            assert tensor.requires_grad == per_task(name)
-            if not per_task(name):
+            assert tensor.requires_grad == adapter.role(name).per_task
+            if not adapter.role(name).per_task:
                 assert torch.equal(tensor, was[name])
             elif name.endswith("task_lora_B"):
                 assert not tensor.any()
@@ -347,7 +347,7 @@ def test_what_says_the_same_in_other_words_is_taken(
     recipe = place.recipe(
         "same", NEW, adapter={"up_projections": 3, "rank": 8}, base_model=f"{place.base}/."
     )
-    assert prepare(load_addition(old, recipe), extends=old).adapter_config.ups == 3
+    assert prepare(load_addition(old, recipe), extends=old).recipe.adapter.ups == 3
 
 
 def test_settings_of_parts_that_do_not_learn_are_refused(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import METHODS, AdapterConfig
+from mtl_lora_cli.adapters.methods import METHODS, configure
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.recipe.schema import Diagnose
 from mtl_lora_cli.training.diagnose import Diagnosis, cosines, shared_parameters
@@ -54,7 +54,7 @@ def naive(run: Any, step: int) -> tuple[list[str], list[Tensor]]:
     ids=lambda kind: next(iter(kind.values())),
 )
 def test_it_is_the_naive_cosine(small: Callable[..., Any], kind: dict[str, Any]) -> None:
-    config = AdapterConfig(rank=8, dropout=0.1, **kind)
+    config = configure(rank=8, dropout=0.1, **kind)
     run = small(steps=4, adapter=config, diagnose=Diagnose(every=4), checkpoint_every=1).train()
     (event,) = [event for event in run.events if event["event"] == "gradients"]
     assert event["step"] == 4
@@ -83,7 +83,7 @@ def test_it_is_symmetric_with_ones_on_the_diagonal(small: Callable[..., Any]) ->
 
 def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> None:
     """Σ_t (S_t / S) g_t is the gradient of the step's loss: nothing is counted twice or left out."""
-    run = small(adapter=AdapterConfig(rank=4))
+    run = small(adapter=configure(rank=4))
     trainer = run.trainer
     diagnosis = Diagnosis(
         trainer.packed,
@@ -110,7 +110,7 @@ def test_parameters_with_a_task_axis_are_not_shared(small: Callable[..., Any]) -
         gate: {
             name.rpartition(".")[2]
             for name in shared_parameters(
-                small(adapter=AdapterConfig(rank=4, gate=gate)).trainer.adapter
+                small(adapter=configure(rank=4, gate=gate)).trainer.adapter
             )
         }
         for gate in ("weights", "embedding")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.comparison.shapes import SHAPES
 from mtl_lora_cli.engine.memory import (
     GIB,
@@ -200,7 +200,7 @@ def situation(eight_b: Path) -> Situation:
     from mtl_lora_cli.recipe.schema import Recipe, Task
 
     base = find_base_model(str(eight_b), weights=False)
-    model, adapter = on_meta(base, AdapterConfig(), ["a"])
+    model, adapter = on_meta(base, configure(), ["a"])
     return Situation(
         recipe=Recipe(tasks=[Task(name="a", template="b")]),
         model=model,

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.adapters.methods.base import Settings
 
 pytestmark = pytest.mark.slow
 
 
-def mean_cosine(small: Callable[..., Any], config: AdapterConfig) -> float:
+def mean_cosine(small: Callable[..., Any], config: Settings) -> float:
     """Mean cosine of two up-projections of a layer after 100 steps on four real tasks."""
     run = small(
         adapter=config,
@@ -34,9 +35,9 @@ def mean_cosine(small: Callable[..., Any], config: AdapterConfig) -> float:
 
 
 def test_an_equal_start_keeps_the_up_projections_copies(small: Callable[..., Any]) -> None:
-    assert mean_cosine(small, AdapterConfig(gate_start=1e-8)) > 0.9999
+    assert mean_cosine(small, configure(gate_start=1e-8)) > 0.9999
 
 
 @pytest.mark.parametrize("gate", ["weights", "embedding"])
 def test_the_default_start_parts_them(small: Callable[..., Any], gate: Any) -> None:
-    assert mean_cosine(small, AdapterConfig(gate=gate)) < 0.9
+    assert mean_cosine(small, configure(gate=gate)) < 0.9

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_lora_cli.adapters.config import AdapterConfig
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.training.prepare import Prepared
 
 
@@ -44,7 +44,7 @@ def test_the_first_loss_is_the_plain_models_mean_over_answer_tokens(
 def test_rows_may_pass_one_by_one_or_together(small: Callable[..., Any]) -> None:
     losses = []
     for rows in (1, 2, 4):
-        run = small(rows_per_pass=rows, adapter=AdapterConfig(rank=4))  # without dropout
+        run = small(rows_per_pass=rows, adapter=configure(rank=4))  # without dropout
         losses.append([event["loss"] for event in run.train().events])
     assert len(losses[0]) == 6
     for others in losses[1:]:

@@ -13,8 +13,8 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from mtl_lora_cli.adapters.config import AdapterConfig
 from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.cli.plan import tasks_table
 from mtl_lora_cli.comparison.random_model import empty_model, random_model
 from mtl_lora_cli.comparison.shapes import find_config
@@ -176,7 +176,7 @@ def test_the_measured_peak_of_eight_billion() -> None:
 def test_sizes_are_read_from_the_model() -> None:
     with torch.device("meta"):
         model = empty_model(find_config("llama3-8b"), dtype=torch.bfloat16)
-        adapter = inject(model, AdapterConfig(), [str(task) for task in range(8)])
+        adapter = inject(model, configure(), [str(task) for task in range(8)])
     assert sizes_of(model, adapter, value=2, on_card=True) == EIGHT_B
     four_bit = sizes_of(model, adapter, value=2, on_card=True, quantization="nf4")
     assert four_bit == EIGHT_B_NF4
@@ -196,7 +196,7 @@ def test_the_estimate_is_what_torch_allocates(recompute: bool | Recompute) -> No
     model = random_model(
         config, dtype=torch.float32, device=cpu, quantization="none", attention=registered.NAME
     )
-    adapter = inject(model, AdapterConfig(target_modules=("*_proj",)), ("one", "two"))
+    adapter = inject(model, configure(target_modules=("*_proj",)), ("one", "two"))
     packed = PackedModel(model, adapter, keep=keep_of(recompute, 4)).train()
     steps = Yardstick.build(256, 2, seed=0).steps(
         1, row_length=2048, rows_per_step=1, rows_per_pass=1, seed=0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from mtl_lora_cli.adapters.config import METHODS
+from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.cli.app import app
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: P
     merged = cli(
         "merge", "--run", run, "--task", "rte", "--output", str(tmp_path / "merged"), "--json"
     )
-    if METHODS[method].mergeable:
+    if METHODS[method].mergeable():
         assert merged.exit_code == 0, merged.stderr
     else:
         assert merged.exit_code == 2

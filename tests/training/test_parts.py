@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.config import AdapterConfig
-from mtl_lora_cli.adapters.layer import ROLES
+from mtl_lora_cli.adapters.methods import base as methods
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Part, Parts
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.parts import PART_OF_ROLE, part_of
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
 from mtl_lora_cli.training.schedule import learning_rate_factor
 
 pytestmark = pytest.mark.slow
 
-EMBEDDED = AdapterConfig(rank=4, gate="embedding")
+EMBEDDED = configure(rank=4, gate="embedding")
 PARTS = ("down", "up", "transform", "gate", "embedding")
+
+
+def part_of(name: str) -> str:
+    return EMBEDDED.role(name).part
 
 
 def parts_of(names: Iterable[str]) -> set[str]:
@@ -39,8 +42,9 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def test_every_role_belongs_to_a_part() -> None:
-    assert set(ROLES) <= set(PART_OF_ROLE)
-    assert set(PART_OF_ROLE.values()) == set(PARTS) == set(Parts.model_fields)
+    known = set(get_args(methods.Part))
+    assert known == set(PARTS) == set(Parts.model_fields)
+    assert {role.part for role in EMBEDDED.all_roles()} == known
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -76,7 +80,7 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
     def look(step: int) -> None:
         seen.append(
             {
-                part_of(names[id(tensor)]): group["lr"]
+                run.trainer.adapter.role(names[id(tensor)]).part: group["lr"]
                 for group in run.trainer.update.optimizer.param_groups
                 for tensor in group["params"]
             }

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from mtl_lora_cli.metrics import Outcome
-from mtl_lora_cli.metrics.seeds import (
+from mtl_lora_cli.comparison.statistics import (
     TaskRuns,
     bootstrap_p,
     compare,
@@ -17,6 +16,7 @@ from mtl_lora_cli.metrics.seeds import (
     seed_shares,
     sign_test,
 )
+from mtl_lora_cli.evaluation.metrics import Outcome
 
 
 def answered(right: str) -> Outcome:
