@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from mtl_lora_cli import extensions
+from mtl_lora_cli.metrics import METRICS
 
 # Triton reads it when it is imported, which other libraries do, too: without a card its kernels run
 # in the interpreter (tests/kernels).
@@ -44,6 +48,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         real = [item for item in items if item.get_closest_marker("real_data")]
         config.hook.pytest_deselected(items=real)
         items[:] = [item for item in items if not item.get_closest_marker("real_data")]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a file of a test's adds to what is built in is taken away again."""
+    before = dict(METRICS)
+    monkeypatch.setattr(extensions, "_run", set())
+    monkeypatch.setenv(extensions.VARIABLE, "")
+    yield
+    METRICS.clear()
+    METRICS.update(before)
 
 
 @pytest.fixture(scope="session")

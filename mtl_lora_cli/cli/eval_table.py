@@ -50,6 +50,7 @@ def as_table(
         base_only: the results themselves are the base model's.
     """
     from mtl_lora_cli.evaluation.results import title_in
+    from mtl_lora_cli.metrics.paired import right_or_wrong
 
     header = ["task", "metric", "base" if base_only else "score", "95 % interval"]
     if not base_only:
@@ -59,11 +60,11 @@ def as_table(
     for result, other in zip(results, beside, strict=True):
         for number, (metric, measured) in enumerate(result["metrics"].items()):
             title = title_in(result, metric)
-            row = [result["task"] if number == 0 else "", title, *_value(measured)]
+            row = [result["task"] if number == 0 else "", title, *_value(metric, measured)]
             if not base_only:
                 row += _other(metric, other)
-            accurate = metric == "accuracy"
-            row += [_share(result[key]) if accurate else "" for key in ("majority", "chance")]
+            shares = right_or_wrong(metric)
+            row += [_share(result[key]) if shares else "" for key in ("majority", "chance")]
             rows.append(row)
     lines = [table(header, rows)]
     if means:
@@ -92,8 +93,10 @@ def _means(means: Sequence[Average], name: str | None, *, base_only: bool) -> st
     )
 
 
-def _value(measured: Result) -> list[str]:
-    return [_shown(measured["value"]), _interval(measured["low"], measured["high"])]
+def _value(metric: str, measured: Result) -> list[str]:
+    digits = _digits(metric)
+    interval = _interval(measured["low"], measured["high"], digits)
+    return [_shown(measured["value"], digits), interval]
 
 
 def _other(metric: str, other: Result | None) -> list[str]:
@@ -103,13 +106,19 @@ def _other(metric: str, other: Result | None) -> list[str]:
     if theirs is None:
         return ["–", "", ""]
     apart = other["paired"].get(metric)
+    digits = _digits(metric)
+    shown = _shown(theirs["value"], digits)
     if apart is None:
-        return [_shown(theirs["value"]), "", ""]
-    return [
-        _shown(theirs["value"]),
-        _apart(apart["difference"], apart["low"], apart["high"]),
-        _p(apart["p"]),
-    ]
+        return [shown, "", ""]
+    difference = _apart(apart["difference"], apart["low"], apart["high"], digits)
+    return [shown, difference, _p(apart["p"])]
+
+
+def _digits(metric: str) -> int:
+    """Behind the point; the harness's metrics are not ours, and have as many as most."""
+    from mtl_lora_cli.metrics import METRICS
+
+    return METRICS[metric].digits if metric in METRICS else 3
 
 
 def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
@@ -180,24 +189,24 @@ def _protocol(result: Result) -> str:
     return str(result["protocol"])
 
 
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _shown(value: float | None, digits: int = 3) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.3f} – {high:.3f}"
+def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"{low:.{digits}f} – {high:.{digits}f}"
 
 
-def _apart(difference: float | None, low: float | None, high: float | None) -> str:
+def _apart(difference: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
     if difference is None:
         return ""
     if low is None or high is None:
-        return f"{difference:+.3f}"
-    return f"{difference:+.3f} ({low:+.3f} – {high:+.3f})"
+        return f"{difference:+.{digits}f}"
+    return f"{difference:+.{digits}f} ({low:+.{digits}f} – {high:+.{digits}f})"
 
 
 def _p(value: float | None) -> str:

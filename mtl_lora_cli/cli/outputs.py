@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mtl_lora_cli.cli.frame import emit, emit_json, say
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.evaluation.metrics import Measured
     from mtl_lora_cli.export.run_merge import Written
+    from mtl_lora_cli.metrics.intervals import Measured
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
 

@@ -22,10 +22,10 @@ from mtl_lora_cli.comparison.results import (
     unpack,
     validation_scores,
 )
-from mtl_lora_cli.comparison.statistics import RESAMPLES, TaskRuns, compare
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.evaluation.metrics import undefined
-from mtl_lora_cli.evaluation.resampled import metric
+from mtl_lora_cli.extensions import load_extensions
+from mtl_lora_cli.metrics.declare import find
+from mtl_lora_cli.metrics.seeds import RESAMPLES, TaskRuns, compare
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.folder import save_json
 
@@ -44,6 +44,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             finished, or their rows differ.
     """
     plan = read_plan(folder)
+    load_extensions(plan["fixed"].get("recipe", {}).get("extensions", ()))
     score = fixed_in(plan)["score"]
     results = {run["id"]: read_result(folder, run["id"]) for run in plan["runs"]}
     chosen = chosen_points(plan, results)
@@ -169,10 +170,11 @@ def _undefined(scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[st
     """A line for each method and task whose metric is 0 / 0, and what it counts as."""
     for method, each in scored.items():
         for name, first in each[0].items():
-            whys = [undefined(one[name]["metric"], unpack(one[name])) for one in each]
+            metric = find(first["metric"])
+            whys = [metric.undefined(unpack(one[name])) for one in each]
             known = [why for why in whys if why is not None]
             if known:
-                value = metric(first["metric"], unpack(each[whys.index(known[0])][name]))
+                value = metric.value(unpack(each[whys.index(known[0])][name]))
                 yield (
                     f"{name}: {first.get('title') or first['metric']} of {method} is undefined with "
                     f"{len(known)} of {len(each)} seeds ({known[0]}) and counts as {value:g}"

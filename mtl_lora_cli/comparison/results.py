@@ -11,8 +11,9 @@ import numpy as np
 from mtl_lora_cli.comparison.grid import TEST
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.evaluation.metrics import Outcome
-from mtl_lora_cli.evaluation.resampled import metric
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.declare import direction, find
+from mtl_lora_cli.metrics.outcome import OF_EACH_ROW
 from mtl_lora_cli.runs.folder import read_json
 from mtl_lora_cli.tasks.task import Task
 
@@ -29,36 +30,35 @@ def pack(task: Task, examples: Examples, outcome: Outcome) -> dict[str, Any]:
         "rows": f"{examples.fingerprint}-{len(outcome.gold)}",
         "metric": task.template.metrics[0],
         "title": task.template.title(task.template.metrics[0]),
-        "metrics": {name: metric(name, outcome) for name in task.template.metrics},
+        "metrics": {name: find(name).value(outcome) for name in task.template.metrics},
         "positive": outcome.positive,
-        "gold": _packed(outcome.gold),
-        "predicted": _packed(outcome.predicted),
     }
-    for name in ("gold_value", "predicted_value", "positive_score"):
-        values = getattr(outcome, name)
-        if values is not None:
-            entry[name] = _packed(values)
-    return entry
+    values = {name: getattr(outcome, name) for name in OF_EACH_ROW}
+    return entry | {name: _packed(own) for name, own in values.items() if own is not None}
 
 
 def unpack(entry: Mapping[str, Any]) -> Outcome:
     """The inverse of `pack`; numbers to seven digits."""
 
-    def numbers(name: str) -> np.ndarray | None:
-        return None if name not in entry else np.array(entry[name].split(), dtype=np.float64)
-
-    return Outcome(
-        gold=np.array(entry["gold"].split(), dtype=np.int64),
-        predicted=np.array(entry["predicted"].split(), dtype=np.int64),
-        gold_value=numbers("gold_value"),
-        predicted_value=numbers("predicted_value"),
-        positive_score=numbers("positive_score"),
-        positive=entry["positive"],
-    )
+    of_each = {name: _unpacked(name, entry[name]) for name in OF_EACH_ROW if name in entry}
+    return Outcome(**of_each, positive=entry["positive"])
 
 
-def _packed(values: np.ndarray) -> str:
+def _packed(values: np.ndarray) -> Any:
+    """Numbers as one short text, those of many choices as one a row, texts as they are."""
+    if values.dtype.kind == "U":
+        return values.tolist()
+    if values.ndim == 2:
+        return [_packed(row) for row in values]
     return " ".join(f"{value:.7g}" for value in values.tolist())
+
+
+def _unpacked(name: str, packed: Any) -> np.ndarray:
+    if name in ("references", "answers"):
+        return np.array(packed, dtype=np.str_)
+    if isinstance(packed, list):
+        return np.array([row.split() for row in packed], dtype=np.float64)
+    return np.array(packed.split(), dtype=np.int64 if name in ("gold", "predicted") else np.float64)
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def validation_scores(
     return found
 
 
-def choose(scores: Mapping[str, float | None]) -> str | None:
-    """The setting with the highest score, of equal ones the first; None where none has a score."""
+def choose(scores: Mapping[str, float | None], *, higher: bool = True) -> str | None:
+    """The setting with the best score, of equal ones the first; None where none has a score."""
     known = {label: score for label, score in scores.items() if score is not None}
-    return max(known, key=lambda label: known[label]) if known else None
+    return (max if higher else min)(known, key=lambda label: known[label]) if known else None
 
 
 def chosen_points(
@@ -137,7 +137,18 @@ def chosen_points(
     if not plan["fixed"]["sweep"]:
         return {method: points_in(plan, method)[0] for method in plan["methods"]}
     scores = validation_scores(plan, results)
-    return {method: choose(own) for method, own in scores.items()}
+    higher = direction(_metrics_in(results)) == "higher"
+    return {method: choose(own, higher=higher) for method, own in scores.items()}
+
+
+def _metrics_in(results: Mapping[str, Mapping[str, Any] | None]) -> set[str]:
+    """The metrics by which runs were scored on validation rows."""
+    return {
+        entry["metric"]
+        for result in results.values()
+        if is_done(result) and result is not None
+        for entry in (result["validation"] or {}).values()
+    }
 
 
 def require_same_rows(name: str, entries: Sequence[Mapping[str, Any]]) -> None:

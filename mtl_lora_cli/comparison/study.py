@@ -33,6 +33,7 @@ from mtl_lora_cli.comparison.rows import cut_source, lacks_validation
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
+from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
@@ -199,6 +200,10 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
             "use --match none"
         )
     tasks = bind_tasks(loaded)
+    try:
+        direction(task.template.metrics[0] for task in tasks)
+    except ValueError as error:
+        raise UsageError(f"the tasks cannot be compared as a whole: {error}") from None
     cut = [task.name for task in tasks if options.validated and lacks_validation(task)]
     entries = []
     for task in tasks:

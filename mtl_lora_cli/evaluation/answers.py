@@ -18,10 +18,11 @@ from mtl_lora_cli.evaluation.choices import (
     score,
 )
 from mtl_lora_cli.evaluation.generate import Stopped, generate
-from mtl_lora_cli.evaluation.metrics import Outcome
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.machine.processes import Processes
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.declare import read_by
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 
@@ -215,8 +216,12 @@ def read_generated(
             gold.append(0)
         predicted.append(named)
         unparsable += named < 0 if example.choices else right is None
-    positive = task.template.positive_index
-    outcome = Outcome(np.asarray(gold), np.asarray(predicted), positive=positive)
+    outcome = Outcome(
+        np.asarray(gold),
+        np.asarray(predicted),
+        positive=task.template.positive_index,
+        **_texts(task, [own(example.answer) for example in examples.examples], texts),
+    )
     limits = answer_limits(task, requests)
     right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
     said = tokenizer.batch_decode(right_ones, skip_special_tokens=True)
@@ -225,6 +230,15 @@ def read_generated(
         for text, example in zip(said, examples.examples, strict=True)
     )
     return Answers(requests, outcome, texts=texts, unparsable=unparsable, unreadable=unreadable)
+
+
+def _texts(
+    task: Task, references: Sequence[str], answers: Sequence[str]
+) -> dict[str, np.ndarray | None]:
+    """Right and given texts, where one of the task's metrics reads them."""
+    read = read_by(task.template.metrics)
+    texts = {"references": references, "answers": answers}
+    return {name: np.asarray(own, np.str_) if name in read else None for name, own in texts.items()}
 
 
 def outcome_of(
@@ -253,6 +267,7 @@ def outcome_of(
         return Outcome(
             gold,
             predicted,
+            probabilities=_padded(task, likely),
             gold_value=np.asarray([example.value for example in examples.examples]),
             predicted_value=np.asarray([expected_value(task, p) for p in likely]),
         )
@@ -263,7 +278,18 @@ def outcome_of(
         predicted,
         positive_score=np.asarray([p[positive] for p in likely]) if two else None,
         positive=positive,
+        probabilities=_padded(task, likely),
     )
+
+
+def _padded(task: Task, likely: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Probabilities [E, most choices], NaN behind a row's last, where one of the task's metrics reads them."""
+    if "probabilities" not in read_by(task.template.metrics):
+        return None
+    padded = np.full((len(likely), max(map(len, likely), default=0)), np.nan)
+    for row, values in zip(padded, likely, strict=True):
+        row[: len(values)] = values
+    return padded
 
 
 def count_ties(scores: Sequence[np.ndarray]) -> int:

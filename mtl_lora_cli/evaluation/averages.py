@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.evaluation.metrics import Measured, mcnemar, measure, undefined
-from mtl_lora_cli.evaluation.paired import bootstrap_p, percentiles, sampled
-from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.evaluation.results import outcome_in
+from mtl_lora_cli.metrics.declare import METRICS, direction, find
+from mtl_lora_cli.metrics.intervals import Measured, mcnemar, measure
+from mtl_lora_cli.metrics.paired import bootstrap_p, percentiles, sampled
 
 Part = tuple[str, str]  # a task as the benchmark knows it, and a metric
 Measure = tuple[int, str]  # a task's place among the results, and a metric
@@ -143,6 +143,10 @@ def _average(
     others: Sequence[Mapping[str, Any]] | None,
 ) -> Average:
     parts = _weighted(groups)
+    try:
+        direction(metric for _, metric in parts)
+    except ValueError as error:
+        return Average(name, len(groups), of, None, why=str(error))
     for number, metric_name in parts:
         for one in [results[number], *([] if others is None else [others[number]])]:
             why = _unknown(metric_name, one)
@@ -164,15 +168,15 @@ def _unknown(name: str, result: Mapping[str, Any]) -> str | None:
     own, outcome = result["metrics"].get(name), outcome_in(result)
     if own is not None and own["value"] is None:
         return f"{name} is undefined: {own['why']}"
-    if not outcome.tells(name):
+    if name not in METRICS or not METRICS[name].known(outcome):
         return f"{name} is not known"
-    why = undefined(name, outcome) if own is None else None
+    why = METRICS[name].undefined(outcome) if own is None else None
     return None if why is None else f"{name} is undefined: {why}"
 
 
 def _mean(parts: Mapping[Measure, float], results: Sequence[Mapping[str, Any]]) -> float:
     """Σ w_i · metric_i."""
-    values = (w * metric(name, outcome_in(results[n])) for (n, name), w in parts.items())
+    values = (w * find(name).value(outcome_in(results[n])) for (n, name), w in parts.items())
     return float(sum(values))
 
 

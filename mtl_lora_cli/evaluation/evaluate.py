@@ -22,7 +22,6 @@ from mtl_lora_cli.evaluation.answers import (
     predict,
 )
 from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
-from mtl_lora_cli.evaluation.metrics import Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
 from mtl_lora_cli.evaluation.results import (
@@ -33,6 +32,8 @@ from mtl_lora_cli.evaluation.results import (
     stored,
 )
 from mtl_lora_cli.machine.processes import Processes
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.intervals import measure
 from mtl_lora_cli.tasks.task import Task
 
 __all__ = [
@@ -209,13 +210,29 @@ def _by_ourselves(
             "titles": {name: task.template.title(name) for name in task.template.metrics},
             "harness": None if own.scores is None else _as_harness(examples, own),
             "positive": outcome.positive,
-            **{name: _listed(getattr(outcome, name)) for name in OUTCOME},
+            **_of_each_row(outcome),
             "seconds_of_all_tasks": seconds,
         }
 
 
-def _listed(values: np.ndarray | None) -> list[Any] | None:
-    return None if values is None else values.tolist()
+_ALWAYS_THERE = ("gold", "predicted", "gold_value", "predicted_value", "positive_score")
+
+
+def _of_each_row(outcome: Outcome) -> dict[str, list[Any] | None]:
+    """What the metrics were computed from; what few metrics read is there where one does."""
+    parts = {name: getattr(outcome, name) for name in OUTCOME}
+    return {
+        name: None if part is None else _listed(part)
+        for name, part in parts.items()
+        if part is not None or name in _ALWAYS_THERE
+    }
+
+
+def _listed(values: np.ndarray) -> list[Any]:
+    """As JSON has it, which knows no NaN: None behind a row's last choice."""
+    if values.ndim == 1:
+        return list(values.tolist())
+    return [[None if np.isnan(value) else value for value in row] for row in values.tolist()]
 
 
 def _as_harness(examples: Examples, answers: Answers) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
-from mtl_lora_cli.evaluation.paired import paired
+from mtl_lora_cli.metrics import METRICS, Outcome
+from mtl_lora_cli.metrics.intervals import mcnemar
+from mtl_lora_cli.metrics.outcome import OF_EACH_ROW
+from mtl_lora_cli.metrics.paired import paired
 from mtl_lora_cli.recipe.schema import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.runs.listing import digest_of, read_digests
 from mtl_lora_cli.runs.lock import in_turn
 from mtl_lora_cli.runs.paths import require_writable
-from mtl_lora_cli.tasks.template import OF_ONE_CLASS
 
 # Two results on the same examples, asked in the same way.
 _ASKED = (
@@ -47,7 +48,7 @@ _NAMED = (
     "checkpoint",
     "limit",
 )
-OUTCOME = ("gold", "predicted", "gold_value", "predicted_value", "positive_score")
+OUTCOME = OF_EACH_ROW  # keys of what stands for each row; those that no metric reads may be missing
 # What lm-evaluation-harness calls it, and what it is.
 _METRIC = {"acc": "accuracy"}
 
@@ -75,7 +76,8 @@ def compare_with_run(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, 
 def _differences(
     one: Mapping[str, Any], other: Mapping[str, Any], keys: tuple[str, ...]
 ) -> list[str]:
-    if not set(OF_ONE_CLASS) & {*one["metrics"], *other["metrics"]}:
+    named = {*one["metrics"], *other["metrics"]}
+    if not any(METRICS[name].of_positive for name in named if name in METRICS):
         keys = tuple(key for key in keys if key != "positive")
     return [key for key in keys if (one.get(key) or None) != (other.get(key) or None)]
 
@@ -86,7 +88,7 @@ def beside(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
     Returns:
         Its `metrics`, and `acc` and `acc_norm` under `harness`; what they came from under `outcome`;
         under `paired` for each metric what `ours` is better by
-        (`mtl_lora_cli.evaluation.paired.Difference`), null where it is undefined for one of the two;
+        (`mtl_lora_cli.metrics.paired.Difference`), null where it is undefined for one of the two;
         McNemar's exact test under `p_value`.
     """
     outcomes = outcome_in(ours), outcome_in(theirs)
@@ -121,7 +123,7 @@ def _paired(
     if any(one["metrics"][name]["value"] is None for one in (ours, theirs)):
         return None
     known = _METRIC.get(name, name)
-    if not (own.tells(known) and other.tells(known)):
+    if known not in METRICS or not all(METRICS[known].known(one) for one in (own, other)):
         return None
     return dataclasses.asdict(paired(known, own, other, ours["task"]))
 
@@ -129,17 +131,13 @@ def _paired(
 def outcome_in(result: Mapping[str, Any]) -> Outcome:
     """What a stored result's metrics were computed from."""
 
-    def values(key: str) -> np.ndarray | None:
-        return None if result.get(key) is None else np.asarray(result[key], dtype=np.float64)
-
-    return Outcome(
-        np.asarray(result["gold"], dtype=np.int64),
-        np.asarray(result["predicted"], dtype=np.int64),
-        gold_value=values("gold_value"),
-        predicted_value=values("predicted_value"),
-        positive_score=values("positive_score"),
-        positive=result.get("positive", 1),
-    )
+    kinds = {"gold": np.int64, "predicted": np.int64, "references": np.str_, "answers": np.str_}
+    of_each: dict[str, np.ndarray] = {
+        name: np.asarray(result[name], dtype=kinds.get(name, np.float64))
+        for name in OUTCOME
+        if result.get(name) is not None
+    }
+    return Outcome(**of_each, positive=result.get("positive", 1))
 
 
 def stored(folder: RunFolder) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from mtl_lora_cli.adapters.files import CONFIG_FILE
 from mtl_lora_cli.errors import CheckError, UsageError
-from mtl_lora_cli.evaluation.metrics import measure
 from mtl_lora_cli.evaluation.protocols import LM_EVAL, Setting
 from mtl_lora_cli.evaluation.results import OUTCOME, beside
 from mtl_lora_cli.export.check import Questions, Reader, largest_difference, merged_model
@@ -19,6 +18,7 @@ from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.gguf_adapter import ADAPTER, MODEL, adapter_in_llama, model_in_llama
 from mtl_lora_cli.export.llama_scores import require_llama_cpp
 from mtl_lora_cli.export.peft_adapter import loaded_by_peft
+from mtl_lora_cli.metrics.intervals import measure
 from mtl_lora_cli.tasks.task import Task
 
 # By what lies in it a folder is known.

@@ -12,11 +12,11 @@ import numpy as np
 from mtl_lora_cli.data.prepare import mixture_of
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.metrics import Measured
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
 from mtl_lora_cli.export.check import Comparison
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
+from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import load_config, model_class
 from mtl_lora_cli.models.prequantised import method_of

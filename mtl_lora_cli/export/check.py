@@ -33,13 +33,14 @@ from mtl_lora_cli.evaluation.answers import (
 )
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import held_out
-from mtl_lora_cli.evaluation.metrics import Measured, Outcome, measure
 from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.machine.cards import free_memory, pick_device
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.intervals import Measured, measure
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import (

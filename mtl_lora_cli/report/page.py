@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.metrics.paired import right_or_wrong
 from mtl_lora_cli.report.plots import MEASURES, Plot, can_be_drawn
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.paths import require_writable
@@ -87,6 +88,7 @@ def render(facts: Mapping[str, Any], plots: Sequence[Plot]) -> str:
         looked_at=_looked_at,
         figure=figure,
         place=_place,
+        right_or_wrong=right_or_wrong,
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.averages import averages
-from mtl_lora_cli.evaluation.paired import RIGHT_OR_WRONG
 from mtl_lora_cli.evaluation.protocols import LM_EVAL
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, theirs_in, title_in
+from mtl_lora_cli.metrics.paired import right_or_wrong
 from mtl_lora_cli.runs.folder import RunFolder
 
 # What a table shows of how a task was asked: of two results that are alike in it, the newer counts.
@@ -131,7 +131,7 @@ def _base_values(measured: Mapping[str, Any] | None) -> dict[str, Any]:
 def _paired(name: str, other: Mapping[str, Any] | None) -> dict[str, Any]:
     pair = ((other or {}).get("paired") or {}).get(name) or {}
     p = pair.get("p")
-    if p is None and other is not None and name in RIGHT_OR_WRONG:
+    if p is None and other is not None and right_or_wrong(name):
         p = other.get("p_value")
     return {
         "difference": pair.get("difference"),

@@ -29,6 +29,9 @@ from pydantic import (
     field_validator,
 )
 
+from mtl_lora_cli.errors import did_you_mean
+from mtl_lora_cli.metrics import METRICS
+from mtl_lora_cli.metrics.declare import Of, fitting
 from mtl_lora_cli.recipe.schema import Name, Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
@@ -37,18 +40,6 @@ from mtl_lora_cli.tasks.jinja import Expression, Text
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 Label = bool | int | float | str
 Normalisation = Literal["sum", "token", "character"]
-Metric = Literal[
-    "accuracy",
-    "macro_f1",
-    "matthews",
-    "quadratic_kappa",
-    "f1",
-    "roc_auc",
-    "pearson",
-    "spearman",
-    "exact_match",
-]
-OF_ONE_CLASS = ("f1", "roc_auc")  # they say how well the positive class is told from the other
 
 
 def _is_text(source: str) -> str:
@@ -71,8 +62,16 @@ def _is_pattern(source: str) -> str:
     return source
 
 
+def _is_metric(name: str) -> str:
+    if name not in METRICS:
+        near = did_you_mean(name, METRICS) or f"; known: {', '.join(METRICS)}"
+        raise ValueError(f"unknown metric '{name}'{near}")
+    return name
+
+
 JinjaText = Annotated[str, AfterValidator(_is_text)]
 JinjaExpression = Annotated[str, AfterValidator(_is_expression)]
+MetricName = Annotated[str, AfterValidator(_is_metric)]
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -133,8 +132,9 @@ class Template(StrictModel):
     # What a choice's log-probability is divided by: 1, its tokens, or its characters.
     normalisation: Normalisation = "sum"
     generate: Generation = Field(default=Generation())
-    metrics: list[Metric] = Field(default=[], validate_default=True)
-    positive: Label | None = None  # for f1 and roc_auc; default: 1, true or yes, else the second
+    metrics: list[MetricName] = Field(default=[], validate_default=True)
+    # The class that metrics of two choices are about; default: 1, true or yes, else the second
+    positive: Label | None = None
 
     @property
     def labels(self) -> list[Label] | None:
@@ -149,13 +149,15 @@ class Template(StrictModel):
         return next((index for index in found if index is not None), 1)
 
     def title(self, metric: str) -> str:
-        """A metric as tables show it: one that is about the positive class names it, `f1 (yes)`."""
+        """A metric as tables show it: `f1 (yes)` where it is about that class, `rmse ↓` where less is better."""
+        declared = METRICS[metric]
+        title = metric if declared.better == "higher" else f"{metric} ↓"
         texts = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
-        if metric not in OF_ONE_CLASS or not isinstance(texts, list):
-            return metric
+        if not declared.of_positive or not isinstance(texts, list):
+            return title
         index, text = self.positive_index, texts[self.positive_index]
         named = text.strip() if "{" not in text else str((self.labels or [])[index])
-        return f"{metric} ({named if len(named) <= 30 else named[:29] + '…'})"
+        return f"{title} ({named if len(named) <= 30 else named[:29] + '…'})"
 
     @field_validator("fields")
     @classmethod
@@ -212,7 +214,7 @@ class Template(StrictModel):
     def _metrics_fit(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
         if not {"choices", "scoring"} <= info.data.keys():
             return metrics
-        possible = _metrics_for(info.data["choices"], info.data["scoring"])
+        possible = fitting(_kinds(info.data["choices"], info.data["scoring"]))
         for metric in metrics:
             if metric not in possible:
                 raise ValueError(f"'{metric}' does not fit; possible here: {', '.join(possible)}")
@@ -302,13 +304,12 @@ def _labels(choices: Choices | None) -> list[Label] | None:
     return list(range(len(choices))) if isinstance(choices, list) else None
 
 
-def _metrics_for(choices: Choices | None, scoring: str) -> list[str]:
-    """The metrics that mean something; the first one is the default."""
+def _kinds(choices: Choices | None, scoring: str) -> set[Of]:
+    """What kinds of task it is, for the metrics that mean something."""
     if choices is None:
-        return ["exact_match"]
+        return {Of.FREE}
     if scoring == "expectation":
-        return ["pearson", "spearman"]
+        return {Of.VALUES}
     if isinstance(choices, Each):  # the second choice of one row has no kin in the next
-        return ["accuracy"]
-    metrics = ["accuracy", "macro_f1", "matthews", "quadratic_kappa"]
-    return [*metrics, "f1", "roc_auc"] if len(choices) == 2 else metrics
+        return {Of.CHOICES}
+    return {Of.CHOICES, Of.LABELS} | ({Of.TWO} if len(choices) == 2 else set())

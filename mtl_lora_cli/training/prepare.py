@@ -25,6 +25,7 @@ from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import adapt, load_config, load_model, load_tokenizer, longest_of
 from mtl_lora_cli.models.packed import PackedModel
@@ -285,7 +286,13 @@ def _validation(
     held = encode_validation(data.tasks, recipe, tokenizer, longest)
     if not any(len(one.split) for one in held):
         raise loaded.problem(("training", "validation"), "no task's source has a validation split")
-    if settings.best is not None and settings.best != MACRO:
+    if settings.best == MACRO:
+        try:
+            direction(one.metric for one in held if one.metric is not None)
+        except ValueError as error:
+            why = f"{error}; name a task"
+            raise loaded.problem(("training", "validation", "best"), why) from None
+    elif settings.best is not None:
         _require_held_out(loaded, settings.best, held)
     return held
 

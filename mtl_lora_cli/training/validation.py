@@ -25,10 +25,10 @@ from mtl_lora_cli.evaluation.choices import (
     fill_passes,
     require_different,
 )
-from mtl_lora_cli.evaluation.metrics import Outcome, undefined
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
-from mtl_lora_cli.evaluation.resampled import metric
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.declare import direction, find
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
@@ -71,8 +71,8 @@ class HeldOut:
         assert self.metric is not None
         if not all(np.isfinite(values).all() for values in scores):
             return None
-        outcome = self.outcome(scores)
-        return None if undefined(self.metric, outcome) else metric(self.metric, outcome)
+        outcome, metric = self.outcome(scores), find(self.metric)
+        return None if metric.undefined(outcome) else metric.value(outcome)
 
     def outcome(self, scores: Sequence[np.ndarray]) -> Outcome:
         """What the log-probabilities answer."""
@@ -141,7 +141,7 @@ def _with_metric(held: HeldOut, requests: Sequence[Request]) -> HeldOut:
     right = [np.full(len(one.choices), -1e3) for one in held.examples.examples]
     for values, one in zip(right, held.examples.examples, strict=True):
         values[one.gold] = 0.0
-    return held if undefined(name, asked.outcome(right)) else asked
+    return held if find(name).undefined(asked.outcome(right)) else asked
 
 
 class Validation:
@@ -221,7 +221,8 @@ class Validation:
         what = kind if name == MACRO or not asked else asked[0].title
         count = sum(len(one.requests) or len(one.split) for one in asked or chosen)
         value = event[MACRO][kind] if name == MACRO else event[kind][name]
-        return Mark(f"{name} {what} on {count:,} held-out examples", value, higher=bool(asked))
+        higher = bool(asked) and direction(one.metric or "" for one in asked) == "higher"
+        return Mark(f"{name} {what} on {count:,} held-out examples", value, higher=higher)
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtl_lora_cli.evaluation import metrics
 from mtl_lora_cli.evaluation.averages import Average, averages
-from mtl_lora_cli.evaluation.metrics import Outcome, wilson
-from mtl_lora_cli.evaluation.resampled import metric
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics import intervals as metrics
+from mtl_lora_cli.metrics.declare import find
+from mtl_lora_cli.metrics.intervals import wilson
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def result(
     return {
         "task": task,
         "template": {"name": template, "version": 1},
-        "metrics": {name: {"value": metric(name, outcome), "why": None} for name in names},
+        "metrics": {name: {"value": find(name).value(outcome), "why": None} for name in names},
         "gold": gold.tolist(),
         "predicted": predicted.tolist(),
         "gold_value": (gold * 1.0).tolist(),

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mtl_lora_cli.data.prepare import Examples
-from mtl_lora_cli.evaluation import metrics
 from mtl_lora_cli.evaluation.answers import answer, outcome_of, predict
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate, stored
 from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.metrics import intervals as metrics
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Generation

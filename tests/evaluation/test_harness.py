@@ -174,7 +174,7 @@ def test_the_harness_runs_its_task_with_our_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its acc and acc_norm on our rendered rows are those that our own protocol reports."""
-    monkeypatch.setattr("mtl_lora_cli.evaluation.metrics.RESAMPLES", 10)
+    monkeypatch.setattr("mtl_lora_cli.metrics.intervals.RESAMPLES", 10)
     task, rows = tasks[1], held[1]
     (own,) = evaluate(opened, [task], Setting(), rows=[rows])
     setting = Setting(protocol="lm-eval", harness_task=str(harness_file))

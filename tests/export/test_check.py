@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.metrics import Measured
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import check, check_process, run_merge
 from mtl_lora_cli.export.check import (
@@ -32,6 +31,7 @@ from mtl_lora_cli.export.check import (
 )
 from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import Written, merge_tasks
+from mtl_lora_cli.metrics.intervals import Measured
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mtl_lora_cli import extensions
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.extensions import load_extensions, load_named_extensions
 from mtl_lora_cli.recipe.load import dump_recipe, load_extensions_of, load_recipe
@@ -21,9 +20,6 @@ MARK = "import os\nos.environ['MARK'] = os.environ.get('MARK', '') + '{}'\n"
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a file adds to this process is taken away again."""
-    monkeypatch.setattr(extensions, "_run", set())
-    monkeypatch.setenv(extensions.VARIABLE, "")
     monkeypatch.setenv("MARK", "")
 
 

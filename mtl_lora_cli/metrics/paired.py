@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mtl_lora_cli.evaluation.metrics import RESAMPLES, Outcome, mcnemar
-from mtl_lora_cli.evaluation.resampled import metric, resampled
+from mtl_lora_cli.metrics.declare import METRICS, find
+from mtl_lora_cli.metrics.intervals import RESAMPLES, counted, mcnemar
+from mtl_lora_cli.metrics.outcome import Outcome
 
-RIGHT_OR_WRONG = ("accuracy", "exact_match")  # McNemar's test is about these
 _CHUNK = 250  # resamples whose weights are held at once
 
 
@@ -58,13 +58,14 @@ def paired(
         KeyError: an unknown metric.
         ValueError: the two do not cover the same number of examples.
     """
+    metric = find(name)
     own, other = (
         sampled(name, one, task, resamples=resamples, seed=seed) for one in (ours, theirs)
     )
     found = own - other
-    difference = metric(name, ours) - metric(name, theirs)
+    difference = metric.value(ours) - metric.value(theirs)
     low, high = percentiles(found, len(ours.gold))
-    if name not in RIGHT_OR_WRONG and low is not None:
+    if not metric.proportion and low is not None:
         return Difference(difference, low, high, bootstrap_p(found), "bootstrap")
     right = [(one.gold == one.predicted).tolist() for one in (ours, theirs)]
     return Difference(difference, low, high, mcnemar(*right), "mcnemar")
@@ -84,7 +85,13 @@ def sampled(
 ) -> np.ndarray:
     """One metric on every resample of a task's examples, float64 [B]."""
     parts = example_weights(len(outcome.gold), resamples, task, seed)
-    return np.concatenate([resampled(name, outcome, weights) for weights in parts])
+    metric = find(name)
+    return np.concatenate([metric.resampled(outcome, weights) for weights in parts])
+
+
+def right_or_wrong(name: str) -> bool:
+    """Whether a metric counts right answers: what McNemar's test is about."""
+    return name in METRICS and METRICS[name].proportion
 
 
 def example_weights(examples: int, resamples: int, task: str, seed: int) -> list[np.ndarray]:
@@ -97,10 +104,7 @@ def example_weights(examples: int, resamples: int, task: str, seed: int) -> list
     parts = []
     for start in range(0, resamples, _CHUNK):
         size = min(_CHUNK, resamples - start)
-        places = generator.integers(examples, size=(size, examples))
-        places += np.arange(size)[:, None] * examples
-        counted = np.bincount(places.ravel(), minlength=size * examples)
-        parts.append(counted.reshape(size, examples).astype(np.float32))
+        parts.append(counted(generator, examples, size).astype(np.float32))
     return parts
 
 

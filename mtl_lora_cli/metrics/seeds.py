@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.evaluation.metrics import Outcome, mcnemar
-from mtl_lora_cli.evaluation.paired import bootstrap_p, example_weights
-from mtl_lora_cli.evaluation.resampled import goodness, metric, resampled
+from mtl_lora_cli.metrics.declare import find
+from mtl_lora_cli.metrics.intervals import mcnemar
+from mtl_lora_cli.metrics.outcome import Outcome
+from mtl_lora_cli.metrics.paired import bootstrap_p, example_weights
 
 RESAMPLES = 2000
 
@@ -151,7 +152,8 @@ def _score(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scores [M, S], and the mean over the drawn seeds on the drawn examples [M, B]."""
     outcomes = list(runs.outcomes.values())
-    points = np.asarray([[metric(runs.metric, one) for one in each] for each in outcomes])
+    metric = find(runs.metric)
+    points = np.asarray([[metric.value(one) for one in each] for each in outcomes])
     examples = len(outcomes[0][0].gold)
     samples = np.empty((len(outcomes), len(shares)))
     start = 0
@@ -170,7 +172,7 @@ def _each_once(name: str, outcomes: Sequence[Outcome], weights: np.ndarray) -> n
     known: dict[int, np.ndarray] = {}
     for one in outcomes:
         if id(one) not in known:
-            known[id(one)] = resampled(name, one, weights)
+            known[id(one)] = find(name).resampled(one, weights)
     return np.stack([known[id(one)] for one in outcomes], axis=1)
 
 
@@ -193,8 +195,9 @@ def sign_test(runs: TaskRuns, method: str, baseline: str) -> float:
     With one seed, and right or wrong answers, it is McNemar's test. It says nothing about other
     seeds.
     """
+    metric = find(runs.metric)
     one, two = (
-        np.sum([goodness(runs.metric, outcome) for outcome in runs.outcomes[name]], axis=0)
+        np.sum([metric.goodness(outcome) for outcome in runs.outcomes[name]], axis=0)
         for name in (method, baseline)
     )
     return mcnemar((one - two > 1e-12).tolist(), (two - one > 1e-12).tolist())

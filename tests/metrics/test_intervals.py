@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from mtl_lora_cli.evaluation import metrics
-from mtl_lora_cli.evaluation.metrics import Measured, Outcome, mcnemar, measure, wilson
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics import intervals as metrics
+from mtl_lora_cli.metrics.intervals import Measured, mcnemar, measure, wilson
 
 NAMES = ("accuracy", "exact_match", "macro_f1", "matthews", "quadratic_kappa", "f1", "roc_auc")
 

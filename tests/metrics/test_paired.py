@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from mtl_lora_cli.evaluation.metrics import Outcome
-from mtl_lora_cli.evaluation.paired import example_weights, paired, sampled
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.paired import example_weights, paired, sampled
 
 EXAMPLES, CLASSES = 120, 3
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from mtl_lora_cli.comparison.statistics import (
+from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.seeds import (
     TaskRuns,
     bootstrap_p,
     compare,
@@ -16,7 +17,6 @@ from mtl_lora_cli.comparison.statistics import (
     seed_shares,
     sign_test,
 )
-from mtl_lora_cli.evaluation.metrics import Outcome
 
 
 def answered(right: str) -> Outcome:
