@@ -123,6 +123,7 @@ def _digits(metric: str) -> int:
 
 def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
     from mtl_lora_cli.evaluation.results import title_in
+    from mtl_lora_cli.metrics.guessing import one_sided
 
     examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
     protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
@@ -135,6 +136,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
                 notes.append(f"{task}: {title} is undefined: {measured['why']}")
         if result.get("ends_counted"):
             notes.append(f"{task}: {_ends_counted(result)}")
+        if result.get("one_answer"):
+            notes.append(f"{task}: {one_sided(result['one_answer'])}")
         if result["unparsable"]:
             notes.append(
                 f"{task}: {result['unparsable']} answers could not be read and count as wrong"

@@ -33,6 +33,7 @@ from mtl_lora_cli.evaluation.results import (
 )
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.guessing import one_answer
 from mtl_lora_cli.metrics.intervals import measure
 from mtl_lora_cli.tasks.task import Task
 
@@ -196,6 +197,7 @@ def _by_ourselves(
             "unparsable": own.unparsable,
             "unreadable": own.unreadable,
             "ties": None if own.scores is None else own.ties,
+            "one_answer": _one_answer(task, outcome) if has_choices else None,
             "ends_counted": 0 if own.scores is None else sum(one.ends > 0 for one in own.requests),
             "tokens": sum(request.cost for request in own.requests),
             "majority": Counter(gold).most_common(1)[0][1] / len(gold) if has_choices else None,
@@ -213,6 +215,14 @@ def _by_ourselves(
             **_of_each_row(outcome),
             "seconds_of_all_tasks": seconds,
         }
+
+
+def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:
+    """The answer that nearly all rows get, by name; None where there is none such."""
+    found = one_answer(outcome.gold, outcome.predicted)
+    if found is None:
+        return None
+    return {**dataclasses.asdict(found), "choice": task.template.choice_name(found.choice)}
 
 
 _ALWAYS_THERE = ("gold", "predicted", "gold_value", "predicted_value", "positive_score")

@@ -11,6 +11,7 @@ from typing import Any
 from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.inspect import inspect_adapter
+from mtl_lora_cli.metrics.guessing import one_sided
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.report.curves import (
@@ -27,6 +28,7 @@ from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.runs.listing import summary
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.signs import signs
 
 FORMAT_VERSION = 1
 _NUMBERS = 40_000  # of one part of an adapter; more than that are not shown, but counted
@@ -77,6 +79,12 @@ def _facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     if not found.results and not found.damaged:
         notes.append(f"no results yet; get them with: mtl-lora eval --run {run.path} --task all")
     notes += source
+    notes += signs([*events.steps, *events.validations])
+    notes += [
+        f"{one['task']}: {one_sided(one['one_answer'])}"
+        for one in found.results
+        if one.get("one_answer")
+    ]
     learned = list(plan.get("examples", names))
     return {
         "path": str(run.path.resolve()),

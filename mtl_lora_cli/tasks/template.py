@@ -152,12 +152,19 @@ class Template(StrictModel):
         """A metric as tables show it: `f1 (yes)` where it is about that class, `rmse ↓` where less is better."""
         declared = METRICS[metric]
         title = metric if declared.better == "higher" else f"{metric} ↓"
-        texts = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
-        if not declared.of_positive or not isinstance(texts, list):
+        if not declared.of_positive or not isinstance(self.choices, dict | list):
             return title
-        index, text = self.positive_index, texts[self.positive_index]
-        named = text.strip() if "{" not in text else str((self.labels or [])[index])
-        return f"{title} ({named if len(named) <= 30 else named[:29] + '…'})"
+        return f"{title} ({self.choice_name(self.positive_index)})"
+
+    def choice_name(self, index: int) -> str:
+        """A choice as tables name it: its text or its label; by its place where each row has its own."""
+        texts = list(self.choices.values()) if isinstance(self.choices, dict) else self.choices
+        if not isinstance(texts, list):
+            return f"choice {index + 1}"
+        named = texts[index].strip()
+        if "{" in named:
+            named = str(self.labels[index]) if self.labels else f"choice {index + 1}"
+        return named if len(named) <= 30 else named[:29] + "…"
 
     @field_validator("fields")
     @classmethod

@@ -40,6 +40,7 @@ from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.memory import explained
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
+from mtl_lora_cli.training.signs import signs
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
 from mtl_lora_cli.visible import tell
@@ -327,6 +328,8 @@ def _learn(
             progress.close()
         for line in _ending(trainer):
             progress.say(line)
+        for line in signs(run.events()):
+            progress.say(f"note: {line}")
         if processes.main:
             if trainer.position.best is not None:
                 load_adapter(adapter, checkpoint_of(run.checkpoints, trainer.position.best.step))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +29,7 @@ from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find
+from mtl_lora_cli.metrics.guessing import beside_a_guess, one_answer
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
@@ -39,6 +40,21 @@ from mtl_lora_cli.training.observers import Seen, undisturbed
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
 MACRO = "macro"  # names the average over tasks
 _DRAW = 0  # not the run's seed: runs that differ in it are measured on the same examples
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a task's choices come to.
+
+    Attributes:
+        value: of the metric; None where it is undefined.
+        guess: `metrics.guessing.Guess` as a dictionary; None where a log-probability is no number.
+        one_answer: `metrics.guessing.OneAnswer` with the choice's name; None where answers differ.
+    """
+
+    value: float | None
+    guess: dict[str, Any] | None = None
+    one_answer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,20 @@ class HeldOut:
         assert self.metric is not None
         return self.task.template.title(self.metric)
 
-    def measured(self, scores: Sequence[np.ndarray]) -> float | None:
-        """The metric of log-probabilities, float64 [choices] each; None where it is undefined."""
+    def measured(self, scores: Sequence[np.ndarray]) -> Measured:
+        """What log-probabilities, float64 [choices] of each example, come to."""
         assert self.metric is not None
         if not all(np.isfinite(values).all() for values in scores):
-            return None
+            return Measured(None)
         outcome, metric = self.outcome(scores), find(self.metric)
-        return None if metric.undefined(outcome) else metric.value(outcome)
+        value = None if metric.undefined(outcome) else metric.value(outcome)
+        one = one_answer(outcome.gold, outcome.predicted)
+        name = None if one is None else self.task.template.choice_name(one.choice)
+        return Measured(
+            value,
+            guess=asdict(beside_a_guess(outcome.gold, scores)),
+            one_answer=None if one is None else {**asdict(one), "choice": name},
+        )
 
     def outcome(self, scores: Sequence[np.ndarray]) -> Outcome:
         """What the log-probabilities answer."""
@@ -193,7 +216,7 @@ class Validation:
     def look(self, step: int) -> Seen:
         """The loss and the metric of each task that has held-out examples, and their averages."""
         # Processes may differ by rounding, and must agree on what follows.
-        losses, values = self._processes.same((self.losses(), self.metrics()))
+        losses, measured = self._processes.same((self.losses(), self.metrics()))
         # JSON has no NaN; the next step's own loss ends such a run.
         loss = {name: v if math.isfinite(v) else None for name, v in losses.items()}
         event: dict[str, Any] = {
@@ -204,9 +227,14 @@ class Validation:
             "macro": {"loss": _mean(loss.values())},
         }
         if self._settings.metric:
+            values = {name: one.value for name, one in measured.items()}
             event["metric"] = {name: values.get(name) for name in loss}
             event["metric_name"] = {one.task.name: one.title for one in self._asked}
             event["macro"]["metric"] = _mean(values.values())
+            event["guess"] = {name: one.guess for name, one in measured.items() if one.guess}
+            event["one_answer"] = {
+                name: one.one_answer for name, one in measured.items() if one.one_answer
+            }
         told = f"validation after step {step}/{self._total_steps}  {_told(event)}"
         return Seen(event, told, self._mark(event))
 
@@ -241,7 +269,7 @@ class Validation:
             if count
         }
 
-    def metrics(self) -> dict[str, float | None]:
+    def metrics(self) -> dict[str, Measured]:
         """The metric of each task that has one, by the log-probabilities of its choices."""
         device = next(iter(self._adapter.tensors().values())).device
         requests = [request for one in self._asked for request in one.requests]
@@ -282,11 +310,14 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _told(event: Mapping[str, Any]) -> str:
     """`rte 0.712 (accuracy 0.654)  …  macro 0.512 (0.711)`."""
     names, values = event.get("metric_name", {}), event.get("metric", {})
-    parts = [
-        f"{task} {_number(loss)}"
-        + (f" ({names[task]} {_number(values[task])})" if task in names else "")
-        for task, loss in event["loss"].items()
-    ]
+    one_sided = event.get("one_answer", {})
+
+    def metric(task: str) -> str:
+        one = one_sided.get(task)
+        always = "" if one is None else f", nearly always '{one['choice']}'"
+        return f" ({names[task]} {_number(values[task])}{always})" if task in names else ""
+
+    parts = [f"{task} {_number(loss)}{metric(task)}" for task, loss in event["loss"].items()]
     if len(parts) > 1:
         macro = event[MACRO]
         parts.append(
