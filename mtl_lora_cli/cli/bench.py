@@ -13,7 +13,7 @@ from mtl_lora_cli.cli.options import JsonOption
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.comparison.cases import Case
+    from mtl_lora_cli.bench.cases import Case
 
 
 def register(app: typer.Typer) -> None:
@@ -87,7 +87,7 @@ def bench(
 ) -> None:
     """Time whole training steps on random weights: real lengths, no download, no files."""
     with framed():
-        from mtl_lora_cli.comparison.cases import choose, plan
+        from mtl_lora_cli.bench.cases import choose, plan
 
         given = {
             "--method": method,
@@ -122,8 +122,8 @@ def bench(
         own_shape = shape is not None or recipe is not None
         planned = plan(base, table=case, versus=wanted, own_shape=own_shape)
         status("loading libraries")
-        from mtl_lora_cli.comparison.bench import Measuring
-        from mtl_lora_cli.comparison.measure import check, run_plan
+        from mtl_lora_cli.bench.case import Measuring
+        from mtl_lora_cli.bench.measure import check, run_plan
         from mtl_lora_cli.machine.cards import pick_device
         from mtl_lora_cli.machine.rate import measure_rate
 
@@ -144,8 +144,8 @@ def bench(
 
 
 def _plain_case(shape: str | None) -> Case:
-    from mtl_lora_cli.comparison.cases import Case
-    from mtl_lora_cli.comparison.shapes import PROJECTIONS, require_shape
+    from mtl_lora_cli.bench.cases import Case
+    from mtl_lora_cli.bench.shapes import PROJECTIONS, require_shape
 
     name = shape or "llama3-8b"
     require_shape(name)
@@ -163,8 +163,8 @@ def _from_recipe(name: str, overrides: Sequence[str], shape: str | None) -> Case
     Raises:
         UsageError: the recipe is wrong, or its model cannot be found here.
     """
-    from mtl_lora_cli.comparison.cases import Case
-    from mtl_lora_cli.comparison.shapes import SHAPES, require_shape
+    from mtl_lora_cli.bench.cases import Case
+    from mtl_lora_cli.bench.shapes import SHAPES, require_shape
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
     loaded = load_recipe(find_recipe(name), overrides, with_data=False)
@@ -213,8 +213,8 @@ def _with_options(
     """
     from dataclasses import replace
 
-    from mtl_lora_cli.comparison.cases import choose, target_modules, with_method
-    from mtl_lora_cli.comparison.yardstick import require_fitting
+    from mtl_lora_cli.bench.cases import choose, target_modules, with_method
+    from mtl_lora_cli.bench.yardstick import require_fitting
 
     mixed = with_method(case.adapter, adapter["method"] or case.adapter["method"])
     mixed |= {key: value for key, value in adapter.items() if value is not None}

@@ -11,7 +11,7 @@ from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.comparison.study import Study
+    from mtl_lora_cli.compare.study import Study
 
 
 def register(app: typer.Typer) -> None:
@@ -83,7 +83,7 @@ def compare(
 ) -> None:
     """Train the same tasks with several methods, and say how sure the differences are."""
     with framed():
-        from mtl_lora_cli.comparison import grid
+        from mtl_lora_cli.compare import grid
         from mtl_lora_cli.errors import MtlLoraError, UsageError
         from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
@@ -105,8 +105,8 @@ def compare(
         numbers = grid.parse_seeds(seeds, loaded.recipe.training.seed)
         grid.require_known(sweeps, loaded.recipe)
         status("loading libraries")
-        from mtl_lora_cli.comparison.compare import run_study
-        from mtl_lora_cli.comparison.study import Options, plan_study
+        from mtl_lora_cli.compare.run import run_study
+        from mtl_lora_cli.compare.study import Options, plan_study
 
         options = Options(names, matched, numbers, sweeps, against, limit, variants, scored)
         study = plan_study(loaded, folder, options)
@@ -161,8 +161,8 @@ def _show_plan(study: Study, as_json: bool) -> None:
 def _report(folder: Path, as_json: bool) -> dict[str, Any]:
     """Make the report and show its averages."""
     from mtl_lora_cli.cli.table import table
-    from mtl_lora_cli.comparison.markdown import notes, summary_rows
-    from mtl_lora_cli.comparison.report import MARKDOWN_FILE, write_report
+    from mtl_lora_cli.compare.markdown import notes, summary_rows
+    from mtl_lora_cli.compare.report import MARKDOWN_FILE, write_report
 
     report = write_report(folder)
     if as_json:

@@ -30,8 +30,8 @@ def inspect(
         folder = find_run(run, runs)
         folder.require_adapter()
         status("loading libraries")
-        from mtl_lora_cli.evaluation.inspect import inspect_run
-        from mtl_lora_cli.evaluation.inspect_plot import draw, require_plots
+        from mtl_lora_cli.report.adapter import inspect_run
+        from mtl_lora_cli.report.heatmaps import draw, require_plots
 
         if output is not None:
             require_plots(output)

@@ -10,10 +10,10 @@ from typing import Any
 
 from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.evaluation.inspect import inspect_adapter
 from mtl_lora_cli.metrics.guessing import one_sided
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.report.adapter import inspect_adapter
 from mtl_lora_cli.report.curves import (
     drawn_examples,
     metric_names,

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mtl_lora_cli.evaluation.inspect_plot import (
+from mtl_lora_cli.report.heatmaps import (
     Panel,
     fill,
     gate_panel,

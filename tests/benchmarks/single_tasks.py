@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from mtl_lora_cli.comparison.compare import run_study
-from mtl_lora_cli.comparison.grid import TEST, parse_match, parse_methods, parse_seeds, parse_sweeps
-from mtl_lora_cli.comparison.results import read_result
-from mtl_lora_cli.comparison.study import Options, plan_study
+from mtl_lora_cli.compare.grid import TEST, parse_match, parse_methods, parse_seeds, parse_sweeps
+from mtl_lora_cli.compare.results import read_result
+from mtl_lora_cli.compare.run import run_study
+from mtl_lora_cli.compare.study import Options, plan_study
 from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
 

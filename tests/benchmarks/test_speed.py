@@ -20,7 +20,7 @@ from torch import nn
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.comparison.yardstick import Yardstick
+from mtl_lora_cli.bench.yardstick import Yardstick
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model

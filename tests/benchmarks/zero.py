@@ -26,9 +26,9 @@ from rich.console import Console
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.comparison.random_model import random_model
-from mtl_lora_cli.comparison.shapes import find_config
-from mtl_lora_cli.comparison.yardstick import Yardstick
+from mtl_lora_cli.bench.random_model import random_model
+from mtl_lora_cli.bench.shapes import find_config
+from mtl_lora_cli.bench.yardstick import Yardstick
 from mtl_lora_cli.data.mixture import Mixture
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import Processes, joined

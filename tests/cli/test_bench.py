@@ -194,7 +194,7 @@ def test_a_case_that_does_not_fit_is_one_line(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("mtl_lora_cli.comparison.measure.run_case", full)
+    monkeypatch.setattr("mtl_lora_cli.bench.measure.run_case", full)
     finished = invoke(*TINY)
     assert finished.returncode == 1
     assert finished.stdout == ""

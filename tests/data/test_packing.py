@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_lora_cli.comparison import yardstick
+from mtl_lora_cli.bench import yardstick
 from mtl_lora_cli.data.packing import pack, padding_share
 
 LENGTHS = st.integers(1, 60).flatmap(

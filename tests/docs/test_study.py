@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from mtl_lora_cli.comparison.markdown import markdown
-from mtl_lora_cli.comparison.report import build_report
-from mtl_lora_cli.comparison.results import average
+from mtl_lora_cli.compare.markdown import markdown
+from mtl_lora_cli.compare.report import build_report
+from mtl_lora_cli.compare.results import average
 from mtl_lora_cli.recipe.schema import Recipe
 
 from .pages import imported

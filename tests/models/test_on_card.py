@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from mtl_lora_cli.adapters.function import AdapterProducts
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.comparison.random_model import random_model
+from mtl_lora_cli.bench.random_model import random_model
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel

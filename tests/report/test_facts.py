@@ -14,10 +14,10 @@ import pytest
 
 from mtl_lora_cli.data.prepare import held_out_examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.inspect import inspect_run
 from mtl_lora_cli.evaluation.results import compare_with_base, stored
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.report.adapter import inspect_run
 from mtl_lora_cli.report.facts import gather
 from mtl_lora_cli.report.settings import settings
 from mtl_lora_cli.runs.folder import RunFolder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.comparison.shapes import SHAPES
+from mtl_lora_cli.bench.shapes import SHAPES
 from mtl_lora_cli.engine.memory import (
     GIB,
     Load,

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.bench.random_model import empty_model, random_model
+from mtl_lora_cli.bench.shapes import find_config
+from mtl_lora_cli.bench.yardstick import Yardstick
 from mtl_lora_cli.cli.plan import tasks_table
-from mtl_lora_cli.comparison.random_model import empty_model, random_model
-from mtl_lora_cli.comparison.shapes import find_config
-from mtl_lora_cli.comparison.yardstick import Yardstick
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.memory import (
     CONTEXT,

@@ -1,0 +1,1 @@
+"""`bench`: the yardstick, which measures the speed of training steps."""

@@ -1,0 +1,232 @@
+"""One case of the yardstick: a model, an adapter, and whole training steps by the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.methods import METHODS, configure, unknown_method
+from mtl_lora_cli.adapters.methods.base import Settings
+from mtl_lora_cli.bench import breakdown
+from mtl_lora_cli.bench.cases import Case
+from mtl_lora_cli.bench.fitting import fitted
+from mtl_lora_cli.bench.random_model import (
+    empty_model,
+    layer_linears,
+    layer_weights,
+    random_model,
+)
+from mtl_lora_cli.bench.shapes import find_config
+from mtl_lora_cli.bench.timing import time_steps
+from mtl_lora_cli.bench.yardstick import Step, Yardstick, supervised_share
+from mtl_lora_cli.engine.memory import keep_of
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import peak_gib, pick_dtype, reset_peak, synchronize
+from mtl_lora_cli.machine.rate import Rate, floor_json, flop_per_token
+from mtl_lora_cli.models import registered
+from mtl_lora_cli.models.load import adapt
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
+from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
+
+LEARNING_RATE = 3e-4
+PROFILED_STEPS = 2
+LARGEST_ON_CPU = 2_000_000_000  # weights; one step of more would take most of an hour
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a case is measured.
+
+    Attributes:
+        device: where.
+        rate: of the device's own matrix products.
+        steps: timed ones.
+        warmup: steps before them.
+        breakdown: also say where the time goes.
+        seed: of weights, tokens and the rows' order.
+    """
+
+    device: torch.device
+    rate: Rate
+    steps: int
+    warmup: int
+    breakdown: bool
+    seed: int
+
+
+def adapter_config(method: str, rank: int, **others: Any) -> Settings:
+    """The adapter that a case asks for.
+
+    Raises:
+        UsageError: there is no such method here.
+    """
+    if method not in METHODS:
+        raise UsageError(f"--method: {unknown_method(method)}")
+    try:
+        return configure(method, rank=rank, **others)
+    except ValueError as error:
+        raise UsageError(f"adapter.{error}") from None
+
+
+def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
+    """Build the model, train, and say how fast it was.
+
+    Raises:
+        UsageError: something that the case asks for does not exist here, or the recipe's `memory:
+            auto` finds nothing that fits.
+        MtlLoraError: the loss is no finite number.
+        torch.OutOfMemoryError: it does not fit the card.
+    """
+    device = measuring.device
+    config = find_config(case.shape)
+    dtype = pick_dtype(case.dtype, device)
+    wanted = adapter_config(**case.adapter)
+    reset_peak(device)
+    case, picked = fitted(case, wanted, device, dtype)
+    started = time.perf_counter()
+    torch.manual_seed(measuring.seed)
+    sizes, flop = model_sizes(case.shape, device)
+    model = random_model(
+        config,
+        dtype=dtype,
+        device=device,
+        quantization=case.quantization,
+        attention=_register_attention(),
+    )
+    adapter = adapt(model, wanted, [f"task{number}" for number in range(case.tasks)])
+    packed = PackedModel(
+        model,
+        adapter,
+        engine=case.engine,
+        keep=keep_of(case.gradient_checkpointing, config.num_hidden_layers),
+        base_compute="fp8" if case.base_compute == "fp8" else "dtype",
+    ).train()
+    if packed.decoder is None and case.gradient_checkpointing:  # all or nothing there
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = list(adapter.tensors().values())
+    graphed = graphs_possible(packed, adapter, device)
+    groups = [ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)]
+    optimizer = make_optimizer(groups, graphed=graphed)
+    update = Update(parameters, optimizer, case.max_gradient_norm, graphed=graphed)
+    eager = EagerPasses(packed, packed, device)
+    passes = GraphedPasses(packed, adapter, case.row_length, eager) if graphed else eager
+    synchronize(device)
+    built = {"build_seconds": time.perf_counter() - started, "build_memory_gib": peak_gib(device)}
+
+    profiled = PROFILED_STEPS if measuring.breakdown else 0
+    count = measuring.warmup + measuring.steps
+    steps = Yardstick.build(config.vocab_size, case.tasks, measuring.seed).steps(
+        count + profiled,
+        row_length=case.row_length,
+        rows_per_step=case.rows_per_step,
+        rows_per_pass=case.rows_per_pass,
+        seed=measuring.seed,
+    )
+
+    rounding = packed.rounding(steps[0].batches[0]) if case.base_compute == "fp8" else None
+    step = _Training(passes, update, steps)
+    timing = time_steps(
+        step, steps[:count], lambda one: one.tokens, warmup=measuring.warmup, device=device
+    )
+    floor = floor_json(measuring.rate, flop)
+    result: dict[str, Any] = {
+        **case.to_json(),
+        "picked": picked,
+        **timing.to_json(),
+        "supervised": [one.supervised for one in steps[measuring.warmup : count]],
+        "trained_parameters": adapter.parameter_count(),
+        **sizes,
+        **built,
+        "dtype": str(dtype).removeprefix("torch."),
+        "engine_used": "plain" if getattr(packed, "decoder", None) is None else "fused",
+        "rounding": None if rounding is None else vars(rounding),
+        "floor": floor,
+        **shares_of_floor(timing.tokens_per_second, floor),
+    }
+    if profiled:
+        result["breakdown"] = breakdown.profile_steps(
+            step,
+            steps[count:],
+            device=device,
+            smallest_base=smallest_side(case.shape),
+            step_seconds=median(timing.seconds),
+        )
+    return result
+
+
+def model_sizes(shape: str, device: torch.device) -> tuple[dict[str, int], float]:
+    """N and H of a shape, and FLOP a token.
+
+    Raises:
+        UsageError: so large a model on a CPU.
+    """
+    empty = empty_model(find_config(shape), dtype=torch.float32)
+    layers = layer_weights(empty)
+    head = empty.get_output_embeddings().weight.numel()
+    if device.type == "cpu" and layers + head > LARGEST_ON_CPU:
+        raise UsageError(
+            f"--shape: '{shape}' has {layers + head:,} weights, too many for a CPU; "
+            "choose a smaller one, such as tiny or smollm2-135m"
+        )
+    sizes = {"layer_weights": layers, "head_weights": head}
+    return sizes, flop_per_token(layers, head, supervised_share())
+
+
+def shares_of_floor(tokens_per_second: float, floor: Mapping[str, Any]) -> dict[str, float | None]:
+    """What part of the possible was reached."""
+    known = floor["known_tokens_per_second"]
+    return {
+        "share_of_floor": tokens_per_second / floor["tokens_per_second"],
+        "share_of_known_floor": None if known is None else tokens_per_second / known,
+    }
+
+
+def smallest_side(shape: str) -> int:
+    """The smallest width of a base product: whatever has a smaller side belongs to an adapter."""
+    layers = layer_linears(empty_model(find_config(shape), dtype=torch.float32))
+    return min(min(layer.in_features, layer.out_features) for layer in layers)
+
+
+def _register_attention() -> str:
+    registered.register()
+    return registered.NAME
+
+
+class _Training:
+    """Optimiser steps as the training loop does them: the next one is prepared before this one's
+    result is waited for.
+
+    Args:
+        passes, update: of the training loop.
+        steps: in their order.
+    """
+
+    def __init__(
+        self, passes: EagerPasses | GraphedPasses, update: Update, steps: Sequence[Step]
+    ) -> None:
+        self._passes, self._update, self._steps = passes, update, steps
+        self._ahead: tuple[Step, list[Ready]] | None = None
+
+    def __call__(self, one: Step) -> Tensor:
+        """Ask for it; the mean loss of its supervised tokens, no number where the gradient is none."""
+        ahead, self._ahead = self._ahead, None
+        passes = ahead[1] if ahead is not None and ahead[0] is one else self._prepare(one)
+        loss = [self._passes.run(ready).sum() for ready in passes]
+        norm = self._update(1.0)
+        place = next(i for i, other in enumerate(self._steps) if other is one) + 1
+        if place < len(self._steps):
+            self._ahead = (self._steps[place], self._prepare(self._steps[place]))
+        return -torch.stack(loss).double().sum() / one.supervised + 0.0 * norm
+
+    def _prepare(self, one: Step) -> list[Ready]:
+        return [
+            self._passes.prepare(batch, torch.full((len(batch.owner),), 1 / one.supervised))
+            for batch in one.batches
+        ]

@@ -1,0 +1,1 @@
+"""`compare`: methods over seeds and tasks, and how sure the differences between them are."""

@@ -1,1 +1,0 @@
-"""Many runs, one table: here the yardstick, which measures the speed of training steps."""

@@ -1,0 +1,97 @@
+"""The shapes are those of the models that they are named after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_lora_cli.bench.random_model import empty_model, layer_weights, random_model
+from mtl_lora_cli.bench.shapes import SHAPES, find_config, require_shape
+from mtl_lora_cli.bench.yardstick import supervised_share
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.rate import flop_per_token, known_rate
+
+WEIGHTS = {  # all weights of the published models
+    "llama3-8b": 8_030_261_248,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3.2-1b": 1_235_814_400,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_shape_has_as_many_weights_as_its_model(name: str) -> None:
+    model = empty_model(find_config(name), dtype=torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == WEIGHTS[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_layer_weights_are_the_matrices_of_the_layers(name: str) -> None:
+    model = empty_model(find_config(name), dtype=torch.float32)
+    theirs = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    s = SHAPES[name]
+    width, kv = s["hidden_size"], s["num_key_value_heads"]
+    kv_width = kv * width // s["num_attention_heads"]
+    layer = 2 * width * width + 2 * width * kv_width + 3 * width * s["intermediate_size"]
+    assert layer_weights(model) == theirs == s["num_hidden_layers"] * layer
+
+
+def test_the_floor_of_8b() -> None:
+    """4 × 6.98 G = 27.9 GFLOP a token; 27,900 tokens/s at 780 TFLOP/s."""
+    model = empty_model(find_config("llama3-8b"), dtype=torch.float32)
+    layers, head = layer_weights(model), model.lm_head.weight.numel()
+    assert flop_per_token(layers, head, 0.0) == pytest.approx(27.9e9, rel=2e-3)
+    rate = known_rate("NVIDIA H100 80GB HBM3")
+    assert rate == 780e12
+    assert rate / flop_per_token(layers, head, supervised_share()) == pytest.approx(
+        27_900, rel=1e-2
+    )
+    assert known_rate("some other card") is None
+
+
+def test_a_folder_is_a_shape(tmp_path: Path) -> None:
+    find_config("tiny").save_pretrained(tmp_path)
+    assert find_config(str(tmp_path)).hidden_size == SHAPES["tiny"]["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    with pytest.raises(UsageError, match=r"config\.json cannot be read"):
+        find_config(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        require_shape(str(tmp_path))
+    with pytest.raises(UsageError, match="did you mean 'llama3-8b'"):
+        require_shape("lama3-8b")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_random_model_is_whole(quantization: str, tied: bool) -> None:
+    """Nothing is left on the meta device, and what is tied stays one weight."""
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
+    config = find_config("tiny")
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    model = random_model(
+        config,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        quantization=quantization,
+        attention="sdpa",
+    )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor.device.type == "cpu", name
+        assert not tensor.requires_grad, name
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    four_bit = model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert four_bit == (quantization == "nf4")
+    assert model.lm_head.weight.dtype == torch.float32
+    assert torch.equal(model.model.norm.weight, torch.ones(64))
+    with torch.no_grad():
+        logits = model(torch.randint(0, 256, (2, 9))).logits
+    assert torch.isfinite(logits).all()
+    assert logits.std() > 0
