@@ -30,7 +30,7 @@ def load(
         mtl_lora_cli.errors.UsageError: there is no such run, it is unfinished, or its base model is
             gone or another one by now.
     """
-    from mtl_lora_cli.evaluation.open_run import open_run
+    from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.evaluation.predict import Predictor
     from mtl_lora_cli.runs.folder import find_run
 

@@ -46,7 +46,7 @@ def start_beside(adapter: Adapter, folder: Path) -> None:
     file = read_adapter_file(folder)
     if file.config != adapter.config:
         raise MtlLoraError(f"{folder / CONFIG_FILE}: its configuration is not the recipe's adapter")
-    own, start = adapter.tensors(), read_tensors(folder)
+    own, start = adapter.tensors(), dict(file.tensors)
     for name, tensor in start.items():
         role = _role(adapter, name)
         if role is None or not role.per_task:
@@ -72,7 +72,8 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
     Raises:
         MtlLoraError: something of the trained tasks is not what it was, to the last bit.
     """
-    file, before, learned = read_adapter_file(known), read_tensors(known), adapter.tensors()
+    file, learned = read_adapter_file(known), adapter.tensors()
+    before = file.tensors
     for name, tensor in before.items():
         if not adapter.role(name).per_task:
             _require_equal(name, learned[name].detach().cpu(), tensor)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ _PARTS = ("tasks", "base_model", "modules", "checksums")
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """What an adapter folder says, weights aside.
+    """What an adapter folder says; its weights are read when they are asked for.
 
     Attributes:
         config: sizes and kinds.
@@ -55,6 +56,9 @@ class AdapterFile:
         base_model: name, revision and fingerprint of the base model, as the writer gave them.
         modules: module path → its kind and sizes.
         checksums: tensor name → SHA-256 of its bytes.
+        folder: where it lies.
+        digest: 16 digits of the SHA-256 of the configuration's bytes, which names the adapter: the
+            tensors' checksums are in it.
     """
 
     config: Settings
@@ -62,6 +66,41 @@ class AdapterFile:
     base_model: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, Any]]
     checksums: Mapping[str, str]
+    folder: Path
+    digest: str
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, read when they are first asked for, each checked against its checksum.
+
+        Raises:
+            MtlLoraError: the file is missing or damaged, or a tensor is missing or damaged.
+        """
+        path = self.folder / TENSOR_FILE
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise MtlLoraError(f"{path}: no such file") from None
+        except SafetensorError as error:
+            raise MtlLoraError(f"{path}: damaged: {error}") from None
+        for name, checksum in self.checksums.items():
+            if name not in tensors:
+                raise MtlLoraError(f"{path}: tensor '{name}' is missing")
+            if tensor_checksum(tensors[name]) != checksum:
+                raise MtlLoraError(f"{path}: tensor '{name}' is damaged: its checksum differs")
+        return tensors
+
+    def alone(self) -> Adapter:
+        """The adapter on the CPU without its base model, whatever that one's size.
+
+        Its layers hold the adapter's tensors, and of the base model's weights nothing but their sizes.
+
+        Raises:
+            MtlLoraError: a tensor is missing, unexpected, misshapen or damaged.
+        """
+        adapter = inject(frame_of(self), self.config, self.tasks)
+        load_tensors(adapter, self.tensors, self.folder / TENSOR_FILE)
+        return adapter
 
 
 def tensor_checksum(tensor: Tensor) -> str:
@@ -112,7 +151,8 @@ def read_adapter_file(folder: Path) -> AdapterFile:
     """
     path = folder / CONFIG_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        written = path.read_bytes()
+        content = json.loads(written.decode("utf-8"))
     except FileNotFoundError:
         raise MtlLoraError(f"{path}: no such file; the folder holds no finished adapter") from None
     except (ValueError, RecursionError) as error:
@@ -133,6 +173,8 @@ def read_adapter_file(folder: Path) -> AdapterFile:
         base_model=content["base_model"],
         modules=content["modules"],
         checksums=content["checksums"],
+        folder=folder,
+        digest=hashlib.sha256(written).hexdigest()[:16],
     )
 
 
@@ -204,20 +246,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         MtlLoraError: the file is missing or damaged, or a tensor is missing, unexpected or damaged.
     """
-    file = read_adapter_file(folder)
-    path = folder / TENSOR_FILE
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise MtlLoraError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise MtlLoraError(f"{path}: damaged: {error}") from None
-    for name, checksum in file.checksums.items():
-        if name not in tensors:
-            raise MtlLoraError(f"{path}: tensor '{name}' is missing")
-        if tensor_checksum(tensors[name]) != checksum:
-            raise MtlLoraError(f"{path}: tensor '{name}' is damaged: its checksum differs")
-    return tensors
+    return read_adapter_file(folder).tensors
 
 
 def load_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -263,7 +292,7 @@ def load_adapter(adapter: Adapter, folder: Path) -> AdapterFile:
         )
     ours, theirs = adapter.config, file.config
     _require_equal(folder, "method", theirs.method, ours.method)
-    tensors = read_tensors(folder)
+    tensors = file.tensors
     _require_fitting(adapter.tensors(), tensors, folder / TENSOR_FILE)
     for name in type(ours).model_fields:  # what no tensor's shape would tell
         if name not in _OF_THE_LAYERS and name not in ours.start_keys:
@@ -282,17 +311,12 @@ def _require_equal(folder: Path, name: str, theirs: Any, ours: Any) -> None:
 
 
 def read_alone(folder: Path) -> Adapter:
-    """The adapter of a folder on the CPU without its base model, whatever that one's size.
-
-    Its layers hold the adapter's tensors, and of the base model's weights nothing but their sizes.
+    """The adapter of a folder on the CPU without its base model, see `AdapterFile.alone`.
 
     Raises:
         MtlLoraError: as `load_adapter`.
     """
-    file = read_adapter_file(folder)
-    adapter = inject(frame_of(file), file.config, file.tasks)
-    load_adapter(adapter, folder)
-    return adapter
+    return read_adapter_file(folder).alone()
 
 
 def frame_of(file: AdapterFile) -> nn.Module:

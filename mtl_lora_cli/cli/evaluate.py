@@ -18,7 +18,6 @@ from mtl_lora_cli.cli.processes import ProcessesOption, launched
 if TYPE_CHECKING:
     import numpy as np
 
-    from mtl_lora_cli.evaluation.open_run import OpenRun
     from mtl_lora_cli.evaluation.protocols import Setting
     from mtl_lora_cli.machine.processes import Processes
     from mtl_lora_cli.runs.folder import RunFolder
@@ -214,10 +213,10 @@ def _evaluated(
     from rich.progress import Progress
 
     from mtl_lora_cli.evaluation.evaluate import evaluate
-    from mtl_lora_cli.evaluation.open_run import open_run
+    from mtl_lora_cli.evaluation.opened import open_run
 
     status(f"loading run {folder.name}")
-    opened: OpenRun = open_run(folder, force=force)
+    opened = open_run(folder, force=force)
     if opened.trained_on is not None and processes.main:
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
     if opened.packed.plain is not None and processes.main:
@@ -286,10 +285,10 @@ def _against(
     scores: dict[str, Sequence[np.ndarray] | None],
 ) -> list[Result | None]:
     """What merging or exporting wrote, scored on the same rows; one model after the other."""
+    from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.export.against import against
-    from mtl_lora_cli.export.finished_run import read_finished
 
-    finished = read_finished(folder)
+    finished = open_run(folder)
     found: list[Result | None] = []
     for task, place, result in zip(tasks, places, results, strict=True):
         status(f"scoring {place}")

@@ -89,11 +89,11 @@ def export(
             raise UsageError("--rank is for adapters; a merged model has none")
         folder = find_run(run, runs)
         status("loading libraries")
-        from mtl_lora_cli.export.finished_run import read_finished
+        from mtl_lora_cli.evaluation.opened import open_run
 
         chosen = outputs_of(folder, task, output, FORMATS[kind][1], verb="export")
         require_pushable(push, chosen, check)
-        finished = read_finished(folder)
+        finished = open_run(folder)
         write = _writer(kind, rank)
         results = [
             write(finished, one, target, limit=limit, tolerance=tolerance, checked=check, say=say)

@@ -53,7 +53,7 @@ def merge(
 
         folder = find_run(run, runs)
         status("loading libraries")
-        from mtl_lora_cli.export.finished_run import read_finished
+        from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.export.run_merge import BASES, merge_tasks
 
         if base not in BASES:
@@ -62,7 +62,7 @@ def merge(
             )
         targets = outputs_of(folder, task, output, Path("merged"), verb="merge")
         require_pushable(push, targets, check)
-        finished = read_finished(folder)
+        finished = open_run(folder)
         results = merge_tasks(
             finished,
             targets,

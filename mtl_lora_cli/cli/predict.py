@@ -60,7 +60,7 @@ def predict(
         folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
-        from mtl_lora_cli.evaluation.open_run import open_run
+        from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task
         from mtl_lora_cli.tasks.chosen import read_tasks
 

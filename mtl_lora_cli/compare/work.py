@@ -15,7 +15,7 @@ from mtl_lora_cli.compare.study import PlannedRun, Study
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.evaluate import Setting, predict
-from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.machine.cards import pick_device, release, reset_peak, sharing
 from mtl_lora_cli.report.events import training_facts
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
@@ -144,7 +144,7 @@ class Work:
         return _average(entries)
 
     def _scores(
-        self, opened: OpenRun, rows: list[Examples], *, base_only: bool = False
+        self, opened: Run, rows: list[Examples], *, base_only: bool = False
     ) -> dict[str, Any]:
         tasks = self.study.tasks
         answers = predict(opened, tasks, rows, Setting(base_only=base_only))

@@ -18,7 +18,7 @@ from mtl_lora_cli.evaluation.choices import (
     score,
 )
 from mtl_lora_cli.evaluation.generate import Stopped, generate
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
@@ -57,7 +57,7 @@ class Answers:
 
 
 def predict(
-    opened: OpenRun,
+    opened: Run,
     tasks: Sequence[Task],
     held: Sequence[Examples],
     setting: Setting,
@@ -69,7 +69,7 @@ def predict(
 
 
 def answer(
-    opened: OpenRun,
+    opened: Run,
     tasks: Sequence[Task],
     held: Sequence[Examples],
     setting: Setting,
@@ -144,7 +144,7 @@ def answer(
 
 
 def _generated(
-    opened: OpenRun,
+    opened: Run,
     task: Task,
     examples: Examples,
     requests: list[Request],

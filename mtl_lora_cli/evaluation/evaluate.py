@@ -22,7 +22,7 @@ from mtl_lora_cli.evaluation.answers import (
     predict,
 )
 from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
 from mtl_lora_cli.evaluation.results import (
     OUTCOME,
@@ -113,7 +113,7 @@ def find_rows(
 
 
 def evaluate(
-    opened: OpenRun,
+    opened: Run,
     tasks: Sequence[Task],
     setting: Setting,
     advance: Progress = lambda done, total: None,
@@ -148,7 +148,7 @@ def evaluate(
     return results
 
 
-def _setting_of(opened: OpenRun, task: Task, setting: Setting) -> dict[str, Any]:
+def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
     """How a result came about: nothing of what was found."""
     protocol = setting.protocol_of(task)
     template = task.template
@@ -173,7 +173,7 @@ def _setting_of(opened: OpenRun, task: Task, setting: Setting) -> dict[str, Any]
 
 
 def _by_ourselves(
-    opened: OpenRun,
+    opened: Run,
     tasks: Sequence[Task],
     rows: Rows,
     setting: Setting,
@@ -258,7 +258,7 @@ def _as_harness(examples: Examples, answers: Answers) -> dict[str, Any]:
 
 
 def _by_harness(
-    opened: OpenRun,
+    opened: Run,
     tasks: Sequence[Task],
     rows: Rows,
     setting: Setting,

@@ -24,7 +24,7 @@ from mtl_lora_cli.tasks.task import Task
 
 if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.lm_eval_model import AdaptedLM
-    from mtl_lora_cli.evaluation.open_run import OpenRun
+    from mtl_lora_cli.evaluation.opened import Run
 
 _RESAMPLES = 1000  # for metrics that have no standard error in closed form
 _NORMAL = 1.959963984540054  # standard errors in half of a 95 % interval
@@ -124,7 +124,7 @@ def _known_name(task: Task, wanted: str | None, known: set[str]) -> str:
 
 
 def run_harness(
-    opened: OpenRun, task: Task, harness: HarnessTask, *, base_only: bool, limit: int | None
+    opened: Run, task: Task, harness: HarnessTask, *, base_only: bool, limit: int | None
 ) -> HarnessResult:
     """Let the harness evaluate one task.
 

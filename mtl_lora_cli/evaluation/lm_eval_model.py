@@ -23,7 +23,7 @@ from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.machine.processes import Processes
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.evaluation.open_run import OpenRun
+    from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.models.batch import PackedBatch
 
 _MOST_NEW_TOKENS = 256  # HFLM's default
@@ -40,7 +40,7 @@ class AdaptedLM(TemplateLM):
         task: task id, or -1 for the base model alone.
     """
 
-    def __init__(self, opened: OpenRun, task: int) -> None:
+    def __init__(self, opened: Run, task: int) -> None:
         super().__init__()
         self._opened, self._task = opened, task
         self._device = opened.device

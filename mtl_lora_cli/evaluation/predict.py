@@ -13,7 +13,7 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.choices import Request
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
@@ -45,7 +45,8 @@ class Predictor:
         opened: the run with its model.
     """
 
-    def __init__(self, opened: OpenRun) -> None:
+    def __init__(self, opened: Run) -> None:
+        opened.packed  # noqa: B018 - what cannot be loaded is told now, not at the first row
         self._opened = opened
         self._setting = Setting()
 

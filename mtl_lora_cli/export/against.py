@@ -11,10 +11,10 @@ import numpy as np
 
 from mtl_lora_cli.adapters.files import CONFIG_FILE
 from mtl_lora_cli.errors import CheckError, UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import LM_EVAL, Setting
 from mtl_lora_cli.evaluation.results import OUTCOME, beside
 from mtl_lora_cli.export.check import Questions, Reader, largest_difference, merged_model
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.gguf_adapter import ADAPTER, MODEL, adapter_in_llama, model_in_llama
 from mtl_lora_cli.export.llama_scores import require_llama_cpp
 from mtl_lora_cli.export.peft_adapter import loaded_by_peft
@@ -73,7 +73,7 @@ def _reader(folder: Path) -> Reader:
 
 
 def against(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     setting: Setting,
     folder: Path,

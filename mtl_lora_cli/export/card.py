@@ -12,9 +12,9 @@ import numpy as np
 from mtl_lora_cli.data.prepare import mixture_of
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
 from mtl_lora_cli.export.check import Comparison
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.quantised import Rounding
 from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
@@ -41,7 +41,7 @@ python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf && llama-cli -m mo
 
 
 def merged_card(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     comparison: Comparison | None,
@@ -93,7 +93,7 @@ def merged_card(
 
 
 def model_card(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     comparison: Comparison | None,
     *,
@@ -130,7 +130,7 @@ def model_card(
     return f"---\n{metadata}\n---\n# {title}\n\n{about.rstrip()}\n\n{body}\n"
 
 
-def _prompt(run: FinishedRun, task: Task) -> str:
+def _prompt(run: Run, task: Task) -> str:
     """The task's template, and what stands around it."""
     text = f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```\n\n"
     if run.recipe.prompt_format != "chat":
@@ -152,7 +152,7 @@ def _prompt(run: FinishedRun, task: Task) -> str:
 
 
 def _metadata(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     evaluated: Mapping[str, Any] | None,
     title: str,
@@ -194,11 +194,11 @@ def _shown_name(base: BaseModel) -> str:
     return base.name if base.revision is not None else Path(base.name).name
 
 
-def _dtype(run: FinishedRun) -> str:
+def _dtype(run: Run) -> str:
     return str(run.dtype).removeprefix("torch.")
 
 
-def _method(run: FinishedRun) -> str:
+def _method(run: Run) -> str:
     config = run.adapter.config
     steps = [event["step"] for event in run.folder.events() if event.get("event") == "step"]
     rows = {
@@ -215,7 +215,7 @@ def _method(run: FinishedRun) -> str:
     return _table([["", ""], *([key, value] for key, value in rows.items())])
 
 
-def _base_weights(run: FinishedRun) -> str:
+def _base_weights(run: Run) -> str:
     """How the base model's weights were quantised, by the recipe or before."""
     before = method_of(run.base)
     if before is not None:
@@ -223,7 +223,7 @@ def _base_weights(run: FinishedRun) -> str:
     return run.recipe.quantization if run.recipe.quantization != "none" else "not quantised"
 
 
-def _data(run: FinishedRun, task: Task) -> str:
+def _data(run: Run, task: Task) -> str:
     # Tasks that were added to a run's are the recipe's; the others were there before.
     learned = [one for one in run.tasks if one.name in {own.name for own in run.recipe.tasks}]
     planned = _planned(run.recipe, learned)
@@ -275,7 +275,7 @@ def _source(source: Source) -> str:
     return f"files {'/'.join(Path(str(source.path)).parts[-2:])}"
 
 
-def _evaluation(run: FinishedRun, task: Task) -> dict[str, Any] | None:
+def _evaluation(run: Run, task: Task) -> dict[str, Any] | None:
     """The newest evaluation of this adapter on this task."""
     for result in reversed(stored(run.folder)):
         if (result["task"], result["model"]) == (task.name, "adapter") and result[
@@ -285,7 +285,7 @@ def _evaluation(run: FinishedRun, task: Task) -> dict[str, Any] | None:
     return None
 
 
-def _scores(run: FinishedRun, result: Mapping[str, Any] | None) -> str:
+def _scores(run: Run, result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "The run has no evaluation of this task; see *Check* for the rows compared there."
     beside = compare_with_base(run.folder, dict(result))

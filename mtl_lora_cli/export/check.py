@@ -33,23 +33,15 @@ from mtl_lora_cli.evaluation.answers import (
 )
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import held_out
-from mtl_lora_cli.evaluation.open_run import OpenRun, open_run
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.machine.cards import free_memory, pick_device
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.intervals import Measured, measure
-from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.files import weight_files
-from mtl_lora_cli.models.load import (
-    load_config,
-    load_for_float32,
-    load_model,
-    load_tokenizer,
-    longest_of,
-)
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.task import Task
 
@@ -83,42 +75,31 @@ class Questions:
     """What a check asks every model.
 
     Attributes:
-        run: whose task it is.
+        run: whose task it is, computing as all models shall.
         task: which one.
         setting: how the rows are read and scored.
-        in_float32: whether all models compute in float32 instead of the run's dtype, see
-            `load_for_float32`.
     """
 
-    run: FinishedRun
+    run: Run
     task: Task
     setting: Setting
-    in_float32: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         """In which models compute."""
-        return torch.float32 if self.in_float32 else self.run.dtype
-
-    def load(self, base: BaseModel, quantization: str = "none") -> Any:
-        """The run's base model as our own code takes it."""
-        load = load_for_float32 if self.in_float32 else load_model
-        return load(base, dtype=self.run.dtype, device=pick_device(), quantization=quantization)
+        return self.run.dtype
 
     def load_alone(self, folder: Path, quantization: str = "none") -> Any:
         """A transformers folder as any user has it, see `ask_alone`."""
-        dtype = self.run.dtype
-        return load_alone(folder, dtype, quantization=quantization, in_float32=self.in_float32)
+        run = self.run
+        return load_alone(
+            folder, run.weight_dtype, quantization=quantization, in_float32=run.in_float32
+        )
 
     @cached_property
     def examples(self) -> Examples:
         """The held-out rows."""
         return held_out(self.task, self.setting)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Of the base model."""
-        return load_tokenizer(self.run.base)
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -128,7 +109,7 @@ class Questions:
     @cached_property
     def encoder(self) -> Encoder:
         """As the run encodes."""
-        return Encoder.of(self.tokenizer, self.run.recipe, lenient=True)
+        return Encoder.of(self.run.tokenizer, self.run.recipe, lenient=True)
 
     def _requests(self, new_tokens: int | None = None) -> list[Request]:
         rows = self.encoder.control_tokens.mark(self.task, self.examples).examples
@@ -136,31 +117,14 @@ class Questions:
             rows,
             self.task.id,
             self.encoder,
-            self.longest,
+            self.run.longest,
             new_tokens=new_tokens or 0,
             generated=new_tokens is not None,
         )
 
-    @cached_property
-    def longest(self) -> int:
-        """Positions that the base model knows."""
-        return longest_of(load_config(self.run.base))
-
     def ask(self, packed: PackedModel) -> Answers:
         """Put them to a model in this process."""
-        opened = OpenRun(
-            folder=self.run.folder,
-            recipe=self.run.recipe,
-            tasks=self.run.tasks,
-            base=self.run.base,
-            tokenizer=self.tokenizer,
-            packed=packed,
-            adapter=self.run.adapter,
-            device=pick_device(),
-            dtype=self.dtype,
-            longest=self.longest,
-            checkpoint=self.run.checkpoint,
-        )
+        opened = self.run.but(instead=packed)
         (own,) = answer(opened, [self.task], [self.examples], self.setting)
         if own.scores is not None:
             return Answers(own.scores, own.outcome)
@@ -181,10 +145,10 @@ class Questions:
             requests,
             ends=self.encoder.stops,
             new_tokens=answer_limits(self.task, requests),
-            stopped=stop_of(self.task, self.encoder, self.tokenizer),
+            stopped=stop_of(self.task, self.encoder, self.run.tokenizer),
         )
         said = read_generated(
-            self.tokenizer, self.encoder, self.task, self.examples, requests, answers
+            self.run.tokenizer, self.encoder, self.task, self.examples, requests, answers
         )
         return Answers(scores, said.outcome)
 
@@ -201,14 +165,12 @@ Reader = Callable[[Questions, Path], Answers]  # the questions, and the folder t
 
 def run_itself(questions: Questions, folder: Path) -> Answers:
     """The run's adapter on its own base weights, quantised ones included, as `eval` measures it."""
-    opened = open_run(questions.run.folder, in_float32=questions.in_float32)
-    return questions.ask(opened.packed)
+    return questions.ask(questions.run.but(instead=None).packed)
 
 
 def run_on_original(questions: Questions, folder: Path) -> Answers:
     """The run's adapter on the full-precision base weights."""
-    opened = open_run(questions.run.folder, quantization="none", in_float32=questions.in_float32)
-    return questions.ask(opened.packed)
+    return questions.ask(questions.run.but(quantization="none").packed)
 
 
 def merged_model(questions: Questions, folder: Path) -> Answers:
@@ -233,7 +195,7 @@ class Check:
     limit: int
     tolerance: float | None = None
 
-    def request(self, run: FinishedRun, task: Task, folder: Path) -> dict[str, Any]:
+    def request(self, run: Run, task: Task, folder: Path) -> dict[str, Any]:
         """What the other process needs to know, as JSON takes it."""
         return {
             "run": str(run.folder.path.absolute()),
@@ -245,7 +207,7 @@ class Check:
             "tolerance": self.tolerance,
         }
 
-    def run(self, run: FinishedRun, task: Task, folder: Path) -> Comparison:
+    def run(self, run: Run, task: Task, folder: Path) -> Comparison:
         """Compare in a new process, which ends when this one does.
 
         Raises:
@@ -377,7 +339,7 @@ def check_of(request: Mapping[str, Any]) -> Check:
     )
 
 
-def questions_about(folder: Path, run: FinishedRun, task: Task, limit: int) -> Questions:
+def questions_about(folder: Path, run: Run, task: Task, limit: int) -> Questions:
     """What a check asks about what lies in a folder.
 
     Sums in 16 bits differ by more than anything that writing does, so models compute in float32. In the
@@ -385,10 +347,10 @@ def questions_about(folder: Path, run: FinishedRun, task: Task, limit: int) -> Q
     program computes.
     """
     exact = _float32_tells_more(run, folder)
-    return Questions(run, task, Setting(limit=limit), in_float32=exact)
+    return Questions(run.but(in_float32=exact), task, Setting(limit=limit))
 
 
-def _float32_tells_more(run: FinishedRun, folder: Path) -> bool:
+def _float32_tells_more(run: Run, folder: Path) -> bool:
     if run.dtype == torch.float32 or run.recipe.quantization == "int8":
         return False
     if not any(folder.glob(_SAFETENSORS)):

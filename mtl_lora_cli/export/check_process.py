@@ -37,14 +37,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     from mtl_lora_cli.errors import MtlLoraError
 
     try:
+        from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.export.check import check_of, questions_about
-        from mtl_lora_cli.export.finished_run import read_finished
         from mtl_lora_cli.extensions import load_named_extensions
         from mtl_lora_cli.runs.folder import RunFolder
         from mtl_lora_cli.tasks.chosen import select_tasks
 
         load_named_extensions()
-        run = read_finished(RunFolder(Path(request["run"])))
+        run = open_run(RunFolder(Path(request["run"])))
         (task,) = select_tasks(run.tasks, request["task"])
         folder = Path(request["folder"])
         questions = questions_about(folder, run, task, request["limit"])

@@ -18,6 +18,7 @@ from gguf import GGUFReader, GGUFType, Keys
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import CheckError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.card import model_card
 from mtl_lora_cli.export.check import (
     TOLERANCE,
@@ -29,7 +30,6 @@ from mtl_lora_cli.export.check import (
     run_itself,
     run_on_original,
 )
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.gguf_model import (
     Dialect,
     dialect_of,
@@ -65,7 +65,7 @@ llama.cpp's sources turn a transformers folder into a GGUF file:
 
 
 def export_gguf(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     *,
@@ -118,7 +118,7 @@ def export_gguf(
 
 
 def export_gguf_merged(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     *,
@@ -222,7 +222,7 @@ def run_at_written_rank(questions: Questions, folder: Path) -> Answers:
 
 
 @contextmanager
-def base_file(run: FinishedRun, folder: Path) -> Iterator[Path]:
+def base_file(run: Run, folder: Path) -> Iterator[Path]:
     """The base model as a GGUF file that lies in the folder for a while."""
     with TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "base.gguf"
@@ -230,7 +230,7 @@ def base_file(run: FinishedRun, folder: Path) -> Iterator[Path]:
         yield path
 
 
-def _models(run: FinishedRun, rank: int | None) -> dict[str, Reader]:
+def _models(run: Run, rank: int | None) -> dict[str, Reader]:
     """What llama.cpp's answers are compared with; what they must equal stands first."""
     models: dict[str, Reader] = {}
     if rank is not None:
@@ -246,7 +246,7 @@ def _models(run: FinishedRun, rank: int | None) -> dict[str, Reader]:
 
 
 def _require_same_tokens(questions: Questions, opened: Any) -> None:
-    tokenizer = questions.tokenizer
+    tokenizer = questions.run.tokenizer
     encoder = Encoder.of(tokenizer, questions.run.recipe, lenient=True)
     examples = questions.examples.examples
     starts = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
@@ -266,12 +266,12 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def _title(run: FinishedRun, task: Task) -> str:
+def _title(run: Run, task: Task) -> str:
     return f"{task.name} of {run.folder.name}"
 
 
 def _adapter_card(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     comparison: Comparison | None,
@@ -292,7 +292,7 @@ def _adapter_card(
     )
 
 
-def _merged_card(run: FinishedRun, task: Task, folder: Path, comparison: Comparison | None) -> str:
+def _merged_card(run: Run, task: Task, folder: Path, comparison: Comparison | None) -> str:
     return model_card(
         run,
         task,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.check import Answers, Questions
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import Update, task_updates
 from mtl_lora_cli.export.run_merge import Written
 from mtl_lora_cli.models.load import adapt
@@ -90,7 +90,7 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
 
 
 def updates_at(
-    run: FinishedRun, task: Task, rank: int | None
+    run: Run, task: Task, rank: int | None
 ) -> tuple[dict[str, Update], Truncation | None]:
     """The task's ordinary LoRA, at a lower rank where one is given.
 
@@ -136,7 +136,7 @@ def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
         rank_pattern=own,
         target_modules=run.adapter.config.target_modules,
     )
-    model = questions.load(run.base, quantization)
+    model = run.load(quantization)
     adapter = adapt(model, config, run.adapter.tasks)
     with torch.no_grad():
         for path, layer in adapter.layers.items():

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.card import model_card
 from mtl_lora_cli.export.check import Answers, Check, Comparison, Questions, Reader, run_itself
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.low_rank import Exported, Truncation, ask_at, updates_at
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.peft_names import PREFIX, beside_the_text, require_named
@@ -49,7 +49,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
 def export_peft(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     *,
@@ -216,7 +216,7 @@ def _require_peft() -> None:
 
 
 def _card(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     comparison: Comparison | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.card import merged_card
 from mtl_lora_cli.export.check import (
@@ -20,7 +21,6 @@ from mtl_lora_cli.export.check import (
     run_itself,
     run_on_original,
 )
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.quantised import measure_rounding, quantised
 from mtl_lora_cli.runs.atomic import new_folder, write_text
@@ -41,7 +41,7 @@ class Written:
 
 
 def merge_tasks(
-    run: FinishedRun,
+    run: Run,
     targets: Sequence[tuple[Task, Path]],
     *,
     base: str = "original",
@@ -122,7 +122,7 @@ def _models(kind: str, base: str) -> dict[str, Reader]:
 
 
 def write_checked(
-    run: FinishedRun,
+    run: Run,
     task: Task,
     folder: Path,
     *,

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
-from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.recipe.load import load_extensions_of
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.runs.folder import RunFolder
 
 NO_GATES = "no gate of a task: gates are not shown"
@@ -31,14 +29,7 @@ def inspect_run(run: RunFolder) -> dict[str, Any]:
     Raises:
         UsageError: the run has no finished adapter, or its files are damaged.
     """
-    folder = run.require_adapter()
-    try:
-        if run.recipe.is_file():
-            load_extensions_of(run.recipe)
-        adapter = read_alone(folder)
-    except MtlLoraError as error:
-        raise UsageError(str(error)) from None
-    return {"run": run.name, **inspect_adapter(adapter)}
+    return {"run": run.name, **inspect_adapter(Run(run).adapter)}
 
 
 @torch.no_grad()

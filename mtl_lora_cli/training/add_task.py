@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mtl_lora_cli.adapters.files import AdapterFile, read_adapter_file
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.open_run import other_base
+from mtl_lora_cli.evaluation.opened import Run, other_base
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.recipe.load import INHERITED, LoadedRecipe, describe_changes, load_recipe
-from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
 
 _LONGEST_NAME = 80  # of a run
@@ -37,15 +35,15 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
         UsageError: the run is unfinished, its method has nothing of a task's own, its base model is
             another one by now, or the recipe contradicts it or names one of its tasks.
     """
-    own = load_recipe(run.recipe).recipe
-    file = read_adapter_file(run.require_adapter())
+    opened = Run(run)
+    file = opened.file
     if not any(role.per_task for role in file.config.all_roles()):
         raise UsageError(
             f"run '{run.name}': its method, {file.config.method}, has nothing of a task's own that "
             "could learn alone; train all tasks together"
         )
-    loaded = load_recipe(path, overrides, heir_of=own)
-    _require_agreement(loaded, run, own, file)
+    loaded = load_recipe(path, overrides, heir_of=opened.recipe)
+    _require_agreement(loaded, opened)
     names = [task.name for task in bind_tasks(loaded)]
     for name in names:
         if name in file.tasks:
@@ -59,15 +57,13 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"run": settings}))
 
 
-def _require_agreement(
-    loaded: LoadedRecipe, run: RunFolder, own: Recipe, file: AdapterFile
-) -> None:
+def _require_agreement(loaded: LoadedRecipe, run: Run) -> None:
     """Refuse another base model, or another adapter on it.
 
     Raises:
         UsageError: naming everything that differs.
     """
-    given = loaded.recipe
+    given, own, file = loaded.recipe, run.recipe, run.file
     base = find_base_model(given.base_model, beside=loaded.base)
     changed = base.changes_since(file.base_model)
     before, after = ({name: getattr(one, name) for name in INHERITED} for one in (own, given))
@@ -77,8 +73,8 @@ def _require_agreement(
     changes = describe_changes(before, after)
     if changes:
         raise UsageError(
-            f"the recipe differs from that of run '{run.name}', which it adds to: "
+            f"the recipe differs from that of run '{run.folder.name}', which it adds to: "
             f"{'; '.join(changes)}"
         )
     if changed:
-        raise other_base(run, base, changed)
+        raise other_base(run.folder, base, changed)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import (
     Answers,
@@ -30,7 +31,6 @@ from mtl_lora_cli.export.check import (
     merged_model,
     run_itself,
 )
-from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.machine.cards import pick_device
@@ -99,11 +99,11 @@ def train(asked: argparse.Namespace, form: str, folder: Path) -> RunFolder:
     return start(prepare(load_recipe(path)), folder / "run")
 
 
-def in_dtype(run: RunFolder, dtype: str) -> FinishedRun:
+def in_dtype(run: RunFolder, dtype: str) -> Run:
     """The run, from now on computing in another dtype."""
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     run.recipe.write_text(yaml.safe_dump({**recipe, "dtype": dtype}), encoding="utf-8")
-    return read_finished(run)
+    return open_run(run)
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             trained = train(arguments, form, folder)
-            run = read_finished(trained)
+            run = open_run(trained)
             for task in run.tasks:
                 merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
                 if not arguments.exact:

@@ -178,7 +178,7 @@ def test_a_base_model_that_has_changed_is_refused_unless_forced(
     run: Path, invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     """The adapter remembers another one than the one that lies there now."""
-    from mtl_lora_cli.evaluation import open_run
+    from mtl_lora_cli.evaluation import opened
 
     path = run / "adapter" / "mtl_lora_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -186,14 +186,14 @@ def test_a_base_model_that_has_changed_is_refused_unless_forced(
     content["checksum"] = config_checksum(content)
     path.write_text(json.dumps(content), encoding="utf-8")
     if key == "revision":  # a folder has none: let this one have come from the hub
-        find = open_run.find_base_model
+        find = opened.find_base_model
 
         def from_hub(name: str) -> Any:
             from dataclasses import replace
 
             return replace(find(name), revision="newer")
 
-        monkeypatch.setattr(open_run, "find_base_model", from_hub)
+        monkeypatch.setattr(opened, "find_base_model", from_hub)
     refused = invoke("eval", "--task", "warm")
     assert refused.returncode == 2
     assert f"{key} " in refused.stderr and "expected another); --force goes on" in refused.stderr

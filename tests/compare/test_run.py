@@ -179,7 +179,7 @@ def test_the_scores_are_those_of_an_evaluation(
 ) -> None:
     """The run's own answers, asked again through `evaluate` with all rows."""
     from mtl_lora_cli.evaluation.evaluate import Setting, evaluate
-    from mtl_lora_cli.evaluation.open_run import open_run
+    from mtl_lora_cli.evaluation.opened import open_run
 
     opened = open_run(RunFolder(finished[0] / "runs" / "lora-seed1"))
     study = plan(finished[0], limit=None)

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtl_lora_cli.adapters.files import save_adapter
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.choices import Request, build_requests
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.load import dump_recipe
 from mtl_lora_cli.recipe.schema import Recipe, Source
-from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
@@ -89,26 +91,19 @@ def held(examples: dict[str, list[Example]]) -> list[Examples]:
 
 
 @pytest.fixture
-def opened(packed: PackedModel, tasks: list[Task], stories_folder: Path, tmp_path: Path) -> OpenRun:
+def opened(packed: PackedModel, tasks: list[Task], stories_folder: Path, tmp_path: Path) -> Run:
     """A run around the model, in a folder of its own."""
     base = find_base_model(str(stories_folder))
     names = [{"name": task.name, "template": task.name} for task in tasks]
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    assert packed._adapter is not None
-    return OpenRun(
-        folder=folder,
-        recipe=Recipe.model_validate({"base_model": str(stories_folder), "tasks": names}),
-        tasks=tasks,
-        base=base,
-        tokenizer=load_tokenizer(base),
-        packed=packed,
-        adapter=packed._adapter,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        longest=512,
-        checkpoint="checkpoint",
-    )
+    assert packed.adapter is not None
+    folder.adapter.mkdir()
+    save_adapter(packed.adapter, folder.adapter, base.identity())
+    recipe = Recipe.model_validate({"base_model": str(stories_folder), "tasks": names})
+    folder.recipe.write_text(dump_recipe(recipe))
+    save_json(folder.tasks, {"tasks": [task.to_json() for task in tasks]})
+    return Run(folder, instead=packed)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
@@ -93,7 +92,7 @@ def test_lengths_have_the_end_where_it_counts() -> None:
 
 
 def test_eval_and_predict_count_the_end_and_say_so(
-    opened: OpenRun, rating: Task, encoder: Encoder
+    opened: Run, rating: Task, encoder: Encoder
 ) -> None:
     """Both figures: with the end, and as lm-evaluation-harness scores, by which only `1` can win."""
     rows = rated()
@@ -113,22 +112,20 @@ def test_eval_and_predict_count_the_end_and_say_so(
         "a: in 3 of 3 rows one choice begins another; there the end of each choice counts, too; "
         "without it, as in lm-evaluation-harness, acc is 0.000"
     ) in table
-    said = Predictor(replace(opened, tasks=[rating])).predict(
+    said = Predictor(opened.but(tasks=[rating])).predict(
         [{"text": prompt.removesuffix(" Rating:")} for prompt in PROMPTS], task="a"
     )
     assert [one["label"] for one in said] == [(1, 2)[number] for number in with_end]
     assert all(one["ends_counted"] is True for one in said)
 
 
-def test_nothing_is_said_where_no_choice_begins_another(opened: OpenRun, rating: Task) -> None:
+def test_nothing_is_said_where_no_choice_begins_another(opened: Run, rating: Task) -> None:
     (result,) = evaluate(opened, [rating], Setting(), rows=[rated(("yes", "no"))])
     assert result["ends_counted"] == 0
     assert "begins another" not in as_table([result], [None], [], None, base_only=False)
 
 
-def test_an_older_result_is_compared_only_where_no_end_counts(
-    opened: OpenRun, rating: Task
-) -> None:
+def test_an_older_result_is_compared_only_where_no_end_counts(opened: Run, rating: Task) -> None:
     """Results of before have no `ends_counted`, and counted none."""
     base_only = Setting(base_only=True)
     for choices, comparable in ((("1", "10"), False), (("yes", "no"), True)):

@@ -14,7 +14,7 @@ from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.evaluation.answers import answer, outcome_of, predict
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate, stored
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.metrics import intervals as metrics
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
@@ -33,7 +33,7 @@ def changed(task: Task, **keys: Any) -> Task:
 
 
 def test_a_result_says_how_it_came_about(
-    opened: OpenRun, tasks: list[Task], held: list[Examples]
+    opened: Run, tasks: list[Task], held: list[Examples]
 ) -> None:
     (result,) = evaluate(opened, tasks[:1], Setting(limit=6), rows=held[:1])
     assert result["protocol"] == "choices"
@@ -50,7 +50,7 @@ def test_a_result_says_how_it_came_about(
 
 
 def test_answers_are_those_of_their_scores(
-    opened: OpenRun, tasks: list[Task], held: list[Examples], requests: list[Request]
+    opened: Run, tasks: list[Task], held: list[Examples], requests: list[Request]
 ) -> None:
     """All tasks together, an expectation among them, against each request's own scores."""
     answers = answer(opened, tasks, held, Setting())
@@ -81,7 +81,7 @@ def uneven() -> Examples:
 
 
 def test_the_template_names_the_normalisation_and_the_setting_overrules_it(
-    opened: OpenRun, tasks: list[Task], uneven: Examples
+    opened: Run, tasks: list[Task], uneven: Examples
 ) -> None:
     found = []
     for how in HOWS:
@@ -110,7 +110,7 @@ def test_the_template_names_the_normalisation_and_the_setting_overrules_it(
 
 
 def test_what_cannot_be_read_is_counted_and_wrong(
-    opened: OpenRun, tasks: list[Task], held: list[Examples]
+    opened: Run, tasks: list[Task], held: list[Examples]
 ) -> None:
     """A model that tells stories names no answer; made to begin with one, it does."""
     task = changed(tasks[2], generate=Generation(extract="answer[1-5]", max_new_tokens=3))
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_counted_and_wrong(
 
 
 def test_the_base_model_stands_beside_the_same_question_only(
-    opened: OpenRun, tasks: list[Task], held: list[Examples]
+    opened: Run, tasks: list[Task], held: list[Examples]
 ) -> None:
     def asked(base_only: bool, normalisation: str) -> dict[str, Any]:
         setting = Setting(base_only=base_only, normalisation=normalisation)

@@ -17,7 +17,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import Setting, evaluate
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
@@ -44,7 +44,7 @@ def hflm(stories_folder: Path) -> Any:
 
 
 @pytest.fixture
-def base_lm(opened: OpenRun) -> Any:
+def base_lm(opened: Run) -> Any:
     """Ours without the adapter."""
     from mtl_lora_cli.evaluation.lm_eval_model import AdaptedLM
 
@@ -61,7 +61,7 @@ def texts_of(examples: dict[str, list[Example]]) -> list[tuple[str, str]]:
 
 
 def test_scores_equal_those_of_the_harness(
-    hflm: Any, opened: OpenRun, examples: dict[str, list[Example]]
+    hflm: Any, opened: Run, examples: dict[str, list[Example]]
 ) -> None:
     """Tokenised by each in its own way, and through the model in its own way."""
     from mtl_lora_cli.data.encoding import Encoder
@@ -115,7 +115,7 @@ def test_whole_texts_and_continuations_are_the_harness_s(hflm: Any, base_lm: Any
 
 
 def test_the_adapter_of_the_task_answers_the_harness(
-    opened: OpenRun, requests: list[Request], examples: dict[str, list[Example]]
+    opened: Run, requests: list[Request], examples: dict[str, list[Example]]
 ) -> None:
     from mtl_lora_cli.evaluation.lm_eval_model import AdaptedLM
 
@@ -167,7 +167,7 @@ def harness_file(
 
 
 def test_the_harness_runs_its_task_with_our_model(
-    opened: OpenRun,
+    opened: Run,
     tasks: list[Task],
     held: list[Examples],
     harness_file: Path,
@@ -195,7 +195,7 @@ def test_the_harness_runs_its_task_with_our_model(
 
 
 def test_both_figures_where_one_choice_begins_another(
-    opened: OpenRun, tasks: list[Task], harness_file: Path, tmp_path: Path
+    opened: Run, tasks: list[Task], harness_file: Path, tmp_path: Path
 ) -> None:
     """The harness's own stand under its names; those with the ends counted are our own protocol's."""
     prompts = ("great film Rating:", "Lily saw ten birds:", "Tom had a ball:", "It was")
@@ -252,7 +252,7 @@ def test_normalised_predictions_are_the_harness_s(harness_file: Path, tmp_path: 
 
 
 def test_a_task_that_the_harness_cannot_load_is_one_line(
-    opened: OpenRun, tasks: list[Task], harness_file: Path, tmp_path: Path
+    opened: Run, tasks: list[Task], harness_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").unlink()
     setting = Setting(protocol="lm-eval", harness_task=str(harness_file))

@@ -17,7 +17,7 @@ from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import glue_submission
 from mtl_lora_cli.evaluation.answers import answer
-from mtl_lora_cli.evaluation.open_run import OpenRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import NEW_TOKENS, Predictor
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.tasks.task import Task
@@ -44,7 +44,7 @@ def rows(data_folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_predictions_are_those_of_the_evaluation(
-    opened: OpenRun, tasks: list[Task], held: list[Examples], rows: dict[str, list[dict[str, Any]]]
+    opened: Run, tasks: list[Task], held: list[Examples], rows: dict[str, list[dict[str, Any]]]
 ) -> None:
     predictor = Predictor(opened)
     for task, examples, said in zip(
@@ -66,7 +66,7 @@ def test_predictions_are_those_of_the_evaluation(
 
 
 def test_mixed_tasks_are_answered_as_each_alone(
-    opened: OpenRun, rows: dict[str, list[dict[str, Any]]]
+    opened: Run, rows: dict[str, list[dict[str, Any]]]
 ) -> None:
     predictor = Predictor(opened)
     alone = {name: predictor.predict(own, task=name) for name, own in rows.items()}
@@ -80,11 +80,11 @@ def test_mixed_tasks_are_answered_as_each_alone(
         )
 
 
-def test_a_free_answer_is_generated(opened: OpenRun, tasks: list[Task], tmp_path: Path) -> None:
+def test_a_free_answer_is_generated(opened: Run, tasks: list[Task], tmp_path: Path) -> None:
     path = tmp_path / "free.yaml"
     path.write_text('description: Free.\nprompt: "{{ q }}"\nanswer: "{{ a }}"\n', encoding="utf-8")
     free = dataclasses.replace(tasks[0], template_name="free", template=read_template(path))
-    predictor = Predictor(dataclasses.replace(opened, tasks=[free]))
+    predictor = Predictor(opened.but(tasks=[free]))
     (found,) = predictor.predict([{"q": "Once upon a time"}])  # the only task need not be named
     assert found["task"] == "sst2"
     assert set(found) == {"task", "answer"}
@@ -103,12 +103,12 @@ def test_a_free_answer_is_generated(opened: OpenRun, tasks: list[Task], tmp_path
         ({"task": "home_depot"}, "row 1: task 'home_depot': prompt: the row has no field"),
     ],
 )
-def test_what_cannot_be_answered(opened: OpenRun, arguments: dict[str, str], message: str) -> None:
+def test_what_cannot_be_answered(opened: Run, arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Predictor(opened).predict([{"sentence": "fine", "task": "no"}], **arguments)
 
 
-def test_no_rows_have_no_predictions(opened: OpenRun) -> None:
+def test_no_rows_have_no_predictions(opened: Run) -> None:
     assert Predictor(opened).predict([], task="sst2") == []
 
 

@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.export.check import Check, Comparison, questions_about
-from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.prepare import prepare
@@ -44,7 +44,7 @@ def small_data(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedRun]:
+def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """Trains a few steps on a base model, which leads the adapter far from zero."""
 
     def run(
@@ -53,7 +53,7 @@ def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         tasks: Sequence[str | dict[str, str]] = ("sst2", "home_depot"),
         steps: int = 3,
         **keys: object,
-    ) -> FinishedRun:
+    ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         content = {
             "base_model": str(base),
@@ -76,19 +76,19 @@ def train(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         }
         (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
         loaded = load_recipe(folder / "recipe.yaml")
-        return read_finished(start(prepare(loaded), folder / "runs" / "mine"))
+        return open_run(start(prepare(loaded), folder / "runs" / "mine"))
 
     return run
 
 
 @pytest.fixture(scope="session")
-def run(train: Callable[..., FinishedRun], stories_folder: Path) -> FinishedRun:
+def run(train: Callable[..., Run], stories_folder: Path) -> Run:
     """MTL-LoRA on the tiny model as it is."""
     return train(stories_folder)
 
 
 @pytest.fixture(scope="session")
-def four_bit_run(train: Callable[..., FinishedRun], stories_folder: Path) -> FinishedRun:
+def four_bit_run(train: Callable[..., Run], stories_folder: Path) -> Run:
     """MTL-LoRA on the tiny model in NF4."""
     return train(stories_folder, quantization="nf4")
 
@@ -97,7 +97,7 @@ def four_bit_run(train: Callable[..., FinishedRun], stories_folder: Path) -> Fin
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks compare in this process, where the other one is not what a test is about."""
 
-    def compare(check: Check, run: FinishedRun, task: Task, folder: Path) -> Comparison:
+    def compare(check: Check, run: Run, task: Task, folder: Path) -> Comparison:
         return check.compare(questions_about(folder, run, task, check.limit), folder)
 
     monkeypatch.setattr(Check, "run", compare)

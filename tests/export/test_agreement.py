@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import METHODS
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import (
     Questions,
@@ -22,7 +23,6 @@ from mtl_lora_cli.export.check import (
     questions_about,
     run_itself,
 )
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.tasks.task import Task
@@ -63,7 +63,7 @@ def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def rows(run: FinishedRun, task: Task, count: int) -> Iterator[tuple[Tensor, int]]:
+def rows(run: Run, task: Task, count: int) -> Iterator[tuple[Tensor, int]]:
     """Real rows as tokens [1, N], the prompt and the right answer behind it, and the answer's length."""
     questions = Questions(run, task, Setting(limit=count))
     for request, example in zip(questions.requests, questions.examples.examples, strict=True):
@@ -80,7 +80,7 @@ def logprobs(model: nn.Module, ids: Tensor, last: int) -> Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_answers_log_probabilities_are_the_same_three_times(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path, form: str
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path, form: str
 ) -> None:
     """In float32, token by token. Where training led nowhere, in prompts, log p is about -30 and
     float32 itself is off by 3e-5: there, no two orders of the same sums agree better."""
@@ -110,7 +110,7 @@ def test_an_answers_log_probabilities_are_the_same_three_times(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_stored_in_bfloat16_predicts_the_same(
-    train: Callable[..., FinishedRun], half: Path, tmp_path: Path, form: str
+    train: Callable[..., Run], half: Path, tmp_path: Path, form: str
 ) -> None:
     """A run in bfloat16 on weights in bfloat16, compared as the check does it: sums are float32."""
     run = train(half, tasks=["cola"], steps=8, dtype="bfloat16", adapter=adapter(form))
@@ -131,7 +131,7 @@ def test_what_is_stored_in_bfloat16_predicts_the_same(
 
 
 def test_what_is_decided_is_decided_the_same_way_in_bfloat16(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path
 ) -> None:
     """Near ties fall as the rounding has it. Other methods and a larger model, on more rows:
     tests/benchmarks/agreement.py."""

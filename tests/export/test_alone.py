@@ -16,11 +16,11 @@ from torch import Tensor
 from mtl_lora_cli.errors import CheckError, ExitCode, UsageError
 from mtl_lora_cli.evaluation import open_run
 from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, Setting
 from mtl_lora_cli.export import merge
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.check import Questions, largest_difference, merged_model, run_itself
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.export.weight_names import WeightNames, weight_names
 from mtl_lora_cli.models.base import BaseModel
@@ -81,7 +81,7 @@ def without_scale(model: Any) -> None:
     ],
 )
 def test_a_packed_path_that_leaves_something_out_does_not_hold(
-    train: Callable[..., FinishedRun],
+    train: Callable[..., Run],
     of_type: Callable[..., Path],
     ours: Callable[..., None],
     tmp_path: Path,
@@ -102,7 +102,7 @@ def test_a_packed_path_that_leaves_something_out_does_not_hold(
 
 @pytest.mark.usefixtures("in_process")
 def test_an_update_on_another_layers_weight_does_not_hold(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a wrong name of one weight would lead it there."""
     one, other = (f"model.layers.{number}.mlp.down_proj.weight" for number in (1, 2))
@@ -187,7 +187,7 @@ def test_greedy_answers_are_the_likeliest_tokens(plain: Any) -> None:
     assert generate_alone(plain, requests[:1], ends=[10**6], **keys) == [expected[0][:3]]
 
 
-def test_answers_of_both_protocols_equal_the_runs(run: FinishedRun, tmp_path: Path) -> None:
+def test_answers_of_both_protocols_equal_the_runs(run: Run, tmp_path: Path) -> None:
     merge_tasks(run, [(run.tasks[0], tmp_path / "out")], checked=False)
     for setting in (Setting(limit=6), Setting(limit=6, protocol=GENERATE)):
         questions = Questions(run, run.tasks[0], setting)
@@ -212,7 +212,7 @@ def test_a_weight_without_a_value_is_told(stories_folder: Path, tmp_path: Path) 
 
 
 def test_what_is_no_model_is_no_folder_to_compare_with(
-    run: FinishedRun, stories_folder: Path, tmp_path: Path
+    run: Run, stories_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(stories_folder, tmp_path / "base"))
     (folder / "model.safetensors").write_bytes(b"rubbish")

@@ -11,15 +11,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mtl_lora_cli.evaluation.evaluate import evaluate
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.card import model_card
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.recipe.schema import Chat
 
 
-def card(run: FinishedRun, task: int = 0) -> ModelCard:
+def card(run: Run, task: int = 0) -> ModelCard:
     text = model_card(
         run,
         run.tasks[task],
@@ -40,12 +39,12 @@ def row(text: str, first: str) -> list[str]:
 
 
 @pytest.fixture
-def of_the_hub(run: FinishedRun) -> FinishedRun:
+def of_the_hub(run: Run) -> Run:
     """As if the base model had come from the hub."""
-    return replace(run, base=replace(run.base, name="somebody/stories", revision="abc123"))
+    return run.but(base=replace(run.base, name="somebody/stories", revision="abc123"))
 
 
-def test_a_written_folder_has_a_card_that_the_hub_reads(run: FinishedRun, tmp_path: Path) -> None:
+def test_a_written_folder_has_a_card_that_the_hub_reads(run: Run, tmp_path: Path) -> None:
     merge_tasks(run, [(run.tasks[0], tmp_path / "out")], checked=False)
     found = ModelCard.load(tmp_path / "out" / "README.md")
     data = found.data.to_dict()
@@ -62,7 +61,7 @@ def test_a_written_folder_has_a_card_that_the_hub_reads(run: FinishedRun, tmp_pa
     assert str(run.base.folder.parent) not in found.text, "paths are nobody's business"
 
 
-def test_it_names_base_method_and_sizes(of_the_hub: FinishedRun) -> None:
+def test_it_names_base_method_and_sizes(of_the_hub: Run) -> None:
     found = card(of_the_hub)
     data = found.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("somebody/stories", "finetune")
@@ -75,12 +74,10 @@ def test_it_names_base_method_and_sizes(of_the_hub: FinishedRun) -> None:
     assert "{{ sentence | trim }}" in found.text
 
 
-def test_it_names_sources_and_shares(
-    train: Callable[..., FinishedRun], stories_folder: Path
-) -> None:
+def test_it_names_sources_and_shares(train: Callable[..., Run], stories_folder: Path) -> None:
     run = train(stories_folder, mixing={"temperature": 2.0})
     tasks = [replace(run.tasks[0], max_examples=15), run.tasks[1]]
-    text = card(replace(run, tasks=tasks)).text
+    text = card(run.but(tasks=tasks)).text
     # Shares go with the square roots of 15 and 60 rows: 1 to 2.
     assert row(text, "**sst2**")[1:4] == ["sst2", row(text, "**sst2**")[2], "15"]
     assert row(text, "**sst2**")[2].endswith("/sst2")
@@ -88,15 +85,15 @@ def test_it_names_sources_and_shares(
     assert row(text, "home_depot")[3:] == ["60", "66.7%"]
 
 
-def test_a_source_that_is_gone_is_no_obstacle(run: FinishedRun) -> None:
+def test_a_source_that_is_gone_is_no_obstacle(run: Run) -> None:
     source = run.tasks[1].source.model_copy(update={"path": "/nowhere/at/all"})
     tasks = [run.tasks[0], replace(run.tasks[1], source=source)]
-    found = row(card(replace(run, tasks=tasks)).text, "home_depot")
+    found = row(card(run.but(tasks=tasks)).text, "home_depot")
     assert found[2:] == ["files at/all", "not readable any more", "not readable any more"]
 
 
 def test_the_runs_own_evaluation_stands_in_it(
-    train: Callable[..., FinishedRun], stories_folder: Path
+    train: Callable[..., Run], stories_folder: Path
 ) -> None:
     run = train(stories_folder)
     assert "The run has no evaluation of this task" in card(run).text
@@ -126,21 +123,21 @@ def test_the_runs_own_evaluation_stands_in_it(
     ],
 )
 def test_the_base_models_licence_is_taken_over(
-    run: FinishedRun, tmp_path: Path, head: str, expected: dict[str, str]
+    run: Run, tmp_path: Path, head: str, expected: dict[str, str]
 ) -> None:
     shutil.copy(run.base.folder / "config.json", tmp_path)
     (tmp_path / "README.md").write_text(f"---\n{head}---\n# A model\n")
-    data = card(replace(run, base=replace(run.base, folder=tmp_path))).data.to_dict()
+    data = card(run.but(base=replace(run.base, folder=tmp_path))).data.to_dict()
     assert {key: data[key] for key in data if key.startswith("license")} == expected
 
 
-def test_it_says_how_a_chat_template_was_used(run: FinishedRun) -> None:
+def test_it_says_how_a_chat_template_was_used(run: Run) -> None:
     assert "The answer stands behind it and a space." in card(run).text
     chat = Chat(
         template_kwargs={"enable_thinking": False}, answers="generation_prompt", date="2026-11-30"
     )
     recipe = run.recipe.model_copy(update={"prompt_format": "chat", "chat": chat})
-    text = card(replace(run, recipe=recipe)).text
+    text = card(run.but(recipe=recipe)).text
     assert "a user message in the base model's chat template" in text
     assert '`chat_template_kwargs` = `{"enable_thinking": false}`' in text
     assert "which was 2026-11-30 in training" in text

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import check, check_process, run_merge
 from mtl_lora_cli.export.check import (
@@ -29,25 +30,24 @@ from mtl_lora_cli.export.check import (
     received,
     run_itself,
 )
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.run_merge import Written, merge_tasks
 from mtl_lora_cli.metrics.intervals import Measured
 
 pytestmark = pytest.mark.slow
 
 
-def merge(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Written:
+def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> Written:
     (written,) = merge_tasks(run, [(run.tasks[task], folder)], limit=8, **keys)
     return written
 
 
-def compare(run: FinishedRun, folder: Path, task: int = 0, **models: Any) -> Comparison:
+def compare(run: Run, folder: Path, task: int = 0, **models: Any) -> Comparison:
     """In this process."""
     check = Check(merged_model, models or {"the run's adapter": run_itself}, 8)
     return check.compare(Questions(run, run.tasks[task], Setting(limit=8)), folder)
 
 
-def test_a_merge_is_compared_in_another_process(run: FinishedRun, tmp_path: Path) -> None:
+def test_a_merge_is_compared_in_another_process(run: Run, tmp_path: Path) -> None:
     written = merge(run, tmp_path / "out")
     found = written.comparison
     assert found is not None
@@ -64,7 +64,7 @@ def test_a_merge_is_compared_in_another_process(run: FinishedRun, tmp_path: Path
     assert f"| {found.largest:.2e} | 100.0% |" in readme
 
 
-def test_another_tasks_weights_do_not_pass_as_this_ones(run: FinishedRun, tmp_path: Path) -> None:
+def test_another_tasks_weights_do_not_pass_as_this_ones(run: Run, tmp_path: Path) -> None:
     merge(run, tmp_path / "out", 1, checked=False)
     assert compare(run, tmp_path / "out", 1).holds
     assert not compare(run, tmp_path / "out", 0).holds
@@ -72,7 +72,7 @@ def test_another_tasks_weights_do_not_pass_as_this_ones(run: FinishedRun, tmp_pa
 
 @pytest.mark.usefixtures("in_process")
 def test_what_is_spoiled_on_its_way_to_the_disk_lies_aside(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one part in a hundred, in a single matrix."""
     right = run_merge.write_merged
@@ -99,7 +99,7 @@ def test_what_is_spoiled_on_its_way_to_the_disk_lies_aside(
     assert not (aside / "README.md").exists()
 
 
-def test_without_a_check_the_readme_says_so(run: FinishedRun, tmp_path: Path) -> None:
+def test_without_a_check_the_readme_says_so(run: Run, tmp_path: Path) -> None:
     assert merge(run, tmp_path / "out", checked=False).comparison is None
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "**Not checked.** This was written with `--no-check`" in text
@@ -108,7 +108,7 @@ def test_without_a_check_the_readme_says_so(run: FinishedRun, tmp_path: Path) ->
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_a_quantised_run_is_merged_both_ways_with_the_scores_beside_the_adapters(
-    four_bit_run: FinishedRun, tmp_path: Path, base: str
+    four_bit_run: Run, tmp_path: Path, base: str
 ) -> None:
     written = merge(four_bit_run, tmp_path / "out", base=base)
     found = written.comparison
@@ -134,7 +134,7 @@ def test_a_quantised_run_is_merged_both_ways_with_the_scores_beside_the_adapters
 
 @pytest.mark.usefixtures("in_process")
 def test_sixteen_bits_round_what_is_written_and_not_the_comparison(
-    train: Callable[..., FinishedRun], half: Path, tmp_path: Path
+    train: Callable[..., Run], half: Path, tmp_path: Path
 ) -> None:
     """A run in bfloat16 on weights in bfloat16: sums in 16 bits differ by ten times as much."""
     run = train(half, dtype="bfloat16", steps=12)
@@ -149,7 +149,7 @@ def test_sixteen_bits_round_what_is_written_and_not_the_comparison(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_run_in_float32_on_weights_in_16_bits_is_merged(
-    train: Callable[..., FinishedRun], half: Path, tmp_path: Path
+    train: Callable[..., Run], half: Path, tmp_path: Path
 ) -> None:
     found = merge(train(half, steps=12), tmp_path / "out").comparison
     assert found is not None
@@ -160,7 +160,7 @@ def test_a_run_in_float32_on_weights_in_16_bits_is_merged(
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_a_quantised_run_in_16_bits_is_checked_in_float32(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path, base: str
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path, base: str
 ) -> None:
     """Its four bits are those of the weights in its dtype, whatever the check computes in."""
     run = train(stories_folder, dtype="bfloat16", quantization="nf4", steps=12)
@@ -175,7 +175,7 @@ def test_a_quantised_run_in_16_bits_is_checked_in_float32(
 
 @pytest.mark.parametrize("why", ["room", "eight bits", "another program"])
 def test_where_float32_does_not_help_the_runs_dtype_is_taken(
-    train: Callable[..., FinishedRun],
+    train: Callable[..., Run],
     stories_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,7 +188,7 @@ def test_where_float32_does_not_help_the_runs_dtype_is_taken(
     if why == "room":
         monkeypatch.setattr(check, "free_memory", lambda device: (1_000_000, "x"))
     elif why == "eight bits":
-        run = replace(run, recipe=run.recipe.model_copy(update={"quantization": "int8"}))
+        run = run.but(recipe=run.recipe.model_copy(update={"quantization": "int8"}))
     else:
         written.rename(tmp_path / "adapter.gguf")
     assert questions_about(tmp_path, run, run.tasks[0], 8).dtype == torch.bfloat16
@@ -205,7 +205,7 @@ def comparison(largest: float, equal: float, allowed: float) -> Comparison:
     return Comparison("test", 40, "x", {}, {"r": Distance({}, largest, equal)}, allowed)
 
 
-def test_answers_without_an_outcome_are_compared_by_their_scores(run: FinishedRun) -> None:
+def test_answers_without_an_outcome_are_compared_by_their_scores(run: Run) -> None:
     """As of an engine that scores and does not generate."""
     ours = scored([-1.0, -2.0], [-3.0, -1.0, -2.0])
     theirs = scored([-2.25, -2.0], [-3.0, -1.0, -2.0])
@@ -216,7 +216,7 @@ def test_answers_without_an_outcome_are_compared_by_their_scores(run: FinishedRu
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_no_number_never_holds(run: FinishedRun, bad: float) -> None:
+def test_no_number_never_holds(run: Run, bad: float) -> None:
     poisoned = scored([bad, -2.0])
     check = Check(lambda *_: poisoned, {"them": lambda *_: poisoned}, 2)
     assert not check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path()).holds
@@ -241,7 +241,7 @@ def test_a_comparison_travels_as_json() -> None:
 
 
 def test_a_free_answer_is_generated_and_its_log_probability_compared(
-    train: Callable[..., FinishedRun], stories_folder: Path, small_data: Path, tmp_path: Path
+    train: Callable[..., Run], stories_folder: Path, small_data: Path, tmp_path: Path
 ) -> None:
     template = tmp_path / "free.yaml"
     template.write_text(
@@ -258,7 +258,7 @@ def test_a_free_answer_is_generated_and_its_log_probability_compared(
 # The other process.
 
 
-def test_its_errors_are_those_of_the_one_who_asked(run: FinishedRun, tmp_path: Path) -> None:
+def test_its_errors_are_those_of_the_one_who_asked(run: Run, tmp_path: Path) -> None:
     check = Check(merged_model, {"the run's adapter": run_itself}, 2)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds no safetensors weights"):
@@ -272,7 +272,7 @@ def test_a_fault_of_its_own_is_passed_on_with_its_traceback() -> None:
 
 
 def test_a_process_that_is_killed_is_told_from_one_that_answers(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = tmp_path / "python"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")

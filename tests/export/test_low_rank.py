@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check import Check, Questions, run_itself
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.low_rank import ask_at, truncate, updates_at
 from mtl_lora_cli.export.peft_adapter import loaded_by_peft, run_at_written_rank, write_peft
 
@@ -71,14 +71,12 @@ def test_an_update_that_is_zero_stays_so() -> None:
     assert torch.equal(lower_up @ lower_down, torch.zeros(9, 7).double())
 
 
-def test_a_rank_above_the_adapters_is_refused(run: FinishedRun) -> None:
+def test_a_rank_above_the_adapters_is_refused(run: Run) -> None:
     with pytest.raises(UsageError, match=r"--rank 5: the update of task 'sst2' has rank 4"):
         updates_at(run, run.tasks[0], 5)
 
 
-def test_layers_of_a_lower_rank_keep_it(
-    train: Callable[..., FinishedRun], stories_folder: Path
-) -> None:
+def test_layers_of_a_lower_rank_keep_it(train: Callable[..., Run], stories_folder: Path) -> None:
     adapter: dict[str, Any] = {"method": "lora", "rank": 4, "rank_pattern": {"down_proj": 1}}
     adapter["target_modules"] = ["q_proj", "down_proj"]
     run = train(stories_folder, adapter=adapter)
@@ -95,7 +93,7 @@ def test_layers_of_a_lower_rank_keep_it(
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_written_adapter_is_held_against_the_truncated_update(
-    run: FinishedRun, tmp_path: Path, rank: int
+    run: Run, tmp_path: Path, rank: int
 ) -> None:
     """And how far that is from the run is told, not judged: at rank 1 it is far."""
     pytest.importorskip("peft")
@@ -109,7 +107,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
     assert comparison.models["run"].largest > 1e-3 > comparison.largest
 
 
-def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: FinishedRun) -> None:
+def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: Run) -> None:
     questions = Questions(four_bit_run, four_bit_run.tasks[0], Setting(limit=8))
     own = run_itself(questions, Path())
     for quantization, allowed in (("nf4", (0, 2e-5)), ("none", (1e-3, 10))):
@@ -119,7 +117,7 @@ def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: FinishedR
         assert allowed[0] <= largest < allowed[1]
 
 
-def test_the_written_file_holds_the_nearest_update(run: FinishedRun, tmp_path: Path) -> None:
+def test_the_written_file_holds_the_nearest_update(run: Run, tmp_path: Path) -> None:
     updates, _ = updates_at(run, run.tasks[1], 2)
     write_peft(updates, ["q_proj", "down_proj"], run.base.name, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

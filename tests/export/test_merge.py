@@ -20,9 +20,8 @@ from torch import Tensor
 from mtl_lora_cli.adapters.files import config_checksum
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.open_run import open_run
-from mtl_lora_cli.export import finished_run
-from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
+from mtl_lora_cli.evaluation import opened as room
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.quantised import measure_rounding, quantised
 from mtl_lora_cli.export.run_merge import merge_tasks
@@ -32,12 +31,12 @@ from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.runs.folder import RunFolder
 
 
-def merge(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Path:
+def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> Path:
     merge_tasks(run, [(run.tasks[task], folder)], **{"checked": False, **keys})
     return folder
 
 
-def plan(run: FinishedRun, base: Path | None = None, task: int = 0) -> MergePlan:
+def plan(run: Run, base: Path | None = None, task: int = 0) -> MergePlan:
     found = run.base if base is None else find_base_model(str(base))
     return plan_merge(found, task_updates(run.adapter, task))
 
@@ -46,7 +45,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def adapted(run: FinishedRun) -> dict[str, MultiTaskLinear]:
+def adapted(run: Run) -> dict[str, MultiTaskLinear]:
     return {f"{path}.weight": layer for path, layer in run.adapter.layers.items()}
 
 
@@ -71,7 +70,7 @@ def changed(base: Path, folder: Path, change: Callable[[dict[str, Tensor]], None
 
 @pytest.mark.parametrize("task", [0, 1])
 def test_adapted_weights_are_base_plus_update_and_the_others_keep_every_bit(
-    run: FinishedRun, tmp_path: Path, task: int
+    run: Run, tmp_path: Path, task: int
 ) -> None:
     before, after = weights(run.base.folder), weights(merge(run, tmp_path / "out", task))
     assert list(before) == list(after)
@@ -87,7 +86,7 @@ def test_adapted_weights_are_base_plus_update_and_the_others_keep_every_bit(
             assert torch.equal(tensor, before[name])
 
 
-def test_two_tasks_merge_into_two_models(run: FinishedRun, tmp_path: Path) -> None:
+def test_two_tasks_merge_into_two_models(run: Run, tmp_path: Path) -> None:
     targets = [(task, tmp_path / task.name) for task in run.tasks]
     written = merge_tasks(run, targets, checked=False)
     assert [(one.task, one.folder, one.comparison) for one in written] == [
@@ -98,7 +97,7 @@ def test_two_tasks_merge_into_two_models(run: FinishedRun, tmp_path: Path) -> No
     assert not torch.equal(one[name], two[name])
 
 
-def test_transformers_reads_the_folder_alone(run: FinishedRun, tmp_path: Path) -> None:
+def test_transformers_reads_the_folder_alone(run: Run, tmp_path: Path) -> None:
     """Against the adapted model through its own plain forward, not through our packed one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,9 +116,7 @@ def test_transformers_reads_the_folder_alone(run: FinishedRun, tmp_path: Path) -
         assert (model(ids).logits - base).abs().max() > 1e-2
 
 
-def test_the_folder_holds_the_bases_other_files_and_a_readme(
-    run: FinishedRun, tmp_path: Path
-) -> None:
+def test_the_folder_holds_the_bases_other_files_and_a_readme(run: Run, tmp_path: Path) -> None:
     merge(run, tmp_path / "out")
     names = {path.name for path in tmp_path.joinpath("out").iterdir()}
     assert names == {path.name for path in run.base.folder.iterdir()} | {"README.md"}
@@ -129,7 +126,7 @@ def test_the_folder_holds_the_bases_other_files_and_a_readme(
         assert not merged.samefile(base), "text files invite to be edited"
 
 
-def test_weights_of_the_base_in_other_formats_stay_behind(run: FinishedRun, tmp_path: Path) -> None:
+def test_weights_of_the_base_in_other_formats_stay_behind(run: Run, tmp_path: Path) -> None:
     base = Path(shutil.copytree(run.base.folder, tmp_path / "base"))
     for name in ("pytorch_model.bin", "model.gguf", "LICENSE"):
         (base / name).write_bytes(b"x" * 100)
@@ -142,7 +139,7 @@ def test_weights_of_the_base_in_other_formats_stay_behind(run: FinishedRun, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_dtype_is_computed_wide_and_cast_once(
-    run: FinishedRun, tmp_path: Path, dtype: torch.dtype
+    run: Run, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     def cast(tensors: dict[str, Tensor]) -> None:
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
@@ -167,7 +164,7 @@ def test_any_floating_dtype_is_computed_wide_and_cast_once(
 
 
 def test_a_matrix_larger_than_a_block_is_written_in_rows(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = weights(merge(run, tmp_path / "whole"))
     block = 5000  # bytes: 19 rows of 64 numbers, and no multiple of them
@@ -178,7 +175,7 @@ def test_a_matrix_larger_than_a_block_is_written_in_rows(
 
 
 def test_a_sharded_base_keeps_its_shards(
-    train: Callable[..., FinishedRun], sharded: Path, tmp_path: Path
+    train: Callable[..., Run], sharded: Path, tmp_path: Path
 ) -> None:
     run = train(sharded)
     merge(run, tmp_path / "out")
@@ -195,7 +192,7 @@ def test_a_sharded_base_keeps_its_shards(
 
 
 @pytest.fixture
-def two_shards(run: FinishedRun, tmp_path: Path) -> Path:
+def two_shards(run: Run, tmp_path: Path) -> Path:
     """The base model with every adapted weight in its first shard, laid out as the hub's cache does."""
     base = Path(shutil.copytree(run.base.folder, tmp_path / "base"))
     (base / "model.safetensors").unlink()
@@ -214,11 +211,11 @@ def two_shards(run: FinishedRun, tmp_path: Path) -> Path:
 
 
 def test_what_does_not_change_is_a_hard_link_to_the_file_itself(
-    run: FinishedRun, two_shards: Path, tmp_path: Path
+    run: Run, two_shards: Path, tmp_path: Path
 ) -> None:
     kept = two_shards / "model-00002-of-00002.safetensors"
     kept.chmod(0o440)
-    same = replace(run, base=find_base_model(str(two_shards)))
+    same = run.but(base=find_base_model(str(two_shards)))
     merge(same, tmp_path / "out")
     linked = tmp_path / "out" / kept.name
     assert not linked.is_symlink()
@@ -235,7 +232,7 @@ def test_what_does_not_change_is_a_hard_link_to_the_file_itself(
 
 
 def test_what_does_not_change_is_copied_to_another_file_system(
-    run: FinishedRun, two_shards: Path, tmp_path: Path
+    run: Run, two_shards: Path, tmp_path: Path
 ) -> None:
     other = Path("/dev/shm")
     if not os.access(other, os.W_OK) or other.stat().st_dev == tmp_path.stat().st_dev:
@@ -259,7 +256,7 @@ def test_what_does_not_change_is_copied_to_another_file_system(
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_the_loaded_models_to_the_last_bit(
-    run: FinishedRun, kind: str, dtype: torch.dtype
+    run: Run, kind: str, dtype: torch.dtype
 ) -> None:
     how = quantised(run.base, kind, dtype)
     cpu = torch.device("cpu")
@@ -277,7 +274,7 @@ def test_rounding_is_the_loaded_models_to_the_last_bit(
 
 
 def test_dequantized_weights_are_those_of_the_run_plus_the_update(
-    four_bit_run: FinishedRun, tmp_path: Path
+    four_bit_run: Run, tmp_path: Path
 ) -> None:
     run = four_bit_run
     after = weights(merge(run, tmp_path / "out", base="dequantized"))
@@ -304,7 +301,7 @@ def test_dequantized_weights_are_those_of_the_run_plus_the_update(
 
 
 def test_dequantized_weights_have_the_runs_dtype(
-    four_bit_run: FinishedRun, sharded: Path, tmp_path: Path
+    four_bit_run: Run, sharded: Path, tmp_path: Path
 ) -> None:
     base = find_base_model(str(sharded))
     how = quantised(base, "nf4", torch.bfloat16)
@@ -319,7 +316,7 @@ def test_dequantized_weights_have_the_runs_dtype(
     assert torch.equal(after[norm], weights(sharded)[norm].bfloat16())
 
 
-def test_dequantized_weights_are_for_quantised_runs(run: FinishedRun, tmp_path: Path) -> None:
+def test_dequantized_weights_are_for_quantised_runs(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--base dequantized is for quantised runs"):
         merge(run, tmp_path / "here" / "out", base="dequantized")
     assert not (tmp_path / "here").exists()
@@ -328,10 +325,10 @@ def test_dequantized_weights_are_for_quantised_runs(run: FinishedRun, tmp_path: 
 # What is refused, before anything is written.
 
 
-def test_a_base_that_lacks_a_weight_is_named(run: FinishedRun, tmp_path: Path) -> None:
+def test_a_base_that_lacks_a_weight_is_named(run: Run, tmp_path: Path) -> None:
     name = "model.layers.3.mlp.down_proj.weight"
     base = changed(run.base.folder, tmp_path / "base", lambda tensors: tensors.pop(name))
-    broken = replace(run, base=find_base_model(str(base)))
+    broken = run.but(base=find_base_model(str(base)))
     with pytest.raises(UsageError, match=f"no weight '{name}' to merge into"):
         merge(broken, tmp_path / "here" / "out")
     assert not (tmp_path / "here").exists()
@@ -345,7 +342,7 @@ def test_a_base_that_lacks_a_weight_is_named(run: FinishedRun, tmp_path: Path) -
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(
-    run: FinishedRun, tmp_path: Path, weight: Tensor, told: str
+    run: Run, tmp_path: Path, weight: Tensor, told: str
 ) -> None:
     name = "model.layers.3.mlp.down_proj.weight"
     base = changed(
@@ -356,7 +353,7 @@ def test_a_weight_that_does_not_fit_is_refused(
 
 
 def test_a_shard_that_is_gone_or_cut_short_is_refused(
-    run: FinishedRun, sharded: Path, tmp_path: Path
+    run: Run, sharded: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(sharded, tmp_path / "base"))
     updates, found = task_updates(run.adapter, 0), find_base_model(str(base))
@@ -375,7 +372,7 @@ def test_a_shard_that_is_gone_or_cut_short_is_refused(
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
-    run: FinishedRun, tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
     """A base model larger than the disk: a sparse file, of which no byte but the header exists."""
     base = Path(shutil.copytree(run.base.folder, tmp_path / "base"))
@@ -392,7 +389,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     with (base / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start + 4 * vast)
-    larger = replace(run, base=find_base_model(str(base)))
+    larger = run.but(base=find_base_model(str(base)))
     with pytest.raises(UsageError, match=r"GiB are needed, .* GiB are free") as caught:
         merge(larger, tmp_path / "here" / "out")
     needed = float(str(caught.value).split(": ")[1].split()[0])
@@ -400,7 +397,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert not (tmp_path / "here").exists()
 
 
-def test_an_output_folder_that_holds_something_is_refused(run: FinishedRun, tmp_path: Path) -> None:
+def test_an_output_folder_that_holds_something_is_refused(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
@@ -412,14 +409,14 @@ def test_an_output_folder_that_holds_something_is_refused(run: FinishedRun, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_empty_output_folder_will_do(run: FinishedRun, tmp_path: Path) -> None:
+def test_an_empty_output_folder_will_do(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     merge(run, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_a_task_without_held_out_rows_is_refused_unless_nothing_is_compared(
-    run: FinishedRun, tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(Path(str(run.tasks[0].source.path)), tmp_path / "data"))
     (data / "test.jsonl").unlink()
@@ -435,7 +432,7 @@ def test_a_task_without_held_out_rows_is_refused_unless_nothing_is_compared(
 
 
 @pytest.fixture
-def copied(run: FinishedRun, tmp_path: Path) -> Path:
+def copied(run: Run, tmp_path: Path) -> Path:
     """A run folder that a test may spoil."""
     return Path(shutil.copytree(run.folder.path, tmp_path / "mine"))
 
@@ -450,7 +447,7 @@ def test_a_damaged_tensor_is_named(copied: Path) -> None:
     tensors[name][0, 0, 0] += 1
     save_file(tensors, adapter_file(copied))
     with pytest.raises(UsageError, match=f"tensor '{name}' is damaged: its checksum differs"):
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
 
 
 def test_a_missing_tensor_is_named(copied: Path) -> None:
@@ -459,22 +456,22 @@ def test_a_missing_tensor_is_named(copied: Path) -> None:
     del tensors[name]
     save_file(tensors, adapter_file(copied))
     with pytest.raises(UsageError, match=f"tensor '{name}' is missing"):
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
 
 
 def test_an_adapter_file_cut_short_is_refused(copied: Path) -> None:
     adapter_file(copied).write_bytes(adapter_file(copied).read_bytes()[:-5])
     with pytest.raises(UsageError, match="damaged"):
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
 
 
 def test_a_run_that_has_not_finished_is_refused(copied: Path) -> None:
     shutil.rmtree(copied / "adapter")
     with pytest.raises(UsageError, match="run 'mine' has no finished adapter"):
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
 
 
-def test_another_base_model_is_refused(run: FinishedRun, copied: Path, tmp_path: Path) -> None:
+def test_another_base_model_is_refused(run: Run, copied: Path, tmp_path: Path) -> None:
     def shift(tensors: dict[str, Tensor]) -> None:
         tensors["model.norm.weight"] += 1
 
@@ -484,13 +481,11 @@ def test_another_base_model_is_refused(run: FinishedRun, copied: Path, tmp_path:
     with pytest.raises(
         UsageError, match="is not the one that the adapter was trained on"
     ) as caught:
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
     assert f"expected {run.base.fingerprint}" in str(caught.value)
 
 
-def test_another_revision_is_told(
-    run: FinishedRun, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_revision_is_told(run: Run, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a hub model that moved on since: another commit, and other files with it."""
     config = copied / "adapter" / "mtl_lora_config.json"
     content = json.loads(config.read_text())
@@ -498,15 +493,15 @@ def test_another_revision_is_told(
     content["checksum"] = config_checksum(content)
     config.write_text(json.dumps(content))
     moved = replace(run.base, name="a/b", revision="new")
-    monkeypatch.setattr(finished_run, "find_base_model", lambda name: moved)
+    monkeypatch.setattr(room, "find_base_model", lambda name: moved)
     with pytest.raises(UsageError, match=r"\(revision new, expected old, fingerprint"):
-        read_finished(RunFolder(copied))
+        open_run(RunFolder(copied))
 
 
-def test_the_adapter_read_alone_is_the_loaded_one(run: FinishedRun) -> None:
+def test_the_adapter_read_alone_is_the_loaded_one(run: Run) -> None:
     opened = open_run(run.folder)
     assert opened.checkpoint == run.checkpoint
-    ours, theirs = run.adapter.tensors(), opened.adapter.tensors()
+    ours, theirs = run.adapter.tensors(), opened.packed.adapter.tensors()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     layer = next(iter(run.adapter.layers.values()))
@@ -514,7 +509,7 @@ def test_the_adapter_read_alone_is_the_loaded_one(run: FinishedRun) -> None:
 
 
 def test_a_method_that_reads_the_token_is_refused(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path
 ) -> None:
     adapter = {"method": "hydralora", "rank": 4, "target_modules": ["q_proj"]}
     with pytest.raises(UsageError, match="by the token, not by the task"):

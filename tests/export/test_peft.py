@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export import peft_adapter
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.peft_adapter import export_peft
 
 pytest.importorskip("peft")
 
 
-def export(run: FinishedRun, folder: Path, task: int = 0, **keys: Any) -> Any:
+def export(run: Run, folder: Path, task: int = 0, **keys: Any) -> Any:
     return export_peft(run, run.tasks[task], folder, **{"limit": 12, **keys})
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_folder_is_a_standard_one(run: FinishedRun, tmp_path: Path) -> None:
+def test_the_folder_is_a_standard_one(run: Run, tmp_path: Path) -> None:
     found = export(run, tmp_path / "out").comparison
     assert found is not None
     assert found.equal == 1
@@ -40,7 +40,7 @@ def test_the_folder_is_a_standard_one(run: FinishedRun, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_process")
 def test_a_wrong_file_is_noticed_and_lies_aside(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = peft_adapter.write_peft
 
@@ -56,7 +56,7 @@ def test_a_wrong_file_is_noticed_and_lies_aside(
 
 
 def test_without_a_check_peft_is_not_needed_and_the_readme_says_so(
-    run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(UsageError, match="PEFT, which is not installed"):
@@ -66,7 +66,7 @@ def test_without_a_check_peft_is_not_needed_and_the_readme_says_so(
 
 
 def test_a_method_that_reads_the_token_is_refused(
-    train: Callable[..., FinishedRun], stories_folder: Path, tmp_path: Path
+    train: Callable[..., Run], stories_folder: Path, tmp_path: Path
 ) -> None:
     adapter = {"method": "hydralora", "rank": 4, "target_modules": ["q_proj"]}
     run = train(stories_folder, adapter=adapter)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.alone import load_alone
-from mtl_lora_cli.export.finished_run import FinishedRun
 from mtl_lora_cli.export.merge import plan_merge, write_merged
 from mtl_lora_cli.export.peft_adapter import export_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
@@ -117,7 +117,7 @@ FORMS = {
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("form", FORMS)
 def test_bitsandbytes_weights_are_trained_around_as_they_are(
-    train: Callable[..., FinishedRun],
+    train: Callable[..., Run],
     packed_by_bitsandbytes: Callable[..., Path],
     tmp_path: Path,
     form: str,
@@ -139,7 +139,7 @@ def test_bitsandbytes_weights_are_trained_around_as_they_are(
 
 @pytest.mark.usefixtures("in_process")
 def test_fp8_weights_are_expanded_to_the_runs_dtype(
-    train: Callable[..., FinishedRun], in_fp8: Path, tmp_path: Path
+    train: Callable[..., Run], in_fp8: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(in_fp8 / "model.safetensors")
     model = load_model(find_base_model(str(in_fp8)), dtype=torch.float32, device=CPU)
@@ -155,7 +155,7 @@ def test_fp8_weights_are_expanded_to_the_runs_dtype(
 
 @pytest.mark.usefixtures("in_process")
 def test_beside_experts_in_mxfp4_attention_is_merged_exactly(
-    train: Callable[..., FinishedRun], in_mxfp4: Path, tmp_path: Path
+    train: Callable[..., Run], in_mxfp4: Path, tmp_path: Path
 ) -> None:
     run = train(in_mxfp4, adapter=ATTENTION)
     (written,) = merge_tasks(run, [(run.tasks[0], tmp_path / "out")], limit=6)
@@ -168,7 +168,7 @@ def test_beside_experts_in_mxfp4_attention_is_merged_exactly(
 
 
 def test_a_quantisation_that_no_tensor_has_is_not_told_of_the_merged_one(
-    run: FinishedRun, stories_folder: Path, tmp_path: Path
+    run: Run, stories_folder: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(stories_folder, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mtl_lora_cli.evaluation.evaluate import Setting, evaluate
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.report.facts import gather
 from mtl_lora_cli.runs.folder import RunFolder

@@ -20,9 +20,8 @@ from mtl_lora_cli.adapters.files import read_adapter_file, read_tensors
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.export.check import Check, Comparison, Questions
-from mtl_lora_cli.export.finished_run import FinishedRun, read_finished
 from mtl_lora_cli.export.peft_adapter import export_peft
 from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.recipe.load import load_recipe
@@ -237,7 +236,7 @@ def test_the_new_run_offers_all_tasks_and_says_where_they_come_from(
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of what was written compares here; its own process is tests/export's."""
 
-    def compare(check: Check, run: FinishedRun, task: Task, folder: Path) -> Comparison:
+    def compare(check: Check, run: Run, task: Task, folder: Path) -> Comparison:
         return check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
 
     monkeypatch.setattr(Check, "run", compare)
@@ -247,7 +246,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_new_task_is_merged_and_exported(
     runs: Callable[[str], tuple[RunFolder, RunFolder]], tmp_path: Path
 ) -> None:
-    finished = read_finished(runs("weights")[1])
+    finished = open_run(runs("weights")[1])
     task = finished.tasks[-1]
     (merged,) = merge_tasks(finished, [(task, tmp_path / "merged")], limit=8)
     assert merged.comparison is not None and merged.comparison.largest < 1e-3

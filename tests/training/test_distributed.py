@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.errors import ProblemsError
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.prepare import Prepared, prepare
@@ -192,7 +192,7 @@ def logprobs_of(run: RunFolder, prepared: Prepared) -> tuple[Tensor, dict[str, f
     assert prepared.validation is not None
     settings = prepared.recipe.training
     validation = Validation(
-        opened.packed, opened.adapter, prepared.validation, settings, total_steps=10
+        opened.packed, opened.packed.adapter, prepared.validation, settings, total_steps=10
     )
     return logprobs, validation.losses()
 

@@ -196,7 +196,7 @@ def test_a_signal_reaches_each_process_once(program: Path, number: signal.Signal
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")
 def test_no_process_is_left_behind_by_a_launcher_that_was_killed(program: Path) -> None:
     code = (
-        "import sys; from mtl_lora_cli.training import launch; "
+        "import sys; from mtl_lora_cli.machine import launch; "
         f"sys.executable = {str(program / 'program')!r}; launch.launch(['listen'], 2)"
     )
     python = Path((program / "program").read_text().splitlines()[0].removeprefix("#!"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.adapters.files import read_tensors
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Validation
 from mtl_lora_cli.runs.folder import RunFolder, read_json

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.evaluate import evaluate
-from mtl_lora_cli.evaluation.open_run import open_run
+from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.recipe.load import load_recipe
