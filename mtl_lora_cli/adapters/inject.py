@@ -70,6 +70,11 @@ class Adapter:
         """Those of `tensors` that learn: all, where none was frozen (`extend.start_beside`)."""
         return {name: tensor for name, tensor in self.tensors().items() if tensor.requires_grad}
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return next(iter(self.tensors().values())).device
+
     def parameter_count(self) -> int:
         """Number of trained values."""
         return sum(tensor.numel() for tensor in self.trained().values())

@@ -61,7 +61,7 @@ class Measuring:
     seed: int
 
 
-def adapter_config(method: str, rank: int, **others: Any) -> Settings:
+def adapter_of_case(method: str, rank: int, **others: Any) -> Settings:
     """The adapter that a case asks for.
 
     Raises:
@@ -87,7 +87,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     device = measuring.device
     config = find_config(case.shape)
     dtype = pick_dtype(case.dtype, device)
-    wanted = adapter_config(**case.adapter)
+    wanted = adapter_of_case(**case.adapter)
     reset_peak(device)
     case, picked = fitted(case, wanted, device, dtype)
     started = time.perf_counter()

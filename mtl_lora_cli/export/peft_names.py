@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import safe_open
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.export.weight_names import skeleton, wrapper_class
+from mtl_lora_cli.export.weight_names import wrapper_class
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.load import skeleton
 
 PREFIX = "base_model.model."  # PEFT's name for what it wraps
 

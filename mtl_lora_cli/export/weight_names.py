@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.shards import read_shard
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
-from mtl_lora_cli.models.load import load_config, model_class
+from mtl_lora_cli.models.load import load_config, skeleton
 
 
 @dataclass(frozen=True)
@@ -111,20 +109,6 @@ def wrapper_names(base: BaseModel, weights: Iterable[str]) -> dict[str, str]:
     places = {tensor: weight for weight, tensor in wrapped.tensors.items()}
     found = {weight: places.get(own.tensors.get(weight, "")) for weight in weights}
     return {weight: name for weight, name in found.items() if name is not None}
-
-
-def skeleton(base: BaseModel, kind: Any = None) -> Any:
-    """The base model's modules without any weights.
-
-    Args:
-        base: of which the configuration is read.
-        kind: transformers' class; None: the one that loads it.
-    """
-    config = load_config(base)
-    with torch.device("meta"):
-        if kind is None:
-            return model_class(base, config).from_config(config)
-        return kind(config)
 
 
 def _names(base: BaseModel) -> Iterator[str]:

@@ -75,6 +75,32 @@ def model_class(base: BaseModel, config: Any) -> Any:
     )
 
 
+def skeleton(base: BaseModel, kind: Any = None) -> Any:
+    """A base model on the meta device: its modules and shapes, and no weight.
+
+    Args:
+        base: of which the configuration is read.
+        kind: transformers' class; None: the one that loads it.
+
+    Raises:
+        UsageError: as `load_config` and `model_class`.
+    """
+    config = load_config(base)
+    with torch.device("meta"):
+        return model_class(base, config).from_config(config) if kind is None else kind(config)
+
+
+def on_meta(base: BaseModel, config: Settings, tasks: Sequence[str]) -> tuple[Any, Adapter]:
+    """A base model and its adapter without a weight, from the model's configuration alone.
+
+    Raises:
+        UsageError: the configuration is of no known model, or the adapter fits nothing in it.
+    """
+    model = skeleton(base)
+    with torch.device("meta"):
+        return model, adapt(model, config, tasks)
+
+
 def load_tokenizer(base: BaseModel) -> Any:
     """The base model's tokenizer.
 

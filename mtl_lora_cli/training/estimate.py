@@ -14,7 +14,7 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype
 from mtl_lora_cli.machine.checks import Check, Verdict, ok
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import load_config, load_tokenizer
+from mtl_lora_cli.models.load import load_config, load_tokenizer, on_meta
 from mtl_lora_cli.models.load import (
     longest_of as positions_of_model,
 )
@@ -24,7 +24,6 @@ from mtl_lora_cli.training.fit import (
     UnknownLayersError,
     densest,
     longest_of,
-    on_meta,
     remedies,
 )
 from mtl_lora_cli.training.memory import Choice, pick

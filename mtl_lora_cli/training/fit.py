@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from mtl_lora_cli.engine.memory import (
 )
 from mtl_lora_cli.engine.sizes import Load, ModelSizes
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.passes import ROOM
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from mtl_lora_cli.adapters.inject import Adapter
-    from mtl_lora_cli.adapters.methods.base import Settings
     from mtl_lora_cli.data.prepare import TrainingData
-    from mtl_lora_cli.models.base import BaseModel
     from mtl_lora_cli.training.prepare import Prepared
 
 SHORTEST_ROW = 8
@@ -114,22 +113,6 @@ def situation_of(prepared: Prepared) -> Situation:
         densest=lambda length, loss_on: densest(data, length, loss_on),
         longest=longest_of(data),
     )
-
-
-def on_meta(base: BaseModel, config: Settings, tasks: Sequence[str]) -> tuple[Any, Adapter]:
-    """A base model and its adapter without a weight, from the model's configuration alone.
-
-    Raises:
-        UsageError: the configuration is of no known model, or the adapter fits nothing in it.
-    """
-    import torch
-
-    from mtl_lora_cli.models.load import adapt, load_config, model_class
-
-    with torch.device("meta"):
-        known = load_config(base)
-        model = model_class(base, known).from_config(known)
-        return model, adapt(model, config, tasks)
 
 
 def together(sizes: ModelSizes, row: Load, count: int) -> Load:

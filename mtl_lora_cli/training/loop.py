@@ -140,7 +140,7 @@ class Trainer:
         self.total_steps = total_steps
         self.packed = packed
         self._where, self._tell = where, tell
-        self._device = next(iter(adapter.tensors().values())).device
+        self._device = adapter.device
         # Counted before weights are cut into parts.
         self._floor = floor_of(packed.model, self._device, processes.count)
         self._start_learning(zero)

@@ -20,6 +20,7 @@ from mtl_lora_cli.engine.sizes import Load, ModelSizes
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import free_memory, memory_in_use
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 from mtl_lora_cli.training.fit import (
     SHORTEST_ROW,
@@ -27,7 +28,6 @@ from mtl_lora_cli.training.fit import (
     UnknownLayersError,
     densest,
     longest_of,
-    on_meta,
     remedies,
     situation_of,
     together,

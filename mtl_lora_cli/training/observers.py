@@ -53,7 +53,7 @@ def undisturbed(packed: PackedModel, adapter: Adapter) -> Iterator[None]:
     recompute in the backward pass while they train, and only then.
     """
     modes = [(module, module.training) for module in packed.modules()]
-    device = next(iter(adapter.tensors().values())).device
+    device = adapter.device
     for module in (packed, *adapter.layers.values()):
         module.training = False
     try:

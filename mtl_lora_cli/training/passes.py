@@ -193,7 +193,7 @@ class _Graph:
     """One captured pass and the buffers that it reads."""
 
     def __init__(self, packed: PackedModel, adapter: Adapter, ready: Ready, pool: Any) -> None:
-        device = next(iter(adapter.tensors().values())).device
+        device = adapter.device
         self._buffers = [value.to(device) for value in ready.staged]
         own = dict(zip(_NAMES, self._buffers, strict=False))
         keys = sorted(table_keys())

@@ -27,7 +27,14 @@ from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.load import adapt, load_config, load_model, load_tokenizer, longest_of
+from mtl_lora_cli.models.load import (
+    adapt,
+    load_config,
+    load_model,
+    load_tokenizer,
+    longest_of,
+    on_meta,
+)
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
@@ -37,7 +44,6 @@ from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
-from mtl_lora_cli.training.fit import on_meta
 from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts

@@ -255,7 +255,7 @@ class Validation:
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """(1 / S_t) Σ_i −log p_i over the S_t supervised tokens of each task's examples."""
-        device = next(iter(self._adapter.tensors().values())).device
+        device = self._adapter.device
         sums = torch.zeros(len(self._held), dtype=torch.float64, device=device)
         with undisturbed(self._packed, self._adapter):
             for batch, owner in self._batches:
@@ -271,7 +271,7 @@ class Validation:
 
     def metrics(self) -> dict[str, Measured]:
         """The metric of each task that has one, by the log-probabilities of its choices."""
-        device = next(iter(self._adapter.tensors().values())).device
+        device = self._adapter.device
         requests = [request for one in self._asked for request in one.requests]
         with undisturbed(self._packed, self._adapter):
             sums = iter(

@@ -9,7 +9,7 @@ import torch
 
 from mtl_lora_cli.bench import case as bench
 from mtl_lora_cli.bench import measure
-from mtl_lora_cli.bench.case import LEARNING_RATE, Measuring, adapter_config, run_case
+from mtl_lora_cli.bench.case import LEARNING_RATE, Measuring, adapter_of_case, run_case
 from mtl_lora_cli.bench.cases import Case, plan
 from mtl_lora_cli.bench.timing import time_steps
 from mtl_lora_cli.bench.yardstick import Yardstick
@@ -60,7 +60,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
             quantization="none",
             attention=registered.NAME,
         )
-        adapter = inject(model, adapter_config(**tiny.adapter), [str(i) for i in range(8)])
+        adapter = inject(model, adapter_of_case(**tiny.adapter), [str(i) for i in range(8)])
         packed = PackedModel(model, adapter).train()
         parameters = list(adapter.tensors().values())
         group = ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)
@@ -100,7 +100,7 @@ def test_nf4(tiny: Case, measuring: Measuring) -> None:
 
 def test_what_is_not_known_here_is_said(tiny: Case, measuring: Measuring) -> None:
     with pytest.raises(UsageError, match="--method: unknown method 'dora'"):
-        adapter_config("dora", 8)
+        adapter_of_case("dora", 8)
     with pytest.raises(UsageError, match="'foo' matches no linear layer"):
         run_case(replace(tiny, adapter={**tiny.adapter, "target_modules": ("foo",)}), measuring)
     with pytest.raises(UsageError, match="too many for a CPU"):

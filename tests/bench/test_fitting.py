@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.bench import fitting
-from mtl_lora_cli.bench.case import Measuring, adapter_config, run_case
+from mtl_lora_cli.bench.case import Measuring, adapter_of_case, run_case
 from mtl_lora_cli.bench.cases import Case
 from mtl_lora_cli.bench.fitting import fitted
 from mtl_lora_cli.bench.yardstick import Yardstick, densest
@@ -29,7 +29,7 @@ LLAMA = Case(
 def picked(case: Case, monkeypatch: pytest.MonkeyPatch, free: float) -> Case:
     """The case on a card with so many GiB free; nothing of the model is made."""
     monkeypatch.setattr(fitting, "free_memory", lambda _: (int(free * GIB), "a card"))
-    config = adapter_config(**case.adapter)
+    config = adapter_of_case(**case.adapter)
     found, message = fitted(case, config, torch.device("cuda"), torch.bfloat16)
     assert message is not None
     assert message.startswith(f"memory: {free:.1f} GiB free on a card: rows of ")
@@ -71,7 +71,7 @@ def test_what_cannot_be_picked_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_by_hand_nothing_is_picked(tiny: Case) -> None:
-    config = adapter_config(**tiny.adapter)
+    config = adapter_of_case(**tiny.adapter)
     assert fitted(tiny, config, torch.device("cpu"), torch.float32) == (tiny, None)
 
 

@@ -22,12 +22,13 @@ from mtl_lora_cli.engine.memory import (
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.checks import Check
 from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recompute
 from mtl_lora_cli.training import estimate as room
 from mtl_lora_cli.training import memory
 from mtl_lora_cli.training.estimate import Estimate, examine_recipe
-from mtl_lora_cli.training.fit import Situation, on_meta
+from mtl_lora_cli.training.fit import Situation
 from mtl_lora_cli.training.prepare import prepare
 
 RECIPE = """\
