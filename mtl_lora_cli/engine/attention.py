@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtl_lora_cli.engine.plan import AttentionPlan
 from mtl_lora_cli.engine.segments import Rule, Segments
-from mtl_lora_cli.engine.torch_attention import Scores, attend_segments
+from mtl_lora_cli.engine.torch_attention import Scores, attend_again, attend_segments
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
 from mtl_lora_cli.kernels.rotary import rotate_
@@ -79,6 +79,16 @@ class Packing:
             own = dqkv[:, : qkv.shape[1]]
             head_norm_gradient_(own, qkv, norms, heads=self.heads, key_heads=self.key_heads)
 
+    @property
+    def scores(self) -> Scores:
+        """What becomes of the scores, for torch."""
+        return Scores(self.scaling, self.softcap)
+
+    @property
+    def rule(self) -> Rule:
+        """How far a query sees, for torch."""
+        return Rule(self.window)
+
     def split(self, qkv: Tensor) -> list[Tensor]:
         """q [1, H, N, D], k and v [1, G, N, D], views of the buffer."""
         each = qkv.unflatten(1, (self.heads + 2 * self.key_heads, self.head_dim))
@@ -139,13 +149,13 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
             **packing.kernel_arguments(),
         )
         return out, lse
-    with torch.set_grad_enabled(learn):
-        leaf = qkv.detach().requires_grad_(learn)
+    graph = learn and packing.scores.bare
+    with torch.set_grad_enabled(graph):
+        leaf = qkv.detach().requires_grad_(graph)
         q, k, v = packing.split(leaf)
-        scores = Scores(packing.scaling, packing.softcap)
-        out = attend_segments(q, k, v, scores, packing.segments, Rule(packing.window))
+        out = attend_segments(q, k, v, packing.scores, packing.segments, packing.rule)
         out = out.reshape(qkv.shape[0], width)
-    return with_room(out.detach(), room), (leaf, out) if learn else None
+    return with_room(out.detach(), room), (leaf, out) if graph else None
 
 
 def attend_gradient(
@@ -177,6 +187,21 @@ def attend_gradient(
         )
         packing.rotate_back_(dqkv[:, :width])
         return dqkv
-    leaf, result = state
-    gradient = torch.autograd.grad(result, leaf, dout)[0]
+    if state is None:
+        gradient = _again(dout, qkv, packing)
+    else:
+        leaf, result = state
+        gradient = torch.autograd.grad(result, leaf, dout)[0]
     return with_room(packing.rotate_back_(gradient), room)
+
+
+def _again(dout: Tensor, qkv: Tensor, packing: Packing) -> Tensor:
+    """The gradient of the rotated buffer where no graph was kept."""
+    parts = attend_again(
+        dout.unflatten(1, (packing.heads, packing.head_dim)).unsqueeze(0),
+        *packing.split(qkv),
+        packing.scores,
+        packing.segments,
+        packing.rule,
+    )
+    return torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)

@@ -117,13 +117,12 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     its copy with normed heads.
     """
     value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
-    kernels = _kernels(sizes, layer)
     each = width * value + (4 if plan.before else 0)
     if keep.qkv:
         each += layer.qkv.outputs * value + 4 * plan.heads
-        if keep.attended or not kernels:
+        if keep.attended or not _kernels(sizes, layer):
             each += sizes.input_width(layer.o) * value
-        if not kernels:
+        if _graph(sizes, layer):
             each += layer.o.inputs * value
             each += layer.qkv.outputs * value if plan.q_norm else 0
     asked = load.asked if last else load.positions
@@ -142,9 +141,9 @@ def forward_bytes(
         each += layer.qkv.outputs + layer.o.inputs
     elif not keep.attended:
         each += layer.o.inputs
-    if plan.q_norm and (_kernels(sizes, layer) or not keep.qkv):
+    if plan.q_norm and not (_graph(sizes, layer) and keep.qkv):
         each += layer.qkv.outputs  # heads before their norms, or behind them
-    return each * sizes.value * load.positions
+    return each * sizes.value * load.positions + _scores(sizes, layer, load)
 
 
 def backward_bytes(
@@ -156,22 +155,33 @@ def backward_bytes(
     again.
     """
     value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
-    kernels = _kernels(sizes, layer)
     again = 0 if keep.qkv else width + layer.qkv.outputs
     again += 0 if keep.qkv and keep.attended else layer.o.inputs
-    if plan.q_norm and (kernels or not keep.qkv):
+    if plan.q_norm and not (_graph(sizes, layer) and keep.qkv):
         again += layer.qkv.outputs
     each = 4 * width + again + 2 * layer.o.inputs + layer.qkv.outputs
-    if not kernels:
-        each += 2 * layer.qkv.outputs + layer.o.inputs  # the graph's gradients, part by part
-    found = (each * value + 4 * plan.heads) * load.positions
+    if not _kernels(sizes, layer):  # torch's gradients, part by part
+        each += 2 * layer.qkv.outputs + layer.o.inputs
+    found = (each * value + 4 * plan.heads) * load.positions + _scores(sizes, layer, load)
     if not sizes.kernels:  # the norms' gradient is made in float32, term by term
         found = max(found, (4 * width * value + 20 * width) * load.positions)
         if plan.q_norm:
             beside = (3 * width + again + 2 * layer.qkv.outputs) * value
-            found = max(found, (beside + 20 * layer.qkv.outputs) * load.positions)
+            found = max(found, (beside + 20 * plan.heads * plan.head_dim) * load.positions)
     return found
 
 
 def _kernels(sizes: ModelSizes, layer: LayerSizes) -> bool:
     return sizes.kernels and kernels_know(layer.plan.attention)
+
+
+def _graph(sizes: ModelSizes, layer: LayerSizes) -> bool:
+    """Whether torch keeps a graph of attention; from capped scores it computes again instead."""
+    return not _kernels(sizes, layer) and layer.plan.attention.softcap is None
+
+
+def _scores(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
+    """Capped scores of one segment in float32: before and behind tanh, their shares, a gradient."""
+    if _kernels(sizes, layer) or layer.plan.attention.softcap is None:
+        return 0
+    return 4 * 4 * layer.plan.attention.heads * load.segment**2

@@ -101,10 +101,12 @@ def head_bytes(sizes: ModelSizes, load: Load) -> int:
 
 
 def batch_bytes(sizes: ModelSizes, load: Load) -> int:
-    """Ids, positions, routing, and the rotations' cos and sin, float32 D/2 each."""
+    """Ids, positions, routing, the rotations' cos and sin, float32 D/2 each, and torch's masks of windows."""
     plans = {layer.plan.attention for layer in sizes.layers}
     turned = {plan.rotary: plan.head_dim for plan in plans if plan.rotary is not None}
-    return load.positions * (4 * sum(turned.values()) + 64)
+    windows = {plan.window for plan in plans if plan.window and plan.window < load.segment}
+    seen = 0 if sizes.kernels else len(windows) * load.segment * sizes.value
+    return load.positions * (4 * sum(turned.values()) + 64 + seen)
 
 
 def peak_bytes(sizes: ModelSizes, recompute: Recompute, load: Load) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -63,8 +63,8 @@ class AttentionPlan:
         qkv: projections whose outputs side by side are [q | k | v]: three, or one that has all.
         o: of the projection behind attention.
         before, after: norms of the block's input, and of what it adds to the stream.
-        q_norm, k_norm: of queries and keys before they are turned; both or none.
-        norm_over: whether those take each head alone or all heads together.
+        q_norm, k_norm: of queries and keys before they are turned; both or none. Their weights say by
+            their length whether each head is normed alone or all heads together.
         rotary: what turns q and k; None: nothing does.
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
@@ -81,7 +81,6 @@ class AttentionPlan:
     after: NormPlan | None = None
     q_norm: NormPlan | None = None
     k_norm: NormPlan | None = None
-    norm_over: Literal["head", "all"] = "head"
     rotary: RotaryPlan | None = RotaryPlan()
     window: int | None = None
     softcap: float | None = None

@@ -96,17 +96,29 @@ class Segments:
         reach = None if self.reach is None else self.reach.to(device, non_blocking=True)
         return Segments(self.bounds, reach, device)
 
-    def parts(self, rule: Rule = EVERYTHING) -> list[Part]:
-        """Each segment as one call of torch's attention, a tree as two."""
-        key = ("parts", rule)
+    def parts(self, rule: Rule = EVERYTHING, dtype: torch.dtype = torch.bool) -> list[Part]:
+        """Each segment as one call of torch's attention, a tree as two.
+
+        Args:
+            rule: what a query sees.
+            dtype: of the masks; of a float 0 stands for seen and −∞ for not, as torch would make it of
+                a bool anew for each layer.
+        """
+        key = ("parts", rule, dtype)
         if key not in self._made:
             reach = None if self.reach is None else self.reach.cpu()  # where looking costs no wait
             self._made[key] = [
-                part if part.seen is None else part._replace(seen=part.seen.to(self.device))
+                part if part.seen is None else part._replace(seen=self._mask(part.seen, dtype))
                 for bound in self.bounds
                 for part in _parts(*bound, reach, rule)
             ]
         return self._made[key]
+
+    def _mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        seen = seen.to(self.device)
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
     @property
     def chains(self) -> Chains:
@@ -169,7 +181,7 @@ class Part(NamedTuple):
 
     Attributes:
         start, first, end: positions.
-        seen: bool [end - first, end - start], which queries see which keys; None: causal.
+        seen: [end - first, end - start], which queries see which keys; None: causal.
     """
 
     start: int

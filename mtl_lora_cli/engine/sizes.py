@@ -124,7 +124,18 @@ class ModelSizes:
 
 
 class Load(NamedTuple):
-    """One pass: N positions, of which U are asked for."""
+    """One pass.
+
+    Attributes:
+        positions, asked: N, and U of them that are asked for.
+        longest: positions of the longest example; 0: not known, it may be all of them.
+    """
 
     positions: int
     asked: int
+    longest: int = 0
+
+    @property
+    def segment(self) -> int:
+        """Positions of the longest segment, at most."""
+        return min(self.positions, self.longest or self.positions)

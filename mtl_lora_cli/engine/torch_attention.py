@@ -72,6 +72,38 @@ def attend_segments(
     return _in_stacks(q, k, v, scores, segments, rule)
 
 
+def attend_again(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Scores,
+    segments: Segments,
+    rule: Rule = EVERYTHING,
+) -> list[Tensor]:
+    """dq, dk and dv of `attend_segments`, a segment at a time and computed again.
+
+    For attention from the scores themselves, which would otherwise be kept for all segments at once.
+
+    Args:
+        dout: [1, N, heads, e].
+    """
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    for part in segments.parts(rule):
+        queries, keys = slice(part.first, part.end), slice(part.start, part.end)
+        places = [one[:, :, at] for one, at in zip(found, (queries, keys, keys), strict=True)]
+        with torch.enable_grad():
+            leaves = [
+                x[:, :, at].detach().requires_grad_()
+                for x, at in zip((q, k, v), (queries, keys, keys), strict=True)
+            ]
+            out = _attention(*leaves, part.seen, scores)
+        own = dout[:, queries].transpose(1, 2)
+        for place, gradient in zip(places, torch.autograd.grad(out, leaves, own), strict=True):
+            place += gradient
+    return found
+
+
 def _kernel_knows(q: Tensor, v: Tensor, scores: Scores, segments: Segments, rule: Rule) -> bool:
     chunked = rule.chunk is not None and segments.longest > rule.chunk
     return (
@@ -87,7 +119,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scores: Sco
     """One call: [B, heads, Q, d] over K keys → [B, heads, Q, e].
 
     Args:
-        seen: bool, broadcast to [B, heads, Q, K]; None: causal.
+        seen: bool, or of q's dtype where the scores are bare; broadcast to [B, heads, Q, K]; None:
+            causal.
     """
     if not scores.bare:
         return _from_scores(q, k, v, seen, scores)
@@ -128,7 +161,7 @@ def _from_scores(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scores: S
 def _by_segment(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments, rule: Rule
 ) -> Tensor:
-    cut = segments.parts(rule)
+    cut = segments.parts(rule, q.dtype if scores.bare else torch.bool)
     # Split at once: the gradient of a slice is as large as what it was cut from.
     queries = q.split([part.end - part.first for part in cut], dim=2)
     lengths = [end - start for start, end in segments.bounds]

@@ -83,7 +83,8 @@ class Situation:
         """
         sizes, training = self.sizes(), self.recipe.training
         length = training.row_length
-        row = Load(length, min(length, self.densest(length, training.loss_on)))
+        asked = min(length, self.densest(length, training.loss_on))
+        row = Load(length, asked, self.longest)
         rows = min(training.rows_per_pass, -(-training.rows_per_step // self.processes))
         recompute = recompute_of(training.gradient_checkpointing, len(sizes.layers))
         return sizes, recompute, together(sizes, row, rows)
@@ -120,7 +121,8 @@ def together(sizes: ModelSizes, row: Load, count: int) -> Load:
     asked = row.asked * count
     if sizes.kernels:
         asked = -(-asked // ROOM) * ROOM
-    return Load(row.positions * count, min(asked, row.positions * count))
+    positions = row.positions * count
+    return Load(positions, min(asked, positions), row.longest)
 
 
 def densest(data: TrainingData, row_length: int, loss_on: str) -> int:

@@ -137,7 +137,7 @@ def choose(
     """
     length, rows, least = row_length, rows_per_step, 0
     while True:
-        each = Load(length, min(length, supervised(length)))
+        each = Load(length, min(length, supervised(length)), longest)
         found = _within(sizes, free, each, -(-rows // processes))
         if found is not None:
             count, recompute = found

@@ -40,7 +40,6 @@ def _attention(config: Any, **changes: Any) -> AttentionPlan:
         after=llama.norm(config, "post_attention_layernorm"),
         q_norm=llama.norm(config, "self_attn.q_norm"),
         k_norm=llama.norm(config, "self_attn.k_norm"),
-        norm_over="all",
         **changes,
     )
 
