@@ -197,11 +197,7 @@ def attend_gradient(
 
 def _again(dout: Tensor, qkv: Tensor, packing: Packing) -> Tensor:
     """The gradient of the rotated buffer where no graph was kept."""
-    parts = attend_again(
-        dout.unflatten(1, (packing.heads, packing.head_dim)).unsqueeze(0),
-        *packing.split(qkv),
-        packing.scores,
-        packing.segments,
-        packing.rule,
-    )
+    q, k, v = packing.split(qkv)
+    dout = dout.unflatten(1, (packing.heads, packing.head_dim)).unsqueeze(0)
+    parts = attend_again(dout, q, k, v, packing.scores, packing.segments, packing.rule)
     return torch.cat([part[0].transpose(0, 1).flatten(1) for part in parts], dim=1)

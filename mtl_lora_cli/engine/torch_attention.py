@@ -97,7 +97,7 @@ def attend_again(
                 x[:, :, at].detach().requires_grad_()
                 for x, at in zip((q, k, v), (queries, keys, keys), strict=True)
             ]
-            out = _attention(*leaves, part.seen, scores)
+            out = _attention(leaves[0], leaves[1], leaves[2], part.seen, scores)
         own = dout[:, queries].transpose(1, 2)
         for place, gradient in zip(places, torch.autograd.grad(out, leaves, own), strict=True):
             place += gradient
