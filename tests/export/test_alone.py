@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.errors import CheckError, ExitCode, UsageError
-from mtl_lora_cli.evaluation import open_run
+from mtl_lora_cli.evaluation import opened
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, Setting
@@ -45,14 +45,14 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]],
 
     def change(spoil: Callable[[Any], object]) -> None:
         for name in ("load_model", "load_for_float32"):
-            right = getattr(open_run, name)
+            right = getattr(opened, name)
 
             def wrong(*args: Any, right: Callable[..., Any] = right, **keys: Any) -> Any:
                 model = right(*args, **keys)
                 spoil(model)
                 return model
 
-            monkeypatch.setattr(open_run, name, wrong)
+            monkeypatch.setattr(opened, name, wrong)
 
     return change
 
