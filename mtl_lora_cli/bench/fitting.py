@@ -15,10 +15,10 @@ from mtl_lora_cli.bench.yardstick import densest, lengths
 from mtl_lora_cli.engine.memory import GIB
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.cards import free_memory
+from mtl_lora_cli.memory.choice import pick
+from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.recipe.schema import Recipe, Task, Training
-from mtl_lora_cli.training.fit import Situation
-from mtl_lora_cli.training.memory import pick
 
 
 def fitted(

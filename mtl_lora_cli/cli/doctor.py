@@ -20,8 +20,8 @@ from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
     from mtl_lora_cli.machine.checks import Check
+    from mtl_lora_cli.memory.estimate import Estimate
     from mtl_lora_cli.recipe.load import LoadedRecipe
-    from mtl_lora_cli.training.estimate import Estimate
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -79,7 +79,7 @@ def _of_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], Estim
     estimates: list[Estimate | None] = []
 
     def check() -> Iterator[Check]:
-        from mtl_lora_cli.training.estimate import examine_recipe
+        from mtl_lora_cli.memory.estimate import examine_recipe
 
         checks, estimate = examine_recipe(loaded, processes)
         estimates.append(estimate)

@@ -88,7 +88,7 @@ def tasks_table(prepared: Prepared) -> str:
 
 def tried_engine(prepared: Prepared) -> dict[str, Any]:
     """Which engine would run, by the self-test."""
-    from mtl_lora_cli.training.trial import tried
+    from mtl_lora_cli.models.trial import tried
 
     names = [task.name for task in prepared.data.tasks]
     config = prepared.recipe.adapter
@@ -97,7 +97,7 @@ def tried_engine(prepared: Prepared) -> dict[str, Any]:
 
 def engine_lines(report: dict[str, Any]) -> list[str]:
     """The same in words."""
-    from mtl_lora_cli.training.trial import in_a_line
+    from mtl_lora_cli.models.trial import in_a_line
 
     return [in_a_line(report), *(f"note: {line}" for line in report.get("remarks", []))]
 

@@ -123,6 +123,9 @@ class ModelSizes:
         return found
 
 
+ROOM = 256  # questions and segments of a pass on a card are filled up to whole multiples of this
+
+
 class Load(NamedTuple):
     """One pass.
 

@@ -19,11 +19,11 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
 from mtl_lora_cli.engine.attention import table_keys
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.sizes import ROOM
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 
 _SEGMENT = 256  # positions of a segment of padding
-ROOM = 256  # questions and segments are padded to whole multiples of this
 _MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
 _WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get their memory
 

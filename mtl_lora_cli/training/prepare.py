@@ -25,6 +25,8 @@ from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.memory.choice import plan_memory
+from mtl_lora_cli.memory.situation import Situation, situation_of
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import (
@@ -44,7 +46,6 @@ from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.diagnose import Diagnosis
-from mtl_lora_cli.training.memory import plan_memory
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.trackers import require_trackers
@@ -91,6 +92,12 @@ class Prepared:
         if self.validation is None:
             return []
         return [one.task.name for one in self.validation if not len(one.split)]
+
+    def situation(self) -> Situation:
+        """What the memory of the run's steps depends on."""
+        return situation_of(
+            self.recipe, self.base, self.data, self.device, self.dtype, self.processes.count
+        )
 
     def build(self) -> tuple[PackedModel, Adapter]:
         """The base model with a fresh adapter; the seed decides its start.
@@ -232,15 +239,7 @@ def prepare(
         prepared = replace(_prepare(loaded, processes, now), extends=extends)
     if prepared.recipe.training.memory != "auto":
         return prepared
-    recipe, memory = plan_memory(
-        prepared.recipe,
-        prepared.base,
-        prepared.recipe.adapter,
-        prepared.data,
-        prepared.device,
-        prepared.dtype,
-        processes,
-    )
+    recipe, memory = plan_memory(prepared.situation(), processes)
     data = with_rows(prepared.data, recipe.training)
     return replace(
         prepared,

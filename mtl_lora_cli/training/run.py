@@ -20,6 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.memory.explain import explained
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe, Training
@@ -37,7 +38,6 @@ from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.memory import explained
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.signs import signs
@@ -78,7 +78,7 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
         MtlLoraError: memory or disk do not suffice, or the loss is no number.
         Interrupted: the user stopped the run; it can be resumed.
     """
-    with explained(prepared):
+    with explained(prepared.situation):
         packed, adapter = prepared.build()
         zero = prepared.zero()
         ready()
@@ -229,7 +229,7 @@ def _go_on(
     if processes.main:
         for line in changes_around(run, prepared):
             tell(f"note: {line}")
-    with explained(prepared):
+    with explained(prepared.situation):
         packed, adapter = prepared.build()
         _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
 

@@ -21,14 +21,13 @@ from mtl_lora_cli.engine.memory import (
 )
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.checks import Check
+from mtl_lora_cli.memory import choice, estimate
+from mtl_lora_cli.memory.estimate import Estimate, examine_recipe
+from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recompute
-from mtl_lora_cli.training import estimate as room
-from mtl_lora_cli.training import memory
-from mtl_lora_cli.training.estimate import Estimate, examine_recipe
-from mtl_lora_cli.training.fit import Situation
 from mtl_lora_cli.training.prepare import prepare
 
 RECIPE = """\
@@ -57,7 +56,7 @@ def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Examined:
     def run(
         base_model: Path | str, *overrides: str, free: float = 24, processes: int = 1
     ) -> tuple[list[Check], Estimate]:
-        for module in (room, memory):
+        for module in (estimate, choice):
             monkeypatch.setattr(module, "free_memory", lambda _: (int(free * GIB), "a device"))
         path = tmp_path / "recipe.yaml"
         path.write_text(RECIPE.format(base_model=base_model), encoding="utf-8")

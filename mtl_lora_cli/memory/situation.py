@@ -1,28 +1,27 @@
-"""What a step of a recipe takes, and which settings would take less; no weight is read."""
+"""All that the memory of a run's steps depends on; no weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.engine.memory import (
-    peak_bytes,
     recompute_of,
     sizes_of,
 )
-from mtl_lora_cli.engine.sizes import Load, ModelSizes
+from mtl_lora_cli.engine.sizes import ROOM, Load, ModelSizes
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
-from mtl_lora_cli.training.passes import ROOM
 
 if TYPE_CHECKING:
     import torch
 
     from mtl_lora_cli.adapters.inject import Adapter
     from mtl_lora_cli.data.prepare import TrainingData
-    from mtl_lora_cli.training.prepare import Prepared
+    from mtl_lora_cli.models.base import BaseModel
 
 SHORTEST_ROW = 8
 
@@ -59,8 +58,6 @@ class Situation:
         Raises:
             UnknownLayersError: its layers are not the fused engine's.
         """
-        from mtl_lora_cli.engine.decoder import obstacle
-
         recipe, model, adapter = self.recipe, self.model, self.adapter
         reason = "engine: plain" if recipe.engine == "plain" else obstacle(model, adapter)
         if reason is not None:
@@ -99,18 +96,34 @@ class Situation:
         return found
 
 
-def situation_of(prepared: Prepared) -> Situation:
-    """Of a run that is ready to learn."""
-    data = prepared.data
-    names = [task.name for task in data.tasks]
-    model, adapter = on_meta(prepared.base, prepared.recipe.adapter, names)
+def situation_of(
+    recipe: Recipe,
+    base: BaseModel,
+    data: TrainingData,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int,
+) -> Situation:
+    """Of a recipe whose tasks are read.
+
+    Args:
+        recipe: of the run.
+        base: its base model; of its files the configuration alone is read.
+        data: encoded tasks.
+        device, dtype: where and in what the base model computes.
+        processes: of the run.
+
+    Raises:
+        UsageError: as `on_meta`.
+    """
+    model, adapter = on_meta(base, recipe.adapter, [task.name for task in data.tasks])
     return Situation(
-        recipe=prepared.recipe,
+        recipe=recipe,
         model=model,
         adapter=adapter,
-        device=prepared.device,
-        dtype=prepared.dtype,
-        processes=prepared.processes.count,
+        device=device,
+        dtype=dtype,
+        processes=processes,
         densest=lambda length, loss_on: densest(data, length, loss_on),
         longest=longest_of(data),
     )
@@ -140,58 +153,3 @@ def densest(data: TrainingData, row_length: int, loss_on: str) -> int:
 def longest_of(data: TrainingData) -> int:
     """Tokens of the longest example."""
     return max(int(lengths.max()) for lengths in data.mixture.lengths if len(lengths))
-
-
-class Remedy(NamedTuple):
-    """A setting, the bytes that it saves, and the situation with it."""
-
-    saves: int
-    text: str
-    situation: Situation
-
-
-def remedies(situation: Situation) -> list[Remedy]:
-    """Settings that save more than a hundredth, the most helpful first.
-
-    Raises:
-        UnknownLayersError: as `Situation.sizes`.
-    """
-    peak = peak_bytes(*situation.step())
-    found = [
-        Remedy(peak - peak_bytes(*other.step()), text, other)
-        for text, other in alternatives(situation)
-    ]
-    helpful = [one for one in found if one.saves > 0.01 * peak]
-    return sorted(helpful, key=lambda one: one[:2], reverse=True)
-
-
-def alternatives(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    """Recipes that take less, each with the setting that makes the difference."""
-    recipe = situation.recipe
-    training = recipe.training
-
-    def with_training(**update: Any) -> Situation:
-        return situation.changed(training=training.model_copy(update=update))
-
-    if training.gradient_checkpointing is not True:
-        yield (
-            "training.gradient_checkpointing: true",
-            with_training(gradient_checkpointing=True),
-        )
-    if training.rows_per_pass > 1:
-        half = training.rows_per_pass // 2
-        yield f"training.rows_per_pass: {half}", with_training(rows_per_pass=half)
-    half = training.row_length // 2
-    if half >= max(situation.longest, SHORTEST_ROW):
-        yield f"training.row_length: {half}", with_training(row_length=half)
-    if training.loss_on == "all":
-        yield "training.loss_on: answer", with_training(loss_on="answer")
-    if recipe.quantization == "none":
-        yield "quantization: nf4", situation.changed(quantization="nf4")
-    if situation.dtype.itemsize > 2:
-        yield "dtype: bfloat16", situation.changed(dtype="bfloat16")
-    # What stage 3 does not go with: see the recipe's schema.
-    apart = recipe.quantization == "int8" or recipe.base_compute == "fp8" or training.diagnose
-    if recipe.distributed.zero_stage < 3 and situation.processes > 1 and not apart:
-        cut = recipe.distributed.model_copy(update={"zero_stage": 3})
-        yield "distributed.zero_stage: 3", situation.changed(distributed=cut)

@@ -13,21 +13,15 @@ from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype
 from mtl_lora_cli.machine.checks import Check, Verdict, ok
+from mtl_lora_cli.memory.choice import Choice, pick
+from mtl_lora_cli.memory.remedies import Remedy, remedies
+from mtl_lora_cli.memory.situation import Situation, UnknownLayersError, densest, longest_of
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_config, load_tokenizer, on_meta
 from mtl_lora_cli.models.load import (
     longest_of as positions_of_model,
 )
-from mtl_lora_cli.training.fit import (
-    Remedy,
-    Situation,
-    UnknownLayersError,
-    densest,
-    longest_of,
-    remedies,
-)
-from mtl_lora_cli.training.memory import Choice, pick
-from mtl_lora_cli.training.trial import in_a_line, tried
+from mtl_lora_cli.models.trial import in_a_line, tried
 
 if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData

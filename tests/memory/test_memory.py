@@ -36,13 +36,14 @@ from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.processes import Place, Processes
+from mtl_lora_cli.memory import choice as picking
+from mtl_lora_cli.memory.choice import Choice, choose
+from mtl_lora_cli.memory.explain import explained
+from mtl_lora_cli.memory.remedies import alternatives
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Diagnose, Recompute
-from mtl_lora_cli.training import memory
-from mtl_lora_cli.training.fit import alternatives, situation_of
-from mtl_lora_cli.training.memory import Choice, choose
 from mtl_lora_cli.training.passes import EagerPasses
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.run import resume, start
@@ -317,7 +318,7 @@ def auto(
 
     def write(mib: float, **training: Any) -> Path:
         free = CONTEXT + int(mib * 2**20)
-        monkeypatch.setattr(memory, "free_memory", lambda device: (free, "a small card"))
+        monkeypatch.setattr(picking, "free_memory", lambda device: (free, "a small card"))
         path = tmp_path / "auto.yaml"
         content = {
             "base_model": str(stories_folder),
@@ -396,7 +397,7 @@ def test_a_run_resumes_where_other_memory_is_free(auto: Callable[..., Path]) -> 
 def test_out_of_memory_says_what_was_asked_for(
     prepared: Prepared, error: Exception, said: str | None
 ) -> None:
-    with pytest.raises(MtlLoraError) as caught, memory.explained(prepared):
+    with pytest.raises(MtlLoraError) as caught, explained(prepared.situation):
         raise error
     (line,) = caught.value.lines
     assert line.startswith("out of memory on the CPU: ")
@@ -405,7 +406,7 @@ def test_out_of_memory_says_what_was_asked_for(
 
 
 def test_other_errors_are_left_as_they_are(prepared: Prepared) -> None:
-    with pytest.raises(RuntimeError, match="something else"), memory.explained(prepared):
+    with pytest.raises(RuntimeError, match="something else"), explained(prepared.situation):
         raise RuntimeError("something else")
 
 
@@ -414,7 +415,7 @@ def test_what_would_help_depends_on_the_run(prepared: Prepared) -> None:
         recipe = prepared.recipe.model_copy(update=changes)
         processes = Processes(Place(rank=0, count=count))
         own = replace(prepared, recipe=recipe, processes=processes)
-        return [text for text, _ in alternatives(situation_of(own))]
+        return [text for text, _ in alternatives(own.situation())]
 
     training = prepared.recipe.training
     wide = training.model_copy(update={"rows_per_pass": 4, "loss_on": "all", "row_length": 512})
@@ -438,7 +439,7 @@ def test_where_the_layers_are_not_known_settings_are_named_without_figures(
     prepared: Prepared,
 ) -> None:
     own = replace(prepared, recipe=prepared.recipe.model_copy(update={"engine": "plain"}))
-    with pytest.raises(MtlLoraError) as caught, memory.explained(own):
+    with pytest.raises(MtlLoraError) as caught, explained(own.situation):
         raise MemoryError
     assert str(caught.value).endswith(
         "available; what would help: quantization: nf4; dtype: bfloat16; a smaller "

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mtl_lora_cli.engine.memory import (
-    GIB,
-    fixed_bytes,
-    needed_bytes,
-    peak_bytes,
-    recompute_of,
-    weight_bytes,
-)
+from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, recompute_of
 from mtl_lora_cli.engine.sizes import Load, ModelSizes
-from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.machine.cards import free_memory, memory_in_use
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.models.load import on_meta
+from mtl_lora_cli.memory.remedies import settings_that_help
+from mtl_lora_cli.memory.situation import SHORTEST_ROW, Situation, UnknownLayersError, together
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
-from mtl_lora_cli.training.fit import (
-    SHORTEST_ROW,
-    Situation,
-    UnknownLayersError,
-    densest,
-    longest_of,
-    remedies,
-    situation_of,
-    together,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-    from mtl_lora_cli.data.prepare import TrainingData
-    from mtl_lora_cli.models.base import BaseModel
-    from mtl_lora_cli.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -198,50 +173,29 @@ def _with_products(
     return None if best is None else (1, best[1])
 
 
-def plan_memory(
-    recipe: Recipe,
-    base: BaseModel,
-    config: Any,
-    data: TrainingData,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: Processes = ALONE,
-) -> tuple[Recipe, str]:
+def plan_memory(situation: Situation, processes: Processes = ALONE) -> tuple[Recipe, str]:
     """The recipe with what `training.memory: auto` picks for this device, and the line that says so.
 
     Args:
-        recipe: of the run.
-        base: its base model.
-        config: the adapter's settings.
-        data: encoded tasks.
-        device, dtype: where and in what the base model will compute.
+        situation: of the run.
         processes: of the run: all do as the one with the least memory can.
 
     Raises:
         UsageError: the layers are not the fused engine's, or nothing fits.
     """
-    model, adapter = on_meta(base, config, [task.name for task in data.tasks])
-    situation = Situation(
-        recipe=recipe,
-        model=model,
-        adapter=adapter,
-        device=device,
-        dtype=dtype,
-        processes=processes.count,
-        densest=lambda length, loss_on: densest(data, length, loss_on),
-        longest=longest_of(data),
-    )
-    free, name = min(processes.gather(free_memory(device)))
+    recipe = situation.recipe
+    free, name = min(processes.gather(free_memory(situation.device)))
     training = recipe.training
-    found = pick(situation, free)
-    if isinstance(found, int):
+    choice = pick(situation, free)
+    if isinstance(choice, int):
+        helpful = "; ".join(settings_that_help(recipe, situation.dtype)[:3])
         raise UsageError(
             f"training.memory: auto: {free / GIB:.1f} GiB are free on {name}, and the least that is "
-            f"needed is {found / GIB:.1f} GiB, with everything computed again; "
-            f"what would help: {'; '.join(_remedies(recipe, dtype)[:3])}"
+            f"needed is {choice / GIB:.1f} GiB, with everything computed again; "
+            f"what would help: {helpful}"
         )
-    picked = training.model_copy(update=found.settings())
-    message = found.message(name, training.row_length, training.rows_per_step)
+    picked = training.model_copy(update=choice.settings())
+    message = choice.message(name, training.row_length, training.rows_per_step)
     return recipe.model_copy(update={"training": picked}), message
 
 
@@ -268,66 +222,3 @@ def pick(situation: Situation, free: int) -> Choice | int:
         longest=situation.longest,
         processes=situation.processes,
     )
-
-
-def _remedies(recipe: Recipe, dtype: torch.dtype) -> list[str]:
-    """Settings that take less memory, the most helpful first."""
-    found = []
-    if recipe.quantization == "none":
-        found.append("quantization: nf4")
-    if dtype.itemsize > 2:
-        found.append("dtype: bfloat16")
-    found.append("a smaller training.row_length with on_overflow: truncate_prompt")
-    if recipe.training.loss_on == "all":
-        found.append("training.loss_on: answer")
-    found.append("fewer adapter.target_modules")
-    found.append("a smaller base_model")
-    return found
-
-
-@contextmanager
-def explained(prepared: Prepared) -> Iterator[None]:
-    """Out of memory: what was in use, and which settings would help by how much.
-
-    Raises:
-        MtlLoraError: in the place of torch's error.
-    """
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MtlLoraError(_out_of_memory(prepared, error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # the CPU's allocator has no type of its own
-            raise
-        raise MtlLoraError(_out_of_memory(prepared, error)) from error
-
-
-def _out_of_memory(prepared: Prepared, error: BaseException) -> str:
-    asked = re.search(r"allocate:? (?:([\d.]+ [KMG]iB)|(\d+) bytes)", str(error))
-    size = asked and (asked[1] or f"{int(asked[2]) / 2**20:,.1f} MiB")
-    wanted = f", asked for {size} more" if size else ""
-    where = memory_in_use(prepared.device)
-    try:
-        parts, helpful = _parts_and_remedies(prepared)
-    except UnknownLayersError:
-        parts, helpful = "", "; ".join(_remedies(prepared.recipe, prepared.dtype)[:3])
-    return f"out of memory on {where}{wanted}{parts}; what would help: {helpful}"
-
-
-def _parts_and_remedies(prepared: Prepared) -> tuple[str, str]:
-    """What a step takes by estimate, and the three settings that save most of it."""
-    situation = situation_of(prepared)
-    sizes, recompute, load = situation.step()
-    peak, fixed = peak_bytes(sizes, recompute, load), fixed_bytes(sizes)
-    weights = weight_bytes(sizes)
-    parts = (
-        f"; by estimate a step takes {peak / GIB:.1f} GiB: weights {weights / GIB:.1f}, adapter, "
-        f"optimiser and buffers {(fixed - weights) / GIB:.1f}, a pass of {load.positions:,} tokens "
-        f"{(peak - fixed) / GIB:.1f}"
-    )
-    helpful = ", ".join(
-        f"{one.text} (−{one.saves / GIB:.1f} GiB)" for one in remedies(situation)[:3]
-    )
-    return parts, helpful or "a smaller base_model"
