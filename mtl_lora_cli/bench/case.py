@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,8 +32,8 @@ from mtl_lora_cli.machine.rate import Rate, floor_json, flop_per_token
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
-from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
+from mtl_lora_cli.training.step import Planned, Stepper
+from mtl_lora_cli.training.update import ParameterGroup
 
 LEARNING_RATE = 3e-4
 PROFILED_STEPS = 2
@@ -90,6 +90,15 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     wanted = adapter_of_case(**case.adapter)
     reset_peak(device)
     case, picked = fitted(case, wanted, device, dtype)
+    profiled = PROFILED_STEPS if measuring.breakdown else 0
+    count = measuring.warmup + measuring.steps
+    steps = Yardstick.build(config.vocab_size, case.tasks, measuring.seed).steps(
+        count + profiled,
+        row_length=case.row_length,
+        rows_per_step=case.rows_per_step,
+        rows_per_pass=case.rows_per_pass,
+        seed=measuring.seed,
+    )
     started = time.perf_counter()
     torch.manual_seed(measuring.seed)
     sizes, flop = model_sizes(case.shape, device)
@@ -110,30 +119,27 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     ).train()
     if packed.decoder is None and case.gradient_checkpointing:  # all or nothing there
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parameters = list(adapter.tensors().values())
-    graphed = graphs_possible(packed, adapter, device)
-    groups = [ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)]
-    optimizer = make_optimizer(groups, graphed=graphed)
-    update = Update(parameters, optimizer, case.max_gradient_norm, graphed=graphed)
-    eager = EagerPasses(packed, packed, device)
-    passes = GraphedPasses(packed, adapter, case.row_length, eager) if graphed else eager
+    stepper = Stepper(
+        packed,
+        adapter,
+        lambda number: _planned(steps[number]),
+        total=len(steps),
+        groups=[ParameterGroup(list(adapter.trained().values()), LEARNING_RATE, weight_decay=0.0)],
+        max_norm=case.max_gradient_norm,
+        row_length=case.row_length,
+    )
     synchronize(device)
     built = {"build_seconds": time.perf_counter() - started, "build_memory_gib": peak_gib(device)}
 
-    profiled = PROFILED_STEPS if measuring.breakdown else 0
-    count = measuring.warmup + measuring.steps
-    steps = Yardstick.build(config.vocab_size, case.tasks, measuring.seed).steps(
-        count + profiled,
-        row_length=case.row_length,
-        rows_per_step=case.rows_per_step,
-        rows_per_pass=case.rows_per_pass,
-        seed=measuring.seed,
-    )
-
     rounding = packed.rounding(steps[0].batches[0]) if case.base_compute == "fp8" else None
-    step = _Training(passes, update, steps)
+
+    def step(number: int) -> Tensor:
+        """The mean loss of its supervised tokens, no number where the gradient is none."""
+        running = stepper.launch(number, 1.0)
+        return running.losses[:-1].sum() / running.planned.count + 0.0 * running.norm
+
     timing = time_steps(
-        step, steps[:count], lambda one: one.tokens, warmup=measuring.warmup, device=device
+        step, range(count), lambda n: steps[n].tokens, warmup=measuring.warmup, device=device
     )
     floor = floor_json(measuring.rate, flop)
     result: dict[str, Any] = {
@@ -153,7 +159,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     if profiled:
         result["breakdown"] = breakdown.profile_steps(
             step,
-            steps[count:],
+            range(count, len(steps)),
             device=device,
             smallest_base=smallest_side(case.shape),
             step_seconds=median(timing.seconds),
@@ -199,34 +205,11 @@ def _register_attention() -> str:
     return registered.NAME
 
 
-class _Training:
-    """Optimiser steps as the training loop does them: the next one is prepared before this one's
-    result is waited for.
-
-    Args:
-        passes, update: of the training loop.
-        steps: in their order.
-    """
-
-    def __init__(
-        self, passes: EagerPasses | GraphedPasses, update: Update, steps: Sequence[Step]
-    ) -> None:
-        self._passes, self._update, self._steps = passes, update, steps
-        self._ahead: tuple[Step, list[Ready]] | None = None
-
-    def __call__(self, one: Step) -> Tensor:
-        """Ask for it; the mean loss of its supervised tokens, no number where the gradient is none."""
-        ahead, self._ahead = self._ahead, None
-        passes = ahead[1] if ahead is not None and ahead[0] is one else self._prepare(one)
-        loss = [self._passes.run(ready).sum() for ready in passes]
-        norm = self._update(1.0)
-        place = next(i for i, other in enumerate(self._steps) if other is one) + 1
-        if place < len(self._steps):
-            self._ahead = (self._steps[place], self._prepare(self._steps[place]))
-        return -torch.stack(loss).double().sum() / one.supervised + 0.0 * norm
-
-    def _prepare(self, one: Step) -> list[Ready]:
-        return [
-            self._passes.prepare(batch, torch.full((len(batch.owner),), 1 / one.supervised))
-            for batch in one.batches
-        ]
+def _planned(one: Step) -> Planned:
+    """A step of the yardstick: every question counts as much, whatever its task."""
+    return Planned(
+        batches=one.batches,
+        weights=[torch.ones(len(batch.owner)) for batch in one.batches],
+        owners=[batch.task_ids.view(-1)[batch.positions[batch.owner]] for batch in one.batches],
+        count=one.supervised,
+    )

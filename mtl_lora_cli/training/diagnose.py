@@ -47,20 +47,17 @@ class Diagnosis:
     """
 
     before_update = True
+    at_end = False
 
     def __init__(
         self, packed: PackedModel, adapter: Adapter, data: TrainingData, settings: Training
     ) -> None:
         assert settings.diagnose is not None
         self._packed, self._adapter, self._data = packed, adapter, data
-        self._every = settings.diagnose.every
+        self.every = settings.diagnose.every
         self._loss_on = settings.loss_on
         self._row_length = settings.row_length
         self._shared = list(shared_parameters(adapter).values())
-
-    def due(self, step: int) -> bool:
-        """See `Observer`."""
-        return step % self._every == 0
 
     def look(self, step: int) -> Seen | None:
         """The step's cosines and norms; None where a gradient is no finite number.

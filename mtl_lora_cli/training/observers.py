@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,19 +30,25 @@ class Seen:
 
 
 class Observer(Protocol):
-    """Looks at some of a run's steps; steps are counted from 1.
+    """Looks at some of a run's steps.
 
     Attributes:
-        before_update: look at the parameters that the step begins with, not at those it leaves.
+        every: at every so many of them.
+        at_end: and at the last one.
+        before_update: at the parameters that the step begins with, not at those that it leaves.
     """
 
+    every: int
+    at_end: bool
     before_update: bool
 
-    def due(self, step: int) -> bool:
-        """Whether it wants to look at this step."""
-
     def look(self, step: int) -> Seen | None:
-        """Look; None where there is nothing to tell."""
+        """Look at a step, counted from 1; None where there is nothing to tell."""
+
+
+def due(observers: Sequence[Observer], step: int, total: int) -> list[Observer]:
+    """Those that look at a step, counted from 1, of a run of so many."""
+    return [one for one in observers if step % one.every == 0 or (one.at_end and step == total)]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.chat_variables import prints_date
+from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
@@ -37,7 +38,7 @@ from mtl_lora_cli.models.load import (
     longest_of,
     on_meta,
 )
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
@@ -193,6 +194,31 @@ class Prepared:
                 )
             )
         return found
+
+
+@dataclass(frozen=True)
+class ReadyRun:
+    """A run whose model is built: what the loop is given.
+
+    Attributes:
+        prepared: everything that its recipe names.
+        run: where checkpoints and metrics go.
+        packed: base model with the adapter injected.
+        adapter: what is trained.
+        zero: DeepSpeed's configuration; None where nothing is cut into parts.
+    """
+
+    prepared: Prepared
+    run: RunFolder
+    packed: PackedModel
+    adapter: Adapter
+    zero: dict[str, Any] | None = None
+
+    def rounding(self) -> Rounding:
+        """What `base_compute: fp8` costs, on the first row of the run."""
+        data, training = self.prepared.data, self.prepared.recipe.training
+        row = data.mixture.step(0)[1][:1]
+        return self.packed.rounding(training_batch(row, data.splits, loss_on=training.loss_on))
 
 
 def require_fit(prepared: Prepared) -> None:

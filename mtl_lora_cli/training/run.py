@@ -16,12 +16,10 @@ from safetensors import SafetensorError
 
 from mtl_lora_cli.adapters.extend import save_beside
 from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, save_adapter
-from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
-from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.recipe.schema import Run as RunSettings
@@ -36,9 +34,11 @@ from mtl_lora_cli.runs.folder import (
 )
 from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.tasks.chosen import read_tasks
+from mtl_lora_cli.training.best import Best
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
+from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.signs import signs
 from mtl_lora_cli.training.trackers import tracked
@@ -87,7 +87,7 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
         prepared.processes.wait()
         run = RunFolder(path)
         with _only_writer(run, prepared.processes):
-            _learn(run, prepared, packed, adapter, zero, resume=False)
+            _learn(ReadyRun(prepared, run, packed, adapter, zero), resume=False)
     return run
 
 
@@ -231,7 +231,7 @@ def _go_on(
             tell(f"note: {line}")
     with explained(prepared.situation):
         packed, adapter = prepared.build()
-        _learn(run, prepared, packed, adapter, prepared.zero(), resume=True)
+        _learn(ReadyRun(prepared, run, packed, adapter, prepared.zero()), resume=True)
 
 
 def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
@@ -269,52 +269,20 @@ def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:
     return replace(given, recipe=given.recipe.model_copy(update={"training": training}))
 
 
-def _learn(
-    run: RunFolder,
-    prepared: Prepared,
-    packed: PackedModel,
-    adapter: Adapter,
-    zero: dict[str, Any] | None,
-    *,
-    resume: bool,
-) -> None:
+def _learn(ready: ReadyRun, *, resume: bool) -> None:
     """Train, and write the finished adapter."""
+    prepared, run = ready.prepared, ready.run
     recipe, processes = prepared.recipe, prepared.processes
     told = recipe.run if processes.main else RunSettings()
     with _disk(run), tracked(told, run, recipe.model_dump(mode="json")) as trackers:
-        trainer = Trainer(
-            packed,
-            adapter,
-            prepared.data,
-            recipe.training,
-            run,
-            prepared.base.identity(),
-            prepared.total_steps,
-            prepared.observers(packed, adapter),
-            processes=processes,
-            zero=zero,
-            tell=trackers.tell,
-            where=prepared.where,
-        )
+        trainer = Trainer(ready, prepared.observers(ready.packed, ready.adapter))
         checkpoint = newest_checkpoint(run.checkpoints) if resume else None
-        if checkpoint is not None:
-            lost = trainer.resume(checkpoint)
-            if lost is not None and processes.main:
-                tell(
-                    f"note: the best so far, {lost}, does not count any more: its checkpoint is "
-                    "damaged or gone",
-                )
+        lost = None if checkpoint is None else trainer.resume(checkpoint)
         if processes.main:
             if resume:
-                _write_zero(run, zero)
-            if checkpoint is not None:
-                tell(f"resuming {run.name} after step {trainer.position.step}")
-            if packed.plain is not None:
-                tell(f"note: {packed.engine_line()}")
-            for line in adapter.remarks:
-                tell(f"note: {line}")
-            if recipe.base_compute == "fp8":
-                tell(str(trainer.rounding()))
+                _write_zero(run, ready.zero)
+            for line in _beginning(ready, trainer, checkpoint, lost):
+                tell(line)
         progress = TrainingProgress(
             prepared.total_steps,
             trainer.position.step,
@@ -323,7 +291,7 @@ def _learn(
             every=_every(recipe.training),
         )
         try:
-            trainer.train(progress)
+            trainer.train(Journal(run, progress, trackers.tell, writes=processes.main))
         finally:
             progress.close()
         for line in _ending(trainer):
@@ -331,16 +299,40 @@ def _learn(
         for line in signs(run.events()):
             progress.say(f"note: {line}")
         if processes.main:
-            if trainer.position.best is not None:
-                load_adapter(adapter, checkpoint_of(run.checkpoints, trainer.position.best.step))
-            with new_folder(run.adapter) as folder:
-                identity = prepared.base.identity()
-                if prepared.extends is None:
-                    save_adapter(adapter, folder, identity)
-                else:
-                    save_beside(adapter, run.extends.adapter, folder, identity)
-                write_text(folder / "README.md", _adapter_readme(run, prepared, trainer))
+            _write_adapter(ready, trainer)
     processes.wait()
+
+
+def _beginning(
+    ready: ReadyRun, trainer: Trainer, checkpoint: Path | None, lost: Best | None
+) -> Iterator[str]:
+    """What there is to say before the first step."""
+    if lost is not None:
+        yield (
+            f"note: the best so far, {lost}, does not count any more: its checkpoint is damaged or gone"
+        )
+    if checkpoint is not None:
+        yield f"resuming {ready.run.name} after step {trainer.position.step}"
+    if ready.packed.plain is not None:
+        yield f"note: {ready.packed.engine_line()}"
+    for line in ready.adapter.remarks:
+        yield f"note: {line}"
+    if ready.prepared.recipe.base_compute == "fp8":
+        yield str(ready.rounding())
+
+
+def _write_adapter(ready: ReadyRun, trainer: Trainer) -> None:
+    """The finished adapter: of the best look, where there is one, else of the last step."""
+    prepared, run, adapter = ready.prepared, ready.run, ready.adapter
+    best, identity = trainer.position.best, prepared.base.identity()
+    if best is not None:
+        load_adapter(adapter, checkpoint_of(run.checkpoints, best.step))
+    with new_folder(run.adapter) as folder:
+        if prepared.extends is None:
+            save_adapter(adapter, folder, identity)
+        else:
+            save_beside(adapter, run.extends.adapter, folder, identity)
+        write_text(folder / "README.md", _adapter_readme(run, prepared, trainer))
 
 
 def _every(training: Training) -> dict[str, int | None]:

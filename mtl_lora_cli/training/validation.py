@@ -184,6 +184,7 @@ class Validation:
     """
 
     before_update = False
+    at_end = True
 
     def __init__(
         self,
@@ -200,6 +201,7 @@ class Validation:
         self._packed, self._adapter, self._processes = packed, adapter, processes
         self._sharing = ALONE if same_passes else processes
         self._settings, self._total_steps = settings.validation, total_steps
+        self.every = settings.validation.every
         self._row_length = settings.row_length
         self._held = held
         self._seen = [one for one in held if len(one.split)]
@@ -208,10 +210,6 @@ class Validation:
         owners = torch.cat([owner for _, owner in batches])
         self._counts = torch.bincount(owners, minlength=len(held)).tolist()  # S_t
         self._batches = self._sharing.mine(batches)
-
-    def due(self, step: int) -> bool:
-        """See `Observer`."""
-        return step % self._settings.every == 0 or step == self._total_steps
 
     def look(self, step: int) -> Seen:
         """The loss and the metric of each task that has held-out examples, and their averages."""

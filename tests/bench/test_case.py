@@ -46,11 +46,11 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.bench.shapes import find_config
     from mtl_lora_cli.models import registered
     from mtl_lora_cli.models.packed import PackedModel
-    from mtl_lora_cli.training.passes import EagerPasses
-    from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
+    from mtl_lora_cli.training.step import Stepper
+    from mtl_lora_cli.training.update import ParameterGroup, make_optimizer
 
     registered.register()
-    made = []
+    made, adapters = [], []
     for _ in range(2):
         torch.manual_seed(3)
         model = random_model(
@@ -65,14 +65,23 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
         parameters = list(adapter.tensors().values())
         group = ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)
         optimizer = make_optimizer([group], graphed=False)
+        adapters.append(adapter)
         made.append((packed, parameters, optimizer))
     step = Yardstick.build(256, 8, 0).steps(
         1, row_length=512, rows_per_step=2, rows_per_pass=1, seed=0
     )[0]
     packed, parameters, optimizer = made[0]
-    passes = EagerPasses(packed, packed, torch.device("cpu"))
-    update = Update(parameters, optimizer, 0.01, graphed=False)
-    loss = bench._Training(passes, update, [step])(step)
+    stepper = Stepper(
+        packed,
+        adapters[0],
+        lambda number: bench._planned(step),
+        total=1,
+        groups=[ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)],
+        max_norm=0.01,
+        row_length=512,
+    )
+    losses = stepper.launch(0, 1.0).losses
+    loss = float(losses.sum()) / step.supervised
 
     packed, expected, optimizer = made[1]
     total = torch.zeros(())

@@ -36,7 +36,9 @@ from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Distributed, Training
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
+from mtl_lora_cli.training.prepare import ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.zero import deepspeed_config
 
@@ -85,21 +87,21 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
             on_card=device.type == "cuda",
         )
     folder = Path(processes.same(tempfile.mkdtemp()))
-    trainer = Trainer(
-        packed,
-        adapter,
-        SimpleNamespace(tasks=tasks, splits=list(yardstick.splits), mixture=mixture),  # type: ignore[arg-type]
-        settings,
-        RunFolder(folder),
-        {"name": wanted.shape},
-        WARM_UP + wanted.steps,
+    prepared = SimpleNamespace(
+        recipe=SimpleNamespace(training=settings),
+        data=SimpleNamespace(tasks=tasks, splits=list(yardstick.splits), mixture=mixture),
+        base=SimpleNamespace(identity=lambda: {"name": wanted.shape}),
+        total_steps=WARM_UP + wanted.steps,
         processes=processes,
-        zero=zero,
+        where=lambda task, number: f"example {number}",
     )
+    run = RunFolder(folder)
+    trainer = Trainer(ReadyRun(prepared, run, packed, adapter, zero))  # type: ignore[arg-type]
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(TrainingProgress(trainer.total_steps, console=Console(quiet=True)))
+    progress = TrainingProgress(trainer.total_steps, console=Console(quiet=True))
+    trainer.train(Journal(run, progress, writes=processes.main))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     started = time.monotonic()
     trainer._save()

@@ -29,8 +29,9 @@ from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.validation import encode_validation
 
@@ -200,11 +201,12 @@ class Small:
                 os.kill(os.getpid(), signal.SIGINT)
 
         progress = _Watch(self.trainer.total_steps, self.trainer.position.step, watch)
+        journal = Journal(self.run, progress)
         if stop_after is None:
-            self.trainer.train(progress)
+            self.trainer.train(journal)
         else:
             with pytest.raises(Interrupted):
-                self.trainer.train(progress)
+                self.trainer.train(journal)
         return self
 
     @property
@@ -277,16 +279,7 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
             folder = tmp_path / f"run{next(numbers)}"
             folder.mkdir()
         run = RunFolder(folder)
-        trainer = Trainer(
-            packed,
-            handle,
-            own.data,
-            settings,
-            run,
-            own.base.identity(),
-            steps,
-            own.observers(packed, handle),
-        )
+        trainer = Trainer(ReadyRun(own, run, packed, handle), own.observers(packed, handle))
         return Small(trainer, run)
 
     return build

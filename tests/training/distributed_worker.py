@@ -23,8 +23,9 @@ from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.run import resume, start
 from mtl_lora_cli.training.validation import Validation
@@ -107,18 +108,11 @@ class _Run:
         packed, adapter = prepared.build()
         run = RunFolder(self.folder / name)
         run.path.mkdir(exist_ok=True)
-        return Trainer(
-            packed,
-            adapter,
-            prepared.data,
-            prepared.recipe.training,
-            run,
-            prepared.base.identity(),
-            prepared.total_steps,
-            processes=self.processes,
-            zero=prepared.zero(),
-            where=prepared.where,
-        )
+        return Trainer(ReadyRun(prepared, run, packed, adapter, prepared.zero()))
+
+    def train(self, trainer: Trainer, steps: int) -> None:
+        progress = TrainingProgress(steps, 0, Console(quiet=True))
+        trainer.train(Journal(trainer.run, progress, writes=self.processes.main))
 
     def note(self, name: str, found: Any) -> None:
         """`NAME.json`: what every process found."""
@@ -150,12 +144,12 @@ class _Run:
         """How many layers' 4-bit bytes are in memory while they run, and how many between the passes."""
         overrides = (*FOUR_BIT, *CUT, f"engine={engine}", "training.max_steps=3")
         trainer = self.trainer(f"released-{engine}", overrides)
-        layers = trainer.update.model.layers  # type: ignore[union-attr]
+        layers = trainer.stepper.update.model.layers  # type: ignore[union-attr]
         gathered: list[StorageWeakRef] = []
         for layer in layers:
             self._watch(layer, gathered)
         found: list[dict[str, int]] = []
-        forward = trainer._passes._model  # type: ignore[union-attr]
+        forward = trainer.stepper.passes._model  # type: ignore[union-attr]
 
         def look(batch: Any) -> Any:
             gathered.clear()
@@ -178,8 +172,8 @@ class _Run:
             )
             return logprobs
 
-        trainer._passes._model = look  # type: ignore[union-attr]
-        trainer.train(TrainingProgress(3, 0, Console(quiet=True)))
+        trainer.stepper.passes._model = look  # type: ignore[union-attr]
+        self.train(trainer, 3)
         self.note(f"released-{engine}", found)
 
     @staticmethod
@@ -214,7 +208,7 @@ class _Run:
             number = 2 * 3  # three steps of two passes
             calls = iter(range(10**6))
             tensor.register_hook(lambda g: g * math.nan if next(calls) >= number else g)
-        self.failing(name, lambda: trainer.train(TrainingProgress(10, 0, Console(quiet=True))))
+        self.failing(name, lambda: self.train(trainer, 10))
 
 
 def main(recipe: Path, folder: Path) -> None:

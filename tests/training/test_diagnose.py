@@ -91,15 +91,16 @@ def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> N
         trainer.data,
         trainer.settings.model_copy(update={"diagnose": Diagnose()}),
     )
-    prepared = trainer._prepare(0)
+    prepared = trainer.stepper.prepare(0)
+    drawn = prepared.planned
     places: dict[int, list[tuple[int, int]]] = {}
-    for row in prepared.rows:
+    for row in drawn.rows:
         for place in row:
             places.setdefault(place[0], []).append(place)
     total = sum(
-        diagnosis.gradient(own) * int(prepared.supervised[task]) for task, own in places.items()
-    ) / int(prepared.supervised.sum())
-    trainer._accumulate(prepared)
+        diagnosis.gradient(own) * int(drawn.supervised[task]) for task, own in places.items()
+    ) / int(drawn.supervised.sum())
+    trainer.stepper.accumulate(prepared)
     shared = shared_parameters(trainer.adapter)
     expected = torch.cat([tensor.grad.reshape(-1) for tensor in shared.values()])
     assert torch.allclose(total, expected, rtol=0, atol=1e-6 * float(expected.abs().max()) + 1e-8)

@@ -97,7 +97,7 @@ def test_gradients_are_clipped(small: Callable[..., Any]) -> None:
     """Plain clipping shows in what AdamW keeps of the first gradient: 0.1 of it."""
     run = small(steps=1, max_gradient_norm=0.01).train()
     assert run.events[0]["gradient_norm"] > 0.1
-    inner = run.trainer.update.optimizer
+    inner = run.trainer.stepper.update.optimizer
     kept = [inner.state[t]["exp_avg"] for t in run.trainer.adapter.tensors().values()]
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in kept))
     assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)

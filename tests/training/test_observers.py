@@ -12,7 +12,7 @@ import torch
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.recipe.schema import Diagnose, Validation
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.loop import Trainer
+from mtl_lora_cli.training.step import Stepper
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_however_the_passes_are_made(small: Callable[..., Any], training: dict[s
 def test_looking_leaves_modes_gradients_and_random_state(small: Callable[..., Any]) -> None:
     trainer = small(**LOOKING).trainer
     trainer.packed.train()
-    trainer._accumulate(trainer._prepare(0))
+    trainer.stepper.accumulate(trainer.stepper.prepare(0))
     gradients = {name: t.grad.clone() for name, t in trainer.adapter.tensors().items()}
     state = torch.get_rng_state()
     for observer in trainer._observers:
@@ -89,9 +89,9 @@ def test_where_steps_run_ahead_each_is_finished_before_anyone_looks(
     small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A card's order of things, on the CPU: a step is written down when the next one is running."""
-    monkeypatch.setattr(Trainer, "_mark", lambda self: None)
+    monkeypatch.setattr(Stepper, "mark", lambda self: None)
     whole, ahead = small(**LOOKING).train(), small(**LOOKING, checkpoint_every=None)
-    ahead.trainer._runs_ahead = True
+    ahead.trainer.stepper.runs_ahead = True
     ahead.train()
     assert lines(ahead) == lines(whole)
     assert ahead.trainer.position.metrics_bytes == ahead.run.metrics.stat().st_size

@@ -81,7 +81,7 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
         seen.append(
             {
                 run.trainer.adapter.role(names[id(tensor)]).part: group["lr"]
-                for group in run.trainer.update.optimizer.param_groups
+                for group in run.trainer.stepper.update.optimizer.param_groups
                 for tensor in group["params"]
             }
         )
@@ -95,9 +95,9 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
 
 def test_without_parts_there_is_one_group(small: Callable[..., Any]) -> None:
     """One kernel on a card, and the very numbers of a run that never heard of parts."""
-    assert len(small().trainer.update.optimizer.param_groups) == 1
+    assert len(small().trainer.stepper.update.optimizer.param_groups) == 1
     same = Parts(down=Part(learning_rate=3e-3), gate=Part(weight_decay=0.0))
-    assert len(small(parts=same).trainer.update.optimizer.param_groups) == 1
+    assert len(small(parts=same).trainer.stepper.update.optimizer.param_groups) == 1
 
 
 def test_a_run_with_parts_is_resumed_to_the_last_bit(small: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Validation as Settings
+from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.validation import Validation, encode_validation
@@ -99,7 +100,7 @@ def test_the_rows_are_the_validation_splits_and_the_same_for_every_seed(
 def test_a_line_is_shown_and_names_each_task(small: Callable[..., Any]) -> None:
     run = small(steps=2, validation=Settings(every=1, examples=2))
     console = Console(file=io.StringIO(), width=200)
-    run.trainer.train(TrainingProgress(2, 0, console))
+    run.trainer.train(Journal(run.run, TrainingProgress(2, 0, console)))
     lines = [line for line in console.file.getvalue().splitlines() if "validation" in line]  # type: ignore[attr-defined]
     assert len(lines) == 2
     assert lines[0].startswith("validation after step 1/2  sst2 ")

@@ -216,13 +216,13 @@ def test_another_best_counts_anew(small: Callable[..., Any]) -> None:
 def test_where_steps_run_ahead_the_best_is_the_same(
     small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtl_lora_cli.training.loop import Trainer
+    from mtl_lora_cli.training.step import Stepper
 
-    monkeypatch.setattr(Trainer, "_mark", lambda self: None)
+    monkeypatch.setattr(Stepper, "mark", lambda self: None)
     settings = Validation(every=2, examples=5, best="sst2", patience=1)
     whole = small(validation=settings, **STILL).train()
     ahead = small(validation=settings, **STILL)
-    ahead.trainer._runs_ahead = True
+    ahead.trainer.stepper.runs_ahead = True
     ahead.train()
     assert lines(ahead) == lines(whole)
     assert folders(ahead.run) == folders(whole.run)
