@@ -57,7 +57,7 @@ def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, di
     [
         ({}, "none", Keep()),
         ({}, "nf4", Keep(False, False, False)),
-        ({"method": "lora", "up_projections": 1}, "none", Keep(attended=False)),
+        ({"method": "lora"}, "none", Keep(attended=False)),
     ],
     ids=["mtl-lora", "nf4", "lora"],
 )

@@ -114,7 +114,7 @@ def test_bfloat16(batch: PackedBatch, head_dim: int, targets: Sequence[str], kee
 
 @pytest.mark.parametrize(
     "config",
-    [{"method": "lora", "up_projections": 1}, {"gate": "embedding", "transform": "diagonal"}],
+    [{"method": "lora"}, {"gate": "embedding", "transform": "diagonal"}],
 )
 def test_other_forms(batch: PackedBatch, config: dict[str, Any]) -> None:
     exact = exact_of(batch, target_modules=SEVEN, **config)
