@@ -42,11 +42,7 @@ def random_model(
     four_bit = {id(m) for m in layer_linears(model)} if quantization == "nf4" else set()
     made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter in two places
     for path, module in list(model.named_modules()):
-        if hasattr(
-            module, "inv_freq"
-        ):  # computed, not learned; on the meta device it has no values
-            _replace(model, path, type(module)(config=config).to(device))
-            continue
+        _compute_buffers(model, module, device)
         for name, parameter in list(module.named_parameters(recurse=False)):
             known = made.get(id(parameter))
             if known is None:
@@ -59,6 +55,18 @@ def random_model(
         if id(module) in four_bit:
             _replace(model, path, _four_bit(module, dtype, device, storage))
     return model.requires_grad_(False).eval()
+
+
+def _compute_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Give a module's buffers, such as rotary frequencies, the values that follow from its configuration.
+
+    transformers does it by the model's own initialisation, which leaves weights on the meta device alone.
+    """
+    names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    for name in names:
+        module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # type: ignore[arg-type]
+    if names:
+        model._init_weights(module)
 
 
 def empty_model(config: Any, *, dtype: torch.dtype, attention: str = "eager") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
@@ -25,6 +26,7 @@ def _llama(
     tied: bool = False,
 ) -> dict[str, Any]:
     return {
+        "model_type": "llama",
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -45,6 +47,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32_000),
     "llama2-13b": _llama(5120, 13824, 40, 40, 40, 32_000),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49_152, theta=100_000.0, tied=True),
+    "qwen3-8b": {
+        **_llama(4096, 12288, 36, 32, 8, 151_936, theta=1_000_000.0),
+        "model_type": "qwen3",
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+    },
+    "gemma3-4b": {
+        **_llama(2560, 10240, 34, 8, 4, 262_208, tied=True),
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        },
+    },
     "tiny": _llama(64, 128, 2, 4, 2, 256),
 }
 
@@ -74,11 +94,11 @@ def find_config(name: str) -> Any:
     Raises:
         UsageError: there is no such shape, or the folder's file is no configuration of a model.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
     require_shape(name)
     if name in SHAPES:
-        return LlamaConfig(**SHAPES[name])
+        return AutoConfig.for_model(**copy.deepcopy(SHAPES[name]))
     try:
         return AutoConfig.from_pretrained(expanded(name))
     except (OSError, ValueError, KeyError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mtl_lora_cli.bench.random_model import empty_model, layer_weights, random_model
 from mtl_lora_cli.bench.shapes import SHAPES, find_config, require_shape
@@ -21,6 +22,8 @@ WEIGHTS = {  # all weights of the published models
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "smollm2-135m": 134_515_008,
+    "qwen3-8b": 8_190_735_360,
+    "gemma3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,  # without what sees and its projector
 }
 
 
@@ -35,9 +38,11 @@ def test_layer_weights_are_the_matrices_of_the_layers(name: str) -> None:
     model = empty_model(find_config(name), dtype=torch.float32)
     theirs = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     s = SHAPES[name]
-    width, kv = s["hidden_size"], s["num_key_value_heads"]
-    kv_width = kv * width // s["num_attention_heads"]
-    layer = 2 * width * width + 2 * width * kv_width + 3 * width * s["intermediate_size"]
+    width, heads, key_heads = (
+        s[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    head = s.get("head_dim", width // heads)
+    layer = 2 * width * (heads + key_heads) * head + 3 * width * s["intermediate_size"]
     assert layer_weights(model) == theirs == s["num_hidden_layers"] * layer
 
 
@@ -95,3 +100,20 @@ def test_a_random_model_is_whole(quantization: str, tied: bool) -> None:
         logits = model(torch.randint(0, 256, (2, 9))).logits
     assert torch.isfinite(logits).all()
     assert logits.std() > 0
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen3-8b", "gemma3-4b"])
+def test_what_a_random_model_computes_is_what_its_configuration_says(name: str) -> None:
+    """Rotary frequencies and scales, beside transformers' own model with few words and layers."""
+    config = find_config(name)
+    config.num_hidden_layers, config.vocab_size, config.intermediate_size = 6, 32, 16
+    if config.layer_types if hasattr(config, "layer_types") else None:
+        config.layer_types = config.layer_types[:6]
+    cpu = torch.device("cpu")
+    model = random_model(
+        config, dtype=torch.float32, device=cpu, quantization="none", attention="sdpa"
+    )
+    theirs = dict(AutoModelForCausalLM.from_config(config).named_buffers())
+    ours = dict(model.named_buffers())
+    assert ours.keys() == theirs.keys() and ours
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
