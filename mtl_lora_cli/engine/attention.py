@@ -95,9 +95,18 @@ class Packing:
         parts = each.split([self.heads, self.key_heads, self.key_heads], dim=1)
         return [part.transpose(0, 1).unsqueeze(0) for part in parts]
 
-    def kernel_arguments(self) -> dict[str, Any]:
-        """What our kernels are told beside the tensors."""
-        return {"heads": self.heads, "key_heads": self.key_heads, "scaling": self.scaling}
+    def kernel_arguments(self, positions: int) -> dict[str, Any]:
+        """What our kernels are told beside the tensors of so many positions.
+
+        A window that is no shorter narrows nothing. Segments are not asked: one graph serves any.
+        """
+        narrow = self.window is not None and self.window < positions
+        return {
+            "heads": self.heads,
+            "key_heads": self.key_heads,
+            "scaling": self.scaling,
+            "window": self.window if narrow else None,
+        }
 
 
 def table_keys() -> set[tuple[int, bool]]:
@@ -109,12 +118,17 @@ def table_keys() -> set[tuple[int, bool]]:
 
 def kernels_know(plan: AttentionPlan) -> bool:
     """Whether our kernels compute a layer's attention."""
-    return plan.head_dim <= LARGEST_DIM and plan.softcap is None and plan.window is None
+    return plan.head_dim <= LARGEST_DIM and plan.softcap is None
 
 
-def pick_way(x: Tensor, plan: AttentionPlan) -> Way:
-    """Our kernels in half precision on a card, for what they know; torch elsewhere."""
+def pick_way(x: Tensor, plan: AttentionPlan, segments: Segments | None = None) -> Way:
+    """Our kernels in half precision on a card, for what they know; torch elsewhere.
+
+    In a tree, which evaluation alone has, a window counts ancestors: that is torch's.
+    """
     if not in_triton(x) or not kernels_know(plan):
+        return "torch"
+    if plan.window is not None and segments is not None and segments.reach is not None:
         return "torch"
     return "torch" if x.is_cuda and x.dtype in (torch.float32, torch.float64) else "triton"
 
@@ -146,7 +160,7 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
             packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
             reach=packing.segments.reach,
             out=out[:, :width],
-            **packing.kernel_arguments(),
+            **packing.kernel_arguments(len(qkv)),
         )
         return out, lse
     graph = learn and packing.scores.bare
@@ -183,7 +197,7 @@ def attend_gradient(
             packing.segments.tiles(launch_for(QUERY_BACKWARD, packing.head_dim).tile),
             packing.segments.tiles(launch_for(KEY_BACKWARD, packing.head_dim).tile, of_keys=True),
             dqkv=dqkv[:, :width],
-            **packing.kernel_arguments(),
+            **packing.kernel_arguments(len(qkv)),
         )
         packing.rotate_back_(dqkv[:, :width])
         return dqkv

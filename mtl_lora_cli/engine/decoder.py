@@ -192,7 +192,7 @@ class FusedDecoder:
                 cos=cos_,
                 sin=sin_,
                 segments=segments,
-                way=pick_way(x, plan),
+                way=pick_way(x, plan, segments),
                 window=plan.window,
                 softcap=plan.softcap,
             )

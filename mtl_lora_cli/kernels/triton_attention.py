@@ -10,7 +10,8 @@ No score leaves the chip: the backward pass computes P again from `lse`. Each pr
 tile of the result and nobody else's, so that sums have one order and every run gives the same bits.
 
 Trees, which evaluation alone has (`engine/segments.py`): key j is seen by the queries j ≤ i < reach_j
-of its segment, one comparison more for each score.
+of its segment, one comparison more for each score. So it is with a window of w: i − j < w; blocks that
+lie before it are not visited at all.
 
 A program's tile comes from a table (`tiles.tile_table`). Rows of the table whose first position is
 -1 end at once: a fixed grid, as CUDA graphs need it, serves any segments. **Positions that no tile
@@ -114,7 +115,7 @@ def _store_turned_back(  # type: ignore[no-untyped-def]
 def _attend(  # type: ignore[no-untyped-def]
     total, norm, peak, q, queries, keys, values, stride, reach, first, limit, scale,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    TREES: tl.constexpr,
+    TREES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Takes STEP keys from `first` on into the running softmax (algorithm 1, lines 8 to 10)."""
     k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
@@ -127,13 +128,24 @@ def _attend(  # type: ignore[no-untyped-def]
         # Queries behind the end, which are never stored, see what the last one sees, not nothing.
         seen = tl.minimum(queries, limit - 1)[:, None] < reaches[None, :]
         scores = tl.where(seen, scores, float("-inf"))
+    if WINDOW:
+        scores = tl.where(queries[:, None] - positions[None, :] < WINDOW, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_peak[:, None])
-    kept = tl.exp2(peak - new_peak)
+    level = new_peak
+    if WINDOW:  # a query may see none of the first keys: −∞ − (−∞) is no number
+        level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores * scale - level[:, None])
+    kept = tl.exp2(peak - level)
     v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     total = tl.dot(weights.to(v.dtype), v, total * kept[:, None], input_precision="ieee")
     norm = norm * kept + tl.sum(weights, 1)
     return total, norm, new_peak
+
+
+@triton.jit
+def _window_begin(start, first, STEP: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block, counted from the segment's start, of the first key that the query at `first` sees."""
+    return start + tl.maximum(first - WINDOW + 1 - start, 0) // STEP * STEP
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -141,7 +153,7 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     qkv, stride, tiles, reach, out, out_stride, lse, count, scale,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TREES: tl.constexpr,
+    TREES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     # Heads run fastest: those of a group read the same keys while they are in the cache.
     head = tl.program_id(0) % HEADS
@@ -159,19 +171,22 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     norm = tl.zeros([TILE], dtype=tl.float32)
     peak = tl.full([TILE], float("-inf"), dtype=tl.float32)
-    # The segment's first key is seen by every query: `peak` is finite from there on.
-    diagonal = start
+    # Without a window the segment's first key is seen by every query: `peak` is finite from there on.
+    begin = start
+    if WINDOW:
+        begin = _window_begin(start, first, STEP, WINDOW)
+    diagonal = begin
     if SPLIT:
         diagonal = first
-        for at in range(start, first, STEP):
+        for at in range(begin, first, STEP):
             total, norm, peak = _attend(
                 total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
-                DIM, WIDTH, False, TREES,
+                DIM, WIDTH, False, TREES, WINDOW,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         total, norm, peak = _attend(
             total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
-            DIM, WIDTH, True, TREES,
+            DIM, WIDTH, True, TREES, WINDOW,
         )  # fmt: skip
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
@@ -182,13 +197,16 @@ def _attention_forward(  # type: ignore[no-untyped-def]
 def _query_gradient(  # type: ignore[no-untyped-def]
     dq, q, dout, logs, delta, queries, keys, values, stride, first, limit, scale,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    positions = first + tl.arange(0, STEP)
     if CAUSAL:
-        positions = first + tl.arange(0, STEP)
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
+    if WINDOW:
+        scores = tl.where(queries[:, None] - positions[None, :] < WINDOW, scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[:, None])
     slopes = tl.dot(dout, tl.trans(v), input_precision="ieee")
     slopes = (weights * (slopes - delta[:, None])).to(k.dtype)
@@ -201,7 +219,7 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     dqkv, dqkv_stride, count, scale, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TURN: tl.constexpr,
+    TURN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
@@ -227,18 +245,21 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     tl.store(pairs + 1, deltas, mask=queries < end)
     q = _load(qkv + head * DIM, first, end, stride, TILE, DIM, WIDTH, True)
     dq = tl.zeros([TILE, WIDTH], dtype=tl.float32)
-    diagonal = start
+    begin = start
+    if WINDOW:
+        begin = _window_begin(start, first, STEP, WINDOW)
+    diagonal = begin
     if SPLIT:
         diagonal = first
-        for at in range(start, first, STEP):
+        for at in range(begin, first, STEP):
             dq = _query_gradient(
                 dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
-                DIM, WIDTH, False,
+                DIM, WIDTH, False, WINDOW,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         dq = _query_gradient(
             dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
-            DIM, WIDTH, True,
+            DIM, WIDTH, True, WINDOW,
         )  # fmt: skip
     _store_turned_back(
         dqkv + head * DIM, first, end, dqkv_stride, dq * scaling, cos, sin, angle_stride,
@@ -251,7 +272,7 @@ def _key_gradient(  # type: ignore[no-untyped-def]
     dk, dv, k, v, positions, visit, head, first, limit, dout, dout_stride, qkv, stride, terms,
     count, scale,
     SHARE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One query head of the group over one block of queries; scores stand transposed."""
     at = first + visit // SHARE * STEP
@@ -265,6 +286,8 @@ def _key_gradient(  # type: ignore[no-untyped-def]
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     if CAUSAL:
         scores = tl.where(positions[:, None] <= queries[None, :], scores, float("-inf"))
+    if WINDOW:
+        scores = tl.where(queries[None, :] - positions[:, None] < WINDOW, scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[None, :])
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
     slopes = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -279,7 +302,7 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     scale, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TURN: tl.constexpr,
+    TURN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) % KEY_HEADS
     tile = tiles + tl.program_id(0) // KEY_HEADS * COLUMNS
@@ -298,20 +321,23 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     # Blocks of queries and heads of the group in one loop: the loads of a head run while the one
     # before is multiplied, although a short segment has one or two blocks. The heads run fastest,
     # so that the blocks on the diagonal come first.
-    visits = tl.cdiv(end - first, STEP) * SHARE
+    last = end
+    if WINDOW:  # the tile's last key is seen by no query from here on
+        last = tl.minimum(end, first + TILE - 1 + WINDOW)
+    visits = tl.cdiv(last - first, STEP) * SHARE
     masked = visits
     if SPLIT:
         masked = tl.minimum(visits, TILE // STEP * SHARE)
     for visit in range(masked):
         dk, dv = _key_gradient(
             dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-            stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, True,
+            stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, True, WINDOW,
         )  # fmt: skip
     if SPLIT:
         for visit in range(masked, visits):
             dk, dv = _key_gradient(
                 dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-                stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, False,
+                stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, False, WINDOW,
             )  # fmt: skip
     _store(dqkv + value_place, first, end, dqkv_stride, dv, TILE, DIM, WIDTH)
     _store_turned_back(
@@ -327,6 +353,7 @@ def attention_forward(
     heads: int,
     key_heads: int,
     scaling: float,
+    window: int | None = None,
     reach: Tensor | None = None,
     out: Tensor | None = None,
     launch: Launch | None = None,
@@ -337,6 +364,7 @@ def attention_forward(
         qkv: [N, (H + 2G)·D], bfloat16, float16 or float32: H query heads and G key heads, both rotated,
             and G value heads; rows may lie further apart than they are wide.
         tiles: int32 [T, 3] of `tile_table` for blocks of `launch.tile`, on qkv's device.
+        window: w, keys that a query sees, its own among them; None: all before it.
         reach: int32 [N], where segments are trees: key j is seen by the queries j ≤ i < reach_j. The
             first key of a segment reaches its end.
         out: [N, H·D] to write to, in qkv's dtype.
@@ -354,6 +382,7 @@ def attention_forward(
     if out is None:
         out = torch.empty(count, heads * dim, dtype=qkv.dtype, device=qkv.device)
     _check_rows("out", out, qkv, heads * dim)
+    _check_window(window, reach)
     if reach is not None and (reach.shape != (count,) or reach.dtype != torch.int32):
         raise ValueError(
             f"reach must be int32 {[count]}, received {reach.dtype} {list(reach.shape)}"
@@ -361,7 +390,7 @@ def attention_forward(
     lse = torch.empty(heads, count, dtype=torch.float32, device=qkv.device)
     _attention_forward[(len(tiles) * heads,)](
         qkv, qkv.stride(0), tiles, reach, out, out.stride(0), lse, count, scaling * LOG2_E,
-        TREES=reach is not None, **_shape(heads, key_heads, dim, launch),
+        TREES=reach is not None, WINDOW=window or 0, **_shape(heads, key_heads, dim, launch),
     )  # fmt: skip
     return out, lse
 
@@ -377,6 +406,7 @@ def attention_backward(
     heads: int,
     key_heads: int,
     scaling: float,
+    window: int | None = None,
     turn: Angles | None = None,
     dqkv: Tensor | None = None,
     query_launch: Launch | None = None,
@@ -390,7 +420,7 @@ def attention_backward(
 
     Args:
         dout: [N, H·D] in qkv's dtype; rows may lie apart.
-        qkv, scaling: as in the forward pass.
+        qkv, scaling, window: as in the forward pass.
         out, lse: what it returned.
         query_tiles: int32 [T, 3] of `tile_table` for blocks of `query_launch.tile`.
         key_tiles: the same for `key_launch.tile`, best with `of_keys=True`.
@@ -408,6 +438,7 @@ def attention_backward(
     """
     dim = _check(qkv, query_tiles, heads, key_heads, scaling)
     _check_tiles(key_tiles)
+    _check_window(window, None)
     query_launch = query_launch or launch_for(QUERY_BACKWARD, dim)
     key_launch = key_launch or launch_for(KEY_BACKWARD, dim)
     count, width = qkv.shape
@@ -430,10 +461,15 @@ def attention_backward(
     results = (terms, dqkv, dqkv.stride(0), count, scaling * LOG2_E, scaling)
     _attention_backward_queries[(len(query_tiles) * heads,)](
         *sources, query_tiles, out, out.stride(0), lse, *results,
-        TURN=inside, **_shape(heads, key_heads, dim, query_launch),
+        TURN=inside, WINDOW=window or 0, **_shape(heads, key_heads, dim, query_launch),
     )  # fmt: skip
     _attention_backward_keys[(len(key_tiles) * key_heads,)](
-        *sources, key_tiles, *results, TURN=inside, **_shape(heads, key_heads, dim, key_launch)
+        *sources,
+        key_tiles,
+        *results,
+        TURN=inside,
+        WINDOW=window or 0,
+        **_shape(heads, key_heads, dim, key_launch),
     )
     if cos is not None and sin is not None and not inside:
         from mtl_lora_cli.kernels.rotary import rotate_
@@ -479,6 +515,13 @@ def _check(qkv: Tensor, tiles: Tensor, heads: int, key_heads: int, scaling: floa
     _check_rows("qkv", qkv, qkv, qkv.shape[-1])
     _check_tiles(tiles)
     return dim
+
+
+def _check_window(window: int | None, reach: Tensor | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"a query sees itself at least, received a window of {window}")
+    if window is not None and reach is not None:
+        raise ValueError("in a tree a window counts ancestors, which the kernels do not know")
 
 
 def _check_angles(cos: Tensor, sin: Tensor, count: int, dim: int) -> None:

@@ -27,10 +27,16 @@ class Case(NamedTuple):
     dout: Tensor
     turn: tuple[Tensor, Tensor] | None
     scaling: float
+    window: int | None = None
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"heads": self.heads, "key_heads": self.key_heads, "scaling": self.scaling}
+        return {
+            "heads": self.heads,
+            "key_heads": self.key_heads,
+            "scaling": self.scaling,
+            "window": self.window,
+        }
 
 
 def draw(
@@ -90,6 +96,8 @@ def naive(case: Case, reach: Tensor | None = None) -> tuple[Tensor, Tensor, Tens
         own = range(start, start + length)
         scores = case.scaling * q[:, own] @ k[:, own].mT
         mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=DEVICE).tril()
+        if case.window is not None:
+            mask &= ~mask.tril(-case.window)
         if reach is not None:
             mask &= torch.tensor(own, device=DEVICE)[:, None] < reach[start : start + length]
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -170,6 +178,21 @@ def test_every_shape_of_programs_gives_the_same(tile: int, step: int, split: boo
     case = draw([70, 9, 33])
     launch = Launch(tile, step, split=split)
     assert_as_naive(case, run(case, launch, launch, launch))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 31, 33, 70, 100])
+def test_a_window_hides_what_lies_before_it(window: int, split: bool) -> None:
+    """On both sides of a step, of a tile, and of a segment's length."""
+    case = draw([70, 9, 33])._replace(window=window)
+    launch = Launch(32, 16, split=split)
+    assert_as_naive(case, run(case, launch, launch, launch))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_default_shapes_know_a_window(dim: int) -> None:
+    case = draw([150, 3], dim=dim)._replace(window=40)
+    assert_as_naive(case, run(case, FORWARD[dim], QUERY_BACKWARD[dim], KEY_BACKWARD[dim]))
 
 
 @pytest.mark.parametrize("dim", [64, 128])
