@@ -42,6 +42,7 @@ class Packing:
         way: who does the work.
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
+        pairs: what turns together; see `kernels/rotary.py`.
     """
 
     heads: int
@@ -54,6 +55,7 @@ class Packing:
     way: Way
     window: int | None = None
     softcap: float | None = None
+    pairs: bool = False
 
     def ready(self, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         """q and k of the buffer [N, (H + 2G) D] normed and turned: in place where there are no norms."""
@@ -63,15 +65,16 @@ class Packing:
 
     def rotate_(self, qkv: Tensor) -> Tensor:
         """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
-        if self.cos is None or self.sin is None:
-            return qkv
-        return rotate_(qkv, self.cos, self.sin, heads=self.heads, key_heads=self.key_heads)
+        return qkv if self.sin is None else self._turned_(qkv, self.sin)
 
     def rotate_back_(self, qkv: Tensor) -> Tensor:
         """The rotation by −θ: what gradients need."""
-        if self.cos is None or self.sin is None:
-            return qkv
-        return rotate_(qkv, self.cos, -self.sin, heads=self.heads, key_heads=self.key_heads)
+        return qkv if self.sin is None else self._turned_(qkv, -self.sin)
+
+    def _turned_(self, qkv: Tensor, sin: Tensor) -> Tensor:
+        assert self.cos is not None
+        sizes = {"heads": self.heads, "key_heads": self.key_heads}
+        return rotate_(qkv, self.cos, sin, **sizes, pairs=self.pairs)
 
     def norm_gradient_(self, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None) -> None:
         """The gradient before the norms of q and k, in its place; qkv is what they were given."""

@@ -195,6 +195,7 @@ class FusedDecoder:
                 way=pick_way(x, plan, segments),
                 window=plan.window,
                 softcap=plan.softcap,
+                pairs=plan.rotary is not None and plan.rotary.pairs,
             )
         return found
 

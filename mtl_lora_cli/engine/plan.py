@@ -47,10 +47,12 @@ class RotaryPlan:
     Attributes:
         path: of the module, whose forward pass takes x and position ids.
         layer_type: what it takes besides, where one module serves several kinds of layers.
+        pairs: neighbours turn together, not the halves of a head; see `kernels/rotary.py`.
     """
 
     path: str = "rotary_emb"
     layer_type: str | None = None
+    pairs: bool = False
 
 
 @dataclass(frozen=True)

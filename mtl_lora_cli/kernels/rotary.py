@@ -3,7 +3,8 @@
     x' = [x₁ cos − x₂ sin, x₂ cos + x₁ sin]    for the halves x₁, x₂ of each head of q and k
 
 (RoFormer, arXiv 2104.09864, in the halves of LLaMA.) The gradient is the rotation by −θ. With fewer than
-D/2 angles only the first columns of a head turn; the others stay.
+D/2 angles only the first columns of a head turn; the others stay. With `pairs`, x₁ and x₂ are not halves
+but neighbours: columns 2i and 2i + 1 turn by angle i, as for GLM.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from torch import Tensor
 from mtl_lora_cli.kernels.backend import in_triton
 
 
-def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int) -> Tensor:
+def rotate_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int, pairs: bool = False
+) -> Tensor:
     """Rotate the first H + G of the buffer's H + 2G heads.
 
     Args:
         qkv: [N, (H + 2G) D]; rows may lie apart.
         cos, sin: [N, R/2] with R ≤ D, float32 or better.
         heads, key_heads: H and G.
+        pairs: see the module.
 
     Returns:
         qkv.
@@ -28,11 +32,16 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int
     if in_triton(qkv):
         from mtl_lora_cli.kernels import triton_rotary
 
-        return triton_rotary.rotate_(qkv, cos, sin, heads=heads, key_heads=key_heads)
+        return triton_rotary.rotate_(qkv, cos, sin, heads=heads, key_heads=key_heads, pairs=pairs)
     each = qkv.unflatten(1, (heads + 2 * key_heads, -1))[:, : heads + key_heads]
     each = each[..., : 2 * cos.shape[-1]]
     wide = each.to(torch.promote_types(qkv.dtype, cos.dtype))
-    first, second = wide.chunk(2, dim=-1)
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    each.copy_(torch.cat([first * c - second * s, second * c + first * s], dim=-1))
+    if pairs:
+        first, second = wide[..., ::2], wide[..., 1::2]
+        turned = torch.stack([first * c - second * s, second * c + first * s], dim=-1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    each.copy_(turned)
     return qkv

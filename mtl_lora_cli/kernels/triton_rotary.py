@@ -9,7 +9,17 @@ from torch import Tensor
 
 @triton.jit
 def _rotary(
-    x, cos, sin, stride, angle_stride, heads, dim, half, HEADS: tl.constexpr, HALF: tl.constexpr
+    x,
+    cos,
+    sin,
+    stride,
+    angle_stride,
+    heads,
+    dim,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -17,14 +27,21 @@ def _rotary(
     inside = (head < heads) & (column < half)
     c = tl.load(cos + row * angle_stride + column, mask=column < half, other=1.0)
     s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
-    first = x + row * stride + head * dim + column
+    if PAIRS:
+        first = x + row * stride + head * dim + 2 * column
+        second = first + 1
+    else:
+        first = x + row * stride + head * dim + column
+        second = first + half
     one = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(second, mask=inside, other=0.0).to(tl.float32)
     tl.store(first, (one * c - two * s).to(x.dtype.element_ty), mask=inside)
-    tl.store(first + half, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
+    tl.store(second, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
 
 
-def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int) -> Tensor:
+def rotate_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int, pairs: bool
+) -> Tensor:
     """See `rotary.rotate_`; cos and sin in float32 with equal strides."""
     positions, width = qkv.shape
     dim, half = width // (heads + 2 * key_heads), cos.shape[1]
@@ -32,6 +49,6 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int
         _rotary[(positions,)](
             qkv, cos, sin, qkv.stride(0), cos.stride(0), heads + key_heads, dim, half,
             HEADS=triton.next_power_of_2(heads + key_heads), HALF=triton.next_power_of_2(half),
-            num_warps=4,
+            PAIRS=pairs, num_warps=4,
         )  # fmt: skip
     return qkv

@@ -38,6 +38,10 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("smollm3", "window", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **MIXED}),
     ("phi3", "window", {}),
     ("phi3", "part", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    ("glm", "part, pairs", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
+    ("glm4", "pairs", {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}),
+    ("exaone4", "window", MIXED),
+    ("cwm", "window", MIXED),
     ("olmo2", "", {}),
     ("olmo3", "window", MIXED),
     (

@@ -236,14 +236,16 @@ def test_their_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch, over: str)
     torch.testing.assert_close(gradient, x.grad)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("turning", [12, 8])
-def test_rotation(same: Callable[..., None], turning: int) -> None:
-    """All columns of a head, or its first ones."""
+def test_rotation(same: Callable[..., None], turning: int, pairs: bool) -> None:
+    """All columns of a head, or its first ones; halves or neighbours."""
     angles = normal(5, turning // 2, seed=1)
     qkv = normal(5, (HEADS + 2 * KEY_HEADS) * DIM)
 
     def turned() -> Result:
-        return [rotate_(qkv.clone(), angles.cos(), angles.sin(), heads=HEADS, key_heads=KEY_HEADS)]
+        sizes = {"heads": HEADS, "key_heads": KEY_HEADS}
+        return [rotate_(qkv.clone(), angles.cos(), angles.sin(), **sizes, pairs=pairs)]
 
     same(turned)
     own = turned()[0]
@@ -251,7 +253,7 @@ def test_rotation(same: Callable[..., None], turning: int) -> None:
     before, after = (x.unflatten(1, (-1, DIM)) for x in (qkv, own))
     assert torch.equal(before[..., turning:], after[..., turning:])
     assert torch.equal(before[:, HEADS + KEY_HEADS :], after[:, HEADS + KEY_HEADS :])
-    one, two = before[:, 0, 0], before[:, 0, turning // 2]
+    one, two = before[:, 0, 0], before[:, 0, 1 if pairs else turning // 2]
     expected = one * angles[:, 0].cos() - two * angles[:, 0].sin()
     torch.testing.assert_close(after[:, 0, 0], expected)
 

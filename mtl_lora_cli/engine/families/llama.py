@@ -73,7 +73,7 @@ def activation(name: str | None) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def rotary(config: Any, layer_type: str | None = None) -> RotaryPlan:
+def rotary(config: Any, layer_type: str | None = None, *, pairs: bool = False) -> RotaryPlan:
     """The model's rotary embedding, of one kind of layers where each kind has its own.
 
     Raises:
@@ -85,7 +85,7 @@ def rotary(config: Any, layer_type: str | None = None) -> RotaryPlan:
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_TYPES:
         raise NotPlanned(f"rotary embedding of type {kind}")
-    return RotaryPlan(layer_type=layer_type)
+    return RotaryPlan(layer_type=layer_type, pairs=pairs)
 
 
 def layer_types(config: Any) -> list[str]:
@@ -136,7 +136,7 @@ def qwen2(config: Any) -> Plan:
     return stack(config, [kinds[kind] for kind in layer_types(config)])
 
 
-@family("ministral")
+@family("ministral", "cwm")
 def ministral(config: Any) -> Plan:
-    """Ministral: Mistral's layers, of which the configuration says which have the window."""
+    """Ministral and CWM: the configuration says which layers have the window."""
     return qwen2(config)
