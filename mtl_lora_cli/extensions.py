@@ -46,6 +46,18 @@ def origin(declared: Callable[..., Any]) -> str:
     return str(getattr(sys.modules.get(declared.__module__), "__file__", declared.__module__))
 
 
+def fault_of(declared: Callable[..., Any], error: BaseException) -> UsageError:
+    """An error of something that an extension declares, as the line of the extension where it was met."""
+    module = sys.modules.get(declared.__module__)
+    path = Path(str(getattr(module, "__file__", None) or origin(declared)))
+    return file_problem(path, _said(error), line=_line_in(path, error))
+
+
+def is_ours(declared: Callable[..., Any]) -> bool:
+    """Whether it is built in."""
+    return str(declared.__module__).startswith("mtl_lora_cli.")
+
+
 def _load(path: Path) -> None:
     if path in _run:
         return

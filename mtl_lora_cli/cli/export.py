@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,17 +27,11 @@ from mtl_lora_cli.cli.outputs import (
     written_as_json,
     written_as_line,
 )
+from mtl_lora_cli.export.formats import FORMATS, find_format
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.export.check import Distance
-    from mtl_lora_cli.export.low_rank import Exported
-
-# Each with what it writes and where it goes by default.
-FORMATS = {
-    "peft": ("a standard LoRA folder", Path("exported")),
-    "gguf": ("an adapter for llama.cpp", Path("exported", "gguf")),
-    "gguf-merged": ("a merged model for llama.cpp", Path("exported", "gguf-merged")),
-}
+    from mtl_lora_cli.export.comparison import Distance
+    from mtl_lora_cli.export.order import Written
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +46,11 @@ def export(
     task: TaskOption,
     kind: Annotated[
         str,
-        typer.Option("--format", help="; ".join(f"{kind}: {FORMATS[kind][0]}" for kind in FORMATS)),
+        typer.Option(
+            "--format",
+            help="; ".join(f"{name}: {kind.about}" for name, kind in FORMATS.items()),
+            autocompletion=lambda: list(FORMATS),
+        ),
     ] = "peft",
     rank: Annotated[
         int | None,
@@ -77,28 +73,24 @@ def export(
 ) -> None:
     """Write a task's adapter for other tools; all tasks share one base model there."""
     with framed():
-        from mtl_lora_cli.errors import UsageError, did_you_mean
+        from mtl_lora_cli.errors import UsageError
+        from mtl_lora_cli.recipe.load import load_extensions_of
         from mtl_lora_cli.runs.folder import find_run
 
-        if kind not in FORMATS:
-            raise UsageError(
-                f"--format: expected {', '.join(FORMATS)}, received '{kind}'"
-                f"{did_you_mean(kind, FORMATS)}"
-            )
-        if rank is not None and kind == "gguf-merged":
-            raise UsageError("--rank is for adapters; a merged model has none")
         folder = find_run(run, runs)
+        load_extensions_of(folder.recipe)
+        form = find_format(kind)
+        if rank is not None and not form.reducible:
+            raise UsageError("--rank is for adapters; a merged model has none")
         status("loading libraries")
         from mtl_lora_cli.evaluation.opened import open_run
+        from mtl_lora_cli.export.order import Options
+        from mtl_lora_cli.export.write import write_tasks
 
-        chosen = outputs_of(folder, task, output, FORMATS[kind][1], verb="export")
+        chosen = outputs_of(folder, task, output, form.root, verb="export")
         require_pushable(push, chosen, check)
-        finished = open_run(folder)
-        write = _writer(kind, rank)
-        results = [
-            write(finished, one, target, limit=limit, tolerance=tolerance, checked=check, say=say)
-            for one, target in chosen
-        ]
+        options = Options(rank=rank, limit=limit, tolerance=tolerance, checked=check)
+        results = write_tasks(kind, open_run(folder), chosen, options, say)
         push_written(results, push)
         if rank is None:
             emit_written(results, as_json)
@@ -106,18 +98,7 @@ def export(
             _emit_reduced(results, as_json)
 
 
-def _writer(kind: str, rank: int | None) -> Callable[..., Any]:
-    """What exports one task in this format."""
-    if kind == "peft":
-        from mtl_lora_cli.export.peft_adapter import export_peft
-
-        return partial(export_peft, rank=rank)
-    from mtl_lora_cli.export.gguf_adapter import export_gguf, export_gguf_merged
-
-    return export_gguf_merged if kind == "gguf-merged" else partial(export_gguf, rank=rank)
-
-
-def _emit_reduced(results: list[Exported], as_json: bool) -> None:
+def _emit_reduced(results: list[Written], as_json: bool) -> None:
     """What was written where, how it compared, and what the lower rank costs."""
     if as_json:
         emit_json([{**written_as_json(result), "reduced": _reduced(result)} for result in results])
@@ -131,7 +112,7 @@ def _emit_reduced(results: list[Exported], as_json: bool) -> None:
             )
 
 
-def _reduced(result: Exported) -> dict[str, Any]:
+def _reduced(result: Written) -> dict[str, Any]:
     assert result.truncation is not None
     return {
         "rank": result.truncation.rank,
@@ -145,7 +126,7 @@ def _reduced(result: Exported) -> dict[str, Any]:
     }
 
 
-def _others(result: Exported) -> dict[str, Distance]:
+def _others(result: Written) -> dict[str, Distance]:
     """The models that the written adapter need not equal: the run as it is."""
     comparison = result.comparison
     return {} if comparison is None else dict(list(comparison.models.items())[1:])

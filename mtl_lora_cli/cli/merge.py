@@ -54,23 +54,17 @@ def merge(
         folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation.opened import open_run
-        from mtl_lora_cli.export.run_merge import BASES, merge_tasks
+        from mtl_lora_cli.export.formats.merged import BASES, Merged
+        from mtl_lora_cli.export.order import Options
+        from mtl_lora_cli.export.write import write_tasks
 
         if base not in BASES:
             raise UsageError(
                 f"--base: expected {' or '.join(BASES)}, received '{base}'{did_you_mean(base, BASES)}"
             )
-        targets = outputs_of(folder, task, output, Path("merged"), verb="merge")
+        targets = outputs_of(folder, task, output, Merged().root, verb="merge")
         require_pushable(push, targets, check)
-        finished = open_run(folder)
-        results = merge_tasks(
-            finished,
-            targets,
-            base=base,
-            limit=limit,
-            tolerance=tolerance,
-            checked=check,
-            say=say,
-        )
+        options = Options(base=base, limit=limit, tolerance=tolerance, checked=check)
+        results = write_tasks(Merged.name, open_run(folder), targets, options, say)
         push_written(results, push)
         emit_written(results, as_json)

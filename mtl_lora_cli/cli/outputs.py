@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mtl_lora_cli.cli.frame import emit, emit_json, say
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.export.run_merge import Written
+    from mtl_lora_cli.export.order import Written
     from mtl_lora_cli.metrics.intervals import Measured
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
@@ -25,7 +25,7 @@ def outputs_of(
         UsageError: an unknown task, one folder for several, or a folder that holds something.
     """
     from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.export.run_merge import require_empty
+    from mtl_lora_cli.export.write import require_empty
     from mtl_lora_cli.tasks.chosen import read_tasks, select_tasks
 
     chosen = select_tasks(read_tasks(run), task)

@@ -14,20 +14,11 @@ from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import LM_EVAL, Setting
 from mtl_lora_cli.evaluation.results import OUTCOME, beside
-from mtl_lora_cli.export.check import Questions, Reader, largest_difference, merged_model
-from mtl_lora_cli.export.gguf_adapter import ADAPTER, MODEL, adapter_in_llama, model_in_llama
-from mtl_lora_cli.export.llama_scores import require_llama_cpp
-from mtl_lora_cli.export.peft_adapter import loaded_by_peft
+from mtl_lora_cli.export.comparison import largest_difference
+from mtl_lora_cli.export.formats import FORMATS, Format, blamed
+from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.metrics.intervals import measure
 from mtl_lora_cli.tasks.task import Task
-
-# By what lies in it a folder is known.
-_READERS: Mapping[str, Reader] = {
-    "adapter_config.json": loaded_by_peft,
-    ADAPTER: adapter_in_llama,
-    MODEL: model_in_llama,
-    "config.json": merged_model,
-}
 
 
 def find_folders(folder: Path, tasks: Sequence[Task], setting: Setting) -> list[Path]:
@@ -47,29 +38,35 @@ def find_folders(folder: Path, tasks: Sequence[Task], setting: Setting) -> list[
         raise UsageError(
             f"--against {folder}: is a run's own adapter; compare runs with --baseline"
         )
-    if len(tasks) == 1 and any((folder / name).is_file() for name in _READERS):
+    if len(tasks) == 1 and _format_of(folder) is not None:
         folders = [folder]
     else:
         folders = [folder / task.name for task in tasks]
     for one in folders:
-        _reader(one)
+        _form(one)
     return folders
 
 
-def _reader(folder: Path) -> Reader:
+def _form(folder: Path) -> Format:
     if (folder / CONFIG_FILE).is_file():
         raise UsageError(
             f"--against {folder}: is a run's own adapter; compare runs with --baseline"
         )
-    for name, reader in _READERS.items():
-        if (folder / name).is_file():
-            if name in (ADAPTER, MODEL):
-                require_llama_cpp()
-            return reader
-    raise UsageError(
-        f"--against {folder}: expected a folder that merge or export wrote, with one of "
-        f"{', '.join(_READERS)}"
-    )
+    kind = _format_of(folder)
+    if kind is None:
+        markers = ", ".join(dict.fromkeys(kind.marker for kind in FORMATS.values()))
+        raise UsageError(
+            f"--against {folder}: expected a folder that merge or export wrote, with one of {markers}"
+        )
+    form = kind()
+    form.require_reader()
+    return form
+
+
+def _format_of(folder: Path) -> type[Format] | None:
+    """By its marker a folder is known; what was declared last is asked first, a merged model last of all."""
+    kinds = reversed(FORMATS.values())
+    return next((kind for kind in kinds if (folder / kind.marker).is_file()), None)
 
 
 def against(
@@ -98,7 +95,9 @@ def against(
         UsageError: it cannot be loaded, or free answers cannot be generated with it.
     """
     try:
-        said = _reader(folder)(Questions(run, task, setting), folder)
+        form = _form(folder)
+        with blamed(form):
+            said = form.read(Questions(run, task, setting), folder)
     except CheckError as error:
         raise UsageError(f"--against {folder}: {error}") from None
     if said.outcome is None:

@@ -14,82 +14,12 @@ from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.results import compare_with_base, stored, title_in
-from mtl_lora_cli.export.check import Comparison
-from mtl_lora_cli.export.quantised import Rounding
+from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.load import load_config, model_class
 from mtl_lora_cli.models.prequantised import method_of
 from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.tasks.task import Task
-
-_MERGED_USE = """\
-```python
-from transformers import KIND, AutoTokenizer
-
-model = KIND.from_pretrained("THIS_FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-```
-
-With vLLM, and with llama.cpp (the converter is in its sources):
-
-```sh
-vllm serve THIS_FOLDER
-python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf && llama-cli -m model.gguf
-```
-"""
-
-
-def merged_card(
-    run: Run,
-    task: Task,
-    folder: Path,
-    comparison: Comparison | None,
-    *,
-    base: str,
-    rounding: Rounding | None,
-) -> str:
-    """Of a merged model: which base weights it has, and which files it shares with the base model."""
-    kind = run.recipe.quantization
-    parts = [
-        f"The base model {_shown_name(run.base)} with one task of the run `{run.folder.name}` "
-        "merged into its weights: W + s · B' A', added in float32 and cast once."
-    ]
-    if rounding is not None:
-        which = (
-            f"These are the **original** weights of the base model, not the {kind} ones that the "
-            "adapter was trained on"
-            if base == "original"
-            else f"These are the **dequantized** weights, {kind} expanded to "
-            f"{_dtype(run)}: what the adapter was trained on, not the base model's original ones"
-        )
-        effect = (
-            " What that does to log-probabilities and scores stands under *Check*."
-            if comparison is not None
-            else ""
-        )
-        parts.append(
-            f"{which}. The two differ by ‖W − Ŵ‖ / ‖W‖ = {rounding.mean:.4f} on average over "
-            f"{rounding.matrices} matrices, {rounding.largest:.4f} at most (`{rounding.where}`)."
-            f"{effect}"
-        )
-    linked = [p.name for p in sorted(folder.glob("*.safetensors")) if p.stat().st_nlink > 1]
-    if linked:
-        parts.append(
-            f"Hard links to the base model's own files: {', '.join(f'`{name}`' for name in linked)}. "
-            "They can be replaced or deleted here, but what is written *into* them changes the base "
-            "model, too."
-        )
-    return model_card(
-        run,
-        task,
-        comparison,
-        title=f"{_shown_name(run.base)} merged for {task.name}",
-        library="transformers",
-        relation="finetune",
-        about="\n\n".join(parts),
-        use=_MERGED_USE.replace("KIND", model_class(run.base, load_config(run.base)).__name__),
-    )
 
 
 def model_card(
@@ -189,20 +119,16 @@ def _metadata(
     return data.to_yaml().rstrip()
 
 
-def _shown_name(base: BaseModel) -> str:
+def shown_name(base: BaseModel) -> str:
     """A hub id or an alias as it is; of a path the last part: the rest is nobody's business."""
     return base.name if base.revision is not None else Path(base.name).name
-
-
-def _dtype(run: Run) -> str:
-    return str(run.dtype).removeprefix("torch.")
 
 
 def _method(run: Run) -> str:
     config = run.adapter.config
     steps = [event["step"] for event in run.folder.events() if event.get("event") == "step"]
     rows = {
-        "base model": f"{_shown_name(run.base)}, "
+        "base model": f"{shown_name(run.base)}, "
         + (f"revision `{run.base.revision}`, " if run.base.revision else "")
         + f"fingerprint `{run.base.fingerprint}`",
         "method": f"{config.method}, {config.source}",

@@ -19,9 +19,8 @@ from torch import Tensor
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.export.check import Answers, Questions
 from mtl_lora_cli.export.merge import Update, task_updates
-from mtl_lora_cli.export.run_merge import Written
+from mtl_lora_cli.export.questions import Answers, Questions
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import settled
@@ -55,13 +54,6 @@ class Truncation:
             f"at rank {self.rank} the relative Frobenius error of the update is {self.mean:.2e} on "
             f"average over {len(self.errors)} layers, {self.largest:.2e} at most"
         )
-
-
-@dataclass(frozen=True)
-class Exported(Written):
-    """A written adapter; `truncation` is None where its rank is the update's own."""
-
-    truncation: Truncation | None
 
 
 def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -118,15 +110,16 @@ def updates_at(
     return updates, Truncation(rank, errors)
 
 
-def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
+def ask_at(questions: Questions, rank: int, quantization: str | None = None) -> Answers:
     """What the run answers with the task's update at a lower rank: a plain LoRA on the base model.
 
     Args:
         questions: to the run's task.
         rank: R.
-        quantization: of the base model.
+        quantization: of the base model; None: as the run's.
     """
     run = questions.run
+    quantization = quantization or run.recipe.quantization
     updates, _ = updates_at(run, questions.task, rank)
     own = {name.removesuffix(".weight"): len(down) for name, (down, _, _) in updates.items()}
     config = configure(
@@ -144,5 +137,5 @@ def ask_at(questions: Questions, rank: int, quantization: str) -> Answers:
             layer.lora_A[0].copy_(down)
             layer.lora_B[0].copy_(up * (scale / config.scale(layer.rank)))
     packed = PackedModel(model, adapter)
-    settled(packed, run.base, quantization=quantization or "none")
+    settled(packed, run.base, quantization=quantization)
     return questions.ask(packed)

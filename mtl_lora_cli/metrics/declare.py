@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
-from mtl_lora_cli.extensions import origin, require_new
+from mtl_lora_cli.extensions import is_ours, origin, require_new
 from mtl_lora_cli.metrics.outcome import OF_EACH_ROW, Array, Outcome
 
 Formula = Callable[[Outcome, Array], Array]
@@ -193,7 +193,7 @@ def metric(
         declared = Metric(
             name, formula, of, tuple(reads), undefined, better, range, worst, proportion, digits
         )
-        if not str(formula.__module__).startswith("mtl_lora_cli."):
+        if not is_ours(formula):
             require_weighted(declared)
         METRICS[name] = declared
         return formula

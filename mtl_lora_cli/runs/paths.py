@@ -44,6 +44,11 @@ def _without_home() -> Path:
     return folder
 
 
+def existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def require_writable(folder: Path, what: str) -> None:
     """Refuse, before the work, a folder that cannot be written; it need not be there yet.
 
@@ -54,7 +59,7 @@ def require_writable(folder: Path, what: str) -> None:
     Raises:
         UsageError: a file stands in its way, or nothing can be written there.
     """
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = existing(folder)
     if not there.is_dir():
         raise UsageError(f"{what}: {there} is a file, expected a folder")
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,12 @@ import yaml
 
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import (
-    Answers,
-    Check,
-    Questions,
-    Reader,
-    merged_model,
-    run_itself,
-)
-from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.check import answers_of
+from mtl_lora_cli.export.comparison import compared
+from mtl_lora_cli.export.formats import Reference, find_format
+from mtl_lora_cli.export.order import Options
+from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
@@ -54,7 +51,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "moelora": {"method": "moelora", "up_projections": 2},
     "multilora": {"method": "multilora"},
 }
-READERS = {"merged": merged_model, "peft": loaded_by_peft}
+Reader = Callable[[Questions, Path], Answers]
+READERS: dict[str, Reader] = {kind: find_format(kind).read for kind in ("merged", "peft")}
 
 
 def stored(questions: Questions, folder: Path) -> Answers:
@@ -125,22 +123,23 @@ def main() -> None:
     arguments = parser.parse_args()
     readers_of = {"float32": {**READERS, "stored": stored}, "bfloat16": READERS}
     if arguments.exact:
-        readers_of = {"float32": {"merged": merged_model, "stored": stored}}
+        readers_of = {"float32": {"merged": READERS["merged"], "stored": stored}}
     for form in arguments.forms.split(","):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             trained = train(arguments, form, folder)
             run = open_run(trained)
+            unchecked = Options(checked=False)
             for task in run.tasks:
-                merge_tasks(run, [(task, folder / "merged" / task.name)], checked=False)
+                write_tasks("merged", run, [(task, folder / "merged" / task.name)], unchecked)
                 if not arguments.exact:
-                    export_peft(run, task, folder / "peft" / task.name, checked=False)
+                    write_tasks("peft", run, [(task, folder / "peft" / task.name)], unchecked)
             exact: dict[str, Answers] = {}  # the adapted model's in float32
             for dtype, asked in readers_of.items():
                 run = in_dtype(trained, dtype)
                 for task in run.tasks:
                     questions = Questions(run, task, Setting(limit=arguments.rows))
-                    own = run_itself(questions, folder)
+                    own = answers_of(Reference("the run"), questions)
                     readers: dict[str, Reader] = dict(asked)
                     if dtype == "float32":
                         exact[task.name] = own
@@ -148,8 +147,8 @@ def main() -> None:
                         readers["float32"] = partial(_known, exact[task.name])
                     for kind, reader in readers.items():
                         place = "peft" if kind == "peft" else "merged"
-                        check = Check(reader, {"the run": partial(_known, own)}, arguments.rows)
-                        found = check.compare(questions, folder / place / task.name)
+                        theirs = reader(questions, folder / place / task.name)
+                        found = compared(questions, theirs, {"the run": own}, 1.0)
                         ours, theirs = (
                             metrics["accuracy"].value
                             for metrics in (found.reference.metrics, found.metrics)

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mtl_lora_cli.export.run_merge"])
+    context.set_forkserver_preload(["mtl_lora_cli.export.write"])
     seconds: dict[str, list[float]] = {"copy": [], "merge": []}
     peaks = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

@@ -14,7 +14,7 @@ from ..forks import Ended, Forks
 
 STEPS = 100
 DROPPED = {"MTL_LORA_RUNS", "PYTHONUNBUFFERED"}  # the caller's own settings
-LOADED = ("mtl_lora_cli.training.run", "mtl_lora_cli.export.run_merge", "transformers.models.llama")
+LOADED = ("mtl_lora_cli.training.run", "mtl_lora_cli.export.write", "transformers.models.llama")
 
 
 @pytest.fixture(scope="session")

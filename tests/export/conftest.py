@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.evaluation.opened import Run, open_run
-from mtl_lora_cli.export.check import Check, Comparison, questions_about
+from mtl_lora_cli.export.check import Check, answers_of, questions_about
+from mtl_lora_cli.export.comparison import Comparison
+from mtl_lora_cli.export.formats import Reference
+from mtl_lora_cli.export.order import Options, Written
+from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.prepare import prepare
@@ -28,6 +34,17 @@ DATA = {
     "cola": ("glue/cola", "validation", 100),
     "mrpc": ("glue/mrpc", "validation", 100),
 }
+
+
+def exported(kind: str, run: Run, task: Task, folder: Path, **options: Any) -> Written:
+    """One task in a format, as `merge` and `export` write it."""
+    (written,) = write_tasks(kind, run, [(task, folder)], Options(**options))
+    return written
+
+
+def itself(questions: Questions) -> Answers:
+    """What the run itself answers, as `eval` measures it."""
+    return answers_of(Reference("the run"), questions)
 
 
 @pytest.fixture(scope="session")

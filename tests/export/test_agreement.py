@@ -16,16 +16,13 @@ from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import (
-    Questions,
-    largest_difference,
-    merged_model,
-    questions_about,
-    run_itself,
-)
-from mtl_lora_cli.export.peft_adapter import export_peft, loaded_by_peft
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.check import questions_about
+from mtl_lora_cli.export.comparison import largest_difference
+from mtl_lora_cli.export.formats import find_format
+from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.tasks.task import Task
+
+from .conftest import exported, itself
 
 pytestmark = pytest.mark.slow
 
@@ -91,8 +88,8 @@ def test_an_answers_log_probabilities_are_the_same_three_times(
     load_adapter(handle, run.folder.adapter)
     adapted.eval()
     for task in run.tasks:
-        merge_tasks(run, [(task, tmp_path / "merged" / task.name)], checked=False)
-        export_peft(run, task, tmp_path / "peft" / task.name, checked=False)
+        exported("merged", run, task, tmp_path / "merged" / task.name, checked=False)
+        exported("peft", run, task, tmp_path / "peft" / task.name, checked=False)
         merged = plain(tmp_path / "merged" / task.name)
         by_peft = peft.PeftModel.from_pretrained(
             plain(stories_folder), str(tmp_path / "peft" / task.name)
@@ -115,12 +112,12 @@ def test_what_is_stored_in_bfloat16_predicts_the_same(
     """A run in bfloat16 on weights in bfloat16, compared as the check does it: sums are float32."""
     run = train(half, tasks=["cola"], steps=8, dtype="bfloat16", adapter=adapter(form))
     (task,) = run.tasks
-    merge_tasks(run, [(task, tmp_path / "merged")], checked=False)
-    export_peft(run, task, tmp_path / "peft", checked=False)
-    for reader, kind in ((merged_model, "merged"), (loaded_by_peft, "peft")):
+    exported("merged", run, task, tmp_path / "merged", checked=False)
+    exported("peft", run, task, tmp_path / "peft", checked=False)
+    for kind in ("merged", "peft"):
         questions = questions_about(tmp_path / kind, run, task, 100)
         assert questions.dtype == torch.float32
-        expected, found = run_itself(questions, tmp_path), reader(questions, tmp_path / kind)
+        expected, found = itself(questions), find_format(kind).read(questions, tmp_path / kind)
         assert expected.outcome is not None
         assert found.outcome is not None
         equal = (found.outcome.predicted == expected.outcome.predicted).mean()
@@ -143,15 +140,15 @@ def test_what_is_decided_is_decided_the_same_way_in_bfloat16(
         adapter=adapter("mtl-lora"),
     )
     (task,) = run.tasks
-    merge_tasks(run, [(task, tmp_path / "merged")], checked=False)
-    export_peft(run, task, tmp_path / "peft", checked=False)
+    exported("merged", run, task, tmp_path / "merged", checked=False)
+    exported("peft", run, task, tmp_path / "peft", checked=False)
     questions = Questions(run, task, Setting(limit=40))
-    expected = run_itself(questions, tmp_path)
+    expected = itself(questions)
     best_two = np.sort(expected.scores, axis=1)[:, -2:]
     decided = best_two[:, 1] - best_two[:, 0] > 0.5
     assert decided.mean() > 0.5
-    for reader, kind in ((merged_model, "merged"), (loaded_by_peft, "peft")):
-        found = reader(questions, tmp_path / kind)
+    for kind in ("merged", "peft"):
+        found = find_format(kind).read(questions, tmp_path / kind)
         difference = np.abs(np.array(found.scores) - np.array(expected.scores)).max()
         assert expected.outcome is not None
         assert found.outcome is not None

@@ -20,10 +20,13 @@ from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, Setting
 from mtl_lora_cli.export import merge
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
-from mtl_lora_cli.export.check import Questions, largest_difference, merged_model, run_itself
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.comparison import largest_difference
+from mtl_lora_cli.export.formats import find_format
+from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.export.weight_names import WeightNames, weight_names
 from mtl_lora_cli.models.base import BaseModel
+
+from .conftest import exported, itself
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +93,11 @@ def test_a_packed_path_that_leaves_something_out_does_not_hold(
     spoil: Callable[[Any], None],
 ) -> None:
     run = train(of_type(kind, **keys))
-    (written,) = merge_tasks(run, [(run.tasks[0], tmp_path / "right")], limit=4)
+    written = exported("merged", run, run.tasks[0], tmp_path / "right", limit=4)
     assert written.comparison is not None and written.comparison.largest < 5e-5
     ours(spoil)
     with pytest.raises(CheckError, match="the merged model differs from the adapted one") as caught:
-        merge_tasks(run, [(run.tasks[0], tmp_path / "out")], limit=4)
+        exported("merged", run, run.tasks[0], tmp_path / "out", limit=4)
     assert caught.value.exit_code == ExitCode.CHECK
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.failed" / "FAILED.md").is_file()
@@ -114,7 +117,7 @@ def test_an_update_on_another_layers_weight_does_not_hold(
 
     monkeypatch.setattr(merge, "weight_names", wrong)
     with pytest.raises(CheckError, match="differs from the adapted one") as caught:
-        merge_tasks(run, [(run.tasks[0], tmp_path / "out")], limit=4)
+        exported("merged", run, run.tasks[0], tmp_path / "out", limit=4)
     assert caught.value.exit_code == ExitCode.CHECK
 
 
@@ -188,10 +191,10 @@ def test_greedy_answers_are_the_likeliest_tokens(plain: Any) -> None:
 
 
 def test_answers_of_both_protocols_equal_the_runs(run: Run, tmp_path: Path) -> None:
-    merge_tasks(run, [(run.tasks[0], tmp_path / "out")], checked=False)
+    exported("merged", run, run.tasks[0], tmp_path / "out", checked=False)
     for setting in (Setting(limit=6), Setting(limit=6, protocol=GENERATE)):
         questions = Questions(run, run.tasks[0], setting)
-        ours, theirs = run_itself(questions, tmp_path), merged_model(questions, tmp_path / "out")
+        ours, theirs = itself(questions), find_format("merged").read(questions, tmp_path / "out")
         assert largest_difference(ours.scores, theirs.scores) < 2e-5
         assert ours.outcome is not None and theirs.outcome is not None
         assert ours.outcome.predicted.tolist() == theirs.outcome.predicted.tolist()
@@ -220,4 +223,4 @@ def test_what_is_no_model_is_no_folder_to_compare_with(
         load_alone(folder, torch.float32)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="holds no safetensors weights"):
-        merged_model(Questions(run, run.tasks[0], Setting(limit=2)), folder)
+        find_format("merged").read(Questions(run, run.tasks[0], Setting(limit=2)), folder)

@@ -14,8 +14,9 @@ from mtl_lora_cli.evaluation.evaluate import evaluate
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.card import model_card
-from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.recipe.schema import Chat
+
+from .conftest import exported
 
 
 def card(run: Run, task: int = 0) -> ModelCard:
@@ -45,7 +46,7 @@ def of_the_hub(run: Run) -> Run:
 
 
 def test_a_written_folder_has_a_card_that_the_hub_reads(run: Run, tmp_path: Path) -> None:
-    merge_tasks(run, [(run.tasks[0], tmp_path / "out")], checked=False)
+    exported("merged", run, run.tasks[0], tmp_path / "out", checked=False)
     found = ModelCard.load(tmp_path / "out" / "README.md")
     data = found.data.to_dict()
     assert data["library_name"] == "transformers"

@@ -18,32 +18,27 @@ from safetensors.torch import load_file, save_file
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export import check, check_process, run_merge
-from mtl_lora_cli.export.check import (
-    Answers,
-    Check,
-    Comparison,
-    Distance,
-    Questions,
-    merged_model,
-    questions_about,
-    received,
-    run_itself,
-)
-from mtl_lora_cli.export.run_merge import Written, merge_tasks
+from mtl_lora_cli.export import check, check_process
+from mtl_lora_cli.export import merge as merging
+from mtl_lora_cli.export.check import Check, questions_about, received
+from mtl_lora_cli.export.comparison import Comparison, Distance, compared
+from mtl_lora_cli.export.formats import Reference
+from mtl_lora_cli.export.order import Written
+from mtl_lora_cli.export.questions import Answers, Questions
 from mtl_lora_cli.metrics.intervals import Measured
+
+from .conftest import exported
 
 pytestmark = pytest.mark.slow
 
 
 def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> Written:
-    (written,) = merge_tasks(run, [(run.tasks[task], folder)], limit=8, **keys)
-    return written
+    return exported("merged", run, run.tasks[task], folder, limit=8, **keys)
 
 
 def compare(run: Run, folder: Path, task: int = 0, **models: Any) -> Comparison:
     """In this process."""
-    check = Check(merged_model, models or {"the run's adapter": run_itself}, 8)
+    check = Check("merged", [Reference("run")], 8)
     return check.compare(Questions(run, run.tasks[task], Setting(limit=8)), folder)
 
 
@@ -75,7 +70,7 @@ def test_what_is_spoiled_on_its_way_to_the_disk_lies_aside(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By one part in a hundred, in a single matrix."""
-    right = run_merge.write_merged
+    right = merging.write_merged
 
     def wrong(plan: Any, folder: Path, say: Any) -> None:
         right(plan, folder, say)
@@ -84,7 +79,7 @@ def test_what_is_spoiled_on_its_way_to_the_disk_lies_aside(
         tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
         save_file(tensors, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(run_merge, "write_merged", wrong)
+    monkeypatch.setattr(merging, "write_merged", wrong)
     folder = tmp_path / "here" / "out"
     (folder.parent / "out.failed").mkdir(parents=True)
     with pytest.raises(CheckError) as caught:
@@ -209,8 +204,7 @@ def test_answers_without_an_outcome_are_compared_by_their_scores(run: Run) -> No
     """As of an engine that scores and does not generate."""
     ours = scored([-1.0, -2.0], [-3.0, -1.0, -2.0])
     theirs = scored([-2.25, -2.0], [-3.0, -1.0, -2.0])
-    check = Check(lambda *_: ours, {"them": lambda *_: theirs}, 2)
-    found = check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path())
+    found = compared(Questions(run, run.tasks[0], Setting(limit=2)), ours, {"them": theirs}, 1)
     assert (found.largest, found.equal) == (1.25, 0.5)
     assert found.metrics == found.reference.metrics == {}
 
@@ -218,8 +212,8 @@ def test_answers_without_an_outcome_are_compared_by_their_scores(run: Run) -> No
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_no_number_never_holds(run: Run, bad: float) -> None:
     poisoned = scored([bad, -2.0])
-    check = Check(lambda *_: poisoned, {"them": lambda *_: poisoned}, 2)
-    assert not check.compare(Questions(run, run.tasks[0], Setting(limit=2)), Path()).holds
+    questions = Questions(run, run.tasks[0], Setting(limit=2))
+    assert not compared(questions, poisoned, {"them": poisoned}, 1).holds
 
 
 def test_near_ties_may_fall_differently_where_the_dtype_has_some() -> None:
@@ -259,7 +253,7 @@ def test_a_free_answer_is_generated_and_its_log_probability_compared(
 
 
 def test_its_errors_are_those_of_the_one_who_asked(run: Run, tmp_path: Path) -> None:
-    check = Check(merged_model, {"the run's adapter": run_itself}, 2)
+    check = Check("merged", [Reference("run")], 2)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds no safetensors weights"):
         received(check_process.answer(check.request(run, run.tasks[0], tmp_path)))
@@ -279,7 +273,7 @@ def test_a_process_that_is_killed_is_told_from_one_that_answers(
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(MtlLoraError, match="the check's process ended with code -9"):
-        Check(merged_model, {"r": run_itself}, 2).run(run, run.tasks[0], tmp_path)
+        Check("merged", [Reference("run")], 2).run(run, run.tasks[0], tmp_path)
 
 
 def test_it_ends_when_nobody_waits_for_it() -> None:

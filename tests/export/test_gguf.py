@@ -26,24 +26,21 @@ from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.choices import score as our_scores
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export import gguf_adapter
-from mtl_lora_cli.export.check import Check, Questions, run_itself
-from mtl_lora_cli.export.gguf_adapter import (
-    adapter_in_llama,
-    export_gguf,
-    export_gguf_merged,
-    model_in_llama,
-    run_at_written_rank,
-    write_adapter,
-)
+from mtl_lora_cli.export import gguf_model
+from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.formats import Reference, find_format
+from mtl_lora_cli.export.gguf_files import write_adapter
 from mtl_lora_cli.export.gguf_model import Dialect, dialect_of, require_writable, write_model
 from mtl_lora_cli.export.gguf_tokenizer import add_tokenizer, rule_of
 from mtl_lora_cli.export.llama_scores import llama, score
 from mtl_lora_cli.export.low_rank import updates_at
 from mtl_lora_cli.export.merge import Update
+from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
+
+from .conftest import exported, itself
 
 LIMIT = 12
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -211,14 +208,14 @@ def test_without_llama_cpp_nothing_is_written_that_was_to_be_checked(
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     run = trained("lora")
-    for export in (export_gguf, export_gguf_merged):
+    for kind in ("gguf", "gguf-merged"):
         with pytest.raises(UsageError, match=r"pip install llama-cpp-python"):
-            export(run, run.tasks[0], tmp_path / "out")
+            exported(kind, run, run.tasks[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    export_gguf(run, run.tasks[0], tmp_path / "out", checked=False)
+    exported("gguf", run, run.tasks[0], tmp_path / "out", checked=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "README.md"}
     assert "**Not checked.**" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    export_gguf_merged(run, run.tasks[0], tmp_path / "merged", checked=False)
+    exported("gguf-merged", run, run.tasks[0], tmp_path / "merged", checked=False)
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {"model.gguf", "README.md"}
 
 
@@ -226,7 +223,7 @@ def test_a_merged_file_holds_what_merging_gives(
     trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
-    export_gguf_merged(run, run.tasks[1], tmp_path / "out", checked=False)
+    exported("gguf-merged", run, run.tasks[1], tmp_path / "out", checked=False)
     tensors = read(tmp_path / "out" / "model.gguf")
     base = load_file(run.base.folder / "model.safetensors")
     for name, short, heads in (("q_proj", "attn_q", 8), ("o_proj", "attn_output", None)):
@@ -243,9 +240,9 @@ def test_a_method_that_reads_the_token_is_refused(
 ) -> None:
     adapter = {"method": "hydralora", "rank": 4, "target_modules": ["q_proj"]}
     run = train(stories_folder, adapter=adapter)
-    for export in (export_gguf, export_gguf_merged):
+    for kind in ("gguf", "gguf-merged"):
         with pytest.raises(UsageError, match="by the token, not by the task"):
-            export(run, run.tasks[0], tmp_path / "out")
+            exported(kind, run, run.tasks[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +262,7 @@ def test_llama_cpp_gives_the_runs_own_log_probabilities(
     for task in run.tasks:
         write(run, dialect_of(config), tmp_path, task.id)
         questions = Questions(run, task, Setting(limit=LIMIT))
-        theirs, ours = adapter_in_llama(questions, tmp_path), run_itself(questions, tmp_path)
+        theirs, ours = find_format("gguf").read(questions, tmp_path), itself(questions)
         assert len(ours.scores) == LIMIT
         for a, b in zip(ours.scores, theirs.scores, strict=True):
             assert np.abs(a - b).max() < 1e-4
@@ -288,10 +285,10 @@ def test_only_running_it_notices_rows_in_the_wrong_order(
     run = trained("mtl-lora")
     right = dialect_of
     monkeypatch.setattr(
-        gguf_adapter, "dialect_of", lambda config: dataclasses.replace(right(config), heads={})
+        gguf_model, "dialect_of", lambda config: dataclasses.replace(right(config), heads={})
     )
     with pytest.raises(CheckError, match=r"the adapter in llama.cpp differs from the run's"):
-        export_gguf(run, run.tasks[0], tmp_path / "out", limit=LIMIT)
+        exported("gguf", run, run.tasks[0], tmp_path / "out", limit=LIMIT)
     assert not (tmp_path / "out").exists()
     tensors = read(tmp_path / "out.failed" / "adapter.gguf")
     _, up, scale = updates_at(run, run.tasks[0], None)[0]["model.layers.0.self_attn.q_proj.weight"]
@@ -304,7 +301,7 @@ def test_an_export_is_run_by_llama_cpp_before_it_is_there(
 ) -> None:
     """In its own process, at a lower rank: held against the truncated update, beside the run."""
     run = trained("mtl-lora")
-    written = export_gguf(run, run.tasks[0], tmp_path / "out", rank=1, limit=LIMIT)
+    written = exported("gguf", run, run.tasks[0], tmp_path / "out", rank=1, limit=LIMIT)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "README.md"}
     assert written.comparison is not None and written.truncation is not None
     assert list(written.comparison.models) == ["the run's update at rank 1", "the run's adapter"]
@@ -326,9 +323,7 @@ def test_the_truncated_update_is_told_from_the_whole_one(
     updates[first] = updates_at(run, run.tasks[0], None)[0][first]
     write_adapter(updates, dialect_of(config), tmp_path / "adapter.gguf", title="one")
     questions = Questions(run, run.tasks[0], Setting(limit=LIMIT))
-    comparison = Check(adapter_in_llama, {"4": run_at_written_rank}, LIMIT).compare(
-        questions, tmp_path
-    )
+    comparison = Check("gguf", [Reference("1", "none", 1)], LIMIT).compare(questions, tmp_path)
     assert not comparison.holds
 
 
@@ -336,8 +331,8 @@ def test_llama_cpp_reads_the_merged_model_and_its_tokens(
     llama_cpp: Any, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
-    export_gguf_merged(run, run.tasks[0], tmp_path, checked=False)
-    check = Check(model_in_llama, {"run": run_itself}, LIMIT, 1e-4)
+    exported("gguf-merged", run, run.tasks[0], tmp_path, checked=False)
+    check = Check("gguf-merged", [Reference("run")], LIMIT, 1e-4)
     assert check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path).holds
 
 
@@ -348,8 +343,8 @@ def test_a_merged_file_is_as_exact_as_the_base_models_own(
     """The base model lies in bfloat16 and the run computed in float32: that rounding is allowed."""
     run = train(half, adapter={"rank": 4, "target_modules": ["q_proj", "down_proj"]})
     assert run.dtype == torch.float32
-    exact = export_gguf(run, run.tasks[0], tmp_path / "adapter", limit=LIMIT).comparison
-    merged = export_gguf_merged(run, run.tasks[0], tmp_path / "merged", limit=LIMIT).comparison
+    exact = exported("gguf", run, run.tasks[0], tmp_path / "adapter", limit=LIMIT).comparison
+    merged = exported("gguf-merged", run, run.tasks[0], tmp_path / "merged", limit=LIMIT).comparison
     assert exact is not None and merged is not None
     assert exact.largest < 1e-4
     assert 1e-4 < merged.largest < 0.5
@@ -367,7 +362,9 @@ def test_a_quantised_run_is_held_against_itself_on_the_original_weights(
     """llama.cpp has those; how far the run's own 4-bit weights are from them is told beside it."""
     for rank, first in ((None, []), (2, ["the run's update at rank 2"])):
         folder = tmp_path / str(rank)
-        found = export_gguf(four_bit_run, four_bit_run.tasks[0], folder, rank=rank, limit=LIMIT)
+        found = exported(
+            "gguf", four_bit_run, four_bit_run.tasks[0], folder, rank=rank, limit=LIMIT
+        )
         assert found.comparison is not None
         assert list(found.comparison.models) == [
             *first,
@@ -382,14 +379,14 @@ def test_other_tokens_than_the_base_models_are_noticed(
     llama_cpp: Any, trained: Callable[[str], Run], tmp_path: Path
 ) -> None:
     run = trained("mtl-lora")
-    export_gguf_merged(run, run.tasks[0], tmp_path, checked=False)
+    exported("gguf-merged", run, run.tasks[0], tmp_path, checked=False)
     damaged = tmp_path / "model.gguf"
     content = damaged.read_bytes()
     scores = GGUFReader(damaged).fields["tokenizer.ggml.scores"]
     packed = b"".join(scores.parts[index].tobytes() for index in scores.data)
     assert content.count(packed) == 1
     damaged.write_bytes(content.replace(packed, np.zeros(512, dtype=np.float32).tobytes()))
-    check = Check(model_in_llama, {"run": run_itself}, LIMIT)
+    check = Check("gguf-merged", [Reference("run")], LIMIT)
     with pytest.raises(CheckError, match=r"llama.cpp makes other tokens of a prompt"):
         check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path)
 
@@ -403,12 +400,12 @@ def test_llama_cpp_runs_smollm2(llama_cpp: Any, train: Callable[..., Run], tmp_p
     adapter = {"rank": 4, "target_modules": ALL}
     run = train(Path("smollm2-135m"), adapter=adapter)
     write(run, dialect_of(AutoConfig.from_pretrained(run.base.folder)), tmp_path, 1)
-    export_gguf_merged(run, run.tasks[1], tmp_path / "merged", checked=False)
+    exported("gguf-merged", run, run.tasks[1], tmp_path / "merged", checked=False)
     questions = Questions(run, run.tasks[1], Setting(limit=LIMIT))
-    ours = run_itself(questions, tmp_path)
+    ours = itself(questions)
     for theirs in (
-        adapter_in_llama(questions, tmp_path),
-        model_in_llama(questions, tmp_path / "merged"),
+        find_format("gguf").read(questions, tmp_path),
+        find_format("gguf-merged").read(questions, tmp_path / "merged"),
     ):
         for a, b in zip(ours.scores, theirs.scores, strict=True):
             assert np.abs(a - b).max() < 1e-3

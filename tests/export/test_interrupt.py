@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.order import Options
+from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.models.base import find_base_model
 
 KILLS = 10
@@ -52,12 +53,12 @@ def start(large: Run) -> Start:
     """`start(folder)` begins to merge into it, in another process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["mtl_lora_cli.export.run_merge", "transformers.models.llama.modeling_llama"]
+        ["mtl_lora_cli.export.write", "transformers.models.llama.modeling_llama"]
     )
 
     def begin(folder: Path, checked: bool = False) -> BaseProcess:
-        targets, keys = [(large.tasks[0], folder)], {"checked": checked, "limit": 4}
-        process = context.Process(target=merge_tasks, args=(large, targets), kwargs=keys)
+        targets, options = [(large.tasks[0], folder)], Options(checked=checked, limit=4)
+        process = context.Process(target=write_tasks, args=("merged", large, targets, options))
         process.start()
         return process
 

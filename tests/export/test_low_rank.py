@@ -14,9 +14,13 @@ from torch import Tensor
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import Check, Questions, run_itself
+from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.formats import Reference
 from mtl_lora_cli.export.low_rank import ask_at, truncate, updates_at
-from mtl_lora_cli.export.peft_adapter import loaded_by_peft, run_at_written_rank, write_peft
+from mtl_lora_cli.export.peft_files import write_peft
+from mtl_lora_cli.export.questions import Questions
+
+from .conftest import itself
 
 
 def factors(rank: int, out: int = 9, width: int = 7) -> tuple[Tensor, Tensor]:
@@ -86,7 +90,7 @@ def test_layers_of_a_lower_rank_keep_it(train: Callable[..., Run], stories_folde
     assert truncation is not None and truncation.largest > 0
     assert all(truncation.errors[n] == 0 for n in truncation.errors if "down_proj" in n)
     same = ask_at(Questions(run, run.tasks[0], Setting(limit=8)), 4, "none")
-    own = run_itself(Questions(run, run.tasks[0], Setting(limit=8)), Path())
+    own = itself(Questions(run, run.tasks[0], Setting(limit=8)))
     for ours, theirs in zip(same.scores, own.scores, strict=True):
         assert abs(ours - theirs).max() < 2e-5
 
@@ -99,9 +103,9 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
     pytest.importorskip("peft")
     updates, _ = updates_at(run, run.tasks[0], rank)
     write_peft(updates, ["q_proj", "down_proj"], run.base.name, tmp_path)
-    models = {"truncated": run_at_written_rank, "run": run_itself}
+    models = [Reference("truncated", None, rank), Reference("run")]
     questions = Questions(run, run.tasks[0], Setting(limit=12))
-    comparison = Check(loaded_by_peft, models, 12, 1e-4).compare(questions, tmp_path)
+    comparison = Check("peft", models, 12, 1e-4).compare(questions, tmp_path)
     assert comparison.holds
     assert comparison.largest < 2e-5
     assert comparison.models["run"].largest > 1e-3 > comparison.largest
@@ -109,7 +113,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
 
 def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: Run) -> None:
     questions = Questions(four_bit_run, four_bit_run.tasks[0], Setting(limit=8))
-    own = run_itself(questions, Path())
+    own = itself(questions)
     for quantization, allowed in (("nf4", (0, 2e-5)), ("none", (1e-3, 10))):
         found = ask_at(questions, 4, quantization)
         pairs = zip(found.scores, own.scores, strict=True)

@@ -74,7 +74,7 @@ def test_writing_needs_blocks_not_files(base: BaseModel, tmp_path: Path) -> None
         for name in "qkvo"
     }
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mtl_lora_cli.export.run_merge"])
+    context.set_forkserver_preload(["mtl_lora_cli.export.write"])
     here, there = context.Pipe()
     work = partial(write, base, updates, tmp_path)
     process = context.Process(target=measured, args=(work, base, there))

@@ -23,16 +23,19 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import opened as room
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
+from mtl_lora_cli.export.order import Options
 from mtl_lora_cli.export.quantised import measure_rounding, quantised
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.kernels import int8, nf4
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.runs.folder import RunFolder
 
+from .conftest import exported
+
 
 def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> Path:
-    merge_tasks(run, [(run.tasks[task], folder)], **{"checked": False, **keys})
+    exported("merged", run, run.tasks[task], folder, **{"checked": False, **keys})
     return folder
 
 
@@ -88,7 +91,7 @@ def test_adapted_weights_are_base_plus_update_and_the_others_keep_every_bit(
 
 def test_two_tasks_merge_into_two_models(run: Run, tmp_path: Path) -> None:
     targets = [(task, tmp_path / task.name) for task in run.tasks]
-    written = merge_tasks(run, targets, checked=False)
+    written = write_tasks("merged", run, targets, Options(checked=False))
     assert [(one.task, one.folder, one.comparison) for one in written] == [
         (task.name, tmp_path / task.name, None) for task in run.tasks
     ]
@@ -423,9 +426,9 @@ def test_a_task_without_held_out_rows_is_refused_unless_nothing_is_compared(
     source = run.tasks[0].source.model_copy(update={"path": str(data)})
     task = replace(run.tasks[0], source=source)
     with pytest.raises(UsageError, match="no test or validation split; --no-check writes without"):
-        merge_tasks(run, [(task, tmp_path / "out")])
+        exported("merged", run, task, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    merge_tasks(run, [(task, tmp_path / "out")], checked=False)
+    exported("merged", run, task, tmp_path / "out", checked=False)
 
 
 # Runs that cannot be merged.

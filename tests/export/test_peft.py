@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.export import peft_adapter
-from mtl_lora_cli.export.peft_adapter import export_peft
+from mtl_lora_cli.export import peft_files
+
+from .conftest import exported
 
 pytest.importorskip("peft")
 
 
 def export(run: Run, folder: Path, task: int = 0, **keys: Any) -> Any:
-    return export_peft(run, run.tasks[task], folder, **{"limit": 12, **keys})
+    return exported("peft", run, run.tasks[task], folder, **{"limit": 12, **keys})
 
 
 @pytest.mark.usefixtures("in_process")
@@ -42,14 +43,14 @@ def test_the_folder_is_a_standard_one(run: Run, tmp_path: Path) -> None:
 def test_a_wrong_file_is_noticed_and_lies_aside(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = peft_adapter.write_peft
+    right = peft_files.write_peft
 
     def wrong(updates: Any, targets: Any, base: str, folder: Path, **keys: Any) -> None:
         right(updates, targets, base, folder, **keys)
         file = folder / "adapter_model.safetensors"
         save_file({n: 1.5 * t for n, t in load_file(file).items()}, file)
 
-    monkeypatch.setattr(peft_adapter, "write_peft", wrong)
+    monkeypatch.setattr(peft_files, "write_peft", wrong)
     with pytest.raises(CheckError, match="differs from the run's on task 'sst2'"):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]

@@ -18,13 +18,12 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.alone import load_alone
 from mtl_lora_cli.export.merge import plan_merge, write_merged
-from mtl_lora_cli.export.peft_adapter import export_peft
-from mtl_lora_cli.export.run_merge import merge_tasks
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model
 
 from ..families.build import build
 from ..families.models import MODELS
+from .conftest import exported
 
 CPU = torch.device("cpu")
 BLOCK = 32
@@ -126,12 +125,12 @@ def test_bitsandbytes_weights_are_trained_around_as_they_are(
     base = packed_by_bitsandbytes(**FORMS[form])
     for dtype in ("float32", "bfloat16")[: 1 + (form == "nf4")]:
         run = train(base, dtype=dtype)
-        found = export_peft(run, run.tasks[0], tmp_path / f"peft-{dtype}", limit=6).comparison
+        found = exported("peft", run, run.tasks[0], tmp_path / f"peft-{dtype}", limit=6).comparison
         assert found is not None
         assert (found.dtype, found.equal) == ("float32", 1)
         assert found.largest < 5e-5
     with pytest.raises(UsageError, match="would have to be quantised again") as caught:
-        merge_tasks(run, [(run.tasks[0], tmp_path / "out")])
+        exported("merged", run, run.tasks[0], tmp_path / "out")
     assert "export --format peft leaves the base model as it is" in str(caught.value)
     readme = (tmp_path / "peft-float32" / "README.md").read_text(encoding="utf-8")
     assert "quantised already (bitsandbytes)" in readme
@@ -148,9 +147,9 @@ def test_fp8_weights_are_expanded_to_the_runs_dtype(
     torch.testing.assert_close(model.get_parameter(name), tensors[name].float() * scale)
     assert {one.dtype for one in model.parameters()} == {torch.float32}
     run = train(in_fp8, adapter=ATTENTION)
-    assert export_peft(run, run.tasks[0], tmp_path / "peft", limit=6).comparison
+    assert exported("peft", run, run.tasks[0], tmp_path / "peft", limit=6).comparison
     with pytest.raises(UsageError, match=r"is stored as F8_E4M3.*quantised again"):
-        merge_tasks(run, [(run.tasks[0], tmp_path / "out")])
+        exported("merged", run, run.tasks[0], tmp_path / "out")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -158,7 +157,7 @@ def test_beside_experts_in_mxfp4_attention_is_merged_exactly(
     train: Callable[..., Run], in_mxfp4: Path, tmp_path: Path
 ) -> None:
     run = train(in_mxfp4, adapter=ATTENTION)
-    (written,) = merge_tasks(run, [(run.tasks[0], tmp_path / "out")], limit=6)
+    written = exported("merged", run, run.tasks[0], tmp_path / "out", limit=6)
     assert written.comparison is not None
     before, after = (load_file(f / "model.safetensors") for f in (in_mxfp4, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.export.alone import load_alone
 from mtl_lora_cli.export.merge import Update, plan_merge, write_merged
-from mtl_lora_cli.export.peft_adapter import beside_the_text, write_peft
+from mtl_lora_cli.export.peft_files import write_peft
+from mtl_lora_cli.export.peft_names import beside_the_text
 from mtl_lora_cli.export.weight_names import weight_names, wrapper_class, wrapper_names
 from mtl_lora_cli.models.base import find_base_model
 

@@ -21,9 +21,11 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
 from mtl_lora_cli.evaluation.opened import Run, open_run
-from mtl_lora_cli.export.check import Check, Comparison, Questions
-from mtl_lora_cli.export.peft_adapter import export_peft
-from mtl_lora_cli.export.run_merge import merge_tasks
+from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.comparison import Comparison
+from mtl_lora_cli.export.order import Options
+from mtl_lora_cli.export.questions import Questions
+from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.chosen import read_tasks
@@ -248,12 +250,13 @@ def test_the_new_task_is_merged_and_exported(
 ) -> None:
     finished = open_run(runs("weights")[1])
     task = finished.tasks[-1]
-    (merged,) = merge_tasks(finished, [(task, tmp_path / "merged")], limit=8)
+    options = Options(limit=8)
+    (merged,) = write_tasks("merged", finished, [(task, tmp_path / "merged")], options)
     assert merged.comparison is not None and merged.comparison.largest < 1e-3
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"{NEW}: added to tasks that had been learned before" in card
     pytest.importorskip("peft")
-    exported = export_peft(finished, task, tmp_path / "exported", limit=8)
+    (exported,) = write_tasks("peft", finished, [(task, tmp_path / "exported")], options)
     assert exported.comparison is not None and exported.comparison.largest < 1e-3
 
 

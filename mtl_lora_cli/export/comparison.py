@@ -1,0 +1,152 @@
+"""How a written model compared with the run that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.metrics.intervals import Measured, measure
+from mtl_lora_cli.tasks.task import Task
+
+# Where so little is allowed, predictions must be equal, too. Where more is, candidates nearer to each
+# other fall either way, and how many rows have such ones is the task's matter, not the writer's.
+_PREDICTIONS_EQUAL = 1e-2
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A model beside the written one.
+
+    Attributes:
+        metrics: its scores.
+        largest: largest difference of any candidate's log-probability from the written one's.
+        equal: share of examples with the same prediction.
+    """
+
+    metrics: Mapping[str, Measured]
+    largest: float
+    equal: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a written model compared.
+
+    Attributes:
+        split, examples: which held-out rows, and how many of them.
+        dtype: that all models computed in, whatever their weights are stored in.
+        metrics: the written model's scores.
+        models: label → another model; the reference first.
+        allowed: what the reference's `largest` may be.
+        titles: metrics as tables show them, where that is not their name.
+    """
+
+    split: str
+    examples: int
+    dtype: str
+    metrics: Mapping[str, Measured]
+    models: Mapping[str, Distance]
+    allowed: float
+    titles: Mapping[str, str] = field(default_factory=dict)
+
+    def title(self, metric: str) -> str:
+        """A metric as tables show it."""
+        return self.titles.get(metric, metric)
+
+    @property
+    def reference(self) -> Distance:
+        """The model that the written one must equal."""
+        return next(iter(self.models.values()))
+
+    @property
+    def largest(self) -> float:
+        """Largest difference of a log-probability from the reference."""
+        return self.reference.largest
+
+    @property
+    def equal(self) -> float:
+        """Share of predictions that equal the reference's."""
+        return self.reference.equal
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two agree within tolerance; NaN never does."""
+        return self.largest <= self.allowed and (self.equal == 1 or not self.predictions_count)
+
+    @property
+    def predictions_count(self) -> bool:
+        """Whether the predictions have to be equal, too."""
+        return self.allowed <= _PREDICTIONS_EQUAL
+
+    @property
+    def asked(self) -> str:
+        """What had to hold, in words."""
+        predictions = " and in all predictions" if self.predictions_count else ""
+        return f"to {self.allowed:g} in log-probabilities{predictions}"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Comparison:
+        """The inverse of `dataclasses.asdict`."""
+        models = {
+            label: Distance(_metrics(found["metrics"]), found["largest"], found["equal"])
+            for label, found in content["models"].items()
+        }
+        return cls(**{**content, "metrics": _metrics(content["metrics"]), "models": models})
+
+
+def compared(
+    questions: Questions, written: Answers, others: Mapping[str, Answers], allowed: float
+) -> Comparison:
+    """Hold a written model's answers against others'.
+
+    Args:
+        questions: that all were asked.
+        written: its answers.
+        others: label → a model's; the first is the reference.
+        allowed: what the reference's difference may be.
+    """
+    return Comparison(
+        split=questions.examples.split,
+        examples=len(questions.requests),
+        dtype=str(questions.dtype).removeprefix("torch."),
+        metrics=_measured(questions.task, written),
+        models={
+            label: Distance(
+                metrics=_measured(questions.task, other),
+                largest=largest_difference(written.scores, other.scores),
+                equal=_equal(written, other),
+            )
+            for label, other in others.items()
+        },
+        allowed=allowed,
+        titles={n: questions.task.template.title(n) for n in questions.task.template.metrics},
+    )
+
+
+def _measured(task: Task, answers: Answers) -> dict[str, Measured]:
+    if answers.outcome is None:
+        return {}
+    return {name: measure(name, answers.outcome) for name in task.template.metrics}
+
+
+def _metrics(content: Mapping[str, Any]) -> dict[str, Measured]:
+    return {name: Measured(**measured) for name, measured in content.items()}
+
+
+def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Largest difference; NaN where a log-probability is no finite number."""
+    if not all(np.isfinite(values).all() for values in [*ours, *theirs]):
+        return float("nan")
+    return max((float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _equal(ours: Answers, theirs: Answers) -> float:
+    """Share of equal predictions; of likeliest candidates where there are no predictions."""
+    if ours.outcome is not None and theirs.outcome is not None:
+        return float(np.mean(ours.outcome.predicted == theirs.outcome.predicted))
+    pairs = zip(ours.scores, theirs.scores, strict=True)
+    return float(np.mean([a.argmax() == b.argmax() for a, b in pairs]))

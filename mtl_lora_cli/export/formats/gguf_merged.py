@@ -1,0 +1,100 @@
+"""A merged model for llama.cpp: one file that needs no base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mtl_lora_cli.export.formats import Format, export_format
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.opened import Run
+    from mtl_lora_cli.export.comparison import Comparison
+    from mtl_lora_cli.export.order import Order
+    from mtl_lora_cli.export.questions import Answers, Questions
+
+MODEL = "model.gguf"
+
+
+@export_format
+class GgufMerged(Format):
+    """See `merge` for the sums and `gguf_model` for the file."""
+
+    name = "gguf-merged"
+    about = "a merged model for llama.cpp"
+    marker = MODEL
+    differs = "the merged model in llama.cpp differs from the adapted one"
+    reducible = False
+
+    def require_reader(self) -> None:
+        from mtl_lora_cli.export.llama_scores import require_llama_cpp
+
+        require_llama_cpp()
+
+    def refuses(self, order: Order) -> None:
+        """Also a base model whose tokenizer is of no kind that is known here."""
+        from mtl_lora_cli.export.gguf_model import require_writable
+        from mtl_lora_cli.models.load import load_config
+
+        order.updates  # noqa: B018 - the method may be no LoRA for any task
+        require_writable(load_config(order.run.base), order.run.tokenizer)
+
+    def size(self, order: Order) -> int:
+        from mtl_lora_cli.export.gguf_model import model_size
+
+        return model_size(order.run.base.folder)
+
+    def scratch(self, order: Order) -> int:
+        """The merged model in transformers' form."""
+        return self.size(order)
+
+    def write(self, order: Order, folder: Path) -> None:
+        from mtl_lora_cli.export.gguf_model import write_model
+        from mtl_lora_cli.export.merge import plan_merge, write_merged
+
+        run = order.run
+        with TemporaryDirectory(dir=folder) as merged:
+            write_merged(plan_merge(run.base, order.updates), Path(merged), order.say)
+            order.say("writing it as GGUF")
+            path = folder / MODEL
+            write_model(Path(merged), path, title=order.title, tokenizer=run.tokenizer)
+
+    def read(self, questions: Questions, folder: Path) -> Answers:
+        """llama.cpp with the written model.
+
+        Raises:
+            CheckError: it cuts a prompt into other tokens than the base model's tokenizer.
+        """
+        from mtl_lora_cli.export.gguf_files import require_same_tokens
+        from mtl_lora_cli.export.llama_scores import llama, score
+
+        with llama(folder / MODEL, None, questions.requests) as opened:
+            require_same_tokens(questions, opened)
+            return questions.answers(score(opened, questions.requests))
+
+    def tolerance(self, run: Run) -> float | None:
+        """The file is as coarse as the base model's own, whatever the run is."""
+        from mtl_lora_cli.export.check import TOLERANCE
+        from mtl_lora_cli.export.gguf_model import stored_dtypes
+
+        return max(TOLERANCE[dtype] for dtype in {run.dtype, *stored_dtypes(run.base.folder)})
+
+    def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
+        from mtl_lora_cli.export.card import model_card
+
+        run = order.run
+        return model_card(
+            run,
+            order.task,
+            comparison,
+            title=f"{Path(run.base.name).name} merged for {order.task.name}, for llama.cpp",
+            library="llama.cpp",
+            relation="finetune",
+            about=f"The base model with one task of the run `{run.folder.name}` merged into its "
+            "original weights, W + s · B' A', added in float32 and cast once, as llama.cpp reads it: "
+            "matrices in the base model's own precision.",
+            use=f"```sh\nllama-cli -m THIS_FOLDER/{MODEL}\n```\n\n"
+            "Smaller, and less exact, which nothing here measures: "
+            f"`llama-quantize THIS_FOLDER/{MODEL} model-Q8_0.gguf Q8_0`.\n",
+        )

@@ -1,0 +1,156 @@
+"""An ordinary transformers folder: the task's update added to the base weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.formats import Format, Reference, export_format
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.export.comparison import Comparison
+    from mtl_lora_cli.export.merge import MergePlan
+    from mtl_lora_cli.export.order import Order
+    from mtl_lora_cli.export.quantised import Quantised, Rounding
+    from mtl_lora_cli.export.questions import Answers, Questions
+
+BASES = ("original", "dequantized")
+_USE = """\
+```python
+from transformers import {kind}, AutoTokenizer
+
+model = {kind}.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+With vLLM, and with llama.cpp (the converter is in its sources):
+
+```sh
+vllm serve THIS_FOLDER
+python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf && llama-cli -m model.gguf
+```
+"""
+
+
+@export_format
+class Merged(Format):
+    """See `merge` for the sums."""
+
+    name = "merged"
+    about = "an ordinary transformers model"
+    marker = "config.json"
+    differs = "the merged model differs from the adapted one"
+    reducible = False
+
+    _rounding: Rounding | None = None
+
+    @property
+    def root(self) -> Path:
+        return Path("merged")
+
+    def refuses(self, order: Order) -> None:
+        if order.options.base == "dequantized" and order.run.recipe.quantization == "none":
+            raise UsageError(
+                f"--base dequantized is for quantised runs; run '{order.run.folder.name}' has "
+                "quantization: none, so the original weights are what it saw"
+            )
+
+    def size(self, order: Order) -> int:
+        from mtl_lora_cli.runs.paths import existing
+
+        return self._plan(order).size(existing(order.folder))
+
+    def write(self, order: Order, folder: Path) -> None:
+        from mtl_lora_cli.export.merge import write_merged
+        from mtl_lora_cli.export.quantised import measure_rounding
+
+        how = self._quantised(order)
+        if how is not None and self._rounding is None:
+            order.say(f"measuring what {how.kind} rounds")
+            self._rounding = measure_rounding(order.run.base, how)
+        write_merged(self._plan(order), folder, order.say)
+
+    def read(self, questions: Questions, folder: Path) -> Answers:
+        """By transformers alone, as any user would."""
+        from mtl_lora_cli.models.base import find_base_model
+
+        return questions.ask_alone(questions.load_alone(find_base_model(str(folder)).folder))
+
+    def references(self, order: Order) -> list[Reference]:
+        found = super().references(order)
+        return found if order.options.base == "original" else found[::-1]
+
+    def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
+        from mtl_lora_cli.export.card import model_card, shown_name
+        from mtl_lora_cli.models.load import load_config, model_class
+
+        base = order.run.base
+        return model_card(
+            order.run,
+            order.task,
+            comparison,
+            title=f"{shown_name(base)} merged for {order.task.name}",
+            library="transformers",
+            relation="finetune",
+            about="\n\n".join(
+                [
+                    f"The base model {shown_name(base)} with one task of the run "
+                    f"`{order.run.folder.name}` merged into its weights: W + s · B' A', added in "
+                    "float32 and cast once.",
+                    *self._which_weights(order, compared=comparison is not None),
+                    *_linked(folder),
+                ]
+            ),
+            use=_USE.format(kind=model_class(base, load_config(base)).__name__),
+        )
+
+    def _plan(self, order: Order) -> MergePlan:
+        from mtl_lora_cli.export.merge import plan_merge
+
+        how = self._quantised(order) if order.options.base == "dequantized" else None
+        return plan_merge(order.run.base, order.updates, how)
+
+    def _quantised(self, order: Order) -> Quantised | None:
+        """How the run saw the base weights; None: as they are."""
+        from mtl_lora_cli.export.quantised import quantised
+
+        run = order.run
+        kind = run.recipe.quantization
+        return None if kind == "none" else quantised(run.base, kind, run.dtype)
+
+    def _which_weights(self, order: Order, *, compared: bool) -> list[str]:
+        """Of a quantised run: which of the two kinds of weights these are, and how far apart they lie."""
+        kind, rounding = order.run.recipe.quantization, self._rounding
+        if rounding is None:
+            return []
+        which = (
+            f"These are the **original** weights of the base model, not the {kind} ones that the "
+            "adapter was trained on"
+            if order.options.base == "original"
+            else f"These are the **dequantized** weights, {kind} expanded to "
+            f"{str(order.run.dtype).removeprefix('torch.')}: what the adapter was trained on, not "
+            "the base model's original ones"
+        )
+        effect = (
+            " What that does to log-probabilities and scores stands under *Check*."
+            if compared
+            else ""
+        )
+        return [
+            f"{which}. The two differ by ‖W − Ŵ‖ / ‖W‖ = {rounding.mean:.4f} on average over "
+            f"{rounding.matrices} matrices, {rounding.largest:.4f} at most (`{rounding.where}`)."
+            f"{effect}"
+        ]
+
+
+def _linked(folder: Path) -> list[str]:
+    """Which files it shares with the base model."""
+    linked = [p.name for p in sorted(folder.glob("*.safetensors")) if p.stat().st_nlink > 1]
+    if not linked:
+        return []
+    return [
+        f"Hard links to the base model's own files: {', '.join(f'`{name}`' for name in linked)}. "
+        "They can be replaced or deleted here, but what is written *into* them changes the base "
+        "model, too."
+    ]

@@ -1,0 +1,129 @@
+"""A standard PEFT LoRA folder: what PEFT and servers of many adapters read."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.formats import Format, export_format
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mtl_lora_cli.export.comparison import Comparison
+    from mtl_lora_cli.export.order import Order
+    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.models.base import BaseModel
+
+_USE = """\
+```python
+from peft import PeftModel
+from transformers import {kind}
+
+base = {kind}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+With vLLM, beside other tasks on the same base model:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {task}=THIS_FOLDER
+```
+"""
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+
+
+@export_format
+class Peft(Format):
+    """See `peft_files` for the files; the comparison is on the run's own base weights, quantised ones included."""
+
+    name = "peft"
+    about = "a standard LoRA folder"
+    marker = "adapter_config.json"
+    differs = "the exported adapter differs from the run's"
+    weights = "own"
+
+    @property
+    def root(self) -> Path:
+        return Path("exported")
+
+    def require_reader(self) -> None:
+        if find_spec("peft") is None:
+            raise UsageError(
+                "export --format peft checks what it wrote with PEFT, which is not installed; get it "
+                "with: pip install peft, or write without comparing: --no-check"
+            )
+
+    def refuses(self, order: Order) -> None:
+        _wrapped(order)
+
+    def size(self, order: Order) -> int:
+        return (1 + bool(_wrapped(order))) * super().size(order)
+
+    def write(self, order: Order, folder: Path) -> None:
+        from mtl_lora_cli.export.peft_files import targets_of, write_peft
+        from mtl_lora_cli.export.peft_names import beside_the_text, require_named
+
+        base, wrapped = order.run.base, _wrapped(order)
+        targets = targets_of(order.run.adapter)
+        excluded = beside_the_text(base, order.updates, wrapped, targets)
+        write_peft(
+            order.updates, targets, _loadable(base), folder, wrapped=wrapped, excluded=excluded
+        )
+        require_named(base, folder)
+
+    def read(self, questions: Questions, folder: Path) -> Answers:
+        """The run's own base model with the written adapter, as PEFT puts them together."""
+        from peft import PeftModel
+
+        run = questions.run
+        model = questions.load_alone(run.base.folder, run.recipe.quantization)
+        return questions.ask_alone(PeftModel.from_pretrained(model, str(folder)).eval())
+
+    def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
+        from mtl_lora_cli.export.card import model_card
+        from mtl_lora_cli.export.weight_names import wrapper_class
+
+        run, task = order.run, order.task
+        kind, wrapped = _loaded_as(run.base), wrapper_class(run.base)
+        twice = (
+            f" Its tensors stand there twice, as {kind} names them and as {wrapped.__name__} does."
+            if wrapped is not None
+            else ""
+        )
+        base = run.base.name if run.base.revision is not None else "BASE_MODEL"
+        rank = max(len(down) for down, _, _ in order.updates.values())
+        room = next((room for room in _VLLM_RANKS if room >= rank), rank)
+        return model_card(
+            run,
+            task,
+            comparison,
+            title=f"A LoRA for {task.name} on {Path(run.base.name).name}",
+            library="peft",
+            relation="adapter",
+            about=f"One task of the run `{run.folder.name}`: of its method, {run.recipe.adapter.method}, "
+            "one task is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B."
+            f"{twice}{order.reduced}",
+            use=_USE.format(kind=kind, base=base, room=room, task=task.name),
+        )
+
+
+def _wrapped(order: Order) -> Mapping[str, str]:
+    """Weight → its name in the wrapper that the hub has the model in."""
+    from mtl_lora_cli.export.weight_names import wrapper_names
+
+    return wrapper_names(order.run.base, order.updates)
+
+
+def _loadable(base: BaseModel) -> str:
+    """What transformers finds the base model by: a hub id, or the folder on this disk."""
+    return base.name if base.revision is not None else str(base.folder)
+
+
+def _loaded_as(base: BaseModel) -> str:
+    """The class of transformers that loads it."""
+    from mtl_lora_cli.models.load import load_config, model_class
+
+    return str(model_class(base, load_config(base)).__name__)

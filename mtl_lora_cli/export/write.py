@@ -1,0 +1,155 @@
+"""How everything that leaves a run is written: refused, or written beside its place, checked, and described."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
+from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.opened import Run
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.comparison import Comparison
+from mtl_lora_cli.export.formats import Format, blamed, find_format
+from mtl_lora_cli.export.order import Options, Order, Say, Written
+from mtl_lora_cli.runs.atomic import new_folder, write_text
+from mtl_lora_cli.runs.paths import existing, require_writable
+from mtl_lora_cli.tasks.task import Task
+
+FAILED = "FAILED.md"
+
+
+def write_tasks(
+    kind: str,
+    run: Run,
+    targets: Sequence[tuple[Task, Path]],
+    options: Options | None = None,
+    say: Say = lambda text: None,
+) -> list[Written]:
+    """Write tasks in a format, let another party read each again, compare, and only then put it in its place.
+
+    Nothing is written before all of it could be.
+
+    Args:
+        kind: of the format, by name.
+        run: whose tasks they are.
+        targets: each task and the folder where it goes, which must not exist or be empty.
+        options: how; None: the defaults.
+        say: called with progress lines.
+
+    Raises:
+        UsageError: an output folder is not empty, the disk too small, a task has no held-out rows, what reads
+            the format is not installed, or the format refuses.
+        MtlLoraError: the disk refuses.
+        CheckError: what was written differs; it lies aside.
+    """
+    options = options or Options()
+    form = find_format(kind)
+    if options.rank is not None and not form.reducible:
+        raise UsageError("--rank is for adapters; a merged model has none")
+    if options.checked:
+        form.require_reader()
+    stays, scratch = 0, 0
+    for task, folder in targets:
+        order = Order(run, task, folder, options, say)
+        require_empty(folder)
+        if options.checked:
+            require_held_out(task, options.limit)
+        with blamed(form):
+            form.refuses(order)
+            stays += form.size(order)
+            scratch = max(scratch, form.scratch(order))
+    require_space(stays + scratch, targets[0][1])
+    return [_written(form, Order(run, task, folder, options, say)) for task, folder in targets]
+
+
+def _written(form: Format, order: Order) -> Written:
+    """One task, in its place."""
+    folder = order.folder
+    with blamed(form):
+        needed = form.size(order) + form.scratch(order)
+    require_empty(folder)
+    require_space(needed, folder)
+    try:
+        with new_folder(folder) as temporary:
+            with blamed(form):
+                form.write(order, temporary)
+            comparison = _compared(form, order, temporary) if order.options.checked else None
+            with blamed(form):
+                readme = form.card(order, temporary, comparison)
+            write_text(temporary / "README.md", readme)
+    except OSError as error:
+        raise MtlLoraError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return Written(order.task.name, folder, comparison, order.truncation)
+
+
+def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
+    order.say("loading it again and comparing")
+    options = order.options
+    with blamed(form):
+        references = form.references(order)
+        allowed = options.tolerance if options.tolerance is not None else form.tolerance(order.run)
+    check = Check(form.name, references, options.limit, allowed)
+    comparison = check.run(order.run, order.task, temporary)
+    if not comparison.holds:
+        what = f"{form.differs} on task '{order.task.name}'"
+        raise _set_aside(temporary, order.folder, what, comparison)
+    return comparison
+
+
+def require_empty(folder: Path) -> None:
+    """Refuse an output folder that holds something, or cannot be written.
+
+    Raises:
+        UsageError: it exists and is not an empty folder, or nothing can be written there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(
+            f"output folder {folder} exists and is not empty; choose another with --output"
+        )
+    require_writable(folder, f"output folder {folder}")
+
+
+def require_space(size: int, folder: Path) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        UsageError: with the space needed and the space there is.
+    """
+    place = existing(folder)
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise UsageError(
+            f"{place}: {size / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free"
+        )
+
+
+def require_held_out(task: Task, limit: int) -> None:
+    """Refuse to write what cannot be compared.
+
+    Raises:
+        UsageError: the task has no held-out rows, or they cannot be read.
+    """
+    try:
+        held_out(task, Setting(limit=limit))
+    except UsageError as error:
+        raise UsageError(f"{error}; --no-check writes without comparing") from None
+
+
+def _set_aside(written: Path, folder: Path, what: str, comparison: Comparison) -> CheckError:
+    """Move what failed where nobody takes it for good: `FOLDER.failed`, or the next free name."""
+    reason = (
+        f"{what}: largest difference of log-probabilities {comparison.largest:.3g}, "
+        f"equal answers {comparison.equal:.1%}; they had to agree {comparison.asked}"
+    )
+    number, aside = 1, folder.with_name(f"{folder.name}.failed")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.failed-{number}")
+    write_text(
+        written / FAILED, f"# Do not use this\n\nThe check after writing failed: {reason}.\n"
+    )
+    written.replace(aside)
+    return CheckError(f"{reason}; it lies in {aside}")
