@@ -49,8 +49,6 @@ def write_tasks(
     form = find_format(kind)
     if options.rank is not None and not form.reducible:
         raise UsageError("--rank is for adapters; a merged model has none")
-    if options.checked:
-        form.require_reader()
     stays, scratch = 0, 0
     for task, folder in targets:
         order = Order(run, task, folder, options, say)
@@ -61,6 +59,8 @@ def write_tasks(
             form.refuses(order)
             stays += form.size(order)
             scratch = max(scratch, form.scratch(order))
+    if options.checked:
+        form.require_reader()
     require_space(stays + scratch, targets[0][1])
     return [_written(form, Order(run, task, folder, options, say)) for task, folder in targets]
 

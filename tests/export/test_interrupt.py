@@ -57,8 +57,9 @@ def start(large: Run) -> Start:
     )
 
     def begin(folder: Path, checked: bool = False) -> BaseProcess:
+        bare = Run(large.folder).but(base=large.base)  # what a run has read need not be picklable
         targets, options = [(large.tasks[0], folder)], Options(checked=checked, limit=4)
-        process = context.Process(target=write_tasks, args=("merged", large, targets, options))
+        process = context.Process(target=write_tasks, args=("merged", bare, targets, options))
         process.start()
         return process
 
