@@ -14,6 +14,7 @@ from mtl_lora_cli.tasks.printing import NotPrintableError, printable
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
+_UNSEEN = dict.fromkeys([0xAD, 0x180E, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
 Variables = dict[str, Any]
 
 
@@ -86,10 +87,12 @@ class Renderer:
             value = variables.get(name) if name else value_at(variables, path)
             if type(value) is str:
                 texts.append(value)
-                if printed and (not value or value.isspace()):
+                if printed and _is_blank(value):
                     blank.append(printed)
             elif value is not None:
                 texts.extend(_texts(value))
+                if printed and isinstance(value, list | tuple) and all(map(_is_blank, value)):
+                    blank.append(printed)
         return tuple(texts), tuple(blank)
 
     def _answered(
@@ -274,6 +277,13 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"expected a list, received {_short(value)}")
     return list(value)
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a text shows nothing: white space, and what only joins or parts the letters beside it."""
+    if not isinstance(value, str):
+        return False
+    return not value.strip() or (not value.isascii() and not value.translate(_UNSEEN).strip())
 
 
 def _texts(value: Any) -> Iterator[str]:

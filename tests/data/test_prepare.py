@@ -210,6 +210,19 @@ def test_a_gap_in_a_prompt_is_said(folder: Path, stories_folder: Path) -> None:
         )
 
 
+def test_a_list_of_nothing_and_what_nobody_sees_are_gaps(
+    folder: Path, stories_folder: Path
+) -> None:
+    values = [["a", 1], [], [" ", ""], ["\u200b\ufeff"], [0]]
+    rows = [{"tags": tags, "label": number % 2} for number, tags in enumerate(values)]
+    write_rows(folder / "d" / "train.jsonl", rows)
+    text = TEMPLATE.replace("{{ text }}", "Tags: {{ tags | join(', ') }}")
+    (folder / "own.yaml").write_text(text, encoding="utf-8")
+    data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
+    (blank,) = data.audits[0].blank
+    assert (blank.found, blank.fields, blank.first) == (3, "tags", f"{folder}/d/train.jsonl:2")
+
+
 def test_held_out_rows_with_one_answer_are_said(folder: Path, stories_folder: Path) -> None:
     write_rows(folder / "d" / "train.jsonl", rows_of(4))
     write_rows(folder / "d" / "test.jsonl", [{**row, "label": 0} for row in rows_of(12, start=9)])
