@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mtl_lora_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.data.encoding import EncodedSplit
+    from mtl_lora_cli.data.encoded import EncodedSplit
     from mtl_lora_cli.data.mixture import Place
     from mtl_lora_cli.models.batch import PackedBatch
 
@@ -110,7 +110,7 @@ class Yardstick:
         """Draw the tokens; an example of the file's task f is one of task f mod `tasks`."""
         import numpy as np
 
-        from mtl_lora_cli.data.encoding import EncodedSplit
+        from mtl_lora_cli.data.encoded import EncodedSplit
 
         mine: list[list[Length]] = [[] for _ in range(tasks)]
         places = []

@@ -87,11 +87,11 @@ def _marked(prepared: Prepared, task: int, number: int) -> str:
     """An example token by token, `|` between them, the supervised ones marked."""
     split = prepared.data.splits[task]
     tokens = split.example(number).tolist()
-    first = 1 if prepared.recipe.training.loss_on == "all" else int(split.prompt_lengths[number])
+    learned = set(split.learned(number, prepared.recipe.training.loss_on).tolist())
     before, after = _SUPERVISED if stdout_is_terminal() else _PLAIN
     # By what each token adds: some tokenizers lose a space when a token is decoded alone.
     whole = [prepared.tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
     texts = [visible(longer[len(shorter) :]) for shorter, longer in pairwise(whole)]
     return "|".join(
-        f"{before}{text}{after}" if place >= first else text for place, text in enumerate(texts)
+        f"{before}{text}{after}" if place in learned else text for place, text in enumerate(texts)
     )

@@ -67,6 +67,7 @@ class Audit:
         held_out_split: its name, or None where there is none.
         cut_prompts: prompts that lost their beginning for want of room.
         dropped: rows left out for want of room.
+        turns: turns of conversations left out for want of room; then `cut_prompts` are conversations.
         blank: rows whose prompt has a gap.
         constant: the answer that all held-out rows have, where training rows have others.
         notes: what may have been read wrongly.
@@ -80,6 +81,7 @@ class Audit:
     held_out_split: str | None = None
     cut_prompts: int = 0
     dropped: int = 0
+    turns: int = 0
     blank: tuple[Blank, ...] = ()
     constant: str | None = None
     notes: tuple[str, ...] = ()
@@ -90,7 +92,7 @@ class Audit:
         counts = (
             (self.contradictory, f"{of} have a prompt that also stands with another answer"),
             (self.dropped, f"{of} are left out: longer than a row"),
-            (self.cut_prompts, f"{of} lose the beginning of their prompt: longer than a row"),
+            (self.cut_prompts, f"{of} lose {self._lost}: longer than a row"),
             (self.repeated, f"{of} repeat an earlier one"),
         )
         lines = [*self.notes, *map(str, self.leaks), *map(str, self.blank)]
@@ -103,6 +105,12 @@ class Audit:
         if self.held_out_split is None:
             lines.append("there is no test or validation split to evaluate it on")
         return [f"{task}: {line}" for line in lines]
+
+    @property
+    def _lost(self) -> str:
+        if not self.turns:
+            return "the beginning of their prompt"
+        return f"their earliest turns ({self.turns:,} messages)"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -127,6 +135,7 @@ def audit(
     blank: Sequence[Blank | None],
     cut_prompts: int,
     dropped: int,
+    turns: int = 0,
     notes: Sequence[str] = (),
 ) -> Audit:
     """Compare a task's training rows with each other, and put together what else was found."""
@@ -135,12 +144,14 @@ def audit(
     return Audit(
         rows=len(train),
         repeated=len(train) - len(pairs),
-        contradictory=sum(answers[example.prompt] > 1 for example in train),
+        # Plain text has no prompt.
+        contradictory=sum(answers[one.prompt] > 1 for one in train if one.prompt),
         leaks=tuple(leak for leak in leaks if leak.found),
         held_out=len(held_out),
         held_out_split=held_out_split,
         cut_prompts=cut_prompts,
         dropped=dropped,
+        turns=turns,
         blank=tuple(found for found in blank if found is not None),
         constant=_constant(train, held_out),
         notes=tuple(dict.fromkeys(notes)),

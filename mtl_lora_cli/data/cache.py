@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mtl_lora_cli.data.audit import Audit
-from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
 from mtl_lora_cli.visible import tell
 
-FORMAT = 3  # raise it when encoding or auditing gives another result than before
+FORMAT = 4  # raise it when encoding or auditing gives another result than before
 
 Traces = dict[str, np.ndarray]  # of each split, see traces.py
 _TRACES = "traces."
@@ -41,6 +41,7 @@ def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
                 tokens=file.get_tensor("tokens"),
                 starts=file.get_tensor("starts"),
                 prompt_lengths=file.get_tensor("prompt_lengths"),
+                mask=file.get_tensor("mask") if "mask" in file.keys() else None,  # noqa: SIM118
                 **about["counts"],
             )
             known = [name for name in file.keys() if name.startswith(_TRACES)]  # noqa: SIM118
@@ -52,9 +53,11 @@ def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
 
 def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None:
     """Keep an encoding; a cache that cannot be written is no reason to stop."""
-    counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows")}
+    counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows", "turns")}
     about = json.dumps({"counts": counts, "audit": audit.to_json()})
     tensors = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
+    if encoded.mask is not None:
+        tensors["mask"] = encoded.mask
     tensors |= {f"{_TRACES}{split}": numbers for split, numbers in traces.items()}
     path = _path(key)
     temporary = ""

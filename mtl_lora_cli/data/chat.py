@@ -6,21 +6,24 @@ writes around an answer, such as an empty think block or the token that ends a t
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.data.chat_parts import ToolForm, bare, find_form, missing_part
 from mtl_lora_cli.data.chat_variables import template_arguments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
-
-Message = Mapping[str, str]  # `role` and `content`
+from mtl_lora_cli.tasks.messages import THOUGHT as _THOUGHT
+from mtl_lora_cli.tasks.messages import Dialogue, Message
 
 # Two texts whose places are looked for: no template writes them itself or changes their letters.
 _USER, _ANSWER = "7391846250", "2850614937"
+_MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Written:
         own: characters of the last user message: all that may be cut for want of room.
         closed: whether a control token ends the last answer that counts.
         spelled: whether control tokens stand in it by other names (`ControlTokens`).
+        is_text: it is no chat template's.
     """
 
     text: str
@@ -57,6 +61,7 @@ class Written:
     own: tuple[int, int]
     closed: bool
     spelled: bool = False
+    is_text: bool = False
 
     @property
     def before_answer(self) -> str:
@@ -83,6 +88,11 @@ class _Shape:
 def one_turn(prompt: str, answer: str) -> list[Message]:
     """A task of prompt and answer as a conversation."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _key(messages: Sequence[Message], tools: Sequence[Any]) -> str:
+    """Messages as what a cache knows them by."""
+    return json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
 
 
 class ChatTemplate:
@@ -148,36 +158,61 @@ class ChatTemplate:
 
     def prompt(self, text: str) -> str:
         """What the model reads before it answers one user message."""
-        return self._before((("user", text),))
+        return self._before(_key([{"role": "user", "content": text}], ()))
 
-    def write(self, messages: Sequence[Message], counts: Sequence[bool] | None = None) -> Written:
+    def write(self, dialogue: Dialogue, *, marked: bool = False) -> Written:
         """A conversation, and the places of its answers.
 
         Args:
-            messages: in order.
-            counts: for each of them whether it is learned; None: every answer is.
+            dialogue: messages, and which of them are learned.
+            marked: where the template itself marks what an assistant says (`{% generation %}`), that is
+                what is learned, with the token that ends a turn.
 
         Raises:
-            UsageError: the template raises, drops a text or contradicts itself.
+            UsageError: the template raises, drops a part or contradicts itself.
         """
-        if counts is None:
-            counts = [message["role"] == "assistant" for message in messages]
-        if not any(counts):
+        if not any(dialogue.counts):
             raise ValueError("no message of the conversation counts")
-        whole = self._render(messages)
-        self._require_all(whole, messages)
-        turns = []
-        for number in (number for number, counted in enumerate(counts) if counted):
-            whole, turn = self._turn(whole, messages, number)
+        whole = self._render(dialogue.messages, dialogue.tools)
+        self._require_all(whole, dialogue)
+        spans = self._spans(dialogue) if marked else None
+        turns: list[Turn] = []
+        for number in (number for number, counted in enumerate(dialogue.counts) if counted):
+            whole, turn = self._turn(whole, dialogue, number)
+            if spans is not None:
+                turn = self._as_marked(turn, spans[number])
+            if not dialogue.learns_reasoning:
+                turn = self._behind_reasoning(whole, turn, dialogue.messages[number])
+            if turns and turn.begin < turns[-1].end:
+                raise self._refused(f"writes message {number} so that its place cannot be told")
             turns.append(turn)
         last = turns[-1]
         closed = self._control.search(whole, last.close, last.end) is not None
-        return Written(whole, tuple(turns), self._own(messages, last.begin), closed)
+        return Written(whole, tuple(turns), self._own(dialogue, last.begin), closed)
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
+    def before(self, dialogue: Dialogue) -> str:
+        """What the model reads before it answers a conversation that nobody has answered yet.
+
+        Raises:
+            UsageError: the template raises, or drops a part.
+        """
+        text = self._before(_key(dialogue.messages, dialogue.tools))
+        self._require_all(text, dialogue)
+        return text
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        *,
+        generation_prompt: bool = False,
+        form: ToolForm | None = None,
+    ) -> str:
+        form = form or self._form(messages)
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [form.taken(message) for message in messages],
+                tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **self.arguments,
@@ -189,9 +224,64 @@ class ChatTemplate:
             ) from None
         return text
 
-    def _generation_prompt(self, messages: tuple[tuple[str, str], ...]) -> str:
-        found = [{"role": role, "content": content} for role, content in messages]
-        return self._render(found, generation_prompt=True)
+    def _form(self, messages: Sequence[Message]) -> ToolForm:
+        """How the template takes tool calls; found out where there are some."""
+        special = any("tool_calls" in one or "reasoning_content" in one for one in messages)
+        return self._tool_form if special else ToolForm()
+
+    @cached_property
+    def _tool_form(self) -> ToolForm:
+        return find_form(
+            lambda form, messages: self._render(messages, form=form), self._tokenizer.chat_template
+        )
+
+    def _generation_prompt(self, key: str) -> str:
+        messages, tools = json.loads(key)
+        return self._render(messages, tools, generation_prompt=True)
+
+    def _spans(self, dialogue: Dialogue) -> dict[int, tuple[int, int]] | None:
+        """For each answer the characters that the template marks; None: it marks none, or not each."""
+        if not _MARKS.search(self.arguments["chat_template"]):
+            return None
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        form = self._form(dialogue.messages)
+        given = {name: value for name, value in self.arguments.items() if name != "chat_template"}
+        _, found = render_jinja_template(
+            conversations=[[form.taken(message) for message in dialogue.messages]],
+            tools=list(dialogue.tools) or None,
+            chat_template=self.arguments["chat_template"],
+            return_assistant_tokens_mask=True,
+            **{**self._tokenizer.special_tokens_map, **given},
+        )
+        roles = [message["role"] for message in dialogue.messages]
+        answers = [number for number, role in enumerate(roles) if role == "assistant"]
+        spans = [(int(begin), int(end)) for begin, end in found[0]]
+        return dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else None
+
+    def _as_marked(self, turn: Turn, span: tuple[int, int]) -> Turn:
+        """A turn as the template marks it; what ends it counts even where that is not marked."""
+        begin, end = span
+        return Turn(
+            begin, min(turn.text, end), max(begin, min(turn.close, end)), max(end, turn.end)
+        )
+
+    def _behind_reasoning(self, whole: str, turn: Turn, message: Message) -> Turn:
+        """A turn without the reasoning before its answer."""
+        begin, content = turn.begin, message["content"]
+        thought = message.get("reasoning_content") or ""
+        inner = _THOUGHT.match(content)
+        if thought.strip():
+            place = whole.find(thought.strip(), begin, turn.end)
+            begin = begin if place < 0 else place + len(thought.strip())
+        if inner is not None:
+            content = content[inner.end() :]
+        if thought.strip() or inner is not None:
+            said = content.strip() or "<"  # a call begins with a token of its own, as a rule
+            place = whole.find(said, begin, turn.end)
+            begin = begin if place < 0 else place
+        close = max(begin, turn.close)
+        return Turn(begin, min(max(begin, turn.text), close), close, turn.end)
 
     def _look(self) -> _Shape:
         """See what the template writes around two texts that stand nowhere else."""
@@ -225,45 +315,189 @@ class ChatTemplate:
             + ("; or chat.template_kwargs.enable_thinking" if thinking else "")
         )
 
-    def _turn(self, whole: str, messages: Sequence[Message], number: int) -> tuple[str, Turn]:
+    def _turn(self, whole: str, dialogue: Dialogue, number: int) -> tuple[str, Turn]:
         """The place of one answer, and the text, which `chat.answers` may change."""
-        before = self._before(tuple((m["role"], m["content"]) for m in messages[:number]))
+        messages, tools = dialogue.messages, dialogue.tools
         last = number == len(messages) - 1
-        begin = _beginning(whole, before)
+        before = self._asked(messages[:number], tools)
+        begin = None if before is None else _beginning(whole, before)
         agreed = begin is not None
         if begin is None:
-            begin = self._settle(whole, before)
-        text, close = self._place(whole, messages, number, begin)
-        if not agreed and last and self._answers == "generation_prompt":
+            begin = self._marked_begin(whole, dialogue, number, before)
+        if messages[number].get("tool_calls") or messages[number].get("reasoning_content"):
+            return whole, self._long_turn(whole, dialogue, number, begin)
+        text, close = self._place(whole, dialogue, number, begin)
+        if not agreed and last and self._answers == "generation_prompt" and before is not None:
             whole = before + whole[text:]
             begin, text, close = len(before), len(before), len(before) + close - text
         end = close + len(self._ending(whole[close:], last=last))
         return whole, Turn(min(begin, text), text, close, end)
 
-    def _place(
-        self, whole: str, messages: Sequence[Message], number: int, begin: int
-    ) -> tuple[int, int]:
+    def _asked(self, messages: Sequence[Message], tools: Sequence[Any]) -> str | None:
+        """Messages with the generation prompt behind them; None: the template does not take so few."""
+        try:
+            return self._before(_key(messages, tools))
+        except UsageError:
+            if len(messages) < 2:
+                raise
+            return None
+
+    def _marked_begin(self, whole: str, dialogue: Dialogue, number: int, before: str | None) -> int:
+        """Where an answer begins that another text stands before when nobody has answered yet.
+
+        A template may write earlier turns otherwise than the last ones, without their reasoning, say. What
+        it writes before an answer is looked for before the answer's text.
+
+        Raises:
+            UsageError: it contradicts itself, and nobody has said what holds.
+        """
+        last = number == len(dialogue.messages) - 1
+        if before is not None and last and (number < 2 or self._answers is not None):
+            return self._settle(whole, before)
+        start, _ = self._around(dialogue, number)
+        header = self._shape.foot[self._header :].lstrip()
+        # Its first part is enough: `<|im_start|>assistant`, perhaps without the `<think>` that follows it.
+        first = header[:1] + header[1:].partition("<")[0].rstrip()
+        place = whole[: len(start)].rfind(first)
+        if whole.startswith(start) and first and place >= 0:
+            if place < self._span(whole, dialogue, number - 1)[1]:
+                return len(start)  # the turn goes on, without another header
+            same = header[: _same(whole[place:], header)]
+            cut = same.rfind("<")
+            return place + (cut if cut > same.rfind(">") else len(same))
+        if before is not None:
+            return self._settle(whole, before)
+        raise self._refused(f"takes no beginning of a conversation, up to message {number}")
+
+    @cached_property
+    def _header(self) -> int:
+        """Where the role header of an answer begins in what stands between a question and its answer."""
+        foot = self._shape.foot
+        asked = self._render([{"role": "user", "content": _USER}]).rpartition(_USER)[2]
+        return len(asked) if foot.startswith(asked) else _same(asked, foot)
+
+    def _long_turn(self, whole: str, dialogue: Dialogue, number: int, begin: int) -> Turn:
+        """The place of an answer with tool calls or reasoning: up to where a conversation that ends there ends."""
+        messages = dialogue.messages
+        if number == len(messages) - 1:
+            end = self._trimmed(whole, begin)
+        else:
+            end = self._end_within(whole, dialogue, number, begin)
+        last_token = list(self._control.finditer(whole, begin, end))[-1:]
+        close = last_token[0].start() if last_token and last_token[0].end() == end else end
+        return Turn(begin, begin, max(begin, close), end)
+
+    def _end_within(self, whole: str, dialogue: Dialogue, number: int, begin: int) -> int:
+        """Where a turn ends behind which there are others.
+
+        Raises:
+            UsageError: it cannot be told.
+        """
+        try:
+            upto = self._render(dialogue.messages[: number + 1], dialogue.tools)
+        except UsageError:
+            upto = whole[:begin]
+        end = self._trimmed(upto, begin)
+        if end > begin and whole.startswith(upto[:end]):
+            return end
+        _, tail = self._around(dialogue, number)
+        close = len(whole) - len(tail)
+        if whole.endswith(tail) and close >= begin:
+            found = self._ended(whole, close, dialogue.messages[number], upto[:end])
+            if found is not None and found <= self._span(whole, dialogue, number + 1)[0]:
+                return found
+        same = _same(upto, whole)
+        token = next((t for t in self._control.finditer(whole, begin) if t.end() > same), None)
+        if (
+            token is not None and token.start() <= same
+        ):  # they end with other tokens, which begin alike
+            ended = whole[begin : token.start()].rstrip()
+            tokens = list(self._control.finditer(ended))
+            if tokens and tokens[-1].end() == len(ended):
+                return begin + len(ended)
+            if same > begin:
+                return token.end()
+        if same > begin:
+            return self._trimmed(whole[:same], begin)
+        raise self._refused(f"writes message {number} otherwise where more messages follow it")
+
+    def _ended(self, whole: str, close: int, message: Message, alone: str) -> int | None:
+        """Where a turn ends whose text, or first call, ends at a place; None: it is not seen.
+
+        Args:
+            whole: the conversation.
+            close: the place.
+            message: the answer.
+            alone: the conversation up to its end, where nothing follows.
+        """
+        if not message.get("tool_calls"):
+            return close + len(self._ending(whole[close:], last=False))
+        if not self.closes:  # the next message's header ends it
+            token = self._control.search(whole, close)
+            return None if token is None else len(whole[: token.start()].rstrip())
+        tokens = self._control.findall(alone)
+        ending = tokens[-1] if tokens and alone.endswith(tokens[-1]) else self.ending
+        place = whole.find(ending, close)
+        return None if place < 0 else place + len(ending)
+
+    def _trimmed(self, text: str, begin: int) -> int:
+        """Where what ends a turn ends: the last control token, or the last character."""
+        tokens = list(self._control.finditer(text, begin)) if self.closes else []
+        return tokens[-1].end() if tokens else len(text.rstrip())
+
+    def _around(self, dialogue: Dialogue, number: int) -> tuple[str, str]:
+        """What stands before and behind a message's text, or the first function that it calls."""
+        message = dict(dialogue.messages[number])
+        called = not message["content"].strip() and message.get("tool_calls")
+        if called:
+            first, *others = called
+            named = {**first, "function": {**first["function"], "name": _ANSWER}}
+            message["tool_calls"] = [named, *others]
+        else:
+            message["content"] = _ANSWER
+        messages = [*dialogue.messages[:number], message, *dialogue.messages[number + 1 :]]
+        text = self._render(messages, dialogue.tools)
+        # What a function gives back may stand under its name, too.
+        start, there, tail = text.partition(_ANSWER) if called else text.rpartition(_ANSWER)
+        if not there:
+            raise self._refused(f"drops the text of message {number}")
+        return start, tail.replace(_ANSWER, called[0]["function"]["name"]) if called else tail
+
+    def _span(self, whole: str, dialogue: Dialogue, number: int) -> tuple[int, int]:
+        """Where a message's text, or the name of its first call, stands; all, where that is not seen."""
+        start, tail = self._around(dialogue, number)
+        if (
+            whole.startswith(start)
+            and whole.endswith(tail)
+            and len(start) + len(tail) <= len(whole)
+        ):
+            return len(start), len(whole) - len(tail)
+        return 0, len(whole)
+
+    def _place(self, whole: str, dialogue: Dialogue, number: int, begin: int) -> tuple[int, int]:
         """Where a message's own text stands.
 
         Raises:
             UsageError: it does not stand there.
         """
-        content, shape = messages[number]["content"], self._shape
+        messages, shape = dialogue.messages, self._shape
+        content = messages[number]["content"]
         text, close = begin + len(shape.lead), len(whole) - len(shape.tail)
         if (
             number == len(messages) - 1
             and (whole[begin:text], whole[close:]) == (shape.lead, shape.tail)
-            and _bare(whole[text:close]) == _bare(content)
+            and bare(whole[text:close]) == bare(content)
         ):
             return text, close
-        marked = [*messages[:number], {**messages[number], "content": _ANSWER}]
-        start, _, tail = self._render([*marked, *messages[number + 1 :]]).rpartition(_ANSWER)
+        start, tail = self._around(dialogue, number)
         text, close = len(start), len(whole) - len(tail)
         if whole.endswith(tail):
-            if whole.startswith(start) and _bare(whole[text:close]) == _bare(content):
+            if whole.startswith(start) and bare(whole[text:close]) == bare(content):
                 return text, close
-            if _bare(content) in _bare(whole[begin:close]):  # with a think block of its own
+            if bare(content) in bare(whole[begin:close]):  # with a think block of its own
                 return begin, close
+            if bare(_THOUGHT.sub("", content, count=1)) == bare(whole[text:close]):
+                return text, close  # the template leaves out the reasoning of earlier answers
         raise self._refused(f"drops or changes the text of an answer: {content[:60]!r}; use plain")
 
     def _ending(self, tail: str, *, last: bool = True) -> str:
@@ -275,27 +509,27 @@ class ChatTemplate:
         tokens = list(self._control.finditer(tail))
         return tail[: tokens[-1].end()] if tokens else tail.rstrip()
 
-    def _own(self, messages: Sequence[Message], begin: int) -> tuple[int, int]:
+    def _own(self, dialogue: Dialogue, begin: int) -> tuple[int, int]:
         """Characters of the last user message before an answer; none where they cannot be told."""
+        messages = dialogue.messages[: dialogue.last]
         asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
         if not asked:
             return begin, begin
-        before = self._before(tuple((m["role"], m["content"]) for m in messages[: asked[-1] + 1]))
+        before = self._asked(messages[: asked[-1] + 1], dialogue.tools) or ""
         content, shape = messages[asked[-1]]["content"], self._shape
         start, close = len(shape.head), len(before) - len(shape.foot)
-        if not before.startswith(shape.head) or _bare(before[start:close]) != _bare(content):
+        if not before.startswith(shape.head) or bare(before[start:close]) != bare(content):
             start = before.rfind(content.strip())
             close = start + len(content.strip())
         return (start, close) if start >= 0 and close <= begin else (begin, begin)
 
-    def _require_all(self, whole: str, messages: Sequence[Message]) -> None:
-        text = _bare(whole)
-        for message in messages:
-            if _bare(message["content"]) not in text:
-                raise self._refused(
-                    f"drops or changes the text of a message of {message['role']}: "
-                    f"{message['content'][:60]!r}; use plain"
-                )
+    def _require_all(self, whole: str, dialogue: Dialogue) -> None:
+        thoughts = any(message.get("reasoning_content") for message in dialogue.messages)
+        if thoughts and not self._form(dialogue.messages).reasoning:
+            raise self._refused("reads no reasoning; conversation.reasoning: drop leaves it out")
+        missing = missing_part(whole, dialogue)
+        if missing is not None:
+            raise self._refused(f"drops or changes {missing}; use plain")
 
     def _refused(self, what: str) -> UsageError:
         name = Path(str(self._tokenizer.name_or_path)).name
@@ -315,8 +549,3 @@ def _same(one: str, other: str) -> int:
     pairs = zip(one, other, strict=False)
     least = min(len(one), len(other))
     return next((place for place, (a, b) in enumerate(pairs) if a != b), least)
-
-
-def _bare(text: str) -> str:
-    """A text without white space and case: templates trim, and some write capitals."""
-    return "".join(text.split()).casefold()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.mixture import Place, positions_of
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
@@ -32,9 +32,9 @@ def training_batch(
     starts = np.cumsum([0, *lengths])
     positions, targets = [], []
     for (task, number), part, start in zip(places, parts, starts, strict=False):
-        first = _first_supervised(splits[task], number, loss_on)
-        positions.append(np.arange(start + first - 1, start + len(part) - 1))  # the token before
-        targets.append(part[first:])
+        learned = splits[task].learned(number, loss_on)
+        positions.append(start + learned - 1)  # the token before
+        targets.append(part[learned])
     inputs = [part[:length] for part, length in zip(parts, lengths, strict=True)]
     asked = np.concatenate(positions)
     task_ids = np.repeat([task for task, _ in places], lengths)
@@ -57,10 +57,5 @@ def supervised_tokens(
     counts = torch.zeros(len(splits), dtype=torch.long)
     for row in rows:
         for task, number in row:
-            split = splits[task]
-            counts[task] += int(split.lengths[number]) - _first_supervised(split, number, loss_on)
+            counts[task] += len(splits[task].learned(number, loss_on))
     return counts
-
-
-def _first_supervised(split: EncodedSplit, number: int, loss_on: str) -> int:
-    return 1 if loss_on == "all" else max(1, int(split.prompt_lengths[number]))

@@ -115,7 +115,13 @@ class ControlTokens:
         answer = (
             marked.choices[example.gold] if example.choices and example.gold >= 0 else marked.answer
         )
-        return replace(example, prompt=marked.prompt, answer=answer, choices=marked.choices)
+        return replace(
+            example,
+            prompt=marked.prompt,
+            answer=answer,
+            choices=marked.choices,
+            dialogue=marked.dialogue,
+        )
 
     def marked(self, value: Any) -> Any:
         """A field of a row, marks in every control token in it."""

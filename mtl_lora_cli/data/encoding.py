@@ -10,25 +10,22 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from string import ascii_letters, digits
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from mtl_lora_cli.data.chat import ChatTemplate, Message, Turn, Written, one_turn
+from mtl_lora_cli.data.chat import ChatTemplate, Turn, Written, one_turn
 from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat, Recipe
-from mtl_lora_cli.tasks.rendering import Example
+from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
 
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
-
-Overflow = Literal["error", "drop", "truncate_prompt"]
 
 
 class Encoder:
@@ -72,8 +69,8 @@ class Encoder:
         self._backend.no_padding()
         # The start token, if the tokenizer sets one before a text; chat templates bring their own.
         first = tokenizer("x")["input_ids"][:1]
-        starts = self._chat is None and first == [tokenizer.bos_token_id]
-        self._start: list[int] = first if starts else []
+        self._text_start: list[int] = first if first == [tokenizer.bos_token_id] else []
+        self._start = self._text_start if self._chat is None else []
 
     @classmethod
     def of(cls, tokenizer: Any, recipe: Recipe, *, lenient: bool = False) -> Encoder:
@@ -144,7 +141,13 @@ class Encoder:
         return list(texts) if self._chat is None else [self._chat.prompt(text) for text in texts]
 
     def conversations(
-        self, many: Sequence[Sequence[Message]], counts: Sequence[Sequence[bool]] | None = None
+        self,
+        many: Sequence[Sequence[Message] | Dialogue],
+        counts: Sequence[Sequence[bool]] | None = None,
+        *,
+        wheres: Sequence[str] | None = None,
+        task: str = "",
+        marked: bool = True,
     ) -> Iterator[Conversation]:
         """Tokens of conversations, and which of them are learned.
 
@@ -152,23 +155,43 @@ class Encoder:
         that lies across such a place is the answer's: tokens are never made of parts of the text.
 
         Args:
-            many: conversations; with `plain` of one prompt and one answer each.
-            counts: for each message whether it is learned; None: every answer is.
+            many: conversations; with `plain` of one prompt and one answer each, or of plain text. A
+                `Dialogue` says itself what is learned, also by the template's own marks.
+            counts: for each message of a list whether it is learned; None: every answer is.
+            wheres, task: where each came from, and the task's name, for errors.
+            marked: False: where the generation prompt ends is looked at, whatever the template marks.
 
         Raises:
             UsageError: the chat template cannot write one of them.
         """
+        written = []
+        for number, one in enumerate(many):
+            try:
+                own = None if counts is None else counts[number]
+                written.append(self._written(one, own, marked=marked))
+            except UsageError as error:
+                if wheres is None:
+                    raise
+                raise UsageError(f"{wheres[number]}: task '{task}': {error}") from None
+        texts = [self.control_tokens.spelled(one) for one in written]
+        encodings = self._encoded(texts)
+        for text, encoding in zip(texts, encodings, strict=True):
+            start = self._text_start if text.is_text else self._start
+            joined = self._joins and not text.is_text
+            yield tokens_of(text, encoding, start=start, end=self.end, joined=joined)
+
+    def _written(
+        self, one: Sequence[Message] | Dialogue, counts: Sequence[bool] | None, *, marked: bool
+    ) -> Written:
+        marked = marked and isinstance(one, Dialogue)
+        dialogue = one if isinstance(one, Dialogue) else Dialogue.of(one)
+        if counts is not None:
+            dialogue = replace(dialogue, counts=tuple(counts))
+        if dialogue.is_text:
+            return _as_text(dialogue)
         if self._chat is None:
-            written = [_plainly(messages) for messages in many]
-        else:
-            written = [
-                self._chat.write(messages, None if counts is None else counts[number])
-                for number, messages in enumerate(many)
-            ]
-        written = [self.control_tokens.spelled(one) for one in written]
-        encodings = self._encoded(written)
-        for one, encoding in zip(written, encodings, strict=True):
-            yield tokens_of(one, encoding, start=self._start, end=self.end, joined=self._joins)
+            return _plainly(dialogue.messages)
+        return self._chat.write(dialogue, marked=marked)
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
@@ -207,16 +230,46 @@ class Encoder:
             )
         return first, following
 
+    def asked(
+        self, dialogues: Sequence[Dialogue], *, known: bool
+    ) -> tuple[list[Prompt], list[list[int]]]:
+        """Tokens of conversations up to where their last answer begins, and of that answer, without its end.
+
+        Unlike `continuations`, what the chat template writes before an answer's own text is the answer's: a
+        model that reasons says it itself.
+
+        Args:
+            dialogues: conversations.
+            known: False: the answers are not looked at, and are nothing.
+        """
+        # A text's tokens before an answer are its own alone; what a chat template writes is the same.
+        unknown = ["" if one.is_text else _UNKNOWN for one in dialogues]
+        whole = [
+            one.asking(None if known else other)
+            for one, other in zip(dialogues, unknown, strict=True)
+        ]
+        prompts, answers = [], []
+        for one in self.conversations(whole, marked=False):
+            turn = one.turns[-1]
+            begin, end = one.own
+            cut = turn.begin
+            prompts.append(Prompt(one.tokens[:cut], (min(begin, cut), min(end, cut))))
+            answers.append(one.tokens[cut : turn.close] if known else [])
+        return prompts, answers
+
     @cached_property
     def _joins(self) -> bool:
         """Whether some answers share a token with white space that the chat template writes before them.
 
         Then it belongs to all answers: where a prompt ends must not depend on the answer.
         """
-        if self._chat is None or not self._chat.write(one_turn("x", "x")).before_answer.isspace():
+        if (
+            self._chat is None
+            or not self._chat.write(Dialogue.of(one_turn("x", "x"))).before_answer.isspace()
+        ):
             return False
         for letter in ascii_letters + digits:
-            written = self._chat.write(one_turn("x", letter))
+            written = self._chat.write(Dialogue.of(one_turn("x", letter)))
             encoding = self._backend.encode(written.text, add_special_tokens=False)
             place = written.turns[-1].text
             token = encoding.char_to_token(place)
@@ -248,129 +301,26 @@ class Encoder:
         return list(found)
 
 
+def _as_text(dialogue: Dialogue) -> Written:
+    """Texts behind each other, nothing between them."""
+    ends = list(accumulate(len(one["content"]) for one in dialogue.messages))
+    spans = zip([0, *ends], ends, dialogue.counts, strict=False)
+    turns = tuple(Turn(begin, begin, end, end) for begin, end, counted in spans if counted)
+    text = "".join(one["content"] for one in dialogue.messages)
+    return Written(text, turns, (0, turns[-1].begin), closed=False, is_text=True)
+
+
 def _plainly(messages: Sequence[Message]) -> Written:
-    """Prompt, a space, answer."""
+    """Prompt, a space, answer.
+
+    Raises:
+        UsageError: a conversation has other messages.
+    """
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        raise UsageError(
+            "a conversation needs prompt_format: chat; plain is for one prompt and one answer"
+        )
     prompt, answer = (message["content"] for message in messages)
     text = f"{prompt} {answer}"
     cut, end = len(prompt), len(text)
     return Written(text, (Turn(cut, cut, end, end),), (0, cut), closed=False)
-
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """The examples of one task's split, as tokens.
-
-    Attributes:
-        tokens: int32, all examples behind each other.
-        starts: int64 [E + 1], where each example begins.
-        prompt_lengths: int32 [E], tokens before the answer.
-        dropped, truncated: rows left out, and rows whose prompt was cut, for want of room.
-        rows: rows of the source.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    prompt_lengths: np.ndarray
-    dropped: int
-    truncated: int
-    rows: int
-
-    def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, answer and end token included, int64 [E]."""
-        return np.diff(self.starts)
-
-    @property
-    def supervised(self) -> int:
-        """Answer tokens of all examples, end tokens included."""
-        return int(self.starts[-1] - self.prompt_lengths.sum())
-
-    def example(self, number: int) -> np.ndarray:
-        """Tokens of one example."""
-        return self.tokens[self.starts[number] : self.starts[number + 1]]
-
-    def take(self, numbers: np.ndarray) -> EncodedSplit:
-        """Some of the examples, in the given order."""
-        parts = [self.example(int(number)) for number in numbers]
-        return EncodedSplit(
-            tokens=np.concatenate(parts) if parts else self.tokens[:0],
-            starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
-            prompt_lengths=self.prompt_lengths[numbers],
-            dropped=self.dropped,
-            truncated=self.truncated,
-            rows=self.rows,
-        )
-
-
-def encode_split(
-    examples: Sequence[Example],
-    wheres: Sequence[str],
-    encoder: Encoder,
-    *,
-    task: str,
-    limit: int,
-    on_overflow: Overflow,
-) -> EncodedSplit:
-    """Encode examples for training: prompt, answer, end token.
-
-    Args:
-        examples: rendered, with their answers.
-        wheres: where each came from, for errors.
-        encoder: tokenises.
-        task: the task's name, for errors.
-        limit: tokens that an example may have.
-        on_overflow: what happens to a longer one.
-
-    Raises:
-        UsageError: an example is too long and `on_overflow` is `error`, or an answer alone is too
-            long, or is cut to nothing; or no example is left.
-    """
-    found = encoder.conversations([one_turn(one.prompt, one.answer) for one in examples])
-    parts: list[list[int]] = []
-    prompt_lengths: list[int] = []
-    dropped = truncated = 0
-    too_long: list[tuple[int, int]] = []
-    for number, one in enumerate(found):
-        turn = one.turns[-1]
-        if turn.close == turn.text:
-            raise UsageError(f"{wheres[number]}: task '{task}': the answer has no token of its own")
-        prompt, answer = Prompt(one.tokens[: turn.begin], one.own), one.tokens[turn.begin :]
-        kept = prompt.tokens
-        room = limit - len(answer)
-        if len(prompt) > room:
-            if on_overflow == "drop":
-                dropped += 1
-                continue
-            if on_overflow == "error":
-                too_long.append((number, len(one.tokens)))
-                continue
-            if room < max(1, prompt.fixed):
-                raise UsageError(
-                    f"{wheres[number]}: task '{task}': the answer alone has "
-                    f"{turn.close - turn.text} tokens, {len(answer) + prompt.fixed} with what stands "
-                    f"around it; rows hold {limit}"
-                )
-            kept = prompt.shortened(room)
-            truncated += 1
-        parts.append([*kept, *answer])
-        prompt_lengths.append(len(kept))
-    if too_long:
-        number, length = too_long[0]
-        raise UsageError(
-            f"{wheres[number]}: task '{task}': the example has {length} tokens, rows hold {limit} "
-            f"({len(too_long)} of {len(examples)} examples are too long); raise training.row_length, "
-            "or set training.on_overflow to drop or truncate_prompt"
-        )
-    if not parts:
-        raise UsageError(f"task '{task}': no example is left of {len(examples)}")
-    return EncodedSplit(
-        tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
-        starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
-        prompt_lengths=np.asarray(prompt_lengths, dtype=np.int32),
-        dropped=dropped,
-        truncated=truncated,
-        rows=len(examples),
-    )

@@ -14,7 +14,8 @@ import numpy as np
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
-from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
+from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.mixture import Mixture, subset
 from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in, untrained_in
 from mtl_lora_cli.data.traces import traces
@@ -25,7 +26,7 @@ from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Traini
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
-from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.task import Task, overlaid
 
 _MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
 
@@ -85,6 +86,15 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
             raise
         except UsageError as error:
             raise loaded.problem(("tasks", index, "template"), str(error)) from None
+        if entry.objective not in (None, template.objective):
+            raise loaded.problem(
+                ("tasks", index, "objective"),
+                f"the template '{name}' is for {template.objective}, received {entry.objective}",
+            )
+        try:
+            template = overlaid(template, entry.conversation)
+        except ValueError as error:
+            raise loaded.problem(("tasks", index, "conversation"), str(error)) from None
         given = entry.source or template.source
         if given is None:
             raise loaded.problem(
@@ -112,7 +122,8 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
                     template_text=path.read_text(encoding="utf-8"),
                     template=template,
                     source=source.model_copy(update={"task": one}) if fans_out else source,
-                    objective=entry.objective,
+                    objective=template.objective,
+                    conversation=entry.conversation,
                     tags=tuple(dict.fromkeys([*template.tags, *entry.tags])),
                     loss_weight=entry.loss_weight,
                     sampling_weight=entry.sampling_weight,
@@ -312,7 +323,7 @@ def _prepare_task(
     found = {split: value for split, value in prints.items() if value is not None}
     bound = replace(task, fingerprints=found)
     key = cache.key_of(
-        template=task.template_text,
+        template=task.wording,
         fingerprints=found,
         encoder=encoder.fingerprint,
         beyond=sorted(encoder.beyond.tokens) if encoder.beyond is not None else [],
@@ -352,6 +363,7 @@ def _prepare_task(
         blank=[blank_fields(one.split, one.examples, one.wheres) for one in read],
         cut_prompts=encoded.truncated,
         dropped=encoded.dropped,
+        turns=encoded.turns,
         notes=[*encoder.notes_on(task, marked), *(note for one in read for note in one.notes)],
     )
     cache.store(key, encoded, noticed, seen)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.answers import require_apart
+from mtl_lora_cli.data.conversation import Prompt
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples
 from mtl_lora_cli.engine.segments import Segments
@@ -27,6 +28,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 
@@ -157,6 +159,9 @@ def build_requests(
     Raises:
         UsageError: there is no room even without the row's own text.
     """
+    dialogues = [example.dialogue for example in examples if example.dialogue is not None]
+    if dialogues:
+        return _of_dialogues(dialogues, task, encoder, limit, new_tokens, generated=generated)
     prompts, answers = encoder.continuations(
         [example.prompt for example in examples],
         [example.choices or (example.answer,) for example in examples],
@@ -172,14 +177,49 @@ def build_requests(
         counts = one_begins_another(choices)
         asked = [[*choice, *end] for choice in choices] if counts else choices
         room = limit - max(new_tokens, *(len(choice) for choice in asked))
-        if prompt.fixed > max(1, room):
-            raise UsageError(
-                f"the longest answer and what stands around it have {limit - room + prompt.fixed} "
-                f"tokens; the model reads {limit}"
-            )
-        short = prompt.shortened(max(1, room))
+        short = _shortened(prompt, room, limit)
         cut = len(short) < len(prompt)
         requests.append(Request(task, short, asked, cut, len(end) if counts else 0))
+    return requests
+
+
+def _shortened(prompt: Prompt, room: int, limit: int) -> list[int]:
+    """A prompt in the room that there is.
+
+    Raises:
+        UsageError: there is no room even without the row's own text.
+    """
+    if prompt.fixed > max(1, room):
+        raise UsageError(
+            f"the longest answer and what stands around it have {limit - room + prompt.fixed} "
+            f"tokens; the model reads {limit}"
+        )
+    return prompt.shortened(max(1, room))
+
+
+def _of_dialogues(
+    dialogues: Sequence[Dialogue],
+    task: int,
+    encoder: Encoder,
+    limit: int,
+    new_tokens: int,
+    *,
+    generated: bool,
+) -> list[Request]:
+    """Conversations to be answered; a longer one loses its earliest turns, whole, and then of its question."""
+    labelled = all(any(one.counts) for one in dialogues)
+    prompts, answers = encoder.asked(dialogues, known=labelled)
+    if generated and labelled:
+        prompts, _ = encoder.asked(dialogues, known=False)
+    requests = []
+    for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
+        room = limit - max(new_tokens, len(answer))
+        whole, shorter = len(prompt), dialogue.without_earliest()
+        while len(prompt) > room and shorter is not None:
+            ((prompt,), _) = encoder.asked([shorter], known=labelled and not generated)
+            shorter = shorter.without_earliest()
+        short = _shortened(prompt, room, limit)
+        requests.append(Request(task, short, [answer], len(short) < whole))
     return requests
 
 

@@ -81,6 +81,8 @@ def require_fit(task: Task, examples: Examples, protocol: str) -> None:
         )
     if protocol != GENERATE:
         return
+    if any(one.dialogue is not None and not one.dialogue.before for one in examples.examples):
+        raise LeftOutError(task.name, "its rows are texts without a prompt: nothing is asked")
     if template.scoring == "expectation":
         raise LeftOutError(
             task.name,

@@ -140,12 +140,7 @@ def together(sizes: ModelSizes, row: Load, count: int) -> Load:
 
 def densest(data: TrainingData, row_length: int, loss_on: str) -> int:
     """The most supervised tokens of a row, in the first epoch's packing."""
-    import numpy as np
-
-    asked = [
-        split.lengths - (1 if loss_on == "all" else np.maximum(1, split.prompt_lengths))
-        for split in data.splits
-    ]
+    asked = [split.learned_counts(loss_on) for split in data.splits]
     rows = replace(data.mixture, row_length=row_length).epoch(0)
     return max(sum(int(asked[task][number]) for task, number in row) for row in rows)
 

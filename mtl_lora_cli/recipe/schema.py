@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mtl_lora_cli.adapters.methods import DEFAULT, METHODS, configure, reads, unknown_method
 from mtl_lora_cli.adapters.methods.base import NonNegativeFloat, Positive, PositiveFloat, Settings
+from mtl_lora_cli.recipe.conversation import Conversation
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
@@ -177,7 +178,8 @@ class Task(StrictModel):
     name: Name
     template: str  # a bundled template's name, or a YAML file beside the recipe
     source: Source | None = None  # default: the template's own
-    objective: Literal["causal_lm"] = "causal_lm"
+    objective: Literal["causal_lm", "conversation"] | None = None  # default: the template's
+    conversation: Conversation | None = None  # keys that differ from the template's
     tags: list[Name] = []
     sampling_weight: NonNegativeFloat = 1.0  # read by mixing: weights
     loss_weight: PositiveFloat = 1.0

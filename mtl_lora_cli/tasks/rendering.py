@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_at
+from mtl_lora_cli.tasks.messages import Dialogue, plain_text, texts_of
 from mtl_lora_cli.tasks.printing import NotPrintableError, printable
+from mtl_lora_cli.tasks.talk import Talk
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
@@ -29,6 +31,7 @@ class Example:
     value: float | None = None  # the label as a number, with `scoring: expectation`
     # What the audit looks at: the row's texts that the prompt may read, and which that it prints are
     # empty or blank.
+    dialogue: Dialogue | None = None  # the whole conversation, where the task has such
     texts: tuple[str, ...] = field(default=(), compare=False, repr=False)
     blank: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -45,6 +48,7 @@ class Renderer:
         self.task = task
         self._fields = [(name, Expression(text)) for name, text in template.fields.items()]
         self._prompt = Text(template.prompt)
+        self._conversation = None if template.conversation is None else Talk(template.conversation)
         self._label = Expression(template.label or "none")
         self._answer = Text(template.answer)
         self._candidates = _candidates(template)
@@ -56,6 +60,8 @@ class Renderer:
         ]
         names = [one.names for _, one in self._fields]
         names += [self._prompt.names, self._label.names, self._answer.names]
+        if self._conversation is not None:
+            names.append(self._conversation.names)
         self._reads_row = any("row" in own for own in names)
         self._golds: dict[Any, int] = {}  # right choice by label
         self._wrap_alone = lru_cache(maxsize=4096)(lambda text: self._answer({"choice": text}))
@@ -73,11 +79,24 @@ class Renderer:
                 of the choices, a text is empty, or fewer than two distinct choices are left.
         """
         variables = self._variables(row, where)
+        if self._conversation is not None:
+            return self._talk(self._conversation, variables, where, labelled)
         prompt = self._get("prompt", self._prompt, variables, where).rstrip()
         if not prompt:
             raise self._error(where, "prompt", "is empty for this row")
         answer, choices, gold, value = self._answered(variables, where, labelled)
-        return Example(prompt, answer, choices, gold, value, *self._noticed(variables))
+        return Example(prompt, answer, choices, gold, value, None, *self._noticed(variables))
+
+    def _talk(self, talk: Talk, variables: Variables, where: str, labelled: bool) -> Example:
+        """A row as a conversation."""
+        dialogue = self._get(
+            "conversation", lambda own: talk(own, labelled=labelled), variables, where
+        )
+        said = dialogue.before if labelled else dialogue.messages
+        texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
+        answer = dialogue.answer.strip() if labelled else ""
+        prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
+        return Example(prompt, answer, (), -1, None, dialogue, texts)
 
     def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts that the prompt may read, and the fields that it prints though they are blank."""

@@ -6,9 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtl_lora_cli.recipe.conversation import Conversation
 from mtl_lora_cli.recipe.schema import NAME, Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
-from mtl_lora_cli.tasks.template import Template
+from mtl_lora_cli.tasks.template import Template, require_expressions
+
+
+def overlaid(template: Template, conversation: Conversation | None) -> Template:
+    """A template with the keys of its `conversation` that a recipe sets.
+
+    Raises:
+        ValueError: the template has no conversation, or a key is wrong.
+    """
+    if conversation is None:
+        return template
+    if template.conversation is None:
+        raise ValueError("goes with a template whose objective is conversation")
+    whole = template.conversation.overlaid(conversation)
+    require_expressions(whole)
+    return template.model_copy(update={"conversation": whole})
 
 
 @dataclass(frozen=True)
@@ -21,6 +37,7 @@ class Task:
         template_name, template_text, template: what it is rendered by.
         source: with absolute paths.
         objective: how it is learned.
+        conversation: keys of the template's `conversation` that the recipe sets.
         tags: free words to select tasks by.
         loss_weight, sampling_weight, max_examples, repeat: as in the recipe.
         fingerprints: split → hash of the rows that were read.
@@ -33,6 +50,7 @@ class Task:
     template: Template
     source: Source
     objective: str = "causal_lm"
+    conversation: Conversation | None = None
     tags: tuple[str, ...] = ()
     loss_weight: float = 1.0
     sampling_weight: float = 1.0
@@ -54,6 +72,7 @@ class Task:
             "metrics": list(self.template.metrics),
             "source": self.source.model_dump(exclude_none=True),
             "objective": self.objective,
+            **({} if self.conversation is None else {"conversation": self._overlay()}),
             "tags": list(self.tags),
             "loss_weight": self.loss_weight,
             "sampling_weight": self.sampling_weight,
@@ -61,6 +80,17 @@ class Task:
             "repeat": self.repeat,
             "fingerprints": dict(self.fingerprints),
         }
+
+    def _overlay(self) -> dict[str, Any]:
+        assert self.conversation is not None
+        return self.conversation.model_dump(exclude_unset=True)
+
+    @property
+    def wording(self) -> str:
+        """All that decides how its rows become texts."""
+        if self.conversation is None:
+            return self.template_text
+        return f"{self.template_text}\nconversation: {self._overlay()}\n"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Task:
@@ -73,14 +103,17 @@ class Task:
             raise TypeError(f"'{content['name']}' cannot be a task's name")
         template = content["template"]
         document = parse_document(template["text"], f"template {template['name']}")
+        given = content.get("conversation")
+        conversation = None if given is None else Conversation.model_validate(given)
         return cls(
             name=content["name"],
             id=content["id"],
             template_name=template["name"],
             template_text=template["text"],
-            template=validate_document(document, Template),
+            template=overlaid(validate_document(document, Template), conversation),
             source=Source.model_validate(content["source"]),
             objective=content["objective"],
+            conversation=conversation,
             tags=tuple(content["tags"]),
             loss_weight=content["loss_weight"],
             sampling_weight=content["sampling_weight"],

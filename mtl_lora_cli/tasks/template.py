@@ -32,6 +32,7 @@ from pydantic import (
 from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.metrics import METRICS
 from mtl_lora_cli.metrics.declare import Of, fitting
+from mtl_lora_cli.recipe.conversation import Conversation
 from mtl_lora_cli.recipe.schema import Name, Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
@@ -121,7 +122,10 @@ class Template(StrictModel):
     tags: list[Name] = Field(default=[])
     source: Source | None = None  # where the rows come from unless the recipe says otherwise
     fields: dict[FieldName, JinjaExpression] = Field(default={})  # computed first, in order
-    prompt: JinjaText
+    objective: Literal["causal_lm", "conversation"] = "causal_lm"
+    # With `objective: conversation`: rows give a list of messages, and no prompt and answer.
+    conversation: Conversation | None = Field(default=None, validate_default=True)
+    prompt: JinjaText = Field(default="", validate_default=True)
     choices: Choices | None = None  # none: a free answer
     # The value that picks the gold choice: a key of the mapping, or the index in the list.
     label: JinjaExpression | None = Field(default=None, validate_default=True)
@@ -173,9 +177,34 @@ class Template(StrictModel):
             raise ValueError(f"'{name}' has a meaning of its own; choose another name")
         return fields
 
+    @field_validator("conversation")
+    @classmethod
+    def _conversation_goes_with_its_objective(
+        cls, conversation: Conversation | None, info: ValidationInfo
+    ) -> Conversation | None:
+        wanted = info.data.get("objective") == "conversation"
+        if conversation is not None and not wanted:
+            raise ValueError("goes with objective: conversation")
+        if wanted:
+            conversation = conversation or Conversation()
+            require_expressions(conversation)
+        return conversation
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_or_messages(cls, prompt: str, info: ValidationInfo) -> str:
+        talks = info.data.get("objective") == "conversation"
+        if talks and prompt:
+            raise ValueError("a conversation has messages and no prompt")
+        if not talks and not prompt:
+            raise ValueError("is required, unless objective is conversation")
+        return prompt
+
     @field_validator("choices")
     @classmethod
-    def _choices_differ(cls, choices: Choices | None) -> Choices | None:
+    def _choices_differ(cls, choices: Choices | None, info: ValidationInfo) -> Choices | None:
+        if choices is not None and info.data.get("objective") == "conversation":
+            raise ValueError("a conversation has messages and no choices")
         if isinstance(choices, dict | list):
             texts = list(choices.values()) if isinstance(choices, dict) else choices
             if len(texts) < 2:
@@ -199,6 +228,10 @@ class Template(StrictModel):
     @field_validator("answer", mode="before")
     @classmethod
     def _answer_or_choice(cls, answer: Any, info: ValidationInfo) -> Any:
+        if info.data.get("objective") == "conversation":
+            if answer != "":
+                raise ValueError("a conversation has messages and no answer")
+            return answer
         if answer != "" or "choices" not in info.data:
             return answer
         if info.data["choices"] is None:
@@ -303,6 +336,21 @@ def _amount(label: Any) -> Decimal | None:
 
 def _is_truth(label: Any) -> bool:
     return str(label).strip().casefold() in ("true", "false")
+
+
+def require_expressions(conversation: Conversation) -> None:
+    """Check what a conversation's keys read of a row.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, check in (("messages", Expression), ("tools", Expression), ("system", Text)):
+        given = getattr(conversation, key)
+        if isinstance(given, str):
+            try:
+                check(given)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
 
 
 def _labels(choices: Choices | None) -> list[Label] | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.collate import training_batch
-from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
+from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.prepare import Examples, read_examples
 from mtl_lora_cli.evaluation.answers import outcome_of

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mtl_lora_cli.data.collate import supervised_tokens, training_batch
-from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
+from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.models.packed import PackedBatch
 from mtl_lora_cli.tasks.rendering import Example
 

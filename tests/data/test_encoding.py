@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mtl_lora_cli.data.encoding import EncodedSplit, Encoder, encode_split
+from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example
 

@@ -136,6 +136,27 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
         },
         "yes",
     ),
+    "instruct/messages": (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello."},
+            ]
+        },
+        "Hello.",
+    ),
+    "instruct/sharegpt": (
+        {
+            "id": "a1",
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello."},
+            ],
+        },
+        "Hello.",
+    ),
+    "instruct/alpaca": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "3"),
+    "instruct/completion": ({"prompt": "1 + 2 =", "completion": " 3"}, "3"),
     "ads/click": ({"query": "shoes", "ad": "Shoes!", "click": 0}, "no"),
 }
 
@@ -195,7 +216,7 @@ def test_a_row_as_the_hub_gives_it(name: str) -> None:
     assert example.answer == answer
     assert prefix_conflict(example.choices) is None
     assert "None" not in example.prompt and "\n\n\n" not in example.prompt
-    label = {"label", "answer", "answerKey", "esci_label", "click", "output"}
+    label = {"label", "answer", "answerKey", "esci_label", "click", "output", "completion"}
     unlabelled = {key: value for key, value in row.items() if key not in label}
     predicted = rows.render(unlabelled, "hub:1", labelled=False)
     assert (predicted.prompt, predicted.choices) == (example.prompt, example.choices)

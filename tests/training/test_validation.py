@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mtl_lora_cli.cli.plan import findings
 from mtl_lora_cli.data.collate import training_batch
-from mtl_lora_cli.data.encoding import EncodedSplit
+from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe

@@ -1,0 +1,225 @@
+"""The examples of a split as tokens: what a run learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mtl_lora_cli.data.chat import one_turn
+from mtl_lora_cli.data.conversation import Conversation, Prompt
+from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.tasks.messages import Dialogue
+from mtl_lora_cli.tasks.rendering import Example
+
+Overflow = Literal["error", "drop", "truncate_prompt"]
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """The examples of one task's split, as tokens.
+
+    Attributes:
+        tokens: int32, all examples behind each other.
+        starts: int64 [E + 1], where each example begins.
+        prompt_lengths: int32 [E], tokens before the first one that is learned.
+        dropped, truncated: rows left out, and rows whose prompt was cut, for want of room.
+        rows: rows of the source.
+        mask: bool, of each of `tokens` whether it is learned; None: all behind the prompts are.
+        turns: of conversations, turns left out for want of room.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    prompt_lengths: np.ndarray
+    dropped: int
+    truncated: int
+    rows: int
+    mask: np.ndarray | None = None
+    turns: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, answer and end token included, int64 [E]."""
+        return np.diff(self.starts)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens of all examples that are learned, end tokens included."""
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return int(self.starts[-1] - self.prompt_lengths.sum())
+
+    def example(self, number: int) -> np.ndarray:
+        """Tokens of one example."""
+        return self.tokens[self.starts[number] : self.starts[number + 1]]
+
+    def learned(self, number: int, loss_on: str = "answer") -> np.ndarray:
+        """Which tokens of one example are learned, int64, never its first: nothing stands before it."""
+        length = int(self.starts[number + 1] - self.starts[number])
+        if loss_on == "all":
+            return np.arange(1, length)
+        if self.mask is None:
+            return np.arange(max(1, int(self.prompt_lengths[number])), length)
+        own = self.mask[self.starts[number] : self.starts[number + 1]]
+        return np.flatnonzero(own[1:]) + 1
+
+    def learned_counts(self, loss_on: str = "answer") -> np.ndarray:
+        """How many tokens of each example are learned, int64 [E]."""
+        if loss_on == "all":
+            return self.lengths - 1
+        if self.mask is None:
+            return self.lengths - np.maximum(1, self.prompt_lengths)
+        return np.asarray(
+            [len(self.learned(number)) for number in range(len(self))], dtype=np.int64
+        )
+
+    def take(self, numbers: np.ndarray) -> EncodedSplit:
+        """Some of the examples, in the given order."""
+        chosen = [slice(self.starts[number], self.starts[number + 1]) for number in numbers]
+        lengths = [one.stop - one.start for one in chosen]
+
+        def part(values: np.ndarray) -> np.ndarray:
+            return np.concatenate([values[one] for one in chosen]) if chosen else values[:0]
+
+        return EncodedSplit(
+            tokens=part(self.tokens),
+            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            prompt_lengths=self.prompt_lengths[numbers],
+            dropped=self.dropped,
+            truncated=self.truncated,
+            rows=self.rows,
+            mask=None if self.mask is None else part(self.mask),
+            turns=self.turns,
+        )
+
+
+@dataclass
+class _Kept:
+    """What is kept of the examples, and what is left out, while they are read."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    masks: list[list[bool]] = field(default_factory=list)
+    dropped: int = 0
+    truncated: int = 0
+    turns: int = 0
+    too_long: list[tuple[int, int]] = field(default_factory=list)  # number and length
+
+    def add(self, tokens: list[int], mask: list[bool]) -> None:
+        self.tokens.append(tokens)
+        self.masks.append(mask)
+
+    def split(self, rows: int, *, masked: bool) -> EncodedSplit:
+        lengths = [len(part) for part in self.tokens]
+        return EncodedSplit(
+            tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in self.tokens]),
+            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            prompt_lengths=np.asarray([mask.index(True) for mask in self.masks], dtype=np.int32),
+            dropped=self.dropped,
+            truncated=self.truncated,
+            rows=rows,
+            mask=np.concatenate([np.asarray(one, dtype=bool) for one in self.masks])
+            if masked
+            else None,
+            turns=self.turns,
+        )
+
+
+def encode_split(
+    examples: Sequence[Example],
+    wheres: Sequence[str],
+    encoder: Encoder,
+    *,
+    task: str,
+    limit: int,
+    on_overflow: Overflow,
+) -> EncodedSplit:
+    """Encode examples for training: prompt, answer, end token; or conversations of several turns.
+
+    Args:
+        examples: rendered, with their answers.
+        wheres: where each came from, for errors.
+        encoder: tokenises.
+        task: the task's name, for errors.
+        limit: tokens that an example may have.
+        on_overflow: what happens to a longer one. With `truncate_prompt` a prompt loses the beginning of
+            its text, and a conversation its earliest turns, whole.
+
+    Raises:
+        UsageError: an example is too long and `on_overflow` is `error`, or an answer alone is too
+            long, or is cut to nothing; or no example is left.
+    """
+    talks = [
+        one.dialogue.up_to_last() if one.dialogue else one_turn(one.prompt, one.answer)
+        for one in examples
+    ]
+    kept = _Kept()
+    for number, one in enumerate(encoder.conversations(talks, wheres=wheres, task=task)):
+        place = f"{wheres[number]}: task '{task}'"
+        for turn in one.turns:
+            if turn.close == turn.text and examples[number].dialogue is None:
+                raise UsageError(f"{place}: the answer has no token of its own")
+        mask = one.mask
+        if not any(mask[1:]):
+            raise UsageError(f"{place}: nothing is left to be learned")
+        if len(one.tokens) <= limit:
+            kept.add(one.tokens, mask)
+        elif on_overflow == "drop":
+            kept.dropped += 1
+        elif on_overflow == "error":
+            kept.too_long.append((number, len(one.tokens)))
+        else:
+            talk = talks[number]
+            if isinstance(talk, Dialogue):
+                _add_shortened(kept, talk, encoder, limit)
+            else:
+                _add_cut(kept, one, limit, place)
+    if kept.too_long:
+        number, length = kept.too_long[0]
+        raise UsageError(
+            f"{wheres[number]}: task '{task}': the example has {length} tokens, rows hold {limit} "
+            f"({len(kept.too_long)} of {len(examples)} examples are too long); raise training.row_length, "
+            "or set training.on_overflow to drop or truncate_prompt"
+        )
+    if not kept.tokens:
+        raise UsageError(f"task '{task}': no example is left of {len(examples)}")
+    return kept.split(len(examples), masked=any(one.dialogue for one in examples))
+
+
+def _add_cut(kept: _Kept, one: Conversation, limit: int, place: str) -> None:
+    """Keep an example whose prompt loses its beginning.
+
+    Raises:
+        UsageError: what must stay is too long.
+    """
+    turn = one.turns[-1]
+    prompt, answer = Prompt(one.tokens[: turn.begin], one.own), one.tokens[turn.begin :]
+    room = limit - len(answer)
+    if room < max(1, prompt.fixed):
+        raise UsageError(
+            f"{place}: the answer alone has {turn.close - turn.text} tokens, "
+            f"{len(answer) + prompt.fixed} with what stands around it; rows hold {limit}"
+        )
+    short = prompt.shortened(room)
+    kept.truncated += 1
+    kept.add([*short, *answer], [False] * len(short) + [True] * len(answer))
+
+
+def _add_shortened(kept: _Kept, talk: Dialogue, encoder: Encoder, limit: int) -> None:
+    """Keep a conversation without its earliest turns; one whose last turn alone is too long is left out."""
+    shorter = talk.without_earliest()
+    while shorter is not None:
+        (one,) = encoder.conversations([shorter])
+        if len(one.tokens) <= limit:
+            kept.add(one.tokens, one.mask)
+            kept.truncated += 1
+            kept.turns += len(talk.messages) - len(shorter.messages)
+            return
+        shorter = shorter.without_earliest()
+    kept.dropped += 1
