@@ -32,6 +32,7 @@ from mtl_lora_cli.machine.rate import Rate, floor_json, flop_per_token
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.trust import settle
 from mtl_lora_cli.training.step import Planned, Stepper
 from mtl_lora_cli.training.update import ParameterGroup
 
@@ -117,6 +118,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         keep=keep_of(case.gradient_checkpointing, config.num_hidden_layers),
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
     ).train()
+    if packed.decoder is None:  # which layout is right, as a run would find it
+        settle(packed)
     if packed.decoder is None and case.gradient_checkpointing:  # all or nothing there
         model.gradient_checkpointing_enable({"use_reentrant": False})
     stepper = Stepper(
