@@ -16,8 +16,12 @@ from torch import Tensor
 COLUMNS = 3
 """first position of the tile, start and end of its segment."""
 
-LARGEST_DIM = 128
-"""The largest head dimension whose accumulators stay in registers."""
+LARGEST_DIM = 256
+"""The largest head dimension that the kernels take."""
+
+TIMED_DIM = 128
+"""The largest one that was timed on a card. Larger heads are left to torch until they are, too: whether
+their accumulators stay in registers, and their steps in shared memory, is for a card to say."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Launch:
 # By the largest head dimension that they serve. Segments are short, so that tiles of 128 would mostly
 # be mask, and registers limit how many programs a multiprocessor holds: steps of 32 and one loop need
 # fewer. Chosen by time on an H100, 8192 positions of such segments.
-FORWARD = {64: Launch(64, 64), 128: Launch(64, 32)}
-QUERY_BACKWARD = {64: Launch(64, 32), 128: Launch(64, 32, split=False)}
-KEY_BACKWARD = {64: Launch(64, 32, split=False), 128: Launch(64, 32, split=False)}
+_WIDE = Launch(64, 32, warps=8, split=False)  # not timed
+FORWARD = {64: Launch(64, 64), 128: Launch(64, 32), 256: _WIDE}
+QUERY_BACKWARD = {64: Launch(64, 32), 128: Launch(64, 32, split=False), 256: _WIDE}
+KEY_BACKWARD = {64: Launch(64, 32, split=False), 128: Launch(64, 32, split=False), 256: _WIDE}
 
 
 def check_dim(dim: int) -> None:

@@ -195,7 +195,7 @@ def test_the_default_shapes_know_a_window(dim: int) -> None:
     assert_as_naive(case, run(case, FORWARD[dim], QUERY_BACKWARD[dim], KEY_BACKWARD[dim]))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_default_shapes_are_right(dim: int) -> None:
     case = draw([70, 3], dim=dim)
     assert_as_naive(case, run(case, FORWARD[dim], QUERY_BACKWARD[dim], KEY_BACKWARD[dim]))
@@ -356,7 +356,7 @@ def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: 
         ({"heads": 3}, "do not hold"),
         ({"scaling": 0.0}, "must be positive"),
         ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
-        ({"qkv": torch.zeros(8, 4 * 160)}, "at most 128, received 160"),
+        ({"qkv": torch.zeros(8, 4 * 288)}, "at most 256, received 288"),
         ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
         ({"tiles": torch.zeros(1, 3)}, "table of tile_table"),
     ],
