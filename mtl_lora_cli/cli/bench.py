@@ -88,6 +88,10 @@ def bench(
     """Time whole training steps on random weights: real lengths, no download, no files."""
     with framed():
         from mtl_lora_cli.bench.cases import choose, plan
+        from mtl_lora_cli.recipe.load import find_recipe, load_extensions_of
+
+        if recipe is not None:  # they may declare methods
+            load_extensions_of(find_recipe(recipe))
 
         given = {
             "--method": method,

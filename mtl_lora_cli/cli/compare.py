@@ -85,10 +85,12 @@ def compare(
     with framed():
         from mtl_lora_cli.compare import grid
         from mtl_lora_cli.errors import MtlLoraError, UsageError
-        from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+        from mtl_lora_cli.recipe.load import find_recipe, load_extensions_of, load_recipe
 
         if recipe is None and not (report_only and output):
             raise UsageError("a recipe is missing: mtl-lora compare RECIPE")
+        if recipe is not None:  # they may declare methods
+            load_extensions_of(find_recipe(recipe))
         variants = grid.parse_variants(variant or ())
         names = grid.parse_methods(methods, variants)
         against = grid.parse_baseline(baseline, names)

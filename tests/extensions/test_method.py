@@ -234,6 +234,14 @@ def test_it_is_counted_inspected_and_evaluated(place: Path, forks: Forks) -> Non
     call = ("eval", "--run", "whole", "--task", "all", "--limit", "4", "--json")
     scored = json.loads(done(forks.run(*call, cwd=place)))
     assert [one["task"] for one in scored["results"]] == list(TASKS)
+    bench = ("bench", "--method", "rotated", "--shape", "tiny", "--row-length", "512")
+    short = ("--tasks", "2", "--steps", "1", "--warmup", "0", "--json")
+    said = done(forks.run("--extension", "rotated.py", *bench, *short, cwd=place))
+    # 2 layers of q, k, v, o: A and B of rank 8, a rotation a task; and a strength a task.
+    count = 2 * (4 * 8 * 64 + 8 * (64 + 32 + 32 + 64) + 4 * 2 * 8 * 8) + 2
+    assert json.loads(said)["cases"][0]["trained_parameters"] == count
+    plan = ("compare", "recipe.yaml", "--methods", "lora,rotated", "--match", "none", "--dry-run")
+    assert "rotated-seed0" in done(forks.run(*plan, cwd=place))
     schema = json.loads(done(forks.run("--extension", "rotated.py", "schema", cwd=place)))
     keys = schema["$defs"]["Adapter"]["properties"]
     assert "rotated" in keys["method"]["enum"] and "angle_start" in keys
