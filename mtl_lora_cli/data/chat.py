@@ -152,6 +152,11 @@ class ChatTemplate:
         return self._ending(self._shape.tail)
 
     @property
+    def lead(self) -> str:
+        """What it writes between its generation prompt and the text of an answer."""
+        return self._shape.lead
+
+    @property
     def closes(self) -> bool:
         """Whether a control token ends an answer."""
         return self._control.search(self.ending) is not None

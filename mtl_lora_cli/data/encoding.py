@@ -132,6 +132,11 @@ class Encoder:
         return frozenset({self.end, *(token for token in self.answer_end if token in control)})
 
     @property
+    def lead(self) -> str:
+        """What a chat template writes between its generation prompt and an answer."""
+        return "" if self._chat is None else self._chat.lead
+
+    @property
     def stop_text(self) -> str:
         """A text at which it ends, too; "" but for templates that end a turn with no control token."""
         return "" if self._chat is None or self._chat.closes else self._chat.ending.strip()

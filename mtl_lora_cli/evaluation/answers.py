@@ -17,6 +17,7 @@ from mtl_lora_cli.evaluation.choices import (
     require_different,
     score,
 )
+from mtl_lora_cli.evaluation.conversing import Said
 from mtl_lora_cli.evaluation.generate import Stopped, generate
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
@@ -200,18 +201,26 @@ def read_generated(
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     if encoder.stop_text:
         texts = [text.split(encoder.stop_text)[0] for text in texts]
+    talks = any(example.dialogue is not None for example in examples.examples)
+    said = Said(tokenizer, encoder) if talks else None
+    if said is not None:
+        texts = [said.text(tokens) for tokens in answers]
 
     def own(answer: str) -> str:
         """Without an end token that the task's template writes itself: it is no part of what is said."""
         return answer.removesuffix(tokenizer.eos_token).rstrip()
 
+    right_texts = [
+        own(example.answer) if said is None else said.expected(example, request)
+        for example, request in zip(examples.examples, requests, strict=True)
+    ]
     predicted, gold, unparsable = [], [], 0
-    for text, example in zip(texts, examples.examples, strict=True):
+    for text, right_text, example in zip(texts, right_texts, examples.examples, strict=True):
         if example.choices:
             named = reading.choice(text, [own(choice) for choice in example.choices])
             gold.append(example.gold)
         else:
-            right = reading.equal(text, own(example.answer))
+            right = reading.equal(text, right_text)
             named = 0 if right else -1
             gold.append(0)
         predicted.append(named)
@@ -220,14 +229,21 @@ def read_generated(
         np.asarray(gold),
         np.asarray(predicted),
         positive=task.template.positive_index,
-        **_texts(task, [own(example.answer) for example in examples.examples], texts),
+        **_texts(
+            task,
+            right_texts,
+            [reading.answer(text) for text in texts],
+        ),
     )
     limits = answer_limits(task, requests)
     right_ones = [one.choices[0][:limit] for one, limit in zip(requests, limits, strict=True)]
-    said = tokenizer.batch_decode(right_ones, skip_special_tokens=True)
+    if said is None:
+        given = tokenizer.batch_decode(right_ones, skip_special_tokens=True)
+    else:
+        given = [said.text(tokens) for tokens in right_ones]
     unreadable = sum(
-        not example.choices and not reading.equal(text, own(example.answer))
-        for text, example in zip(said, examples.examples, strict=True)
+        not example.choices and not reading.equal(text, right_text)
+        for text, right_text, example in zip(given, right_texts, examples.examples, strict=True)
     )
     return Answers(requests, outcome, texts=texts, unparsable=unparsable, unreadable=unreadable)
 

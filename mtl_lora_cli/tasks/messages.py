@@ -94,7 +94,8 @@ class Dialogue:
     @property
     def answer(self) -> str:
         """The last answer as one text."""
-        return _plain(self.messages[self.last], named=False)
+        message = {**self.messages[self.last], "reasoning_content": ""}
+        return _plain(message, named=False)
 
     def without_earliest(self) -> Dialogue | None:
         """The same without its earliest turns, up to the next question; None where it has but one.
