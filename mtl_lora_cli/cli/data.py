@@ -51,10 +51,15 @@ def show(
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
+        from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.tasks.chosen import select_tasks
         from mtl_lora_cli.training.prepare import prepare
 
         prepared = prepare(loaded)
+        if prepared.objective is not None:
+            raise UsageError(
+                f"data show is for text; the recipe's tasks are of another kind ({prepared.data.tasks[0].objective})"
+            )
         chosen = select_tasks(prepared.data.tasks, task or "all")
         if packed:
             _show_rows(prepared, {one.id for one in chosen}, count)

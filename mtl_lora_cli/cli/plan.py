@@ -18,6 +18,18 @@ def task_rows(prepared: Prepared) -> list[dict[str, Any]]:
     data = prepared.data
     planned = data.mixture.planned_counts()
     epochs = planned_epochs(data.mixture, prepared.total_steps)
+    if data.others is not None:
+        return [
+            {
+                "task": task.name,
+                "template": task.template_name,
+                "objective": task.objective,
+                "examples": len(lengths),
+                "share": count / sum(planned),
+                "epochs": epochs[task.name],
+            }
+            for task, lengths, count in zip(data.tasks, data.others.lengths, planned, strict=True)
+        ]
     return [
         {
             "task": task.name,
@@ -40,7 +52,7 @@ def findings(prepared: Prepared) -> list[str]:
     data = prepared.data
     audited = [
         line
-        for task, audit in zip(data.tasks, data.audits, strict=True)
+        for task, audit in zip(data.tasks, data.audits, strict=False)
         for line in audit.findings(task.name)
     ]
     left_out = [
@@ -61,24 +73,20 @@ def findings(prepared: Prepared) -> list[str]:
 
 def tasks_table(prepared: Prepared) -> str:
     """The mixture as a table, what the audit noticed, and how long the run is."""
-    header = ("task", "rows", "examples", "tokens", "supervised", "share", "epochs")
-    rows = [
-        (
-            entry["task"],
-            f"{entry['audit']['rows']:,}",
-            f"{entry['examples']:,}",
-            f"{entry['tokens']:,}",
-            f"{entry['supervised']:,}",
-            f"{entry['share']:.1%}",
-            f"{entry['epochs']:.2f}",
-        )
-        for entry in task_rows(prepared)
-    ]
+    entries = task_rows(prepared)
+    of_text = ("rows", "tokens", "supervised") if prepared.data.others is None else ()
+    header = ["task", *of_text[:1], "examples", *of_text[1:], "share", "epochs"]
+    rows = []
+    for entry in entries:
+        counts = {"rows": entry["audit"]["rows"], **entry} if of_text else entry
+        row = [entry["task"], *(f"{counts[name]:,}" for name in header[1:-2])]
+        rows.append([*row, f"{entry['share']:.1%}", f"{entry['epochs']:.2f}"])
     training = prepared.recipe.training
+    what = "tokens" if of_text else "places"
     per_step = training.rows_per_step
     steps = (
         f"{prepared.total_steps:,} optimiser steps of {per_step} row{'s' * (per_step > 1)} of "
-        f"{training.row_length:,} tokens, {str(prepared.dtype).removeprefix('torch.')} "
+        f"{training.row_length:,} {what}, {str(prepared.dtype).removeprefix('torch.')} "
         f"on {prepared.device}"
     )
     notes = [f"note: {line}" for line in findings(prepared)]
@@ -89,6 +97,10 @@ def tasks_table(prepared: Prepared) -> str:
 def tried_engine(prepared: Prepared) -> dict[str, Any]:
     """Which engine would run, by the self-test."""
     from mtl_lora_cli.models.trial import tried
+
+    if prepared.objective is not None:
+        kind = type(prepared.objective).__name__
+        return {"engine": "host", "line": f"host: {kind}", "self_test": None, "remarks": []}
 
     names = [task.name for task in prepared.data.tasks]
     config = prepared.recipe.adapter

@@ -8,9 +8,38 @@ import numpy as np
 import torch
 
 from mtl_lora_cli.data.encoded import EncodedSplit
-from mtl_lora_cli.data.mixture import Place, positions_of
+from mtl_lora_cli.data.mixture import Place, all_positions, positions_of
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.host import Rows
+
+
+class TextDataset:
+    """Encoded examples of each task; a unit is a supervised token.
+
+    Args:
+        splits: of each task.
+        loss_on: see `training_batch`.
+
+    Attributes:
+        lengths: of each task int [examples], the positions that each example takes.
+    """
+
+    def __init__(self, splits: Sequence[EncodedSplit], loss_on: str) -> None:
+        self._splits, self._loss_on = splits, loss_on
+        self.lengths = [all_positions(split.lengths) for split in splits]
+
+    def collate(self, rows: Rows) -> PackedBatch:
+        """See `training_batch`."""
+        return training_batch(rows, self._splits, loss_on=self._loss_on)
+
+    def units(self, rows: Rows) -> torch.Tensor:
+        """See `supervised_tokens`."""
+        return supervised_tokens(rows, self._splits, loss_on=self._loss_on)
+
+    def size(self, rows: Rows) -> int:
+        """Tokens, each example's last one, which takes no position, included."""
+        return sum(int(self._splits[task].lengths[number]) for row in rows for task, number in row)
 
 
 def training_batch(

@@ -25,6 +25,11 @@ def positions_of(tokens: int) -> int:
     return max(1, tokens - 1)
 
 
+def all_positions(tokens: np.ndarray) -> np.ndarray:
+    """`positions_of` each."""
+    return np.maximum(1, tokens - 1)
+
+
 def _generator(seed: int, *what: int | str) -> np.random.Generator:
     """A generator of its own for each purpose: adding a task changes no other task's draw."""
     words = [seed]
@@ -105,8 +110,8 @@ class Mixture:
 
     Attributes:
         names: task names in the order of their ids.
-        lengths: for each task the token count of each of its examples.
-        row_length: positions in a row.
+        lengths: for each task how much of a row each of its examples takes.
+        row_length: what a row holds.
         rows_per_step: rows of one optimiser step, over all processes.
         strategy, weights, temperature: see `shares`.
         repeats: how often an epoch goes over each task; a task's size counts so many times.
@@ -205,7 +210,7 @@ def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
         places += [(task, int(example)) for example in drawn]
     order = _generator(mixture.seed, "order", number)
     places = [places[i] for i in order.permutation(len(places))]
-    lengths = [positions_of(int(mixture.lengths[task][example])) for task, example in places]
+    lengths = [int(mixture.lengths[task][example]) for task, example in places]
     rows = [[places[i] for i in row] for row in pack(lengths, mixture.row_length)]
     return [rows[i] for i in order.permutation(len(rows))]
 

@@ -14,13 +14,22 @@ import numpy as np
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
+from mtl_lora_cli.data.collate import TextDataset
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.mixture import Mixture, subset
-from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint, tasks_in, untrained_in
+from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
+from mtl_lora_cli.data.sources import (
+    Rows,
+    read_split,
+    resolve,
+    split_fingerprint,
+    tasks_in,
+    untrained_in,
+)
 from mtl_lora_cli.data.traces import traces
 from mtl_lora_cli.data.unlabelled import with_cure
 from mtl_lora_cli.errors import ProblemsError, UsageError
+from mtl_lora_cli.models.host import Dataset, require_text
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
 from mtl_lora_cli.tasks.chosen import EVERY
@@ -62,6 +71,7 @@ class TrainingData:
         audits: what was noticed about each task's rows.
         mixture: the stream of rows.
         notes: what is good to know of all tasks, a line each.
+        others: the examples where they are no text; then there are no splits and no audits.
     """
 
     tasks: list[Task]
@@ -69,6 +79,11 @@ class TrainingData:
     audits: list[Audit]
     mixture: Mixture
     notes: tuple[str, ...] = ()
+    others: Dataset | None = None
+
+    def dataset(self, loss_on: str) -> Dataset:
+        """The examples as rows are made of them; `loss_on` says what of a text is learned."""
+        return TextDataset(self.splits, loss_on) if self.others is None else self.others
 
 
 def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
@@ -134,6 +149,27 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
     return tasks
 
 
+def read_rows(
+    task: Task, split: str, *, at_most: int | None = None, seed: int = 0
+) -> tuple[list[Any], list[str], Rows] | None:
+    """Read one split of a task, as it is.
+
+    Args:
+        task, split, at_most, seed: as `read_examples`.
+
+    Returns:
+        Rows that are kept, file and line of each, and the whole split; None where there is no such split.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    found = read_split(task.source, split, base=Path(), task=task.name)
+    if found is None:
+        return None
+    numbers = subset(len(found.rows), at_most, seed, task.name).tolist()
+    return [found.rows[number] for number in numbers], [found.where(n) for n in numbers], found
+
+
 def read_examples(
     task: Task,
     split: str,
@@ -157,21 +193,20 @@ def read_examples(
     Raises:
         UsageError: a file, a row, or a label is wrong.
     """
-    found = read_split(task.source, split, base=Path(), task=task.name)
+    require_text(task.name, task.objective)
+    found = read_rows(task, split, at_most=at_most, seed=seed)
     if found is None:
         return None
+    rows, wheres, source = found
     renderer = Renderer(task.template, task.name)
-    numbers = subset(len(found.rows), at_most, seed, task.name).tolist()
-    wheres = [found.where(number) for number in numbers]
-    rows = [found.rows[number] for number in numbers]
     try:
         examples = [
             renderer.render(row, where, labelled=labelled)
             for row, where in zip(rows, wheres, strict=True)
         ]
     except LabelError as error:
-        raise with_cure(error, task, split, renderer, found.rows) from None
-    return Examples(split, examples, wheres, rows, found.fingerprint, found.notes)
+        raise with_cure(error, task, split, renderer, source.rows) from None
+    return Examples(split, examples, wheres, rows, source.fingerprint, source.notes)
 
 
 def untrained(tasks: Sequence[Task]) -> dict[str, str]:
@@ -241,6 +276,21 @@ def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarr
     Raises:
         UsageError: an epoch would draw nothing, or more than a run can hold.
     """
+    return mixture_over(recipe, tasks, [all_positions(tokens) for tokens in lengths])
+
+
+def mixture_over(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
+    """The same of examples of which it is known how much of a row each takes.
+
+    Raises:
+        UsageError: likewise; or an example is longer than a row.
+    """
+    for task, own in zip(tasks, lengths, strict=True):
+        if len(own) and not 1 <= own.min() <= own.max() <= recipe.training.row_length:
+            raise UsageError(
+                f"task '{task.name}': its examples take {own.min()} to {own.max()} of a row; expected 1 to "
+                f"training.row_length ({recipe.training.row_length})"
+            )
     mixing, training = recipe.mixing, recipe.training
     strategy, temperature = (
         ("temperature", mixing.temperature)
@@ -310,10 +360,12 @@ def _across(
     return found
 
 
-def _prepare_task(
-    task: Task, recipe: Recipe, encoder: Encoder, limit: int
-) -> tuple[Task, EncodedSplit, Audit, cache.Traces]:
-    training = recipe.training
+def with_fingerprints(task: Task) -> Task:
+    """The task with the hash of each of its splits.
+
+    Raises:
+        UsageError: there is nothing to learn from.
+    """
     prints = {
         split: split_fingerprint(task.source, split, base=Path(), task=task.name)
         for split in SPLITS
@@ -321,7 +373,15 @@ def _prepare_task(
     if prints["train"] is None:
         raise UsageError(f"task '{task.name}': its source has no train split")
     found = {split: value for split, value in prints.items() if value is not None}
-    bound = replace(task, fingerprints=found)
+    return replace(task, fingerprints=found)
+
+
+def _prepare_task(
+    task: Task, recipe: Recipe, encoder: Encoder, limit: int
+) -> tuple[Task, EncodedSplit, Audit, cache.Traces]:
+    training = recipe.training
+    bound = with_fingerprints(task)
+    found = bound.fingerprints
     key = cache.key_of(
         template=task.wording,
         fingerprints=found,

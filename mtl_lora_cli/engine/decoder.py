@@ -115,9 +115,15 @@ class FusedDecoder:
             for weights in frozen:
                 weights.exact = False
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What the layers begin with where nothing else is put in its place: int64 [1, N] → [N, d]."""
+        x: Tensor = self._base.get_input_embeddings()(input_ids)[0]
+        scale = self.plan.embedding_multiplier
+        return x if scale == 1.0 else x * scale
+
     def forward(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         position_ids: Tensor,
         segments: Segments,
         positions: Tensor,
@@ -130,7 +136,8 @@ class FusedDecoder:
         """Normed hidden states at the positions asked for.
 
         Args:
-            input_ids, position_ids: int64 [1, N].
+            x: embeddings [N, d], see `embed`; of pictures, too.
+            position_ids: int64 [1, N].
             segments: of the N positions.
             positions: int64 [U].
             slots, chosen_slots: routing of all positions, and of those asked for.
@@ -140,9 +147,6 @@ class FusedDecoder:
         Returns:
             [U, d].
         """
-        x = self._base.get_input_embeddings()(input_ids)[0]
-        if self.plan.embedding_multiplier != 1.0:
-            x = x * self.plan.embedding_multiplier
         learn = torch.is_grad_enabled()
         packings = self._packings(x, position_ids, segments)
         delta = None

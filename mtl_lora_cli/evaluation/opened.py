@@ -20,6 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
+from mtl_lora_cli.models.host import require_text
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -205,7 +206,9 @@ def open_run(folder: RunFolder, *, force: bool | None = None) -> Run:
     run.recipe  # noqa: B018 - its extensions come first
     with _as_usage():
         run.file.tensors  # noqa: B018 - damaged ones are refused before anything is done
-    run.tasks, run.base  # noqa: B018 - likewise
+    for task in run.tasks:
+        require_text(task.name, task.objective)
+    run.base  # noqa: B018 - likewise
     if not is_complete(run.file.base_model) and os.environ.get("RANK", "0") == "0":
         tell(
             f"note: run '{folder.name}' was trained by an early version, which did not record its tokenizer "

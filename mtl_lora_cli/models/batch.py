@@ -31,6 +31,11 @@ class PackedBatch:
     owner: Tensor
     targets: Tensor
 
+    @property
+    def owners(self) -> Tensor:
+        """int64 [S] on the CPU: for each question the task of the position that answers it."""
+        return self.task_ids.view(-1)[self.positions.cpu()[self.owner.cpu()]]
+
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on a device; task ids stay on the CPU, where routing reads them."""
         if device.type == "cpu":

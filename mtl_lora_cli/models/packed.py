@@ -19,6 +19,7 @@ from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
+from mtl_lora_cli.machine.rate import Floor, floor_of
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.plain import PlainEngine, Way, own_attention, use_attention
 from mtl_lora_cli.models.registered import NotHonoured
@@ -158,6 +159,14 @@ class PackedModel(nn.Module):
             "remarks": [] if self._adapter is None else list(self._adapter.remarks),
         }
 
+    def floor(self, cards: int) -> Floor | None:
+        """See `host.Host`."""
+        return floor_of(self.model, next(self.model.parameters()).device, cards)
+
+    def notes(self) -> list[str]:
+        """See `host.Host`: that the fused engine does not run."""
+        return [] if self.plain is None else [self.engine_line()]
+
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:
         """Route by the batch's task ids; keep forward and backward pass inside."""
@@ -226,6 +235,10 @@ class PackedModel(nn.Module):
         """
         return self._asked(batch, slots)[0]
 
+    def losses(self, batch: PackedBatch) -> Tensor:
+        """−log p of each question, float32 [S]: see `host.Host`."""
+        return -self(batch)
+
     def judge(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """log p(targets[i] | …), float32 [S], and whether no token is likelier, bool [S]."""
         logprobs, likeliest = self._asked(batch, None, judged=True)
@@ -268,7 +281,7 @@ class PackedModel(nn.Module):
         assert self.decoder is not None
         every, chosen = slots or self._slots(batch)
         return self.decoder.forward(
-            batch.input_ids,
+            self.decoder.embed(batch.input_ids),
             batch.position_ids,
             batch.segments,
             batch.positions.to(batch.input_ids.device),

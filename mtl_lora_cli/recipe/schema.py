@@ -178,7 +178,7 @@ class Task(StrictModel):
     name: Name
     template: str  # a bundled template's name, or a YAML file beside the recipe
     source: Source | None = None  # default: the template's own
-    objective: Literal["causal_lm", "conversation"] | None = None  # default: the template's
+    objective: Name | None = None  # default: the template's
     conversation: Conversation | None = None  # keys that differ from the template's
     tags: list[Name] = []
     sampling_weight: NonNegativeFloat = 1.0  # read by mixing: weights

@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -40,6 +40,8 @@ from mtl_lora_cli.tasks.jinja import Expression, Text
 # Not what Python's float() takes, too: 1_0 and other digits than ours are no numbers of a table.
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 Label = bool | int | float | str
+Given = TypeVar("Given")
+TEXTS = ("causal_lm", "conversation")  # objectives of texts; others are no text and have no prompt
 Normalisation = Literal["sum", "token", "character"]
 
 
@@ -122,7 +124,8 @@ class Template(StrictModel):
     tags: list[Name] = Field(default=[])
     source: Source | None = None  # where the rows come from unless the recipe says otherwise
     fields: dict[FieldName, JinjaExpression] = Field(default={})  # computed first, in order
-    objective: Literal["causal_lm", "conversation"] = "causal_lm"
+    # `causal_lm`, `conversation`, or one that a Python file of the recipe's `extensions` declares.
+    objective: Name = "causal_lm"
     # With `objective: conversation`: rows give a list of messages, and no prompt and answer.
     conversation: Conversation | None = Field(default=None, validate_default=True)
     prompt: JinjaText = Field(default="", validate_default=True)
@@ -196,15 +199,16 @@ class Template(StrictModel):
         talks = info.data.get("objective") == "conversation"
         if talks and prompt:
             raise ValueError("a conversation has messages and no prompt")
-        if not talks and not prompt:
+        if not talks and not prompt and _of_text(info):
             raise ValueError("is required, unless objective is conversation")
-        return prompt
+        return _none_without_text(prompt, info)
 
     @field_validator("choices")
     @classmethod
     def _choices_differ(cls, choices: Choices | None, info: ValidationInfo) -> Choices | None:
         if choices is not None and info.data.get("objective") == "conversation":
             raise ValueError("a conversation has messages and no choices")
+        _none_without_text(choices, info)
         if isinstance(choices, dict | list):
             texts = list(choices.values()) if isinstance(choices, dict) else choices
             if len(texts) < 2:
@@ -232,8 +236,10 @@ class Template(StrictModel):
             if answer != "":
                 raise ValueError("a conversation has messages and no answer")
             return answer
-        if answer != "" or "choices" not in info.data:
+        if "choices" not in info.data or (answer != "" and _of_text(info)):
             return answer
+        if not _of_text(info):
+            return _none_without_text(answer, info)
         if info.data["choices"] is None:
             raise ValueError("is required where there are no choices")
         return "{{ choice }}"
@@ -254,6 +260,8 @@ class Template(StrictModel):
     def _metrics_fit(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
         if not {"choices", "scoring"} <= info.data.keys():
             return metrics
+        if not _of_text(info):
+            return _none_without_text(metrics, info)
         possible = fitting(_kinds(info.data["choices"], info.data["scoring"]))
         for metric in metrics:
             if metric not in possible:
@@ -270,6 +278,22 @@ class Template(StrictModel):
             if index_of(positive, labels) is None:
                 raise ValueError(f"expected one of {labels}, received {positive!r}")
         return positive
+
+
+def _of_text(info: ValidationInfo) -> bool:
+    """Whether rows become texts; so it is, too, where the objective has a fault of its own."""
+    return info.data.get("objective", TEXTS[0]) in TEXTS
+
+
+def _none_without_text(value: Given, info: ValidationInfo) -> Given:
+    """Refuse a key of texts where there are none.
+
+    Raises:
+        ValueError: it has a value.
+    """
+    if value and not _of_text(info):
+        raise ValueError(f"is for texts; with objective {info.data['objective']} there are none")
+    return value
 
 
 def read_template(path: str | Path) -> Template:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.data.collate import training_batch
-from mtl_lora_cli.data.mixture import Place, positions_of
+from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.evaluation.choices import fill_passes
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.observers import Seen, undisturbed
 
@@ -31,7 +30,7 @@ def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
 class Diagnosis:
     """Every so many steps: who pulls the shared parameters θ whither.
 
-        g_t = ∇_θ (1 / S_t) Σ_i −log p_i        over task t's S_t supervised tokens of the step
+        g_t = ∇_θ (1 / S_t) Σ_i ℓ_i        over task t's S_t units of the step
         cos_{tu} = ⟨g_t, g_u⟩ / (‖g_t‖ ‖g_u‖)
 
     for the tasks that stand in the step's rows, at the parameters that the step begins with, without
@@ -40,7 +39,7 @@ class Diagnosis:
     parameters' `.grad`. A process of many computes all of it: nothing has to be exchanged.
 
     Args:
-        packed: base model with the adapter injected.
+        host: the model with the adapter injected.
         adapter: what is trained.
         data: the run's tasks and rows.
         settings: the recipe's `training`, with `diagnose`.
@@ -50,12 +49,12 @@ class Diagnosis:
     at_end = False
 
     def __init__(
-        self, packed: PackedModel, adapter: Adapter, data: TrainingData, settings: Training
+        self, host: Host, adapter: Adapter, data: TrainingData, settings: Training
     ) -> None:
         assert settings.diagnose is not None
-        self._packed, self._adapter, self._data = packed, adapter, data
+        self._host, self._adapter, self._data = host, adapter, data
+        self._dataset = data.dataset(settings.loss_on)
         self.every = settings.diagnose.every
-        self._loss_on = settings.loss_on
         self._row_length = settings.row_length
         self._shared = list(shared_parameters(adapter).values())
 
@@ -69,7 +68,7 @@ class Diagnosis:
             for place in row:
                 places.setdefault(place[0], []).append(place)
         tasks = sorted(places)
-        with undisturbed(self._packed, self._adapter):
+        with undisturbed(self._host, self._adapter):
             gradients = torch.stack([self.gradient(places[task]) for task in tasks])
         cosine, norm = cosines(gradients)
         if not torch.isfinite(norm).all():
@@ -85,19 +84,18 @@ class Diagnosis:
         return Seen(event)
 
     def gradient(self, places: Sequence[Place]) -> Tensor:
-        """∇_θ of the mean −log p over these examples' supervised tokens, flat float32 [D], on the CPU."""
-        lengths = self._data.mixture.lengths
-        costs = [positions_of(int(lengths[task][number])) for task, number in places]
+        """∇_θ of the mean ℓ over these examples' units, flat float32 [D], on the CPU."""
+        lengths = self._dataset.lengths
+        costs = [int(lengths[task][number]) for task, number in places]
         total = [torch.zeros_like(parameter) for parameter in self._shared]
         count = 0
         for chosen in fill_passes(costs, self._row_length):
-            batch = training_batch(
-                [[places[i] for i in chosen]], self._data.splits, loss_on=self._loss_on
-            ).to(total[0].device)
-            count += len(batch.targets)
-            with self._packed.routed(batch):
+            batch = self._dataset.collate([[places[i] for i in chosen]])
+            count += len(batch.owners)
+            moved = batch.to(total[0].device)
+            with self._host.routed(moved):
                 found = torch.autograd.grad(
-                    -self._packed(batch).sum(), self._shared, allow_unused=True
+                    self._host.losses(moved).sum(), self._shared, allow_unused=True
                 )
             for own, more in zip(total, found, strict=True):
                 if more is not None:

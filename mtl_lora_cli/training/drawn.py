@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.collate import supervised_tokens, training_batch
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.host import Batch
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.step import Planned
 
@@ -25,7 +24,7 @@ class Drawn(Planned):
         rows: of all processes.
         places: of this process, the examples of each pass.
         tokens: of all rows.
-        supervised: int64 [T], supervised tokens of each task over all processes.
+        supervised: int64 [T], units of each task over all processes.
     """
 
     number: int
@@ -37,7 +36,7 @@ class Drawn(Planned):
 
 
 class Draw:
-    """Draws a run's steps. A question is a supervised token, its weight its task's `loss_weight`.
+    """Draws a run's steps. The weight of a unit is its task's `loss_weight`.
 
     Args:
         data: encoded tasks and their mixture.
@@ -49,16 +48,17 @@ class Draw:
         self, data: TrainingData, settings: Training, processes: Processes = ALONE
     ) -> None:
         self._data, self._settings, self._processes = data, settings, processes
+        self._dataset = data.dataset(settings.loss_on)
         self.weights = torch.tensor([task.loss_weight for task in data.tasks])
 
     def __call__(self, number: int) -> Drawn:
         """What step `number`, counted from 0, is made of."""
-        splits, size = self._data.splits, self._settings.rows_per_pass
+        size = self._settings.rows_per_pass
         epoch, rows = self._data.mixture.step(number)
         mine = self._processes.mine(rows)
         passes = [mine[i : i + size] for i in range(0, len(mine), size)]
         batches = [self.batch(some) for some in passes]
-        owners = [batch.task_ids.view(-1)[batch.positions[batch.owner]] for batch in batches]
+        owners = [batch.owners for batch in batches]
         # Of all processes' rows, which every process knows: nothing has to be asked.
         supervised = self.supervised(rows)
         return Drawn(
@@ -71,19 +71,19 @@ class Draw:
             epoch=epoch,
             rows=rows,
             places=[[place for row in some for place in row] for some in passes],
-            tokens=sum(int(splits[task].lengths[n]) for row in rows for task, n in row),
+            tokens=self._dataset.size(rows),
             supervised=supervised,
         )
 
-    def batch(self, rows: list[list[Place]]) -> PackedBatch:
+    def batch(self, rows: list[list[Place]]) -> Batch:
         """Rows as one pass of the model."""
-        return training_batch(rows, self._data.splits, loss_on=self._settings.loss_on)
+        return self._dataset.collate(rows)
 
     def supervised(self, rows: list[list[Place]]) -> Tensor:
-        """Supervised tokens of each task, int64 [T]."""
-        return supervised_tokens(rows, self._data.splits, loss_on=self._settings.loss_on)
+        """Units of each task, int64 [T]."""
+        return self._dataset.units(rows)
 
-    def _idle(self, rows: list[list[Place]], passes: int) -> list[PackedBatch]:
+    def _idle(self, rows: list[list[Place]], passes: int) -> list[Batch]:
         """So many passes more has the process with the most rows."""
         most = -(-len(rows) // self._processes.count)
         missing = -(-most // self._settings.rows_per_pass) - passes

@@ -92,7 +92,7 @@ def step_event(
         drawn: what it was made of.
         names: of the tasks.
         weights: of the tasks' losses, float32 [T].
-        loss: −log p summed by task, float64 [T].
+        loss: ℓ summed by task, float64 [T].
         rate: its learning rate.
         norm: of the gradients before clipping.
         seconds: that it took.

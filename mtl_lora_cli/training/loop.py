@@ -18,7 +18,6 @@ import torch
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.processes import Interrupted
-from mtl_lora_cli.machine.rate import floor_of
 from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import (
     Position,
@@ -42,8 +41,8 @@ from mtl_lora_cli.training.step import Running, StepClock, Stepper
 class Trainer:
     """Trains the adapter of one run.
 
-    The loss of a step is Σ_t w_t Σ_i −log p_i / S with the step's S supervised tokens over all
-    rows, passes and processes, and w_t the task's `loss_weight`.
+    The loss of a step is Σ_t w_t Σ_i ℓ_i / S with the step's S units (supervised tokens, of text) over
+    all rows, passes and processes, and w_t the task's `loss_weight`.
 
     Args:
         ready: the run, its model built.
@@ -57,14 +56,14 @@ class Trainer:
     def __init__(self, ready: ReadyRun, observers: Sequence[Observer] = ()) -> None:
         prepared = ready.prepared
         self._ready, self._prepared = ready, prepared
-        self.run, self.packed, self.adapter = ready.run, ready.packed, ready.adapter
+        self.run, self.host, self.adapter = ready.run, ready.host, ready.adapter
         self.settings, self.data = prepared.recipe.training, prepared.data
         self.processes, self.total_steps = prepared.processes, prepared.total_steps
         # Counted before weights are cut into parts.
-        self._floor = floor_of(self.packed.model, self.adapter.device, self.processes.count)
+        self._floor = self.host.floor(self.processes.count)
         self._draw = Draw(self.data, self.settings, self.processes)
         self.stepper: Stepper[Drawn] = Stepper(
-            self.packed,
+            self.host,
             self.adapter,
             self._draw,
             total=self.total_steps,
@@ -111,7 +110,7 @@ class Trainer:
             Interrupted: the user stopped it; a checkpoint of the last whole step was saved.
             MtlLoraError: the loss is no longer a finite number.
         """
-        self.packed.train()
+        self.host.train()
         with (
             _without_long_collections(),
             journal.opened(self.position.metrics_bytes),

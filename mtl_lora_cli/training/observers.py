@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.training.best import Mark
 
 
@@ -52,15 +53,16 @@ def due(observers: Sequence[Observer], step: int, total: int) -> list[Observer]:
 
 
 @contextmanager
-def undisturbed(packed: PackedModel, adapter: Adapter) -> Iterator[None]:
+def undisturbed(host: Host, adapter: Adapter) -> Iterator[None]:
     """Without dropout inside, and afterwards with the random state and the modes of before.
 
     Only the adapter drops anything. The base model's layers stay in their mode: transformers' own
     recompute in the backward pass while they train, and only then.
     """
-    modes = [(module, module.training) for module in packed.modules()]
+    modes = [(module, module.training) for module in host.modules()]
+    own: nn.Module = next(host.modules())  # itself
     device = adapter.device
-    for module in (packed, *adapter.layers.values()):
+    for module in (own, *adapter.layers.values()):
         module.training = False
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

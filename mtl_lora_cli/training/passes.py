@@ -21,6 +21,7 @@ from mtl_lora_cli.engine.attention import table_keys
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import ROOM
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
 
 _SEGMENT = 256  # positions of a segment of padding
@@ -89,7 +90,7 @@ class Ready:
         staged: what goes into the graph's buffers, in their order, in pinned memory.
     """
 
-    batch: PackedBatch
+    batch: Any
     weights: Tensor
     count: int
     capacity: Capacity | None = None
@@ -100,40 +101,35 @@ class EagerPasses:
     """Runs each pass as it comes.
 
     Args:
-        model: what is called; it may wrap `packed`.
-        packed: base model with the adapter injected.
+        losses: gives ℓ [S] of a batch; it may wrap the host's.
+        host: the model with the adapter injected.
         device: where it is.
     """
 
-    def __init__(
-        self,
-        model: Callable[[PackedBatch], Tensor],
-        packed: PackedModel,
-        device: torch.device,
-    ) -> None:
-        self._model, self._packed, self._device = model, packed, device
+    def __init__(self, losses: Callable[[Any], Tensor], host: Host, device: torch.device) -> None:
+        self._losses, self._host, self._device = losses, host, device
 
-    def prepare(self, batch: PackedBatch, weights: Tensor) -> Ready:
+    def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """What can be done while a card is busy with the pass before.
 
         Args:
             batch: on the CPU.
             weights: w float32 [S], on the CPU.
         """
-        return Ready(batch, weights, len(batch.targets))
+        return Ready(batch, weights, len(weights))
 
     def run(self, ready: Ready) -> Tensor:
-        """Add the gradient of −Σ_s w_s log p_s to the parameters' gradients.
+        """Add the gradient of Σ_s w_s ℓ_s to the parameters' gradients.
 
         Returns:
-            log p [S], on the device.
+            ℓ [S], on the device.
         """
         moved = ready.batch.to(self._device)
         weights = ready.weights.to(self._device, non_blocking=True)
-        with self._packed.routed(moved):
-            logprobs = self._model(moved)
-            (-(logprobs * weights).sum()).backward()
-        return logprobs.detach()[: ready.count]
+        with self._host.routed(moved):
+            losses = self._losses(moved)
+            (losses * weights).sum().backward()
+        return losses.detach()[: ready.count]
 
 
 class GraphedPasses:
@@ -159,8 +155,9 @@ class GraphedPasses:
         self._fits = True
         self._pool = torch.cuda.graph_pool_handle()
 
-    def prepare(self, batch: PackedBatch, weights: Tensor) -> Ready:
+    def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """See `EagerPasses.prepare`."""
+        assert isinstance(batch, PackedBatch), "graphs are the text host's"
         count = len(batch.targets)
         rows = -(-batch.input_ids.numel() // self._row_length)
         capacity = Capacity.of(batch, rows * self._row_length)
@@ -212,16 +209,16 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
-            logprobs = packed(batch, slots=(every, chosen))
-            (-(logprobs * own["weights"]).sum()).backward()
-        self._logprobs = logprobs.detach()
+            losses = -packed(batch, slots=(every, chosen))
+            (losses * own["weights"]).sum().backward()
+        self._losses = losses.detach()
 
     def replay(self, ready: Ready) -> Tensor:
         """Copy a batch to the buffers and run."""
         for buffer, value in zip(self._buffers, ready.staged, strict=True):
             buffer.copy_(value, non_blocking=True)
         self._graph.replay()
-        return self._logprobs
+        return self._losses
 
 
 # What a graph reads, in the order of `_contents`; the tile tables follow.
@@ -249,10 +246,11 @@ def _contents(batch: PackedBatch, weights: Tensor, capacity: Capacity) -> list[T
     return found
 
 
-def graphs_possible(packed: PackedModel, adapter: Adapter, device: torch.device) -> bool:
+def graphs_possible(packed: Host, adapter: Adapter, device: torch.device) -> bool:
     """Whether passes can be captured: nothing in them may ask the CPU anything."""
     return (
         device.type == "cuda"
+        and isinstance(packed, PackedModel)
         and packed.decoder is not None
         and packed.decoder.fixed_shapes()
         and len(adapter.tasks) <= _MOST_TASKS

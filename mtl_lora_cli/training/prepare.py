@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
@@ -13,12 +15,15 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.chat_variables import prints_date
-from mtl_lora_cli.data.collate import training_batch
+from mtl_lora_cli.data.collate import TextDataset, training_batch
+from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
+    mixture_over,
     prepare_training,
     read_examples,
+    with_fingerprints,
     with_rows,
 )
 from mtl_lora_cli.engine.decoder import obstacle
@@ -30,6 +35,7 @@ from mtl_lora_cli.memory.choice import plan_memory
 from mtl_lora_cli.memory.situation import Situation, situation_of
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.host import Dataset, Host, Objective, objective_of
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -46,6 +52,7 @@ from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.schema import Task as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
@@ -71,6 +78,7 @@ class Prepared:
         processes: this one among those of the run.
         deepspeed: the user's own DeepSpeed file, merged into what the recipe says; None without.
         extends: the run that these tasks are added to; None: all of the adapter learns.
+        objective: what learns the tasks where they are no text.
     """
 
     recipe: Recipe
@@ -86,6 +94,7 @@ class Prepared:
     processes: Processes = ALONE
     deepspeed: Path | None = None
     extends: RunFolder | None = None
+    objective: Objective | None = None
 
     @property
     def unvalidated(self) -> list[str]:
@@ -100,7 +109,7 @@ class Prepared:
             self.recipe, self.base, self.data, self.device, self.dtype, self.processes.count
         )
 
-    def build(self) -> tuple[PackedModel, Adapter]:
+    def build(self) -> tuple[Host, Adapter]:
         """The base model with a fresh adapter; the seed decides its start.
 
         Where tasks are added to a run's, it is an adapter of the new ones beside what that run learned.
@@ -110,6 +119,25 @@ class Prepared:
             MtlLoraError: the adapter of the run that is extended is damaged or another one by now.
         """
         set_seed(self.recipe.training.seed)
+        host: Host
+        if self.objective is None:
+            host, adapter = self._text()
+        else:
+            host = self.objective.host(self.device, self.dtype)
+            assert host.adapter is not None, "a host has an adapter"
+            adapter = self._learning(host.adapter)
+        if self.processes.rank:  # the same start, and other features dropped than elsewhere
+            torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
+        return host, adapter
+
+    def _learning(self, adapter: Adapter) -> Adapter:
+        """A fresh adapter, all of which learns, or what is added to a run's."""
+        if self.extends is not None:
+            start_beside(adapter, self.extends.adapter)
+        require_parts(adapter, self.recipe.training.parts)
+        return adapter
+
+    def _text(self) -> tuple[PackedModel, Adapter]:
         cut = self.recipe.distributed.zero_stage == 3
         model = load_model(
             self.base,
@@ -119,10 +147,7 @@ class Prepared:
             storage=self.dtype if cut else torch.uint8,
         )
         names = [task.name for task in self.data.tasks]
-        adapter = adapt(model, self.recipe.adapter, names)
-        if self.extends is not None:
-            start_beside(adapter, self.extends.adapter)
-        require_parts(adapter, self.recipe.training.parts)
+        adapter = self._learning(adapt(model, self.recipe.adapter, names))
         recompute = self.recipe.training.gradient_checkpointing
         packed = PackedModel(
             model,
@@ -144,8 +169,6 @@ class Prepared:
             model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
             )
-        if self.processes.rank:  # the same start, and other features dropped than elsewhere
-            torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
         return packed, adapter
 
     def zero(self) -> dict[str, Any] | None:
@@ -166,6 +189,8 @@ class Prepared:
 
     def where(self, task: int, number: int) -> str:
         """File and line of a training example, where no row was left out before it."""
+        if self.objective is not None:
+            return f"example {number}"
         bound, split = self.data.tasks[task], self.data.splits[task]
         if split.dropped:
             return f"example {number} (of those that were not too long)"
@@ -174,18 +199,19 @@ class Prepared:
         )
         return f"example {number}" if found is None else found.wheres[number]
 
-    def observers(self, packed: PackedModel, adapter: Adapter) -> list[Observer]:
+    def observers(self, host: Host, adapter: Adapter) -> list[Observer]:
         """Who looks at the run: `training.diagnose` and `training.validation`."""
         settings = self.recipe.training
         found: list[Observer] = []
         if settings.diagnose is not None:
-            found.append(Diagnosis(packed, adapter, self.data, settings))
+            found.append(Diagnosis(host, adapter, self.data, settings))
         if self.validation is not None:
             found.append(
                 Validation(
-                    packed,
+                    host,
                     adapter,
                     self.validation,
+                    self.held_out(),
                     settings,
                     self.total_steps,
                     self.processes,
@@ -195,6 +221,16 @@ class Prepared:
             )
         return found
 
+    def held_out(self) -> Dataset:
+        """The examples that `training.validation` looks at, ready to be collated."""
+        assert self.validation is not None
+        if self.objective is None:
+            splits = [cast(EncodedSplit, one.split) for one in self.validation]
+            return TextDataset(splits, self.recipe.training.loss_on)
+        held = self.objective.dataset("validation")
+        assert held is not None
+        return held
+
 
 @dataclass(frozen=True)
 class ReadyRun:
@@ -203,14 +239,14 @@ class ReadyRun:
     Attributes:
         prepared: everything that its recipe names.
         run: where checkpoints and metrics go.
-        packed: base model with the adapter injected.
+        host: the model with the adapter injected.
         adapter: what is trained.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
     """
 
     prepared: Prepared
     run: RunFolder
-    packed: PackedModel
+    host: Host
     adapter: Adapter
     zero: dict[str, Any] | None = None
 
@@ -218,7 +254,8 @@ class ReadyRun:
         """What `base_compute: fp8` costs, on the first row of the run."""
         data, training = self.prepared.data, self.prepared.recipe.training
         row = data.mixture.step(0)[1][:1]
-        return self.packed.rounding(training_batch(row, data.splits, loss_on=training.loss_on))
+        assert isinstance(self.host, PackedModel), "text alone is computed in 8 bits"
+        return self.host.rounding(training_batch(row, data.splits, loss_on=training.loss_on))
 
 
 def require_fit(prepared: Prepared) -> None:
@@ -231,6 +268,8 @@ def require_fit(prepared: Prepared) -> None:
             model does not have.
     """
     recipe = prepared.recipe
+    if prepared.objective is not None:
+        return  # its own class looks
     names = [task.name for task in prepared.data.tasks]
     with quiet_loading():
         model, adapter = on_meta(prepared.base, prepared.recipe.adapter, names)
@@ -281,6 +320,9 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     deepspeed = _own_deepspeed(loaded)
     tasks = bind_tasks(loaded)
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
+    kind = objective_of({task.name: task.objective for task in tasks})
+    if kind is not None:
+        return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -301,6 +343,66 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     )
 
 
+# What only the text host does, and what it is where nobody asks for it.
+_OF_TEXT = {
+    "engine": "auto",
+    "base_compute": "dtype",
+    "quantization": "none",
+    "training.memory": "manual",
+    "training.gradient_checkpointing": False,
+}
+
+
+def _prepare_others(
+    loaded: LoadedRecipe,
+    kind: type[Objective],
+    base: BaseModel,
+    tasks: list[Task],
+    processes: Processes,
+    deepspeed: Path | None,
+) -> Prepared:
+    """A run whose tasks are no text: what the objective's class reads, in our mixture.
+
+    Raises:
+        UsageError: as the class does; or the recipe asks for what only text has.
+    """
+    recipe, name = loaded.recipe, tasks[0].objective
+    for path, plain in _OF_TEXT.items():
+        key = tuple(path.split("."))
+        if reduce(getattr, key, recipe) != plain:
+            raise loaded.problem(key, f"is for text; tasks with objective {name} go without it")
+    if recipe.distributed.zero_stage == 3:
+        why = f"zero_stage 3 cuts a language model's layers; tasks with objective {name} go up to 2"
+        raise loaded.problem(("distributed", "zero_stage"), why)
+    bound = [with_fingerprints(task) for task in tasks]
+    made = kind(base, recipe, bound)
+    train = made.dataset("train")
+    assert train is not None, "every task has a train split"
+    mixture = mixture_over(recipe, tasks, train.lengths)
+    data = TrainingData(bound, [], [], mixture, others=train)
+    validation = None
+    if recipe.training.validation is not None:
+        held = made.dataset("validation")
+        none: Sequence[Sized] = [()] * len(bound)
+        sizes = none if held is None else held.lengths
+        validation = [HeldOut(task, own) for task, own in zip(bound, sizes, strict=True)]
+        _require_held_out(loaded, validation)
+    device = pick_device()
+    return Prepared(
+        recipe=_resolved(recipe, data, base, deepspeed),
+        base=base,
+        tokenizer=None,
+        data=data,
+        total_steps=_steps(recipe, data),
+        device=device,
+        dtype=pick_dtype(recipe.dtype, device),
+        validation=validation,
+        processes=processes,
+        deepspeed=deepspeed,
+        objective=made,
+    )
+
+
 def _dated(recipe: Recipe, tokenizer: Any, now: str) -> Recipe:
     """The recipe with the run's date, where the chat template prints one: the same ever after."""
     if recipe.prompt_format != "chat" or recipe.chat.date is not None or not prints_date(tokenizer):
@@ -315,6 +417,18 @@ def _validation(
     if settings is None:
         return None
     held = encode_validation(data.tasks, recipe, tokenizer, longest)
+    _require_held_out(loaded, held)
+    return held
+
+
+def _require_held_out(loaded: LoadedRecipe, held: list[HeldOut]) -> None:
+    """Refuse a validation that has nothing to look at, or cannot choose the best checkpoint.
+
+    Raises:
+        ProblemsError: no task has held-out examples, or those that `best` names.
+    """
+    settings = loaded.recipe.training.validation
+    assert settings is not None
     if not any(len(one.split) for one in held):
         raise loaded.problem(("training", "validation"), "no task's source has a validation split")
     if settings.best == MACRO:
@@ -324,11 +438,10 @@ def _validation(
             why = f"{error}; name a task"
             raise loaded.problem(("training", "validation", "best"), why) from None
     elif settings.best is not None:
-        _require_held_out(loaded, settings.best, held)
-    return held
+        _require_task_held_out(loaded, settings.best, held)
 
 
-def _require_held_out(loaded: LoadedRecipe, name: str, held: list[HeldOut]) -> None:
+def _require_task_held_out(loaded: LoadedRecipe, name: str, held: list[HeldOut]) -> None:
     """Refuse to choose the best checkpoint by a task that is not looked at.
 
     Raises:
@@ -374,6 +487,7 @@ def _resolved(
             name=task.name,
             template=task.template_name,
             source=task.source,
+            objective=task.objective,
             tags=list(task.tags),
             sampling_weight=task.sampling_weight,
             loss_weight=task.loss_weight,

@@ -79,15 +79,15 @@ def start(prepared: Prepared, path: Path, ready: Callable[[], None] = lambda: No
         Interrupted: the user stopped the run; it can be resumed.
     """
     with explained(prepared.situation):
-        packed, adapter = prepared.build()
+        host, adapter = prepared.build()
         zero = prepared.zero()
         ready()
         if prepared.processes.main:
-            _create(prepared, path, zero, packed.engine_report())
+            _create(prepared, path, zero, host.engine_report())
         prepared.processes.wait()
         run = RunFolder(path)
         with _only_writer(run, prepared.processes):
-            _learn(ReadyRun(prepared, run, packed, adapter, zero), resume=False)
+            _learn(ReadyRun(prepared, run, host, adapter, zero), resume=False)
     return run
 
 
@@ -230,8 +230,8 @@ def _go_on(
         for line in changes_around(run, prepared):
             tell(f"note: {line}")
     with explained(prepared.situation):
-        packed, adapter = prepared.build()
-        _learn(ReadyRun(prepared, run, packed, adapter, prepared.zero()), resume=True)
+        host, adapter = prepared.build()
+        _learn(ReadyRun(prepared, run, host, adapter, prepared.zero()), resume=True)
 
 
 def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
@@ -275,7 +275,7 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
     recipe, processes = prepared.recipe, prepared.processes
     told = recipe.run if processes.main else RunSettings()
     with _disk(run), tracked(told, run, recipe.model_dump(mode="json")) as trackers:
-        trainer = Trainer(ready, prepared.observers(ready.packed, ready.adapter))
+        trainer = Trainer(ready, prepared.observers(ready.host, ready.adapter))
         checkpoint = newest_checkpoint(run.checkpoints) if resume else None
         lost = None if checkpoint is None else trainer.resume(checkpoint)
         if processes.main:
@@ -313,9 +313,7 @@ def _beginning(
         )
     if checkpoint is not None:
         yield f"resuming {ready.run.name} after step {trainer.position.step}"
-    if ready.packed.plain is not None:
-        yield f"note: {ready.packed.engine_line()}"
-    for line in ready.adapter.remarks:
+    for line in (*ready.host.notes(), *ready.adapter.remarks):
         yield f"note: {line}"
     if ready.prepared.recipe.base_compute == "fp8":
         yield str(ready.rounding())

@@ -3,8 +3,7 @@ same steps by the clock.
 
     loss = Σ_s w_s ℓ_s / S        ∇ summed over passes and processes, clipped, AdamW
 
-with the values ℓ_s = −log p_s of this process's questions, their weights w, and the S questions of all
-processes. On a card nothing is waited for: the next step is prepared, and asked for, while this one runs.
+with the losses ℓ_s of this process's units, their weights w, and the S units of all processes. On a card nothing is waited for: the next step is prepared, and asked for, while this one runs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
@@ -33,17 +32,17 @@ class Planned:
     Attributes:
         batches: of this process, one a pass.
         weights: of each batch w float32 [S].
-        owners: of each batch int64 [S], the task whose loss each question's is.
+        owners: of each batch int64 [S], the task whose loss each unit's is.
         count: S of all processes together.
         idle: passes of this process that count for nothing: others have more, and where weights are
             cut into parts all must run as many.
     """
 
-    batches: Sequence[PackedBatch]
+    batches: Sequence[Batch]
     weights: Sequence[Tensor]
     owners: Sequence[Tensor]
     count: int
-    idle: Sequence[PackedBatch] = ()
+    idle: Sequence[Batch] = ()
 
 
 P = TypeVar("P", bound=Planned)
@@ -57,7 +56,7 @@ class Running(Generic[P]):
         planned: what it is made of.
         losses: Σ ℓ by task over all processes, and behind them the sum of their flags, float64
             [T + 1], on the device.
-        values: −ℓ of each pass, float64 [S], on the device.
+        values: ℓ of each pass, float64 [S], on the device.
         norm: of the gradients before clipping, on the device.
         end: when the device is done with it, in the device's own time; None on a CPU.
     """
@@ -83,13 +82,13 @@ class Stepper(Generic[P]):
     """Takes optimiser steps.
 
     Args:
-        packed: base model with the adapter injected.
+        host: the model with the adapter injected.
         adapter: what is trained.
         plan: what step `number`, counted from 0, is made of.
         total: no step after this one is prepared.
         groups: what learns, by rate and decay.
         max_norm: at which gradients are clipped.
-        row_length: most tokens of a row.
+        row_length: what a row holds at most.
         processes: this one among those that step together.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
 
@@ -101,7 +100,7 @@ class Stepper(Generic[P]):
 
     def __init__(
         self,
-        packed: PackedModel,
+        host: Host,
         adapter: Adapter,
         plan: Callable[[int], P],
         *,
@@ -117,21 +116,21 @@ class Stepper(Generic[P]):
         self._device = adapter.device
         self.runs_ahead = self._device.type == "cuda"
         self._ahead: _Prepared[P] | None = None
-        graphed = graphs_possible(packed, adapter, self._device)
-        model: Callable[[PackedBatch], Tensor] = packed
+        graphed = graphs_possible(host, adapter, self._device)
+        losses: Callable[[Any], Tensor] = host.losses
         self.update: Update | ZeroUpdate
         if zero is not None:
-            self.update = ZeroUpdate(packed, adapter, groups, zero, processes)
-            model, graphed = self.update.model, graphed and not self.update.same_passes
+            self.update = ZeroUpdate(host, adapter, groups, zero, processes)
+            losses, graphed = self.update.losses, graphed and not self.update.same_passes
         else:
             optimizer = make_optimizer(groups, graphed=graphed)
             learning = list(adapter.trained().values())
             self.update = Update(
                 learning, optimizer, max_norm, graphed=graphed, processes=processes
             )
-        eager = EagerPasses(model, packed, self._device)
-        self.passes: EagerPasses | GraphedPasses
-        self.passes = GraphedPasses(packed, adapter, row_length, eager) if graphed else eager
+        self.passes: EagerPasses | GraphedPasses = EagerPasses(losses, host, self._device)
+        if graphed and isinstance(host, PackedModel):
+            self.passes = GraphedPasses(host, adapter, row_length, self.passes)
 
     def launch(self, number: int, factor: float, flag: float = 0.0) -> Running[P]:
         """Ask for everything of one step; on a card nothing is waited for.
@@ -160,7 +159,7 @@ class Stepper(Generic[P]):
             for batch, weights in zip(planned.batches, planned.weights, strict=True)
         ]
         idle = planned.idle if self.update.same_passes else ()
-        nothing = [self.passes.prepare(batch, torch.zeros(len(batch.owner))) for batch in idle]
+        nothing = [self.passes.prepare(batch, torch.zeros(len(batch.owners))) for batch in idle]
         return _Prepared(number, planned, passes, nothing)
 
     def accumulate(self, prepared: _Prepared[P], flag: float = 0.0) -> tuple[Tensor, list[Tensor]]:
@@ -171,7 +170,7 @@ class Stepper(Generic[P]):
         values = []
         for ready, owner in zip(prepared.passes, prepared.planned.owners, strict=True):
             values.append(self.passes.run(ready).double())
-            losses.index_add_(0, owner.to(losses.device), -values[-1])
+            losses.index_add_(0, owner.to(losses.device), values[-1])
         for ready in prepared.idle:
             self.passes.run(ready)
         return losses, values

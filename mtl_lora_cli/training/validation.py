@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.prepare import Examples, read_examples
 from mtl_lora_cli.evaluation.answers import outcome_of
 from mtl_lora_cli.evaluation.choices import (
@@ -32,6 +31,7 @@ from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find
 from mtl_lora_cli.metrics.guessing import beside_a_guess, one_answer
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.host import Batch, Dataset, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.tasks.task import Task
@@ -64,7 +64,7 @@ class HeldOut:
 
     Attributes:
         task: whose they are.
-        split: as training encodes them, for the loss; empty where there is no such split.
+        split: as training has them, for the loss; empty where there is no such split.
         examples: as they were rendered; None where there is no such split.
         requests: as evaluation asks them; none where there is no metric.
         metric: the first of the task's metrics; None where the recipe wants none, where answers are
@@ -72,7 +72,7 @@ class HeldOut:
     """
 
     task: Task
-    split: EncodedSplit
+    split: Sized
     examples: Examples | None = None
     requests: Sequence[Request] = ()
     metric: str | None = None
@@ -169,15 +169,16 @@ def _with_metric(held: HeldOut, requests: Sequence[Request]) -> HeldOut:
 
 
 class Validation:
-    """Every so many steps and at the end: each task's mean −log p a supervised token, and its metric.
+    """Every so many steps and at the end: each task's mean loss a unit (a supervised token, of text), and its metric.
 
     Without dropout, at the parameters that the step leaves. Processes share the examples, unless they
     must run the same passes; what the first one finds holds for all.
 
     Args:
-        packed: base model with the adapter injected.
+        host: the model with the adapter injected.
         adapter: what is trained.
-        held: from `encode_validation`.
+        held: of each task, such as `encode_validation` gives.
+        dataset: the same examples, to be collated.
         settings: the recipe's `training`, with `validation`.
         total_steps: of the whole run.
         processes: this one among those of the run.
@@ -189,9 +190,10 @@ class Validation:
 
     def __init__(
         self,
-        packed: PackedModel,
+        host: Host,
         adapter: Adapter,
         held: Sequence[HeldOut],
+        dataset: Dataset,
         settings: Training,
         total_steps: int,
         processes: Processes = ALONE,
@@ -199,7 +201,7 @@ class Validation:
         same_passes: bool = False,
     ) -> None:
         assert settings.validation is not None
-        self._packed, self._adapter, self._processes = packed, adapter, processes
+        self._host, self._adapter, self._processes = host, adapter, processes
         self._sharing = ALONE if same_passes else processes
         self._settings, self._total_steps = settings.validation, total_steps
         self.every = settings.validation.every
@@ -207,8 +209,8 @@ class Validation:
         self._held = held
         self._seen = [one for one in held if len(one.split)]
         self._asked = [one for one in self._seen if one.metric is not None]
-        batches = _batches([one.split for one in held], settings)
-        owners = torch.cat([owner for _, owner in batches])
+        batches = _batches(dataset, settings.row_length)
+        owners = torch.cat([batch.owners for batch in batches])
         self._counts = torch.bincount(owners, minlength=len(held)).tolist()  # S_t
         self._batches = self._sharing.mine(batches)
 
@@ -253,14 +255,14 @@ class Validation:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """(1 / S_t) Σ_i −log p_i over the S_t supervised tokens of each task's examples."""
+        """(1 / S_t) Σ_i ℓ_i over the S_t units of each task's examples."""
         device = self._adapter.device
         sums = torch.zeros(len(self._held), dtype=torch.float64, device=device)
-        with undisturbed(self._packed, self._adapter):
-            for batch, owner in self._batches:
+        with undisturbed(self._host, self._adapter):
+            for batch in self._batches:
                 moved = batch.to(device)
-                with self._packed.routed(moved):
-                    sums.index_add_(0, owner.to(device), -self._packed(moved).double())
+                with self._host.routed(moved):
+                    sums.index_add_(0, batch.owners.to(device), self._host.losses(moved).double())
         self._sharing.sum_(sums)
         return {
             one.task.name: float(own) / count
@@ -270,14 +272,17 @@ class Validation:
 
     def metrics(self) -> dict[str, Measured]:
         """The metric of each task that has one, by the log-probabilities of its choices."""
-        device = self._adapter.device
+        if not self._asked:
+            return {}
+        host, device = self._host, self._adapter.device
+        assert isinstance(host, PackedModel), "choices are text"
         requests = [request for one in self._asked for request in one.requests]
-        with undisturbed(self._packed, self._adapter):
+        with undisturbed(host, self._adapter):
             sums = iter(
                 ask(
-                    self._packed,
+                    host,
                     requests,
-                    self._logprobs,
+                    partial(_logprobs, host),
                     device=device,
                     tokens_per_pass=self._row_length,
                     processes=self._sharing,
@@ -289,14 +294,15 @@ class Validation:
             found[one.task.name] = one.measured(scores)
         return found
 
-    def _logprobs(self, batch: PackedBatch) -> Tensor:
-        """log p of what is asked, [S, 1].
 
-        Not in inference mode, whose tensors could not be trained with: some of those that a pass
-        makes stay, such as weights that ZeRO gathers.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            return self._packed(batch).unsqueeze(1)
+def _logprobs(packed: PackedModel, batch: PackedBatch) -> Tensor:
+    """log p of what is asked, [S, 1].
+
+    Not in inference mode, whose tensors could not be trained with: some of those that a pass
+    makes stay, such as weights that ZeRO gathers.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return cast(Tensor, packed(batch)).unsqueeze(1)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -330,14 +336,12 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _batches(
-    splits: Sequence[EncodedSplit], settings: Training
-) -> list[tuple[PackedBatch, Tensor]]:
-    """Passes of one row at most, with the task of each question [S]."""
-    places = [(task, number) for task, split in enumerate(splits) for number in range(len(split))]
-    costs = [positions_of(int(n)) for split in splits for n in split.lengths]
-    found = []
-    for chosen in fill_passes(costs, settings.row_length):
-        batch = training_batch([[places[i] for i in chosen]], splits, loss_on=settings.loss_on)
-        found.append((batch, batch.task_ids.view(-1)[batch.positions[batch.owner]]))
-    return found
+def _batches(dataset: Dataset, row_length: int) -> list[Batch]:
+    """Passes of one row at most."""
+    places = [
+        (task, n) for task, lengths in enumerate(dataset.lengths) for n in range(len(lengths))
+    ]
+    costs = [int(length) for lengths in dataset.lengths for length in lengths]
+    return [
+        dataset.collate([[places[i] for i in chosen]]) for chosen in fill_passes(costs, row_length)
+    ]

@@ -34,6 +34,7 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.engine.memory import LIVE_LAYERS
 from mtl_lora_cli.errors import Problem, ProblemsError, file_problem
 from mtl_lora_cli.machine.processes import Processes, require_group
+from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
@@ -206,20 +207,21 @@ class ZeroUpdate:
     """Update by DeepSpeed's engine; see the module and `Updating`.
 
     Args:
-        packed: base model with the adapter injected; for stage 3 built with `resident=False`.
+        host: the model with the adapter injected; for stage 3 a `PackedModel` built with
+            `resident=False`.
         adapter: what is trained.
         groups: its parameters.
         config: from `deepspeed_config`, with or without `merged_config`.
         processes: over which is cut.
 
     Attributes:
-        model: what is called with a batch.
+        losses: gives ℓ [S] of a batch.
         optimizer: AdamW over this process's parts.
     """
 
     def __init__(
         self,
-        packed: PackedModel,
+        host: Host,
         adapter: Adapter,
         groups: Sequence[ParameterGroup],
         config: Mapping[str, Any],
@@ -229,9 +231,10 @@ class ZeroUpdate:
         require_group(processes)
         self.loss_scale = float(processes.count)  # DeepSpeed averages over the processes
         self.same_passes = config["zero_optimization"]["stage"] == 3  # all gather together
-        self.model: Callable[..., Tensor] = packed
+        self.losses: Callable[[Any], Tensor] = host.losses
         if self.same_passes:
-            self.model = _cut(deepspeed, packed, config)
+            assert isinstance(host, PackedModel), "only the text host says which layers there are"
+            self.losses = _cut(deepspeed, host, config)
         self._flats = [_Flat(group.parameters) for group in groups]
         own = [
             replace(group, parameters=[flat.parameter])
@@ -499,4 +502,4 @@ class _CutModel(nn.Module):
         self._packed = (packed,)
 
     def forward(self, *arguments: Any) -> Tensor:
-        return cast(Tensor, self._packed[0](*arguments))
+        return self._packed[0].losses(*arguments)

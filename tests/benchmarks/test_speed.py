@@ -123,7 +123,7 @@ def _steps(base: BaseModel, engine: Any) -> Callable[[], object]:
     parameters = list(adapter.tensors().values())
     optimizer = make_optimizer([ParameterGroup(parameters, 3e-4, 0.0)], graphed=False)
     update = Update(parameters, optimizer, 1.0, graphed=False)
-    passes = EagerPasses(packed, packed, device)
+    passes = EagerPasses(packed.losses, packed, device)
     rows = Yardstick.build(model.config.vocab_size, len(TASKS), seed=0).steps(
         16, row_length=POSITIONS, rows_per_step=1, rows_per_pass=1, seed=0
     )

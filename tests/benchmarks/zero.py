@@ -29,7 +29,8 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.bench.random_model import random_model
 from mtl_lora_cli.bench.shapes import find_config
 from mtl_lora_cli.bench.yardstick import Yardstick
-from mtl_lora_cli.data.mixture import Mixture
+from mtl_lora_cli.data.mixture import Mixture, all_positions
+from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.models import registered
@@ -74,7 +75,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     )
     mixture = Mixture(
         names=tuple(names),
-        lengths=tuple(split.lengths for split in yardstick.splits),
+        lengths=tuple(all_positions(split.lengths) for split in yardstick.splits),
         row_length=settings.row_length,
         rows_per_step=settings.rows_per_step,
     )
@@ -89,7 +90,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     folder = Path(processes.same(tempfile.mkdtemp()))
     prepared = SimpleNamespace(
         recipe=SimpleNamespace(training=settings),
-        data=SimpleNamespace(tasks=tasks, splits=list(yardstick.splits), mixture=mixture),
+        data=TrainingData(tasks, list(yardstick.splits), [], mixture),
         base=SimpleNamespace(identity=lambda: {"name": wanted.shape}),
         total_steps=WARM_UP + wanted.steps,
         processes=processes,

@@ -144,12 +144,12 @@ class _Run:
         """How many layers' 4-bit bytes are in memory while they run, and how many between the passes."""
         overrides = (*FOUR_BIT, *CUT, f"engine={engine}", "training.max_steps=3")
         trainer = self.trainer(f"released-{engine}", overrides)
-        layers = trainer.stepper.update.model.layers  # type: ignore[union-attr]
+        layers = trainer.stepper.update.losses.layers  # type: ignore[union-attr]
         gathered: list[StorageWeakRef] = []
         for layer in layers:
             self._watch(layer, gathered)
         found: list[dict[str, int]] = []
-        forward = trainer.stepper.passes._model  # type: ignore[union-attr]
+        forward = trainer.stepper.passes._losses  # type: ignore[union-attr]
 
         def look(batch: Any) -> Any:
             gathered.clear()
@@ -172,7 +172,7 @@ class _Run:
             )
             return logprobs
 
-        trainer.stepper.passes._model = look  # type: ignore[union-attr]
+        trainer.stepper.passes._losses = look  # type: ignore[union-attr]
         self.train(trainer, 3)
         self.note(f"released-{engine}", found)
 

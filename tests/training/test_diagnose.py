@@ -18,22 +18,22 @@ from mtl_lora_cli.training.diagnose import Diagnosis, cosines, shared_parameters
 def naive(run: Any, step: int) -> tuple[list[str], list[Tensor]]:
     """Example by example: the gradient of each task's mean loss in one step's rows."""
     trainer = run.trainer
-    trainer.packed.eval()
+    trainer.host.eval()
     found: dict[int, list[tuple[int, int]]] = {}
     for row in trainer.data.mixture.step(step - 1)[1]:
         for place in row:
             found.setdefault(place[0], []).append(place)
     names, gradients = [], []
     for task in sorted(found):
-        trainer.packed.zero_grad()
+        trainer.host.zero_grad()
         batches = [
             training_batch([[place]], trainer.data.splits, loss_on="answer")
             for place in found[task]
         ]
         count = sum(len(batch.targets) for batch in batches)
         for batch in batches:
-            with trainer.packed.routed(batch):
-                (-trainer.packed(batch).sum() / count).backward()
+            with trainer.host.routed(batch):
+                (-trainer.host(batch).sum() / count).backward()
         shared = [
             tensor.grad.reshape(-1)
             for name, tensor in trainer.adapter.tensors().items()
@@ -86,7 +86,7 @@ def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> N
     run = small(adapter=configure(rank=4))
     trainer = run.trainer
     diagnosis = Diagnosis(
-        trainer.packed,
+        trainer.host,
         trainer.adapter,
         trainer.data,
         trainer.settings.model_copy(update={"diagnose": Diagnose()}),

@@ -192,7 +192,12 @@ def logprobs_of(run: RunFolder, prepared: Prepared) -> tuple[Tensor, dict[str, f
     assert prepared.validation is not None
     settings = prepared.recipe.training
     validation = Validation(
-        opened.packed, opened.packed.adapter, prepared.validation, settings, total_steps=10
+        opened.packed,
+        opened.packed.adapter,
+        prepared.validation,
+        prepared.held_out(),
+        settings,
+        total_steps=10,
     )
     return logprobs, validation.losses()
 

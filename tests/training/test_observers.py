@@ -62,14 +62,14 @@ def test_however_the_passes_are_made(small: Callable[..., Any], training: dict[s
 
 def test_looking_leaves_modes_gradients_and_random_state(small: Callable[..., Any]) -> None:
     trainer = small(**LOOKING).trainer
-    trainer.packed.train()
+    trainer.host.train()
     trainer.stepper.accumulate(trainer.stepper.prepare(0))
     gradients = {name: t.grad.clone() for name, t in trainer.adapter.tensors().items()}
     state = torch.get_rng_state()
     for observer in trainer._observers:
         observer.look(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert all(module.training for module in trainer.packed.modules())
+    assert all(module.training for module in trainer.host.modules())
     for name, tensor in trainer.adapter.tensors().items():
         assert torch.equal(tensor.grad, gradients[name])
 

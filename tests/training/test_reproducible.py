@@ -38,7 +38,7 @@ def test_training_leaves_the_base_model_alone(small: Callable[..., Any]) -> None
     trained = {id(tensor) for tensor in run.trainer.adapter.tensors().values()}
     frozen = {
         name: (parameter, parameter.detach().clone())
-        for name, parameter in run.trainer.packed.named_parameters()
+        for name, parameter in run.trainer.host.named_parameters()
         if id(parameter) not in trained
     }
     run.train()
@@ -50,5 +50,5 @@ def test_recomputation_gives_the_same_adapter(small: Callable[..., Any]) -> None
     kept = small(steps=3).train()
     recomputed = small(steps=3, gradient_checkpointing=True)
     nothing = Keep(attended=False, qkv=False, gate_up=False)
-    assert set(recomputed.trainer.packed.keep) == {nothing}
+    assert set(recomputed.trainer.host.keep) == {nothing}
     assert equal(kept.tensors, recomputed.train().tensors)

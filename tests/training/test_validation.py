@@ -68,7 +68,7 @@ def test_the_trained_loss_is_that_of_each_example_alone(
     events = [event for event in run.events if event["event"] == "validation"]
     assert [event["step"] for event in events] == [2, 4, 5]
     assert all(event["examples"] == dict.fromkeys(WITH_SPLIT, 8) for event in events)
-    packed = run.trainer.packed.eval()
+    packed = run.trainer.host.eval()
     splits = held_out(prepared)
     for task, name in enumerate(WITH_SPLIT):
         found = []
