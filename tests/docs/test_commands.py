@@ -142,7 +142,7 @@ Run = Callable[[Block, Command], tuple[int, str]]
 def parsed(arguments: list[str]) -> tuple[str, ...]:
     """The names of the command that the arguments reach; its options are checked, nothing is run."""
     command: Any = typer.main.get_command(app)
-    context, names, rest = None, [], arguments
+    context, names, rest = None, [], [*arguments]  # parsing takes them away
     while True:
         context = command.make_context(names[-1] if names else "mtl-lora", rest, parent=context)
         rest = [*getattr(context, "_protected_args", []), *context.args]
@@ -271,12 +271,13 @@ def wanted_codes(block: Block, command: Command) -> set[int]:
 def test_commands_run(page: Path, run: Run, folder: Path) -> None:
     """Where a block says `exact` or `fails`, the lines below a command are compared, too."""
     for block in blocks_of(page):
-        for word in block.words:
-            if word.startswith("file="):
-                file = folder / word.removeprefix("file=")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(block.text, encoding="utf-8")
-        if block.language == "python" and block.text.partition("\n")[0] not in NOT_RUN:
+        files = [word.removeprefix("file=") for word in block.words if word.startswith("file=")]
+        for name in files:
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
+        script = block.language == "python" and not files
+        if script and block.text.partition("\n")[0] not in NOT_RUN:
             exec(compile(block.text, block.place, "exec"), {})
         for command in block.commands:
             if command.text in NOT_RUN:
