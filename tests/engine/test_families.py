@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_lora_cli.engine.families import known_types
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.trust import settle
 
 from .double import adapt_all, alone, examples, in_double, packed_row, tiny
 
@@ -99,3 +101,11 @@ def test_fused_is_transformers_alone(model_type: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
 def test_what_is_computed_again_is_the_same(model_type: str, keep: Keep) -> None:
     assert furthest(tiny(model_type, **MIXED), keep) < CLOSE
+
+
+@pytest.mark.parametrize("model_type", known_types())
+def test_the_self_test_keeps_it_on_the_fused_engine(model_type: str) -> None:
+    """In 16 bit, where a small model of the same kind is asked, too."""
+    model = tiny(model_type).to(torch.bfloat16)
+    packed = PackedModel(model).eval()
+    assert settle(packed).way is None, packed.not_fused
