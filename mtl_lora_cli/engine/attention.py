@@ -43,6 +43,7 @@ class Packing:
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
         pairs: what turns together; see `kernels/rotary.py`.
+        query_scale: float32 [N], by which queries are multiplied when they are turned.
     """
 
     heads: int
@@ -56,12 +57,17 @@ class Packing:
     window: int | None = None
     softcap: float | None = None
     pairs: bool = False
+    query_scale: Tensor | None = None
 
     def ready(self, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         """q and k of the buffer [N, (H + 2G) D] normed and turned: in place where there are no norms."""
         if norms is not None:
             qkv = head_norm(qkv, norms, heads=self.heads, key_heads=self.key_heads)
-        return self.rotate_(qkv)
+        return self._scaled_(self.rotate_(qkv))
+
+    def gradient_(self, dqkv: Tensor) -> Tensor:
+        """The gradient before the rotation, in the place of the one behind it."""
+        return self.rotate_back_(self._scaled_(dqkv))
 
     def rotate_(self, qkv: Tensor) -> Tensor:
         """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
@@ -70,6 +76,12 @@ class Packing:
     def rotate_back_(self, qkv: Tensor) -> Tensor:
         """The rotation by −θ: what gradients need."""
         return qkv if self.sin is None else self._turned_(qkv, -self.sin)
+
+    def _scaled_(self, qkv: Tensor) -> Tensor:
+        if self.query_scale is not None:
+            queries = qkv[:, : self.heads * self.head_dim]
+            queries.mul_(self.query_scale[:, None].to(qkv.dtype))
+        return qkv
 
     def _turned_(self, qkv: Tensor, sin: Tensor) -> Tensor:
         assert self.cos is not None
@@ -202,14 +214,14 @@ def attend_gradient(
             dqkv=dqkv[:, :width],
             **packing.kernel_arguments(len(qkv)),
         )
-        packing.rotate_back_(dqkv[:, :width])
+        packing.gradient_(dqkv[:, :width])
         return dqkv
     if state is None:
         gradient = _again(dout, qkv, packing)
     else:
         leaf, result = state
         gradient = torch.autograd.grad(result, leaf, dout)[0]
-    return with_room(packing.rotate_back_(gradient), room)
+    return with_room(packing.gradient_(gradient), room)
 
 
 def _again(dout: Tensor, qkv: Tensor, packing: Packing) -> Tensor:

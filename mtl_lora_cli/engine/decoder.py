@@ -28,6 +28,7 @@ from mtl_lora_cli.engine.plan import (
     AttentionPlan,
     NotPlanned,
     Plan,
+    QueryScale,
     RotaryPlan,
     missing_modules,
     text_body,
@@ -94,6 +95,8 @@ class FusedDecoder:
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are."""
+        if self.plan.limit is not None:
+            return False
         plans = {layer.attention for layer in self.plan.layers}
         return all(pick_way(self._norm.weight, plan) == "triton" for plan in plans)
 
@@ -179,12 +182,7 @@ class FusedDecoder:
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
-            module = self._base.get_submodule(rotary.path)
-            kind = () if rotary.layer_type is None else (rotary.layer_type,)
-            both = module(wide, position_ids, *kind)
-            half = both[0].shape[-1] // 2
-            cos, sin = (one[0, :, :half].to(wide.dtype).contiguous() for one in both)
-            angles[rotary] = cos, sin
+            angles[rotary] = self._angles(rotary, wide, position_ids, segments)
         found = {}
         for plan in dict.fromkeys(layer.attention for layer in self.plan.layers):
             cos_, sin_ = angles[plan.rotary]
@@ -200,8 +198,34 @@ class FusedDecoder:
                 window=plan.window,
                 softcap=plan.softcap,
                 pairs=plan.rotary is not None and plan.rotary.pairs,
+                query_scale=_query_scale(plan.query_scale, position_ids[0]),
             )
         return found
+
+    def _angles(
+        self, rotary: RotaryPlan, wide: Tensor, position_ids: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions, [N, R/2] in wide's dtype.
+
+        Each example has the frequencies that it would have alone. Answers share what they begin with only
+        where all have the same ones (`PackedModel.shares`).
+        """
+        module = self._base.get_submodule(rotary.path)
+        kind = () if rotary.layer_type is None else (rotary.layer_type,)
+
+        def halves(positions: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = (one[0].to(wide.dtype) for one in module(wide, positions, *kind))
+            half = cos.shape[-1] // 2
+            return cos[:, :half].contiguous(), sin[:, :half].contiguous()
+
+        if rotary.limit is None or segments.longest <= rotary.limit:
+            return halves(position_ids)
+        beyond = segments.longer_than(rotary.limit)
+        (cos, sin), (far_cos, far_sin) = (
+            halves(position_ids.masked_fill(hidden, 0)) for hidden in (beyond, ~beyond)
+        )
+        chosen = beyond[:, None]
+        return torch.where(chosen, far_cos, cos), torch.where(chosen, far_sin, sin)
 
     def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""
@@ -227,6 +251,13 @@ class FusedDecoder:
             for (number, kind), part in zip(some, parts, strict=True):
                 found[number][kind] = part
         return found
+
+
+def _query_scale(plan: QueryScale | None, positions: Tensor) -> Tensor | None:
+    """1 + β log(1 + ⌊p / limit⌋) of each position, float32 [N]; None where all are 1."""
+    if plan is None or len(positions) <= plan.limit:
+        return None
+    return 1 + plan.beta * torch.log1p(torch.floor(positions / plan.limit))
 
 
 class _FinalNorm(torch.autograd.Function):

@@ -48,11 +48,22 @@ class RotaryPlan:
         path: of the module, whose forward pass takes x and position ids.
         layer_type: what it takes besides, where one module serves several kinds of layers.
         pairs: neighbours turn together, not the halves of a head; see `kernels/rotary.py`.
+        limit: positions of an example beyond which the module takes other frequencies for all of it, as
+            `longrope` does.
     """
 
     path: str = "rotary_emb"
     layer_type: str | None = None
     pairs: bool = False
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """q of position p is multiplied by 1 + β log(1 + ⌊p / limit⌋), as Llama 4 does it."""
+
+    beta: float
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class AttentionPlan:
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
         multiplier: m, of what the block adds to the stream.
+        query_scale: of queries that stand far behind; None: all are as they are.
     """
 
     heads: int
@@ -87,6 +99,7 @@ class AttentionPlan:
     window: int | None = None
     softcap: float | None = None
     multiplier: float = 1.0
+    query_scale: QueryScale | None = None
 
     @property
     def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -156,6 +169,11 @@ class Plan:
         """Last parts of the projections' paths, each once, attention's before the MLP's."""
         paths = [path for layer in self.layers for group in layer.groups for path in group]
         return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+    @property
+    def limit(self) -> int | None:
+        """Positions beyond which some rotary embedding is another one; None where none ever is."""
+        return min((one.limit for one in self.rotaries if one.limit is not None), default=None)
 
     @property
     def rotaries(self) -> tuple[RotaryPlan, ...]:

@@ -139,6 +139,19 @@ class Segments:
         """Positions of the longest segment; in a tree no answer alone has more."""
         return max(end - start for start, end in self.bounds)
 
+    def longer_than(self, limit: int) -> Tensor:
+        """Whether each position's segment, or the longest way through its tree, is longer than that.
+
+        Returns:
+            bool [N] on the segments' device.
+        """
+        lengths = torch.tensor([end - start for start, end in self.bounds])
+        depths = lengths
+        if self.reach is not None:
+            reach = self.reach.cpu()
+            depths = torch.stack([_depths(*bound, reach).max() + 1 for bound in self.bounds])
+        return (depths > limit).repeat_interleave(lengths).to(self.device)
+
     def paths(self) -> list[Tensor]:
         """The positions of every sequence that a segment holds: of a tree, from its root to each leaf.
 

@@ -84,7 +84,7 @@ def _passes(
     prompts of one length are; where even rows of one length could, or the rotary embedding may change
     on the way, each is answered by itself.
     """
-    limit = None if packed.plain is None else packed.plain.way.together
+    limit = packed.together
     groups: dict[tuple[int, int, Manner], list[int]] = {}
     for number in own:
         beyond = limit is not None and costs[number] > limit

@@ -133,7 +133,16 @@ class PackedModel(nn.Module):
 
     def shares(self, length: int) -> bool:
         """Whether answers that begin alike, of up to so many positions, may share what they begin with."""
-        return self.plain is None or self.plain.shares(length)
+        if self.plain is not None:
+            return self.plain.shares(length)
+        return self.together is None or length <= self.together
+
+    @property
+    def together(self) -> int | None:
+        """Positions beyond which a rotary embedding is another one for a whole sequence; None: never."""
+        if self.plain is not None:
+            return self.plain.way.together
+        return None if self.decoder is None else self.decoder.plan.limit
 
     def engine_line(self) -> str:
         """Which engine runs, and why not the other one."""

@@ -18,6 +18,27 @@ from .double import adapt_all, alone, examples, in_double, packed_row, tiny
 CLOSE = 1e-9
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+LLAMA4_SCALE = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+        "llama_4_scaling_beta": 0.3,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+}
+LONG = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.5, 3.0, 3.5],
+        "original_max_position_embeddings": 20,
+    },
+    "original_max_position_embeddings": 20,
+}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "", {}),
     (
@@ -28,6 +49,8 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("mistral", "", {"sliding_window": None}),
     ("mistral", "window", {}),
     ("ministral", "window", MIXED),
+    ("ministral3", "scaled queries", {"sliding_window": None, **LLAMA4_SCALE}),
+    ("phi3", "longrope", {"sliding_window": None, **LONG}),
     ("qwen2", "", {}),
     ("qwen2", "window", {"use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", "", {}),

@@ -17,11 +17,12 @@ from mtl_lora_cli.engine.plan import (
     NormPlan,
     NotPlanned,
     Plan,
+    QueryScale,
     RotaryPlan,
 )
 from mtl_lora_cli.kernels.gated import Activation
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")  # fixed, or one of two sets
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -85,7 +86,8 @@ def rotary(config: Any, layer_type: str | None = None, *, pairs: bool = False) -
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_TYPES:
         raise NotPlanned(f"rotary embedding of type {kind}")
-    return RotaryPlan(layer_type=layer_type, pairs=pairs)
+    limit = parameters["original_max_position_embeddings"] if kind == "longrope" else None
+    return RotaryPlan(layer_type=layer_type, pairs=pairs, limit=limit)
 
 
 def layer_types(config: Any) -> list[str]:
@@ -140,3 +142,17 @@ def qwen2(config: Any) -> Plan:
 def ministral(config: Any) -> Plan:
     """Ministral and CWM: the configuration says which layers have the window."""
     return qwen2(config)
+
+
+@family("ministral3")
+def ministral3(config: Any) -> Plan:
+    """Ministral 3: Mistral's layers, whose later queries are scaled."""
+    beta = config.rope_parameters.get("llama_4_scaling_beta")
+    limit = config.rope_parameters.get("original_max_position_embeddings")
+    half = attention(
+        config,
+        rotary=rotary(config),
+        window=getattr(config, "sliding_window", None),
+        query_scale=QueryScale(beta, limit) if beta and limit else None,
+    )
+    return stack(config, [LayerPlan(half, mlp(config))] * config.num_hidden_layers)
