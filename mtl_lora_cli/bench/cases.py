@@ -13,7 +13,7 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     from mtl_lora_cli.recipe.schema import Recompute
 
-BASELINES = ("peft", "plain", "lora")
+BASELINES = ("packed", "peft", "plain", "lora")
 TABLES = ("yardstick",)
 # What an option may be; `choose` checks it.
 CHOICES: dict[str, Collection[str]] = {
@@ -62,7 +62,7 @@ class Case:
     gradient_checkpointing: bool | Recompute = False
     memory: Literal["manual", "auto"] = "manual"
     max_gradient_norm: float = 1.0
-    baseline: Literal["peft", "plain", "lora"] | None = None
+    baseline: Literal["packed", "peft", "plain", "lora"] | None = None
 
     def to_json(self) -> dict[str, Any]:
         again = self.gradient_checkpointing
@@ -90,15 +90,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cases in the order in which they are measured; PEFT's settings are tried last.
+    """The cases in the order in which they are measured; PEFT's settings are tried after them.
 
     Attributes:
         cases: our own, baselines `plain` and `lora` among them.
-        peft: the case whose examples PEFT trains on, too; None if it is not asked for.
+        peft: the case whose examples PEFT trains on, too, padded; None if it is not asked for.
+        packed: the case whose rows PEFT trains on, too, with public kernels; None likewise.
     """
 
     cases: tuple[Case, ...]
     peft: Case | None = None
+    packed: Case | None = None
 
 
 def choose(option: str, value: str) -> str:
@@ -161,8 +163,12 @@ def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: boo
             raise UsageError("--vs lora: the case itself is plain LoRA")
         lora = replace(first, adapter=_as_lora(first), baseline="lora").named()
         cases = _with_baseline(cases, lora)
-    wants_peft = "peft" in versus or table == "yardstick"
-    return Plan(tuple(cases), replace(first, baseline="peft") if wants_peft else None)
+    whole = table == "yardstick"
+    return Plan(
+        tuple(cases),
+        peft=replace(first, baseline="peft") if whole or "peft" in versus else None,
+        packed=replace(first, baseline="packed") if whole or "packed" in versus else None,
+    )
 
 
 def _yardstick(base: Case, own_shape: bool) -> list[Case]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mtl_lora_cli.bench import peft_baseline
+from mtl_lora_cli.bench import packed_baseline, peft_baseline
 from mtl_lora_cli.bench.case import Measuring, model_sizes, run_case
 from mtl_lora_cli.bench.cases import Case, Plan
 from mtl_lora_cli.bench.yardstick import lengths
@@ -58,6 +58,8 @@ def run_plan(plan: Plan, measuring: Measuring, say: Callable[[str], None]) -> di
         cases.append(entry)
         release(measuring.device)
         say(_line(entry))
+    if plan.packed is not None:
+        cases += packed_baseline.run_all(plan.packed, measuring, lambda entry: say(_line(entry)))
     if plan.peft is not None:
         cases += peft_baseline.run_all(plan.peft, measuring, lambda entry: say(_line(entry)))
     return {
@@ -93,12 +95,10 @@ def _attempt(case: Case, measuring: Measuring, *, strict: bool) -> dict[str, Any
 def ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Speed and memory of each case over those of each baseline of the same shape.
 
-    Of PEFT's settings only the best is a baseline.
+    Of PEFT's settings, packed and padded, only the best is a baseline.
     """
     done = [case for case in cases if case["status"] == "done"]
-    baselines = [
-        case for case in done if case["baseline"] and (case["baseline"] != "peft" or case["best"])
-    ]
+    baselines = [case for case in done if case["baseline"] and case.get("best", True)]
     found = []
     for case in done:
         for other in baselines:

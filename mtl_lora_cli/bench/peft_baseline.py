@@ -109,20 +109,25 @@ def _settings(
         if reason is None:
             try:
                 if model is None:
-                    model = _model(case, measuring, quantization, checkpointing)
+                    model = peft_model(case, measuring, quantization, checkpointing=checkpointing)
                 entry |= _run(model, case, measuring, size)
-            except torch.OutOfMemoryError:
-                reason = "does not fit"
-            except MtlLoraError as error:
-                reason = error.lines[0]
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            except Exception as error:  # a setting that fails takes no other with it
+                reason = why_not(error)
             if model is not None:
                 model.zero_grad(set_to_none=True)
             release(measuring.device)
         if reason is not None:
             entry |= {"status": "failed", "reason": reason}
         yield entry
+
+
+def why_not(error: Exception) -> str:
+    """Why there is no measurement, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "does not fit"
+    if isinstance(error, MtlLoraError):
+        return error.lines[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _entry(
@@ -145,7 +150,27 @@ def _entry(
     }
 
 
-def _model(case: Case, measuring: Measuring, quantization: str, checkpointing: bool) -> Any:
+def peft_model(
+    case: Case,
+    measuring: Measuring,
+    quantization: str,
+    *,
+    checkpointing: bool,
+    attention: str = "sdpa",
+    narrow: bool = False,
+) -> Any:
+    """transformers' model with PEFT's plain LoRA of the case's rank and targets, ready to be trained.
+
+    Args:
+        case, measuring: whose shape, adapter, device and seed are taken.
+        quantization: of the base weights, `none` or `nf4`.
+        checkpointing: layers are computed again in the backward pass.
+        attention: transformers' name of it.
+        narrow: adapters stay in the base model's dtype; PEFT makes them float32 of its own accord.
+
+    Raises:
+        MtlLoraError: PEFT is not installed.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -157,7 +182,7 @@ def _model(case: Case, measuring: Measuring, quantization: str, checkpointing: b
         dtype=pick_dtype(case.dtype, measuring.device),
         device=measuring.device,
         quantization=quantization,
-        attention="sdpa",
+        attention=attention,
     )
     if quantization == "nf4":
         model.is_loaded_in_4bit = True  # what from_pretrained would have set; PEFT asks for it
@@ -172,7 +197,7 @@ def _model(case: Case, measuring: Measuring, quantization: str, checkpointing: b
         target_modules=list(case.adapter["target_modules"]),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings).train()
+    return get_peft_model(model, settings, autocast_adapter_dtype=not narrow).train()
 
 
 def _run(model: Any, case: Case, measuring: Measuring, size: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def bench(
     ] = None,
     versus: Annotated[
         list[str] | None,
-        typer.Option("--vs", help="Also measure peft, plain or lora, and compare."),
+        typer.Option("--vs", help="Also measure packed, peft, plain or lora."),
     ] = None,
     breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Say where the time of a step goes.")
@@ -135,7 +135,7 @@ def bench(
         check(planned, device)
         status("measuring the device's own products")
         measuring = Measuring(device, measure_rate(device), steps, warmup, breakdown, seed)
-        several = len(planned.cases) > 1 or planned.peft is not None
+        several = len(planned.cases) > 1 or bool(planned.peft or planned.packed)
         report = run_plan(planned, measuring, say if several else status)
         own = [one for one in report["cases"] if not one["baseline"]]
         nothing = all(one["status"] != "done" for one in own)

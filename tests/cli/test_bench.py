@@ -154,7 +154,7 @@ def test_a_recipe_that_cannot_be_measured(
     [
         (["--shape", "tny"], "--shape: 'tny' is neither a known shape nor a folder; did you mean"),
         (["--shape", "tiny", "--row-length", "468"], "--row-length: the longest example has 469"),
-        (["--vs", "pefft"], "--vs: expected one of peft, plain, lora, received 'pefft'"),
+        (["--vs", "pefft"], "--vs: expected one of packed, peft, plain, lora, received 'pefft'"),
         (["--case", "yard"], "--case: expected one of yardstick, received 'yard'"),
         (
             ["--method", "dora"],
