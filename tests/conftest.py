@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from mtl_lora_cli import extensions
+from mtl_lora_cli.adapters.methods import METHODS
+from mtl_lora_cli.export.formats import FORMATS
 from mtl_lora_cli.metrics import METRICS
 
 # Triton reads it when it is imported, which other libraries do, too: without a card its kernels run
@@ -53,12 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _nothing_added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a file of a test's adds to what is built in is taken away again."""
-    before = dict(METRICS)
+    known = [(registry, dict(registry)) for registry in (METRICS, METHODS, FORMATS)]
     monkeypatch.setattr(extensions, "_run", set())
     monkeypatch.setenv(extensions.VARIABLE, "")
     yield
-    METRICS.clear()
-    METRICS.update(before)
+    for registry, before in known:
+        registry.clear()
+        registry.update(before)
 
 
 @pytest.fixture(scope="session")
