@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mtl_lora_cli import extensions
-from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.export.formats import FORMATS
 from mtl_lora_cli.metrics import METRICS
 
@@ -55,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _nothing_added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a file of a test's adds to what is built in is taken away again."""
-    known = [(registry, dict(registry)) for registry in (METRICS, METHODS, FORMATS)]
+    known = [(registry, dict(registry)) for registry in (METRICS, FORMATS)]
     monkeypatch.setattr(extensions, "_run", set())
     monkeypatch.setenv(extensions.VARIABLE, "")
     yield
