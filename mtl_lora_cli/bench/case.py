@@ -33,7 +33,7 @@ from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trust import settle
-from mtl_lora_cli.training.step import Planned, Stepper
+from mtl_lora_cli.training.step import Stepper, StepPlan
 from mtl_lora_cli.training.update import ParameterGroup
 
 LEARNING_RATE = 3e-4
@@ -125,7 +125,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     stepper = Stepper(
         packed,
         adapter,
-        lambda number: _planned(steps[number]),
+        lambda number: _plan_of(steps[number]),
         total=len(steps),
         groups=[ParameterGroup(list(adapter.trained().values()), LEARNING_RATE, weight_decay=0.0)],
         max_norm=case.max_gradient_norm,
@@ -208,9 +208,9 @@ def _register_attention() -> str:
     return registered.NAME
 
 
-def _planned(one: Step) -> Planned:
+def _plan_of(one: Step) -> StepPlan:
     """A step of the yardstick: every question counts as much, whatever its task."""
-    return Planned(
+    return StepPlan(
         batches=one.batches,
         weights=[torch.ones(len(batch.owner)) for batch in one.batches],
         owners=[batch.task_ids.view(-1)[batch.positions[batch.owner]] for batch in one.batches],

@@ -12,11 +12,11 @@ from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch
 from mtl_lora_cli.recipe.schema import Training
-from mtl_lora_cli.training.step import Planned
+from mtl_lora_cli.training.step import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn(Planned):
+class Drawn(StepPlan):
     """A step of a run.
 
     Attributes:

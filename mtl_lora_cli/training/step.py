@@ -26,7 +26,7 @@ from mtl_lora_cli.training.zero import ZeroUpdate
 
 
 @dataclass(frozen=True)
-class Planned:
+class StepPlan:
     """What one step is made of, on the CPU.
 
     Attributes:
@@ -45,7 +45,7 @@ class Planned:
     idle: Sequence[Batch] = ()
 
 
-P = TypeVar("P", bound=Planned)
+P = TypeVar("P", bound=StepPlan)
 
 
 @dataclass(frozen=True)

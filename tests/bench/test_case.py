@@ -74,7 +74,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     stepper = Stepper(
         packed,
         adapters[0],
-        lambda number: bench._planned(step),
+        lambda number: bench._plan_of(step),
         total=1,
         groups=[ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)],
         max_norm=0.01,
