@@ -17,6 +17,7 @@ from mtl_lora_cli.memory.choice import Choice, pick
 from mtl_lora_cli.memory.remedies import Remedy, remedies
 from mtl_lora_cli.memory.situation import Situation, UnknownLayersError, densest, longest_of
 from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.host import objective_of
 from mtl_lora_cli.models.load import load_config, load_tokenizer, on_meta
 from mtl_lora_cli.models.load import (
     longest_of as positions_of_model,
@@ -93,6 +94,9 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         tasks = bind_tasks(loaded)
         base = find_base_model(recipe.base_model, beside=loaded.base, weights=False)
         names = [task.name for task in tasks]
+        if objective_of({task.name: task.objective for task in tasks}) is not None:
+            text = f"{len(tasks)} tasks with objective {tasks[0].objective}: their memory is not estimated"
+            return [Check("recipe", Verdict.WARN, text, _validate(loaded))], None
         model, adapter = on_meta(base, recipe.adapter, names)
     except MtlLoraError as error:
         return [Check("recipe", Verdict.FAIL, "; ".join(error.lines), _validate(loaded))], None

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 
 from mtl_lora_cli.engine.memory import GIB, fixed_bytes, peak_bytes, weight_bytes
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.machine.cards import memory_in_use
+from mtl_lora_cli.machine.cards import memory_in_use, pick_device
 from mtl_lora_cli.memory.remedies import remedies, settings_that_help
 from mtl_lora_cli.memory.situation import Situation, UnknownLayersError
 
 
 @contextmanager
-def explained(situation: Callable[[], Situation]) -> Iterator[None]:
+def explained(situation: Callable[[], Situation | None]) -> Iterator[None]:
     """Out of memory: what was in use, and which settings would help by how much.
 
     Args:
-        situation: of what runs inside; asked for when it is needed.
+        situation: of what runs inside; asked for when it is needed; None where it is no text.
 
     Raises:
         MtlLoraError: in the place of torch's error.
@@ -28,11 +28,21 @@ def explained(situation: Callable[[], Situation]) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MtlLoraError(_out_of_memory(situation(), error)) from error
+        raise MtlLoraError(_explanation(situation, error)) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # the CPU's allocator has no type of its own
             raise
-        raise MtlLoraError(_out_of_memory(situation(), error)) from error
+        raise MtlLoraError(_explanation(situation, error)) from error
+
+
+def _explanation(situation: Callable[[], Situation | None], error: BaseException) -> str:
+    known = situation()
+    if known is not None:
+        return _out_of_memory(known, error)
+    return (
+        f"out of memory on {memory_in_use(pick_device())}; what would help: fewer training.rows_per_pass, "
+        "a smaller training.row_length"
+    )
 
 
 def _out_of_memory(situation: Situation, error: BaseException) -> str:

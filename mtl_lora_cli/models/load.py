@@ -19,7 +19,10 @@ from mtl_lora_cli.models.quiet import quiet_loading
 
 
 def load_config(base: BaseModel) -> Any:
-    """The base model's configuration, as transformers reads it.
+    """The base model's configuration, as transformers reads it, with all dropout off.
+
+    The base model is frozen: what it drops would only be noise around what the adapter learns, and another
+    function than the one that is evaluated and merged. The adapter's own dropout is `adapter.dropout`.
 
     Raises:
         UsageError: transformers does not know the kind of model, or knows it by code in the model's own
@@ -28,7 +31,7 @@ def load_config(base: BaseModel) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+        return _without_dropout(AutoConfig.from_pretrained(base.folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
@@ -38,6 +41,16 @@ def load_config(base: BaseModel) -> Any:
         raise UsageError(
             f"base_model: '{base.name}' cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from None
+
+
+def _without_dropout(config: Any) -> Any:
+    """Set every probability of dropping something to 0: `attention_dropout`, `resid_pdrop`, `layerdrop`, …"""
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))]
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
 
 
 def _first_attention(kind: Any, config: Any) -> str | None:

@@ -58,7 +58,7 @@ from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import MACRO, HeldOut, Validation, encode_validation
-from mtl_lora_cli.training.zero import deepspeed_config, merged_config
+from mtl_lora_cli.training.zero import deepspeed_config, merged_config, require_cuttable
 
 
 @dataclass
@@ -103,8 +103,10 @@ class Prepared:
             return []
         return [one.task.name for one in self.validation if not len(one.split)]
 
-    def situation(self) -> Situation:
-        """What the memory of the run's steps depends on."""
+    def situation(self) -> Situation | None:
+        """What the memory of the run's steps depends on; None where tasks are no text."""
+        if self.objective is not None:
+            return None
         return situation_of(
             self.recipe, self.base, self.data, self.device, self.dtype, self.processes.count
         )
@@ -165,6 +167,8 @@ class Prepared:
             quantization=self.recipe.quantization,
             base_compute=self.recipe.base_compute,
         )
+        if cut:
+            require_cuttable(packed, self.processes)
         if packed.decoder is None and recompute:  # transformers' layers know all or nothing
             model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
@@ -304,7 +308,9 @@ def prepare(
         prepared = replace(_prepare(loaded, processes, now), extends=extends)
     if prepared.recipe.training.memory != "auto":
         return prepared
-    recipe, memory = plan_memory(prepared.situation(), processes)
+    situation = prepared.situation()
+    assert situation is not None, "memory: auto is for text"
+    recipe, memory = plan_memory(situation, processes)
     data = with_rows(prepared.data, recipe.training)
     return replace(
         prepared,
@@ -348,7 +354,9 @@ _OF_TEXT = {
     "engine": "auto",
     "base_compute": "dtype",
     "quantization": "none",
+    "prompt_format": "plain",
     "training.memory": "manual",
+    "training.loss_on": "answer",
     "training.gradient_checkpointing": False,
 }
 

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.engine.memory import LIVE_LAYERS
-from mtl_lora_cli.errors import Problem, ProblemsError, file_problem
+from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, file_problem
 from mtl_lora_cli.machine.processes import Processes, require_group
 from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
 from mtl_lora_cli.training.update import (
@@ -473,6 +474,25 @@ class _Pace:
         self._events.append(event)
         if len(self._events) >= LIVE_LAYERS:
             self._events.popleft().synchronize()
+
+
+def require_cuttable(packed: PackedModel, processes: Processes) -> None:
+    """Refuse to cut the weights of a model whose layers are not known, or not called alike everywhere.
+
+    All processes gather a layer together, so each must call it as often as the others: one call a pass.
+
+    Raises:
+        UsageError: naming what would do.
+    """
+    if packed.plain is None:
+        return
+    why = None
+    if not isinstance(getattr(packed.model.base_model, "layers", None), nn.ModuleList):
+        why = f"where the layers of a model of type '{packed.model.config.model_type}' are is not known"
+    elif processes.count > 1 and packed.plain.way != Way(bare_head=packed.plain.way.bare_head):
+        why = f"it wants packed rows, and this model is asked {packed.plain.way}"
+    if why is not None:
+        raise UsageError(f"distributed.zero_stage: 3 cannot cut this model: {why}; use stage 2")
 
 
 class _CutModel(nn.Module):

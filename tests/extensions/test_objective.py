@@ -349,5 +349,11 @@ def test_what_is_for_text_alone_is_one_line(
 def test_what_would_be_done_is_shown(forks: Forks, place: Path) -> None:
     shown = done(forks.run("validate", "recipe.yaml", cwd=place)).stdout
     assert "height" in shown and "host: Learning" in shown and "rows of 32 places" in shown
+    asked = done(forks.run("doctor", "recipe.yaml", "--json", cwd=place)).stdout
+    checks = {check["name"]: check for check in json.loads(asked)["checks"]}
+    assert "their memory is not estimated" in checks["recipe"]["finding"]
+    done(forks.run("report", "whole", cwd=place))
+    page = (place / "runs" / "whole" / "report.html").read_text()
+    assert all(task in page for task in TASKS)
     held = done(forks.run("inspect", "--run", "whole", "--json", cwd=place)).stdout
     assert json.loads(held)["tasks"] == list(TASKS)
