@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mtl_lora_cli import extensions
+from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.export.formats import FORMATS
 from mtl_lora_cli.metrics import METRICS
 
@@ -55,6 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _nothing_added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a file of a test's adds to what is built in is taken away again."""
     known = [(registry, dict(registry)) for registry in (METRICS, FORMATS)]
+    monkeypatch.setattr(METHODS, "_known", dict(METHODS))
     monkeypatch.setattr(extensions, "_run", set())
     monkeypatch.setenv(extensions.VARIABLE, "")
     yield

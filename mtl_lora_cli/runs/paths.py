@@ -46,7 +46,7 @@ def _without_home() -> Path:
 
 def existing(folder: Path) -> Path:
     """The folder itself or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def require_writable(folder: Path, what: str) -> None:
