@@ -19,13 +19,13 @@ from mtl_lora_cli.bench.fitting import fitted
 from mtl_lora_cli.bench.random_model import (
     empty_model,
     layer_linears,
-    layer_weights,
     random_model,
 )
 from mtl_lora_cli.bench.shapes import find_config
 from mtl_lora_cli.bench.timing import time_steps
 from mtl_lora_cli.bench.yardstick import Step, Yardstick, supervised_share
 from mtl_lora_cli.engine.memory import keep_of
+from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.cards import peak_gib, pick_dtype, reset_peak, synchronize
 from mtl_lora_cli.machine.rate import Rate, floor_json, flop_per_token
@@ -177,8 +177,7 @@ def model_sizes(shape: str, device: torch.device) -> tuple[dict[str, int], float
         UsageError: so large a model on a CPU.
     """
     empty = empty_model(find_config(shape), dtype=torch.float32)
-    layers = layer_weights(empty)
-    head = empty.get_output_embeddings().weight.numel()
+    layers, head = matrix_weights(empty)
     if device.type == "cpu" and layers + head > LARGEST_ON_CPU:
         raise UsageError(
             f"--shape: '{shape}' has {layers + head:,} weights, too many for a CPU; "

@@ -93,11 +93,6 @@ def layer_linears(model: Any) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
-def layer_weights(model: Any) -> int:
-    """N, the weights that take part in matrix products in the layers; not of a 4-bit model."""
-    return sum(layer.weight.numel() for layer in layer_linears(model))
-
-
 def _values(
     shape: torch.Size, name: str, spread: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

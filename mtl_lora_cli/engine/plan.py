@@ -194,6 +194,21 @@ def text_body(model: Any) -> nn.Module:
     return cast(nn.Module, model.base_model)
 
 
+def matrix_weights(model: Any) -> tuple[int, int]:
+    """Weights that take part in matrix products of the text part: those of its layers, and of the head.
+
+    A model with or without adapters, quantised or not.
+    """
+    head = model.get_output_embeddings()
+    head = getattr(head, "base_layer", head)
+    layers = [
+        module.in_features * module.out_features
+        for module in text_body(model).modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    return sum(layers), head.in_features * head.out_features if isinstance(head, nn.Linear) else 0
+
+
 def missing_modules(plan: Plan, model: Any) -> Iterator[str]:
     """Paths of the plan at which the model has no module, or no such number of layers."""
     body = text_body(model)

@@ -58,26 +58,18 @@ class Floor:
         return tokens_per_second * flop / self.rate
 
 
-def floor_of(model: Any, device: torch.device, cards: int) -> Floor | None:
-    """The floor of a model with or without adapters; None on cards that are not known.
+def floor_of(
+    layer_weights: int, head_weights: int, device: torch.device, cards: int
+) -> Floor | None:
+    """The floor of a model; None on cards that are not known.
 
     Args:
-        model: a transformers causal language model.
+        layer_weights, head_weights: N and H.
         device: a card like all others.
         cards: how many work on a step.
     """
     rate = known_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if rate is None:
-        return None
-    head = model.get_output_embeddings()
-    head = getattr(head, "base_layer", head)
-    sizes = {
-        module: module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    of_head = sizes.pop(head, 0)
-    return Floor(sum(sizes.values()), of_head, rate * cards)
+    return None if rate is None else Floor(layer_weights, head_weights, rate * cards)
 
 
 def flop_per_token(layer_weights: int, head_weights: int, supervised_share: float) -> float:

@@ -15,6 +15,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
 from mtl_lora_cli.engine.decoder import FusedDecoder, obstacle
+from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
@@ -170,7 +171,8 @@ class PackedModel(nn.Module):
 
     def floor(self, cards: int) -> Floor | None:
         """See `host.Host`."""
-        return floor_of(self.model, next(self.model.parameters()).device, cards)
+        device = next(self.model.parameters()).device
+        return floor_of(*matrix_weights(self.model), device, cards)
 
     def notes(self) -> list[str]:
         """See `host.Host`: that the fused engine does not run."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mtl_lora_cli.bench.random_model import empty_model, layer_weights, random_model
+from mtl_lora_cli.bench.random_model import empty_model, random_model
 from mtl_lora_cli.bench.shapes import SHAPES, find_config, require_shape
 from mtl_lora_cli.bench.yardstick import supervised_share
+from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.rate import flop_per_token, known_rate
 
@@ -43,13 +45,22 @@ def test_layer_weights_are_the_matrices_of_the_layers(name: str) -> None:
     )
     head = s.get("head_dim", width // heads)
     layer = 2 * width * (heads + key_heads) * head + 3 * width * s["intermediate_size"]
-    assert layer_weights(model) == theirs == s["num_hidden_layers"] * layer
+    assert matrix_weights(model)[0] == theirs == s["num_hidden_layers"] * layer
+    plan = plan_of(model.config)
+    projections = [
+        one.get_submodule(path).weight.numel()
+        for one, own in zip(plan.modules(model), plan.layers, strict=True)
+        for group in own.groups
+        for path in group
+    ]
+    assert sum(projections) == theirs
 
 
 def test_the_floor_of_8b() -> None:
     """4 × 6.98 G = 27.9 GFLOP a token; 27,900 tokens/s at 780 TFLOP/s."""
     model = empty_model(find_config("llama3-8b"), dtype=torch.float32)
-    layers, head = layer_weights(model), model.lm_head.weight.numel()
+    layers, head = matrix_weights(model)
+    assert head == model.lm_head.weight.numel()
     assert flop_per_token(layers, head, 0.0) == pytest.approx(27.9e9, rel=2e-3)
     rate = known_rate("NVIDIA H100 80GB HBM3")
     assert rate == 780e12
