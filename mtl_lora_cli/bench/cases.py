@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtl_lora_cli.adapters.methods import METHODS, common_keys
-from mtl_lora_cli.bench.shapes import PROJECTIONS
+from mtl_lora_cli.bench.shapes import projections
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ class Case:
         """With a name that says what it is."""
         parts = [self.adapter["method"]]
         modules = tuple(self.adapter["target_modules"])
-        if modules != PROJECTIONS["qkvo"]:
-            short = {names: word for word, names in PROJECTIONS.items()}
+        known = projections(self.shape)
+        if modules != known["qkvo"]:
+            short = {names: word for word, names in known.items()}
             parts.append(
                 short.get(modules, ",".join(name.removesuffix("_proj") for name in modules))
             )
@@ -125,14 +126,15 @@ def with_method(adapter: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {**{name: adapter[name] for name in common_keys() if name in adapter}, "method": method}
 
 
-def target_modules(words: str) -> tuple[str, ...]:
-    """`qkvo`, `all`, or names with commas between them.
+def target_modules(words: str, shape: str) -> tuple[str, ...]:
+    """`qkvo`, `all`, or names with commas between them, in a shape.
 
     Raises:
         UsageError: it names nothing.
     """
-    if words in PROJECTIONS:
-        return PROJECTIONS[words]
+    known = projections(shape)
+    if words in known:
+        return known[words]
     names = tuple(name.strip() for name in words.split(",") if name.strip())
     if not names:
         raise UsageError("--modules: expected qkvo, all, or names of layers, received nothing")
@@ -172,7 +174,7 @@ def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: boo
 
 
 def _yardstick(base: Case, own_shape: bool) -> list[Case]:
-    every = {**base.adapter, "target_modules": PROJECTIONS["all"]}
+    every = {**base.adapter, "target_modules": projections(base.shape)["all"]}
     cases = [
         base,
         replace(base, quantization="nf4"),

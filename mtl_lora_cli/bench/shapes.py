@@ -8,11 +8,6 @@ from typing import Any
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.resources import expanded
 
-PROJECTIONS = {
-    "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
-
 
 def _llama(
     width: int,
@@ -86,6 +81,28 @@ def require_shape(name: str) -> None:
         f"--shape: '{name}' is neither a known shape nor a folder"
         f"{did_you_mean(name, SHAPES)}; shapes: {', '.join(SHAPES)}"
     )
+
+
+def projections(name: str) -> dict[str, tuple[str, ...]]:
+    """What `qkvo` and `all` mean in a shape: names of attention's projections, and of all of a layer's.
+
+    Where no family has a plan for it, they are LLaMA's.
+
+    Raises:
+        UsageError: as `find_config`.
+    """
+    from mtl_lora_cli.engine.families import plan_of
+    from mtl_lora_cli.engine.plan import NotPlanned
+
+    try:
+        plan = plan_of(find_config(name))
+    except NotPlanned:
+        plan = plan_of(find_config("tiny"))
+    attention = [path for group in plan.layers[0].attention.groups for path in group]
+    return {
+        "qkvo": tuple(path.rpartition(".")[2] for path in attention),
+        "all": plan.projections,
+    }
 
 
 def find_config(name: str) -> Any:

@@ -149,14 +149,14 @@ def bench(
 
 def _plain_case(shape: str | None) -> Case:
     from mtl_lora_cli.bench.cases import Case
-    from mtl_lora_cli.bench.shapes import PROJECTIONS, require_shape
+    from mtl_lora_cli.bench.shapes import projections, require_shape
 
     name = shape or "llama3-8b"
     require_shape(name)
     adapter = {
         "method": "mtl-lora",
         "rank": 8,
-        "target_modules": PROJECTIONS["qkvo"],
+        "target_modules": projections(name)["qkvo"],
     }
     return Case(name=name, shape=name, adapter=adapter)
 
@@ -225,7 +225,7 @@ def _with_options(
     if not reads(mixed["method"], "up_projections") and mixed.pop("up_projections", 1) != 1:
         raise UsageError(f"--up-projections: {mixed['method']} has one, and no gates to mix more")
     if modules is not None:
-        mixed["target_modules"] = target_modules(modules)
+        mixed["target_modules"] = target_modules(modules, case.shape)
     # The update keeps its scale alpha / rank = 2 where only the rank was asked for.
     if adapter["rank"] is not None or "alpha" not in mixed:
         mixed["alpha"] = 2.0 * mixed["rank"]

@@ -9,7 +9,7 @@ import torch
 
 from mtl_lora_cli.bench.case import Measuring
 from mtl_lora_cli.bench.cases import Case
-from mtl_lora_cli.bench.shapes import PROJECTIONS
+from mtl_lora_cli.bench.shapes import projections
 from mtl_lora_cli.machine.rate import Rate
 
 
@@ -20,7 +20,7 @@ def tiny() -> Case:
         "rank": 8,
         "alpha": 16.0,
         "up_projections": 3,
-        "target_modules": PROJECTIONS["qkvo"],
+        "target_modules": projections("tiny")["qkvo"],
     }
     return replace(Case("tiny", "tiny", adapter), row_length=512, rows_per_step=2).named()
 

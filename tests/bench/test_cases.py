@@ -63,10 +63,10 @@ def test_choices_are_checked() -> None:
     assert choose("--vs", "peft") == "peft"
     with pytest.raises(UsageError, match="did you mean 'peft'"):
         choose("--vs", "pefd")
-    assert target_modules("a, b") == ("a", "b")
-    assert len(target_modules("all")) == 7
+    assert target_modules("a, b", "tiny") == ("a", "b")
+    assert len(target_modules("all", "llama3-8b")) == 7
     with pytest.raises(UsageError, match="received nothing"):
-        target_modules(" , ")
+        target_modules(" , ", "tiny")
 
 
 def test_ratios() -> None:

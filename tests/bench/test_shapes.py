@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtl_lora_cli.bench.random_model import empty_model, random_model
-from mtl_lora_cli.bench.shapes import SHAPES, find_config, require_shape
+from mtl_lora_cli.bench.shapes import SHAPES, find_config, projections, require_shape
 from mtl_lora_cli.bench.yardstick import supervised_share
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import matrix_weights
@@ -128,3 +128,18 @@ def test_what_a_random_model_computes_is_what_its_configuration_says(name: str) 
     ours = dict(model.named_buffers())
     assert ours.keys() == theirs.keys() and ours
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_names_of_projections_are_the_shapes_own(tmp_path: Path) -> None:
+    llama = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert projections("llama3-8b") == {
+        "qkvo": llama,
+        "all": (*llama, "gate_proj", "up_proj", "down_proj"),
+    }
+    AutoConfig.for_model("phi3").save_pretrained(tmp_path)
+    assert projections(str(tmp_path)) == {
+        "qkvo": ("qkv_proj", "o_proj"),
+        "all": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    }
+    AutoConfig.for_model("gpt_neox").save_pretrained(tmp_path)
+    assert projections(str(tmp_path)) == projections("tiny")
