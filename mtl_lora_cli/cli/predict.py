@@ -32,6 +32,14 @@ def predict(
         str | None,
         typer.Option("--task-column", help="The field of each row that names its task."),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0.0, help="Draw free answers; 0: the likeliest."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    count: Annotated[
+        int, typer.Option("--answers", min=1, help="How many are drawn for each row.")
+    ] = 1,
     run: RunOption = None,
     runs: RunsOption = RUNS,
     form: Annotated[
@@ -53,6 +61,8 @@ def predict(
                 f"--format: expected one of {', '.join(_FORMATS)}, received '{form}'"
                 f"{did_you_mean(form, _FORMATS)}"
             )
+        if count > 1 and not temperature:
+            raise UsageError("--answers: several answers are alike without --temperature above 0")
         if form == "glue" and task_column is not None:
             raise UsageError("--format glue is a file for one task: use --task")
         if file != "-" and not Path(file).is_file():
@@ -60,6 +70,7 @@ def predict(
         folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
+        from mtl_lora_cli.evaluation.generate import Sampling
         from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task
         from mtl_lora_cli.tasks.chosen import read_tasks
@@ -79,7 +90,8 @@ def predict(
             emit(glue_submission.HEADER)
         number = cut = 0
         for part in parts:
-            answers = predictor.answer(part, task=task, task_column=task_column)
+            sampling = None if temperature is None else Sampling(temperature, seed, count, number)
+            answers = predictor.answer(part, task=task, task_column=task_column, sampling=sampling)
             lines = []
             for (row, _), prediction in zip(part, answers, strict=True):
                 if glue is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from mtl_lora_cli.evaluation.choices import (
     Request,
     build_requests,
     require_different,
+    room_for,
     score,
 )
 from mtl_lora_cli.evaluation.conversing import Said
-from mtl_lora_cli.evaluation.generate import Stopped, generate
+from mtl_lora_cli.evaluation.generate import Sampling, Stopped, generate
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.machine.processes import Processes
@@ -41,6 +43,7 @@ class Answers:
             length; None where answers were generated.
         open_scores: the same without the end where it counts: as lm-evaluation-harness asks.
         texts: the generated answers; None where choices were scored.
+        several: of each example all that were drawn, where that are more than one; the first is in `texts`.
         unparsable: how many of them named no choice, or held nothing of what counts.
         unreadable: how many right answers could not be read, were they generated word for word: a text
             that ends answers stands in them, the tokenizer does not give them back, or they are too long.
@@ -52,6 +55,7 @@ class Answers:
     scores: list[np.ndarray] | None = None
     open_scores: list[np.ndarray] | None = None
     texts: list[str] | None = None
+    several: list[list[str]] | None = None
     unparsable: int = 0
     unreadable: int = 0
     ties: int = 0
@@ -75,6 +79,7 @@ def answer(
     held: Sequence[Examples],
     setting: Setting,
     advance: Progress = lambda done, total: None,
+    sampling: Sampling | None = None,
 ) -> list[Answers]:
     """Ask the model; write nothing.
 
@@ -130,7 +135,10 @@ def answer(
     answers = []
     for index, (task, examples, own) in enumerate(zip(tasks, held, requests, strict=True)):
         if index not in scored:
-            answers.append(_generated(opened, task, examples, own, encoder, step, processes))
+            how_drawn = sampling_of(task) if sampling is None else sampling
+            answers.append(
+                _generated(opened, task, examples, own, encoder, step, processes, how_drawn)
+            )
             continue
         found = [next(scores) for _ in own]
         counts = [len(request.choices) for request in own]
@@ -152,8 +160,11 @@ def _generated(
     encoder: Encoder,
     advance: Advance,
     processes: Processes,
+    sampling: Sampling | None,
 ) -> Answers:
-    """Greedy answers."""
+    """Generated answers, of which the first of each example is read."""
+    if sampling is not None and not sampling.temperature:
+        sampling = None
     answers = generate(
         opened.packed,
         requests,
@@ -164,13 +175,30 @@ def _generated(
         stopped=stop_of(task, encoder, opened.tokenizer),
         advance=advance,
         processes=processes,
+        sampling=sampling,
     )
-    return read_generated(opened.tokenizer, encoder, task, examples, requests, answers)
+    count = 1 if sampling is None else sampling.answers
+    read = partial(read_generated, opened.tokenizer, encoder, task, examples, requests)
+    first = read(answers[::count])
+    if count == 1:
+        return first
+    others = [read(answers[number::count]).texts or [] for number in range(1, count)]
+    return replace(
+        first, several=[list(one) for one in zip(first.texts or [], *others, strict=True)]
+    )
+
+
+def sampling_of(task: Task) -> Sampling | None:
+    """How a template says that answers are drawn; None: it does not."""
+    own = task.template.generate
+    return Sampling(own.temperature, own.seed) if own.temperature else None
 
 
 def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
     """The most tokens that each generated answer may have."""
     most = task.template.generate.max_new_tokens
+    if most is None and task.template.conversation is not None:
+        return [room_for(one.choices[0]) for one in requests]
     return [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
 
 

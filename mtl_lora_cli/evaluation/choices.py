@@ -197,6 +197,11 @@ def _shortened(prompt: Prompt, room: int, limit: int) -> list[int]:
     return prompt.shortened(max(1, room))
 
 
+def room_for(answer: Sequence[int]) -> int:
+    """Tokens that an answer to a conversation may have: twice as many as the right one, and 32."""
+    return 2 * len(answer) + 32
+
+
 def _of_dialogues(
     dialogues: Sequence[Dialogue],
     task: int,
@@ -213,7 +218,7 @@ def _of_dialogues(
         prompts, _ = encoder.asked(dialogues, known=False)
     requests = []
     for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
-        room = limit - max(new_tokens, len(answer))
+        room = limit - max(new_tokens or (room_for(answer) if generated else 0), len(answer))
         whole, shorter = len(prompt), dialogue.without_earliest()
         while len(prompt) > room and shorter is not None:
             ((prompt,), _) = encoder.asked([shorter], known=labelled and not generated)

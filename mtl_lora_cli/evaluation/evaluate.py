@@ -156,7 +156,7 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         "task": task.name,
         "protocol": protocol,
         "normalisation": setting.normalisation_of(task),
-        "generate": template.generate.model_dump() if protocol == GENERATE else None,
+        "generate": template.generate.identity if protocol == GENERATE else None,
         "prompt_format": opened.recipe.prompt_format,
         "chat": opened.recipe.chat.model_dump() if opened.recipe.prompt_format == "chat" else None,
         "loss_on": opened.recipe.training.loss_on,

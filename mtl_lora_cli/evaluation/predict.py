@@ -13,8 +13,10 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.generate import Sampling
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.tasks.messages import Message
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
 from mtl_lora_cli.tasks.task import Task
@@ -39,6 +41,8 @@ class Predictor:
       log-probability, divided as the template's `normalisation` says;
     - `truncated`: true where the row's text lost its beginning: the model reads no more;
     - `value`: Σ p · label, for a task with `scoring: expectation`;
+    - `answers`: all answers that were drawn, where several were asked for; `answer` is the first;
+    - `messages`: of a conversation, its messages with the answer behind them;
     - `ends_counted`: true where the end of each choice counts, for one of them begins another.
 
     Args:
@@ -63,7 +67,12 @@ class Predictor:
         return tuple(self._tasks)
 
     def predict(
-        self, rows: Iterable[Row], *, task: str | None = None, task_column: str | None = None
+        self,
+        rows: Iterable[Row],
+        *,
+        task: str | None = None,
+        task_column: str | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Prediction]:
         """Answer rows of one task, or of several, mixed.
 
@@ -71,6 +80,7 @@ class Predictor:
             rows: in any number; tasks are answered together.
             task: whose rows they are; may be left out where the run has one task.
             task_column: the field of each row that names its task, in the place of `task`.
+            sampling: draw free answers; None: as the template says.
 
         Returns:
             A prediction for each row, in order.
@@ -81,8 +91,38 @@ class Predictor:
         placed = ((row, f"row {number}") for number, row in enumerate(rows, start=1))
         found: list[Prediction] = []
         while part := list(islice(placed, ROWS)):
-            found += self.answer(part, task=task, task_column=task_column)
+            own = None if sampling is None else dataclasses.replace(sampling, first=len(found))
+            found += self.answer(part, task=task, task_column=task_column, sampling=own)
         return found
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        task: str | None = None,
+        tools: Sequence[Any] = (),
+        sampling: Sampling | None = None,
+    ) -> Prediction:
+        """Answer a conversation.
+
+        Args:
+            messages: dictionaries with `role` and `content`, in the forms that `instruct/messages` reads.
+            task: the task that answers; may be left out where the run has one.
+            tools: descriptions of functions that may be called.
+            sampling: draw answers; None: as the template says.
+
+        Raises:
+            UsageError: an unknown task, one that is no conversation, or a message that cannot be read.
+        """
+        name = require_task(self.tasks, task, None)
+        own, renderer = self._tasks[name]
+        if own.template.conversation is None:
+            raise UsageError(f"task '{name}' is no conversation: use predict, with rows")
+        example = renderer.talk(list(messages), list(tools), "messages")
+        row = {"messages": list(messages)}
+        held = Examples("", [example], ["messages"], [row], "")
+        (said,) = ask(self._opened, [own], [held], self._setting, sampling=sampling)
+        return next(self._predictions(own, held, said))
 
     def answer(
         self,
@@ -90,6 +130,7 @@ class Predictor:
         *,
         task: str | None = None,
         task_column: str | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Prediction]:
         """The same for rows with their places, as errors name them, all answered together."""
         chosen = require_task(self.tasks, task, task_column)
@@ -97,7 +138,7 @@ class Predictor:
             chosen if task_column is None else self._named(row, task_column, where)
             for row, where in part
         ]
-        return list(self._answer(part, names))
+        return list(self._answer(part, names, sampling))
 
     def _named(self, row: Row, column: str, where: str) -> str:
         if column not in row:
@@ -108,7 +149,7 @@ class Predictor:
         return _known(str(row[column]), self.tasks, f"{where}: {column}: ")
 
     def _answer(
-        self, part: Sequence[tuple[Row, str]], names: Sequence[str]
+        self, part: Sequence[tuple[Row, str]], names: Sequence[str], sampling: Sampling | None
     ) -> Iterator[Prediction]:
         """One batch of all tasks."""
         tasks, held, numbers = [], [], []
@@ -124,18 +165,14 @@ class Predictor:
             held.append(Examples("", rendered, wheres, rows, ""))
             numbers.append(own)
         found: dict[int, Prediction] = {}
-        answers = ask(self._opened, tasks, held, self._setting)
+        answers = ask(self._opened, tasks, held, self._setting, sampling=sampling)
         for task, examples, places, said in zip(tasks, held, numbers, answers, strict=True):
             found.update(zip(places, self._predictions(task, examples, said), strict=True))
         return (found[number] for number in range(len(part)))
 
     def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:
         if said.scores is None:
-            assert said.texts is not None
-            reading = reading_of(task.template)
-            for text, request in zip(said.texts, said.requests, strict=True):
-                parts = reading.found(reading.answer(text))
-                yield {"task": task.name, "answer": parts[0] if parts else None, **_cut(request)}
+            yield from _generated(task, examples, said)
             return
         renderer = self._tasks[task.name][1]
         how = task.template.normalisation
@@ -155,6 +192,24 @@ class Predictor:
             if said.requests[number].ends:
                 prediction["ends_counted"] = True
             yield {**prediction, **_cut(said.requests[number])}
+
+
+def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:
+    """Predictions of free answers; of a conversation with the answer behind its messages."""
+    assert said.texts is not None
+    reading = reading_of(task.template)
+
+    def read(text: str) -> str | None:
+        return next(iter(reading.found(reading.answer(text))), None)
+
+    for number, (text, example) in enumerate(zip(said.texts, examples.examples, strict=True)):
+        prediction: Prediction = {"task": task.name, "answer": read(text)}
+        if said.several is not None:
+            prediction["answers"] = [read(one) for one in said.several[number]]
+        if example.dialogue is not None:
+            answer = {"role": "assistant", "content": prediction["answer"] or ""}
+            prediction["messages"] = [*map(dict, example.dialogue.messages), answer]
+        yield {**prediction, **_cut(said.requests[number])}
 
 
 def _cut(request: Request) -> Prediction:

@@ -98,6 +98,18 @@ class Renderer:
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
         return Example(prompt, answer, (), -1, None, dialogue, texts)
 
+    def talk(self, messages: list[Any], tools: list[Any], where: str) -> Example:
+        """Messages that stand in no row, to be answered.
+
+        Raises:
+            UsageError: one of them cannot be read.
+        """
+        read = self._conversation
+        assert read is not None, "only of a task of conversations"
+        given: Callable[[Variables], Dialogue] = lambda _: read.given(messages, tools)  # noqa: E731
+        dialogue = self._get("conversation", given, {"row": {}}, where)
+        return Example(plain_text(dialogue.messages), "", (), -1, None, dialogue)
+
     def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts that the prompt may read, and the fields that it prints though they are blank."""
         texts: list[str] = []

@@ -31,6 +31,20 @@ class Talk:
         parts = (self._messages, self._tools, self._system)
         self.names = frozenset().union(*(part.names for part in parts if part is not None))
 
+    def given(self, messages: list[Any], tools: list[Any]) -> Dialogue:
+        """Messages that stand in no row, to be answered; a system prompt that reads a row is not theirs.
+
+        Raises:
+            FormError: something in the conversation is not what it should be.
+        """
+        constant = self._system is not None and not self._system.names
+        system = self._system({}).strip() if constant and self._system is not None else ""
+        found, _ = read_messages(
+            messages, self._settings, "messages", system=system, answered=False
+        )
+        counts = (False,) * len(found)
+        return Dialogue(tuple(map(without_place, found)), counts, read_tools(tools, "tools"))
+
     def __call__(self, variables: dict[str, Any], *, labelled: bool = True) -> Dialogue:
         """One row.
 

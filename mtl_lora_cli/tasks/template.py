@@ -108,12 +108,23 @@ Choices = Annotated[
 class Generation(StrictModel):
     """How answers are generated, and what is read in them, where a task is evaluated so."""
 
-    # Default: one more than the right answer has, or the longest choice.
+    # Default: one more than the right answer has, or the longest choice; of conversations twice and 32.
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     # Texts at which an answer ends. Default: the line's end for choices without `extract`.
     stop: list[Annotated[str, Field(min_length=1)]] | None = None
     # What counts in an answer: the group, or the whole match. Default: its beginning.
     extract: Annotated[str, AfterValidator(_is_pattern)] | None = None
+    # Tokens are drawn with p ∝ exp(logit / temperature); 0: the likeliest.
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As results keep it; without what says nothing, since early versions did not draw."""
+        whole = self.model_dump()
+        if not self.temperature:
+            del whole["temperature"], whole["seed"]
+        return whole
 
 
 class Template(StrictModel):
