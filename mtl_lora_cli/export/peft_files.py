@@ -9,47 +9,35 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.export.merge import Update
-from mtl_lora_cli.export.peft_names import PREFIX
+from mtl_lora_cli.export.peft_names import PREFIX, PeftNames
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_peft(
-    updates: Mapping[str, Update],
-    targets: list[str],
-    base_model: str,
-    folder: Path,
-    *,
-    wrapped: Mapping[str, str] = MappingProxyType({}),
-    excluded: str | None = None,
+    updates: Mapping[str, Update], names: PeftNames, base_model: str, folder: Path
 ) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder.
 
     Args:
         updates: weight of the model → its update.
-        targets: names of the adapted layers.
+        names: what PEFT is told of them.
         base_model: what transformers finds the base model by.
         folder: where to.
-        wrapped: weight → its name in the wrapper, see `wrapper_names`. PEFT takes the names that it finds in
-            the model that it is given, so both are written.
-        excluded: expression of modules with a target's name that are not adapted.
     """
     tensors, ranks = {}, {}
     for weight, (down, up, scale) in updates.items():
-        for name in dict.fromkeys((weight, wrapped.get(weight, weight))):
+        for name in names.of(weight):
             path = name.removesuffix(".weight")
             tensors[f"{PREFIX}{path}.lora_A.weight"] = down.clone()
             tensors[f"{PREFIX}{path}.lora_B.weight"] = scale * up.clone()
             ranks[path] = down.shape[0]
-    if any("." in target for target in targets):
-        targets = list(ranks)
     rank = max(ranks.values())
     others = {path: own for path, own in ranks.items() if own != rank}
     config: dict[str, Any] = {
@@ -68,8 +56,9 @@ def write_peft(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": targets,
-        "exclude_modules": excluded,
+        "target_modules": list(names.targets),
+        "exclude_modules": names.excluded,
+        **({"target_parameters": list(names.parameters)} if names.parameters else {}),
     }
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"

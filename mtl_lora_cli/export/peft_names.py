@@ -1,10 +1,19 @@
-"""What PEFT makes of the names in an adapter's configuration: which modules of the model it adapts."""
+"""What PEFT is told of an adapter's layers, so that it finds these in the model and no others.
+
+PEFT takes a target for every module whose path ends in it, in a vision tower, too, and renames what a file
+holds by transformers' rules of loading. Three things follow. Modules that would be hit and are not adapted
+are excluded by name. A tensor stands there under a second name where the first would be renamed, or is
+another one in the wrapper around a model for text. And in models whose experts are fused, `gate_proj` and
+the like are names of experts to PEFT: dense layers and shared experts that are called so are named as
+parameters, one by one. Then PEFT itself is asked.
+"""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -13,35 +22,84 @@ from typing import Any
 from safetensors import safe_open
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.export.weight_names import wrapper_class
+from mtl_lora_cli.export.weight_names import weight_names, wrapper_class, wrapper_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import skeleton
 
 PREFIX = "base_model.model."  # PEFT's name for what it wraps
 
 
-def beside_the_text(
-    base: BaseModel, weights: Iterable[str], wrapped: Mapping[str, str], targets: Sequence[str]
-) -> str | None:
-    """An expression of the modules that PEFT would adapt, too, by their names, such as a vision tower's.
+# What PEFT takes for parts of experts in a model that has them fused, and how those are called there.
+_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_FUSED = ("gate_up_proj", "down_proj")
 
-    Each is named by the shortest path to it that leads to no adapted layer.
+
+@dataclass(frozen=True)
+class PeftNames:
+    """See the module.
+
+    Attributes:
+        targets: modules: last names, or whole paths.
+        also: weight of the model → a second name of it.
+        parameters: weights that are named one by one, by their paths.
+        excluded: expression of modules that a target hits and that are not adapted.
+    """
+
+    targets: Sequence[str]
+    also: Mapping[str, str] = field(default_factory=dict)
+    parameters: Sequence[str] = ()
+    excluded: str | None = None
+
+    def of(self, weight: str) -> list[str]:
+        """The names of a weight."""
+        return list(dict.fromkeys((weight, self.also.get(weight, weight))))
+
+
+def peft_names(base: BaseModel, weights: Iterable[str], targets: Sequence[str]) -> PeftNames:
+    """What PEFT is told of adapted weights.
 
     Args:
         base: the base model.
-        weights: that are adapted.
-        wrapped: see `write_peft`.
-        targets: names of the adapted layers.
+        weights: that are adapted, as the model names them.
+        targets: last names of their layers, or whole paths.
     """
-    adapted = {name.removesuffix(".weight") for name in (*weights, *wrapped.values())}
+    weights = list(weights)
+    names = weight_names(base)
+    again = {weight: names.tensor(weight) for weight in weights if weight in names.renamed}
+    also = {**again, **wrapper_names(base, weights)}
+    paths = [name.removesuffix(".weight") for name in (*weights, *also.values())]
+    if any("." in target for target in targets):
+        targets = list(dict.fromkeys(paths))
+    parameters: list[str] = []
+    if _has_fused_experts(skeleton(base)):
+        parameters = [f"{path}.weight" for path in dict.fromkeys(paths) if _last(path) in _EXPERTS]
+        targets = [target for target in targets if _last(target) not in _EXPERTS]
+    return PeftNames(targets, also, parameters, _beside(base, paths, targets))
+
+
+def _has_fused_experts(model: Any) -> bool:
+    return any(
+        parameter.ndim == 3 and _last(name) in _FUSED
+        for name, parameter in model.named_parameters()
+    )
+
+
+def _beside(base: BaseModel, adapted: Iterable[str], targets: Sequence[str]) -> str | None:
+    """An expression of the modules that a target hits without being adapted, such as a vision tower's.
+
+    Each is named by the shortest path to it that leads to no adapted layer.
+    """
     leading = {above for path in adapted for above in _prefixes(path)}
-    named = {*targets, *(adapted if any("." in target for target in targets) else ())}
-    beside = set()
+    hit, beside = set(targets), set()
     for model in _models(base):
         for path, _ in model.named_modules():
-            if path not in leading and named.intersection(_suffixes(path)):
+            if path not in leading and hit.intersection(_suffixes(path)):
                 beside.add(next(above for above in _prefixes(path) if above not in leading))
     return f"({'|'.join(map(re.escape, sorted(beside)))})(\\..*)?" if beside else None
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _prefixes(path: str) -> list[str]:

@@ -28,11 +28,13 @@ class WeightNames:
         base: whose files.
         tensors: weight of the model → the tensor of the files that holds its values.
         made: the tensors of the files of which transformers makes other weights, put together or cut.
+        renamed: weights whose own names would be changed by transformers' rules, too.
     """
 
     base: BaseModel
     tensors: Mapping[str, str]
     made: frozenset[str]
+    renamed: frozenset[str] = frozenset()
 
     def tensor(self, weight: str) -> str:
         """The tensor that a weight is.
@@ -83,7 +85,8 @@ def weight_names(base: BaseModel, kind: Any = None) -> WeightNames:
             tensors.setdefault(weight, name)
         elif weight in weights:
             made.add(name)
-    return WeightNames(base, tensors, frozenset(made))
+    renamed = {name for name in tensors if rename_source_key(name, renaming, [])[0] != name}
+    return WeightNames(base, tensors, frozenset(made), frozenset(renamed))
 
 
 def wrapper_class(base: BaseModel) -> Any:

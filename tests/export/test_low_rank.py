@@ -18,6 +18,7 @@ from mtl_lora_cli.export.check import Check
 from mtl_lora_cli.export.formats import Reference
 from mtl_lora_cli.export.low_rank import ask_at, truncate, updates_at
 from mtl_lora_cli.export.peft_files import write_peft
+from mtl_lora_cli.export.peft_names import PeftNames
 from mtl_lora_cli.export.questions import Questions
 
 from .conftest import itself
@@ -102,7 +103,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
     """And how far that is from the run is told, not judged: at rank 1 it is far."""
     pytest.importorskip("peft")
     updates, _ = updates_at(run, run.tasks[0], rank)
-    write_peft(updates, ["q_proj", "down_proj"], run.base.name, tmp_path)
+    write_peft(updates, PeftNames(["q_proj", "down_proj"]), run.base.name, tmp_path)
     models = [Reference("truncated", None, rank), Reference("run")]
     questions = Questions(run, run.tasks[0], Setting(limit=12))
     comparison = Check("peft", models, 12, 1e-4).compare(questions, tmp_path)
@@ -123,7 +124,7 @@ def test_on_a_quantised_base_it_has_the_runs_own_weights(four_bit_run: Run) -> N
 
 def test_the_written_file_holds_the_nearest_update(run: Run, tmp_path: Path) -> None:
     updates, _ = updates_at(run, run.tasks[1], 2)
-    write_peft(updates, ["q_proj", "down_proj"], run.base.name, tmp_path)
+    write_peft(updates, PeftNames(["q_proj", "down_proj"]), run.base.name, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     path = "model.layers.2.mlp.down_proj"
     down, up = run.adapter.layers[path].task_update(1)

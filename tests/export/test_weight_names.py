@@ -18,8 +18,8 @@ from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.export.alone import load_alone
 from mtl_lora_cli.export.merge import Update, plan_merge, write_merged
 from mtl_lora_cli.export.peft_files import write_peft
-from mtl_lora_cli.export.peft_names import beside_the_text
-from mtl_lora_cli.export.weight_names import weight_names, wrapper_class, wrapper_names
+from mtl_lora_cli.export.peft_names import peft_names, require_named
+from mtl_lora_cli.export.weight_names import weight_names, wrapper_class
 from mtl_lora_cli.models.base import find_base_model
 
 from ..families.build import build
@@ -151,11 +151,15 @@ def test_the_hubs_first_gemma3_names_are_found(
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3_5", "llama4-chunks", "gemma3-window", "gemma4-window-cap", "mistral3", "phimoe"]
+    "kind",
+    [
+        *("qwen3_5", "llama4-chunks", "gemma3-window", "gemma4-window-cap", "mistral3"),
+        *("phimoe", "deepseek_v3", "laguna-window", "qwen2_moe"),
+    ],
 )
-@pytest.mark.parametrize("whole_paths", [False, True])
+@pytest.mark.parametrize(("whole_paths", "ranks"), [(False, False), (True, True)])
 def test_peft_finds_every_layer_in_the_model_for_text_and_in_its_wrapper(
-    folder_of: Callable[[str], Path], tmp_path: Path, kind: str, whole_paths: bool
+    folder_of: Callable[[str], Path], tmp_path: Path, kind: str, whole_paths: bool, ranks: bool
 ) -> None:
     """And nothing of it in a vision tower, whose layers have the same names."""
     peft = pytest.importorskip("peft")
@@ -166,10 +170,13 @@ def test_peft_finds_every_layer_in_the_model_for_text_and_in_its_wrapper(
     targets = [n.removesuffix(".weight") for n in updates]
     if not whole_paths:
         targets = sorted({path.rpartition(".")[2] for path in targets})
-    wrapped = wrapper_names(base, updates)
-    assert len(wrapped) in (0, len(updates))
-    excluded = beside_the_text(base, updates, wrapped, targets)
-    write_peft(updates, targets, "x", tmp_path, wrapped=wrapped, excluded=excluded)
+    if ranks:
+        updates = {
+            n: (a[: 1 + number % 2], b[:, : 1 + number % 2], s)
+            for number, (n, (a, b, s)) in enumerate(updates.items())
+        }
+    write_peft(updates, peft_names(base, updates, targets), "x", tmp_path)
+    require_named(base, tmp_path)
     ids = torch.tensor([[1, 17, 230, 41, 99, 7, 55, 300]])
     for model in (type(own), wrapper_class(base) or type(own)):
         plain = model.from_pretrained(base.folder, dtype=torch.float32).eval()

@@ -10,10 +10,9 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, export_format
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.order import Order
+    from mtl_lora_cli.export.peft_names import PeftNames
     from mtl_lora_cli.export.questions import Answers, Questions
     from mtl_lora_cli.models.base import BaseModel
 
@@ -57,22 +56,17 @@ class Peft(Format):
             )
 
     def refuses(self, order: Order) -> None:
-        _wrapped(order)
+        _names(order)
 
     def size(self, order: Order) -> int:
-        return (1 + bool(_wrapped(order))) * super().size(order)
+        return (1 + bool(_names(order).also)) * super().size(order)
 
     def write(self, order: Order, folder: Path) -> None:
-        from mtl_lora_cli.export.peft_files import targets_of, write_peft
-        from mtl_lora_cli.export.peft_names import beside_the_text, require_named
+        from mtl_lora_cli.export.peft_files import write_peft
+        from mtl_lora_cli.export.peft_names import require_named
 
-        base, wrapped = order.run.base, _wrapped(order)
-        targets = targets_of(order.run.adapter)
-        excluded = beside_the_text(base, order.updates, wrapped, targets)
-        write_peft(
-            order.updates, targets, _loadable(base), folder, wrapped=wrapped, excluded=excluded
-        )
-        require_named(base, folder)
+        write_peft(order.updates, _names(order), _loadable(order.run.base), folder)
+        require_named(order.run.base, folder)
 
     def read(self, questions: Questions, folder: Path) -> Answers:
         """The run's own base model with the written adapter, as PEFT puts them together."""
@@ -110,11 +104,11 @@ class Peft(Format):
         )
 
 
-def _wrapped(order: Order) -> Mapping[str, str]:
-    """Weight → its name in the wrapper that the hub has the model in."""
-    from mtl_lora_cli.export.weight_names import wrapper_names
+def _names(order: Order) -> PeftNames:
+    from mtl_lora_cli.export.peft_files import targets_of
+    from mtl_lora_cli.export.peft_names import peft_names
 
-    return wrapper_names(order.run.base, order.updates)
+    return peft_names(order.run.base, order.updates, targets_of(order.run.adapter))
 
 
 def _loadable(base: BaseModel) -> str:
