@@ -25,7 +25,6 @@ from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.halves import Layer, Norm
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
-    AttentionPlan,
     NotPlanned,
     Plan,
     QueryScale,
@@ -91,14 +90,17 @@ class FusedDecoder:
             for module, plan in zip(self.modules, self.plan.layers, strict=True)
         ]
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
+        kinds = dict.fromkeys(plan.attention for plan in self.plan.layers)
+        self._kinds = list(kinds)
+        self._kind_of = [self._kinds.index(plan.attention) for plan in self.plan.layers]
         self._norm = Norm.of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are."""
         if self.plan.limit is not None:
             return False
-        plans = {layer.attention for layer in self.plan.layers}
-        return all(pick_way(self._norm.weight, plan) == "triton" for plan in plans)
+        embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
+        return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)
 
     def round_to_fp8(self) -> None:
         """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`)."""
@@ -158,7 +160,7 @@ class FusedDecoder:
             last = number + 1 == len(self.layers)
             own = Pass(
                 slots=slots,
-                packing=packings[self.plan.layers[number].attention],
+                packing=packings[self._kind_of[number]],
                 positions=positions if last else None,
                 chosen_slots=chosen_slots if last else slots,
                 keep=keep[number],
@@ -175,24 +177,22 @@ class FusedDecoder:
         cap = self.plan.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _packings(
-        self, x: Tensor, position_ids: Tensor, segments: Segments
-    ) -> dict[AttentionPlan, Packing]:
+    def _packings(self, x: Tensor, position_ids: Tensor, segments: Segments) -> list[Packing]:
         """Attention's view of the positions, for each kind of layer."""
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
             angles[rotary] = self._angles(rotary, wide, position_ids, segments)
-        found = {}
-        for plan in dict.fromkeys(layer.attention for layer in self.plan.layers):
-            cos_, sin_ = angles[plan.rotary]
-            found[plan] = Packing(
+        found = []
+        for plan in self._kinds:
+            cos, sin = angles[plan.rotary]
+            packing = Packing(
                 heads=plan.heads,
                 key_heads=plan.key_heads,
                 head_dim=plan.head_dim,
                 scaling=plan.scaling,
-                cos=cos_,
-                sin=sin_,
+                cos=cos,
+                sin=sin,
                 segments=segments,
                 way=pick_way(x, plan, segments),
                 window=plan.window,
@@ -200,6 +200,7 @@ class FusedDecoder:
                 pairs=plan.rotary is not None and plan.rotary.pairs,
                 query_scale=_query_scale(plan.query_scale, position_ids[0]),
             )
+            found.append(packing)
         return found
 
     def _angles(

@@ -123,6 +123,21 @@ def test_a_plan_that_names_what_is_not_there_is_said(register: Callable[..., Pat
     assert found == "no module 'layers.0.self_attn.norm_of_q', which its family's plan names"
 
 
+@pytest.mark.parametrize(
+    ("line", "broken", "said"),
+    [
+        ("config.mlp_layer_types", "config.mlp_types", "failed: AttributeError: "),
+        ("return llama.stack(config, layers)", "return layers", "expected a Plan, received list"),
+    ],
+)
+def test_a_file_that_fails_is_a_reason(
+    register: Callable[..., Path], line: str, broken: str, said: str
+) -> None:
+    path = register(FILE.replace(line, broken))
+    found = str(obstacle(tiny("mellum", **changes(KINDS)), None))
+    assert found.startswith(f"the family of 'mellum' ({path}:6)") and said in found
+
+
 def test_a_type_has_one_family(register: Callable[..., Path]) -> None:
     with pytest.raises(
         MtlLoraError, match=r"a model family 'qwen3' is there already \(.*qwen3.py:"

@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from mtl_lora_cli.engine.plan import NotPlanned, Plan
-from mtl_lora_cli.extensions import require_new
+from mtl_lora_cli.extensions import origin, require_new
 
 Family = Callable[[Any], Plan]
 _families: dict[str, Family] = {}
@@ -54,11 +54,22 @@ def plan_of(config: Any) -> Plan:
     """The plan for a configuration, or for the text part of a wrapper's.
 
     Raises:
-        NotPlanned: there is none, and why.
+        NotPlanned: there is none, and why; its family's own errors among the reasons.
     """
     _load_built_in()
     text = config.get_text_config()
     function = _families.get(text.model_type)
     if function is None:
         raise NotPlanned(f"model type {text.model_type}")
-    return function(text)
+    try:
+        plan = function(text)
+        if not isinstance(plan, Plan):
+            raise TypeError(f"expected a Plan, received {type(plan).__name__}")
+    except NotPlanned:
+        raise
+    except Exception as error:  # a configuration may lack what the function reads
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NotPlanned(
+            f"the family of '{text.model_type}' ({origin(function)}) failed: {what}"
+        ) from error
+    return plan
