@@ -22,8 +22,8 @@ from mtl_lora_cli.kernels.rotary import rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
     KEY_BACKWARD,
+    LARGEST_DIM,
     QUERY_BACKWARD,
-    TIMED_DIM,
     launch_for,
 )
 
@@ -133,7 +133,7 @@ def table_keys() -> set[tuple[int, bool]]:
 
 def kernels_know(plan: AttentionPlan) -> bool:
     """Whether our kernels compute a layer's attention."""
-    return plan.head_dim <= TIMED_DIM and plan.softcap is None
+    return plan.head_dim <= LARGEST_DIM and plan.softcap is None
 
 
 def pick_way(x: Tensor, plan: AttentionPlan, segments: Segments | None = None) -> Way:

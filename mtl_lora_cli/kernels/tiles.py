@@ -19,10 +19,6 @@ COLUMNS = 3
 LARGEST_DIM = 256
 """The largest head dimension that the kernels take."""
 
-TIMED_DIM = 128
-"""The largest one that was timed on a card. Larger heads are left to torch until they are, too: whether
-their accumulators stay in registers, and their steps in shared memory, is for a card to say."""
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -55,7 +51,9 @@ class Launch:
 # By the largest head dimension that they serve. Segments are short, so that tiles of 128 would mostly
 # be mask, and registers limit how many programs a multiprocessor holds: steps of 32 and one loop need
 # fewer. Chosen by time on an H100, 8192 positions of such segments.
-_WIDE = Launch(64, 32, warps=8, split=False)  # not timed
+# Heads of 256, on an H200, forward and backward of 8192 positions in segments of the commonsense lengths: 0.38 ms,
+# beside 2.20 in torch; long segments 3.6 beside 2.8, with a window of 1024 1.7 beside 2.1.
+_WIDE = Launch(32, 32, split=False)
 FORWARD = {64: Launch(64, 64), 128: Launch(64, 32), 256: _WIDE}
 QUERY_BACKWARD = {64: Launch(64, 32), 128: Launch(64, 32, split=False), 256: _WIDE}
 KEY_BACKWARD = {64: Launch(64, 32, split=False), 128: Launch(64, 32, split=False), 256: _WIDE}
