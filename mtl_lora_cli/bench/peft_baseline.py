@@ -55,14 +55,14 @@ def padded_batches(yardstick: Yardstick, size: int, count: int) -> list[Padded]:
             for number in range(start, start + size)
         ]
         parts = [torch.from_numpy(yardstick.splits[t].example(n)).long() for t, n in some]
-        prompts = [int(yardstick.splits[t].prompt_lengths[n]) for t, n in some]
+        learned = [yardstick.splits[t].learned(n) for t, n in some]
         shape = (size, max(len(part) for part in parts))
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, -100)
-        for row, (part, prompt) in enumerate(zip(parts, prompts, strict=True)):
+        for row, (part, places) in enumerate(zip(parts, learned, strict=True)):
             ids[row, : len(part)] = part
             mask[row, : len(part)] = 1
-            labels[row, prompt : len(part)] = part[prompt:]
+            labels[row, places] = part[places]
         made.append(Padded(ids, mask, labels, sum(len(part) for part in parts)))
     return made
 

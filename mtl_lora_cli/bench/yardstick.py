@@ -169,9 +169,9 @@ class Yardstick:
         places = [place for row in rows for place in row]
         examples = [(self.splits[task], number) for task, number in places]
         tokens = sum(int(split.starts[n + 1] - split.starts[n]) for split, n in examples)
-        prompts = sum(int(split.prompt_lengths[n]) for split, n in examples)
+        supervised = sum(len(split.learned(n)) for split, n in examples)
         return Step(
             batches=tuple(training_batch(some, self.splits, loss_on="answer") for some in passes),
             tokens=tokens,
-            supervised=tokens - prompts,
+            supervised=supervised,
         )

@@ -90,6 +90,10 @@ def one_turn(prompt: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
+def _last_of(messages: Sequence[Message]) -> str:
+    return f"a message of {messages[-1]['role']}" if messages else "a conversation without messages"
+
+
 def _key(messages: Sequence[Message], tools: Sequence[Any]) -> str:
     """Messages as what a cache knows them by."""
     return json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
@@ -225,7 +229,7 @@ class ChatTemplate:
         except Exception as error:  # a template may raise whatever Python can
             said = " ".join(str(error).split()) or type(error).__name__
             raise self._refused(
-                f"refuses a message of {messages[-1]['role']}: {said}; use plain"
+                f"refuses {_last_of(messages)}: {said}; use plain"
             ) from None
         return text
 
@@ -343,8 +347,6 @@ class ChatTemplate:
         try:
             return self._before(_key(messages, tools))
         except UsageError:
-            if len(messages) < 2:
-                raise
             return None
 
     def _marked_begin(self, whole: str, dialogue: Dialogue, number: int, before: str | None) -> int:
@@ -365,7 +367,7 @@ class ChatTemplate:
         first = header[:1] + header[1:].partition("<")[0].rstrip()
         place = whole[: len(start)].rfind(first)
         if whole.startswith(start) and first and place >= 0:
-            if place < self._span(whole, dialogue, number - 1)[1]:
+            if number and place < self._span(whole, dialogue, number - 1)[1]:
                 return len(start)  # the turn goes on, without another header
             same = header[: _same(whole[place:], header)]
             cut = same.rfind("<")

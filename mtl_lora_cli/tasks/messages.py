@@ -41,6 +41,7 @@ ROLES = {
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_THOUGHT_PARTS = ("reasoning", "thinking")
 FROM_FIELD = "from_field"  # of a message that a template makes: the row's field, for errors
 _PLACE = "place"  # of a message while it is read
 _MARKS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -282,16 +283,16 @@ class _Reader:
         role = self._role(one, place)
         name = self._name_of(self._settings.content, one)
         at = str(one.get(FROM_FIELD) or f"{place}.{name}")
-        content, reasoning = _content(one.get(name), at, role)
-        message: dict[str, Any] = {"role": role, "content": content}
+        content = _content(one.get(name), at, role)
+        message: dict[str, Any] = {"role": role, "content": content.text}
         if role == "call":
-            message = {"role": "assistant", "content": "", "tool_calls": _called(content, at)}
+            message = {"role": "assistant", "content": "", "tool_calls": _called(content.text, at)}
         elif role == "assistant":
-            message |= self._answer(one, message, reasoning, place)
-            if content is None and not message.get("tool_calls"):
+            message |= self._answer(one, content, place)
+            if content.text is None and not message.get("tool_calls"):
                 raise FormError(f"{at}: is null, expected a text")
             message["content"] = message["content"] or ""
-        elif content is None:
+        elif content.text is None:
             raise FormError(f"{at}: is null, expected a text")
         for key in ("tool_call_id", "name"):
             if isinstance(one.get(key), str):
@@ -307,24 +308,25 @@ class _Reader:
             role == "text" and not alone and self._marked(one, place) is not False
         )
 
-    def _answer(
-        self, one: Mapping[str, Any], message: dict[str, Any], reasoning: str, place: str
-    ) -> dict[str, Any]:
+    def _answer(self, one: Mapping[str, Any], content: _Content, place: str) -> dict[str, Any]:
         """What an answer has beside its text."""
         found: dict[str, Any] = {}
+        reasoning = content.reasoning
         key = next((key for key in _REASONING if one.get(key)), None)
         if key is not None:
             if not isinstance(one[key], str):
                 raise FormError(f"{place}.{key}: expected a text, received {_short(one[key])}")
             reasoning = one[key]
         if self._settings.reasoning == "drop":
-            found["content"] = THOUGHT.sub("", message["content"] or "", count=1)
+            found["content"] = THOUGHT.sub("", content.text or "", count=1)
         elif reasoning:
             found["reasoning_content"] = reasoning
         if one.get("tool_calls"):
             found["tool_calls"] = _calls(one["tool_calls"], f"{place}.tool_calls")
         elif one.get("function_call"):
             found["tool_calls"] = _calls([one["function_call"]], f"{place}.function_call")
+        elif content.calls:
+            found["tool_calls"] = list(content.calls)
         return found
 
     def _name_of(self, names: Sequence[str], one: Mapping[str, Any]) -> str:
@@ -355,20 +357,28 @@ class _Reader:
         return mark
 
 
-def _content(value: Any, place: str, role: str) -> tuple[str | None, str]:
-    """A message's text and the reasoning in it; None: it has none.
+@dataclass(frozen=True)
+class _Content:
+    """A message's text, None where it has none; the reasoning and the tool calls that stand in it."""
+
+    text: str | None
+    reasoning: str = ""
+    calls: tuple[dict[str, Any], ...] = ()
+
+
+def _content(value: Any, place: str, role: str) -> _Content:
+    """What a message says.
 
     Raises:
-        FormError: it is no text, and holds more than texts.
+        FormError: it is no text, and holds more than texts, reasoning and calls.
     """
     if value is None or isinstance(value, str):
-        return value, ""
+        return _Content(value)
     if isinstance(value, list | tuple) and all(_is_part(part) for part in value):
         return _parts(value, place)
-    if role == "tool" and isinstance(value, Mapping | list | tuple | int | float):
-        return json.dumps(value, ensure_ascii=False), ""
-    if role == "call" and isinstance(value, Mapping | list | tuple):
-        return json.dumps(value, ensure_ascii=False), ""
+    kinds = {"tool": Mapping | list | tuple | int | float, "call": Mapping | list | tuple}
+    if role in kinds and isinstance(value, kinds[role]):
+        return _Content(json.dumps(value, ensure_ascii=False))
     raise FormError(f"{place}: expected a text, received {_short(value)}")
 
 
@@ -378,21 +388,26 @@ def _is_part(part: Any) -> bool:
     )
 
 
-def _parts(value: Sequence[Any], place: str) -> tuple[str, str]:
-    texts, thoughts = [], []
+def _parts(value: Sequence[Any], place: str) -> _Content:
+    """Parts of a message in order, each with a type and what it holds."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
     for number, part in enumerate(value):
-        if isinstance(part, str):
-            texts.append(part)
-        elif part["type"] in _TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif part["type"] in ("thinking", "reasoning"):
-            thoughts.append(str(part.get("thinking", part.get("text", ""))))
+        own = {"type": "text", "text": part} if isinstance(part, str) else part
+        held = next((own[key] for key in ("text", "value", "thinking") if key in own), None)
+        if own["type"] in _TEXT_PARTS and isinstance(held, str):
+            texts.append(held)
+        elif own["type"] in _THOUGHT_PARTS and isinstance(held, str):
+            thoughts.append(held)
+        elif own["type"] == "tool_call" and held is not None:
+            calls += _called(held, f"{place}[{number}]")
         else:
-            raise FormError(f"{place}[{number}]: a part of type '{part['type']:.40}' is no text")
-    return "".join(texts), "\n".join(thoughts)
+            raise FormError(f"{place}[{number}]: a part of type '{own['type']:.40}' is no text")
+    return _Content("".join(texts), "\n".join(thoughts), tuple(calls))
 
 
-def _called(text: str | None, place: str) -> list[dict[str, Any]]:
+def _called(text: Any, place: str) -> list[dict[str, Any]]:
     """Tool calls that stand as the text of a message."""
     value = _parsed(text, place)
     listed = value if isinstance(value, list) else [value]

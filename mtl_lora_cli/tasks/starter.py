@@ -58,12 +58,14 @@ class StarterTask:
         template: as the recipe will name it: in full, or an absolute path.
         source: a path, `sample:NAME`, or None: the template's own.
         description: the template's.
+        talks: its rows are conversations.
     """
 
     name: str
     template: str
     source: str | None
     description: str
+    talks: bool = False
 
 
 def read_task(text: str) -> StarterTask:
@@ -95,6 +97,7 @@ def read_task(text: str) -> StarterTask:
         template=str(path.resolve()) if full.endswith((".yaml", ".yml")) else full,
         source=source or None,
         description=found.description,
+        talks=found.objective == "conversation" and full != "instruct/completion",
     )
 
 
@@ -140,6 +143,9 @@ def _lines(
     if hardware.four_bit:
         yield "# nf4 holds the base weights in a quarter of the memory of bfloat16; none leaves them as they are."
         yield "quantization: nf4"
+    if any(task.talks for task in tasks):
+        yield "# Conversations, and the other tasks' questions, as the tokenizer's chat template writes them."
+        yield "prompt_format: chat"
     yield ""
     yield "adapter:"
     yield "  # arXiv 2410.09437; docs/method.md has its relatives."

@@ -96,6 +96,18 @@ def test_every_key_has_a_comment_where_it_stands_first(
     assert {"base_model", "rank", "name", "template", "source", "mixing", "seed"} <= seen
 
 
+def test_conversations_are_written_by_the_chat_template(
+    tmp_path: Path, invoke: Callable[..., Finished]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    words = ("init", "--yes", "--base-model", "some/model", "--hardware", "cpu", "--output")
+    for form, chat in (("messages", True), ("completion", False)):
+        made = invoke(*words, f"{form}.yaml", "--task", f"t=instruct/{form}:rows.jsonl")
+        assert made.returncode == 0, made.stderr
+        text = (tmp_path / f"{form}.yaml").read_text()
+        assert ("prompt_format: chat" in text) is chat
+
+
 def test_a_recipe_elsewhere_finds_its_files(
     folder: Path, stories_folder: Path, invoke: Callable[..., Finished]
 ) -> None:

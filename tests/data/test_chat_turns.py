@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 from mtl_lora_cli.tasks.messages import Dialogue
+from mtl_lora_cli.tasks.rendering import Example
 
 from .test_chat_templates import ENDS, PICTURES, REFUSED, TEMPLATES, tokenizer_of
 
@@ -216,3 +218,36 @@ def test_a_template_that_contradicts_itself_is_one_whose_answers_were_placed(
     said = [tokenizer.decode(ours.tokens[turn.begin : turn.end]) for turn in ours.turns]
     end = "<｜end▁of▁sentence｜>"
     assert said == ["Not at all, 9182." + end, "Yes it is, 5566." + end]
+
+
+@pytest.mark.parametrize(
+    ("talk", "taken"),
+    [
+        ([ASKED, AGAIN, LAST], ("qwen3", "llama3_1", SMOLLM2)),  # two questions in a row
+        ([ANSWERED, AGAIN, LAST], ("qwen3", "llama3_1", SMOLLM2)),  # an answer first
+        ([SYSTEM, ANSWERED], ("llama3_1",)),  # nobody asks
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", SMOLLM2, "gemma3", "cohere"])
+def test_odd_orders_are_written_or_refused_by_file_and_line(
+    name: str, talk: list[dict[str, Any]], taken: tuple[str, ...]
+) -> None:
+    tokenizer = tokenizer_of(name, template_of(name))
+    encoder = Encoder(tokenizer, "chat", DATED)
+    example = Example("p", "a", (), -1, dialogue=Dialogue.of(talk))
+
+    def encode() -> EncodedSplit:
+        return encode_split([example], ["f.jsonl:3"], encoder, task="t", limit=9999, on_overflow="error")  # fmt: skip
+
+    try:
+        whole = tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
+    except Exception:
+        with pytest.raises(UsageError, match=r"^f\.jsonl:3: task 't': prompt_format: chat: .* refuses a message"):  # fmt: skip
+            encode()
+        assert name not in taken
+        return
+    split = encode()
+    tokens = split.example(0).tolist()
+    assert tokens == whole[: len(tokens)]
+    said = tokenizer.decode(split.example(0)[split.learned(0)])
+    assert all(message["content"] in said for message in talk if message["role"] == "assistant")

@@ -130,3 +130,26 @@ def test_a_last_turn_that_is_too_long_is_left_out_and_counted(encoder: Encoder) 
         UsageError, match=r"^f:1: task 't': the example has \d+ tokens, rows hold 99"
     ):
         encoded(examples, encoder, 99)
+
+
+def test_control_tokens_that_a_row_brings_are_text_in_every_message(encoder: Encoder) -> None:
+    from mtl_lora_cli.data.prepare import Examples
+    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.tasks.registry import find_template
+    from mtl_lora_cli.tasks.rendering import Renderer
+    from mtl_lora_cli.tasks.task import Task
+
+    words = ("A </s> b?", "It is </s>.", "<s>user\nMore?", "No.")
+    roles = ("user", "assistant") * 2
+    row = {"messages": [{"role": r, "content": w} for r, w in zip(roles, words, strict=True)]}
+    name, path, template = find_template("instruct/messages", None)
+    task = Task("t", 0, name, path.read_text(), template, Source(path="x"), "conversation")
+    held = Examples("train", [Renderer(template, "t").render(row, "f:1")], ["f:1"], [row], "")
+    marked = encoder.control_tokens.mark(task, held)
+    assert (marked.places, marked.first) == (["f:1"], "</s>")
+    split = encoded(marked.examples, encoder)
+    tokens, tokenizer = split.example(0).tolist(), encoder._tokenizer
+    # The template writes four turns, each with one start and one end; the rows' own are letters.
+    assert tokens.count(tokenizer.bos_token_id) == tokens.count(tokenizer.eos_token_id) == 4
+    said = tokenizer.decode(split.example(0)[split.learned(0)].tolist())
+    assert said == "It is </s>.</s>No.</s>"
