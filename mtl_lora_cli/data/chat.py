@@ -228,9 +228,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise whatever Python can
             said = " ".join(str(error).split()) or type(error).__name__
-            raise self._refused(
-                f"refuses {_last_of(messages)}: {said}; use plain"
-            ) from None
+            raise self._refused(f"refuses {_last_of(messages)}: {said}; use plain") from None
         return text
 
     def _form(self, messages: Sequence[Message]) -> ToolForm:

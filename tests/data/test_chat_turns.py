@@ -4,6 +4,7 @@ is learned is what a naive marking by characters says."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -251,3 +252,44 @@ def test_odd_orders_are_written_or_refused_by_file_and_line(
     assert tokens == whole[: len(tokens)]
     said = tokenizer.decode(split.example(0)[split.learned(0)])
     assert all(message["content"] in said for message in talk if message["role"] == "assistant")
+
+
+REASONING = (
+    *("diffusion_gemma", "gemma4", "gemma4_v2", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5"),
+    *("muse_glimmer", "nemotron_3_nano", "qwen3", "qwen3_5_nothink", "qwen3_6", "qwen3_8"),
+)
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_a_turn_never_holds_another_messages_words(name: str) -> None:
+    """Where a template leaves out the reasoning of earlier turns, it writes them otherwise than when they end it."""
+    tokenizer = tokenizer_of(name, TEMPLATES[name])
+    called, answered = ({**one, "reasoning_content": "Hm 333."} for one in (CALL, ANSWERED))
+    talk = [ASKED, called, RESULT, answered, AGAIN, LAST]
+    (ours,) = Encoder(tokenizer, "chat", DATED).conversations([Dialogue.of(talk, TOOLS)])
+    words = ("7788", "9182", "5566")
+    others = ("degrees", "Rome?", "Oslo")
+    for turn, own in zip(ours.turns, words, strict=True):
+        said = tokenizer.decode(ours.tokens[turn.begin : turn.end])
+        assert own in said
+        assert not any(word in said for word in {*words, *others} - {own}), said
+        assert name == "glm4moe" or said.rstrip().endswith((">", "|>"))
+
+
+def test_calls_are_given_as_a_template_takes_them() -> None:
+    """DeepSeek V3's wants arguments as text; R1's a content that is null, which transformers takes away."""
+    chat = Chat(date=DATED.date, answers="conversation")
+    talk = [ASKED, CALL, RESULT, ANSWERED]
+    tokenizer = tokenizer_of("deepseekv3", TEMPLATES["deepseekv3"])
+    (ours,) = Encoder(tokenizer, "chat", chat).conversations([Dialogue.of(talk)])
+    function = {**FUNCTION, "arguments": json.dumps(FUNCTION["arguments"])}
+    given = {**CALL, "tool_calls": [{**CALL["tool_calls"][0], "function": function}]}
+    whole = tokenizer.apply_chat_template([ASKED, given, RESULT, ANSWERED], tokenize=True)
+    assert ours.tokens == whole["input_ids"][: len(ours.tokens)]
+    call, answer = (tokenizer.decode(ours.tokens[turn.begin : turn.end]) for turn in ours.turns)
+    assert '{"city": "Rome \\"7788\\"", "days": 3}' in call and "degrees" not in call
+    assert "9182" in answer and "degrees" not in answer
+
+    other = tokenizer_of("deepseek_r1_distill", TEMPLATES["deepseek_r1_distill"])
+    with pytest.raises(UsageError, match="drops or changes a tool call"):
+        list(Encoder(other, "chat", chat).conversations([Dialogue.of(talk)]))
