@@ -176,3 +176,27 @@ def test_a_metric_that_cannot_be_is_told_before_the_model_is_loaded(
         (line,) = ended.stderr.splitlines()
         assert line.startswith(f"error: {place}/broken.py:"), line
         assert said in line, line
+
+
+def test_two_directions_have_no_average(place: Path, warm: Forks) -> None:
+    """Neither the best look, nor a table's average, nor a comparison as a whole."""
+    (place / "share.yaml").write_text(TEMPLATE.replace("[brier, accuracy]", "[accuracy]"))
+    recipe = (place / "recipe.yaml").read_text()
+    recipe = recipe.replace("}]", "}, {name: share, template: share.yaml, source: rows}]", 1)
+    recipe = recipe.replace("best: color", "best: macro").replace("name: own", "name: two")
+    (place / "two.yaml").write_text(recipe)
+    why = "higher is better for accuracy and lower for brier: their average says nothing"
+    ended = warm.run("train", "two.yaml", "--dry-run", cwd=place)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f"error: two.yaml:10: training.validation.best: {why}; name a task"
+    )
+    ended = warm.run("compare", "two.yaml", "--output", "none", cwd=place)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith(f"cannot be compared as a whole: {why}")
+    assert not (place / "none").exists()
+    changed = ("training.validation.best=share", "training.max_steps=2")
+    assert warm.run("train", "two.yaml", *changed, cwd=place, seconds=300).returncode == 0
+    ended = warm.run("eval", "--run", "two", "--task", "all", cwd=place, seconds=300)
+    assert ended.returncode == 0, ended.stderr
+    assert f"all tasks: undefined, {why}" in ended.stdout
