@@ -100,7 +100,7 @@ def tried_engine(prepared: Prepared) -> dict[str, Any]:
 
     if prepared.objective is not None:
         kind = type(prepared.objective).__name__
-        return {"engine": "host", "line": f"host: {kind}", "self_test": None, "remarks": []}
+        return {"engine": "host", "line": f"host: {kind}", "remarks": []}
 
     names = [task.name for task in prepared.data.tasks]
     config = prepared.recipe.adapter

@@ -138,5 +138,11 @@ def finished(processes: Processes, folder: RunFolder | None, as_json: bool) -> N
     if as_json:
         emit_json({"run": folder.name, "path": str(folder.path)})
     else:
+        from mtl_lora_cli.tasks.chosen import read_tasks
+        from mtl_lora_cli.tasks.template import TEXTS
+
         emit(f"{folder.path}")
-        say(f"next: mtl-lora eval --run {folder.path} --task all")
+        if all(task.objective in TEXTS for task in read_tasks(folder)):
+            say(f"next: mtl-lora eval --run {folder.path} --task all")
+        else:
+            say(f"next: mtl-lora inspect --run {folder.path}")

@@ -35,6 +35,7 @@ from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.host import require_text
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.recipe.schema import Recipe, Source
@@ -200,6 +201,8 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
             "use --match none"
         )
     tasks = bind_tasks(loaded)
+    for task in tasks:
+        require_text(task.name, task.objective)
     try:
         direction(task.template.metrics[0] for task in tasks)
     except ValueError as error:

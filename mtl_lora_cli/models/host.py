@@ -192,7 +192,7 @@ def require_text(task: str, objective: str) -> None:
     if objective not in TEXTS:
         raise UsageError(
             f"task '{task}': is learned by objective {objective}; only text can be evaluated, predicted, "
-            "merged and exported"
+            "compared, merged and exported"
         )
 
 

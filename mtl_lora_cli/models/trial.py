@@ -64,4 +64,5 @@ def in_a_line(report: dict[str, Any]) -> str:
     if report["engine"] is None:
         return f"engine: {report['why']}"
     small = f" (tried on {report['tried_on']})" if "tried_on" in report else ""
-    return f"{report['line']}; {report['self_test']}{small}"
+    test = report.get("self_test")
+    return f"{report['line']}" + (f"; {test}{small}" if test is not None else small)

@@ -306,6 +306,29 @@ def test_it_goes_on_as_if_never_stopped(forks: Forks, place: Path) -> None:
     assert whole.keys() == found.keys() and all(torch.equal(whole[n], found[n]) for n in whole)
 
 
+def test_a_task_is_added_later(forks: Forks, place: Path) -> None:
+    """What the trained tasks learned stays as it was, to the last bit."""
+    task = {"name": "third", "template": "height.yaml", "source": {"path": "height"}}
+    training = {"epochs": 5, "max_steps": 2, "row_length": 32, "rows_per_step": 2}
+    more = {
+        "extensions": ["curves.py"],
+        "base_model": "trunk",
+        "tasks": [task],
+        "training": training,
+    }
+    (place / "more.yaml").write_text(yaml.safe_dump(more))
+    ended = done(forks.run("add-task", "more.yaml", "--run", "whole", cwd=place))
+    assert "next: mtl-lora inspect --run runs/whole-third" in ended.stderr
+    before, after = (
+        load_file(place / "runs" / name / "adapter" / "mtl_lora.safetensors")
+        for name in ("whole", "whole-third")
+    )
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name][: len(tensor)])
+    gate = after["2.task_gate"]
+    assert len(gate) == 3 and not torch.equal(gate[2], gate[:2].mean(0))
+
+
 def test_two_processes_under_zero_2_learn_the_same(forks: Forks, place: Path) -> None:
     zero = ("run.name=two", "distributed.zero_stage=2", "--num-processes", "2")
     done(forks.run("train", "recipe.yaml", *zero, cwd=place))
@@ -331,6 +354,7 @@ def test_two_processes_under_zero_2_learn_the_same(forks: Forks, place: Path) ->
         (("train", "recipe.yaml", "training.row_length=8"), "task 'phase': its examples take 4 to 16"),
         (("train", "mixed.yaml"), "'height' (squares) and 'text' (causal_lm) are learned by different"),
         (("data", "show", "recipe.yaml"), "data show is for text"),
+        (("compare", "recipe.yaml", "--methods", "lora"), "is learned by objective squares; only text"),
         (("eval", "--run", "whole", "--task", "all"), "is learned by objective squares; only text"),
         (("merge", "--run", "whole", "--task", "phase"), "is learned by objective squares; only text"),
     ],
@@ -349,6 +373,8 @@ def test_what_is_for_text_alone_is_one_line(
 def test_what_would_be_done_is_shown(forks: Forks, place: Path) -> None:
     shown = done(forks.run("validate", "recipe.yaml", cwd=place)).stdout
     assert "height" in shown and "host: Learning" in shown and "rows of 32 places" in shown
+    dry = done(forks.run("train", "recipe.yaml", "--dry-run", cwd=place)).stdout
+    assert "host: CurveHost" in dry and "trainable parameters" in dry
     asked = done(forks.run("doctor", "recipe.yaml", "--json", cwd=place)).stdout
     checks = {check["name"]: check for check in json.loads(asked)["checks"]}
     assert "their memory is not estimated" in checks["recipe"]["finding"]
