@@ -21,8 +21,9 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.attention import Packing, pick_way
 from mtl_lora_cli.engine.attention_block import AttentionBlock
+from mtl_lora_cli.engine.experts_block import ExpertsBlock
 from mtl_lora_cli.engine.families import plan_of
-from mtl_lora_cli.engine.halves import Layer, Norm
+from mtl_lora_cli.engine.halves import ExpertsHalf, Layer, Norm
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
     NotPlanned,
@@ -288,6 +289,8 @@ def _run_layer(
         first, own, x, delta,
         *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip
+    if isinstance(second, ExpertsHalf):
+        return ExpertsBlock.apply(second, own, x, delta)
     return MlpBlock.apply(
         second, own, x, delta,
         *second.gate_up.tensors(gate_up, own.chosen_slots),

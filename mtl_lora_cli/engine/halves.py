@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.engine.group import Group
-from mtl_lora_cli.engine.plan import AttentionPlan, LayerPlan, MlpPlan, NormPlan
+from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MlpPlan, NormPlan
 from mtl_lora_cli.kernels.backend import with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms
 from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
@@ -119,17 +119,51 @@ class MlpHalf:
     end: End
 
 
+class ExpertsHalf:
+    """The frozen parts of a layer's experts.
+
+    Weights are read when they are used: they may be taken away between two passes.
+    """
+
+    def __init__(self, module: nn.Module, plan: ExpertsPlan, begin: Begin, end: End) -> None:
+        self.plan = plan
+        self.begin = begin
+        self.end = end
+        self._router = module.get_submodule(plan.router)
+        self._stack = module.get_submodule(plan.stack)
+
+    @property
+    def router(self) -> Tensor:
+        """R [E, d]."""
+        return cast(Tensor, self._router.weight)
+
+    @property
+    def gate_up(self) -> Tensor:
+        """[G_e; U_e] of all experts, [E, 2F, d]."""
+        return cast(Tensor, self._stack.gate_up_proj)
+
+    @property
+    def down(self) -> Tensor:
+        """D_e of all experts, [E, d, F]."""
+        return cast(Tensor, self._stack.down_proj)
+
+
 @dataclass(frozen=True)
 class Layer:
     """Both halves of a layer."""
 
     attention: AttentionHalf
-    mlp: MlpHalf
+    mlp: MlpHalf | ExpertsHalf
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """qkv, o, gate and up, down."""
-        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
+        """qkv, o, and, without experts, gate and up, down."""
+        first = self.attention.qkv, self.attention.o
+        return (
+            first
+            if isinstance(self.mlp, ExpertsHalf)
+            else (*first, self.mlp.gate_up, self.mlp.down)
+        )
 
     @staticmethod
     def of(module: nn.Module, plan: LayerPlan, *, resident: bool) -> Layer:
@@ -142,7 +176,13 @@ class Layer:
             return None if one is None else Norm.of(module.get_submodule(one.path), one)
 
         first, second = plan.attention, plan.mlp
-        qkv, o, gate_up, down = (group(paths) for paths in plan.groups)
+        qkv, o = (group(paths) for paths in first.groups)
+        begin, end = Begin(norm(second.before)), End(norm(second.after), second.multiplier)
+        if isinstance(second, ExpertsPlan):
+            half: MlpHalf | ExpertsHalf = ExpertsHalf(module, second, begin, end)
+        else:
+            gate_up, down = (group(paths) for paths in second.groups)
+            half = MlpHalf(plan=second, begin=begin, gate_up=gate_up, down=down, end=end)
         q, k = norm(first.q_norm), norm(first.k_norm)
         return Layer(
             AttentionHalf(
@@ -153,11 +193,5 @@ class Layer:
                 o=o,
                 end=End(norm(first.after), first.multiplier),
             ),
-            MlpHalf(
-                plan=second,
-                begin=Begin(norm(second.before)),
-                gate_up=gate_up,
-                down=down,
-                end=End(norm(second.after), second.multiplier),
-            ),
+            half,
         )

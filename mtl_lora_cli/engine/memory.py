@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.engine import attention_block, mlp_block
+from mtl_lora_cli.engine import attention_block, experts_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
 from mtl_lora_cli.recipe.schema import Recompute
@@ -29,7 +30,6 @@ VALUE_BYTES = 4  # float32: what is trained, its gradient, and AdamW's two momen
 CONTEXT = GIB  # kernels and libraries on the device, and what the allocator cannot use
 FRAGMENTATION = 0.05  # of the tensors
 LIVE_LAYERS = 4  # of a model that is cut into parts: what is whole at a time
-_BLOCKS = (attention_block, mlp_block)
 
 
 def weight_bytes(sizes: ModelSizes) -> int:
@@ -39,7 +39,10 @@ def weight_bytes(sizes: ModelSizes) -> int:
     those that are fetched ahead.
     """
     each = NF4_BITS / 8 if sizes.four_bit else 1.0 if sizes.eight_bit else sizes.value
-    layers = [each * sum(group.weights for group in layer.groups) for layer in sizes.layers]
+    layers = [
+        each * sum(group.weights for group in layer.groups) + sizes.value * layer.experts
+        for layer in sizes.layers
+    ]
     found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value
     if sizes.parts == 1:
         return found
@@ -63,14 +66,14 @@ def fixed_bytes(sizes: ModelSizes) -> int:
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What one layer leaves for its backward pass; all after attention has U positions in the last."""
-    return sum(block.kept_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
+    return sum(block.kept_bytes(sizes, layer, keep, load, last=last) for block in _blocks(layer))
 
 
 def forward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
     """The most that lives beside what is kept, in one layer's forward pass."""
-    most = max(block.forward_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
+    most = max(block.forward_bytes(sizes, layer, keep, load, last=last) for block in _blocks(layer))
     return most + _dropped(sizes, layer, load)
 
 
@@ -78,8 +81,16 @@ def backward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
     """The most that lives beside what is kept, in one layer's backward pass."""
-    most = max(block.backward_bytes(sizes, layer, keep, load, last=last) for block in _BLOCKS)
+    most = max(
+        block.backward_bytes(sizes, layer, keep, load, last=last) for block in _blocks(layer)
+    )
     return most + _dropped(sizes, layer, load)
+
+
+def _blocks(layer: LayerSizes) -> tuple[Any, Any]:
+    """The modules of its two blocks."""
+    experts = isinstance(layer.plan.mlp, ExpertsPlan)
+    return attention_block, experts_block if experts else mlp_block
 
 
 def _dropped(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
@@ -197,10 +208,10 @@ def sizes_of(
     """
     plan = plan_of(model.config)
     layers = tuple(
-        LayerSizes(one, *(_group(module, paths) for paths in one.groups))
-        for module, one in zip(plan.modules(model), plan.layers, strict=True)
+        _layer(module, one) for module, one in zip(plan.modules(model), plan.layers, strict=True)
     )
     inside = sum(group.weights for layer in layers for group in layer.groups)
+    inside += sum(layer.experts for layer in layers)
     trained = adapter.parameter_count()
     return ModelSizes(
         layers=layers,
@@ -216,6 +227,16 @@ def sizes_of(
         dropout=adapter.config.dropout > 0,
         capped=plan.logit_softcap is not None,
     )
+
+
+def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
+    qkv, o = (_group(module, paths) for paths in plan.attention.groups)
+    if isinstance(plan.mlp, ExpertsPlan):
+        stack = module.get_submodule(plan.mlp.stack)
+        weights = stack.gate_up_proj.numel() + stack.down_proj.numel()
+        return LayerSizes(plan, qkv, o, inner=stack.down_proj.shape[-1], experts=weights)
+    gate_up, down = (_group(module, paths) for paths in plan.mlp.groups)
+    return LayerSizes(plan, qkv, o, gate_up, down)
 
 
 def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:

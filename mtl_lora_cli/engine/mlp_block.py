@@ -90,26 +90,28 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     A position: total d, gate_up 2F in `dtype`, 1/rms in float32; behind a norm of what it adds, out d
     and another 1/rms. The last layer has U positions.
     """
-    value, width, plan = sizes.value, layer.gate_up.inputs, layer.plan.mlp
+    gate_up, down = layer.mlp
+    value, width, plan = sizes.value, gate_up.inputs, layer.plan.mlp
     each = width * value + (4 if plan.before else 0)
     if keep.gate_up:
-        each += layer.gate_up.outputs * value
+        each += gate_up.outputs * value
     if plan.after:
         each += width * value + 4
     count = load.asked if last else load.positions
-    return each * count + sizes.tape(layer.gate_up, count) + sizes.tape(layer.down, count)
+    return each * count + sizes.tape(gate_up, count) + sizes.tape(down, count)
 
 
 def forward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
     """The most that lives beside what is kept, in the forward pass."""
-    each = 2 * layer.gate_up.inputs
-    each += sizes.input_width(layer.gate_up) + sizes.input_width(layer.down)
+    gate_up, down = layer.mlp
+    each = 2 * gate_up.inputs
+    each += sizes.input_width(gate_up) + sizes.input_width(down)
     if not keep.gate_up:
-        each += layer.gate_up.outputs
+        each += gate_up.outputs
     if not sizes.kernels:
-        each += layer.down.inputs  # f(g) before it is multiplied
+        each += down.inputs  # f(g) before it is multiplied
     return each * sizes.value * (load.asked if last else load.positions)
 
 
@@ -120,9 +122,10 @@ def backward_bytes(
 
     The gradients of x and δ, da F, d[g | u] 2F and a F where D is adapted; what is computed again.
     """
-    width, inner, outputs = layer.gate_up.inputs, layer.down.inputs, layer.gate_up.outputs
+    gate_up, down = layer.mlp
+    width, inner, outputs = gate_up.inputs, down.inputs, gate_up.outputs
     again = 0 if keep.gate_up else outputs + width
-    early = inner + outputs + (inner if layer.down.rows else 0)
+    early = inner + outputs + (inner if down.rows else 0)
     if not sizes.kernels:  # f(g) and f′(g), or what they are made of; tanh's takes one more
         early += (2 if layer.plan.mlp.activation == "silu" else 3) * inner
     each = 2 * width + again + max(early, outputs + 2 * width)

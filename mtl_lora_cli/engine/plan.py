@@ -132,15 +132,44 @@ class MlpPlan:
 
 
 @dataclass(frozen=True)
+class ExpertsPlan:
+    """The second half of a layer as a mixture of experts; see `experts_block.py`.
+
+    Attributes:
+        router: of the module whose `weight` [E, d] is R.
+        stack: of the module with all experts: `gate_up_proj` [E, 2F, d] and `down_proj` [E, d, F].
+        experts: E.
+        top: k, experts that a position asks.
+        renormalised: the shares of those are made to sum to 1.
+        activation, before, after, multiplier: as in `MlpPlan`.
+    """
+
+    router: str
+    stack: str
+    experts: int
+    top: int
+    renormalised: bool
+    activation: Activation
+    before: NormPlan | None
+    after: NormPlan | None = None
+    multiplier: float = 1.0
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """None: experts carry no adapters."""
+        return ()
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One decoder layer."""
 
     attention: AttentionPlan
-    mlp: MlpPlan
+    mlp: MlpPlan | ExpertsPlan
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Projections of one input each, by path: qkv, o, gate and up, down."""
+        """Projections of one input each, by path: qkv, o, and, without experts, gate and up, down."""
         return (*self.attention.groups, *self.mlp.groups)
 
 
@@ -206,6 +235,13 @@ def matrix_weights(model: Any) -> tuple[int, int]:
         for module in text_body(model).modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
+    # Of stacked experts a position meets some alone.
+    for module in text_body(model).modules():
+        stack = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        if all(isinstance(one, nn.Parameter) and one.ndim == 3 for one in stack):
+            config = model.config.get_text_config()
+            each = sum(one.numel() // one.shape[0] for one in cast(Any, stack))
+            layers.append(each * int(getattr(config, "num_experts_per_tok", 1)))
     return sum(layers), head.in_features * head.out_features if isinstance(head, nn.Linear) else 0
 
 
@@ -232,5 +268,7 @@ def _paths(layer: LayerPlan) -> Iterator[str]:
     attention, mlp = layer.attention, layer.mlp
     for group in layer.groups:
         yield from group
+    if isinstance(mlp, ExpertsPlan):
+        yield from (mlp.router, mlp.stack)
     norms = (attention.before, attention.after, attention.q_norm, attention.k_norm, mlp.before)
     yield from (norm.path for norm in (*norms, mlp.after) if norm is not None)

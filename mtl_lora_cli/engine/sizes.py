@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mtl_lora_cli.adapters.frozen import ALIGNMENT
-from mtl_lora_cli.engine.plan import LayerPlan
+from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
 from mtl_lora_cli.kernels.backend import PITCH
 
 
@@ -42,17 +42,40 @@ class GroupSizes:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer: its groups, and its plan."""
+    """One decoder layer: its plan and its groups.
+
+    Attributes:
+        gate_up, down: of its MLP; None where that is a mixture of experts.
+        inner: F of one expert.
+        experts: weights of all experts together, which nobody quantises.
+    """
 
     plan: LayerPlan
     qkv: GroupSizes
     o: GroupSizes
-    gate_up: GroupSizes
-    down: GroupSizes
+    gate_up: GroupSizes | None = None
+    down: GroupSizes | None = None
+    inner: int = 0
+    experts: int = 0
+
+    @property
+    def mlp(self) -> tuple[GroupSizes, GroupSizes]:
+        """gate_up and down, where there are no experts."""
+        assert self.gate_up is not None and self.down is not None
+        return self.gate_up, self.down
+
+    @property
+    def gated(self) -> int:
+        """Values of gate and up for one position, of all experts that it asks."""
+        mlp = self.plan.mlp
+        if isinstance(mlp, ExpertsPlan):
+            return 2 * self.inner * mlp.top
+        return self.mlp[0].outputs
 
     @property
     def groups(self) -> tuple[GroupSizes, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+        mlp = () if self.gate_up is None else self.mlp
+        return (self.qkv, self.o, *mlp)
 
 
 @dataclass(frozen=True)

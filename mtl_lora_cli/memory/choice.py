@@ -154,7 +154,7 @@ def _with_products(
     many there are.
     """
     layers = len(sizes.layers)
-    qkv, gate_up = sizes.layers[0].qkv.outputs, sizes.layers[0].gate_up.outputs
+    qkv, gate_up = sizes.layers[0].qkv.outputs, sizes.layers[0].gated
     best: tuple[int, Recompute] | None = None
     base = _WITHOUT_PRODUCTS[-1]
     for count in range(layers + 1):

@@ -72,6 +72,8 @@ def tiny(model_type: str, **changes: Any) -> Any:
     model = AutoModelForCausalLM.from_config(
         kind(**{**COMMON, **changes}), dtype=torch.float64, attn_implementation="eager"
     )
+    if hasattr(model, "set_experts_implementation"):  # torch's grouped product knows no float64
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

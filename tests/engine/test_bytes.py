@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.engine.memory import sizes_of, weight_bytes
 from mtl_lora_cli.recipe.schema import Recompute
 
 from .double import adapt_all, tiny
@@ -21,6 +22,8 @@ def longer(changes: dict[str, Any]) -> dict[str, Any]:
     found = {**changes, **WIDE}
     if "layer_types" in changes:
         found |= LONGER
+    if "moe_intermediate_size" in changes:
+        found["moe_intermediate_size"] = 96
     if "no_rope_layers" in changes:
         found["no_rope_layers"] = [1, 0, 1, 1]
     return found
@@ -29,7 +32,15 @@ def longer(changes: dict[str, Any]) -> dict[str, Any]:
 AGAIN = Recompute(attended=True, qkv=2, gate_up=3)
 # A longrope's factors are as many as half of a head has columns, which are more here.
 EACH = [(name, False) for name in KINDS if not name.endswith("longrope")]
-SOME = ("llama", "qwen3 window", "gemma2 caps", "gemma3_text", "olmo3 window", "granite")
+SOME = (
+    "llama",
+    "mixtral window",
+    "qwen3 window",
+    "gemma2 caps",
+    "gemma3_text",
+    "olmo3 window",
+    "granite",
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +56,21 @@ def test_predicted_is_measured(name: str, recompute: bool | Recompute) -> None:
         tensor.data = tensor.data.float()
     estimate, measured = peaks(model, adapter, recompute)
     assert estimate == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe some dense", "mixtral window", "gemma3_text", "phi3 part"]
+)
+def test_weights_are_counted_once(name: str) -> None:
+    """Experts among them, and a tied embedding."""
+    kind, changes = KINDS[name]
+    model = tiny(kind, **changes)
+    frozen = 4 * sum(parameter.numel() for parameter in model.parameters())
+    sizes = sizes_of(model, adapt_all(model), value=4, on_card=False)
+    assert weight_bytes(sizes) == frozen
+    layers = sum(one.experts + sum(g.weights for g in one.groups) for one in sizes.layers)
+    body = model.get_submodule("model.layers").named_parameters()
+    expected = [p.numel() for key, p in body if "norm" not in key and "lora" not in key]
+    routers = [p.numel() for key, p in model.named_parameters() if key.endswith("mlp.gate.weight")]
+    adapted = [p.numel() for key, p in model.named_parameters() if "task_" in key]
+    assert layers == sum(expected) - sum(routers) - sum(adapted)

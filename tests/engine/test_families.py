@@ -39,6 +39,12 @@ LONG = {
     },
     "original_max_position_embeddings": 20,
 }
+EXPERTS = {
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "", {}),
     (
@@ -67,6 +73,9 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("glm4", "pairs", {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}),
     ("exaone4", "window", MIXED),
     ("cwm", "window", MIXED),
+    ("mixtral", "window", EXPERTS),
+    ("qwen3_moe", "some dense", {"mlp_only_layers": [1], "norm_topk_prob": True, **EXPERTS}),
+    ("olmoe", "", EXPERTS),
     ("olmo2", "", {}),
     ("olmo3", "window", MIXED),
     (
