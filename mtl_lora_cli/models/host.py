@@ -11,7 +11,8 @@ its host: a file of the user's own (`extensions` in a recipe) may declare anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.errors import UsageError, did_you_mean
-from mtl_lora_cli.extensions import require_new
+from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
+from mtl_lora_cli.extensions import origin, require_new
 from mtl_lora_cli.machine.rate import Floor
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.recipe.schema import Recipe
@@ -181,6 +182,40 @@ def objective(*names: str) -> Callable[[Declared], Declared]:
         return kind
 
     return declare
+
+
+@contextmanager
+def at_fault(kind: Any) -> Iterator[None]:
+    """What a class of the user's own raises is told as its fault.
+
+    Raises:
+        UsageError: in the place of any other exception; file and line are named.
+    """
+    try:
+        yield
+    except (MtlLoraError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        where = origin(kind)
+        lines = [one.lineno for one in extract_tb(error.__traceback__) if one.filename == where]
+        place = f"{where}:{lines[-1]}" if lines else where
+        raise UsageError(
+            f"{place}: {kind.__name__} fails: {type(error).__name__}: {error}"
+        ) from error
+
+
+def require_losses(host: Any, losses: Tensor, count: int) -> None:
+    """Refuse losses that are not one number a unit.
+
+    Raises:
+        UsageError: what was given, and what was expected.
+    """
+    if losses.shape != (count,):
+        kind = type(host)
+        raise UsageError(
+            f"{origin(kind)}: {kind.__name__}.losses gives shape {list(losses.shape)}, expected [{count}]: "
+            "one number for each owner of the batch"
+        )
 
 
 def require_text(task: str, objective: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch
 from mtl_lora_cli.recipe.schema import Training
@@ -59,6 +60,8 @@ class Draw:
         passes = [mine[i : i + size] for i in range(0, len(mine), size)]
         batches = [self.batch(some) for some in passes]
         owners = [batch.owners for batch in batches]
+        if self._data.others is not None:
+            self._require_agreement(mine, owners)
         # Of all processes' rows, which every process knows: nothing has to be asked.
         supervised = self.supervised(rows)
         return Drawn(
@@ -82,6 +85,23 @@ class Draw:
     def supervised(self, rows: list[list[Place]]) -> Tensor:
         """Units of each task, int64 [T]."""
         return self._dataset.units(rows)
+
+    def _require_agreement(self, mine: list[list[Place]], owners: list[Tensor]) -> None:
+        """Refuse units that are counted in one way and collated in another: S would be wrong.
+
+        Raises:
+            UsageError: naming the task.
+        """
+        collated = torch.bincount(
+            torch.cat([*owners, torch.zeros(0, dtype=torch.long)]), minlength=len(self.weights)
+        )
+        counted = self.supervised(mine)
+        for task, found, expected in zip(self._data.tasks, collated, counted, strict=True):
+            if found != expected:
+                raise UsageError(
+                    f"task '{task.name}': the batch of these rows has {int(found)} of its units, and its "
+                    f"dataset's units() counts {int(expected)}"
+                )
 
     def _idle(self, rows: list[list[Place]], passes: int) -> list[Batch]:
         """So many passes more has the process with the most rows."""

@@ -35,7 +35,7 @@ from mtl_lora_cli.memory.choice import plan_memory
 from mtl_lora_cli.memory.situation import Situation, situation_of
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.host import Dataset, Host, Objective, objective_of
+from mtl_lora_cli.models.host import Dataset, Host, Objective, at_fault, objective_of
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -125,7 +125,8 @@ class Prepared:
         if self.objective is None:
             host, adapter = self._text()
         else:
-            host = self.objective.host(self.device, self.dtype)
+            with at_fault(type(self.objective)):
+                host = self.objective.host(self.device, self.dtype)
             assert host.adapter is not None, "a host has an adapter"
             adapter = self._learning(host.adapter)
         if self.processes.rank:  # the same start, and other features dropped than elsewhere
@@ -383,14 +384,16 @@ def _prepare_others(
         why = f"zero_stage 3 cuts a language model's layers; tasks with objective {name} go up to 2"
         raise loaded.problem(("distributed", "zero_stage"), why)
     bound = [with_fingerprints(task) for task in tasks]
-    made = kind(base, recipe, bound)
-    train = made.dataset("train")
+    with at_fault(kind):
+        made = kind(base, recipe, bound)
+        train = made.dataset("train")
     assert train is not None, "every task has a train split"
     mixture = mixture_over(recipe, tasks, train.lengths)
     data = TrainingData(bound, [], [], mixture, others=train)
     validation = None
     if recipe.training.validation is not None:
-        held = made.dataset("validation")
+        with at_fault(kind):
+            held = made.dataset("validation")
         none: Sequence[Sized] = [()] * len(bound)
         sizes = none if held is None else held.lengths
         validation = [HeldOut(task, own) for task, own in zip(bound, sizes, strict=True)]

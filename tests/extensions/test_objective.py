@@ -370,6 +370,30 @@ def test_what_is_for_text_alone_is_one_line(
     assert said in line and ended.returncode == 2, ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "broken", "said"),
+    [
+        ("return torch.where(batch.angles,", "return torch.where(", "CurveHost fails: TypeError: where()"),
+        ('len(row["y"]) for row in rows]', 'len(row["z"]) for row in rows]', "curves.py:33: Learning fails: KeyError: 'z'"),
+        ("apart.square())", "apart.square())[:, None]", "CurveHost.losses gives shape [8, 1], expected [8]"),
+        ('+= len(self._examples[task][number]["y"])', "+= 1", "and its dataset's units() counts"),
+        ("nn.Linear(6, 16)", "nn.Linear(7, 16)", "Learning fails: RuntimeError: Error(s) in loading"),
+        ('("squares", "angles")', '("squares", "causal_lm")', "an objective 'causal_lm' is built in"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_file_is_one_line(
+    forks: Forks, place: Path, line: str, broken: str, said: str
+) -> None:
+    assert FILE.count(line) == 1
+    (place / "broken").mkdir(exist_ok=True)
+    (place / "broken" / "curves.py").write_text(FILE.replace(line, broken))
+    call = ("train", "recipe.yaml", "extensions=[broken/curves.py]", "run.name=broken")
+    ended = forks.run(*call, cwd=place)
+    shutil.rmtree(place / "runs" / "broken", ignore_errors=True)
+    (found,) = [one for one in ended.stderr.splitlines() if one.startswith("error")]
+    assert said in found and ended.returncode == 2, ended.stderr
+
+
 def test_what_would_be_done_is_shown(forks: Forks, place: Path) -> None:
     shown = done(forks.run("validate", "recipe.yaml", cwd=place)).stdout
     assert "height" in shown and "host: Learning" in shown and "rows of 32 places" in shown
