@@ -6,68 +6,17 @@ writes around an answer, such as an empty think block or the token that ends a t
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from mtl_lora_cli.data.chat_parts import ToolForm, bare, find_form, missing_part
-from mtl_lora_cli.data.chat_variables import template_arguments
+from mtl_lora_cli.data.chat_parts import bare
+from mtl_lora_cli.data.chat_rendering import ANSWER, USER, Rendering, key
+from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 from mtl_lora_cli.tasks.messages import THOUGHT as _THOUGHT
 from mtl_lora_cli.tasks.messages import Dialogue, Message
-
-# Two texts whose places are looked for: no template writes them itself or changes their letters.
-_USER, _ANSWER = "7391846250", "2850614937"
-_MARKS = re.compile(r"\{%-?\s*generation\b")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An answer's place in a text, in characters.
-
-    Attributes:
-        begin: where the generation prompt ends; what stands behind it is learned.
-        text: where the answer's own text begins.
-        close: where it ends.
-        end: behind what ends the turn.
-    """
-
-    begin: int
-    text: int
-    close: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """A conversation as one text.
-
-    Attributes:
-        text: what the model reads and learns.
-        turns: the places of the answers that count, in order.
-        own: characters of the last user message: all that may be cut for want of room.
-        closed: whether a control token ends the last answer that counts.
-        spelled: whether control tokens stand in it by other names (`ControlTokens`).
-        is_text: it is no chat template's.
-    """
-
-    text: str
-    turns: tuple[Turn, ...]
-    own: tuple[int, int]
-    closed: bool
-    spelled: bool = False
-    is_text: bool = False
-
-    @property
-    def before_answer(self) -> str:
-        """The character before the last answer that counts."""
-        place = self.turns[-1].text
-        return self.text[place - 1 : place]
 
 
 @dataclass(frozen=True)
@@ -85,21 +34,7 @@ class _Shape:
     tail: str
 
 
-def one_turn(prompt: str, answer: str) -> list[Message]:
-    """A task of prompt and answer as a conversation."""
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _last_of(messages: Sequence[Message]) -> str:
-    return f"a message of {messages[-1]['role']}" if messages else "a conversation without messages"
-
-
-def _key(messages: Sequence[Message], tools: Sequence[Any]) -> str:
-    """Messages as what a cache knows them by."""
-    return json.dumps([list(messages), list(tools)], ensure_ascii=False, default=str)
-
-
-class ChatTemplate:
+class ChatTemplate(Rendering):
     """A tokenizer's chat template.
 
     Args:
@@ -114,16 +49,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, settings: Chat, *, lenient: bool = False) -> None:
-        if not tokenizer.chat_template:
-            raise UsageError(
-                "prompt_format: chat needs a tokenizer with a chat template; use plain"
-            )
-        self._tokenizer = tokenizer
+        super().__init__(tokenizer, settings)
         self._answers = settings.answers or ("generation_prompt" if lenient else None)
-        self.arguments = template_arguments(tokenizer, settings)
-        added = (token.content for token in tokenizer.added_tokens_decoder.values())
-        self._control = re.compile("|".join(re.escape(t) for t in added if t.strip()) or "(?!)")
-        self._before = lru_cache(maxsize=64)(self._generation_prompt)
         self._shape = self._look()
 
     @property
@@ -167,7 +94,7 @@ class ChatTemplate:
 
     def prompt(self, text: str) -> str:
         """What the model reads before it answers one user message."""
-        return self._before(_key([{"role": "user", "content": text}], ()))
+        return self._before(key([{"role": "user", "content": text}], ()))
 
     def write(self, dialogue: Dialogue, *, marked: bool = False) -> Written:
         """A conversation, and the places of its answers.
@@ -199,73 +126,6 @@ class ChatTemplate:
         closed = self._control.search(whole, last.close, last.end) is not None
         return Written(whole, tuple(turns), self._own(dialogue, last.begin), closed)
 
-    def before(self, dialogue: Dialogue) -> str:
-        """What the model reads before it answers a conversation that nobody has answered yet.
-
-        Raises:
-            UsageError: the template raises, or drops a part.
-        """
-        text = self._before(_key(dialogue.messages, dialogue.tools))
-        self._require_all(text, dialogue)
-        return text
-
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Any] = (),
-        *,
-        generation_prompt: bool = False,
-        form: ToolForm | None = None,
-    ) -> str:
-        form = form or self._form(messages)
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [form.taken(message) for message in messages],
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.arguments,
-            )
-        except Exception as error:  # a template may raise whatever Python can
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise self._refused(f"refuses {_last_of(messages)}: {said}; use plain") from None
-        return text
-
-    def _form(self, messages: Sequence[Message]) -> ToolForm:
-        """How the template takes tool calls; found out where there are some."""
-        special = any("tool_calls" in one or "reasoning_content" in one for one in messages)
-        return self._tool_form if special else ToolForm()
-
-    @cached_property
-    def _tool_form(self) -> ToolForm:
-        return find_form(
-            lambda form, messages: self._render(messages, form=form), self._tokenizer.chat_template
-        )
-
-    def _generation_prompt(self, key: str) -> str:
-        messages, tools = json.loads(key)
-        return self._render(messages, tools, generation_prompt=True)
-
-    def _spans(self, dialogue: Dialogue) -> dict[int, tuple[int, int]] | None:
-        """For each answer the characters that the template marks; None: it marks none, or not each."""
-        if not _MARKS.search(self.arguments["chat_template"]):
-            return None
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        form = self._form(dialogue.messages)
-        given = {name: value for name, value in self.arguments.items() if name != "chat_template"}
-        _, found = render_jinja_template(
-            conversations=[[form.taken(message) for message in dialogue.messages]],
-            tools=list(dialogue.tools) or None,
-            chat_template=self.arguments["chat_template"],
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **given},
-        )
-        roles = [message["role"] for message in dialogue.messages]
-        answers = [number for number, role in enumerate(roles) if role == "assistant"]
-        spans = [(int(begin), int(end)) for begin, end in found[0]]
-        return dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else None
-
     def _as_marked(self, turn: Turn, span: tuple[int, int]) -> Turn:
         """A turn as the template marks it; what ends it counts even where that is not marked."""
         begin, end = span
@@ -292,11 +152,11 @@ class ChatTemplate:
 
     def _look(self) -> _Shape:
         """See what the template writes around two texts that stand nowhere else."""
-        head, there, foot = self.prompt(_USER).rpartition(_USER)
+        head, there, foot = self.prompt(USER).rpartition(USER)
         if not there:
             raise self._refused("drops the text of a user message; use plain")
-        before = head + _USER + foot
-        start, there, tail = self._render(one_turn(_USER, _ANSWER)).rpartition(_ANSWER)
+        before = head + USER + foot
+        start, there, tail = self._render(one_turn(USER, ANSWER)).rpartition(ANSWER)
         if not there:
             raise self._refused("drops the text of an answer; use plain")
         begin = _beginning(start, before)
@@ -340,13 +200,6 @@ class ChatTemplate:
         end = close + len(self._ending(whole[close:], last=last))
         return whole, Turn(min(begin, text), text, close, end)
 
-    def _asked(self, messages: Sequence[Message], tools: Sequence[Any]) -> str | None:
-        """Messages with the generation prompt behind them; None: the template does not take so few."""
-        try:
-            return self._before(_key(messages, tools))
-        except UsageError:
-            return None
-
     def _marked_begin(self, whole: str, dialogue: Dialogue, number: int, before: str | None) -> int:
         """Where an answer begins that another text stands before when nobody has answered yet.
 
@@ -378,7 +231,7 @@ class ChatTemplate:
     def _header(self) -> int:
         """Where the role header of an answer begins in what stands between a question and its answer."""
         foot = self._shape.foot
-        asked = self._render([{"role": "user", "content": _USER}]).rpartition(_USER)[2]
+        asked = self._render([{"role": "user", "content": USER}]).rpartition(USER)[2]
         return len(asked) if foot.startswith(asked) else _same(asked, foot)
 
     def _long_turn(self, whole: str, dialogue: Dialogue, number: int, begin: int) -> Turn:
@@ -450,35 +303,6 @@ class ChatTemplate:
         tokens = list(self._control.finditer(text, begin)) if self.closes else []
         return tokens[-1].end() if tokens else len(text.rstrip())
 
-    def _around(self, dialogue: Dialogue, number: int) -> tuple[str, str]:
-        """What stands before and behind a message's text, or the first function that it calls."""
-        message = dict(dialogue.messages[number])
-        called = not message["content"].strip() and message.get("tool_calls")
-        if called:
-            first, *others = called
-            named = {**first, "function": {**first["function"], "name": _ANSWER}}
-            message["tool_calls"] = [named, *others]
-        else:
-            message["content"] = _ANSWER
-        messages = [*dialogue.messages[:number], message, *dialogue.messages[number + 1 :]]
-        text = self._render(messages, dialogue.tools)
-        # What a function gives back may stand under its name, too.
-        start, there, tail = text.partition(_ANSWER) if called else text.rpartition(_ANSWER)
-        if not there:
-            raise self._refused(f"drops the text of message {number}")
-        return start, tail.replace(_ANSWER, called[0]["function"]["name"]) if called else tail
-
-    def _span(self, whole: str, dialogue: Dialogue, number: int) -> tuple[int, int]:
-        """Where a message's text, or the name of its first call, stands; all, where that is not seen."""
-        start, tail = self._around(dialogue, number)
-        if (
-            whole.startswith(start)
-            and whole.endswith(tail)
-            and len(start) + len(tail) <= len(whole)
-        ):
-            return len(start), len(whole) - len(tail)
-        return 0, len(whole)
-
     def _place(self, whole: str, dialogue: Dialogue, number: int, begin: int) -> tuple[int, int]:
         """Where a message's own text stands.
 
@@ -527,18 +351,6 @@ class ChatTemplate:
             start = before.rfind(content.strip())
             close = start + len(content.strip())
         return (start, close) if start >= 0 and close <= begin else (begin, begin)
-
-    def _require_all(self, whole: str, dialogue: Dialogue) -> None:
-        thoughts = any(message.get("reasoning_content") for message in dialogue.messages)
-        if thoughts and not self._form(dialogue.messages).reasoning:
-            raise self._refused("reads no reasoning; conversation.reasoning: drop leaves it out")
-        missing = missing_part(whole, dialogue)
-        if missing is not None:
-            raise self._refused(f"drops or changes {missing}; use plain")
-
-    def _refused(self, what: str) -> UsageError:
-        name = Path(str(self._tokenizer.name_or_path)).name
-        return UsageError(f"prompt_format: chat: the chat template of {name} {what}")
 
 
 def _beginning(whole: str, before: str) -> int | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.data.chat import Turn, Written
+from mtl_lora_cli.data.written import Turn, Written
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task

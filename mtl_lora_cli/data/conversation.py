@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from mtl_lora_cli.data.chat import Turn, Written
+from mtl_lora_cli.data.written import Turn, Written
 
 
 @dataclass(frozen=True)

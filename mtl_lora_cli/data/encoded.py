@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from mtl_lora_cli.data.chat import one_turn
 from mtl_lora_cli.data.conversation import Conversation, Prompt
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example

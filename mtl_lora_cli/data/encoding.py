@@ -16,9 +16,10 @@ from itertools import accumulate
 from string import ascii_letters, digits
 from typing import Any
 
-from mtl_lora_cli.data.chat import ChatTemplate, Turn, Written, one_turn
+from mtl_lora_cli.data.chat import ChatTemplate
 from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
+from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat, Recipe
 from mtl_lora_cli.tasks.messages import Dialogue, Message

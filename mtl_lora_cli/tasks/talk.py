@@ -6,13 +6,13 @@ from typing import Any
 
 from mtl_lora_cli.recipe.conversation import Conversation
 from mtl_lora_cli.tasks.jinja import Expression, Text
-from mtl_lora_cli.tasks.messages import (
-    Dialogue,
+from mtl_lora_cli.tasks.message_forms import (
     learned,
     read_messages,
     read_tools,
     without_place,
 )
+from mtl_lora_cli.tasks.messages import Dialogue
 
 
 class Talk:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mtl_lora_cli.data.chat import one_turn
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 

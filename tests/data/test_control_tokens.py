@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mtl_lora_cli.data.chat import one_turn
 from mtl_lora_cli.data.control_tokens import ControlTokens
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import Examples, bind_tasks, prepare_training
+from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document

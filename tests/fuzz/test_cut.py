@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mtl_lora_cli.data.chat import one_turn
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 
