@@ -230,6 +230,7 @@ class ZeroUpdate:
     ) -> None:
         deepspeed = _quiet_deepspeed()
         require_group(processes)
+        self._processes = processes
         self.loss_scale = float(processes.count)  # DeepSpeed averages over the processes
         self.same_passes = config["zero_optimization"]["stage"] == 3  # all gather together
         self.losses: Callable[[Any], Tensor] = host.losses
@@ -267,13 +268,11 @@ class ZeroUpdate:
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Updating`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         step = torch.tensor(float(next(iter(self.optimizer.state.values()))["step"]))
         found: dict[int, dict[str, Tensor]] = {id(tensor): {} for tensor in tensors.values()}
-        for flat in self._flats:
+        for number, flat in enumerate(self._flats):
             for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(flat.parameter, key).cpu()
+                whole = self._whole(number, flat, key).cpu()
                 for tensor, value in zip(flat.tensors, flat.split(whole), strict=True):
                     found[id(tensor)][key] = value.contiguous()
         return {
@@ -281,6 +280,21 @@ class ZeroUpdate:
             for name, tensor in tensors.items()
             for key, value in {**found[id(tensor)], "step": step.clone()}.items()
         }
+
+    def _whole(self, number: int, flat: _Flat, key: str) -> Tensor:
+        """One moment of one group, of whose values each process has some.
+
+        DeepSpeed's own reader remembers the state of all groups when the first one has been updated:
+        of the others there is none by then.
+        """
+        whole = torch.zeros_like(flat.values)
+        mapping = getattr(flat.parameter, "_hp_mapping", None)
+        if mapping is not None:  # otherwise all of it is other processes'
+            there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+            part = self.optimizer.param_groups[number]["params"][0]
+            own = self.optimizer.state[part][key].narrow(0, there.start, there.numel)
+            whole.narrow(0, here.start, here.numel).copy_(own)
+        return self._processes.sum_(whole)
 
     def restore(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """See `Updating`.

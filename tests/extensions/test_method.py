@@ -190,6 +190,15 @@ def test_both_engines_learn_the_same(place: Path, forks: Forks) -> None:
         np.testing.assert_allclose(value, plain[name], atol=2e-4, err_msg=name)
 
 
+def test_two_processes_learn_the_same(place: Path, forks: Forks) -> None:
+    """They share rows and, with ZeRO, the optimiser's state; each finds the method by the recipe."""
+    call = ("train", "recipe.yaml", "run.name=two", "--num-processes", "2")
+    done(forks.run(*call, "distributed.zero_stage=2", cwd=place))
+    alone, together = (tensors(place / "runs" / name) for name in ("whole", "two"))
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name], value, atol=2e-4, err_msg=name)
+
+
 def test_merged_weights_are_the_formulas(place: Path, forks: Forks, small_model: Path) -> None:
     out = ("--output", "merged")
     done(forks.run("merge", "--run", "whole", "--task", TASKS[0], *out, cwd=place))

@@ -41,7 +41,11 @@ COMMON = (
 )
 SHORT = ("training.max_steps=4",)
 FOUR_BIT = ("quantization=nf4",)
-UNEVEN = ("training.rows_per_step=5",)  # three rows for one process and two for the other
+PARTS = (
+    "training.parts={up: {learning_rate: 0.002, weight_decay: 0.1}, gate: {learning_rate: 0.01}}",
+)
+# Three rows for one process and two for the other; parts learn at rates of their own.
+UNEVEN = ("training.rows_per_step=5", *PARTS)
 VALIDATED = ("training.validation={every: 10, examples: 8}",)
 # A file beside the recipe: what lets DeepSpeed cut so small a model at all.
 CUT = ("distributed.zero_stage=3", "distributed.deepspeed=small.json")
@@ -63,8 +67,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "uneven-3": (*UNEVEN, *CUT, *SHORT),
     "offload-optimizer": ("distributed.zero_stage=2", "distributed.offload=optimizer", *SHORT),
     "offload-all": (*CUT, "distributed.offload=all", *SHORT),
-    "dropout-2": ("adapter.dropout=0.1", "distributed.zero_stage=2"),
-    "dropout-3": ("adapter.dropout=0.1", *CUT),
+    "dropout-2": ("adapter.dropout=0.1", "distributed.zero_stage=2", *PARTS),
+    "dropout-3": ("adapter.dropout=0.1", *CUT, *PARTS),
 }
 RELEASED = ("fused", "plain")
 PATIENCE = 2.0  # seconds until gloo's own threads, too, have let go of what they have gathered
