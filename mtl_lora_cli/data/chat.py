@@ -15,8 +15,7 @@ from mtl_lora_cli.data.chat_rendering import ANSWER, USER, Rendering, key
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
-from mtl_lora_cli.tasks.messages import THOUGHT as _THOUGHT
-from mtl_lora_cli.tasks.messages import Dialogue, Message
+from mtl_lora_cli.tasks.messages import THOUGHT, Dialogue, Message
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,22 @@ class ChatTemplate(Rendering):
         """What the model reads before it answers one user message."""
         return self._before(key([{"role": "user", "content": text}], ()))
 
+    def drops_reasoning(self, dialogue: Dialogue) -> bool:
+        """Whether it leaves out the reasoning of an answer that is learned, as some do of all but the last one.
+
+        Raises:
+            UsageError: see `write`.
+        """
+        learned = [
+            m for m, counted in zip(dialogue.messages, dialogue.counts, strict=True) if counted
+        ]
+        thoughts = [bare(message.get("reasoning_content", "")) for message in learned]
+        thoughts += [bare(found[1]) for m in learned if (found := THOUGHT.match(m["content"]))]
+        if not any(thoughts):
+            return False
+        text = bare(self._render(dialogue.messages, dialogue.tools))
+        return not all(thought in text for thought in thoughts)
+
     def write(self, dialogue: Dialogue, *, marked: bool = False) -> Written:
         """A conversation, and the places of its answers.
 
@@ -137,7 +152,7 @@ class ChatTemplate(Rendering):
         """A turn without the reasoning before its answer."""
         begin, content = turn.begin, message["content"]
         thought = message.get("reasoning_content") or ""
-        inner = _THOUGHT.match(content)
+        inner = THOUGHT.match(content)
         if thought.strip():
             place = whole.find(thought.strip(), begin, turn.end)
             begin = begin if place < 0 else place + len(thought.strip())
@@ -325,7 +340,7 @@ class ChatTemplate(Rendering):
                 return text, close
             if bare(content) in bare(whole[begin:close]):  # with a think block of its own
                 return begin, close
-            if bare(_THOUGHT.sub("", content, count=1)) == bare(whole[text:close]):
+            if bare(THOUGHT.sub("", content, count=1)) == bare(whole[text:close]):
                 return text, close  # the template leaves out the reasoning of earlier answers
         raise self._refused(f"drops or changes the text of an answer: {content[:60]!r}; use plain")
 

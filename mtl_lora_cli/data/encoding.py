@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from string import ascii_letters, digits
 from typing import Any
 
@@ -26,6 +26,7 @@ from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
 
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
+_LOOKED_AT = 200  # conversations, for what is good to know of them
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
 
 
@@ -102,6 +103,14 @@ class Encoder:
             notes.append(
                 f"{len(marked.places):,} of {len(marked.examples):,} training rows hold a control token "
                 f"of the tokenizer, which is read as text: {marked.first}, {marked.places[0]}"
+            )
+        if self._chat is not None and any(
+            one.dialogue is not None and self._chat.drops_reasoning(one.dialogue)
+            for one in islice(marked.examples, _LOOKED_AT)
+        ):
+            notes.append(
+                "the chat template leaves out the reasoning of earlier answers: they are learned without it; "
+                "conversation.learn: last learns the last one"
             )
         return notes
 

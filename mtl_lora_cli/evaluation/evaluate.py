@@ -161,6 +161,7 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         "chat": opened.recipe.chat.model_dump() if opened.recipe.prompt_format == "chat" else None,
         "loss_on": opened.recipe.training.loss_on,
         "template": {"name": task.template_name, "version": template.version},
+        "conversation": task.overlay,
         "model": "base" if setting.base_only else "adapter",
         "checkpoint": None if setting.base_only else opened.checkpoint,
         "base_model": opened.base.identity(),

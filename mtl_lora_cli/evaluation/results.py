@@ -37,7 +37,15 @@ _ASKED = (
     "positive",
 )
 # What else is the same where only the adapter makes the difference.
-_AROUND = ("template", "prompt_format", "chat", "base_model", "dtype", "quantization")
+_AROUND = (
+    "template",
+    "conversation",
+    "prompt_format",
+    "chat",
+    "base_model",
+    "dtype",
+    "quantization",
+)
 _NAMED = (
     "task",
     "split",

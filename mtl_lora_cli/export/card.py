@@ -62,11 +62,20 @@ def model_card(
 
 def _prompt(run: Run, task: Task) -> str:
     """The task's template, and what stands around it."""
-    text = f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```\n\n"
+    talk = task.template.conversation
+    if talk is None:
+        text = f"A Jinja template over the fields of a row:\n\n```\n{task.template.prompt.rstrip()}\n```\n\n"
+    else:
+        given = json.dumps(talk.model_dump(exclude_defaults=True), ensure_ascii=False, indent=1)
+        text = f"Messages of a conversation, which are read from a row by:\n\n```json\n{given}\n```\n\n"
     if run.recipe.prompt_format != "chat":
-        return f"{text}The answer stands behind it and a space."
+        return f"{text}The answer stands behind it and a space." if talk is None else text
     chat = run.recipe.chat
-    text += "It is a user message in the base model's chat template, and the answer is the reply."
+    text += (
+        "It is a user message in the base model's chat template, and the answer is the reply."
+        if talk is None
+        else "Messages are written by the base model's chat template; those of the role `text` as they are."
+    )
     if chat.template_kwargs:
         given = json.dumps(chat.template_kwargs, ensure_ascii=False)
         text += f" The template was given `chat_template_kwargs` = `{given}`: give it the same."

@@ -72,7 +72,7 @@ class Task:
             "metrics": list(self.template.metrics),
             "source": self.source.model_dump(exclude_none=True),
             "objective": self.objective,
-            **({} if self.conversation is None else {"conversation": self._overlay()}),
+            **({} if self.overlay is None else {"conversation": self.overlay}),
             "tags": list(self.tags),
             "loss_weight": self.loss_weight,
             "sampling_weight": self.sampling_weight,
@@ -81,16 +81,18 @@ class Task:
             "fingerprints": dict(self.fingerprints),
         }
 
-    def _overlay(self) -> dict[str, Any]:
-        assert self.conversation is not None
-        return self.conversation.model_dump(exclude_unset=True)
+    @property
+    def overlay(self) -> dict[str, Any] | None:
+        """The keys of the template's `conversation` that the recipe sets; None: none."""
+        own = self.conversation
+        return None if own is None else own.model_dump(exclude_unset=True)
 
     @property
     def wording(self) -> str:
         """All that decides how its rows become texts."""
-        if self.conversation is None:
+        if self.overlay is None:
             return self.template_text
-        return f"{self.template_text}\nconversation: {self._overlay()}\n"
+        return f"{self.template_text}\nconversation: {self.overlay}\n"
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Task:

@@ -153,3 +153,31 @@ def test_control_tokens_that_a_row_brings_are_text_in_every_message(encoder: Enc
     assert tokens.count(tokenizer.bos_token_id) == tokens.count(tokenizer.eos_token_id) == 4
     said = tokenizer.decode(split.example(0)[split.learned(0)].tolist())
     assert said == "It is </s>.</s>No.</s>"
+
+
+@pytest.mark.parametrize(("turns", "told"), [(1, False), (2, True)])
+def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_told(
+    stories_folder: Any, turns: int, told: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    from mtl_lora_cli.data.control_tokens import Marked
+    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.tasks.registry import find_template
+    from mtl_lora_cli.tasks.task import Task
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m.content }}",
+        "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}",
+    )
+    messages = [dict(message) for message in talk(1, turns).dialogue.messages]  # type: ignore[union-attr]
+    for message in messages:
+        if message["role"] == "assistant":
+            message["reasoning_content"] = f"hm {message['content']}"
+    example = Example("p", "a", (), -1, dialogue=Dialogue.of(messages))
+    name, path, template = find_template("instruct/messages", None)
+    task = Task("t", 0, name, path.read_text(), template, Source(path="x"), "conversation")
+    notes = Encoder(tokenizer, "chat").notes_on(task, Marked([example], []))
+    assert any("leaves out the reasoning of earlier answers" in note for note in notes) is told

@@ -46,6 +46,9 @@ NOT_RUN = {
     "torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 "
     "--out results.jsonl": MEASURES,
     "python tests/benchmarks/zero.py --table results.jsonl": "reads what the line above it writes",
+    "from mtl_lora_cli.evaluation.generate import Sampling": (
+        "a run of conversations: tests/end_to_end/test_conversations.py has the same lines"
+    ),
     "torchrun --standalone --nproc-per-node 2 --no-python -- mtl-lora train recipe.yaml": (
         "tests/training/test_processes.py starts such a run by torchrun"
     ),

@@ -159,6 +159,9 @@ def test_an_exported_folder_answers_the_same_in_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     call("export", "--task", "pets", "--format", "peft", "--output", "out")
+    card = (place / "out" / "README.md").read_text()
+    assert "Messages are written by the base model's chat template" in card
+    assert "{{" not in card and '"messages": "messages"' not in card, "defaults are not listed"
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, place / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
@@ -178,12 +181,15 @@ def test_an_exported_folder_answers_the_same_in_transformers(
 def test_python_takes_messages(trained: Path, place: Path, call: Callable[..., Ended]) -> None:
     import mtl_lora_cli
     from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.evaluation.generate import Sampling
 
     run = mtl_lora_cli.load(trained)
     messages = talk("Tom has a", "cat.", "And a")
     (place / "one.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     printed = json.loads(call("predict", "--task", "pets", "one.jsonl").stdout)
     assert run.chat(messages, task="pets") == printed
+    drawn = [run.chat(messages, task="pets", sampling=Sampling(3.0, seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
     assert run.chat(messages, task="share")["messages"][0] == {
         "role": "system",
         "content": "Be brief.",
