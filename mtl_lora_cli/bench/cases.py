@@ -90,7 +90,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CasePlan:
     """The cases in the order in which they are measured; PEFT's settings are tried after them.
 
     Attributes:
@@ -141,7 +141,7 @@ def target_modules(words: str, shape: str) -> tuple[str, ...]:
     return names
 
 
-def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: bool) -> Plan:
+def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: bool) -> CasePlan:
     """The cases of a call.
 
     Args:
@@ -166,7 +166,7 @@ def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: boo
         lora = replace(first, adapter=_as_lora(first), baseline="lora").named()
         cases = _with_baseline(cases, lora)
     whole = table == "yardstick"
-    return Plan(
+    return CasePlan(
         tuple(cases),
         peft=replace(first, baseline="peft") if whole or "peft" in versus else None,
         packed=replace(first, baseline="packed") if whole or "packed" in versus else None,

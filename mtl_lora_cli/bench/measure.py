@@ -11,7 +11,7 @@ import torch
 
 from mtl_lora_cli.bench import packed_baseline, peft_baseline
 from mtl_lora_cli.bench.case import Measuring, model_sizes, run_case
-from mtl_lora_cli.bench.cases import Case, Plan
+from mtl_lora_cli.bench.cases import Case, CasePlan
 from mtl_lora_cli.bench.yardstick import lengths
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import release
@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 DOES_NOT_FIT = "does not fit"
 
 
-def check(plan: Plan, device: torch.device) -> None:
+def check(plan: CasePlan, device: torch.device) -> None:
     """What can be known before anything is measured.
 
     Raises:
@@ -36,7 +36,7 @@ def check(plan: Plan, device: torch.device) -> None:
         raise UsageError("--base-compute fp8 needs a CUDA card; there is none here")
 
 
-def run_plan(plan: Plan, measuring: Measuring, say: Callable[[str], None]) -> dict[str, Any]:
+def run_plan(plan: CasePlan, measuring: Measuring, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything.
 
     Args:

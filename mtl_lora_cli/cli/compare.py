@@ -108,9 +108,9 @@ def compare(
         grid.require_known(sweeps, loaded.recipe)
         status("loading libraries")
         from mtl_lora_cli.compare.run import run_study
-        from mtl_lora_cli.compare.study import Options, plan_study
+        from mtl_lora_cli.compare.study import StudyOptions, plan_study
 
-        options = Options(names, matched, numbers, sweeps, against, limit, variants, scored)
+        options = StudyOptions(names, matched, numbers, sweeps, against, limit, variants, scored)
         study = plan_study(loaded, folder, options)
         if dry_run:
             _show_plan(study, as_json)

@@ -31,7 +31,7 @@ from mtl_lora_cli.export.formats import FORMATS, find_format
 
 if TYPE_CHECKING:
     from mtl_lora_cli.export.comparison import Distance
-    from mtl_lora_cli.export.order import Written
+    from mtl_lora_cli.export.order import WrittenFolder
 
 
 def register(app: typer.Typer) -> None:
@@ -98,7 +98,7 @@ def export(
             _emit_reduced(results, as_json)
 
 
-def _emit_reduced(results: list[Written], as_json: bool) -> None:
+def _emit_reduced(results: list[WrittenFolder], as_json: bool) -> None:
     """What was written where, how it compared, and what the lower rank costs."""
     if as_json:
         emit_json([{**written_as_json(result), "reduced": _reduced(result)} for result in results])
@@ -112,7 +112,7 @@ def _emit_reduced(results: list[Written], as_json: bool) -> None:
             )
 
 
-def _reduced(result: Written) -> dict[str, Any]:
+def _reduced(result: WrittenFolder) -> dict[str, Any]:
     assert result.truncation is not None
     return {
         "rank": result.truncation.rank,
@@ -126,7 +126,7 @@ def _reduced(result: Written) -> dict[str, Any]:
     }
 
 
-def _others(result: Written) -> dict[str, Distance]:
+def _others(result: WrittenFolder) -> dict[str, Distance]:
     """The models that the written adapter need not equal: the run as it is."""
     comparison = result.comparison
     return {} if comparison is None else dict(list(comparison.models.items())[1:])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mtl_lora_cli.cli.frame import emit, emit_json, say
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.export.order import Written
+    from mtl_lora_cli.export.order import WrittenFolder
     from mtl_lora_cli.metrics.intervals import Measured
     from mtl_lora_cli.runs.folder import RunFolder
     from mtl_lora_cli.tasks.task import Task
@@ -55,7 +55,7 @@ def require_pushable(repository: str | None, targets: Sequence[object], checked:
     require_hub(repository)
 
 
-def push_written(results: Sequence[Written], repository: str | None) -> None:
+def push_written(results: Sequence[WrittenFolder], repository: str | None) -> None:
     """Upload the one folder, if that was asked for."""
     from mtl_lora_cli.export.hub import push
 
@@ -63,7 +63,7 @@ def push_written(results: Sequence[Written], repository: str | None) -> None:
         say(f"pushed to {push(results[0].folder, repository)}")
 
 
-def emit_written(results: Sequence[Written], as_json: bool) -> None:
+def emit_written(results: Sequence[WrittenFolder], as_json: bool) -> None:
     """What was written where, and how it compared."""
     if as_json:
         emit_json([written_as_json(result) for result in results])
@@ -72,7 +72,7 @@ def emit_written(results: Sequence[Written], as_json: bool) -> None:
         emit(written_as_line(result))
 
 
-def written_as_json(result: Written) -> dict[str, Any]:
+def written_as_json(result: WrittenFolder) -> dict[str, Any]:
     """One result of `--json`."""
     found: dict[str, Any] = {"task": result.task, "path": str(result.folder)}
     comparison = result.comparison
@@ -93,7 +93,7 @@ def written_as_json(result: Written) -> dict[str, Any]:
     }
 
 
-def written_as_line(result: Written) -> str:
+def written_as_line(result: WrittenFolder) -> str:
     """One result, for a person."""
     comparison = result.comparison
     if comparison is None:

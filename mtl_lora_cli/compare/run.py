@@ -25,7 +25,7 @@ from mtl_lora_cli.compare.results import (
 from mtl_lora_cli.compare.rows import validation_rows, write_cuts
 from mtl_lora_cli.compare.study import Study, checked_plan, store_plan
 from mtl_lora_cli.compare.work import BASE, CHOSEN, LEARN, Job, Work
-from mtl_lora_cli.compare.workers import Processes, processes_for
+from mtl_lora_cli.compare.workers import WorkerProcesses, processes_for
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import describe_changes, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -135,7 +135,7 @@ class _Runner:
         with processes_for(self.study, self.work, min(self.most, len(jobs))) as processes:
             self._watch(jobs, processes)
 
-    def _watch(self, jobs: Sequence[Job], processes: Processes) -> None:
+    def _watch(self, jobs: Sequence[Job], processes: WorkerProcesses) -> None:
         started, done, failed = time.monotonic(), 0, 0
         first = {job.name for job in jobs[: processes.count]}
         try:

@@ -48,7 +48,7 @@ Shapes = Callable[[Settings], dict[str, tuple[int, int]]]  # → module path →
 
 
 @dataclass(frozen=True)
-class Options:
+class StudyOptions:
     """What a comparison is asked for.
 
     Attributes:
@@ -133,7 +133,7 @@ class Study:
     loaded: LoadedRecipe
     tasks: list[Task]
     cut: tuple[str, ...]
-    options: Options
+    options: StudyOptions
     target: int | None
     points: Mapping[str, Sequence[Point]]
     runs: list[PlannedRun]
@@ -184,7 +184,7 @@ class Study:
         return ("train",) if task.name in self.cut else ("train", VALIDATION)
 
 
-def plan_study(loaded: LoadedRecipe, folder: Path, options: Options) -> Study:
+def plan_study(loaded: LoadedRecipe, folder: Path, options: StudyOptions) -> Study:
     """Bind the tasks, pick the ranks, and list the runs; write nothing.
 
     Raises:

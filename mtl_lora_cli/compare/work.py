@@ -47,7 +47,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job ended.
 
     Attributes:
@@ -82,16 +82,16 @@ class Work:
         study = self.study
         return validation_rows(study.folder, study.tasks, study.cut, study.options.limit)
 
-    def attempt(self, job: Job) -> Outcome:
+    def attempt(self, job: Job) -> JobOutcome:
         """Do a job. Whatever goes wrong: an hour of other runs must not be lost with it."""
         kinds = {LEARN: self._learn, CHOSEN: self._score_chosen, BASE: self._score_untrained}
         try:
-            outcome = Outcome(kinds[job.kind](job.run))
+            outcome = JobOutcome(kinds[job.kind](job.run))
         except MtlLoraError as error:
             usage = error if isinstance(error, UsageError) else None
-            outcome = Outcome(error.lines[0], failed=True, usage=usage)
+            outcome = JobOutcome(error.lines[0], failed=True, usage=usage)
         except Exception as error:
-            outcome = Outcome(f"{type(error).__name__}: {error}", failed=True)
+            outcome = JobOutcome(f"{type(error).__name__}: {error}", failed=True)
         release(pick_device())
         return outcome
 

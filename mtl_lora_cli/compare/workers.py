@@ -23,14 +23,14 @@ from typing import Protocol
 import torch
 
 from mtl_lora_cli.compare.study import Study
-from mtl_lora_cli.compare.work import Job, Outcome, Work
+from mtl_lora_cli.compare.work import Job, JobOutcome, Work
 from mtl_lora_cli.machine.cards import SHARING
 from mtl_lora_cli.machine.launch import end_with_parent
 
 LOGS = "jobs"  # folder of what each process printed
 
 
-class Processes(Protocol):
+class WorkerProcesses(Protocol):
     """Who does the jobs.
 
     Attributes:
@@ -39,7 +39,7 @@ class Processes(Protocol):
 
     count: int
 
-    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, JobOutcome]]:
         """The jobs as they end."""
         ...
 
@@ -49,7 +49,7 @@ class Processes(Protocol):
 
 
 @contextmanager
-def processes_for(study: Study, work: Work, count: int) -> Iterator[Processes]:
+def processes_for(study: Study, work: Work, count: int) -> Iterator[WorkerProcesses]:
     """Who does so many jobs at a time.
 
     Args:
@@ -78,7 +78,7 @@ class Here:
         self._work = work
         self._busy: list[str] = []
 
-    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, JobOutcome]]:
         """The jobs as they end."""
         for job in jobs:
             self._busy = [job.name]
@@ -125,7 +125,7 @@ class Workers:
         self._environments = environments(count)
         self._workers: dict[int, _Worker] = {}
 
-    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+    def each(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, JobOutcome]]:
         """The jobs as they end."""
         left = deque(jobs)
         for _ in range(min(self.count, len(left))):
@@ -196,10 +196,10 @@ class Workers:
         worker = self._workers[number] = _Worker(process, ours, log)
         return worker
 
-    def _heard(self, worker: _Worker) -> Outcome:
+    def _heard(self, worker: _Worker) -> JobOutcome:
         """What it says of its job, or what can be said of a process that is gone."""
         try:
-            outcome: Outcome = worker.connection.recv()
+            outcome: JobOutcome = worker.connection.recv()
             return outcome
         except (EOFError, OSError):
             code = worker.process.wait()
@@ -209,7 +209,7 @@ class Workers:
             how = (
                 f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended: code {code}"
             )
-        return Outcome(f"its process {how}; {worker.log} has what it printed", failed=True)
+        return JobOutcome(f"its process {how}; {worker.log} has what it printed", failed=True)
 
 
 def environments(count: int) -> list[dict[str, str]]:

@@ -96,7 +96,7 @@ def beside(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
     Returns:
         Its `metrics`, and `acc` and `acc_norm` under `harness`; what they came from under `outcome`;
         under `paired` for each metric what `ours` is better by
-        (`mtl_lora_cli.metrics.paired.Difference`), null where it is undefined for one of the two;
+        (`mtl_lora_cli.metrics.paired.PairedDifference`), null where it is undefined for one of the two;
         McNemar's exact test under `p_value`.
     """
     outcomes = outcome_in(ours), outcome_in(theirs)

@@ -23,7 +23,7 @@ from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.comparison import Comparison, compared
 from mtl_lora_cli.export.formats import FORMATS, Reference, blamed
 from mtl_lora_cli.export.low_rank import ask_at
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.machine.cards import free_memory, pick_device
 from mtl_lora_cli.models.files import weight_files
@@ -38,7 +38,7 @@ _BYTES_A_VALUE = 5  # of a model in float32, with what a pass takes
 
 
 @dataclass(frozen=True)
-class Check:
+class WrittenCheck:
     """What a written folder has to stand.
 
     Attributes:
@@ -64,7 +64,7 @@ class Check:
         return where | asdict(self)
 
     @classmethod
-    def of(cls, request: Mapping[str, Any]) -> Check:
+    def of(cls, request: Mapping[str, Any]) -> WrittenCheck:
         """The check that another process asks for."""
         references = [Reference(**one) for one in request["references"]]
         return cls(request["format"], references, request["limit"], request["tolerance"])
@@ -98,7 +98,7 @@ class Check:
         return compared(questions, written, others, allowed)
 
 
-def answers_of(reference: Reference, questions: Questions) -> Answers:
+def answers_of(reference: Reference, questions: Questions) -> Scored:
     """What the run itself answers: as `eval` measures it, on other base weights, or at a lower rank."""
     if reference.rank is not None:
         return ask_at(questions, reference.rank, reference.quantization)

@@ -38,7 +38,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     try:
         from mtl_lora_cli.evaluation.opened import open_run
-        from mtl_lora_cli.export.check import Check, questions_about
+        from mtl_lora_cli.export.check import WrittenCheck, questions_about
         from mtl_lora_cli.extensions import load_named_extensions
         from mtl_lora_cli.runs.folder import RunFolder
         from mtl_lora_cli.tasks.chosen import select_tasks
@@ -48,7 +48,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         (task,) = select_tasks(run.tasks, request["task"])
         folder = Path(request["folder"])
         questions = questions_about(folder, run, task, request["limit"])
-        comparison = Check.of(request).compare(questions, folder)
+        comparison = WrittenCheck.of(request).compare(questions, folder)
     except MtlLoraError as error:
         return {"error": str(error), "code": error.exit_code}
     except Exception as error:

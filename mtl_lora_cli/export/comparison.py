@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.metrics.intervals import Measured, measure
 from mtl_lora_cli.tasks.task import Task
 
@@ -99,7 +99,7 @@ class Comparison:
 
 
 def compared(
-    questions: Questions, written: Answers, others: Mapping[str, Answers], allowed: float
+    questions: Questions, written: Scored, others: Mapping[str, Scored], allowed: float
 ) -> Comparison:
     """Hold a written model's answers against others'.
 
@@ -127,7 +127,7 @@ def compared(
     )
 
 
-def _measured(task: Task, answers: Answers) -> dict[str, Measured]:
+def _measured(task: Task, answers: Scored) -> dict[str, Measured]:
     if answers.outcome is None:
         return {}
     return {name: measure(name, answers.outcome) for name in task.template.metrics}
@@ -144,7 +144,7 @@ def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray])
     return max((float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
-def _equal(ours: Answers, theirs: Answers) -> float:
+def _equal(ours: Scored, theirs: Scored) -> float:
     """Share of equal predictions; of likeliest candidates where there are no predictions."""
     if ours.outcome is not None and theirs.outcome is not None:
         return float(np.mean(ours.outcome.predicted == theirs.outcome.predicted))

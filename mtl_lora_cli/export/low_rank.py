@@ -20,7 +20,7 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.merge import Update, task_updates
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import settled
@@ -110,7 +110,7 @@ def updates_at(
     return updates, Truncation(rank, errors)
 
 
-def ask_at(questions: Questions, rank: int, quantization: str | None = None) -> Answers:
+def ask_at(questions: Questions, rank: int, quantization: str | None = None) -> Scored:
     """What the run answers with the task's update at a lower rank: a plain LoRA on the base model.
 
     Args:

@@ -83,7 +83,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFolder:
     """A written folder and how it compared; None where nothing was compared, or no rank was lowered."""
 
     task: str

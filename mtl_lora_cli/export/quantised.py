@@ -56,7 +56,7 @@ class Quantised:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class WeightRounding:
     """How far quantised weights are from the original ones: ‖W − Ŵ‖ / ‖W‖ (Frobenius) by matrix.
 
     Attributes:
@@ -92,11 +92,11 @@ def quantised(base: BaseModel, kind: str, dtype: torch.dtype) -> Quantised:
     return Quantised(kind, names, dtype, pick_device())
 
 
-def measure_rounding(base: BaseModel, how: Quantised) -> Rounding:
+def measure_rounding(base: BaseModel, how: Quantised) -> WeightRounding:
     """Quantise every matrix once and compare; norms are summed in float64."""
     found = sorted(_ratios(base, how))
     largest, where = found[-1]
-    return Rounding(len(found), sum(ratio for ratio, _ in found) / len(found), largest, where)
+    return WeightRounding(len(found), sum(ratio for ratio, _ in found) / len(found), largest, where)
 
 
 def _ratios(base: BaseModel, how: Quantised) -> Iterator[tuple[float, str]]:

@@ -30,7 +30,7 @@ from mtl_lora_cli.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Answers:
+class Scored:
     """What one model says to a check's questions.
 
     Attributes:
@@ -95,18 +95,18 @@ class Questions:
             generated=new_tokens is not None,
         )
 
-    def ask(self, packed: PackedModel) -> Answers:
+    def ask(self, packed: PackedModel) -> Scored:
         """Put them to a model in this process."""
         opened = self.run.but(instead=packed)
         (own,) = answer(opened, [self.task], [self.examples], self.setting)
         if own.scores is not None:
-            return Answers(own.scores, own.outcome)
+            return Scored(own.scores, own.outcome)
         # Free answers were generated; these are the log-probabilities of the right ones.
         tokens = opened.tokens_per_pass
         scores = score(packed, self.requests, device=opened.device, tokens_per_pass=tokens)
-        return Answers(scores, own.outcome)
+        return Scored(scores, own.outcome)
 
-    def ask_alone(self, model: Any) -> Answers:
+    def ask_alone(self, model: Any) -> Scored:
         """Put them to a model of transformers', or of PEFT's on it, and to none of our own code."""
         scores = score_alone(model, self.requests)
         if self.setting.protocol_of(self.task) == CHOICES:
@@ -123,11 +123,11 @@ class Questions:
         said = read_generated(
             self.run.tokenizer, self.encoder, self.task, self.examples, requests, answers
         )
-        return Answers(scores, said.outcome)
+        return Scored(scores, said.outcome)
 
-    def answers(self, scores: list[np.ndarray]) -> Answers:
+    def answers(self, scores: list[np.ndarray]) -> Scored:
         """What log-probabilities alone tell: the predictions, too, unless answers are free."""
         if self.task.template.choices is None:
-            return Answers(scores, None)
+            return Scored(scores, None)
         how = self.setting.normalisation_of(self.task)
-        return Answers(scores, outcome_of(self.task, self.examples, scores, self.requests, how))
+        return Scored(scores, outcome_of(self.task, self.examples, scores, self.requests, how))

@@ -10,10 +10,10 @@ from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.export.formats import Format, blamed, find_format
-from mtl_lora_cli.export.order import Options, Order, Say, Written
+from mtl_lora_cli.export.order import Options, Order, Say, WrittenFolder
 from mtl_lora_cli.runs.atomic import new_folder, write_text
 from mtl_lora_cli.runs.paths import existing, require_writable
 from mtl_lora_cli.tasks.task import Task
@@ -27,7 +27,7 @@ def write_tasks(
     targets: Sequence[tuple[Task, Path]],
     options: Options | None = None,
     say: Say = lambda text: None,
-) -> list[Written]:
+) -> list[WrittenFolder]:
     """Write tasks in a format, let another party read each again, compare, and only then put it in its place.
 
     Nothing is written before all of it could be.
@@ -65,7 +65,7 @@ def write_tasks(
     return [_written(form, Order(run, task, folder, options, say)) for task, folder in targets]
 
 
-def _written(form: Format, order: Order) -> Written:
+def _written(form: Format, order: Order) -> WrittenFolder:
     """One task, in its place."""
     folder = order.folder
     with blamed(form):
@@ -82,7 +82,7 @@ def _written(form: Format, order: Order) -> Written:
             write_text(temporary / "README.md", readme)
     except OSError as error:
         raise MtlLoraError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    return Written(order.task.name, folder, comparison, order.truncation)
+    return WrittenFolder(order.task.name, folder, comparison, order.truncation)
 
 
 def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
@@ -91,7 +91,7 @@ def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
     with blamed(form):
         references = form.references(order)
         allowed = options.tolerance if options.tolerance is not None else form.tolerance(order.run)
-    check = Check(form.name, references, options.limit, allowed)
+    check = WrittenCheck(form.name, references, options.limit, allowed)
     comparison = check.run(order.run, order.task, temporary)
     if not comparison.holds:
         what = f"{form.differs} on task '{order.task.name}'"

@@ -19,7 +19,7 @@ _CHUNK = 250  # resamples whose weights are held at once
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """A metric less another model's on the same examples, with its 95 % interval.
 
     Attributes:
@@ -45,7 +45,7 @@ def paired(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Difference:
+) -> PairedDifference:
     """One metric of two models on the same examples.
 
     Args:
@@ -66,9 +66,9 @@ def paired(
     difference = metric.value(ours) - metric.value(theirs)
     low, high = percentiles(found, len(ours.gold))
     if not metric.proportion and low is not None:
-        return Difference(difference, low, high, bootstrap_p(found), "bootstrap")
+        return PairedDifference(difference, low, high, bootstrap_p(found), "bootstrap")
     right = [(one.gold == one.predicted).tolist() for one in (ours, theirs)]
-    return Difference(difference, low, high, mcnemar(*right), "mcnemar")
+    return PairedDifference(difference, low, high, mcnemar(*right), "mcnemar")
 
 
 def percentiles(differences: np.ndarray, examples: int) -> tuple[float | None, float | None]:

@@ -36,7 +36,7 @@ class TaskRuns:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """A value with its 95 % interval.
 
     Attributes:
@@ -54,7 +54,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Difference(Estimate):
+class SeedDifference(SeedMean):
     """A method less the baseline.
 
     Attributes:
@@ -78,10 +78,10 @@ class Compared:
         task_differences, average_differences: the same for all but the baseline, against it.
     """
 
-    tasks: dict[str, dict[str, Estimate]]
-    average: dict[str, Estimate]
-    task_differences: dict[str, dict[str, Difference]]
-    average_differences: dict[str, Difference]
+    tasks: dict[str, dict[str, SeedMean]]
+    average: dict[str, SeedMean]
+    task_differences: dict[str, dict[str, SeedDifference]]
+    average_differences: dict[str, SeedDifference]
 
 
 def compare(
@@ -119,8 +119,8 @@ def compare(
         for place, method in enumerate(methods)
     }
     base = methods.index(baseline)
-    task_differences: dict[str, dict[str, Difference]] = {}
-    average_differences: dict[str, Difference] = {}
+    task_differences: dict[str, dict[str, SeedDifference]] = {}
+    average_differences: dict[str, SeedDifference] = {}
     for place, method in enumerate(methods):
         if method == baseline:
             continue
@@ -176,17 +176,17 @@ def _each_once(name: str, outcomes: Sequence[Outcome], weights: np.ndarray) -> n
     return np.stack([known[id(one)] for one in outcomes], axis=1)
 
 
-def _estimate(seeds: np.ndarray, samples: np.ndarray) -> Estimate:
+def _estimate(seeds: np.ndarray, samples: np.ndarray) -> SeedMean:
     low, high = np.quantile(samples, [0.025, 0.975]).tolist()
-    return Estimate(float(seeds.mean()), low, high, tuple(seeds.tolist()))
+    return SeedMean(float(seeds.mean()), low, high, tuple(seeds.tolist()))
 
 
 def _difference(
     points: np.ndarray, samples: np.ndarray, place: int, base: int, sign: float | None
-) -> Difference:
+) -> SeedDifference:
     found = samples[place] - samples[base]
     estimate = _estimate(points[place] - points[base], found)
-    return Difference(**vars(estimate), p=bootstrap_p(found), p_sign=sign)
+    return SeedDifference(**vars(estimate), p=bootstrap_p(found), p_sign=sign)
 
 
 def sign_test(runs: TaskRuns, method: str, baseline: str) -> float:
@@ -213,9 +213,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
+def _corrected(found: Mapping[str, SeedDifference]) -> dict[str, SeedDifference]:
     values = holm([one.p for one in found.values()])
     return {
-        name: Difference(**{**vars(one), "p_holm": value})
+        name: SeedDifference(**{**vars(one), "p_holm": value})
         for (name, one), value in zip(found.items(), values, strict=True)
     }

@@ -45,7 +45,7 @@ def newest_results(run: RunFolder, tasks: Sequence[str]) -> list[Result]:
 
 
 @dataclass(frozen=True)
-class Scores:
+class RunScores:
     """What a run's evaluations say.
 
     Attributes:
@@ -63,14 +63,14 @@ class Scores:
     damaged: str | None = None
 
 
-def read_scores(run: RunFolder, tasks: Sequence[str]) -> Scores:
+def read_scores(run: RunFolder, tasks: Sequence[str]) -> RunScores:
     """Read them, whatever state they are in."""
     try:
         results = newest_results(run, tasks)
-        return Scores(results, *_scored(run, results))
+        return RunScores(results, *_scored(run, results))
     except (MtlLoraError, KeyError, TypeError, ValueError) as error:
         what = str(error) if isinstance(error, MtlLoraError) else f"{type(error).__name__} {error}"
-        return Scores(damaged=f"results cannot be read: {what}")
+        return RunScores(damaged=f"results cannot be read: {what}")
 
 
 def _scored(

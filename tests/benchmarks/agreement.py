@@ -28,7 +28,7 @@ from mtl_lora_cli.export.check import answers_of
 from mtl_lora_cli.export.comparison import compared
 from mtl_lora_cli.export.formats import Reference, find_format
 from mtl_lora_cli.export.order import Options
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import find_base_model
@@ -51,17 +51,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "moelora": {"method": "moelora", "up_projections": 2},
     "multilora": {"method": "multilora"},
 }
-Reader = Callable[[Questions, Path], Answers]
+Reader = Callable[[Questions, Path], Scored]
 READERS: dict[str, Reader] = {kind: find_format(kind).read for kind in ("merged", "peft")}
 
 
-def stored(questions: Questions, folder: Path) -> Answers:
+def stored(questions: Questions, folder: Path) -> Scored:
     """The merged weights as 16 bits hold them, in float32 arithmetic."""
     model = load_model(find_base_model(str(folder)), dtype=torch.bfloat16, device=pick_device())
     return questions.ask(PackedModel(model.float()))
 
 
-def _known(answers: Answers, questions: Questions, folder: Path) -> Answers:
+def _known(answers: Scored, questions: Questions, folder: Path) -> Scored:
     """Answers that were given before."""
     return answers
 
@@ -134,7 +134,7 @@ def main() -> None:
                 write_tasks("merged", run, [(task, folder / "merged" / task.name)], unchecked)
                 if not arguments.exact:
                     write_tasks("peft", run, [(task, folder / "peft" / task.name)], unchecked)
-            exact: dict[str, Answers] = {}  # the adapted model's in float32
+            exact: dict[str, Scored] = {}  # the adapted model's in float32
             for dtype, asked in readers_of.items():
                 run = in_dtype(trained, dtype)
                 for task in run.tasks:

@@ -20,7 +20,7 @@ from statistics import fmean
 from mtl_lora_cli.compare.grid import TEST, parse_match, parse_methods, parse_seeds, parse_sweeps
 from mtl_lora_cli.compare.results import read_result
 from mtl_lora_cli.compare.run import run_study
-from mtl_lora_cli.compare.study import Options, plan_study
+from mtl_lora_cli.compare.study import StudyOptions, plan_study
 from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     loaded = load_recipe(find_recipe(arguments.recipe), arguments.changes)
     (method,) = parse_methods(arguments.method)
-    options = Options(
+    options = StudyOptions(
         methods=[method],
         match=parse_match(arguments.match),
         seeds=parse_seeds(arguments.seeds, loaded.recipe.training.seed),

@@ -26,7 +26,7 @@ from mtl_lora_cli.compare.markdown import markdown
 from mtl_lora_cli.compare.report import build_report
 from mtl_lora_cli.compare.rows import write_cuts
 from mtl_lora_cli.compare.run import run_study
-from mtl_lora_cli.compare.study import Options, Study, plan_study
+from mtl_lora_cli.compare.study import Study, StudyOptions, plan_study
 from mtl_lora_cli.compare.workers import environments
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError, UsageError
 from mtl_lora_cli.machine.cards import SHARING
@@ -94,7 +94,7 @@ def plan(recipe_file: Path) -> Plan:
             "limit": 12,
             **options,
         }
-        return plan_study(load_recipe(recipe_file, overrides), folder, Options(**chosen))
+        return plan_study(load_recipe(recipe_file, overrides), folder, StudyOptions(**chosen))
 
     return make
 
@@ -454,10 +454,12 @@ def test_a_score_by_validation_reads_no_test_file(without_tests: Path, tmp_path:
     options = {"match": None, "seeds": [0], "sweeps": {}, "baseline": "lora", "limit": 10}
     with pytest.raises(UsageError, match=r"test\.jsonl.*not valid JSON"):
         run_study(
-            plan_study(load_recipe(without_tests), folder, Options(methods=["lora"], **options)),
+            plan_study(
+                load_recipe(without_tests), folder, StudyOptions(methods=["lora"], **options)
+            ),
             print,
         )
-    scored = Options(methods=["lora"], score="validation", **options)
+    scored = StudyOptions(methods=["lora"], score="validation", **options)
     run_study(plan_study(load_recipe(without_tests), folder, scored), print)
     stored, report = result(folder, "lora-seed0"), build_report(folder)
     assert stored["test"] is None

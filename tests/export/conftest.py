@@ -16,11 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.evaluation.opened import Run, open_run
-from mtl_lora_cli.export.check import Check, answers_of, questions_about
+from mtl_lora_cli.export.check import WrittenCheck, answers_of, questions_about
 from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.export.formats import Reference
-from mtl_lora_cli.export.order import Options, Written
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.order import Options, WrittenFolder
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.task import Task
@@ -36,13 +36,13 @@ DATA = {
 }
 
 
-def exported(kind: str, run: Run, task: Task, folder: Path, **options: Any) -> Written:
+def exported(kind: str, run: Run, task: Task, folder: Path, **options: Any) -> WrittenFolder:
     """One task in a format, as `merge` and `export` write it."""
     (written,) = write_tasks(kind, run, [(task, folder)], Options(**options))
     return written
 
 
-def itself(questions: Questions) -> Answers:
+def itself(questions: Questions) -> Scored:
     """What the run itself answers, as `eval` measures it."""
     return answers_of(Reference("the run"), questions)
 
@@ -114,10 +114,10 @@ def four_bit_run(train: Callable[..., Run], stories_folder: Path) -> Run:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks compare in this process, where the other one is not what a test is about."""
 
-    def compare(check: Check, run: Run, task: Task, folder: Path) -> Comparison:
+    def compare(check: WrittenCheck, run: Run, task: Task, folder: Path) -> Comparison:
         return check.compare(questions_about(folder, run, task, check.limit), folder)
 
-    monkeypatch.setattr(Check, "run", compare)
+    monkeypatch.setattr(WrittenCheck, "run", compare)
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,11 @@ from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import check, check_process
 from mtl_lora_cli.export import merge as merging
-from mtl_lora_cli.export.check import Check, questions_about, received
+from mtl_lora_cli.export.check import WrittenCheck, questions_about, received
 from mtl_lora_cli.export.comparison import Comparison, Distance, compared
 from mtl_lora_cli.export.formats import Reference
-from mtl_lora_cli.export.order import Written
-from mtl_lora_cli.export.questions import Answers, Questions
+from mtl_lora_cli.export.order import WrittenFolder
+from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.metrics.intervals import Measured
 
 from .conftest import exported
@@ -32,13 +32,13 @@ from .conftest import exported
 pytestmark = pytest.mark.slow
 
 
-def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> Written:
+def merge(run: Run, folder: Path, task: int = 0, **keys: Any) -> WrittenFolder:
     return exported("merged", run, run.tasks[task], folder, limit=8, **keys)
 
 
 def compare(run: Run, folder: Path, task: int = 0, **models: Any) -> Comparison:
     """In this process."""
-    check = Check("merged", [Reference("run")], 8)
+    check = WrittenCheck("merged", [Reference("run")], 8)
     return check.compare(Questions(run, run.tasks[task], Setting(limit=8)), folder)
 
 
@@ -192,8 +192,8 @@ def test_where_float32_does_not_help_the_runs_dtype_is_taken(
 # What the numbers are made of.
 
 
-def scored(*values: list[float]) -> Answers:
-    return Answers([np.array(each) for each in values], None)
+def scored(*values: list[float]) -> Scored:
+    return Scored([np.array(each) for each in values], None)
 
 
 def comparison(largest: float, equal: float, allowed: float) -> Comparison:
@@ -253,7 +253,7 @@ def test_a_free_answer_is_generated_and_its_log_probability_compared(
 
 
 def test_its_errors_are_those_of_the_one_who_asked(run: Run, tmp_path: Path) -> None:
-    check = Check("merged", [Reference("run")], 2)
+    check = WrittenCheck("merged", [Reference("run")], 2)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds no safetensors weights"):
         received(check_process.answer(check.request(run, run.tasks[0], tmp_path)))
@@ -273,7 +273,7 @@ def test_a_process_that_is_killed_is_told_from_one_that_answers(
     killed.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(killed))
     with pytest.raises(MtlLoraError, match="the check's process ended with code -9"):
-        Check("merged", [Reference("run")], 2).run(run, run.tasks[0], tmp_path)
+        WrittenCheck("merged", [Reference("run")], 2).run(run, run.tasks[0], tmp_path)
 
 
 def test_it_ends_when_nobody_waits_for_it() -> None:

@@ -27,7 +27,7 @@ from mtl_lora_cli.evaluation.choices import score as our_scores
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import gguf_model
-from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.formats import Reference, find_format
 from mtl_lora_cli.export.gguf_files import write_adapter
 from mtl_lora_cli.export.gguf_model import Dialect, dialect_of, require_writable, write_model
@@ -323,7 +323,9 @@ def test_the_truncated_update_is_told_from_the_whole_one(
     updates[first] = updates_at(run, run.tasks[0], None)[0][first]
     write_adapter(updates, dialect_of(config), tmp_path / "adapter.gguf", title="one")
     questions = Questions(run, run.tasks[0], Setting(limit=LIMIT))
-    comparison = Check("gguf", [Reference("1", "none", 1)], LIMIT).compare(questions, tmp_path)
+    comparison = WrittenCheck("gguf", [Reference("1", "none", 1)], LIMIT).compare(
+        questions, tmp_path
+    )
     assert not comparison.holds
 
 
@@ -332,7 +334,7 @@ def test_llama_cpp_reads_the_merged_model_and_its_tokens(
 ) -> None:
     run = trained("mtl-lora")
     exported("gguf-merged", run, run.tasks[0], tmp_path, checked=False)
-    check = Check("gguf-merged", [Reference("run")], LIMIT, 1e-4)
+    check = WrittenCheck("gguf-merged", [Reference("run")], LIMIT, 1e-4)
     assert check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path).holds
 
 
@@ -386,7 +388,7 @@ def test_other_tokens_than_the_base_models_are_noticed(
     packed = b"".join(scores.parts[index].tobytes() for index in scores.data)
     assert content.count(packed) == 1
     damaged.write_bytes(content.replace(packed, np.zeros(512, dtype=np.float32).tobytes()))
-    check = Check("gguf-merged", [Reference("run")], LIMIT)
+    check = WrittenCheck("gguf-merged", [Reference("run")], LIMIT)
     with pytest.raises(CheckError, match=r"llama.cpp makes other tokens of a prompt"):
         check.compare(Questions(run, run.tasks[0], Setting(limit=LIMIT)), tmp_path)
 

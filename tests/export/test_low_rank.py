@@ -14,7 +14,7 @@ from torch import Tensor
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.formats import Reference
 from mtl_lora_cli.export.low_rank import ask_at, truncate, updates_at
 from mtl_lora_cli.export.peft_files import write_peft
@@ -106,7 +106,7 @@ def test_the_written_adapter_is_held_against_the_truncated_update(
     write_peft(updates, PeftNames(["q_proj", "down_proj"]), run.base.name, tmp_path)
     models = [Reference("truncated", None, rank), Reference("run")]
     questions = Questions(run, run.tasks[0], Setting(limit=12))
-    comparison = Check("peft", models, 12, 1e-4).compare(questions, tmp_path)
+    comparison = WrittenCheck("peft", models, 12, 1e-4).compare(questions, tmp_path)
     assert comparison.holds
     assert comparison.largest < 2e-5
     assert comparison.models["run"].largest > 1e-3 > comparison.largest

@@ -21,7 +21,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
 from mtl_lora_cli.evaluation.opened import Run, open_run
-from mtl_lora_cli.export.check import Check
+from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.export.order import Options
 from mtl_lora_cli.export.questions import Questions
@@ -238,10 +238,10 @@ def test_the_new_run_offers_all_tasks_and_says_where_they_come_from(
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of what was written compares here; its own process is tests/export's."""
 
-    def compare(check: Check, run: Run, task: Task, folder: Path) -> Comparison:
+    def compare(check: WrittenCheck, run: Run, task: Task, folder: Path) -> Comparison:
         return check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
 
-    monkeypatch.setattr(Check, "run", compare)
+    monkeypatch.setattr(WrittenCheck, "run", compare)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.order import Order
-    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.export.questions import Questions, Scored
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 
@@ -100,7 +100,7 @@ class Format:
         """Fill an empty folder."""
         raise NotImplementedError
 
-    def read(self, questions: Questions, folder: Path) -> Answers:
+    def read(self, questions: Questions, folder: Path) -> Scored:
         """Put the check's questions to what was written, by code that had no part in writing it."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.gguf_model import Dialect
     from mtl_lora_cli.export.order import Order
-    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.export.questions import Questions, Scored
 
 ADAPTER = "adapter.gguf"
 _USE = """\
@@ -67,7 +67,7 @@ class GgufAdapter(Format):
 
         write_adapter(order.updates, _dialect(order), folder / ADAPTER, title=order.title)
 
-    def read(self, questions: Questions, folder: Path) -> Answers:
+    def read(self, questions: Questions, folder: Path) -> Scored:
         """llama.cpp with the written adapter on the original base weights, in the run's dtype."""
         from mtl_lora_cli.export.gguf_files import base_file
         from mtl_lora_cli.export.llama_scores import llama, score

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.order import Order
-    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.export.questions import Questions, Scored
 
 MODEL = "model.gguf"
 
@@ -60,7 +60,7 @@ class GgufMerged(Format):
             path = folder / MODEL
             write_model(Path(merged), path, title=order.title, tokenizer=run.tokenizer)
 
-    def read(self, questions: Questions, folder: Path) -> Answers:
+    def read(self, questions: Questions, folder: Path) -> Scored:
         """llama.cpp with the written model.
 
         Raises:

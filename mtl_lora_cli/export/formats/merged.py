@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.merge import MergePlan
     from mtl_lora_cli.export.order import Order
-    from mtl_lora_cli.export.quantised import Quantised, Rounding
-    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.export.quantised import Quantised, WeightRounding
+    from mtl_lora_cli.export.questions import Questions, Scored
 
 BASES = ("original", "dequantized")
 _USE = """\
@@ -43,7 +43,7 @@ class Merged(Format):
     differs = "the merged model differs from the adapted one"
     reducible = False
 
-    _rounding: Rounding | None = None
+    _rounding: WeightRounding | None = None
 
     @property
     def root(self) -> Path:
@@ -71,7 +71,7 @@ class Merged(Format):
             self._rounding = measure_rounding(order.run.base, how)
         write_merged(self._plan(order), folder, order.say)
 
-    def read(self, questions: Questions, folder: Path) -> Answers:
+    def read(self, questions: Questions, folder: Path) -> Scored:
         """By transformers alone, as any user would."""
         from mtl_lora_cli.models.base import find_base_model
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.order import Order
     from mtl_lora_cli.export.peft_names import PeftNames
-    from mtl_lora_cli.export.questions import Answers, Questions
+    from mtl_lora_cli.export.questions import Questions, Scored
     from mtl_lora_cli.models.base import BaseModel
 
 _USE = """\
@@ -68,7 +68,7 @@ class Peft(Format):
         write_peft(order.updates, _names(order), _loadable(order.run.base), folder)
         require_named(order.run.base, folder)
 
-    def read(self, questions: Questions, folder: Path) -> Answers:
+    def read(self, questions: Questions, folder: Path) -> Scored:
         """The run's own base model with the written adapter, as PEFT puts them together."""
         from peft import PeftModel
 
