@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from mtl_lora_cli.adapters.inject import require_adapted
 from mtl_lora_cli.adapters.methods import METHODS, configure
@@ -355,6 +357,8 @@ def _entry(task: Task, source: Source) -> RecipeTask:
         name=task.name,
         template=task.template_name,
         source=source,
+        objective=task.objective,
+        conversation=task.conversation,
         tags=list(task.tags),
         sampling_weight=task.sampling_weight,
         loss_weight=task.loss_weight,
@@ -374,7 +378,10 @@ def checked_plan(study: Study) -> dict[str, Any]:
     plan = study.to_json()
     plan = json.loads(json.dumps(plan))  # what will be read again: lists, not tuples
     if (study.folder / PLAN).is_file():
-        changes = describe_changes(fixed_in(read_plan(study.folder)), plan["fixed"])
+        before = fixed_in(read_plan(study.folder))
+        with suppress(ValidationError):  # keys that there were not yet have their default
+            before["recipe"] = Recipe.model_validate(before["recipe"]).model_dump(mode="json")
+        changes = describe_changes(before, plan["fixed"])
         if changes:
             raise UsageError(
                 f"{study.folder} holds another comparison: {'; '.join(_short(changes))}; "

@@ -26,7 +26,7 @@ from mtl_lora_cli.compare.markdown import markdown
 from mtl_lora_cli.compare.report import build_report
 from mtl_lora_cli.compare.rows import write_cuts
 from mtl_lora_cli.compare.run import run_study
-from mtl_lora_cli.compare.study import Study, StudyOptions, plan_study
+from mtl_lora_cli.compare.study import Study, StudyOptions, checked_plan, plan_study
 from mtl_lora_cli.compare.workers import environments
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError, UsageError
 from mtl_lora_cli.machine.cards import SHARING
@@ -216,6 +216,23 @@ def test_a_comparison_may_grow(finished: tuple[Path, list[str]], plan: Plan) -> 
     run_study(plan(finished[0], seeds=[0, 1, 2], methods=["lora"]), said.append)
     assert [line.split(":")[0] for line in said] == ["lora-seed2"]
     run_study(plan(finished[0]), said.append)  # the plan as it was
+
+
+def test_a_comparison_of_before_goes_on(
+    finished: tuple[Path, list[str]], plan: Plan, tmp_path: Path
+) -> None:
+    """Keys of the recipe that there were not yet have their defaults."""
+    folder = Path(shutil.copytree(finished[0], tmp_path / "before"))
+    stored = json.loads((folder / "plan.json").read_text())
+    recipe = stored["fixed"]["recipe"]
+    del recipe["extensions"]
+    for task in recipe["tasks"]:
+        del task["conversation"]
+        assert task["objective"] == "causal_lm"
+    (folder / "plan.json").write_text(json.dumps(stored))
+    assert checked_plan(plan(folder))["fixed"]["recipe"]["extensions"] == []
+    with pytest.raises(UsageError, match=r"holds another comparison: recipe\.adapter\.alpha: 16"):
+        checked_plan(plan(folder, "adapter.alpha=8"))
 
 
 def test_a_folder_of_another_comparison_is_refused(
