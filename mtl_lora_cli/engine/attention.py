@@ -7,6 +7,7 @@ which.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,11 +125,13 @@ class Packing:
         }
 
 
-def table_keys() -> set[tuple[int, bool]]:
-    """The tile tables (`Segments.tiles`) that the kernels may ask for."""
-    queries = {entry.tile for table in (FORWARD, QUERY_BACKWARD) for entry in table.values()}
-    keys = {entry.tile for entry in KEY_BACKWARD.values()}
-    return {(tile, False) for tile in queries} | {(tile, True) for tile in keys}
+def table_keys(head_dims: Iterable[int]) -> list[tuple[int, bool]]:
+    """The tile tables (`Segments.tiles`) that the kernels ask for, for heads of these dimensions."""
+    found = set()
+    for dim in head_dims:
+        found |= {(launch_for(table, dim).tile, False) for table in (FORWARD, QUERY_BACKWARD)}
+        found.add((launch_for(KEY_BACKWARD, dim).tile, True))
+    return sorted(found)
 
 
 def kernels_know(plan: AttentionPlan) -> bool:

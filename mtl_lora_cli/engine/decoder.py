@@ -19,7 +19,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
-from mtl_lora_cli.engine.attention import Packing, pick_way
+from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
 from mtl_lora_cli.engine.attention_block import AttentionBlock
 from mtl_lora_cli.engine.experts_block import ExpertsBlock
 from mtl_lora_cli.engine.families import plan_of
@@ -97,11 +97,19 @@ class FusedDecoder:
         self._norm = Norm.of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
 
     def fixed_shapes(self) -> bool:
-        """Whether a pass launches the same kernels whatever the segments are."""
-        if self.plan.limit is not None:
+        """Whether a pass launches the same kernels whatever the segments are.
+
+        Experts would; torch's grouped products have not been recorded on a card yet.
+        """
+        experts = any(isinstance(layer.mlp, ExpertsHalf) for layer in self.layers)
+        if self.plan.limit is not None or experts:
             return False
         embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
         return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)
+
+    def tables(self) -> list[tuple[int, bool]]:
+        """The tile tables that a pass on our kernels reads; see `Segments.tiles`."""
+        return table_keys({plan.head_dim for plan in self._kinds})
 
     def round_to_fp8(self) -> None:
         """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`)."""

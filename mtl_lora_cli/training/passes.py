@@ -8,7 +8,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
-from mtl_lora_cli.engine.attention import table_keys
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import ROOM
 from mtl_lora_cli.models.batch import PackedBatch
@@ -152,7 +151,9 @@ class GraphedPasses:
     def __init__(
         self, packed: PackedModel, adapter: Adapter, row_length: int, eager: EagerPasses
     ) -> None:
+        assert packed.decoder is not None
         self._packed, self._adapter, self._row_length = packed, adapter, row_length
+        self._tables = packed.decoder.tables()
         self._eager = eager
         self._graphs: dict[Capacity, _Graph] = {}
         self._passes = 0
@@ -167,7 +168,8 @@ class GraphedPasses:
         capacity = Capacity.of(batch, rows * self._row_length)
         filled = padded(batch, capacity)
         weights = torch.cat([weights, weights.new_zeros(capacity.questions - count)])
-        staged = tuple(value.pin_memory() for value in _contents(filled, weights, capacity))
+        contents = _contents(filled, weights, capacity, self._tables)
+        staged = tuple(value.pin_memory() for value in contents)
         return Ready(filled, weights, count, capacity, staged)
 
     def run(self, ready: Ready) -> Tensor:
@@ -184,7 +186,9 @@ class GraphedPasses:
     def _capture(self, ready: Ready, capacity: Capacity) -> None:
         torch.cuda.empty_cache()  # a graph has memory of its own
         try:
-            self._graphs[capacity] = _Graph(self._packed, self._adapter, ready, self._pool)
+            self._graphs[capacity] = _Graph(
+                self._packed, self._adapter, ready, self._pool, self._tables
+            )
         except torch.OutOfMemoryError:
             self._fits = False
             torch.cuda.empty_cache()
@@ -193,11 +197,17 @@ class GraphedPasses:
 class _Graph:
     """One captured pass and the buffers that it reads."""
 
-    def __init__(self, packed: PackedModel, adapter: Adapter, ready: Ready, pool: Any) -> None:
+    def __init__(
+        self,
+        packed: PackedModel,
+        adapter: Adapter,
+        ready: Ready,
+        pool: Any,
+        keys: Sequence[tuple[int, bool]],
+    ) -> None:
         device = adapter.device
         self._buffers = [value.to(device) for value in ready.staged]
         own = dict(zip(_NAMES, self._buffers, strict=False))
-        keys = sorted(table_keys())
         tables = dict(zip(keys, self._buffers[len(_NAMES) :], strict=True))
         batch = replace(
             ready.batch.to(device),
@@ -239,12 +249,17 @@ _NAMES = (
 )
 
 
-def _contents(batch: PackedBatch, weights: Tensor, capacity: Capacity) -> list[Tensor]:
+def _contents(
+    batch: PackedBatch,
+    weights: Tensor,
+    capacity: Capacity,
+    tables: Sequence[tuple[int, bool]],
+) -> list[Tensor]:
     ids = batch.task_ids.view(-1)
     found = [batch.input_ids, batch.position_ids, batch.positions, batch.targets, weights]
     for own in (ids, ids[batch.positions]):
         found += [own.to(torch.int32), (own >= 0).unsqueeze(1)]
-    for block, of_keys in sorted(table_keys()):
+    for block, of_keys in tables:
         most = (capacity.positions + capacity.segments * (block - 1)) // block
         found.append(batch.segments.tile_table(block, of_keys=of_keys, capacity=most))
     return found
