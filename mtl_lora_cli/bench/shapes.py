@@ -48,6 +48,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "rms_norm_eps": 1e-6,
     },
+    "qwen3-30b-a3b": {
+        **_llama(2048, 6144, 48, 32, 4, 151_936, theta=1_000_000.0),
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
     "gemma3-4b": {
         **_llama(2560, 10240, 34, 8, 4, 262_208, tied=True),
         "model_type": "gemma3_text",

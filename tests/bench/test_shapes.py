@@ -25,6 +25,7 @@ WEIGHTS = {  # all weights of the published models
     "llama2-13b": 13_015_864_320,
     "smollm2-135m": 134_515_008,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
     "gemma3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,  # without what sees and its projector
 }
 
@@ -38,8 +39,17 @@ def test_a_shape_has_as_many_weights_as_its_model(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_layer_weights_are_the_matrices_of_the_layers(name: str) -> None:
     model = empty_model(find_config(name), dtype=torch.float32)
-    theirs = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    theirs = sum(
+        p.numel()
+        for key, p in model.model.layers.named_parameters()
+        if p.ndim == 2 and not key.endswith("mlp.gate.weight")
+    )
     s = SHAPES[name]
+    if "num_experts" in s:
+        own = [p.numel() for p in model.model.layers.parameters() if p.ndim == 3]
+        met = sum(own) * s["num_experts_per_tok"] // s["num_experts"]
+        assert matrix_weights(model)[0] == theirs + met
+        return
     width, heads, key_heads = (
         s[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
     )
