@@ -132,7 +132,8 @@ def test_one_failure_leaves_the_others(
         return dict(done)
 
     monkeypatch.setattr(measure, "run_case", run)
-    planned = replace(plan(tiny, table="yardstick", versus=[], own_shape=True), peft=None)
+    whole = plan(tiny, table="yardstick", versus=[], own_shape=True)
+    planned = replace(whole, peft=None, packed=None)
     said: list[str] = []
     report = measure.run_plan(planned, measuring, said.append)
     assert {case["name"]: case["reason"] for case in report["cases"]} == {
