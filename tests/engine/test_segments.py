@@ -227,3 +227,16 @@ def test_a_batch_of_rows_is_refused() -> None:
     x = torch.randn(2, 1, 3, 4)
     with pytest.raises(NotHonoured, match="not within one packed sequence of 3"):
         packed_attention(torch.nn.Identity(), x, x, x, None, segments=Segments.build([3]))
+
+
+def test_segments_longer_than_a_limit() -> None:
+    """Of a tree the longest way through it counts, not its positions together."""
+    chains = Segments.build([3, 5, 1]).longer_than(3)
+    assert chains.tolist() == [False] * 3 + [True] * 5 + [False]
+    # A trunk of two, behind it an answer of two and one of one; then a chain of four.
+    reach = torch.tensor([5, 5, 4, 4, 5, 9, 9, 9, 9], dtype=torch.int32)
+    trees = Segments.build([5, 4], reach)
+    assert trees.longer_than(3).tolist() == [True] * 9
+    assert trees.longer_than(4).tolist() == [False] * 9
+    deeper = Segments.build([5, 5], torch.tensor([5, 5, 4, 4, 5, *[10] * 5], dtype=torch.int32))
+    assert deeper.longer_than(4).tolist() == [False] * 5 + [True] * 5

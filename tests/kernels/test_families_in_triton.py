@@ -47,6 +47,11 @@ def test_kernels_are_transformers_alone(
     with packed.routed(batch):
         found = packed(batch)
         (found * torch.linspace(1, 2, len(found))).sum().backward()
+    # The tile tables that a graph would hold are those that a pass reads.
+    assert packed.decoder is not None
+    assert sorted(key for key in batch.segments._made if len(key) == 2 and key[0] != "stacks") == (
+        packed.decoder.tables()
+    )
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     for key, tensor in adapter.tensors().items():
         wanted = leaves[key].grad

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels import fp8, gated, logprob, mix, nf4, norm
+from mtl_lora_cli.kernels.grouped import grouped
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
 from mtl_lora_cli.kernels.rotary import rotate_
 
@@ -269,3 +270,18 @@ def test_a_norm_whose_weight_is_wider_is_gemmas(monkeypatch: pytest.MonkeyPatch)
     total, ours, inverse = norm.add_norm(x, None, 1 + theirs.weight.float(), 1e-5)
     assert torch.equal(ours, theirs(x))
     assert torch.equal(norm.apply_norm(total, inverse, 1 + theirs.weight.float()), ours)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_products_are_each_rows_own(transposed: bool) -> None:
+    """Three groups of four have rows; on a card in bfloat16 it is torch's grouped product."""
+    counts = torch.tensor([5, 0, 9, 2], device=DEVICE)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float64
+    weights = normal(4, 24, 16).to(dtype)
+    x = normal(16, 24 if transposed else 16, seed=1).to(dtype)
+    own = weights.double()[torch.arange(4, device=DEVICE).repeat_interleave(counts)]
+    own = own.mT if transposed else own
+    expected = torch.einsum("soi,si->so", own, x.double())
+    found = grouped(x, weights, counts.cumsum(0).int(), transposed=transposed)
+    close = 2e-2 if DEVICE == "cuda" else 1e-12
+    torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
