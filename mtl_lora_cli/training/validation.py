@@ -44,7 +44,7 @@ _DRAW = 0  # not the run's seed: runs that differ in it are measured on the same
 
 
 @dataclass(frozen=True)
-class Measured:
+class TaskLook:
     """What a task's choices come to.
 
     Attributes:
@@ -83,16 +83,16 @@ class HeldOut:
         assert self.metric is not None
         return self.task.template.title(self.metric)
 
-    def measured(self, scores: Sequence[np.ndarray]) -> Measured:
+    def measured(self, scores: Sequence[np.ndarray]) -> TaskLook:
         """What log-probabilities, float64 [choices] of each example, come to."""
         assert self.metric is not None
         if not all(np.isfinite(values).all() for values in scores):
-            return Measured(None)
+            return TaskLook(None)
         outcome, metric = self.outcome(scores), find(self.metric)
         value = None if metric.undefined(outcome) else metric.value(outcome)
         one = one_answer(outcome.gold, outcome.predicted)
         name = None if one is None else self.task.template.choice_name(one.choice)
-        return Measured(
+        return TaskLook(
             value,
             guess=asdict(beside_a_guess(outcome.gold, scores)),
             one_answer=None if one is None else {**asdict(one), "choice": name},
@@ -270,7 +270,7 @@ class Validation:
             if count
         }
 
-    def metrics(self) -> dict[str, Measured]:
+    def metrics(self) -> dict[str, TaskLook]:
         """The metric of each task that has one, by the log-probabilities of its choices."""
         if not self._asked:
             return {}

@@ -22,7 +22,7 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Validation as Settings
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.run import start
-from mtl_lora_cli.training.validation import Measured, Validation, encode_validation
+from mtl_lora_cli.training.validation import TaskLook, Validation, encode_validation
 
 FIRST_METRIC = {"sst2": "accuracy", "rte": "accuracy", "cola": "matthews"}
 FREE = """\
@@ -146,7 +146,7 @@ def test_what_the_first_process_finds_holds_for_all(small: Callable[..., Any]) -
     class OfOthers(Processes):
         def same(self, value: Any) -> Any:
             losses, values = value
-            told = {name: Measured(0.25) for name in values}
+            told = {name: TaskLook(0.25) for name in values}
             return {name: loss + 1 for name, loss in losses.items()}, told
 
     observer = observer_of(small(validation=Settings(examples=4, best="macro")))
