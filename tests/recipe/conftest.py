@@ -41,6 +41,7 @@ tasks:
     template: glue/rte
     source: {path: data/rte, splits: {train: a.jsonl}}
     objective: causal_lm
+    conversation: null
     tags: [one, two]
     sampling_weight: 2.0
     loss_weight: 0.5
