@@ -11,7 +11,7 @@ from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.mixture import Place, all_positions, positions_of
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.host import Rows
+from mtl_lora_cli.models.host import Batch, Dataset, Rows
 
 
 class TextDataset:
@@ -40,6 +40,36 @@ class TextDataset:
     def size(self, rows: Rows) -> int:
         """Tokens, each example's last one, which takes no position, included."""
         return sum(int(self._splits[task].lengths[number]) for row in rows for task, number in row)
+
+
+class ChosenDataset:
+    """Some examples of a dataset, under numbers of their own.
+
+    Args:
+        every: all of them.
+        numbers: of each task those that are kept.
+    """
+
+    def __init__(self, every: Dataset, numbers: Sequence[np.ndarray]) -> None:
+        self._every, self._numbers = every, numbers
+        self.lengths = [
+            np.asarray(own)[kept] for own, kept in zip(every.lengths, numbers, strict=True)
+        ]
+
+    def _there(self, rows: Rows) -> Rows:
+        return [[(task, int(self._numbers[task][number])) for task, number in row] for row in rows]
+
+    def collate(self, rows: Rows) -> Batch:
+        """As of the whole one."""
+        return self._every.collate(self._there(rows))
+
+    def units(self, rows: Rows) -> torch.Tensor:
+        """As of the whole one."""
+        return self._every.units(self._there(rows))
+
+    def size(self, rows: Rows) -> int:
+        """As of the whole one."""
+        return self._every.size(self._there(rows))
 
 
 def training_batch(

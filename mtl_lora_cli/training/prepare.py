@@ -15,8 +15,9 @@ from accelerate.utils import set_seed
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.chat_variables import prints_date
-from mtl_lora_cli.data.collate import TextDataset, training_batch
+from mtl_lora_cli.data.collate import ChosenDataset, TextDataset, training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.data.mixture import subset
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
@@ -57,7 +58,13 @@ from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.trackers import require_trackers
-from mtl_lora_cli.training.validation import MACRO, HeldOut, Validation, encode_validation
+from mtl_lora_cli.training.validation import (
+    LOOKED_AT,
+    MACRO,
+    HeldOut,
+    Validation,
+    encode_validation,
+)
 from mtl_lora_cli.training.zero import deepspeed_config, merged_config, require_cuttable
 
 
@@ -79,6 +86,7 @@ class Prepared:
         deepspeed: the user's own DeepSpeed file, merged into what the recipe says; None without.
         extends: the run that these tasks are added to; None: all of the adapter learns.
         objective: what learns the tasks where they are no text.
+        held: then the examples that `training.validation` looks at.
     """
 
     recipe: Recipe
@@ -95,6 +103,7 @@ class Prepared:
     deepspeed: Path | None = None
     extends: RunFolder | None = None
     objective: Objective | None = None
+    held: Dataset | None = None
 
     @property
     def unvalidated(self) -> list[str]:
@@ -232,9 +241,8 @@ class Prepared:
         if self.objective is None:
             splits = [cast(EncodedSplit, one.split) for one in self.validation]
             return TextDataset(splits, self.recipe.training.loss_on)
-        held = self.objective.dataset("validation")
-        assert held is not None
-        return held
+        assert self.held is not None
+        return self.held
 
 
 @dataclass(frozen=True)
@@ -388,12 +396,17 @@ def _prepare_others(
         made = kind(base, recipe, bound)
         train = made.dataset("train")
     assert train is not None, "every task has a train split"
+    most = [task.max_examples for task in tasks]
+    train = _drawn_of(train, tasks, most, recipe.training.seed)
     mixture = mixture_over(recipe, tasks, train.lengths)
     data = TrainingData(bound, [], [], mixture, others=train)
-    validation = None
+    validation, held = None, None
     if recipe.training.validation is not None:
         with at_fault(kind):
             held = made.dataset("validation")
+        if held is not None:
+            most = [recipe.training.validation.examples] * len(tasks)
+            held = _drawn_of(held, tasks, most, LOOKED_AT)
         none: Sequence[Sized] = [()] * len(bound)
         sizes = none if held is None else held.lengths
         validation = [HeldOut(task, own) for task, own in zip(bound, sizes, strict=True)]
@@ -411,7 +424,16 @@ def _prepare_others(
         processes=processes,
         deepspeed=deepspeed,
         objective=made,
+        held=held,
     )
+
+
+def _drawn_of(
+    dataset: Dataset, tasks: Sequence[Task], most: Sequence[int | None], seed: int
+) -> Dataset:
+    """So many examples of each task at most, drawn as those of a text are."""
+    sizes = zip(dataset.lengths, most, tasks, strict=True)
+    return ChosenDataset(dataset, [subset(len(n), at, seed, task.name) for n, at, task in sizes])
 
 
 def _dated(recipe: Recipe, tokenizer: Any, now: str) -> Recipe:

@@ -40,7 +40,7 @@ from mtl_lora_cli.training.observers import Seen, undisturbed
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
 MACRO = "macro"  # names the average over tasks
-_DRAW = 0  # not the run's seed: runs that differ in it are measured on the same examples
+LOOKED_AT = 0  # not the run's seed: runs that differ in it are measured on the same examples
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def encode_validation(
     limit = min(training.row_length, longest)
     held = []
     for task in tasks:
-        found = read_examples(task, SPLIT, at_most=training.validation.examples, seed=_DRAW)
+        found = read_examples(task, SPLIT, at_most=training.validation.examples, seed=LOOKED_AT)
         if found is None:
             held.append(HeldOut(task, _nothing()))
             continue

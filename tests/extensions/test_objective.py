@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtl_lora_cli.data.mixture import Mixture
+from mtl_lora_cli.data.mixture import Mixture, subset
 
 from ..forks import Ended, Forks
 
@@ -100,8 +100,7 @@ class Learning:
         self._base, self._recipe, self._tasks = base, recipe, tasks
 
     def dataset(self, split):
-        seed = self._recipe.training.seed
-        read = [read_rows(task, split, at_most=task.max_examples, seed=seed) for task in self._tasks]
+        read = [read_rows(task, split) for task in self._tasks]
         if not any(read):
             return None
         return Curves(self._tasks, [found[0] if found else [] for found in read])
@@ -287,6 +286,24 @@ def test_every_step_is_the_formula_s(place: Path) -> None:
         values = torch.cat([losses(p, base, task, row) for row in held])
         assert found["loss"][TASKS[task]] == pytest.approx(float(values.mean().detach()), rel=1e-4)
         assert found["examples"][TASKS[task]] == len(held)
+
+
+def test_some_examples_are_drawn_as_those_of_a_text(forks: Forks, place: Path) -> None:
+    fewer = ("tasks.0.max_examples=7", "training.validation.examples=4", "training.max_steps=3")
+    done(forks.run("train", "recipe.yaml", "run.name=fewer", *fewer, cwd=place))
+    run = place / "runs" / "fewer"
+    assert json.loads((run / "tasks.json").read_text())["mixture"]["examples"] == {
+        "height": 7,
+        "phase": 30,
+    }
+    (found,) = events(run, "validation")
+    assert found["examples"] == {"height": 4, "phase": 4}
+    p = doubles(run / "adapter" / "mtl_lora.safetensors")
+    base = doubles(place / "trunk" / "model.safetensors")
+    for task, held in enumerate(rows_of(place, "validation")):
+        kept = [held[number] for number in subset(len(held), 4, 0, TASKS[task])]
+        values = torch.cat([losses(p, base, task, row) for row in kept])
+        assert found["loss"][TASKS[task]] == pytest.approx(float(values.mean()), rel=1e-5)
 
 
 def test_it_goes_on_as_if_never_stopped(forks: Forks, place: Path) -> None:
