@@ -350,10 +350,12 @@ def _bitsandbytes() -> Iterator[Check]:
 
 def _liger() -> Iterator[Check]:
     if util.find_spec("liger_kernel") is None:
-        yield ok("liger", "not installed, and not needed: the fused engine has kernels of its own")
+        yield ok(
+            "liger", "not installed, and not needed: only bench --vs packed measures beside it"
+        )
         return
     importlib.import_module("liger_kernel")
-    yield ok("liger", f"{_installed('liger-kernel')}; no command uses it")
+    yield ok("liger", f"{_installed('liger-kernel')}: one of the rivals of bench --vs packed")
 
 
 def _extras() -> Iterator[Check]:
