@@ -61,7 +61,7 @@ class FrozenWeights:
         self.shape = (ends[-1], layers[0].in_features)
         self._room = Room()
         self._together: Tensor | None = None
-        self._rows: tuple[fp8.Rows, fp8.Rows] | None = None
+        self._rows: tuple[fp8.ScaledRows, fp8.ScaledRows] | None = None
         self.exact = False  # multiply as without `round_to_fp8`
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -177,7 +177,7 @@ class FrozenWeights:
         return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
 
     @property
-    def _rounded(self) -> tuple[fp8.Rows, fp8.Rows] | None:
+    def _rounded(self) -> tuple[fp8.ScaledRows, fp8.ScaledRows] | None:
         return None if self.exact else self._rows
 
     def _dtype(self) -> torch.dtype:

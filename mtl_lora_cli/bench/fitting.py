@@ -18,7 +18,7 @@ from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.memory.choice import pick
 from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.load import adapt
-from mtl_lora_cli.recipe.schema import Recipe, Task, Training
+from mtl_lora_cli.recipe.schema import Recipe, TaskSettings, Training
 
 
 def fitted(
@@ -60,7 +60,7 @@ def _situation(case: Case, config: Settings, device: torch.device, dtype: torch.
         # The plain baseline goes over the same rows as the case that it stands beside.
         engine="auto" if case.baseline == "plain" else case.engine,
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
-        tasks=[Task(name=names[0], template="")],
+        tasks=[TaskSettings(name=names[0], template="")],
         training=Training(
             row_length=case.row_length, rows_per_step=case.rows_per_step, memory="auto"
         ),

@@ -40,9 +40,8 @@ from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.host import require_text
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
-from mtl_lora_cli.recipe.schema import Recipe, Source
-from mtl_lora_cli.recipe.schema import Run as RunSettings
-from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Source
+from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task
 

@@ -24,7 +24,7 @@ from mtl_lora_cli.kernels.gated import gated, gated_gradient
 from mtl_lora_cli.kernels.grouped import grouped
 
 
-class Choice(NamedTuple):
+class RouterChoice(NamedTuple):
     """Which experts each of M positions asks, and in which order S = M k pairs are computed.
 
     Attributes:
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
         return pairs[back].view(*self.chosen.shape, -1).sum(1)
 
 
-def choose(h: Tensor, router: Tensor, top: int, chosen: Tensor | None = None) -> Choice:
+def choose(h: Tensor, router: Tensor, top: int, chosen: Tensor | None = None) -> RouterChoice:
     """The router's choice for h [M, d]; `chosen` where it was made before."""
     logits = torch.nn.functional.linear(h, router)
     shares = logits.to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
@@ -61,16 +61,16 @@ def choose(h: Tensor, router: Tensor, top: int, chosen: Tensor | None = None) ->
     experts, order = chosen.flatten().sort(stable=True)
     counts = torch.zeros(router.shape[0], dtype=torch.int64, device=h.device)
     counts.scatter_add_(0, experts, torch.ones_like(experts))
-    return Choice(shares, chosen, order, counts.cumsum(0).to(torch.int32))
+    return RouterChoice(shares, chosen, order, counts.cumsum(0).to(torch.int32))
 
 
-def weights_of(choice: Choice, plan: ExpertsPlan) -> Tensor:
+def weights_of(choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
     """v [M, k], in the dtype of the shares."""
     values = choice.shares.gather(1, choice.chosen)
     return values / values.sum(-1, keepdim=True) if plan.renormalised else values
 
 
-def router_gradient(dvalues: Tensor, choice: Choice, plan: ExpertsPlan) -> Tensor:
+def router_gradient(dvalues: Tensor, choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
     """The gradient of R h [M, E] from that of v [M, k]."""
     values = choice.shares.gather(1, choice.chosen)
     if plan.renormalised:

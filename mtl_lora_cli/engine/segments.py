@@ -96,7 +96,7 @@ class Segments:
         reach = None if self.reach is None else self.reach.to(device, non_blocking=True)
         return Segments(self.bounds, reach, device)
 
-    def parts(self, rule: Rule = EVERYTHING, dtype: torch.dtype = torch.bool) -> list[Part]:
+    def parts(self, rule: Rule = EVERYTHING, dtype: torch.dtype = torch.bool) -> list[SegmentPart]:
         """Each segment as one call of torch's attention, a tree as two.
 
         Args:
@@ -189,7 +189,7 @@ class Segments:
         return cls(tuple(pairwise(ends)), reach)
 
 
-class Part(NamedTuple):
+class SegmentPart(NamedTuple):
     """Queries [first, end) over the keys [start, end).
 
     Attributes:
@@ -203,20 +203,20 @@ class Part(NamedTuple):
     seen: Tensor | None
 
 
-def _parts(start: int, end: int, reach: Tensor | None, rule: Rule) -> list[Part]:
+def _parts(start: int, end: int, reach: Tensor | None, rule: Rule) -> list[SegmentPart]:
     """A tree's trunk, which all of it sees, is causal; the rest needs a mask, as a narrow rule does."""
     if reach is None or bool((reach[start:end] == end).all()):
         places = torch.arange(end - start)
         narrow = rule.narrows(end - start)
         seen = rule.seen(places[:, None], places) if narrow else None
-        return [Part(start, start, end, seen)]
+        return [SegmentPart(start, start, end, seen)]
     trunk = start + int((reach[start:end] == end).int().argmin())
     queries, keys = torch.arange(trunk, end)[:, None], torch.arange(start, end)
     seen = (keys <= queries) & (queries < reach[start:end])
     if rule.narrows(end - start):
         depth = _depths(start, end, reach)
         seen &= rule.seen(depth[trunk - start :, None], depth)
-    return [*_parts(start, trunk, None, rule), Part(start, trunk, end, seen)]
+    return [*_parts(start, trunk, None, rule), SegmentPart(start, trunk, end, seen)]
 
 
 def _depths(start: int, end: int, reach: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ _SLOWER: dict[Layout, tuple[Manner, ...]] = {
 }
 
 
-class Rows:
+class ContinuedRows:
     """Rows of tokens behind which the model is asked, again and again.
 
     Args:
@@ -131,8 +131,8 @@ def _difference(
     model: Any, prompts: Sequence[list[int]], manner: Manner, device: torch.device
 ) -> Difference:
     """Between a few steps in this manner and each row by itself, whole; infinite where it fails."""
-    together = Rows(model, prompts, device, cached=manner.cached)
-    alone = [Rows(model, [prompt], device, cached=False) for prompt in prompts]
+    together = ContinuedRows(model, prompts, device, cached=manner.cached)
+    alone = [ContinuedRows(model, [prompt], device, cached=False) for prompt in prompts]
     largest = divergence = 0.0
     for _ in range(_STEPS):
         right = torch.cat([row.logits() for row in alone]).float().log_softmax(dim=-1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
-from mtl_lora_cli.evaluation.continuing import ALONE_ANEW, Manner, Rows, find_manner
+from mtl_lora_cli.evaluation.continuing import ALONE_ANEW, ContinuedRows, Manner, find_manner
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.tasks.reading import Reading
@@ -107,7 +107,7 @@ def generate(
                 prompts = [requests[number].prompt for number in numbers]
                 limits = [new_tokens[number] for number in numbers]
                 with packed.over_rows(requests[numbers[0]].task) as model:
-                    rows = Rows(model, prompts, device, cached=how.cached)
+                    rows = ContinuedRows(model, prompts, device, cached=how.cached)
                     pick = _picker(sampling, numbers)
                     found = _continued(rows, limits, ends, stopped, pick)
                 answers.update(zip(numbers, found, strict=True))
@@ -152,7 +152,7 @@ def _picker(sampling: Sampling | None, numbers: Sequence[int]) -> Callable[[Tens
 
 
 def _continued(
-    rows: Rows,
+    rows: ContinuedRows,
     limits: Sequence[int],
     ends: Collection[int],
     stopped: Stopped,

@@ -18,14 +18,14 @@ from mtl_lora_cli.kernels.backend import in_triton
 LARGEST = 448.0  # of e4m3
 
 
-class Rows(NamedTuple):
+class ScaledRows(NamedTuple):
     """A matrix in 8-bit floats: values [rows, columns] e4m3, and scale float32 [rows, 1]."""
 
     values: Tensor
     scale: Tensor
 
 
-def to_rows(x: Tensor) -> Rows:
+def to_rows(x: Tensor) -> ScaledRows:
     """Each row scaled so that its largest magnitude is 448, and rounded to e4m3.
 
     Args:
@@ -34,13 +34,15 @@ def to_rows(x: Tensor) -> Rows:
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_fp8
 
-        return Rows(*triton_fp8.to_rows(x))
+        return ScaledRows(*triton_fp8.to_rows(x))
     wide = x.float()
     scale = wide.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / LARGEST
-    return Rows((wide / scale).to(torch.float8_e4m3fn), scale)
+    return ScaledRows((wide / scale).to(torch.float8_e4m3fn), scale)
 
 
-def product(x: Rows, weight: Rows, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: ScaledRows, weight: ScaledRows, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
     """x Wᵀ + bias in `dtype`: x [N, in], weight [out, in] → [N, out]."""
     if x.values.is_cuda:
         return torch._scaled_mm(

@@ -12,18 +12,18 @@ Role = Literal["system", "user", "assistant", "tool", "call", "text"]
 FieldNames = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class Marked(StrictModel):
+class MarkedField(StrictModel):
     """What is learned is said by a field of each message; where it is missing, an answer is learned."""
 
     field: Annotated[str, Field(min_length=1)]
 
 
 def _learn_form(value: Any) -> str:
-    return "by field" if isinstance(value, dict | Marked) else "by name"
+    return "by field" if isinstance(value, dict | MarkedField) else "by name"
 
 
 Learn = Annotated[
-    Annotated[Literal["all", "last"], Tag("by name")] | Annotated[Marked, Tag("by field")],
+    Annotated[Literal["all", "last"], Tag("by name")] | Annotated[MarkedField, Tag("by field")],
     Discriminator(_learn_form),
 ]
 
@@ -32,7 +32,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class Conversation(StrictModel):
+class ConversationSettings(StrictModel):
     """A row as a conversation; see docs/own-tasks.md."""
 
     messages: str = "messages"  # an expression that gives the list of messages
@@ -54,7 +54,7 @@ class Conversation(StrictModel):
             raise ValueError("expected a text, false or null, received true")
         return system
 
-    def overlaid(self, other: Conversation | None) -> Conversation:
+    def overlaid(self, other: ConversationSettings | None) -> ConversationSettings:
         """The same with the keys that another one sets."""
         if other is None:
             return self

@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from mtl_lora_cli.adapters.methods import DEFAULT, METHODS, configure, reads, unknown_method
 from mtl_lora_cli.adapters.methods.base import NonNegativeFloat, Positive, PositiveFloat, Settings
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.yaml_file import StrictModel
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
@@ -172,14 +172,14 @@ def _faults(faults: list[InitErrorDetails]) -> ValidationError:
 Adapter = Annotated[SerializeAsAny[Settings], PlainValidator(_settings)]
 
 
-class Task(StrictModel):
+class TaskSettings(StrictModel):
     """One task of the mixture."""
 
     name: Name
     template: str  # a bundled template's name, or a YAML file beside the recipe
     source: Source | None = None  # default: the template's own
     objective: Name | None = None  # default: the template's
-    conversation: Conversation | None = None  # keys that differ from the template's
+    conversation: ConversationSettings | None = None  # keys that differ from the template's
     tags: list[Name] = []
     sampling_weight: NonNegativeFloat = 1.0  # read by mixing: weights
     loss_weight: PositiveFloat = 1.0
@@ -208,7 +208,7 @@ _PICKED = ("rows_per_pass", "gradient_checkpointing")
 _MOST_EPOCHS = 100_000
 
 
-class Part(StrictModel):
+class PartSettings(StrictModel):
     """How one part of the adapter learns; null: as the others."""
 
     learning_rate: NonNegativeFloat | None = None
@@ -218,11 +218,11 @@ class Part(StrictModel):
 class Parts(StrictModel):
     """The adapter's parts; which of them it has depends on its method."""
 
-    down: Part = Part()  # A
-    up: Part = Part()  # B
-    transform: Part = Part()  # Λ
-    gate: Part = Part()  # w, or the projection G
-    embedding: Part = Part()  # e
+    down: PartSettings = PartSettings()  # A
+    up: PartSettings = PartSettings()  # B
+    transform: PartSettings = PartSettings()  # Λ
+    gate: PartSettings = PartSettings()  # w, or the projection G
+    embedding: PartSettings = PartSettings()  # e
 
 
 def _switch(value: Any) -> Any:
@@ -240,7 +240,7 @@ class Diagnose(StrictModel):
     every: Positive = 50  # steps
 
 
-class Validation(StrictModel):
+class ValidationSettings(StrictModel):
     """The loss and the metric of each task on held-out examples."""
 
     every: Positive = 100  # steps, and at the end
@@ -250,7 +250,7 @@ class Validation(StrictModel):
     patience: Positive | None = None  # so many looks without a better one end the run
 
     @model_validator(mode="after")
-    def _better_than_what(self) -> Validation:
+    def _better_than_what(self) -> ValidationSettings:
         if self.patience is not None and self.best is None:
             raise ValueError("'patience' needs 'best': macro, or the name of a task")
         return self
@@ -278,7 +278,7 @@ class Training(StrictModel):
     keep_checkpoints: Positive = 2
     diagnose: Annotated[Diagnose | None, BeforeValidator(_switch)] = None
     # Not `validate`: pydantic's models have a method of that name.
-    validation: Annotated[Validation | None, BeforeValidator(_switch)] = None
+    validation: Annotated[ValidationSettings | None, BeforeValidator(_switch)] = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
@@ -339,7 +339,7 @@ class Distributed(StrictModel):
         return self
 
 
-class Run(StrictModel):
+class RunSettings(StrictModel):
     """Where the result goes."""
 
     name: Name | None = None  # default: the recipe's stem and the time
@@ -395,15 +395,15 @@ class Recipe(StrictModel):
     control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
     blank_fields: Literal["note", "error"] = "note"  # a row whose prompt prints an empty field
     adapter: Adapter = Field(default_factory=configure)
-    tasks: Annotated[list[Task], Field(min_length=1)]
+    tasks: Annotated[list[TaskSettings], Field(min_length=1)]
     mixing: Mixing = "proportional"
     training: Training = Training()
     distributed: Distributed = Distributed()
-    run: Run = Run()
+    run: RunSettings = RunSettings()
 
     @field_validator("tasks")
     @classmethod
-    def _names_differ(cls, tasks: list[Task]) -> list[Task]:
+    def _names_differ(cls, tasks: list[TaskSettings]) -> list[TaskSettings]:
         seen: set[str] = set()
         for task in tasks:
             if task.name in seen:

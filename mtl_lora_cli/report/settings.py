@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mtl_lora_cli.recipe.schema import Recipe, Task
+from mtl_lora_cli.recipe.schema import Recipe, TaskSettings
 
 _NO_DEFAULT = ("name", "template")  # keys of a task that every recipe must give
 
@@ -20,7 +20,7 @@ def settings(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
     own = [dict(_flat(recipe)) for recipe in recipes]
     default: dict[str, Any] = {}
     for recipe in recipes:
-        tasks = [Task(name=task.name, template=task.template) for task in recipe.tasks]
+        tasks = [TaskSettings(name=task.name, template=task.template) for task in recipe.tasks]
         default |= dict(_flat(Recipe(tasks=tasks)))
     found = []
     for key in dict.fromkeys(key for one in own for key in one):

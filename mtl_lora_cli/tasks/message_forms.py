@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mtl_lora_cli.errors import did_you_mean
-from mtl_lora_cli.recipe.conversation import Conversation, Marked
+from mtl_lora_cli.recipe.conversation import ConversationSettings, MarkedField
 from mtl_lora_cli.tasks.message_parts import (
     Content,
     FormError,
@@ -73,7 +73,12 @@ def read_tools(value: Any, place: str) -> tuple[Any, ...]:
 
 
 def read_messages(
-    value: Any, settings: Conversation, place: str, *, system: str = "", answered: bool = True
+    value: Any,
+    settings: ConversationSettings,
+    place: str,
+    *,
+    system: str = "",
+    answered: bool = True,
 ) -> tuple[list[dict[str, Any]], list[bool | None]]:
     """A list of messages in the form that chat templates take, and what each is marked as.
 
@@ -117,7 +122,10 @@ def read_messages(
 
 
 def learned(
-    messages: Sequence[Message], marks: Sequence[bool | None], settings: Conversation, place: str
+    messages: Sequence[Message],
+    marks: Sequence[bool | None],
+    settings: ConversationSettings,
+    place: str,
 ) -> tuple[bool, ...]:
     """For each message whether it is learned.
 
@@ -150,7 +158,9 @@ def without_place(message: Mapping[str, Any]) -> Message:
     return {key: value for key, value in message.items() if key != _PLACE}
 
 
-def _each(value: Sequence[Any], settings: Conversation, place: str) -> Iterator[tuple[Any, str]]:
+def _each(
+    value: Sequence[Any], settings: ConversationSettings, place: str
+) -> Iterator[tuple[Any, str]]:
     """Messages and their places; a pair of texts is a question and its answer."""
     for number, one in enumerate(value):
         at = f"{place}[{number}]"
@@ -168,11 +178,11 @@ class _Reader:
         settings: of the task.
     """
 
-    def __init__(self, settings: Conversation) -> None:
+    def __init__(self, settings: ConversationSettings) -> None:
         self._settings = settings
         own = {name.casefold(): role for name, role in settings.roles.items()}
         self._roles = {**ROLES, **own}
-        mark = settings.learn.field if isinstance(settings.learn, Marked) else None
+        mark = settings.learn.field if isinstance(settings.learn, MarkedField) else None
         self._mark = mark
 
     def read(self, one: Any, place: str) -> tuple[dict[str, Any], bool | None]:

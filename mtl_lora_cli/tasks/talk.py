@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.tasks.jinja import Expression, Text
 from mtl_lora_cli.tasks.message_forms import (
     learned,
@@ -22,7 +22,7 @@ class Talk:
         names: of the variables that it reads.
     """
 
-    def __init__(self, settings: Conversation) -> None:
+    def __init__(self, settings: ConversationSettings) -> None:
         self._settings = settings
         self._messages = Expression(settings.messages)
         self._tools = None if settings.tools is None else Expression(settings.tools)

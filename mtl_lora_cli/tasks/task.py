@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.schema import NAME, Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 from mtl_lora_cli.tasks.template import Template, require_expressions
 
 
-def overlaid(template: Template, conversation: Conversation | None) -> Template:
+def overlaid(template: Template, conversation: ConversationSettings | None) -> Template:
     """A template with the keys of its `conversation` that a recipe sets.
 
     Raises:
@@ -50,7 +50,7 @@ class Task:
     template: Template
     source: Source
     objective: str = "causal_lm"
-    conversation: Conversation | None = None
+    conversation: ConversationSettings | None = None
     tags: tuple[str, ...] = ()
     loss_weight: float = 1.0
     sampling_weight: float = 1.0
@@ -106,7 +106,7 @@ class Task:
         template = content["template"]
         document = parse_document(template["text"], f"template {template['name']}")
         given = content.get("conversation")
-        conversation = None if given is None else Conversation.model_validate(given)
+        conversation = None if given is None else ConversationSettings.model_validate(given)
         return cls(
             name=content["name"],
             id=content["id"],

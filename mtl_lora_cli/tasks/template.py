@@ -32,7 +32,7 @@ from pydantic import (
 from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.metrics import METRICS
 from mtl_lora_cli.metrics.declare import Of, fitting
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.schema import Name, Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
@@ -138,7 +138,7 @@ class Template(StrictModel):
     # `causal_lm`, `conversation`, or one that a Python file of the recipe's `extensions` declares.
     objective: Name = "causal_lm"
     # With `objective: conversation`: rows give a list of messages, and no prompt and answer.
-    conversation: Conversation | None = Field(default=None, validate_default=True)
+    conversation: ConversationSettings | None = Field(default=None, validate_default=True)
     prompt: JinjaText = Field(default="", validate_default=True)
     choices: Choices | None = None  # none: a free answer
     # The value that picks the gold choice: a key of the mapping, or the index in the list.
@@ -194,13 +194,13 @@ class Template(StrictModel):
     @field_validator("conversation")
     @classmethod
     def _conversation_goes_with_its_objective(
-        cls, conversation: Conversation | None, info: ValidationInfo
-    ) -> Conversation | None:
+        cls, conversation: ConversationSettings | None, info: ValidationInfo
+    ) -> ConversationSettings | None:
         wanted = info.data.get("objective") == "conversation"
         if conversation is not None and not wanted:
             raise ValueError("goes with objective: conversation")
         if wanted:
-            conversation = conversation or Conversation()
+            conversation = conversation or ConversationSettings()
             require_expressions(conversation)
         return conversation
 
@@ -373,7 +373,7 @@ def _is_truth(label: Any) -> bool:
     return str(label).strip().casefold() in ("true", "false")
 
 
-def require_expressions(conversation: Conversation) -> None:
+def require_expressions(conversation: ConversationSettings) -> None:
     """Check what a conversation's keys read of a row.
 
     Raises:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Part, Parts, Training
+from mtl_lora_cli.recipe.schema import Parts, PartSettings, Training
 from mtl_lora_cli.training.update import ParameterGroup
 
 
@@ -35,7 +35,7 @@ def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGrou
     """
     tensors: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in adapter.trained().items():
-        own: Part = getattr(settings.parts, adapter.role(name).part)
+        own: PartSettings = getattr(settings.parts, adapter.role(name).part)
         rate, decay = own.learning_rate, own.weight_decay
         values = (
             settings.learning_rate if rate is None else rate,
@@ -47,4 +47,4 @@ def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGrou
 
 def _is_set(parts: Parts, name: str) -> bool:
     # By value, not by what was written: a run's own recipe spells out every default.
-    return getattr(parts, name) != Part()
+    return getattr(parts, name) != PartSettings()

@@ -50,7 +50,7 @@ from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import Recipe
-from mtl_lora_cli.recipe.schema import Task as RecipeTask
+from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.task import Task

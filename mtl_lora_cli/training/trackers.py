@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Run
+from mtl_lora_cli.recipe.schema import RunSettings
 from mtl_lora_cli.runs.folder import RunFolder
 
 FOLDER = "tensorboard"  # in the run folder
@@ -38,7 +38,7 @@ class Trackers:
         recipe: the resolved recipe, filed with the run.
     """
 
-    def __init__(self, settings: Run, run: RunFolder, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, settings: RunSettings, run: RunFolder, recipe: Mapping[str, Any]) -> None:
         self._trackers: list[Any] = []
         if not settings.trackers:
             return
@@ -71,7 +71,7 @@ class Trackers:
 
 
 @contextmanager
-def tracked(settings: Run, run: RunFolder, recipe: Mapping[str, Any]) -> Iterator[Trackers]:
+def tracked(settings: RunSettings, run: RunFolder, recipe: Mapping[str, Any]) -> Iterator[Trackers]:
     """The trackers of one run, closed at its end, however it ends."""
     trackers = Trackers(settings, run, recipe)
     try:

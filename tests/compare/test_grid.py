@@ -23,13 +23,13 @@ from mtl_lora_cli.compare.grid import (
     with_settings,
 )
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Recipe, Task
+from mtl_lora_cli.recipe.schema import Recipe, TaskSettings
 
 
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe(
-        tasks=[Task(name="sst2", template="sst2")],
+        tasks=[TaskSettings(name="sst2", template="sst2")],
         adapter=configure(up_projections=2, dropout=0.1),
     )
 

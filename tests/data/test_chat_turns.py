@@ -19,6 +19,7 @@ from mtl_lora_cli.recipe.schema import Chat
 from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 
+pytest.importorskip("trl", reason="trl is not installed: pip install --no-deps trl")
 from .test_chat_templates import ENDS, PICTURES, REFUSED, TEMPLATES, tokenizer_of
 
 SMOLLM2 = "SmolLM2"

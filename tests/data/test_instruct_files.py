@@ -15,11 +15,12 @@ import pytest
 from mtl_lora_cli.data.encoded import encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import read_examples
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.schema import Chat, Source
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.task import Task, overlaid
 
+pytest.importorskip("trl", reason="trl is not installed: pip install --no-deps trl")
 from .test_chat_templates import TEMPLATES, tokenizer_of
 
 FOLDER = Path(os.environ.get("MTL_LORA_INSTRUCT", "instruct"))
@@ -42,7 +43,7 @@ def test_every_row_is_read_and_encoded(name: str) -> None:
     """Tokens are the template's own rendering, and what is learned of each row is its answers' words."""
     form, count, keys = FILES[name]
     full, path, template = find_template(f"instruct/{form}", None)
-    given = Conversation.model_validate(keys) if keys else None
+    given = ConversationSettings.model_validate(keys) if keys else None
     source = Source(path=str((FOLDER / name).resolve()))
     task = Task(
         "t", 0, full, path.read_text(), overlaid(template, given), source, "conversation", given

@@ -197,12 +197,12 @@ def test_what_the_recipe_names_and_is_not_there_is_told(
 def situation(eight_b: Path) -> Situation:
     import torch
 
-    from mtl_lora_cli.recipe.schema import Recipe, Task
+    from mtl_lora_cli.recipe.schema import Recipe, TaskSettings
 
     base = find_base_model(str(eight_b), weights=False)
     model, adapter = on_meta(base, configure(), ["a"])
     return Situation(
-        recipe=Recipe(tasks=[Task(name="a", template="b")]),
+        recipe=Recipe(tasks=[TaskSettings(name="a", template="b")]),
         model=model,
         adapter=adapter,
         device=torch.device("cpu"),

@@ -17,7 +17,7 @@ from mtl_lora_cli.recipe.load import (
     find_recipe,
     load_recipe,
 )
-from mtl_lora_cli.recipe.schema import Recipe, Run, Source, Task, TemperatureMixing
+from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Source, TaskSettings, TemperatureMixing
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 
 Written = Callable[[str], Path]
@@ -273,7 +273,7 @@ _sources = st.one_of(
 )
 _tasks = st.lists(
     st.builds(
-        Task,
+        TaskSettings,
         name=_names,
         template=_texts,
         source=st.none() | _sources,
@@ -289,12 +289,12 @@ _recipes = st.builds(
     base_model=_texts,
     tasks=_tasks,
     mixing=st.sampled_from(["uniform", TemperatureMixing(temperature=1e-9)]),
-    run=st.builds(Run, name=st.none() | _names, directory=_texts),
+    run=st.builds(RunSettings, name=st.none() | _names, directory=_texts),
 )
 
 
 def _with_run(name: str) -> Recipe:
-    return Recipe(tasks=[Task(name="a", template="t")], run=Run(name=name))
+    return Recipe(tasks=[TaskSettings(name="a", template="t")], run=RunSettings(name=name))
 
 
 @given(_recipes)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.conversation import Conversation
+from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Renderer
@@ -19,7 +19,7 @@ CALLED = {"name": "f", "arguments": {"a": 1}}
 def read(name: str, row: dict[str, Any], *, labelled: bool = True, **keys: Any) -> Dialogue:
     template = find_template(f"instruct/{name}", None)[2]
     assert template.conversation is not None
-    whole = template.conversation.overlaid(Conversation.model_validate(keys))
+    whole = template.conversation.overlaid(ConversationSettings.model_validate(keys))
     renderer = Renderer(template.model_copy(update={"conversation": whole}), "t")
     example = renderer.render(row, "rows:1", labelled=labelled)
     assert example.dialogue is not None

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.recipe.schema import Diagnose, Validation
+from mtl_lora_cli.recipe.schema import Diagnose, ValidationSettings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.step import Stepper
 
 pytestmark = pytest.mark.slow
 
-LOOKING = {"diagnose": Diagnose(every=2), "validation": Validation(every=3, examples=5)}
+LOOKING = {"diagnose": Diagnose(every=2), "validation": ValidationSettings(every=3, examples=5)}
 TIMES = ("seconds", "tokens_per_second")
 
 

@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.methods import base as methods
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Part, Parts
+from mtl_lora_cli.recipe.schema import Parts, PartSettings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
@@ -51,7 +51,7 @@ def test_every_role_belongs_to_a_part() -> None:
 def test_a_rate_of_zero_freezes_that_part_and_no_other(
     small: Callable[..., Any], part: str
 ) -> None:
-    run = small(steps=3, adapter=EMBEDDED, parts=Parts(**{part: Part(learning_rate=0.0)}))
+    run = small(steps=3, adapter=EMBEDDED, parts=Parts(**{part: PartSettings(learning_rate=0.0)}))
     with torch.no_grad():  # with every B at zero nothing else gets a gradient
         for layer in run.trainer.adapter.layers.values():
             layer.lora_B.normal_(std=0.1)
@@ -65,14 +65,19 @@ def test_a_parts_decay_reaches_that_part_and_no_other(small: Callable[..., Any],
     settings = {"steps": 1, "adapter": EMBEDDED, "warmup": 0.0, "learning_rate": 0.01}
     start_from = small(**settings).tensors
     plain = small(**settings).train().tensors
-    decayed = small(**settings, parts=Parts(**{part: Part(weight_decay=0.5)})).train().tensors
+    decayed = (
+        small(**settings, parts=Parts(**{part: PartSettings(weight_decay=0.5)})).train().tensors
+    )
     for name, value in start_from.items():
         expected = plain[name] - (0.01 * 0.5 * value if part_of(name) == part else 0.0)
         assert torch.allclose(decayed[name], expected, rtol=0, atol=1e-6), name
 
 
 def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None:
-    parts = Parts(down=Part(learning_rate=1e-4), up=Part(learning_rate=5e-4, weight_decay=0.01))
+    parts = Parts(
+        down=PartSettings(learning_rate=1e-4),
+        up=PartSettings(learning_rate=5e-4, weight_decay=0.01),
+    )
     run = small(steps=3, learning_rate=3e-4, warmup=0.0, schedule="linear", parts=parts)
     names = {id(tensor): name for name, tensor in run.trainer.adapter.tensors().items()}
     seen: list[dict[str, float]] = []
@@ -96,15 +101,15 @@ def test_each_parts_rate_follows_the_schedule(small: Callable[..., Any]) -> None
 def test_without_parts_there_is_one_group(small: Callable[..., Any]) -> None:
     """One kernel on a card, and the very numbers of a run that never heard of parts."""
     assert len(small().trainer.stepper.update.optimizer.param_groups) == 1
-    same = Parts(down=Part(learning_rate=3e-3), gate=Part(weight_decay=0.0))
+    same = Parts(down=PartSettings(learning_rate=3e-3), gate=PartSettings(weight_decay=0.0))
     assert len(small(parts=same).trainer.stepper.update.optimizer.param_groups) == 1
 
 
 def test_a_run_with_parts_is_resumed_to_the_last_bit(small: Callable[..., Any]) -> None:
     parts = Parts(
-        down=Part(learning_rate=1e-3),
-        up=Part(learning_rate=5e-3, weight_decay=0.1),
-        gate=Part(learning_rate=1e-2),
+        down=PartSettings(learning_rate=1e-3),
+        up=PartSettings(learning_rate=5e-3, weight_decay=0.1),
+        gate=PartSettings(learning_rate=1e-2),
     )
     whole = small(parts=parts).train()
     stopped = small(parts=parts, checkpoint_every=None).train(stop_after=3)

@@ -12,7 +12,7 @@ import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Run, Validation
+from mtl_lora_cli.recipe.schema import RunSettings, ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import trackers
 from mtl_lora_cli.training.prepare import Prepared, prepare
@@ -21,7 +21,7 @@ from mtl_lora_cli.training.run import start
 
 def _with(prepared: Prepared, path: Path, *names: str) -> RunFolder:
     recipe = prepared.recipe
-    own = recipe.model_copy(update={"run": Run.model_validate({"trackers": list(names)})})
+    own = recipe.model_copy(update={"run": RunSettings.model_validate({"trackers": list(names)})})
     return start(replace(prepared, recipe=own), path)
 
 
@@ -30,7 +30,7 @@ def test_tensorboard_holds_every_number_of_the_metrics(recipe_file: Path, tmp_pa
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     prepared = prepare(load_recipe(recipe_file, ["training.validation.every=3"]))
-    assert prepared.recipe.training.validation == Validation(every=3)
+    assert prepared.recipe.training.validation == ValidationSettings(every=3)
     run = _with(prepared, tmp_path / "told", "tensorboard")
     found = EventAccumulator(str(run.path / trackers.FOLDER))
     found.Reload()
@@ -74,7 +74,9 @@ def test_weights_and_biases_without_a_network(prepared: Prepared, tmp_path: Path
     recipe = tmp_path / "recipe.yaml"
     from mtl_lora_cli.recipe.load import dump_recipe
 
-    own = prepared.recipe.model_copy(update={"run": Run.model_validate({"trackers": ["wandb"]})})
+    own = prepared.recipe.model_copy(
+        update={"run": RunSettings.model_validate({"trackers": ["wandb"]})}
+    )
     recipe.write_text(dump_recipe(own))
     subprocess.run(
         [sys.executable, "-c", code, str(recipe), str(tmp_path / "told")],

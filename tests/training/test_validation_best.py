@@ -13,7 +13,7 @@ import torch
 from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Validation
+from mtl_lora_cli.recipe.schema import ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import Position, newest_checkpoint, save_checkpoint
@@ -133,7 +133,7 @@ def test_a_best_checkpoint_that_is_gone_is_told_and_forgotten(
 
 
 def test_the_best_checkpoint_outlives_the_newest(small: Callable[..., Any]) -> None:
-    settings = Validation(every=2, examples=5, best="sst2")
+    settings = ValidationSettings(every=2, examples=5, best="sst2")
     run = small(validation=settings, checkpoint_every=1, keep_checkpoints=2, **STILL).train()
     assert folders(run.run) == ["step-000002", "step-000005", "step-000006"]
     best = run.trainer.position.best
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_outlives_the_newest(small: Callable[..., Any]) -> N
 
 
 def test_patience_ends_the_run(small: Callable[..., Any]) -> None:
-    settings = Validation(every=1, examples=5, best="sst2", patience=2)
+    settings = ValidationSettings(every=1, examples=5, best="sst2", patience=2)
     run = small(validation=settings, checkpoint_every=None, **STILL).train()
     assert [e["step"] for e in run.events if e["event"] == "validation"] == [1, 2, 3]
     assert folders(run.run) == ["step-000001", "step-000003"]
@@ -180,7 +180,7 @@ def test_a_run_that_ends_early_is_finished(
 def test_a_resumed_run_has_the_same_best_and_the_same_end(
     small: Callable[..., Any], stop: int, rate: float, patience: int | None
 ) -> None:
-    settings = Validation(every=2, examples=5, best="macro", patience=patience)
+    settings = ValidationSettings(every=2, examples=5, best="macro", patience=patience)
     common = {"validation": settings, "learning_rate": rate}
     whole = small(**common).train()
     stopped = small(**common, checkpoint_every=None).train(stop_after=stop)
@@ -199,7 +199,7 @@ def test_a_resumed_run_has_the_same_best_and_the_same_end(
 
 
 def test_another_best_counts_anew(small: Callable[..., Any]) -> None:
-    settings = Validation(every=1, examples=5, best="sst2")
+    settings = ValidationSettings(every=1, examples=5, best="sst2")
     stopped = small(validation=settings, **STILL).train(stop_after=3)
     other = settings.model_copy(update={"best": "rte"})
     again = small(validation=other, **STILL, folder=stopped.run.path)
@@ -219,7 +219,7 @@ def test_where_steps_run_ahead_the_best_is_the_same(
     from mtl_lora_cli.training.step import Stepper
 
     monkeypatch.setattr(Stepper, "mark", lambda self: None)
-    settings = Validation(every=2, examples=5, best="sst2", patience=1)
+    settings = ValidationSettings(every=2, examples=5, best="sst2", patience=1)
     whole = small(validation=settings, **STILL).train()
     ahead = small(validation=settings, **STILL)
     ahead.trainer.stepper.runs_ahead = True
