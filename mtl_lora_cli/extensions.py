@@ -14,7 +14,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError, file_problem
@@ -58,21 +60,32 @@ def is_ours(declared: Callable[..., Any]) -> bool:
     return str(declared.__module__).startswith("mtl_lora_cli.")
 
 
+class _AsWritten(SourceFileLoader):
+    """Compiles the file each time, and leaves nothing beside it: a compiled copy counts as new for as long
+    as size and second of the last change are the same."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load(path: Path) -> None:
     if path in _run:
         return
     if not path.is_file():
         raise file_problem(path, "no such extension file")
     name = f"mtl_lora_extension_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise file_problem(path, "an extension is a Python file, and ends in .py")
+    spec = importlib.util.spec_from_file_location(name, path, loader=_AsWritten(name, str(path)))
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the file may fail in any way
         del sys.modules[name]
+        if isinstance(error, MtlLoraError) and str(error).startswith(f"{path}:"):
+            raise  # it says where already
         raise file_problem(path, _said(error), line=_line_in(path, error)) from error
     _run.add(path)
     os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys([*_named(), str(path)]))

@@ -37,13 +37,12 @@ from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.host import require_text
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Source
 from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.runs.folder import save_json
-from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.task import Task, require_text
 
 Shapes = Callable[[Settings], dict[str, tuple[int, int]]]  # → module path → (out, in)
 

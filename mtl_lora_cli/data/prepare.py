@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
-from mtl_lora_cli.data.collate import TextDataset
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
@@ -29,13 +28,15 @@ from mtl_lora_cli.data.sources import (
 from mtl_lora_cli.data.traces import traces
 from mtl_lora_cli.data.unlabelled import with_cure
 from mtl_lora_cli.errors import ProblemsError, UsageError
-from mtl_lora_cli.models.host import Dataset, require_text
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
-from mtl_lora_cli.tasks.task import Task, overlaid
+from mtl_lora_cli.tasks.task import Task, overlaid, require_text
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.models.host import Dataset
 
 _MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
 
@@ -83,6 +84,8 @@ class TrainingData:
 
     def dataset(self, loss_on: str) -> Dataset:
         """The examples as rows are made of them; `loss_on` says what of a text is learned."""
+        from mtl_lora_cli.data.collate import TextDataset  # loads torch
+
         return TextDataset(self.splits, loss_on) if self.others is None else self.others
 
 

@@ -20,7 +20,6 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
-from mtl_lora_cli.models.host import require_text
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -35,7 +34,7 @@ from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.chosen import read_tasks
-from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.task import Task, require_text
 from mtl_lora_cli.visible import tell
 
 _READ = ("recipe", "tasks", "file", "adapter", "base", "tokenizer", "longest")

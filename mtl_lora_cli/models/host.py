@@ -218,19 +218,6 @@ def require_losses(host: Any, losses: Tensor, count: int) -> None:
         )
 
 
-def require_text(task: str, objective: str) -> None:
-    """Refuse what is done with text alone.
-
-    Raises:
-        UsageError: the task is another host's.
-    """
-    if objective not in TEXTS:
-        raise UsageError(
-            f"task '{task}': is learned by objective {objective}; only text can be evaluated, predicted, "
-            "compared, merged and exported"
-        )
-
-
 def objective_of(names: Mapping[str, str]) -> type[Objective] | None:
     """What learns all of these tasks; None: the text host.
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.schema import NAME, Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
-from mtl_lora_cli.tasks.template import Template, require_expressions
+from mtl_lora_cli.tasks.template import TEXTS, Template, require_expressions
 
 
 def overlaid(template: Template, conversation: ConversationSettings | None) -> Template:
@@ -25,6 +26,19 @@ def overlaid(template: Template, conversation: ConversationSettings | None) -> T
     whole = template.conversation.overlaid(conversation)
     require_expressions(whole)
     return template.model_copy(update={"conversation": whole})
+
+
+def require_text(task: str, objective: str) -> None:
+    """Refuse what is done with text alone.
+
+    Raises:
+        UsageError: the task is another host's.
+    """
+    if objective not in TEXTS:
+        raise UsageError(
+            f"task '{task}': is learned by objective {objective}; only text can be evaluated, predicted, "
+            "compared, merged and exported"
+        )
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,15 @@ def _known() -> set[str]:
     """Every key of the schema; one that fits elsewhere may fit here."""
     from mtl_lora_cli.recipe import schema
 
-    models = [schema.Recipe, schema.Settings, schema.Task, schema.Training, schema.Run]
+    models = [
+        schema.Recipe,
+        schema.Settings,
+        schema.TaskSettings,
+        schema.Training,
+        schema.RunSettings,
+    ]
     models += [schema.Source, schema.TemperatureMixing]
-    models += [schema.Parts, schema.Part, schema.Diagnose, schema.Validation]
+    models += [schema.Parts, schema.PartSettings, schema.Diagnose, schema.ValidationSettings]
     return {
         *(name for model in models for name in model.model_fields),
         *every_key(),
