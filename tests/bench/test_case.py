@@ -116,6 +116,7 @@ def test_what_is_not_known_here_is_said(tiny: Case, measuring: Measuring) -> Non
         run_case(replace(tiny, shape="llama3-8b"), measuring)
 
 
+@pytest.mark.slow
 def test_one_failure_leaves_the_others(
     tiny: Case, measuring: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

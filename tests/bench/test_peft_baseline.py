@@ -47,6 +47,7 @@ def test_four_bit_base(tiny: Case, measuring: Measuring) -> None:
     assert found["trained_parameters"] == 2 * 8 * (4 * 64 + 64 + 32 + 32 + 64)
 
 
+@pytest.mark.slow
 def test_checkpointing_only_where_nothing_else_fits(
     tiny: Case, measuring: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_random_model_is_whole(quantization: str, tied: bool) -> None:
     assert logits.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "qwen3-8b", "gemma3-4b"])
 def test_what_a_random_model_computes_is_what_its_configuration_says(name: str) -> None:
     """Rotary frequencies and scales, beside transformers' own model with few words and layers."""

@@ -76,6 +76,7 @@ def ok(finished: Finished) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_one_date_one_ending_no_cut_in_silence(
     project: Path, invoke: Callable[..., Finished]
 ) -> None:

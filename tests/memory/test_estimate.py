@@ -70,6 +70,7 @@ def verdicts(checks: list[Check]) -> dict[str, str]:
     return {check.name: str(check.verdict) for check in checks}
 
 
+@pytest.mark.slow
 def test_a_configuration_alone_is_enough(eight_b: Path, examined: Examined) -> None:
     checks, found = examined(eight_b, "dtype=bfloat16")
     assert verdicts(checks) == {"recipe": "warn", "engine": "ok", "fit": "ok"}

@@ -41,6 +41,7 @@ def test_the_first_loss_is_the_plain_models_mean_over_answer_tokens(
         assert event["task_loss"][name] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_may_pass_one_by_one_or_together(small: Callable[..., Any]) -> None:
     losses = []
     for rows in (1, 2, 4):
@@ -66,6 +67,7 @@ def test_the_reported_loss_is_weighted_and_the_tasks_losses_are_not(
     assert heavy["gradient_norm"] == pytest.approx(3 * plain["gradient_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_tasks_weight_scales_its_part_of_the_gradient(
     small: Callable[..., Any], prepared: Prepared
 ) -> None:
