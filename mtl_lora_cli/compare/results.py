@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.compare.grid import TEST
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtl_lora_cli.compare.grid import SCORED, TEST, VALIDATION
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.mixture import subset
-from mtl_lora_cli.data.prepare import Examples, read_examples
+from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Source

@@ -12,7 +12,7 @@ from mtl_lora_cli.compare.grid import TEST, UNTRAINED, VALIDATION
 from mtl_lora_cli.compare.results import DONE, average, pack, read_result, result_path
 from mtl_lora_cli.compare.rows import report_rows, validation_rows
 from mtl_lora_cli.compare.study import PlannedRun, Study
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.evaluate import Setting, predict
 from mtl_lora_cli.evaluation.opened import Run, open_run

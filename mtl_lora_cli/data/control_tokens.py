@@ -13,15 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.written import Turn, Written
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
-
-if TYPE_CHECKING:
-    from mtl_lora_cli.data.prepare import Examples
 
 # Characters for private use, together: no text has them.
 _MARK = "\U000f0a57\U000ffb31"

@@ -16,6 +16,7 @@ from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
 from mtl_lora_cli.data.sources import (
     Rows,
@@ -32,34 +33,13 @@ from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.registry import find_template
-from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
+from mtl_lora_cli.tasks.rendering import LabelError, Renderer
 from mtl_lora_cli.tasks.task import Task, overlaid, require_text
 
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
 
 _MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Rendered rows of one split.
-
-    Attributes:
-        split: the split's name.
-        examples: rendered.
-        wheres: file and line of each.
-        rows: the rows themselves.
-        fingerprint: hash of the rows.
-        notes: what may have been read wrongly.
-    """
-
-    split: str
-    examples: list[Example]
-    wheres: list[str]
-    rows: Sequence[Any]
-    fingerprint: str
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.choices import (
     Advance,
     Request,

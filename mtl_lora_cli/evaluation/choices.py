@@ -22,7 +22,7 @@ from torch import Tensor
 from mtl_lora_cli.data.answers import require_apart
 from mtl_lora_cli.data.conversation import Prompt
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes

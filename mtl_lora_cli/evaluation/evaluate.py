@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mtl_lora_cli.data.prepare import Examples, held_out_examples
+from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.prepare import held_out_examples
 from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import (
     Answers,

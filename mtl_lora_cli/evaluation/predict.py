@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.answers import Answers, normalised
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, LM_EVAL, Setting

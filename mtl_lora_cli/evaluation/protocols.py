@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import LeftOutError, UsageError
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task

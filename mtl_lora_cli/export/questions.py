@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.answers import (
     answer,
     answer_limits,

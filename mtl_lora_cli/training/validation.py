@@ -16,7 +16,8 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples, read_examples
+from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.evaluation.answers import outcome_of
 from mtl_lora_cli.evaluation.choices import (
     Request,

@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.files import save_adapter
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.choices import Request, build_requests
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.base import find_base_model

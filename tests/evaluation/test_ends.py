@@ -12,7 +12,7 @@ import torch
 
 from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate

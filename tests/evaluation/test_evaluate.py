@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.answers import answer, outcome_of, predict
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate, stored

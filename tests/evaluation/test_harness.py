@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score

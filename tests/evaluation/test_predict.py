@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import glue_submission
 from mtl_lora_cli.evaluation.answers import answer

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.data.prepare import Examples
+from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import build_requests, require_different, score
