@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.bench.case import LEARNING_RATE, Measuring, model_sizes, shares_of_floor
+from mtl_lora_cli.bench.case import Measuring
 from mtl_lora_cli.bench.cases import Case
-from mtl_lora_cli.bench.peft_baseline import STEPS, WARMUP, peft_model, why_not
+from mtl_lora_cli.bench.rival import STEPS, WARMUP, attempts, mark_best, peft_model, timed
 from mtl_lora_cli.bench.shapes import find_config
-from mtl_lora_cli.bench.timing import time_steps
 from mtl_lora_cli.bench.yardstick import Yardstick
 from mtl_lora_cli.machine.cards import pick_dtype, release
-from mtl_lora_cli.machine.rate import floor_json
 
 ROWS = (1, 2)  # a pass
 NAME = "mtl_lora_bench_varlen"  # of the attention, as transformers knows it
@@ -167,31 +165,18 @@ def run_all(
             entries.append(entry)
             done(entry)
         release(measuring.device)
-    finished = [entry for entry in entries if entry["status"] == "done"]
-    if finished:
-        max(finished, key=lambda entry: entry["tokens_per_second"])["best"] = True
+    mark_best(entries)
     return entries
 
 
 def _settings(case: Case, measuring: Measuring, kind: str) -> Iterator[dict[str, Any]]:
     """One model, one row a pass and two; what does not run with one is not tried with two."""
-    model: Any = None
-    reason = None
-    for rows in ROWS:
-        entry = _entry(case, measuring, kind, rows)
-        if reason is None:
-            try:
-                if model is None:
-                    model = _model(case, measuring, kind)
-                entry |= _run(model, case, measuring, rows)
-            except Exception as error:  # a rival that fails takes no measurement with it
-                reason = why_not(error)
-            if model is not None:
-                model.zero_grad(set_to_none=True)
-            release(measuring.device)
-        if reason is not None:
-            entry |= {"status": "failed", "reason": reason}
-        yield entry
+    yield from attempts(
+        [_entry(case, measuring, kind, rows) for rows in ROWS],
+        lambda: _model(case, measuring, kind),
+        lambda model, entry: _run(model, case, measuring, entry["rows_per_pass"]),
+        measuring.device,
+    )
 
 
 def _entry(case: Case, measuring: Measuring, kind: str, rows: int) -> dict[str, Any]:
@@ -251,29 +236,14 @@ def mean_loss(model: Any, given: dict[str, Any]) -> Tensor:
 
 def _run(model: Any, case: Case, measuring: Measuring, rows: int) -> dict[str, Any]:
     device = measuring.device
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=LEARNING_RATE, weight_decay=0.0, fused=device.type == "cuda"
-    )
-    config = find_config(case.shape)
-    yardstick = Yardstick.build(config.vocab_size, case.tasks, measuring.seed)
+    yardstick = Yardstick.build(find_config(case.shape).vocab_size, case.tasks, measuring.seed)
     passes = packed_rows(yardstick, case.row_length, rows, WARMUP + STEPS, measuring.seed)
-
-    def step(one: PackedRows) -> Tensor:
-        loss = mean_loss(model, one.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, case.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    timing = time_steps(step, passes, lambda one: one.tokens, warmup=WARMUP, device=device)
-    sizes, flop = model_sizes(case.shape, device)
-    floor = floor_json(measuring.rate, flop)
-    return {
-        **timing.to_json(),
-        "trained_parameters": sum(p.numel() for p in trained),
-        **sizes,
-        "floor": floor,
-        **shares_of_floor(timing.tokens_per_second, floor),
-    }
+    return timed(
+        model,
+        case,
+        measuring,
+        passes,
+        lambda one: one.tokens,
+        lambda one: mean_loss(model, one.to(device)),
+        fused=device.type == "cuda",
+    )

@@ -11,7 +11,7 @@ from mtl_lora_cli.bench import packed_baseline
 from mtl_lora_cli.bench.case import Measuring
 from mtl_lora_cli.bench.cases import Case
 from mtl_lora_cli.bench.packed_baseline import mean_loss, packed_rows
-from mtl_lora_cli.bench.peft_baseline import peft_model
+from mtl_lora_cli.bench.rival import peft_model
 from mtl_lora_cli.bench.yardstick import Yardstick
 
 pytest.importorskip("peft")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtl_lora_cli.bench import peft_baseline
+from mtl_lora_cli.bench import peft_baseline, rival
 from mtl_lora_cli.bench.case import Measuring
 from mtl_lora_cli.bench.cases import Case
 from mtl_lora_cli.bench.yardstick import lengths
@@ -40,7 +40,7 @@ def test_every_setting_and_the_best(tiny: Case, measuring: Measuring) -> None:
 def test_four_bit_base(tiny: Case, measuring: Measuring) -> None:
     """PEFT takes our 4-bit layers for its own kind, and trains no base weight."""
     pytest.importorskip("bitsandbytes")
-    model = peft_baseline.peft_model(tiny, measuring, "nf4", checkpointing=False)
+    model = rival.peft_model(tiny, measuring, "nf4", checkpointing=False)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer).__module__ == "peft.tuners.lora.bnb"
     found = peft_baseline._run(model, tiny, measuring, 2)
