@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.stand_in import device_of, dtype_of
 from mtl_lora_cli.models.trust import Difference, Trust, settle
+from mtl_lora_cli.runs.atomic import write_json
 from mtl_lora_cli.runs.paths import cache_folder
 
 _ROOMS = ("models", "engine", "adapters", "kernels")  # what decides what our path computes
@@ -95,13 +95,6 @@ def _read(path: Path) -> Trust | None:
 
 def _write(path: Path, trust: Trust) -> None:
     """A cache that cannot be written is no reason to stop."""
-    temporary = ""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(trust), file)
-        Path(temporary).replace(path)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        write_json(path, asdict(trust))
