@@ -4,6 +4,7 @@
 # make kernels      the tests of Triton's kernels, in its interpreter, and of GGUF files
 # make soak         kill a training run twenty times, and compare its end with an untouched run
 # make families     every model type that is known, packed beside alone, and trained, merged and exported
+# make long         tests of ten seconds and more that a change is not held up for
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
 # make package      build the source archive and the wheel into dist/ and check them (needs the network)
 # make audit        ask for known vulnerabilities of the tested versions (needs the network)
@@ -21,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECO
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart quick test check kernels soak families fuzz package audit licences record benchmark format clean
+.PHONY: quickstart quick test check kernels soak families long fuzz package audit licences record benchmark format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -45,7 +46,7 @@ quickstart: $(VENV)/.installed
 	@BIN=$(BIN) sh recipes/quickstart.sh
 
 quick: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow and not families"
+	$(PYTEST) -m "not slow and not families and not long"
 
 test: check
 	$(PYTEST) --durations 12
@@ -68,6 +69,9 @@ soak: $(VENV)/.installed-dev
 
 families: $(VENV)/.installed-dev
 	MTL_LORA_WRITE_FAMILIES=1 $(TEST_ENV) $(BIN)/python -m pytest tests/families -m "" --deselect tests/families/test_page.py
+
+long: $(VENV)/.installed-dev
+	$(PYTEST) -m long --durations 12
 
 # Ten properties, 1,200 cases each.
 fuzz: $(VENV)/.installed-dev
