@@ -408,7 +408,9 @@ def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
     assert int(story.newest.removeprefix("step-")) % 4 == 0 or story.newest == before
 
 
-@pytest.mark.parametrize(("rank", "torchrun"), [(1, False), (0, True)])
+@pytest.mark.parametrize(
+    ("rank", "torchrun"), [pytest.param(1, False, marks=pytest.mark.long), (0, True)]
+)
 def test_a_killed_process_is_named_by_the_others(story: Story, rank: int, torchrun: bool) -> None:
     before = story.newest
     process = story.start(torchrun=torchrun)
