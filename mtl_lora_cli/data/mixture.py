@@ -30,7 +30,7 @@ def all_positions(tokens: np.ndarray) -> np.ndarray:
     return np.maximum(1, tokens - 1)
 
 
-def _generator(seed: int, *what: int | str) -> np.random.Generator:
+def generator_of(seed: int, *what: int | str) -> np.random.Generator:
     """A generator of its own for each purpose: adding a task changes no other task's draw."""
     words = [seed]
     for part in what:
@@ -43,7 +43,7 @@ def subset(size: int, at_most: int | None, seed: int, task: str) -> np.ndarray:
     """Numbers of the examples that `max_examples` keeps, ascending: the same in every epoch."""
     if at_most is None or at_most >= size:
         return np.arange(size)
-    return np.sort(_generator(seed, "subset", task).permutation(size)[:at_most])
+    return np.sort(generator_of(seed, "subset", task).permutation(size)[:at_most])
 
 
 def shares(
@@ -99,7 +99,7 @@ def counts(sizes: Sequence[int], wanted: Sequence[float]) -> list[int]:
 
 def draw(size: int, count: int, seed: int, epoch: int, task: str) -> np.ndarray:
     """`count` example numbers below `size`: whole shuffled passes, then a part of another one."""
-    generator = _generator(seed, "draw", epoch, task)
+    generator = generator_of(seed, "draw", epoch, task)
     passes = [generator.permutation(size) for _ in range(-(-count // size))] if count else []
     return np.concatenate(passes)[:count] if passes else np.arange(0)
 
@@ -141,7 +141,13 @@ class Mixture:
     def planned_counts(self) -> list[int]:
         """Examples of each task in one epoch."""
         sizes = self._sizes()
-        return counts(sizes, shares(sizes, self.strategy, self.weights, self.temperature))
+        # Of pictures that several tasks learn from, the first task has all the examples.
+        drawn = [number for number, own in enumerate(self.lengths) if len(own)]
+        weights = [self.weights[number] for number in drawn] if self.weights else ()
+        own = [sizes[number] for number in drawn]
+        found = counts(own, shares(own, self.strategy, weights, self.temperature))
+        every = dict(zip(drawn, found, strict=True))
+        return [every.get(number, 0) for number in range(len(sizes))]
 
     def epoch(self, number: int) -> list[list[Place]]:
         """The rows of one epoch, in the order in which they are learned."""
@@ -208,7 +214,7 @@ def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
         name = mixture.names[task]
         drawn = draw(len(mixture.lengths[task]), count, mixture.seed, number, name)
         places += [(task, int(example)) for example in drawn]
-    order = _generator(mixture.seed, "order", number)
+    order = generator_of(mixture.seed, "order", number)
     places = [places[i] for i in order.permutation(len(places))]
     lengths = [int(mixture.lengths[task][example]) for task, example in places]
     rows = [[places[i] for i in row] for row in pack(lengths, mixture.row_length)]

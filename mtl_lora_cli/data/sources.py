@@ -24,6 +24,7 @@ __all__ = [
     "available_splits",
     "read_split",
     "resolve",
+    "root_of",
     "split_by_column",
     "split_fingerprint",
     "tasks_in",
@@ -193,7 +194,7 @@ def without(source: Source, split: str, *, base: Path, task: str) -> Source:
     elif source.hub is not None:
         known = {one: one for one in available_splits(source, base=base, task=task)}
     else:
-        root = _root(source, base, task)
+        root = root_of(source, base, task)
         known = {
             one: _pattern([file.relative_to(root).as_posix() for file in own])
             for one, own in _split_files(source, base, task).items()
@@ -254,7 +255,7 @@ def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
 
 def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]:
     """The files of each split that a sample, file or folder has."""
-    root = _root(source, base, task)
+    root = root_of(source, base, task)
     key = f"source of task '{task}'"
     try:
         if root.is_file() and not source.splits:
@@ -273,7 +274,12 @@ def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]
         raise file_problem(root, f"cannot be read: {error.strerror}", key=key) from None
 
 
-def _root(source: Source, base: Path, task: str) -> Path:
+def root_of(source: Source, base: Path, task: str) -> Path:
+    """The file or folder that a source's rows lie in.
+
+    Raises:
+        UsageError: there is no such sample.
+    """
     return _sample(source.sample, task) if source.sample is not None else base / str(source.path)
 
 

@@ -35,9 +35,16 @@ class Of(StrEnum):
     TWO = "two choices"
     VALUES = "scoring: expectation"
     FREE = "free answers"
+    # Of maps: the objective's own name.
+    SEGMENTATION = "segmentation"
+    PARTS = "parts"
+    SALIENCY = "saliency"
+    EDGES = "edges"
+    DEPTH = "depth"
+    NORMALS = "normals"
 
 
-CHOICES, LABELS, TWO, VALUES, FREE = Of
+CHOICES, LABELS, TWO, VALUES, FREE, *_ = Of
 _LACKING = {
     "gold_value": "no numbers",
     "predicted_value": "no numbers",

@@ -187,6 +187,30 @@ class TaskSettings(StrictModel):
     repeat: PositiveFloat = 1.0  # an epoch goes over the task so many times
 
 
+class Augment(StrictModel):
+    """How a picture and all its maps are changed before they are learned."""
+
+    flip: bool = True  # left to right, half of the times
+    # Least and largest scale, 1 being the whole picture; what is larger than the size is cut, what is
+    # smaller filled up.
+    scale: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] = [1.0, 1.0]
+
+    @field_validator("scale")
+    @classmethod
+    def _rises(cls, scale: list[float]) -> list[float]:
+        if not 0.1 <= scale[0] <= scale[1] <= 10:
+            raise ValueError(f"expected a least and a largest scale in 0.1 to 10, received {scale}")
+        return scale
+
+
+class Images(StrictModel):
+    """The size at which pictures are learned."""
+
+    # Height and width; each picture is resized to it, whatever its own sides are.
+    size: Annotated[list[Annotated[int, Field(ge=16, le=4096)]], Field(min_length=2, max_length=2)]
+    augment: Augment | None = None
+
+
 class Recompute(StrictModel):
     """What the backward pass computes again instead of keeping it; see docs/recipes.md."""
 
@@ -395,6 +419,7 @@ class Recipe(StrictModel):
     control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
     blank_fields: Literal["note", "error"] = "note"  # a row whose prompt prints an empty field
     adapter: Adapter = Field(default_factory=configure)
+    images: Images | None = None  # of tasks whose answers are maps
     tasks: Annotated[list[TaskSettings], Field(min_length=1)]
     mixing: Mixing = "proportional"
     training: Training = Training()

@@ -25,9 +25,12 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.metrics import METRICS
@@ -36,6 +39,7 @@ from mtl_lora_cli.recipe.conversation import ConversationSettings
 from mtl_lora_cli.recipe.schema import Name, Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
+from mtl_lora_cli.tasks.maps import MAPS, MapKeys, faults_of
 
 # Not what Python's float() takes, too: 1_0 and other digits than ours are no numbers of a table.
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
@@ -127,7 +131,7 @@ class Generation(StrictModel):
         return whole
 
 
-class Template(StrictModel):
+class Template(MapKeys):
     """How one task's rows become examples, and how its answers are measured."""
 
     description: str
@@ -271,13 +275,30 @@ class Template(StrictModel):
     def _metrics_fit(cls, metrics: list[str], info: ValidationInfo) -> list[str]:
         if not {"choices", "scoring"} <= info.data.keys():
             return metrics
-        if not _of_text(info):
+        objective = info.data.get("objective")
+        if not _of_text(info) and objective not in MAPS:
             return _none_without_text(metrics, info)
-        possible = fitting(_kinds(info.data["choices"], info.data["scoring"]))
+        kinds = {Of(objective)} if objective in MAPS else _kinds(**_of_answers(info))
+        possible = fitting(kinds)
         for metric in metrics:
             if metric not in possible:
                 raise ValueError(f"'{metric}' does not fit; possible here: {', '.join(possible)}")
-        return metrics or possible[:1]
+        return metrics or (possible if objective in MAPS else possible[:1])
+
+    @model_validator(mode="after")
+    def _maps_are_whole(self) -> Template:
+        """Keys of maps stand where there are maps, and all of them that are needed."""
+        faults = [
+            InitErrorDetails(
+                type=PydanticCustomError("value_error", "{error}", {"error": said}),
+                loc=(key,),
+                input=getattr(self, key),
+            )
+            for key, said in faults_of(self)
+        ]
+        if faults:
+            raise ValidationError.from_exception_data("Template", faults)
+        return self
 
     @field_validator("positive")
     @classmethod
@@ -289,6 +310,10 @@ class Template(StrictModel):
             if index_of(positive, labels) is None:
                 raise ValueError(f"expected one of {labels}, received {positive!r}")
         return positive
+
+
+def _of_answers(info: ValidationInfo) -> dict[str, Any]:
+    return {name: info.data[name] for name in ("choices", "scoring")}
 
 
 def _of_text(info: ValidationInfo) -> bool:

@@ -17,6 +17,7 @@ prompt_format: chat
 chat: {template_kwargs: {}, answers: conversation, date: "2026-11-30"}
 control_tokens: text
 blank_fields: error
+images: {size: [224, 224], augment: {flip: true, scale: [0.5, 2.0]}}
 adapter:
   method: mtl-lora
   rank: 4
