@@ -219,7 +219,8 @@ class MapDataset:
         if not self._augmented or augment is None:
             return WHOLE
         generator = generator_of(self._seed, "view", *self._moment, self._tasks[entry].name, number)
-        return draw_view(augment.flip, (augment.scale[0], augment.scale[1]), generator)
+        low, high = augment.scale or (1.0, 1.0)
+        return draw_view(augment.flip, (low, high), generator)
 
     def show(self, entry: int, number: int) -> Shown:
         """One picture and its maps, decoded and changed as they are learned.

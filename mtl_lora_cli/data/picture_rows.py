@@ -103,7 +103,7 @@ def read_target(root: Path, address: str, spec: MapSpec, site: Site) -> np.ndarr
             raise site.fault(f"received {raw.dtype}, expected classes below {2**15:,}")
         return raw.astype(np.int16)
     if spec.of_classes:
-        return as_classes(raw, spec.channels, spec.ignore, site.fault)
+        return as_classes(raw, spec.first, spec.channels, spec.ignore, site.fault)
     if stored == "depth":
         scale = (spec.low, spec.high, spec.scale, spec.bits)
         depth = as_depth(raw, *scale, spec.ignore, site.fault)

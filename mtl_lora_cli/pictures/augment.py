@@ -39,15 +39,13 @@ class View:
 WHOLE = View()
 
 
-def draw_view(
-    flip: bool, scale: tuple[float, float] | None, generator: np.random.Generator
-) -> View:
+def draw_view(flip: bool, scale: tuple[float, float], generator: np.random.Generator) -> View:
     """A random view: mirrored half of the times; the scale's logarithm and the place even.
 
     As many numbers are drawn whatever is asked for.
     """
     mirrored, share, top, left = generator.random(4)
-    low, high = scale or (1.0, 1.0)
+    low, high = scale
     return View(
         flip=flip and bool(mirrored < 0.5),
         scale=float(low * (high / low) ** share),

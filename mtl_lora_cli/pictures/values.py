@@ -13,29 +13,33 @@ UNKNOWN = -100  # torch's own `ignore_index`
 Fault = Callable[[str], Exception]
 
 
-def as_classes(raw: np.ndarray, count: int, ignore: float | None, fault: Fault) -> np.ndarray:
+def as_classes(
+    raw: np.ndarray, first: int, count: int, ignore: float | None, fault: Fault
+) -> np.ndarray:
     """Class of each pixel, int16 [H, W]; `UNKNOWN` where it is `ignore`.
+
+    Args:
+        raw: as it is stored.
+        first: the stored value of class 0.
+        count: how many classes there are.
+        ignore: the stored value that means not known.
+        fault: makes an error of a message.
 
     Raises:
         what `fault` makes: a value is neither a class nor `ignore`.
     """
     ignored = np.zeros(raw.shape, bool) if ignore is None else raw == ignore
-    wrong = ~ignored & ((raw < 0) | (raw >= count))
+    wrong = ~ignored & ((raw < first) | (raw >= first + count))
     if raw.dtype.kind == "f":
         wrong |= ~ignored & (raw != np.floor(raw))
     if wrong.any():
-        worst = raw[wrong].max()
+        worst, many = raw[wrong].max(), int(wrong.sum())
         known = "" if ignore is None else f", or {ignore:g} (ignored)"
         raise fault(
-            f"label {worst:g} and the like in {int(wrong.sum()):,} pixels, expected 0 to {count - 1}{known}"
+            f"label {worst:g} and the like in {many:,} pixels, expected {first} to "
+            f"{first + count - 1}{known}"
         )
-    return np.where(ignored, UNKNOWN, raw).astype(np.int16)
-
-
-def out_of_range(raw: np.ndarray, count: int, ignore: float | None) -> int:
-    """Pixels of a map of classes whose value is neither a class nor `ignore`."""
-    ignored = np.zeros(raw.shape, bool) if ignore is None else raw == ignore
-    return int((~ignored & ((raw < 0) | (raw >= count))).sum())
+    return np.where(ignored, UNKNOWN, raw.astype(np.int32) - first).astype(np.int16)
 
 
 def as_depth(

@@ -193,12 +193,12 @@ class Augment(StrictModel):
     flip: bool = True  # left to right, half of the times
     # Least and largest scale, 1 being the whole picture; what is larger than the size is cut, what is
     # smaller filled up.
-    scale: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] = [1.0, 1.0]
+    scale: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] | None = None
 
     @field_validator("scale")
     @classmethod
-    def _rises(cls, scale: list[float]) -> list[float]:
-        if not 0.1 <= scale[0] <= scale[1] <= 10:
+    def _rises(cls, scale: list[float] | None) -> list[float] | None:
+        if scale is not None and not 0.1 <= scale[0] <= scale[1] <= 10:
             raise ValueError(f"expected a least and a largest scale in 0.1 to 10, received {scale}")
         return scale
 

@@ -45,6 +45,7 @@ class MapKeys(StrictModel):
     image: _Path | None = None  # the path of the picture
     target: _Path | None = None  # the path of its map
     classes: list[_ClassName] = Field(default=[])  # of segmentation and parts, from 0
+    first: Annotated[int, Field(ge=0, lt=2**15)] = 0  # the stored value of the first class
     ignore: int | float | None = None  # the stored value that means: not known
     range: Annotated[list[float | int], Field(min_length=2, max_length=2)] | None = None
     scale: Literal["linear", "log"] = "linear"  # of depth codes
@@ -65,6 +66,7 @@ class MapSpec:
         objective: one of `MAPS`.
         channels: what a decoder gives for each pixel: a value of each class, 3 of normals, else 1.
         classes: their names, from 0; of segmentation and parts.
+        first: the stored value of the first class.
         ignore: the stored value that means not known.
         low, high: least and largest depth, in its unit; of edges and saliency the stored values of 0 and 1.
         scale, bits: of depth codes.
@@ -76,6 +78,7 @@ class MapSpec:
     objective: str
     channels: int
     classes: tuple[str, ...] = ()
+    first: int = 0
     ignore: float | None = None
     low: float = 0.0
     high: float = 1.0
@@ -109,6 +112,7 @@ def spec_of(template: Template) -> MapSpec:
         objective=template.objective,
         channels=3 if template.objective == "normals" else channels,
         classes=tuple(names),
+        first=template.first,
         ignore=template.ignore,
         low=float(low),
         high=float(high),
@@ -139,7 +143,7 @@ def faults_of(template: Template) -> Iterator[tuple[str, str]]:
 def _class_faults(template: Template) -> Iterator[tuple[str, str]]:
     names: Sequence[str] = template.classes
     if template.objective not in OF_CLASSES:
-        for name in ("classes", "left_right"):
+        for name in ("classes", "left_right", "first"):
             if getattr(template, name):
                 yield name, f"goes with {' and '.join(OF_CLASSES)}, not with {template.objective}"
         return
