@@ -8,7 +8,7 @@ which.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,7 @@ class Packing:
         softcap: c, where scores are c tanh(s / c).
         pairs: what turns together; see `kernels/rotary.py`.
         query_scale: float32 [N], by which queries are multiplied when they are turned.
+        sinks: [H], logits that take their share of a head's softmax and give nothing.
     """
 
     heads: int
@@ -59,6 +60,11 @@ class Packing:
     softcap: float | None = None
     pairs: bool = False
     query_scale: Tensor | None = None
+    sinks: Tensor | None = None
+
+    def of_layer(self, sinks: Tensor | None) -> Packing:
+        """The same with what one layer alone has."""
+        return self if sinks is None else replace(self, sinks=sinks)
 
     def ready(self, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         """q and k of the buffer [N, (H + 2G) D] normed and turned: in place where there are no norms."""
@@ -98,7 +104,7 @@ class Packing:
     @property
     def scores(self) -> Scores:
         """What becomes of the scores, for torch."""
-        return Scores(self.scaling, self.softcap)
+        return Scores(self.scaling, self.softcap, self.sinks)
 
     @property
     def rule(self) -> Rule:
@@ -122,6 +128,7 @@ class Packing:
             "key_heads": self.key_heads,
             "scaling": self.scaling,
             "window": self.window if narrow else None,
+            "softcap": self.softcap,
         }
 
 
@@ -136,17 +143,12 @@ def table_keys(head_dims: Iterable[int]) -> list[tuple[int, bool]]:
 
 def kernels_know(plan: AttentionPlan) -> bool:
     """Whether our kernels compute a layer's attention."""
-    return plan.head_dim <= LARGEST_DIM and plan.softcap is None
+    return plan.head_dim <= LARGEST_DIM
 
 
-def pick_way(x: Tensor, plan: AttentionPlan, segments: Segments | None = None) -> Way:
-    """Our kernels in half precision on a card, for what they know; torch elsewhere.
-
-    In a tree, which evaluation alone has, a window counts ancestors: that is torch's.
-    """
+def pick_way(x: Tensor, plan: AttentionPlan) -> Way:
+    """Our kernels in half precision on a card, for what they know; torch elsewhere."""
     if not in_triton(x) or not kernels_know(plan):
-        return "torch"
-    if plan.window is not None and segments is not None and segments.reach is not None:
         return "torch"
     return "torch" if x.is_cuda and x.dtype in (torch.float32, torch.float64) else "triton"
 
@@ -176,7 +178,9 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
         _, lse = triton_attention.attention_forward(
             qkv,
             packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
+            sinks=packing.sinks,
             reach=packing.segments.reach,
+            depth=packing.segments.depth if packing.window is not None else None,
             out=out[:, :width],
             **packing.kernel_arguments(len(qkv)),
         )

@@ -38,12 +38,12 @@ class AttentionBlock(torch.autograd.Function):
         delta: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        count = half.qkv.count
+        count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
         total, h, inverse = half.begin.forward(x, delta, half.qkv.room.columns)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
-        ready = call.packing.ready(qkv, half.heads)
+        ready = packing.ready(qkv, half.heads)
         o_room = half.o.room.columns
-        attended, state = attend(ready, call.packing, learn=call.learn, room=o_room)
+        attended, state = attend(ready, packing, learn=call.learn, room=o_room)
         chosen, residual = attended, total
         if call.positions is not None:
             chosen, residual = attended[call.positions], total[call.positions]
@@ -72,7 +72,7 @@ class AttentionBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dresidual: Tensor, dadded: Tensor) -> tuple[Any, ...]:
         half, call = ctx.static
-        packing, slots = call.packing, call.slots
+        packing, slots = call.packing.of_layer(half.sinks), call.slots
         saved = opened(ctx)
         total, inverse, state = saved["total"], saved["inverse"], ctx.state
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
@@ -176,12 +176,17 @@ def _kernels(sizes: ModelSizes, layer: LayerSizes) -> bool:
 
 
 def _graph(sizes: ModelSizes, layer: LayerSizes) -> bool:
-    """Whether torch keeps a graph of attention; from capped scores it computes again instead."""
-    return not _kernels(sizes, layer) and layer.plan.attention.softcap is None
+    """Whether torch keeps a graph of attention; from the scores themselves it computes again instead."""
+    return not _kernels(sizes, layer) and _bare(layer)
+
+
+def _bare(layer: LayerSizes) -> bool:
+    """Whether torch's own attention knows what becomes of the scores."""
+    return layer.plan.attention.softcap is None and layer.plan.attention.sinks is None
 
 
 def _scores(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
-    """Capped scores of one segment in float32: before and behind tanh, their shares, a gradient."""
-    if _kernels(sizes, layer) or layer.plan.attention.softcap is None:
+    """Scores of one segment in float32: before and behind tanh or beside sinks, their shares, a gradient."""
+    if _kernels(sizes, layer) or _bare(layer):
         return 0
     return 4 * 4 * layer.plan.attention.heads * load.segment**2

@@ -203,7 +203,7 @@ class FusedDecoder:
                 cos=cos,
                 sin=sin,
                 segments=segments,
-                way=pick_way(x, plan, segments),
+                way=pick_way(x, plan),
                 window=plan.window,
                 softcap=plan.softcap,
                 pairs=plan.rotary is not None and plan.rotary.pairs,
@@ -225,7 +225,7 @@ class FusedDecoder:
 
         def halves(positions: Tensor) -> tuple[Tensor, Tensor]:
             cos, sin = (one[0].to(wide.dtype) for one in module(wide, positions, *kind))
-            half = cos.shape[-1] // 2
+            half = cos.shape[-1] // (1 if rotary.halved else 2)
             return cos[:, :half].contiguous(), sin[:, :half].contiguous()
 
         if rotary.limit is None or segments.longest <= rotary.limit:

@@ -98,7 +98,7 @@ class End:
 
 @dataclass(frozen=True)
 class AttentionHalf:
-    """The frozen parts of a layer's attention; `heads` norms queries and keys."""
+    """The frozen parts of a layer's attention; `heads` norms queries and keys, `sinks` are logits [H]."""
 
     plan: AttentionPlan
     begin: Begin
@@ -106,6 +106,7 @@ class AttentionHalf:
     heads: HeadNorms | None
     o: Group
     end: End
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,9 @@ class Layer:
         def norm(one: NormPlan | None) -> Norm | None:
             return None if one is None else Norm.of(module.get_submodule(one.path), one)
 
+        def sinks(path: str) -> Tensor:
+            return cast(Tensor, module.get_submodule(path).sinks)
+
         first, second = plan.attention, plan.mlp
         qkv, o = (group(paths) for paths in first.groups)
         begin, end = Begin(norm(second.before)), End(norm(second.after), second.multiplier)
@@ -192,6 +196,7 @@ class Layer:
                 heads=None if q is None or k is None else HeadNorms(q.weight, k.weight, q.eps),
                 o=o,
                 end=End(norm(first.after), first.multiplier),
+                sinks=None if first.sinks is None else sinks(first.sinks),
             ),
             half,
         )

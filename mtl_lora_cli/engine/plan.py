@@ -50,12 +50,14 @@ class RotaryPlan:
         pairs: neighbours turn together, not the halves of a head; see `kernels/rotary.py`.
         limit: positions of an example beyond which the module takes other frequencies for all of it, as
             `longrope` does.
+        halved: the module gives each angle once, not once for each half of a head.
     """
 
     path: str = "rotary_emb"
     layer_type: str | None = None
     pairs: bool = False
     limit: int | None = None
+    halved: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class AttentionPlan:
         rotary: what turns q and k; None: nothing does.
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
+        sinks: of the module whose `sinks` [H] are logits that take their share of the softmax and give nothing.
         multiplier: m, of what the block adds to the stream.
         query_scale: of queries that stand far behind; None: all are as they are.
     """
@@ -98,6 +101,7 @@ class AttentionPlan:
     rotary: RotaryPlan | None = RotaryPlan()
     window: int | None = None
     softcap: float | None = None
+    sinks: str | None = None
     multiplier: float = 1.0
     query_scale: QueryScale | None = None
 
@@ -270,5 +274,7 @@ def _paths(layer: LayerPlan) -> Iterator[str]:
         yield from group
     if isinstance(mlp, ExpertsPlan):
         yield from (mlp.router, mlp.stack)
+    if attention.sinks is not None:
+        yield attention.sinks
     norms = (attention.before, attention.after, attention.q_norm, attention.k_norm, mlp.before)
     yield from (norm.path for norm in (*norms, mlp.after) if norm is not None)

@@ -135,6 +135,15 @@ class Segments:
         return self._made[key]
 
     @property
+    def depth(self) -> Tensor | None:
+        """The number of each position's ancestors in its tree, int32 [N]; None without trees."""
+        if self.reach is None:
+            return None
+        if "depth" not in self._made:
+            self._made["depth"] = _depths(self.reach).to(torch.int32)
+        return self._made["depth"]
+
+    @property
     def longest(self) -> int:
         """Positions of the longest segment; in a tree no answer alone has more."""
         return max(end - start for start, end in self.bounds)
@@ -147,9 +156,9 @@ class Segments:
         """
         lengths = torch.tensor([end - start for start, end in self.bounds])
         depths = lengths
-        if self.reach is not None:
-            reach = self.reach.cpu()
-            depths = torch.stack([_depths(*bound, reach).max() + 1 for bound in self.bounds])
+        if self.depth is not None:
+            own = self.depth.cpu().split(lengths.tolist())
+            depths = torch.stack([depth.max() + 1 for depth in own])
         return (depths > limit).repeat_interleave(lengths).to(self.device)
 
     def paths(self) -> list[Tensor]:
@@ -214,21 +223,26 @@ def _parts(start: int, end: int, reach: Tensor | None, rule: Rule) -> list[Segme
     queries, keys = torch.arange(trunk, end)[:, None], torch.arange(start, end)
     seen = (keys <= queries) & (queries < reach[start:end])
     if rule.narrows(end - start):
-        depth = _depths(start, end, reach)
+        depth = _depths(reach[start:end] - start)
         seen &= rule.seen(depth[trunk - start :, None], depth)
     return [*_parts(start, trunk, None, rule), SegmentPart(start, trunk, end, seen)]
 
 
-def _depths(start: int, end: int, reach: Tensor) -> Tensor:
-    """How many ancestors each position of a tree has, int64 [end − start]."""
-    depth: list[int] = []
-    open_until: list[int] = []
-    for place, until in enumerate(reach[start:end].tolist(), start):
-        while open_until and open_until[-1] <= place:
-            open_until.pop()
-        depth.append(len(open_until))
-        open_until.append(until)
-    return torch.tensor(depth)
+def _depths(reach: Tensor) -> Tensor:
+    """How many ancestors each position has: those before it but for the ones that end before it.
+
+        depth_i = i − |{j : reach_j ≤ i}|
+
+    Args:
+        reach: [N], of whole segments from position 0 on.
+
+    Returns:
+        int64 [N], on its device.
+    """
+    count = len(reach)
+    ended = torch.zeros(count + 1, dtype=torch.int64, device=reach.device)
+    ended.index_add_(0, reach.long(), torch.ones_like(reach, dtype=torch.int64))
+    return torch.arange(count, device=reach.device) - ended[:count].cumsum(0)
 
 
 class Chains(NamedTuple):
@@ -346,7 +360,7 @@ def _stack_seen(
         seen = (local <= local[:, None]) & (local[:, None] < limit)
         if narrow:
             depth = torch.full((length,), length)
-            depth[: end - start] = _depths(start, end, reach)
+            depth[: end - start] = _depths(reach[start:end] - start)
             seen &= rule.seen(depth[:, None], depth) | torch.eye(length, dtype=torch.bool)
         found.append(seen)
     return torch.stack(found)[:, None]

@@ -6,12 +6,16 @@ With q_i, k_j of one segment, s_ij = scaling · q_i·k_j for j ≤ i, P = softma
     dS    = P ∘ (dO Vᵀ − δ)                   dQ   = scaling · dS K
     dK    = scaling · dSᵀ Q                   dV   = Pᵀ dO
 
+With a soft cap, s_ij = c tanh(scaling · q_i·k_j / c), and dS gets a factor of 1 − tanh². With sinks, a logit
+σ a head stands in the softmax and gives nothing: lse_i = log(exp σ + Σ_j exp s_ij), and all else is as it was.
+
 No score leaves the chip: the backward pass computes P again from `lse`. Each program writes its own
 tile of the result and nobody else's, so that sums have one order and every run gives the same bits.
 
 Trees, which evaluation alone has (`engine/segments.py`): key j is seen by the queries j ≤ i < reach_j
 of its segment, one comparison more for each score. So it is with a window of w: i − j < w; blocks that
-lie before it are not visited at all.
+lie before it are not visited at all. In a tree a window counts ancestors: depth_i − depth_j < w, and all
+blocks are visited.
 
 A program's tile comes from a table (`tiles.tile_table`). Rows of the table whose first position is
 -1 end at once: a fixed grid, as CUDA graphs need it, serves any segments. **Positions that no tile
@@ -112,14 +116,22 @@ def _store_turned_back(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _tanh(scores, squeeze):  # type: ignore[no-untyped-def]
+    """tanh(scaling · scores / c) with squeeze = 2 log2 e · scaling / c; where 2^x is infinite, 1."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(scores * squeeze))
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    total, norm, peak, q, queries, keys, values, stride, reach, first, limit, scale,
+    total, norm, peak, q, queries, keys, values, stride, reach, depth, first, limit, scale, squeeze,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    TREES: tl.constexpr, WINDOW: tl.constexpr,
+    TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Takes STEP keys from `first` on into the running softmax (algorithm 1, lines 8 to 10)."""
     k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CAP:
+        scores = _tanh(scores, squeeze)
     positions = first + tl.arange(0, STEP)
     if CAUSAL:  # keys behind the segment's end lie behind all of its queries, too
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
@@ -129,7 +141,11 @@ def _attend(  # type: ignore[no-untyped-def]
         seen = tl.minimum(queries, limit - 1)[:, None] < reaches[None, :]
         scores = tl.where(seen, scores, float("-inf"))
     if WINDOW:
-        scores = tl.where(queries[:, None] - positions[None, :] < WINDOW, scores, float("-inf"))
+        before, own = positions, queries
+        if TREES:
+            before = tl.load(depth + positions, mask=positions < limit, other=0)
+            own = tl.load(depth + tl.minimum(queries, limit - 1))
+        scores = tl.where(own[:, None] - before[None, :] < WINDOW, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     level = new_peak
     if WINDOW:  # a query may see none of the first keys: −∞ − (−∞) is no number
@@ -150,10 +166,10 @@ def _window_begin(start, first, STEP: tl.constexpr, WINDOW: tl.constexpr):  # ty
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_forward(  # type: ignore[no-untyped-def]
-    qkv, stride, tiles, reach, out, out_stride, lse, count, scale,
+    qkv, stride, tiles, reach, depth, sinks, out, out_stride, lse, count, scale, squeeze,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TREES: tl.constexpr, WINDOW: tl.constexpr,
+    TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     # Heads run fastest: those of a group read the same keys while they are in the cache.
     head = tl.program_id(0) % HEADS
@@ -171,22 +187,29 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     total = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     norm = tl.zeros([TILE], dtype=tl.float32)
     peak = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    if SINKS:  # the first that every query meets: it weighs 2^(σ − σ) and brings no value
+        peak = (
+            tl.zeros([TILE], dtype=tl.float32)
+            + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        )
+        norm += 1.0
     # Without a window the segment's first key is seen by every query: `peak` is finite from there on.
     begin = start
-    if WINDOW:
-        begin = _window_begin(start, first, STEP, WINDOW)
+    if WINDOW:  # noqa: SIM102 – what is known at compile time, one question at a time
+        if not TREES:
+            begin = _window_begin(start, first, STEP, WINDOW)
     diagonal = begin
     if SPLIT:
         diagonal = first
         for at in range(begin, first, STEP):
             total, norm, peak = _attend(
-                total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
-                DIM, WIDTH, False, TREES, WINDOW,
+                total, norm, peak, q, queries, keys, values, stride, reach, depth, at, end, scale,
+                squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         total, norm, peak = _attend(
-            total, norm, peak, q, queries, keys, values, stride, reach, at, end, scale, STEP,
-            DIM, WIDTH, True, TREES, WINDOW,
+            total, norm, peak, q, queries, keys, values, stride, reach, depth, at, end, scale,
+            squeeze, STEP, DIM, WIDTH, True, TREES, WINDOW, CAP,
         )  # fmt: skip
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
@@ -195,13 +218,16 @@ def _attention_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_gradient(  # type: ignore[no-untyped-def]
-    dq, q, dout, logs, delta, queries, keys, values, stride, first, limit, scale,
+    dq, q, dout, logs, delta, queries, keys, values, stride, first, limit, scale, squeeze,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CAP:
+        scores = _tanh(scores, squeeze)
+        slope = 1.0 - scores * scores
     positions = first + tl.arange(0, STEP)
     if CAUSAL:
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
@@ -209,17 +235,19 @@ def _query_gradient(  # type: ignore[no-untyped-def]
         scores = tl.where(queries[:, None] - positions[None, :] < WINDOW, scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[:, None])
     slopes = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    slopes = (weights * (slopes - delta[:, None])).to(k.dtype)
-    return tl.dot(slopes, k, dq, input_precision="ieee")
+    slopes = weights * (slopes - delta[:, None])
+    if CAP:
+        slopes *= slope
+    return tl.dot(slopes.to(k.dtype), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_backward_queries(  # type: ignore[no-untyped-def]
     dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, out, out_stride, lse, terms,
-    dqkv, dqkv_stride, count, scale, scaling,
+    dqkv, dqkv_stride, count, scale, squeeze, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TURN: tl.constexpr, WINDOW: tl.constexpr,
+    TURN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
@@ -253,13 +281,13 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
         diagonal = first
         for at in range(begin, first, STEP):
             dq = _query_gradient(
-                dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
-                DIM, WIDTH, False, WINDOW,
+                dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, squeeze,
+                STEP, DIM, WIDTH, False, WINDOW, CAP,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         dq = _query_gradient(
-            dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, STEP,
-            DIM, WIDTH, True, WINDOW,
+            dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, squeeze,
+            STEP, DIM, WIDTH, True, WINDOW, CAP,
         )  # fmt: skip
     _store_turned_back(
         dqkv + head * DIM, first, end, dqkv_stride, dq * scaling, cos, sin, angle_stride,
@@ -270,9 +298,9 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
 @triton.jit
 def _key_gradient(  # type: ignore[no-untyped-def]
     dk, dv, k, v, positions, visit, head, first, limit, dout, dout_stride, qkv, stride, terms,
-    count, scale,
+    count, scale, squeeze,
     SHARE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One query head of the group over one block of queries; scores stand transposed."""
     at = first + visit // SHARE * STEP
@@ -284,6 +312,9 @@ def _key_gradient(  # type: ignore[no-untyped-def]
     pairs = terms + (head * count + queries)[:, None] * 2 + tl.arange(0, 2)[None, :]
     logs, deltas = tl.split(tl.load(pairs, mask=(queries < limit)[:, None], other=0.0))
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    if CAP:
+        scores = _tanh(scores, squeeze)
+        slope = 1.0 - scores * scores
     if CAUSAL:
         scores = tl.where(positions[:, None] <= queries[None, :], scores, float("-inf"))
     if WINDOW:
@@ -291,18 +322,20 @@ def _key_gradient(  # type: ignore[no-untyped-def]
     weights = tl.exp2(scores * scale - logs[None, :])
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
     slopes = tl.dot(v, tl.trans(do), input_precision="ieee")
-    slopes = (weights * (slopes - deltas[None, :])).to(q.dtype)
-    dk = tl.dot(slopes, q, dk, input_precision="ieee")
+    slopes = weights * (slopes - deltas[None, :])
+    if CAP:
+        slopes *= slope
+    dk = tl.dot(slopes.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["count"])
 def _attention_backward_keys(  # type: ignore[no-untyped-def]
     dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, terms, dqkv, dqkv_stride, count,
-    scale, scaling,
+    scale, squeeze, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TURN: tl.constexpr, WINDOW: tl.constexpr,
+    TURN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) % KEY_HEADS
     tile = tiles + tl.program_id(0) // KEY_HEADS * COLUMNS
@@ -331,13 +364,13 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     for visit in range(masked):
         dk, dv = _key_gradient(
             dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-            stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, True, WINDOW,
+            stride, terms, count, scale, squeeze, SHARE, STEP, DIM, WIDTH, True, WINDOW, CAP,
         )  # fmt: skip
     if SPLIT:
         for visit in range(masked, visits):
             dk, dv = _key_gradient(
                 dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-                stride, terms, count, scale, SHARE, STEP, DIM, WIDTH, False, WINDOW,
+                stride, terms, count, scale, squeeze, SHARE, STEP, DIM, WIDTH, False, WINDOW, CAP,
             )  # fmt: skip
     _store(dqkv + value_place, first, end, dqkv_stride, dv, TILE, DIM, WIDTH)
     _store_turned_back(
@@ -354,7 +387,10 @@ def attention_forward(
     key_heads: int,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     reach: Tensor | None = None,
+    depth: Tensor | None = None,
     out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -365,13 +401,16 @@ def attention_forward(
             and G value heads; rows may lie further apart than they are wide.
         tiles: int32 [T, 3] of `tile_table` for blocks of `launch.tile`, on qkv's device.
         window: w, keys that a query sees, its own among them; None: all before it.
+        softcap: c; None: scores have none.
+        sinks: σ [H], a logit a head; None: there are none.
         reach: int32 [N], where segments are trees: key j is seen by the queries j ≤ i < reach_j. The
             first key of a segment reaches its end.
+        depth: int32 [N], the number of each position's ancestors, where trees meet a window.
         out: [N, H·D] to write to, in qkv's dtype.
         launch: another shape of programs than `FORWARD` gives for D.
 
     Returns:
-        out [N, H·D] in qkv's dtype, and lse float32 [H, N], natural logarithms.
+        out [N, H·D] in qkv's dtype, and lse float32 [H, N], natural logarithms, the sinks among them.
 
     Raises:
         ValueError: sizes, types or strides that do not fit each other.
@@ -382,15 +421,17 @@ def attention_forward(
     if out is None:
         out = torch.empty(count, heads * dim, dtype=qkv.dtype, device=qkv.device)
     _check_rows("out", out, qkv, heads * dim)
-    _check_window(window, reach)
-    if reach is not None and (reach.shape != (count,) or reach.dtype != torch.int32):
+    _check_window(window)
+    _check_tree(count, window, reach, depth)
+    if sinks is not None and sinks.shape != (heads,):
         raise ValueError(
-            f"reach must be int32 {[count]}, received {reach.dtype} {list(reach.shape)}"
+            f"sinks must be a logit for each of {heads} heads, not {list(sinks.shape)}"
         )
     lse = torch.empty(heads, count, dtype=torch.float32, device=qkv.device)
     _attention_forward[(len(tiles) * heads,)](
-        qkv, qkv.stride(0), tiles, reach, out, out.stride(0), lse, count, scaling * LOG2_E,
-        TREES=reach is not None, WINDOW=window or 0, **_shape(heads, key_heads, dim, launch),
+        qkv, qkv.stride(0), tiles, reach, depth, sinks, out, out.stride(0), lse, count,
+        *_factors(scaling, softcap), TREES=reach is not None, WINDOW=window or 0,
+        CAP=softcap is not None, SINKS=sinks is not None, **_shape(heads, key_heads, dim, launch),
     )  # fmt: skip
     return out, lse
 
@@ -407,6 +448,7 @@ def attention_backward(
     key_heads: int,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
     turn: Angles | None = None,
     dqkv: Tensor | None = None,
     query_launch: Launch | None = None,
@@ -420,8 +462,8 @@ def attention_backward(
 
     Args:
         dout: [N, H·D] in qkv's dtype; rows may lie apart.
-        qkv, scaling, window: as in the forward pass.
-        out, lse: what it returned.
+        qkv, scaling, window, softcap: as in the forward pass.
+        out, lse: what it returned; sinks are in lse.
         query_tiles: int32 [T, 3] of `tile_table` for blocks of `query_launch.tile`.
         key_tiles: the same for `key_launch.tile`, best with `of_keys=True`.
         turn: cos and sin, float32 [N, D / 2], by which q and k were rotated: dqkv is the gradient of
@@ -438,7 +480,7 @@ def attention_backward(
     """
     dim = _check(qkv, query_tiles, heads, key_heads, scaling)
     _check_tiles(key_tiles)
-    _check_window(window, None)
+    _check_window(window)
     query_launch = query_launch or launch_for(QUERY_BACKWARD, dim)
     key_launch = key_launch or launch_for(KEY_BACKWARD, dim)
     count, width = qkv.shape
@@ -458,18 +500,14 @@ def attention_backward(
     inside = turn is not None and dim == _width(dim)
     terms = torch.empty(heads, count, 2, dtype=torch.float32, device=qkv.device)
     sources = (dout, dout.stride(0), qkv, qkv.stride(0), cos, sin, angle_stride)
-    results = (terms, dqkv, dqkv.stride(0), count, scaling * LOG2_E, scaling)
+    results = (terms, dqkv, dqkv.stride(0), count, *_factors(scaling, softcap), scaling)
+    kind = {"TURN": inside, "WINDOW": window or 0, "CAP": softcap is not None}
     _attention_backward_queries[(len(query_tiles) * heads,)](
         *sources, query_tiles, out, out.stride(0), lse, *results,
-        TURN=inside, WINDOW=window or 0, **_shape(heads, key_heads, dim, query_launch),
+        **kind, **_shape(heads, key_heads, dim, query_launch),
     )  # fmt: skip
     _attention_backward_keys[(len(key_tiles) * key_heads,)](
-        *sources,
-        key_tiles,
-        *results,
-        TURN=inside,
-        WINDOW=window or 0,
-        **_shape(heads, key_heads, dim, key_launch),
+        *sources, key_tiles, *results, **kind, **_shape(heads, key_heads, dim, key_launch)
     )
     if cos is not None and sin is not None and not inside:
         from mtl_lora_cli.kernels.rotary import rotate_
@@ -477,6 +515,19 @@ def attention_backward(
         # Negated, a sin whose rows lie apart lies close together; the strides are to stay equal.
         rotate_(dqkv, cos.contiguous(), -sin.contiguous(), heads=heads, key_heads=key_heads)
     return dqkv
+
+
+def _factors(scaling: float, softcap: float | None) -> tuple[float, float]:
+    """By what scores, or their tanh, become powers of two; and what stands in the tanh (`_tanh`).
+
+    Raises:
+        ValueError: a cap that is not positive.
+    """
+    if softcap is None:
+        return scaling * LOG2_E, 0.0
+    if softcap <= 0:
+        raise ValueError(f"a soft cap must be positive, received {softcap}")
+    return softcap * LOG2_E, 2 * LOG2_E * scaling / softcap
 
 
 def _width(dim: int) -> int:
@@ -517,11 +568,19 @@ def _check(qkv: Tensor, tiles: Tensor, heads: int, key_heads: int, scaling: floa
     return dim
 
 
-def _check_window(window: int | None, reach: Tensor | None) -> None:
+def _check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"a query sees itself at least, received a window of {window}")
-    if window is not None and reach is not None:
-        raise ValueError("in a tree a window counts ancestors, which the kernels do not know")
+
+
+def _check_tree(count: int, window: int | None, reach: Tensor | None, depth: Tensor | None) -> None:
+    for name, tensor in (("reach", reach), ("depth", depth)):
+        if tensor is not None and (tensor.shape != (count,) or tensor.dtype != torch.int32):
+            raise ValueError(
+                f"{name} must be int32 {[count]}, received {tensor.dtype} {list(tensor.shape)}"
+            )
+    if window is not None and reach is not None and depth is None:
+        raise ValueError("in a tree a window counts ancestors: it needs each position's depth")
 
 
 def _check_angles(cos: Tensor, sin: Tensor, count: int, dim: int) -> None:

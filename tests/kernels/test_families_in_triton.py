@@ -24,7 +24,7 @@ KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes
     ("name", "keep"),
     [
         ("qwen3 window", Keep()),
-        ("gemma3_text", Keep(False, False, False)),
+        ("gemma2 caps", Keep(False, False, False)),
         ("olmo3 window", Keep(attended=False)),
         ("phi3 part", Keep()),
     ],

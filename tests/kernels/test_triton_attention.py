@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.tiles import FORWARD, KEY_BACKWARD, QUERY_BACKWARD, Launch, tile_table
 from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
 
@@ -28,6 +29,8 @@ class Case(NamedTuple):
     turn: tuple[Tensor, Tensor] | None
     scaling: float
     window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -36,6 +39,7 @@ class Case(NamedTuple):
             "key_heads": self.key_heads,
             "scaling": self.scaling,
             "window": self.window,
+            "softcap": self.softcap,
         }
 
 
@@ -95,13 +99,19 @@ def naive(case: Case, reach: Tensor | None = None) -> tuple[Tensor, Tensor, Tens
     for length in case.lengths:
         own = range(start, start + length)
         scores = case.scaling * q[:, own] @ k[:, own].mT
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
         mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=DEVICE).tril()
-        if case.window is not None:
-            mask &= ~mask.tril(-case.window)
         if reach is not None:
             mask &= torch.tensor(own, device=DEVICE)[:, None] < reach[start : start + length]
+        if case.window is not None:  # ancestors, of which without trees there are all before
+            ancestors = mask.sum(1)
+            mask &= ancestors[:, None] - ancestors < case.window
         scores = scores.masked_fill(~mask, -torch.inf)
-        outs.append(scores.softmax(-1) @ v[:, own])
+        if case.sinks is not None:
+            sinks = case.sinks.double()[:, None, None].expand(-1, length, 1)
+            scores = torch.cat([scores, sinks], -1)
+        outs.append(scores.softmax(-1)[..., :length] @ v[:, own])
         logs.append(scores.logsumexp(-1))
         start += length
     out = torch.cat(outs, 1).transpose(0, 1).flatten(1)
@@ -118,7 +128,7 @@ def run(
     dqkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tiles = table(case, forward.tile, capacity=capacity)
-    out, lse = attention_forward(case.qkv, tiles, launch=forward, **case.sizes)
+    out, lse = attention_forward(case.qkv, tiles, sinks=case.sinks, launch=forward, **case.sizes)
     gradient = attention_backward(
         case.dout,
         case.qkv,
@@ -187,6 +197,37 @@ def test_a_window_hides_what_lies_before_it(window: int, split: bool) -> None:
     case = draw([70, 9, 33])._replace(window=window)
     launch = Launch(32, 16, split=split)
     assert_as_naive(case, run(case, launch, launch, launch))
+
+
+SINKS = torch.tensor([0.5, -1.0, 4.0, -9.0], device=DEVICE)  # shares from none to nearly all
+
+
+def kinds(case: Case, window: int | None, cap: float | None, sinks: bool) -> Case:
+    return case._replace(
+        window=window, softcap=cap, sinks=SINKS[: case.heads] if sinks else None, scaling=0.6
+    )
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 20])
+def test_windows_caps_and_sinks_go_together(
+    window: int | None, cap: float | None, sinks: bool
+) -> None:
+    case = kinds(draw([50, 9], heads=4, key_heads=2), window, cap, sinks)
+    launch = Launch(32, 16, split=sinks == (window is None))
+    assert_as_naive(case, run(case, launch, launch, launch))
+
+
+def test_scores_far_beyond_a_cap_stay_finite() -> None:
+    case = draw([20, 11])._replace(softcap=0.5, scaling=400.0)
+    assert_as_naive(case, run(case), 1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_caps_and_sinks_round_like_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    case = kinds(draw([40, 21], dtype=dtype), 20, 3.0, True)
+    assert_as_naive(case._replace(sinks=SINKS[:2].to(dtype)), run(case), tolerance)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -277,6 +318,23 @@ def test_a_position_of_a_tree_sees_its_ancestors(tile: int, step: int, split: bo
     assert not torch.allclose(out.double(), naive(case)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 9, 21])
+def test_in_a_tree_a_window_counts_ancestors(
+    window: int | None, cap: float | None, sinks: bool
+) -> None:
+    reach = tree(*[58] * 20, *[44] * 7, *[36] * 9, *[44] * 8, *[58] * 14, *[75] * 17)
+    case = kinds(draw([58, 17], heads=4, key_heads=2), window, cap, sinks)
+    depth = Segments.build([58, 17], reach).depth
+    found = attention_forward(
+        case.qkv, table(case, 16), reach=reach, depth=depth, sinks=case.sinks, launch=SMALL,
+        **case.sizes,
+    )  # fmt: skip
+    for ours, theirs in zip(found, naive(case, reach), strict=False):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+
+
 def test_in_a_tree_without_branches_every_position_sees_all_before_it() -> None:
     case = draw([20, 11])
     tiles, reach = table(case, 16), tree(*[20] * 20, *[31] * 11)
@@ -355,6 +413,9 @@ def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: 
         ({"heads": 3, "key_heads": 2}, "do not share"),
         ({"heads": 3}, "do not hold"),
         ({"scaling": 0.0}, "must be positive"),
+        ({"softcap": -1.0}, "soft cap must be positive"),
+        ({"sinks": torch.zeros(3)}, "a logit for each of 2 heads"),
+        ({"window": 3, "reach": torch.full((8,), 8, dtype=torch.int32)}, "each position's depth"),
         ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
         ({"qkv": torch.zeros(8, 4 * 288)}, "at most 256, received 288"),
         ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
