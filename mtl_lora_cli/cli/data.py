@@ -75,7 +75,7 @@ def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
     from mtl_lora_cli.data.mixture import positions_of
 
     data = prepared.data
-    rows = [row for row in data.mixture.epoch(0) if any(task in wanted for task, _ in row)]
+    rows = [row for row in data.mixture.first_rows() if any(task in wanted for task, _ in row)]
     for number, row in enumerate(rows[:count]):
         used = [positions_of(int(data.splits[task].lengths[example])) for task, example in row]
         length = data.mixture.row_length

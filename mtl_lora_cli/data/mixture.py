@@ -116,6 +116,8 @@ class Mixture:
         strategy, weights, temperature: see `shares`.
         repeats: how often an epoch goes over each task; a task's size counts so many times.
         seed: of every draw.
+        one_task: a row holds examples of one task only.
+        epochs_before: of stages before this one: draws are counted through all of them.
     """
 
     names: tuple[str, ...]
@@ -127,6 +129,13 @@ class Mixture:
     temperature: float = 1.0
     repeats: tuple[float, ...] = ()
     seed: int = 0
+    one_task: bool = False
+    epochs_before: int = 0
+
+    @property
+    def planned(self) -> Mixture:
+        """What can be said of the stream before it is learned: itself."""
+        return self
 
     @property
     def examples_an_epoch(self) -> int:
@@ -152,6 +161,10 @@ class Mixture:
     def epoch(self, number: int) -> list[list[Place]]:
         """The rows of one epoch, in the order in which they are learned."""
         return _epoch(_Identity(self), number)
+
+    def first_rows(self) -> list[list[Place]]:
+        """Rows with all tasks in them, as examples of what will be learned: those of the first epoch."""
+        return self.epoch(0)
 
     def steps_in(self, epochs: float, at_most: int | None = None) -> int:
         """Optimiser steps of so many epochs; a part of an epoch is a part of its rows.
@@ -200,7 +213,7 @@ def _epoch_steps(identity: _Identity, number: int) -> int:
     return -(-len(_epoch(identity, number)) // identity.mixture.rows_per_step)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _first_steps(identity: _Identity) -> list[int]:
     """The number of each epoch's first step, as far as it was asked for."""
     return [0]
@@ -209,6 +222,7 @@ def _first_steps(identity: _Identity) -> list[int]:
 @lru_cache(maxsize=2)
 def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
     mixture = identity.mixture
+    number += mixture.epochs_before
     places: list[Place] = []
     for task, count in enumerate(mixture.planned_counts()):
         name = mixture.names[task]
@@ -216,16 +230,27 @@ def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
         places += [(task, int(example)) for example in drawn]
     order = generator_of(mixture.seed, "order", number)
     places = [places[i] for i in order.permutation(len(places))]
-    lengths = [int(mixture.lengths[task][example]) for task, example in places]
-    rows = [[places[i] for i in row] for row in pack(lengths, mixture.row_length)]
+    rows = laid_in_rows(places, mixture)
     return [rows[i] for i in order.permutation(len(rows))]
+
+
+def laid_in_rows(places: Sequence[Place], mixture: Mixture) -> list[list[Place]]:
+    """Examples packed into rows; with `one_task` those of each task apart from the others."""
+    apart: dict[int, list[Place]] = {}
+    for place in places:
+        apart.setdefault(place[0] if mixture.one_task else 0, []).append(place)
+    rows = []
+    for own in apart.values():
+        lengths = [int(mixture.lengths[task][example]) for task, example in own]
+        rows += [[own[i] for i in row] for row in pack(lengths, mixture.row_length)]
+    return rows
 
 
 def planned_epochs(mixture: Mixture, steps: int) -> Mapping[str, float]:
     """How many times `steps` optimiser steps go over each task's examples."""
-    seen = [0] * len(mixture.names)
+    seen, planned = [0] * len(mixture.names), mixture.planned
     for number in range(steps):
-        for row in mixture.step(number)[1]:
+        for row in planned.step(number)[1]:
             for task, _ in row:
                 seen[task] += 1
     return {

@@ -14,6 +14,7 @@ import numpy as np
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
 from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
+from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
@@ -26,11 +27,18 @@ from mtl_lora_cli.data.sources import (
     tasks_in,
     untrained_in,
 )
+from mtl_lora_cli.data.stages import Part, StagedMixture
 from mtl_lora_cli.data.traces import traces
 from mtl_lora_cli.data.unlabelled import with_cure
-from mtl_lora_cli.errors import ProblemsError, UsageError
+from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import SPLITS, Recipe, TemperatureMixing, Training
+from mtl_lora_cli.recipe.schema import (
+    SPLITS,
+    DynamicMixing,
+    Recipe,
+    TemperatureMixing,
+    Training,
+)
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import LabelError, Renderer
@@ -274,23 +282,7 @@ def mixture_over(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.nda
                 f"task '{task.name}': its examples take {own.min()} to {own.max()} of a row; expected 1 to "
                 f"training.row_length ({recipe.training.row_length})"
             )
-    mixing, training = recipe.mixing, recipe.training
-    strategy, temperature = (
-        ("temperature", mixing.temperature)
-        if isinstance(mixing, TemperatureMixing)
-        else (mixing, 1.0)
-    )
-    mixture = Mixture(
-        names=tuple(task.name for task in tasks),
-        lengths=tuple(lengths),
-        row_length=training.row_length,
-        rows_per_step=training.rows_per_step,
-        strategy=strategy,
-        weights=tuple(task.sampling_weight for task in tasks),
-        temperature=temperature,
-        repeats=tuple(task.repeat for task in tasks),
-        seed=training.seed,
-    )
+    mixture = _mixture(recipe, tasks, lengths)
     drawn = mixture.examples_an_epoch
     if drawn == 0:
         raise UsageError(
@@ -302,6 +294,59 @@ def mixture_over(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.nda
             "and say training.epochs for more passes"
         )
     return mixture
+
+
+def _mixture(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
+    """Of the kind that the recipe says."""
+    mixing, training = recipe.mixing, recipe.training
+    strategy, temperature = (
+        ("temperature", mixing.temperature)
+        if isinstance(mixing, TemperatureMixing)
+        else (mixing.start if isinstance(mixing, DynamicMixing) else mixing, 1.0)
+    )
+    settings: dict[str, Any] = {
+        "names": tuple(task.name for task in tasks),
+        "lengths": tuple(lengths),
+        "row_length": training.row_length,
+        "rows_per_step": training.rows_per_step,
+        "strategy": strategy,
+        "weights": tuple(task.sampling_weight for task in tasks),
+        "temperature": temperature,
+        "repeats": tuple(task.repeat for task in tasks),
+        "seed": training.seed,
+        "one_task": training.rows == "one_task",
+    }
+    if isinstance(mixing, DynamicMixing):
+        return DynamicMixture(**settings, every=mixing.every)
+    if training.stages:
+        return StagedMixture(**settings, parts=_parts(training, tasks))
+    return Mixture(**settings)
+
+
+def _parts(training: Training, tasks: Sequence[Task]) -> tuple[Part, ...]:
+    """The recipe's stages by the tasks' ids.
+
+    Raises:
+        UsageError: a stage names no task of the recipe, or no stage names a task.
+    """
+    ids = {task.name: number for number, task in enumerate(tasks)}
+    for number, stage in enumerate(training.stages):
+        for name in stage.tasks:
+            if name not in ids:
+                raise UsageError(
+                    f"training.stages[{number}].tasks: unknown task '{name}'{did_you_mean(name, ids)}; "
+                    f"tasks: {', '.join(ids)}"
+                )
+    named = {name for stage in training.stages for name in stage.tasks}
+    for name in ids:
+        if name not in named:
+            raise UsageError(
+                f"training.stages: task '{name}' is in no stage; it would not be learned"
+            )
+    return tuple(
+        Part(tuple(sorted(ids[name] for name in stage.tasks)), stage.epochs)
+        for stage in training.stages
+    )
 
 
 def with_rows(data: TrainingData, training: Training) -> TrainingData:

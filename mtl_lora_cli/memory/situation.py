@@ -141,7 +141,7 @@ def together(sizes: ModelSizes, row: Load, count: int) -> Load:
 def densest(data: TrainingData, row_length: int, loss_on: str) -> int:
     """The most supervised tokens of a row, in the first epoch's packing."""
     asked = [split.learned_counts(loss_on) for split in data.splits]
-    rows = replace(data.mixture, row_length=row_length).epoch(0)
+    rows = replace(data.mixture, row_length=row_length).first_rows()
     return max(sum(int(asked[task][number]) for task, number in row) for row in rows)
 
 

@@ -9,13 +9,19 @@ from mtl_lora_cli.recipe.schema import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SWITCHES = ("diagnose", "validation")  # keys of `training` that take true and false, too
+_BALANCED = [
+    "none",
+    "uncertainty",
+    "gradnorm",
+    "pcgrad",
+]  # and what its `balance` takes in one word
 
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe: keys, types, defaults, choices and bounds.
 
     It is pydantic's, with the short forms that validators turn into long ones before pydantic looks:
-    `source: some/path`, and true or false for a switch. What depends on several keys is checked by
+    `source: some/path`, `balance: pcgrad`, and true or false for a switch. What depends on several keys is checked by
     `mtl-lora validate` alone.
     """
     schema = Recipe.model_json_schema()
@@ -29,6 +35,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["adapter"] = {"$ref": "#/$defs/Adapter"}
     for name in _SWITCHES:
         parts["Training"]["properties"][name]["anyOf"].append({"type": "boolean"})
+    parts["Training"]["properties"]["balance"]["anyOf"].append({"enum": _BALANCED})
     return {"$schema": DIALECT, **schema}
 
 

@@ -268,6 +268,7 @@ class ValidationSettings(StrictModel):
     """The loss and the metric of each task on held-out examples."""
 
     every: Positive = 100  # steps, and at the end
+    before: bool = False  # and before the first step
     examples: Positive = 200  # of each task, at most
     metric: bool = True  # beside the loss, where answers are choices
     best: Name | None = None  # `macro` or a task: the best look's checkpoint is the result
@@ -280,10 +281,50 @@ class ValidationSettings(StrictModel):
         return self
 
 
+class Stage(StrictModel):
+    """Some of the tasks, for so long."""
+
+    tasks: Annotated[list[Name], Field(min_length=1)]
+    epochs: PositiveFloat = 1.0  # over the stage's examples
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks: list[str]) -> list[str]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task stands twice in one stage")
+        return tasks
+
+
+class Balance(StrictModel):
+    """How the tasks' losses or gradients are held against each other; see docs/mixtures.md."""
+
+    method: Literal["uncertainty", "gradnorm", "pcgrad"]
+    rate: PositiveFloat | None = None  # of what is learned for it; null: 0.025
+    alpha: NonNegativeFloat | None = None  # gradnorm: how strongly slow tasks are pulled; null: 1.5
+    every: Positive | None = None  # gradnorm: steps between two looks at the gradients; null: 10
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Balance:
+        readers = {"rate": ("uncertainty", "gradnorm"), "alpha": ("gradnorm",)}
+        readers["every"] = readers["alpha"]
+        for name, methods in readers.items():
+            if getattr(self, name) is not None and self.method not in methods:
+                raise ValueError(f"'{name}' is read by {' and '.join(methods)} only")
+        return self
+
+
+def _by_method(value: Any) -> Any:
+    """`balance: pcgrad` is short for `balance: {method: pcgrad}`; `none` is null."""
+    if value == "none":
+        return None
+    return {"method": value} if isinstance(value, str) else value
+
+
 class Training(StrictModel):
     """How the adapter learns."""
 
     epochs: PositiveFloat = 1.0
+    stages: list[Stage] = []  # one after another, in the place of `epochs`
     max_steps: Positive | None = None  # ends the run earlier than `epochs` would
     learning_rate: PositiveFloat = 3e-4
     weight_decay: NonNegativeFloat = 0.0
@@ -294,9 +335,11 @@ class Training(StrictModel):
     row_length: Annotated[int, Field(ge=8)] = 1024  # tokens in a packed row
     rows_per_step: Positive = 8  # global: accumulation follows from it and the number of processes
     rows_per_pass: Positive = 1  # rows that go through the model together on one device
+    rows: Literal["mixed", "one_task"] = "mixed"  # which examples may stand in one row
     on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: Recomputation = False  # computed again in the backward pass
+    balance: Annotated[Balance | None, BeforeValidator(_by_method)] = None
     memory: Literal["manual", "auto"] = "manual"  # who picks rows_per_pass and what is recomputed
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
@@ -315,6 +358,12 @@ class Training(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _stages_have_epochs(self) -> Training:
+        if self.stages and self.epochs != 1.0:
+            raise ValueError("'epochs' is not read with 'stages': each of them has its own")
+        return self
+
+    @model_validator(mode="after")
     def _picked_once(self) -> Training:
         """What `memory: auto` picks must not be given, too."""
         if self.memory == "auto":
@@ -330,14 +379,42 @@ class TemperatureMixing(StrictModel):
     temperature: PositiveFloat
 
 
+class DynamicMixing(StrictModel):
+    """Shares that follow what the tasks' losses do; see docs/mixtures.md."""
+
+    dynamic: Literal["excess_loss", "progress"]
+    start: Literal["proportional", "uniform", "weights"] = "proportional"
+    every: Annotated[int, Field(ge=4)] = 50  # steps that are drawn by the same shares
+    rate: PositiveFloat | None = None  # η; null: 1 for excess_loss, 10 for progress
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # part of the shares that stays the start's
+    keep: Annotated[float, Field(ge=0, lt=1)] = 0.5  # progress: how much of the last ones' counts
+    # excess_loss: task → the loss that it is held against; or a finished run that has them
+    reference: dict[Name, NonNegativeFloat] = {}
+    reference_run: str | None = None
+
+    @model_validator(mode="after")
+    def _is_read(self) -> DynamicMixing:
+        if self.dynamic == "excess_loss" and self.keep != 0.5:
+            raise ValueError("'keep' is read with dynamic: progress only")
+        for name in ("reference", "reference_run"):
+            if self.dynamic == "progress" and getattr(self, name):
+                raise ValueError(f"'{name}' is read with dynamic: excess_loss only")
+        if self.reference and self.reference_run is not None:
+            raise ValueError("expected 'reference' or 'reference_run', received both")
+        return self
+
+
 def _mixing_form(value: Any) -> str:
+    if isinstance(value, DynamicMixing) or (isinstance(value, dict) and "dynamic" in value):
+        return "dynamic"
     return "by temperature" if isinstance(value, dict | TemperatureMixing) else "by name"
 
 
 # A discriminator, so that a fault is told for the form that was meant and not for both.
 Mixing = Annotated[
     Annotated[Literal["proportional", "uniform", "weights"], Tag("by name")]
-    | Annotated[TemperatureMixing, Tag("by temperature")],
+    | Annotated[TemperatureMixing, Tag("by temperature")]
+    | Annotated[DynamicMixing, Tag("dynamic")],
     Discriminator(_mixing_form),
 ]
 
@@ -464,8 +541,35 @@ class Recipe(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _what_goes_together(self) -> Recipe:
+        balance, stage = self.training.balance, self.distributed.zero_stage
+        if balance is not None and balance.method == "pcgrad" and stage:
+            raise ValueError(
+                f"training.balance: pcgrad does not go with zero_stage: {stage}: DeepSpeed sums gradients "
+                "before they can be projected; use stage 0"
+            )
+        if balance is not None and balance.method == "gradnorm" and stage == 3:
+            raise ValueError(
+                "training.balance: gradnorm does not go with zero_stage: 3: it differentiates outside of "
+                "DeepSpeed; use stage 2"
+            )
+        if isinstance(self.mixing, DynamicMixing):
+            names = [task.name for task in self.tasks]
+            for name in self.mixing.reference:
+                if name not in names:
+                    raise ValueError(
+                        f"mixing.reference: '{name}' is no task; tasks: {', '.join(names)}"
+                    )
+        if isinstance(self.mixing, DynamicMixing) and self.training.stages:
+            raise ValueError(
+                "mixing.dynamic does not go with training.stages: both say when which task is drawn"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_draw(self) -> Recipe:
-        if self.mixing == "weights" and not any(task.sampling_weight for task in self.tasks):
+        start = self.mixing.start if isinstance(self.mixing, DynamicMixing) else self.mixing
+        if start == "weights" and not any(task.sampling_weight for task in self.tasks):
             raise ValueError("mixing: weights needs a sampling_weight above 0")
         return self
 

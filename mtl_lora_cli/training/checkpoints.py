@@ -38,6 +38,7 @@ class Position:
         seconds: spent training.
         tokens: learned from, prompts included.
         best: the best look so far; None where there is none, or nobody asks for it.
+        following: what follows the losses, by name; None where nothing does.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Position:
     seconds: float
     tokens: int
     best: Best | None = None
+    following: Mapping[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -80,7 +82,10 @@ def save_checkpoint(
         save_file(dict(moments), temporary / _OPTIMIZER)
         random = {f"{name}.{rank}": s for rank, own in enumerate(states) for name, s in own.items()}
         save_file(random, temporary / _RANDOM)
-        save_json(temporary / _STATE, asdict(position))
+        state = asdict(position)
+        if position.following is None:
+            del state["following"]
+        save_json(temporary / _STATE, state)
         sums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _CHECKSUMS, sums)
         write_text(temporary / COMPLETE, f"{position.step}\n")
@@ -163,6 +168,7 @@ def load_checkpoint(
         state["seconds"],
         state["tokens"],
         None if best is None else Best(**best),
+        state.get("following"),
     )
 
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
-from mtl_lora_cli.evaluation.choices import fill_passes
 from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.recipe.schema import Training
-from mtl_lora_cli.training.observers import Seen, undisturbed
+from mtl_lora_cli.training.gradients import TaskGradients
+from mtl_lora_cli.training.observers import Seen
 
 _COLUMNS = 2**20  # of the gradients that are widened to float64 together
-
-
-def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors without a task axis."""
-    return {
-        name: tensor
-        for name, tensor in adapter.tensors().items()
-        if not adapter.role(name).per_task
-    }
 
 
 class Diagnosis:
@@ -34,9 +23,7 @@ class Diagnosis:
         cos_{tu} = ⟨g_t, g_u⟩ / (‖g_t‖ ‖g_u‖)
 
     for the tasks that stand in the step's rows, at the parameters that the step begins with, without
-    dropout. Examples of a packed row do not see each other, so g_t needs a pass over the task's own
-    examples only, and all tasks together cost about one more step. Nothing is added to the
-    parameters' `.grad`. A process of many computes all of it: nothing has to be exchanged.
+    dropout. A process of many computes all of it: nothing has to be exchanged.
 
     Args:
         host: the model with the adapter injected.
@@ -46,17 +33,17 @@ class Diagnosis:
     """
 
     before_update = True
+    at_start = False
     at_end = False
 
     def __init__(
         self, host: Host, adapter: Adapter, data: TrainingData, settings: Training
     ) -> None:
         assert settings.diagnose is not None
-        self._host, self._adapter, self._data = host, adapter, data
-        self._dataset = data.dataset(settings.loss_on)
+        self._data = data
         self.every = settings.diagnose.every
-        self._row_length = settings.row_length
-        self._shared = list(shared_parameters(adapter).values())
+        dataset = data.dataset(settings.loss_on)
+        self._gradients = TaskGradients(host, adapter, dataset, settings.row_length)
 
     def look(self, step: int) -> Seen | None:
         """The step's cosines and norms; None where a gradient is no finite number.
@@ -68,8 +55,7 @@ class Diagnosis:
             for place in row:
                 places.setdefault(place[0], []).append(place)
         tasks = sorted(places)
-        with undisturbed(self._host, self._adapter):
-            gradients = torch.stack([self.gradient(places[task]) for task in tasks])
+        gradients = torch.stack([self._gradients.of(places[task])[0] for task in tasks])
         cosine, norm = cosines(gradients)
         if not torch.isfinite(norm).all():
             return None
@@ -82,25 +68,6 @@ class Diagnosis:
             "norm": norm.tolist(),
         }
         return Seen(event)
-
-    def gradient(self, places: Sequence[Place]) -> Tensor:
-        """∇_θ of the mean ℓ over these examples' units, flat float32 [D], on the CPU."""
-        lengths = self._dataset.lengths
-        costs = [int(lengths[task][number]) for task, number in places]
-        total = [torch.zeros_like(parameter) for parameter in self._shared]
-        count = 0
-        for chosen in fill_passes(costs, self._row_length):
-            batch = self._dataset.collate([[places[i] for i in chosen]])
-            count += len(batch.owners)
-            moved = batch.to(total[0].device)
-            with self._host.routed(moved):
-                found = torch.autograd.grad(
-                    self._host.losses(moved).sum(), self._shared, allow_unused=True
-                )
-            for own, more in zip(total, found, strict=True):
-                if more is not None:
-                    own.add_(more)
-        return torch.cat([own.reshape(-1).float().cpu() for own in total]) / count
 
 
 def cosines(gradients: Tensor) -> tuple[Tensor, Tensor]:

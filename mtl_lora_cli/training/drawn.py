@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.packing import pack
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch
 from mtl_lora_cli.recipe.schema import Training
+from mtl_lora_cli.training.balance import Factors
 from mtl_lora_cli.training.step import StepPlan
 
 
@@ -26,6 +28,7 @@ class Drawn(StepPlan):
         places: of this process, the examples of each pass.
         tokens: of all rows.
         supervised: int64 [T], units of each task over all processes.
+        factors: float32 [T], of each task's losses.
     """
 
     number: int
@@ -34,39 +37,49 @@ class Drawn(StepPlan):
     places: list[list[Place]]
     tokens: int
     supervised: Tensor
+    factors: Tensor
 
 
 class Draw:
-    """Draws a run's steps. The weight of a unit is its task's `loss_weight`.
+    """Draws a run's steps. The weight of a unit is its task's `loss_weight`, times what `balance` makes of it.
 
     Args:
         data: encoded tasks and their mixture.
         settings: the recipe's `training`.
         processes: this one among those of the run; each draws all rows, and takes its own.
+        balance: learned factors of the tasks' losses; None without.
+        apart: every pass is of one task.
     """
 
     def __init__(
-        self, data: TrainingData, settings: Training, processes: Processes = ALONE
+        self,
+        data: TrainingData,
+        settings: Training,
+        processes: Processes = ALONE,
+        *,
+        balance: Factors | None = None,
+        apart: bool = False,
     ) -> None:
         self._data, self._settings, self._processes = data, settings, processes
+        self._balance, self._apart = balance, apart
         self._dataset = data.dataset(settings.loss_on)
         self.weights = torch.tensor([task.loss_weight for task in data.tasks])
 
     def __call__(self, number: int) -> Drawn:
         """What step `number`, counted from 0, is made of."""
-        size = self._settings.rows_per_pass
         epoch, rows = self._data.mixture.step(number)
         mine = self._processes.mine(rows)
-        passes = [mine[i : i + size] for i in range(0, len(mine), size)]
+        passes = self._by_task(mine) if self._apart else self._together(mine)
         batches = [self.batch(some) for some in passes]
         owners = [batch.owners for batch in batches]
         if self._data.others is not None:
             self._require_agreement(mine, owners)
         # Of all processes' rows, which every process knows: nothing has to be asked.
         supervised = self.supervised(rows)
+        factors = self._factors(number)
         return Drawn(
             batches=batches,
-            weights=[self.weights[owner] for owner in owners],
+            weights=[factors[owner] for owner in owners],
             owners=owners,
             count=int(supervised.sum()),
             idle=self._idle(rows, len(passes)),
@@ -76,7 +89,32 @@ class Draw:
             places=[[place for row in some for place in row] for some in passes],
             tokens=self._dataset.size(rows),
             supervised=supervised,
+            factors=factors,
+            tasks=sorted({task for row in rows for task, _ in row}),
         )
+
+    def _factors(self, number: int) -> Tensor:
+        """Of the tasks' losses at a step, float32 [T]."""
+        return self.weights if self._balance is None else self.weights * self._balance.at(number)
+
+    def _together(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
+        """The rows of each pass."""
+        size = self._settings.rows_per_pass
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+    def _by_task(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
+        """The same examples in rows of one task each."""
+        places: dict[int, list[Place]] = {}
+        for row in rows:
+            for place in row:
+                places.setdefault(place[0], []).append(place)
+        passes = []
+        for task in sorted(places):
+            own = places[task]
+            lengths = [int(self._dataset.lengths[t][number]) for t, number in own]
+            packed = pack(lengths, self._settings.row_length)
+            passes += self._together([[own[i] for i in row] for row in packed])
+        return passes
 
     def batch(self, rows: list[list[Place]]) -> Batch:
         """Rows as one pass of the model."""

@@ -79,7 +79,6 @@ class Journal:
 def step_event(
     drawn: Drawn,
     names: Sequence[str],
-    weights: Tensor,
     loss: Tensor,
     *,
     rate: float,
@@ -91,7 +90,6 @@ def step_event(
     Args:
         drawn: what it was made of.
         names: of the tasks.
-        weights: of the tasks' losses, float32 [T].
         loss: ℓ summed by task, float64 [T].
         rate: its learning rate.
         norm: of the gradients before clipping.
@@ -103,7 +101,7 @@ def step_event(
         "event": "step",
         "step": drawn.number + 1,
         "epoch": drawn.epoch,
-        "loss": float((loss * weights.double()).sum()) / int(supervised.sum()),
+        "loss": float((loss * drawn.factors.double()).sum()) / int(supervised.sum()),
         "task_loss": {
             name: float(own) / int(count)
             for name, own, count in zip(names, loss, supervised, strict=True)

@@ -29,6 +29,7 @@ from mtl_lora_cli.training.checkpoints import (
     save_checkpoint,
 )
 from mtl_lora_cli.training.drawn import Draw, Drawn
+from mtl_lora_cli.training.followers import Balancing, followers, pcgrad, require_followed
 from mtl_lora_cli.training.journal import Journal, step_event
 from mtl_lora_cli.training.observers import Observer, due
 from mtl_lora_cli.training.parts import parameter_groups
@@ -36,6 +37,7 @@ from mtl_lora_cli.training.poison import no_number
 from mtl_lora_cli.training.prepare import ReadyRun
 from mtl_lora_cli.training.schedule import learning_rate_factor
 from mtl_lora_cli.training.step import Running, StepClock, Stepper
+from mtl_lora_cli.training.surgery import Surgery
 
 
 class Trainer:
@@ -61,7 +63,10 @@ class Trainer:
         self.processes, self.total_steps = prepared.processes, prepared.total_steps
         # Counted before weights are cut into parts.
         self._floor = self.host.floor(self.processes.count)
-        self._draw = Draw(self.data, self.settings, self.processes)
+        self._following, more = followers(ready)
+        balance = next((one.factors for one in self._following if isinstance(one, Balancing)), None)
+        operated = pcgrad(self.settings)
+        self._draw = Draw(self.data, self.settings, self.processes, balance=balance, apart=operated)
         self.stepper: Stepper[Drawn] = Stepper(
             self.host,
             self.adapter,
@@ -72,8 +77,9 @@ class Trainer:
             row_length=self.settings.row_length,
             processes=self.processes,
             zero=ready.zero,
+            surgery=Surgery(self.adapter, self.settings.seed, self.processes) if operated else None,
         )
-        self._observers = tuple(observers)
+        self._observers = (*observers, *more)
         self._clock = StepClock(self.stepper.mark)
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._stop_asked = False  # of this process
@@ -93,6 +99,8 @@ class Trainer:
         best = position.best if validation is not None and validation.best is not None else None
         there = best is not None and is_whole(checkpoint_of(self.run.checkpoints, best.step))
         kept = self.processes.same(best if there else None)
+        for one in self._following:
+            one.restore(require_followed(position.following, one.name, checkpoint))
         self.position = replace(position, best=kept)
         return best if kept is None else None
 
@@ -117,6 +125,8 @@ class Trainer:
             self._signals(),
         ):
             self._clock.restart()
+            if self.position.step == 0:
+                self._look([one for one in self._observers if one.at_start], 0, journal)
             running: Running[Drawn] | None = None
             for step in range(self.position.step, self.total_steps):
                 if self.settled:
@@ -204,7 +214,6 @@ class Trainer:
         event = step_event(
             drawn,
             [task.name for task in self.data.tasks],
-            self._draw.weights,
             loss,
             rate=self.settings.learning_rate * self._factor(drawn.number),
             norm=norm,
@@ -214,6 +223,11 @@ class Trainer:
             supervised_share = event["supervised"] / event["tokens"]
             event["floor_share"] = self._floor.share(event["tokens_per_second"], supervised_share)
         journal.step(event)
+        units = drawn.supervised.tolist()
+        for one in self._following:
+            seen = one.observe(drawn.number, task_loss, units)
+            if seen is not None:
+                journal.look(seen.event, seen.line)
         self.position = replace(
             self.position,
             step=drawn.number + 1,
@@ -235,6 +249,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Rank 0 writes; what is cut into parts, and everybody's random states, come to it."""
+        if self._following:
+            followed = {one.name: one.state() for one in self._following}
+            self.position = replace(self.position, following=followed)
         moments = self.stepper.update.state(self.adapter.trained())
         states = self.processes.gather(random_states())
         if self.processes.main:

@@ -35,11 +35,13 @@ class Observer(Protocol):
 
     Attributes:
         every: at every so many of them.
+        at_start: and before the first one, as step 0.
         at_end: and at the last one.
         before_update: at the parameters that the step begins with, not at those that it leaves.
     """
 
     every: int
+    at_start: bool
     at_end: bool
     before_update: bool
 

@@ -57,6 +57,7 @@ from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
+from mtl_lora_cli.training.reference import with_reference
 from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import (
     LOOKED_AT,
@@ -308,10 +309,9 @@ def prepare(
         UsageError: anything that the recipe names is missing or wrong.
     """
     require_trackers(loaded.recipe.run.trackers)
-    if extends is not None and loaded.recipe.training.diagnose is not None:
-        raise loaded.problem(
-            ("training", "diagnose"), "looks at what tasks share, which does not learn here"
-        )
+    if extends is not None:
+        _require_nothing_shared(loaded)
+    loaded = with_reference(loaded)
     now = processes.same(datetime.now().isoformat(timespec="seconds"))
     with processes.one_after_another():
         prepared = replace(_prepare(loaded, processes, now), extends=extends)
@@ -329,6 +329,16 @@ def prepare(
         total_steps=_steps(recipe, data),
         validation=_validation(loaded, recipe, data, prepared.tokenizer, prepared.longest),
     )
+
+
+def _require_nothing_shared(loaded: LoadedRecipe) -> None:
+    """Refuse what looks at shared parameters where only those of new tasks learn."""
+    training = loaded.recipe.training
+    why = "looks at what tasks share, which does not learn here"
+    if training.diagnose is not None:
+        raise loaded.problem(("training", "diagnose"), why)
+    if training.balance is not None and training.balance.method != "uncertainty":
+        raise loaded.problem(("training", "balance"), f"{training.balance.method} {why}")
 
 
 def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:

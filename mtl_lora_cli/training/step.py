@@ -21,6 +21,7 @@ from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
+from mtl_lora_cli.training.surgery import Surgery
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 from mtl_lora_cli.training.zero import ZeroUpdate
 
@@ -36,6 +37,8 @@ class StepPlan:
         count: S of all processes together.
         idle: passes of this process that count for nothing: others have more, and where weights are
             cut into parts all must run as many.
+        tasks: that the step has, over all processes; read where gradients of tasks are held against each
+            other. Then every batch is one task's.
     """
 
     batches: Sequence[Batch]
@@ -43,6 +46,7 @@ class StepPlan:
     owners: Sequence[Tensor]
     count: int
     idle: Sequence[Batch] = ()
+    tasks: Sequence[int] = ()
 
 
 P = TypeVar("P", bound=StepPlan)
@@ -91,6 +95,7 @@ class Stepper(Generic[P]):
         row_length: what a row holds at most.
         processes: this one among those that step together.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
+        surgery: what becomes of the tasks' gradients before the update; None: they are summed.
 
     Attributes:
         update: who updates the parameters.
@@ -110,13 +115,15 @@ class Stepper(Generic[P]):
         row_length: int,
         processes: Processes = ALONE,
         zero: Mapping[str, Any] | None = None,
+        surgery: Surgery | None = None,
     ) -> None:
+        self._surgery = surgery
         self._plan, self._total, self._processes = plan, total, processes
         self._tasks = len(adapter.tasks)
         self._device = adapter.device
         self.runs_ahead = self._device.type == "cuda"
         self._ahead: _Prepared[P] | None = None
-        graphed = graphs_possible(host, adapter, self._device)
+        graphed = surgery is None and graphs_possible(host, adapter, self._device)
         losses: Callable[[Any], Tensor] = host.losses
         self.update: Update | ZeroUpdate
         if zero is not None:
@@ -171,8 +178,12 @@ class Stepper(Generic[P]):
         for ready, owner in zip(prepared.passes, prepared.planned.owners, strict=True):
             values.append(self.passes.run(ready).double())
             losses.index_add_(0, owner.to(losses.device), values[-1])
+            if self._surgery is not None:
+                self._surgery.take(int(owner[0]))
         for ready in prepared.idle:
             self.passes.run(ready)
+        if self._surgery is not None:
+            self._surgery.put(prepared.number, prepared.planned.tasks)
         return losses, values
 
     def mark(self) -> torch.cuda.Event | None:

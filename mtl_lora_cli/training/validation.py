@@ -170,7 +170,7 @@ def _with_metric(held: HeldOut, requests: Sequence[Request]) -> HeldOut:
 
 
 class Validation:
-    """Every so many steps and at the end: each task's mean loss a unit (a supervised token, of text), and its metric.
+    """Every so many steps, at the end, and before the first one where that is asked for: each task's mean loss a unit (a supervised token, of text), and its metric.
 
     Without dropout, at the parameters that the step leaves. Processes share the examples, unless they
     must run the same passes; what the first one finds holds for all.
@@ -205,7 +205,7 @@ class Validation:
         self._host, self._adapter, self._processes = host, adapter, processes
         self._sharing = ALONE if same_passes else processes
         self._settings, self._total_steps = settings.validation, total_steps
-        self.every = settings.validation.every
+        self.every, self.at_start = settings.validation.every, settings.validation.before
         self._row_length = settings.row_length
         self._held = held
         self._seen = [one for one in held if len(one.split)]
@@ -238,7 +238,8 @@ class Validation:
                 name: one.one_answer for name, one in measured.items() if one.one_answer
             }
         told = f"validation after step {step}/{self._total_steps}  {_told(event)}"
-        return Seen(event, told, self._mark(event))
+        # Nothing is learned before the first step, and no checkpoint is of it.
+        return Seen(event, told, self._mark(event) if step else None)
 
     def _mark(self, event: Mapping[str, Any]) -> Mark | None:
         """What `training.validation.best` goes by: the metric where there is one, else the loss."""

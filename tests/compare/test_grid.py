@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mtl_lora_cli.adapters.methods import configure
@@ -209,3 +211,23 @@ def test_a_nested_key_is_set_beside_its_neighbours(recipe: Recipe) -> None:
     other = with_settings(recipe, "lora", {"training.parts.up.learning_rate": 0.1})
     assert other.training.parts.up.learning_rate == 0.1
     assert other.training.parts.down.learning_rate is None
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("training.balance=uncertainty", lambda recipe: recipe.training.balance.method),
+        ("training.balance={method: gradnorm, every: 5}", lambda r: r.training.balance.every),
+        ("mixing.dynamic=progress", lambda recipe: recipe.mixing.dynamic),
+        ("mixing={dynamic: excess_loss, every: 20}", lambda recipe: recipe.mixing.every),
+        ("training.rows=one_task", lambda recipe: recipe.training.rows),
+        ("training.stages=[{tasks: [a]}]", lambda recipe: recipe.training.stages[0].tasks),
+    ],
+)
+def test_what_follows_the_tasks_is_a_setting_like_any_other(text: str, read: Any) -> None:
+    """Beside `proportional` in a sweep, or under a name of its own."""
+    recipe = Recipe.model_validate({"tasks": [{"name": "a", "template": "samples/animals"}]})
+    (variant,) = parse_variants([f"other=mtl-lora,{text}"]).values()
+    found = read(with_settings(recipe, variant.method, variant.settings))
+    assert str(found).strip("[]'") in text
+    assert with_settings(recipe, "mtl-lora", {}).mixing == "proportional"

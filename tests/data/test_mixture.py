@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import chain
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.mixture import (
     Mixture,
     Place,
@@ -22,6 +24,7 @@ from mtl_lora_cli.data.mixture import (
     shares,
     subset,
 )
+from mtl_lora_cli.data.stages import Part, StagedMixture
 
 SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=6)
 
@@ -239,3 +242,79 @@ def test_a_subset_differs_by_seed_and_task_and_is_no_prefix() -> None:
 def test_planned_epochs_count_what_is_drawn() -> None:
     mixed = mixture()
     assert planned_epochs(mixed, mixed.steps_in(2)) == {"task0": 2.0, "task1": 2.0, "task2": 2.0}
+
+
+@given(st.integers(0, 5))
+@settings(max_examples=6, deadline=None)
+def test_rows_of_one_task_hold_what_mixed_rows_do(seed: int) -> None:
+    mixed, apart = mixture(seed=seed), mixture(seed=seed, one_task=True)
+    assert all(len({task for task, _ in row}) == 1 for row in apart.epoch(0))
+    assert sorted(places(apart.epoch(0))) == sorted(places(mixed.epoch(0)))
+    assert any(len({task for task, _ in row}) > 1 for row in mixed.epoch(0))
+
+
+def staged(*parts: Part, **keys: Any) -> StagedMixture:
+    plain = mixture(**keys)
+    own = {one.name: getattr(plain, one.name) for one in fields(Mixture)}
+    return StagedMixture(**own, parts=parts)
+
+
+def test_stages_are_mixtures_of_their_tasks_one_after_another() -> None:
+    one = staged(Part((0, 1), 1.5), Part((0, 1, 2), 1.0))
+    first = mixture((40, 7))
+    early = replace(first, lengths=one.lengths[:2])
+    assert one.steps_in(1) == early.steps_in(1.5) + mixture().steps_in(1)
+    for step in range(early.steps_in(1.5)):
+        assert one.step(step) == early.step(step)
+    epochs, seen = set(), []
+    for step in range(early.steps_in(1.5), one.steps_in(1)):
+        epoch, rows = one.step(step)
+        epochs.add(epoch)
+        seen += places(rows)
+    assert epochs == {
+        2
+    }  # one and a half epochs are behind it, and it draws in another order than they
+    assert sorted(seen) == [(task, n) for task, size in enumerate((40, 7, 90)) for n in range(size)]
+    assert one.planned_counts() == [100, 18, 90]
+    assert {task for row in one.first_rows() for task, _ in row} == {0, 1, 2}
+
+
+def dynamic(**keys: Any) -> DynamicMixture:
+    plain = mixture(**keys)
+    return DynamicMixture(
+        **{one.name: getattr(plain, one.name) for one in fields(Mixture)}, every=5
+    )
+
+
+def test_a_dynamic_mixture_goes_on_where_its_state_says() -> None:
+    shares_ = [(0.7, 0.1, 0.2), (0.0, 0.5, 0.5), (1.0, 0.0, 0.0)]
+    whole, rows = dynamic(), []
+    for block, own in enumerate(shares_, start=1):
+        rows += [whole.step(5 * (block - 1) + n) for n in range(5)]
+        if block == 2:
+            state = json.loads(json.dumps(whole.state()))
+        whole.decide(block, own)
+    rows += [whole.step(15 + n) for n in range(5)]
+    again = dynamic()
+    again.restore(state)
+    again.decide(2, shares_[1])
+    assert again.step(7) == rows[7]
+    again.decide(3, shares_[2])
+    assert [again.step(n) for n in range(10, 20)] == rows[10:20]
+    with pytest.raises(LookupError):
+        again.step(20)
+
+
+def test_a_dynamic_mixture_fills_its_rows_and_repeats_nothing_early() -> None:
+    one = dynamic(sizes=(400, 70, 900))
+    one.decide(1, (0.6, 0.1, 0.3))
+    assert all(len(one.step(n)[1]) == 4 for n in range(10))
+    drawn = [place for n in range(10) for place in places(one.step(n)[1])]
+    for task, size in enumerate((400, 70, 900)):
+        own = [number for t, number in drawn if t == task]
+        assert set(Counter(own).values()) <= {len(own) // size, -(-len(own) // size)}
+    second = [task for n in range(5, 10) for task, _ in places(one.step(n)[1])]
+    for task, share in enumerate((0.6, 0.1, 0.3)):
+        assert abs(second.count(task) / len(second) - share) < 0.15
+    used = sum(int(one.lengths[t][n]) for t, n in drawn)
+    assert used > 0.85 * 10 * 4 * one.row_length

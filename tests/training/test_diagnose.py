@@ -12,7 +12,8 @@ from torch import Tensor
 from mtl_lora_cli.adapters.methods import METHODS, configure
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.recipe.schema import Diagnose
-from mtl_lora_cli.training.diagnose import Diagnosis, cosines, shared_parameters
+from mtl_lora_cli.training.diagnose import cosines
+from mtl_lora_cli.training.gradients import TaskGradients, shared_parameters
 
 
 def naive(run: Any, step: int) -> tuple[list[str], list[Tensor]]:
@@ -85,12 +86,8 @@ def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> N
     """Σ_t (S_t / S) g_t is the gradient of the step's loss: nothing is counted twice or left out."""
     run = small(adapter=configure(rank=4))
     trainer = run.trainer
-    diagnosis = Diagnosis(
-        trainer.host,
-        trainer.adapter,
-        trainer.data,
-        trainer.settings.model_copy(update={"diagnose": Diagnose()}),
-    )
+    dataset = trainer.data.dataset(trainer.settings.loss_on)
+    gradients = TaskGradients(trainer.host, trainer.adapter, dataset, 128)
     prepared = trainer.stepper.prepare(0)
     drawn = prepared.planned
     places: dict[int, list[tuple[int, int]]] = {}
@@ -98,7 +95,7 @@ def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> N
         for place in row:
             places.setdefault(place[0], []).append(place)
     total = sum(
-        diagnosis.gradient(own) * int(drawn.supervised[task]) for task, own in places.items()
+        gradients.of(own)[0] * int(drawn.supervised[task]) for task, own in places.items()
     ) / int(drawn.supervised.sum())
     trainer.stepper.accumulate(prepared)
     shared = shared_parameters(trainer.adapter)

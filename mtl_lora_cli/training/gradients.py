@@ -1,0 +1,65 @@
+"""The gradient of one task alone on what tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.evaluation.choices import fill_passes
+from mtl_lora_cli.models.host import Dataset, Host
+from mtl_lora_cli.training.observers import undisturbed
+
+
+def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors without a task axis."""
+    return {
+        name: tensor
+        for name, tensor in adapter.tensors().items()
+        if not adapter.role(name).per_task
+    }
+
+
+class TaskGradients:
+    """Gradients on the shared parameters θ without dropout. Nothing is added to their `.grad`.
+
+    Examples of a packed row do not see each other, so a task's gradient needs a pass over its own examples
+    only, and those of all tasks of a step cost about one more step.
+
+    Args:
+        host: the model with the adapter injected.
+        adapter: what is trained.
+        dataset: the examples.
+        row_length: what a pass holds at most.
+    """
+
+    def __init__(self, host: Host, adapter: Adapter, dataset: Dataset, row_length: int) -> None:
+        self._host, self._adapter, self._dataset = host, adapter, dataset
+        self._row_length = row_length
+        self._shared = list(shared_parameters(adapter).values())
+
+    def of(self, places: Sequence[Place]) -> tuple[Tensor, float]:
+        """∇_θ of the mean ℓ over these examples' units, flat float32 [D], on the CPU; and that mean."""
+        with undisturbed(self._host, self._adapter):
+            return self._summed(places)
+
+    def _summed(self, places: Sequence[Place]) -> tuple[Tensor, float]:
+        lengths = self._dataset.lengths
+        costs = [int(lengths[task][number]) for task, number in places]
+        total = [torch.zeros_like(parameter) for parameter in self._shared]
+        count, losses = 0, 0.0
+        for chosen in fill_passes(costs, self._row_length):
+            batch = self._dataset.collate([[places[i] for i in chosen]])
+            count += len(batch.owners)
+            moved = batch.to(total[0].device)
+            with self._host.routed(moved):
+                loss = self._host.losses(moved).sum()
+                found = torch.autograd.grad(loss, self._shared, allow_unused=True)
+            losses += float(loss.detach().double())
+            for own, more in zip(total, found, strict=True):
+                if more is not None:
+                    own.add_(more)
+        return torch.cat([own.reshape(-1).float().cpu() for own in total]) / count, losses / count
