@@ -8,7 +8,11 @@ from mtl_lora_cli.adapters.methods import DEFAULT, METHODS, common_keys, every_k
 from mtl_lora_cli.recipe.schema import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_SWITCHES = ("diagnose", "validation")  # keys of `training` that take true and false, too
+_SWITCHES = (
+    "clipping",
+    "diagnose",
+    "validation",
+)  # keys of `training` that take true and false, too
 _BALANCED = [
     "none",
     "uncertainty",

@@ -320,6 +320,14 @@ def _by_method(value: Any) -> Any:
     return {"method": value} if isinstance(value, str) else value
 
 
+class Clipping(StrictModel):
+    """Clipping relative to each tensor's own history, AdaGC (arXiv 2502.11034)."""
+
+    relative: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.05  # times its usual norm
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.98  # of the mean that says what is usual
+    after: Annotated[int, Field(ge=0)] = 100  # steps; until then max_gradient_norm holds
+
+
 class Training(StrictModel):
     """How the adapter learns."""
 
@@ -331,7 +339,9 @@ class Training(StrictModel):
     parts: Parts = Parts()
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03  # share of all steps
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999  # AdamW's β₂
     max_gradient_norm: PositiveFloat = 1.0
+    clipping: Annotated[Clipping | None, BeforeValidator(_switch)] = None
     row_length: Annotated[int, Field(ge=8)] = 1024  # tokens in a packed row
     rows_per_step: Positive = 8  # global: accumulation follows from it and the number of processes
     rows_per_pass: Positive = 1  # rows that go through the model together on one device
@@ -343,6 +353,7 @@ class Training(StrictModel):
     memory: Literal["manual", "auto"] = "manual"  # who picks rows_per_pass and what is recomputed
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
+    shuffled_tasks: bool = False  # a control: the adapter gets the task ids of other examples
     diagnose: Annotated[Diagnose | None, BeforeValidator(_switch)] = None
     # Not `validate`: pydantic's models have a method of that name.
     validation: Annotated[ValidationSettings | None, BeforeValidator(_switch)] = None

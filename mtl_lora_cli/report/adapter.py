@@ -52,7 +52,7 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
     content = {
         "method": config.method,
         "rank": config.rank,
-        "up_projections": config.ups,
+        "up_projections": max((len(one[0]) for one in gates.values()), default=config.ups),
         "tasks": list(adapter.tasks),
         "parameters": {"total": adapter.parameter_count(), "by_role": _sizes(adapter)},
         "update_norm": None if whole is None else _by_task(adapter.tasks, _roots(whole)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +18,8 @@ _OF_TASKS = ("loss", "metric")
 def training_curves(steps: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
     """Means over groups of as many steps each, where there are more steps than points.
 
+    Of the gradient norm it is the highest of each group: a mean would hide a spike.
+
     Returns:
         `steps_per_point`; `step`, the last one of each group; the curves by name; and `task_loss`,
         task → its curve. A value is None where no step of the group has one, and a curve is None
@@ -27,14 +29,15 @@ def training_curves(steps: Sequence[Mapping[str, Any]], tasks: Sequence[str]) ->
     size = max(1, -(-len(steps) // most))
     groups = [steps[start : start + size] for start in range(0, len(steps), size)]
 
-    def curve(*keys: str) -> list[float | None] | None:
-        means = [_mean([_at(step, keys) for step in group]) for group in groups]
-        return means if any(mean is not None for mean in means) else None
+    def curve(*keys: str, of: Callable[[list[float]], float] = fmean) -> list[float | None] | None:
+        points = [_of_known(of, [_at(step, keys) for step in group]) for group in groups]
+        return points if any(point is not None for point in points) else None
 
     return {
         "steps_per_point": size,
         "step": [group[-1]["step"] for group in groups],
         **{name: curve(name) for name in _OF_STEPS},
+        "gradient_norm": curve("gradient_norm", of=max),
         "task_loss": {task: curve("task_loss", task) for task in tasks},
     }
 
@@ -46,9 +49,9 @@ def _at(step: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return value
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _of_known(of: Callable[[list[float]], float], values: Sequence[Any]) -> float | None:
     known = [value for value in map(number, values) if value is not None]
-    return fmean(known) if known else None
+    return of(known) if known else None
 
 
 def validation_looks(events: Events, tasks: Sequence[str]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from mtl_lora_cli.runs.listing import summary
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.spikes import spikes, told
 
 FORMAT_VERSION = 1
 _NUMBERS = 40_000  # of one part of an adapter; more than that are not shown, but counted
@@ -80,6 +81,8 @@ def _facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         notes.append(f"no results yet; get them with: mtl-lora eval --run {run.path} --task all")
     notes += source
     notes += signs([*events.steps, *events.validations])
+    clipped = recipe.training.clipping is not None
+    notes += told(spikes(events.steps), len(events.steps), clipped=clipped)
     notes += [
         f"{one['task']}: {one_sided(one['one_answer'])}"
         for one in found.results

@@ -41,6 +41,7 @@ _STYLE: Any = {
 MEASURES = {
     "loss": "training loss",
     "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm, highest",
     "tokens_per_second": "tokens/s",
     "floor_share": "share of the floor",
     "memory_gib": "most memory so far, GiB",
@@ -122,6 +123,8 @@ def _curves(runs: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
             figure, axis = _panel(title)
             for number, (steps, values) in enumerate(lines):
                 _line(axis, steps, values, number, smooth=name in ("loss", "tokens_per_second"))
+            if name == "gradient_norm":
+                axis.set_yscale("log")
             _legend(axis, runs)
             yield Plot(name, "curves", title, None, False, figure)
 

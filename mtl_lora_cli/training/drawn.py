@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from mtl_lora_cli.data.packing import pack
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.balance import Factors
+from mtl_lora_cli.training.shuffled import ShuffledTasks
 from mtl_lora_cli.training.step import StepPlan
 
 
@@ -64,6 +67,9 @@ class Draw:
         self._balance, self._apart = balance, apart
         self._dataset = data.dataset(settings.loss_on)
         self.weights = torch.tensor([task.loss_weight for task in data.tasks])
+        self._shuffled = (
+            ShuffledTasks(self._dataset.lengths, settings.seed) if settings.shuffled_tasks else None
+        )
 
     def __call__(self, number: int) -> Drawn:
         """What step `number`, counted from 0, is made of."""
@@ -74,6 +80,11 @@ class Draw:
         owners = [batch.owners for batch in batches]
         if self._data.others is not None:
             self._require_agreement(mine, owners)
+        if self._shuffled is not None:
+            batches = [
+                self._shuffled(cast(PackedBatch, one), some)
+                for one, some in zip(batches, _places(passes), strict=True)
+            ]
         # Of all processes' rows, which every process knows: nothing has to be asked.
         supervised = self.supervised(rows)
         factors = self._factors(number)
@@ -86,7 +97,7 @@ class Draw:
             number=number,
             epoch=epoch,
             rows=rows,
-            places=[[place for row in some for place in row] for some in passes],
+            places=_places(passes),
             tokens=self._dataset.size(rows),
             supervised=supervised,
             factors=factors,
@@ -146,3 +157,8 @@ class Draw:
         most = -(-len(rows) // self._processes.count)
         missing = -(-most // self._settings.rows_per_pass) - passes
         return [self.batch(rows[:1])] * missing if missing else []
+
+
+def _places(passes: list[list[list[Place]]]) -> list[list[Place]]:
+    """The examples of each pass."""
+    return [[place for row in some for place in row] for some in passes]

@@ -74,6 +74,7 @@ class Trainer:
             total=self.total_steps,
             groups=parameter_groups(self.adapter, self.settings),
             max_norm=self.settings.max_gradient_norm,
+            clipping=self.settings.clipping,
             row_length=self.settings.row_length,
             processes=self.processes,
             zero=ready.zero,

@@ -42,7 +42,8 @@ def parameter_groups(adapter: Adapter, settings: Training) -> list[ParameterGrou
             settings.weight_decay if decay is None else decay,
         )
         tensors.setdefault(values, []).append(tensor)
-    return [ParameterGroup(found, *values) for values, found in tensors.items()]
+    beta2 = settings.adam_beta2
+    return [ParameterGroup(found, *values, beta2) for values, found in tensors.items()]
 
 
 def _is_set(parts: Parts, name: str) -> bool:

@@ -195,9 +195,10 @@ class Prepared:
         distributed = self.recipe.distributed
         if distributed.zero_stage == 0:
             return None
+        training = self.recipe.training
         derived = deepspeed_config(
             distributed,
-            max_gradient_norm=self.recipe.training.max_gradient_norm,
+            max_gradient_norm=None if training.clipping else training.max_gradient_norm,
             on_card=self.device.type == "cuda",
         )
         return derived if self.deepspeed is None else merged_config(derived, self.deepspeed)
@@ -377,6 +378,7 @@ _OF_TEXT = {
     "training.memory": "manual",
     "training.loss_on": "answer",
     "training.gradient_checkpointing": False,
+    "training.shuffled_tasks": False,
 }
 
 

@@ -40,6 +40,7 @@ from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.spikes import spikes, told
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
 from mtl_lora_cli.visible import tell
@@ -275,8 +276,8 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
     """Train, and write the finished adapter."""
     prepared, run = ready.prepared, ready.run
     recipe, processes = prepared.recipe, prepared.processes
-    told = recipe.run if processes.main else RunSettings()
-    with _disk(run), tracked(told, run, recipe.model_dump(mode="json")) as trackers:
+    trackers_of = recipe.run if processes.main else RunSettings()
+    with _disk(run), tracked(trackers_of, run, recipe.model_dump(mode="json")) as trackers:
         trainer = Trainer(ready, prepared.observers(ready.host, ready.adapter))
         checkpoint = newest_checkpoint(run.checkpoints) if resume else None
         lost = None if checkpoint is None else trainer.resume(checkpoint)
@@ -298,7 +299,10 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
             progress.close()
         for line in _ending(trainer):
             progress.say(line)
-        for line in signs(run.events()):
+        events = list(run.events())
+        found = spikes(events)
+        clipped = recipe.training.clipping is not None
+        for line in (*signs(events), *told(found, trainer.position.step, clipped=clipped)):
             progress.say(f"note: {line}")
         if processes.main:
             _write_adapter(ready, trainer)

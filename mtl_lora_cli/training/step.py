@@ -20,6 +20,8 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.recipe.schema import Clipping
+from mtl_lora_cli.training.clipping import RelativeClipping
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.surgery import Surgery
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
@@ -92,6 +94,7 @@ class Stepper(Generic[P]):
         total: no step after this one is prepared.
         groups: what learns, by rate and decay.
         max_norm: at which gradients are clipped.
+        clipping: by each tensor's own history; None: by `max_norm` alone.
         row_length: what a row holds at most.
         processes: this one among those that step together.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
@@ -112,6 +115,7 @@ class Stepper(Generic[P]):
         total: int,
         groups: Sequence[ParameterGroup],
         max_norm: float,
+        clipping: Clipping | None = None,
         row_length: int,
         processes: Processes = ALONE,
         zero: Mapping[str, Any] | None = None,
@@ -125,15 +129,21 @@ class Stepper(Generic[P]):
         self._ahead: _Prepared[P] | None = None
         graphed = surgery is None and graphs_possible(host, adapter, self._device)
         losses: Callable[[Any], Tensor] = host.losses
+        learning = list(adapter.trained().values())
+        history = None if clipping is None else RelativeClipping(learning, clipping, max_norm)
         self.update: Update | ZeroUpdate
         if zero is not None:
-            self.update = ZeroUpdate(host, adapter, groups, zero, processes)
+            self.update = ZeroUpdate(host, adapter, groups, zero, processes, history)
             losses, graphed = self.update.losses, graphed and not self.update.same_passes
         else:
             optimizer = make_optimizer(groups, graphed=graphed)
-            learning = list(adapter.trained().values())
             self.update = Update(
-                learning, optimizer, max_norm, graphed=graphed, processes=processes
+                learning,
+                optimizer,
+                max_norm,
+                graphed=graphed,
+                processes=processes,
+                clipping=history,
             )
         self.passes: EagerPasses | GraphedPasses = EagerPasses(losses, host, self._device)
         if graphed and isinstance(host, PackedModel):

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.processes import ALONE, Processes
+from mtl_lora_cli.training.clipping import USUAL, RelativeClipping
 
 PEAK = "peak"  # key of an optimiser's group: its learning rate before the schedule
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, besides the count of steps
+_SCALARS = ("step", USUAL)
+_BETA1 = 0.9
 _WARM_UP = 2  # updates that run as they are: state gets its memory
 
 
@@ -25,11 +28,13 @@ class ParameterGroup:
         parameters: some of what is trained.
         learning_rate: at its peak; the schedule multiplies it.
         weight_decay: AdamW's.
+        beta2: AdamW's β₂: it remembers squares of gradients for about 1 / (1 − β₂) steps.
     """
 
     parameters: Sequence[Tensor]
     learning_rate: float
     weight_decay: float
+    beta2: float = 0.999
 
 
 class Updating(Protocol):
@@ -67,6 +72,7 @@ def make_optimizer(
                 if graphed
                 else group.learning_rate,
                 "weight_decay": group.weight_decay,
+                "betas": (_BETA1, group.beta2),
                 PEAK: group.learning_rate,
             }
             for group in groups
@@ -86,18 +92,20 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"] = rate
 
 
-def require_state(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Refuse a state that is not that of these parameters.
+def require_state(
+    tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, clipping: bool = False
+) -> None:
+    """Refuse a state that is not that of these parameters, with their usual norms where they clip by them.
 
     Raises:
         MtlLoraError: naming the first that is missing, unknown or misshapen.
     """
     for name, tensor in tensors.items():
-        for key in (*MOMENTS, "step"):
+        for key in (*MOMENTS, *_SCALARS[: 1 + clipping]):
             value = saved.get(f"{name}/{key}")
             if value is None:
                 raise MtlLoraError(f"optimizer.safetensors: the {key} of '{name}' is missing")
-            if key != "step" and value.shape != tensor.shape:
+            if key not in _SCALARS and value.shape != tensor.shape:
                 raise MtlLoraError(
                     f"optimizer.safetensors: the {key} of '{name}' has shape {list(value.shape)}, "
                     f"expected {list(tensor.shape)}"
@@ -119,6 +127,7 @@ class Update:
         max_norm: of all gradients together.
         graphed: replay from the third step on.
         processes: over whom gradients are summed.
+        clipping: by each tensor's own history, in the order of `parameters`; None: by `max_norm` alone.
     """
 
     loss_scale = 1.0
@@ -132,7 +141,9 @@ class Update:
         *,
         graphed: bool,
         processes: Processes = ALONE,
+        clipping: RelativeClipping | None = None,
     ) -> None:
+        self._clipping = clipping
         self._parameters = list(parameters)
         self.optimizer = optimizer
         self._max_norm = max_norm
@@ -166,28 +177,29 @@ class Update:
 
     def _sum_gradients(self) -> None:
         """One collective for all of them: they are few beside the base model."""
-        for parameter in self._parameters:
-            if parameter.grad is None:  # this process had no row
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = _gradients(self._parameters)
         flat = self._processes.sum_(torch.cat([gradient.view(-1) for gradient in gradients]))
         sizes = [gradient.numel() for gradient in gradients]
         parts = [part.view_as(g) for part, g in zip(flat.split(sizes), gradients, strict=True)]
         torch._foreach_copy_(gradients, parts)
 
     def _run(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        if self._clipping is None:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        else:
+            norm = self._clipping.clip(_gradients(self._parameters))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self._graphed)
         return norm
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Updating`."""
+        usual = {} if self._clipping is None else self._clipping.state(tensors)
         return {
             f"{name}/{key}": value.detach().cpu().contiguous()
             for name, tensor in tensors.items()
             for key, value in self.optimizer.state[tensor].items()
-        }
+        } | usual
 
     def restore(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """See `Updating`.
@@ -195,7 +207,9 @@ class Update:
         Raises:
             MtlLoraError: it is the state of other parameters.
         """
-        require_state(tensors, saved)
+        require_state(tensors, saved, clipping=self._clipping is not None)
+        if self._clipping is not None:
+            self._clipping.restore(tensors, saved)
         groups = self.optimizer.param_groups
         on_card = any(group.get("fused") or group.get("capturable") for group in groups)
         for name, tensor in tensors.items():
@@ -204,3 +218,11 @@ class Update:
                 # `step` is a scalar that torch's AdamW keeps on the CPU, unless it is one kernel.
                 device = value.device if key == "step" and not on_card else tensor.device
                 self.optimizer.state[tensor][key] = value.to(device, copy=True)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Of all of them; of one that no row of this process reached zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [p.grad for p in parameters if p.grad is not None]

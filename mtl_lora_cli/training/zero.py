@@ -39,6 +39,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
+from mtl_lora_cli.training.clipping import RelativeClipping
 from mtl_lora_cli.training.update import (
     MOMENTS,
     ParameterGroup,
@@ -68,13 +69,13 @@ _PLACES = ("output_path", "output_file", "results_dir", "exps_dir", "nvme_path")
 
 
 def deepspeed_config(
-    distributed: Distributed, *, max_gradient_norm: float, on_card: bool
+    distributed: Distributed, *, max_gradient_norm: float | None, on_card: bool
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as it follows from a recipe.
 
     Args:
         distributed: the recipe's.
-        max_gradient_norm: the recipe's.
+        max_gradient_norm: the recipe's; None: DeepSpeed does not clip, `training.clipping` does.
         on_card: whether there is a card.
     """
     stage, offload = distributed.zero_stage, distributed.offload
@@ -91,7 +92,7 @@ def deepspeed_config(
         # Rows are dealt out by ourselves; DeepSpeed sees one pass after the other.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_gradient_norm,
+        "gradient_clipping": max_gradient_norm or 0.0,
         "zero_allow_untested_optimizer": True,  # torch's AdamW, which ZeRO's tests do not name
         "zero_force_ds_cpu_optimizer": False,  # no C++ has to be compiled for so few parameters
         "zero_optimization": zero,
@@ -214,6 +215,8 @@ class ZeroUpdate:
         groups: its parameters.
         config: from `deepspeed_config`, with or without `merged_config`.
         processes: over which is cut.
+        clipping: by each tensor's own history. It needs whole tensors, so gradients are summed before
+            DeepSpeed gets them: the mean that it takes of equal ones is what they are.
 
     Attributes:
         losses: gives ℓ [S] of a batch.
@@ -227,11 +230,14 @@ class ZeroUpdate:
         groups: Sequence[ParameterGroup],
         config: Mapping[str, Any],
         processes: Processes,
+        clipping: RelativeClipping | None = None,
     ) -> None:
         deepspeed = _quiet_deepspeed()
         require_group(processes)
-        self._processes = processes
-        self.loss_scale = float(processes.count)  # DeepSpeed averages over the processes
+        self._processes, self._clipping = processes, clipping
+        self._trained = list(adapter.trained().values())
+        # DeepSpeed averages over the processes.
+        self.loss_scale = float(processes.count) if clipping is None else 1.0
         self.same_passes = config["zero_optimization"]["stage"] == 3  # all gather together
         self.losses: Callable[[Any], Tensor] = host.losses
         if self.same_passes:
@@ -256,18 +262,28 @@ class ZeroUpdate:
     def __call__(self, factor: float) -> Tensor:
         """See `Updating`."""
         set_learning_rates(self.optimizer, factor)
+        before = None if self._clipping is None else self._clipped(self._clipping)
         self._engine.backward(self._engine(*(flat.gradient for flat in self._flats)))
         self._engine.step()
         with torch.no_grad():
             for flat in self._flats:
                 flat.values.copy_(flat.parameter)
                 flat.gradient.zero_()
+        if before is not None:
+            return self._norm.copy_(before)
         norm = torch.as_tensor(self._engine.get_global_grad_norm())
         # DeepSpeed says −1 where it is no finite number.
         return self._norm.copy_(norm.masked_fill(norm < 0, float("nan")))
 
+    def _clipped(self, clipping: RelativeClipping) -> Tensor:
+        """Sum the gradients over the processes and clip them; their norm before."""
+        for flat in self._flats:
+            self._processes.sum_(flat.gradient)
+        return clipping.clip([cast(Tensor, tensor.grad) for tensor in self._trained])
+
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Updating`."""
+        usual = {} if self._clipping is None else self._clipping.state(tensors)
         step = torch.tensor(float(next(iter(self.optimizer.state.values()))["step"]))
         found: dict[int, dict[str, Tensor]] = {id(tensor): {} for tensor in tensors.values()}
         for number, flat in enumerate(self._flats):
@@ -279,7 +295,7 @@ class ZeroUpdate:
             f"{name}/{key}": value
             for name, tensor in tensors.items()
             for key, value in {**found[id(tensor)], "step": step.clone()}.items()
-        }
+        } | usual
 
     def _whole(self, number: int, flat: _Flat, key: str) -> Tensor:
         """One moment of one group, of whose values each process has some.
@@ -302,7 +318,9 @@ class ZeroUpdate:
         Raises:
             MtlLoraError: it is the state of other parameters.
         """
-        require_state(tensors, saved)
+        require_state(tensors, saved, clipping=self._clipping is not None)
+        if self._clipping is not None:
+            self._clipping.restore(tensors, saved)
         names = {id(tensor): name for name, tensor in tensors.items()}
         for number, flat in enumerate(self._flats):
             flat.parameter.data.copy_(flat.values)

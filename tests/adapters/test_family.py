@@ -25,6 +25,7 @@ IDS = torch.tensor([[2, 0, -1, 2, 3, 3], [0, -1, 0, 2, 2, 0]])  # task 1 is abse
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "mtl-lora": {"up_projections": 2},
+    "mtl-lora-fine": {"rank": 5, "up_rank": 2, "embedding_size": 4},
     "mtlora": {"task_rank": 2},
     "moelora": {"rank": 6, "up_projections": 3, "embedding_size": 4},
     "multilora": {"up_projections": 3},
@@ -43,12 +44,20 @@ def update(method: str, p: Mapping[str, Tensor], c: Settings, task: int, x: Tens
         gate = torch.softmax(p["task_gate"][task] / c.tau, 0)
         low = p["task_transform"][task] @ (a[0] @ x)
         return s * sum(g * (up @ low) for g, up in zip(gate, b, strict=True))
+    if method == "mtl-lora-fine":  # groups of columns b_k, each weighed by its gate and d_{t,k}
+        gate = 1 + p["gate_projection"] @ p["task_embedding"][task]
+        total = torch.zeros(len(b[0]), dtype=x.dtype)
+        for k in range(c.rank):
+            weight = gate[k // c.up_rank] * p["task_transform"][task][k]
+            total = total + weight * b[0][:, k] * (a[0][k] @ x)
+        return s * total
     if method == "mtlora":  # arXiv 2403.20320: task-agnostic plus task-specific module
         own = p["task_lora_B"][task] @ (p["task_lora_A"][task] @ x)
         return s * (b[0] @ (a[0] @ x)) + c.alpha / c.task_rank * own
     if method == "moelora":  # arXiv 2310.18339, equations 5 to 8
         gate = torch.softmax(p["gate_projection"] @ p["task_embedding"][task] / c.tau, 0)
-        return s * sum(g * (up @ (down @ x)) for g, up, down in zip(gate, b, a, strict=True))
+        n = len(gate) if c.gate_form == "mean_one" else 1
+        return s * sum(n * g * (up @ (down @ x)) for g, up, down in zip(gate, b, a, strict=True))
     if method == "multilora":  # arXiv 2311.11501, section 3
         parts = zip(p["scale"], b, a, strict=True)
         return s * sum(scale * (up @ (down @ x)) for scale, up, down in parts)
@@ -145,7 +154,7 @@ def test_a_gate_that_reads_the_token_is_no_lora(make_layer: MakeLayer) -> None:
         build(make_layer, "hydralora").task_update(0)
 
 
-@pytest.mark.parametrize("method", ["mtl-lora", "mtlora", "moelora"])
+@pytest.mark.parametrize("method", ["mtl-lora", "mtl-lora-fine", "mtlora", "moelora"])
 def test_a_tasks_parts_reach_no_other_task(make_layer: MakeLayer, method: str) -> None:
     layer = build(make_layer, method)
     x = torch.randn(*IDS.shape, 7, dtype=torch.float64)
@@ -197,6 +206,52 @@ def test_lora_is_pefts_lora(make_layer: MakeLayer) -> None:
     torch.testing.assert_close(layer.lora_B.grad[0], own.lora_B["default"].weight.grad)
 
 
+def test_fine_groups_may_have_any_size(make_layer: MakeLayer) -> None:
+    """One group of all is a LoRA times a number and a diagonal; the last group may be smaller."""
+    for up_rank, groups in ((1, 6), (2, 3), (4, 2), (6, 1)):
+        layer = build(make_layer, "mtl-lora-fine", rank=6, up_rank=up_rank)
+        assert layer.gate_projection.shape == (groups, 4)
+        down, up = layer.task_update(2)
+        p = {**dict(layer.named_parameters()), **layer._shared}
+        gate = 1 + p["gate_projection"] @ p["task_embedding"][2]
+        weights = [
+            gate[k // up_rank].item() * d for k, d in enumerate(p["task_transform"][2].tolist())
+        ]
+        expected = layer.lora_B[0].detach() * torch.tensor(weights, dtype=torch.float64)
+        torch.testing.assert_close(up, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(down, layer.lora_A[0].detach(), rtol=0, atol=0)
+
+
+def test_tied_a_fine_method_knows_no_tasks(make_layer: MakeLayer) -> None:
+    layer = build(make_layer, "mtl-lora-fine", tied=True)
+    updates = [layer.task_update(task) for task in range(4)]
+    assert all(torch.equal(up, updates[0][1]) for _, up in updates)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    with torch.no_grad(), layer.routing.assign(torch.arange(4)):
+        found = layer(x)
+    with torch.no_grad(), layer.routing.assign(torch.zeros(4, dtype=torch.long)):
+        torch.testing.assert_close(found, layer(x), rtol=1e-13, atol=1e-13)
+    (own,) = {role.name for role in layer.roles.values() if role.per_task} or {None}
+    assert own is None
+
+
+def test_a_group_is_no_larger_than_a_layers_rank() -> None:
+    with pytest.raises(ValueError, match="'up_rank' is at most the rank of a layer, 2, received 3"):
+        configure(method="mtl-lora-fine", up_rank=3, rank_pattern={"v_proj": 2})
+
+
+def test_gates_of_mean_one_do_not_divide_moeloras_update(make_layer: MakeLayer) -> None:
+    for form, mean in (("softmax", 1 / 3), ("mean_one", 1.0)):
+        layer = build(make_layer, "moelora", gate_form=form)
+        gates = layer.config.gates(layer.tensors(None))
+        torch.testing.assert_close(gates.mean(-1), torch.full((1, 4), mean, dtype=torch.float64))
+        ids = IDS.reshape(-1)
+        x = torch.randn(len(ids), 7, dtype=torch.float64)
+        p = {**dict(layer.named_parameters()), **layer._shared}
+        with torch.no_grad(), layer.routing.assign(ids):
+            torch.testing.assert_close(layer(x), naive(layer, p, x, ids), rtol=1e-11, atol=1e-11)
+
+
 SHAPES = {"first": (8, 12), "second": (6, 8)}
 
 
@@ -208,6 +263,8 @@ def by_the_table(c: Any, shapes: Mapping[str, tuple[int, int]], tasks: int) -> i
         if c.method == "mtlora":
             own = c.task_modules is None or path in c.task_modules
             total += (r + tasks * c.task_rank * own) * (width + out)
+        elif c.method == "mtl-lora-fine":
+            total += r * (width + out) + -(-r // c.up_rank) * c.embedding_size + tasks * r
         elif c.method in ("lora", "moelora"):
             total += r * (width + out)
         elif c.method == "multilora":
@@ -221,7 +278,7 @@ def by_the_table(c: Any, shapes: Mapping[str, tuple[int, int]], tasks: int) -> i
             total += r * (width + n * out) + transform[c.transform] + gate
     if c.method == "moelora":
         total += (tasks + c.ups) * c.embedding_size
-    if c.method == "mtl-lora" and c.gate == "embedding":
+    if c.method == "mtl-lora-fine" or (c.method == "mtl-lora" and c.gate == "embedding"):
         total += tasks * c.embedding_size
     return total
 
@@ -237,6 +294,7 @@ class Two(nn.Module):
     [
         *((name, {}) for name in CONFIGS),
         ("mtl-lora", {"gate": "embedding", "transform": "diagonal"}),
+        ("mtl-lora-fine", {"rank_pattern": {"second": 2}}),
         ("mtl-lora", {"transform": "bases"}),
         ("mtl-lora", {"transform": "bases", "transform_bases": 2, "gate": "embedding"}),
         ("mtlora", {"task_modules": ("second",)}),

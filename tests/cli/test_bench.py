@@ -158,7 +158,8 @@ def test_a_recipe_that_cannot_be_measured(
         (["--case", "yard"], "--case: expected one of yardstick, received 'yard'"),
         (
             ["--method", "dora"],
-            "--method: expected one of mtl-lora, lora, mtlora, moelora, multilora, hydralora, received 'dora'",
+            "--method: expected one of mtl-lora, mtl-lora-fine, lora, mtlora, "
+            "moelora, multilora, hydralora, received 'dora'",
         ),
         (["--quantization", "int8"], "--quantization: expected one of none, nf4"),
         (["--modules", ","], "--modules: expected qkvo, all, or names of layers"),

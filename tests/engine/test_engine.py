@@ -104,6 +104,7 @@ def test_equals_the_plain_layers_for_other_forms(
     "config",
     [
         {"method": "lora"},
+        {"method": "mtl-lora-fine", "up_rank": 3},
         {"method": "mtlora", "task_rank": 2},
         {"method": "moelora", "up_projections": 4},
         {"method": "multilora", "up_projections": 2},

@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora diagonal": {"transform": "diagonal"},
     "mtl-lora embedding": {"gate": "embedding"},
     "mtl-lora embedding diagonal": {"gate": "embedding", "transform": "diagonal"},
+    "mtl-lora-fine": {},
     "lora": {},
     "lora ranks": {"rank_pattern": {"down_proj": 2}, "scaling": "sqrt_rank"},
     "mtl-lora bases": {"transform": "bases"},

@@ -47,6 +47,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora": {"target_modules": ALL},
     "mtl-lora embedding diagonal": {"gate": "embedding", "transform": "diagonal"},
+    "mtl-lora-fine": {},
     "lora": {},
     "mtlora": {"task_rank": 2},
     "moelora": {"up_projections": 2},

@@ -50,6 +50,13 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
             "gate_start": AMOUNTS,
             "embedding_size": st.integers(1, 99),
         },
+        "mtl-lora-fine": {
+            "up_rank": st.just(1),
+            "gate_spread": AMOUNTS,
+            "transform_start": RATES,
+            "embedding_size": st.integers(1, 99),
+            "tied": st.booleans(),
+        },
         "mtlora": {
             "task_rank": st.integers(1, 8),
             "task_modules": st.lists(NAMES, min_size=1, max_size=2, unique=True),
@@ -68,6 +75,7 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
             {"method": st.just("moelora"), "up_projections": st.sampled_from([1, 2, 4])},
             **common,
             temperature=AMOUNTS,
+            gate_form=st.sampled_from(["softmax", "mean_one"]),
         )
         | some(
             {"method": st.just("mtl-lora"), "transform": st.just("bases")},

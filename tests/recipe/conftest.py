@@ -31,6 +31,10 @@ adapter:
   gate_start: 1.0
   embedding_size: 4
   task_rank: 1
+  up_rank: 1
+  gate_spread: 0.5
+  gate_form: softmax
+  tied: false
   task_modules: null
   scaling: sqrt_rank
   down_start: normal
@@ -60,7 +64,10 @@ training:
   parts: {up: {learning_rate: 0.001, weight_decay: 0.2}}
   schedule: linear
   warmup: 0.1
+  adam_beta2: 0.98
   max_gradient_norm: 1.0
+  shuffled_tasks: true
+  clipping: {relative: 1.1, decay: 0.9, after: 10}
   row_length: 64
   rows_per_step: 2
   rows_per_pass: 1

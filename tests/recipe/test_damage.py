@@ -16,7 +16,7 @@ from mtl_lora_cli.recipe.load import load_recipe
 
 KeyPath = tuple[str | int, ...]
 
-SWITCHES = ("diagnose", "validation")  # keys with values of their own, or `true`
+SWITCHES = ("clipping", "diagnose", "validation")  # keys with values of their own, or `true`
 WRONG: dict[type, list[Any]] = {
     bool: ["perhaps", 3, [True]],
     int: ["three", 1.5, [1], {"a": 1}, True],
@@ -96,7 +96,8 @@ def _known() -> set[str]:
         schema.RunSettings,
     ]
     models += [schema.Source, schema.TemperatureMixing]
-    models += [schema.Parts, schema.PartSettings, schema.Diagnose, schema.ValidationSettings]
+    models += [schema.Parts, schema.PartSettings, schema.Clipping, schema.Diagnose]
+    models += [schema.ValidationSettings]
     return {
         *(name for model in models for name in model.model_fields),
         *every_key(),

@@ -64,6 +64,7 @@ def test_defaults(written: Written) -> None:
         ("mixing=uniform", ("mixing",), "uniform"),
         ("training.parts.up.learning_rate=0", ("training", "parts", "up", "learning_rate"), 0.0),
         ("training.diagnose=true", ("training", "diagnose"), {"every": 50}),
+        ("training.clipping=true", ("training", "clipping", "relative"), 1.05),
         ("training.diagnose=false", ("training", "diagnose"), None),
         ("training.diagnose.every=7", ("training", "diagnose", "every"), 7),
         ("training.validation=true", ("training", "validation", "every"), 100),

@@ -25,6 +25,7 @@ SHAPES = {"layers.0.q_proj": (6, 10), "layers.0.up_proj": (12, 6), "layers.1.q_p
 FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora": {},
     "mtl-lora embedding diagonal": {"gate": "embedding", "transform": "diagonal"},
+    "mtl-lora-fine": {},
     "lora": {"rank_pattern": {"up_proj": 2}},
     "mtl-lora bases": {"transform": "bases", "transform_bases": 2},
     "mtlora": {"task_rank": 2},

@@ -46,6 +46,8 @@ PARTS = (
 )
 # Three rows for one process and two for the other; parts learn at rates of their own.
 UNEVEN = ("training.rows_per_step=5", *PARTS)
+# From the second step on each tensor is held to its own history.
+CLIPPED = ("training.clipping={after: 1}", "training.checkpoint_every=2")
 VALIDATED = ("training.validation={every: 10, examples: 8}",)
 # A file beside the recipe: what lets DeepSpeed cut so small a model at all.
 CUT = ("distributed.zero_stage=3", "distributed.deepspeed=small.json")
@@ -65,9 +67,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "uneven-0": (*UNEVEN, *SHORT),
     "uneven-2": (*UNEVEN, "distributed.zero_stage=2", *SHORT),
     "uneven-3": (*UNEVEN, *CUT, *SHORT),
+    "clipped-0": (*CLIPPED, *SHORT),
+    "clipped-2": (*CLIPPED, "distributed.zero_stage=2", *SHORT),
+    "clipped-3": (*CLIPPED, *CUT, *SHORT),
     "offload-optimizer": ("distributed.zero_stage=2", "distributed.offload=optimizer", *SHORT),
     "offload-all": (*CUT, "distributed.offload=all", *SHORT),
-    "dropout-2": ("adapter.dropout=0.1", "distributed.zero_stage=2", *PARTS),
+    "dropout-2": ("adapter.dropout=0.1", "distributed.zero_stage=2", *PARTS, *CLIPPED[:1]),
     "dropout-3": ("adapter.dropout=0.1", *CUT, *PARTS),
 }
 RELEASED = ("fused", "plain")

@@ -76,6 +76,7 @@ KINDS = {
     # Four numbers of a layer pick among matrices that do not learn.
     "bases": Kind({"transform": "bases"}, 1e-1, most=0.7),
     "embedding": Kind({"gate": "embedding"}, 3e-2),
+    "fine": Kind({"method": "mtl-lora-fine"}, 1e-1),
     "mtlora": Kind({"method": "mtlora"}, 1e-2, most=0.2),
     "mtlora-modules": Kind({"method": "mtlora", "task_modules": ["down_proj"]}, 1e-2, most=0.2),
     # One embedding picks among experts: what none of them has learned stays unknown.

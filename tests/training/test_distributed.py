@@ -29,13 +29,14 @@ from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.prepare import Prepared, prepare
-from mtl_lora_cli.training.run import start
+from mtl_lora_cli.training.run import resume, start
 from mtl_lora_cli.training.validation import Validation
 
 from .conftest import Poison, together
 from .distributed_worker import (
     BEST,
     CASES,
+    CLIPPED,
     COMMON,
     FOUR_BIT,
     NO_GRADIENT,
@@ -59,6 +60,7 @@ ALONE = {
     "fp4": ("quantization=fp4", *SHORT),
     "int8": ("quantization=int8", *SHORT),
     "uneven": (*UNEVEN, *SHORT),
+    "clipped": (*CLIPPED, *SHORT),
     "offload": SHORT,
 }
 STAGES = [name for name in CASES if name.startswith(("float32", "nf4"))]
@@ -141,6 +143,31 @@ def test_two_processes_learn_what_one_learns(trained: Trained, name: str) -> Non
     assert len(found) == (10 if name in STAGES else 4)
     assert found[-1]["loss"] < found[0]["loss"]
     equal_to_rounding(found, trained.events(trained.alone(name)))
+
+
+def test_the_history_that_clips_is_the_same_in_any_stage(trained: Trained) -> None:
+    """And says something: without it the run is another one."""
+    folder = "checkpoints/step-000004/optimizer.safetensors"
+    usual: dict[str, dict[str, Tensor]] = {}
+    for name in ("alone-clipped", "clipped-0", "clipped-2", "clipped-3"):
+        state = load_file(trained.folder / name / folder)
+        usual[name] = {key: one for key, one in state.items() if key.endswith("/usual_norm")}
+    expected = usual.pop("alone-clipped")
+    assert min(float(one) for one in expected.values()) > 0
+    for found in usual.values():
+        assert {k: float(v) for k, v in found.items()} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-3, abs=1e-6
+        )
+    clipped, free = (trained.events(name)[-1] for name in ("clipped-0", "float32-0"))
+    assert clipped["loss"] != free["loss"]
+
+
+def test_a_run_that_clips_by_history_goes_on_by_another_number_of_processes(
+    trained: Trained,
+) -> None:
+    copy = stopped_after(trained.folder / "clipped-2", 2, trained.folder / "clipped-alone")
+    resume(RunFolder(copy), None, ["distributed.zero_stage=0"])
+    equal_to_rounding(trained.events(copy.name), trained.events("clipped-2"))
 
 
 @pytest.mark.parametrize("weights", ["float32", "nf4"])

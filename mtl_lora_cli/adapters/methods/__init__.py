@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from mtl_lora_cli.adapters.methods.base import Settings
 
 DEFAULT = "mtl-lora"
-BUILT_IN = ("mtl-lora", "lora", "mtlora", "moelora", "multilora", "hydralora")
+BUILT_IN = (
+    "mtl-lora",
+    "mtl-lora-fine",
+    "lora",
+    "mtlora",
+    "moelora",
+    "multilora",
+    "hydralora",
+)
 
 S = TypeVar("S", bound="type[Settings]")
 

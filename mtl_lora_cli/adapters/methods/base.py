@@ -127,6 +127,20 @@ def normal(deviation: float = 1.0) -> Start:
     return start
 
 
+def beside_one(deviation: float) -> Start:
+    """A start of diagonals [T, r], or of matrices [T, r, r] with such: 1 + σ ε, ε ~ N(0, 1)."""
+
+    def start(tasks: int, rank: int, *same: int, **where: Any) -> Tensor:
+        import torch
+
+        diagonal = torch.ones(tasks, rank, **where)
+        if deviation:
+            diagonal += deviation * torch.randn(tasks, rank, **where)
+        return torch.diag_embed(diagonal) if same else diagonal
+
+    return start
+
+
 def kaiming(*shape: int, **where: Any) -> Tensor:
     """Matrices [..., rows, columns] as a linear layer's weight starts: uniform within ±1 / √columns."""
     import torch

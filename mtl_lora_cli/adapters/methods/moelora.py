@@ -2,7 +2,7 @@
 
     ΔW_t x = s Σ_i g_{t,i} B_i A_i x        g_t = softmax(G e_t / τ)        starts with B_i = 0
 
-A_i has r / n rows. M_t is a diagonal: each gate as often as its expert has rows.
+With `gate_form: mean_one` g_t = n softmax(G e_t / τ): otherwise n experts divide the update by n. A_i has r / n rows. M_t is a diagonal: each gate as often as its expert has rows.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class MoeLora(Settings):
     method: Literal["moelora"] = "moelora"
     up_projections: Positive = Field(8, description="n, number of experts.")
     temperature: PositiveFloat = Field(1.0, description="τ of the gate softmax(G e / τ).")
+    gate_form: Literal["softmax", "mean_one"] = Field(
+        "softmax", description="The gates' sum is 1, or their mean: n softmax(G e / τ)."
+    )
     embedding_size: Positive = Field(64, description="d of the task embedding.")
 
     @classmethod
@@ -81,4 +84,5 @@ class MoeLora(Settings):
     def gates(self, p: Tensors) -> Tensor:
         """g [L, P, n], the same in each layer."""
         logits = (p["task_embedding"] @ p["gate_projection"].T).expand(p.layers, -1, -1)
-        return (logits / self.temperature).softmax(-1)
+        gates = (logits / self.temperature).softmax(-1)
+        return gates if self.gate_form == "softmax" else self.up_projections * gates

@@ -10,7 +10,7 @@ S = 0 and c ~ N(0, 1).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,7 @@ from mtl_lora_cli.adapters.methods.base import (
     Sizes,
     Spread,
     Tensors,
+    beside_one,
     normal,
     zeros,
 )
@@ -86,16 +87,8 @@ class MtlLora(Settings):
                 Role("transform_basis", (bases, r, r), zeros, "transform"),
             )
         shape = (tasks, r, r) if self.transform == "full" else (tasks, r)
-        return (Role("task_transform", shape, self._beside_one, "transform", per_task=True),)
-
-    def _beside_one(self, tasks: int, rank: int, *same: int, **where: Any) -> Tensor:
-        """Λ [T, r, r] or its diagonal [T, r]: 1 + σ ε."""
-        import torch
-
-        diagonal = torch.ones(tasks, rank, **where)
-        if self.transform_start:
-            diagonal += self.transform_start * torch.randn(tasks, rank, **where)
-        return torch.diag_embed(diagonal) if same else diagonal
+        start = beside_one(self.transform_start)
+        return (Role("task_transform", shape, start, "transform", per_task=True),)
 
     def _of_gate(self, tasks: int) -> Role:
         n, deviation = self.up_projections, self.gate_start * self.temperature
