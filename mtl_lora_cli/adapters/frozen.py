@@ -267,6 +267,16 @@ def _product_of(frozen: FrozenWeights, x: Tensor) -> Tensor:
     return cast(Tensor, y).view(*x.shape[:-1], frozen.shape[0])
 
 
+def dense_stack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stack of matrices [E, rows, columns] in a dtype; one in 4 bits expanded into the buffer of all."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.to(dtype)
+    experts, rows, columns = state.shape
+    out = _buffer((experts * rows, columns), weight.device, dtype)
+    return nf4.expand(weight, state, out).unflatten(0, (experts, rows))
+
+
 def _buffer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Memory for one expanded matrix; whoever asks next gets the same."""
     pitch = -(-shape[1] // PITCH) * PITCH

@@ -37,7 +37,7 @@ from mtl_lora_cli.engine.saved import Keep, Pass
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
 
-_QKV, _O, _GATE_UP, _DOWN = range(4)
+_QKV = 0
 LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and δ
 
 
@@ -239,7 +239,7 @@ class FusedDecoder:
 
     def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""
-        found: list[list[Tensor | None]] = [[None] * 4 for _ in self.layers]
+        found: list[list[Tensor | None]] = [[None] * len(layer.groups) for layer in self.layers]
         last = len(self.layers) - 1
         # The last layer's later groups see the chosen positions, where fewer tasks may be present.
         places: dict[tuple[Any, bool], list[tuple[int, int]]] = {}
@@ -291,16 +291,13 @@ def _run_layer(
     layer: Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, delta: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The stream and what has yet to be added to it, behind one layer."""
-    qkv, o, gate_up, down = mixings
+    qkv, o, *others = mixings
     first, second = layer.attention, layer.mlp
     x, delta = AttentionBlock.apply(
         first, own, x, delta,
         *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip
-    if isinstance(second, ExpertsHalf):
-        return ExpertsBlock.apply(second, own, x, delta)
-    return MlpBlock.apply(
-        second, own, x, delta,
-        *second.gate_up.tensors(gate_up, own.chosen_slots),
-        *second.down.tensors(down, own.chosen_slots),
-    )  # fmt: skip
+    block = ExpertsBlock if isinstance(second, ExpertsHalf) else MlpBlock
+    each = zip(second.groups, others, strict=True)
+    tensors = [one for group, mixing in each for one in group.tensors(mixing, own.chosen_slots)]
+    return block.apply(second, own, x, delta, *tensors)

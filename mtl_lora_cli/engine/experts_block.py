@@ -1,16 +1,17 @@
 """The second half of a decoder layer whose MLP is a mixture of experts, as `mlp_block.py` has one MLP.
 
-    x' = x + δ,   h = before x',   p = softmax(R h),   T = the k largest of p,   v_e = p_e, or p_e / Σ_T p
-    δ' = m · after(Σ_{e ∈ T} v_e D_e(f(G_e h) ⊙ (U_e h)))
+    x' = x + δ,   h = before x',   T, v the router's choice for h (`router.py`)
+    δ' = m · after(Σ_{e ∈ T} v_e D_e(f(G_e h) ⊙ (U_e h)) + shared MLP of h)
 
-Router and experts are frozen and carry no adapter; gradients go through both to h. Positions are sorted by
-their experts, so that each expert is one product, or all are one grouped product. With dy the gradient of
-the sum, dv_e = ⟨D_eᵀ dy, a_e⟩: what an expert gave is needed by nobody again.
+Router and experts are frozen; gradients go through both to h. Pairs of a position and an expert that it
+asks are sorted by their experts. With a = f(G_e h) ⊙ (U_e h) and da the gradient that comes to it through
+v_e D_e, the gradient of log v_e is ⟨da, a⟩: what an expert gave is needed by nobody again.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,164 +19,203 @@ from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.engine.halves import ExpertsHalf
 from mtl_lora_cli.engine.plan import ExpertsPlan
+from mtl_lora_cli.engine.router import (
+    RouterChoice,
+    choose,
+    router_gradient,
+    router_input_gradient,
+    weights_of,
+)
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened
+from mtl_lora_cli.engine.shared_half import SharedTape
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
+from mtl_lora_cli.kernels.clamped import Clamped, clamped, clamped_gradient
 from mtl_lora_cli.kernels.gated import gated, gated_gradient
-from mtl_lora_cli.kernels.grouped import grouped
-
-
-class RouterChoice(NamedTuple):
-    """Which experts each of M positions asks, and in which order S = M k pairs are computed.
-
-    Attributes:
-        shares: p [M, E], float32 or better.
-        chosen: int64 [M, k].
-        order: int64 [S], pairs (position · k + place) sorted by expert.
-        ends: int32 [E], where each expert's pairs end.
-    """
-
-    shares: Tensor
-    chosen: Tensor
-    order: Tensor
-    ends: Tensor
-
-    @property
-    def position(self) -> Tensor:
-        """Of each pair, int64 [S]."""
-        return self.order // self.chosen.shape[1]
-
-    def summed(self, pairs: Tensor) -> Tensor:
-        """The sum over each position's pairs, [S, d] → [M, d]; always in the same order."""
-        back = torch.empty_like(self.order).scatter_(
-            0, self.order, torch.arange(len(self.order), device=self.order.device)
-        )
-        return pairs[back].view(*self.chosen.shape, -1).sum(1)
-
-
-def choose(h: Tensor, router: Tensor, top: int, chosen: Tensor | None = None) -> RouterChoice:
-    """The router's choice for h [M, d]; `chosen` where it was made before."""
-    logits = torch.nn.functional.linear(h, router)
-    shares = logits.to(torch.promote_types(h.dtype, torch.float32)).softmax(-1)
-    if chosen is None:
-        chosen = shares.topk(top, dim=-1).indices
-    experts, order = chosen.flatten().sort(stable=True)
-    counts = torch.zeros(router.shape[0], dtype=torch.int64, device=h.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
-    return RouterChoice(shares, chosen, order, counts.cumsum(0).to(torch.int32))
-
-
-def weights_of(choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
-    """v [M, k], in the dtype of the shares."""
-    values = choice.shares.gather(1, choice.chosen)
-    return values / values.sum(-1, keepdim=True) if plan.renormalised else values
-
-
-def router_gradient(dvalues: Tensor, choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
-    """The gradient of R h [M, E] from that of v [M, k]."""
-    values = choice.shares.gather(1, choice.chosen)
-    if plan.renormalised:
-        total = values.sum(-1, keepdim=True)
-        dvalues = (dvalues - (dvalues * values).sum(-1, keepdim=True) / total) / total
-    dlogits = -choice.shares * (dvalues * values).sum(-1, keepdim=True)
-    return dlogits.scatter_add_(1, choice.chosen, dvalues * values)
 
 
 class ExpertsBlock(torch.autograd.Function):
     """See the module.
 
-    Args of `apply`: the layer's half, the pass, x and δ [M, d]. Returns x' and δ' [M, d]; M is N, or U in
-    the last layer.
+    Args of `apply`: the layer's half, the pass, x and δ [M, d], then the tensors of the half's groups.
+    Returns x' and δ' [M, d]; M is N, or U in the last layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, half: ExpertsHalf, call: Pass, x: Tensor, delta: Tensor
+        ctx: Any, half: ExpertsHalf, call: Pass, x: Tensor, delta: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        total, h, inverse = half.begin.forward(x, delta, 0)
-        choice = choose(h, half.router, half.plan.top)
-        both = grouped(h[choice.position], half.gate_up, choice.ends)
-        out = grouped(gated(both, half.plan.activation), half.down, choice.ends)
-        out.mul_(weights_of(choice, half.plan).flatten()[choice.order, None].to(out.dtype))
+        slots = call.chosen_slots
+        total, wide, inverse = half.begin.forward(x, delta, half.room)
+        h = wide[:, : total.shape[1]]
+        choice = choose(h, half.router, half.plan.router)
+        both = half.gate_up.forward(h[choice.position], choice)
+        out = half.down.forward(_gated(half.plan, both), choice)
+        both = both if call.keep.gate_up else None
+        out.mul_(_pair_weights(choice, half.plan).to(out.dtype))
         summed = choice.summed(out)
+        del out
+        shared = None
+        if half.shared is not None:
+            added, shared = half.shared.forward(wide, _split(half, tensors), slots, call.training)
+            summed += added
         added, out_inverse = half.end.forward(summed)
         if call.learn:
             saved = Saved(ctx)
             saved.add("total", total)
             saved.add("inverse", inverse)
             saved.add("chosen", choice.chosen)
-            if call.keep.gate_up:
-                saved.add("both", both)
+            saved.add("both", both)
             if out_inverse is not None:
                 saved.add("out", summed)
                 saved.add("out_inverse", out_inverse)
+            if shared is not None:
+                _save_shared(saved, shared, kept=call.keep.gate_up)
             saved.close()
-            ctx.half = half
+            ctx.static = (half, slots)
         return total, added
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, dadded: Tensor) -> tuple[Any, ...]:
-        half, saved = ctx.half, opened(ctx)
-        total, inverse = saved["total"], saved["inverse"]
-        h = half.begin.again(total, inverse, 0)
-        choice = choose(h, half.router, half.plan.top, saved["chosen"])
-        position = choice.position
-        both = saved.get("both")
+        (half, slots), saved = ctx.static, opened(ctx)
+        plan, total, inverse = half.plan, saved["total"], saved["inverse"]
+        wide = half.begin.again(total, inverse, half.room)
+        h = wide[:, : total.shape[1]]
+        choice = choose(h, half.router, plan.router, saved["chosen"])
+        both = saved.pop("both")
         if both is None:
-            both = grouped(h[position], half.gate_up, choice.ends)
-        dy = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
-        dactivated = grouped(dy[position], half.down, choice.ends, transposed=True)
-        values = weights_of(choice, half.plan).flatten()[choice.order, None]
-        dboth, activated = gated_gradient(
-            dactivated * values.to(dactivated.dtype), both, half.plan.activation, again=True
-        )
-        wide = choice.shares.dtype
-        assert activated is not None
-        dpairs = (dactivated.to(wide) * activated.to(wide)).sum(-1)
-        del dactivated, activated
-        dvalues = torch.empty_like(dpairs).scatter_(0, choice.order, dpairs)
-        dlogits = router_gradient(dvalues.view_as(choice.chosen), choice, half.plan)
-        dinputs = grouped(dboth, half.gate_up, choice.ends, transposed=True)
-        dh = choice.summed(dinputs) + dlogits.to(h.dtype) @ half.router
+            both = half.gate_up.forward(h[choice.position], choice)
+        dsummed = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
+        dy = dsummed[choice.position]
+        dy.mul_(_pair_weights(choice, plan).to(dy.dtype))
+        dactive = half.down.backward(dy, choice)
+        weighted = half.down.frozen.bias_product(dy, choice.expert)
+        del dy
+        dboth, active = _gated_gradient(plan, dactive, both)
+        through = _inner(dactive, active)
+        weighted = through if weighted is None else weighted + through
+        del dactive, active, both
+        dlogits = router_gradient(choice.back(weighted), choice, plan.router)
+        dh = choice.summed(half.gate_up.backward(dboth, choice))
+        del dboth
+        dh += router_input_gradient(dlogits, half.router, h)
+        found: list[Tensor | None] = []
+        if half.shared is not None:
+            tape = _opened_shared(saved, len(half.shared.groups))
+            dshared, gradients = half.shared.backward(dsummed, wide, tape, slots)
+            dh += dshared
+            found += [one for some in gradients for one in some]
         dx = half.begin.gradient(dh, dtotal, total, inverse)
-        return (None, None, *both_gradients(ctx, dx, 2))
+        return (None, None, *both_gradients(ctx, dx, 2), *found)
+
+
+def _gated(plan: ExpertsPlan, both: Tensor) -> Tensor:
+    """a [S, F]."""
+    if isinstance(plan.activation, Clamped):
+        return clamped(both, plan.activation)
+    return gated(both, plan.activation)
+
+
+def _gated_gradient(plan: ExpertsPlan, da: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of what the gates and ups gave, and a once more."""
+    if isinstance(plan.activation, Clamped):
+        return clamped_gradient(da, both, plan.activation)
+    dboth, active = gated_gradient(da, both, plan.activation, again=True)
+    assert active is not None
+    return dboth, active
+
+
+def _pair_weights(choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
+    """v of each pair, [S, 1]."""
+    return choice.sorted(weights_of(choice, plan.router)).unsqueeze(1)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_s, b_s⟩ [S] in float32 or better."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(-1)
+
+
+def _split(half: ExpertsHalf, tensors: Sequence[Any]) -> list[Sequence[Any]]:
+    """The tensors of each group."""
+    found, rest = [], list(tensors)
+    for group in half.groups:
+        found.append(rest[: group.count])
+        rest = rest[group.count :]
+    return found
+
+
+def _save_shared(saved: Saved, tape: SharedTape, *, kept: bool) -> None:
+    if kept:
+        saved.add("shared_both", tape.both)
+    saved.add("shared_gate", tape.gate)
+    for number, one in enumerate(tape.tapes):
+        saved.add_tape(f"shared_tape_{number}", one)
+
+
+def _opened_shared(saved: dict[str, Any], groups: int) -> SharedTape:
+    tapes = tuple(saved.get(f"shared_tape_{number}") for number in range(groups))
+    return SharedTape(saved.get("shared_both"), saved["shared_gate"], tapes)
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What the block leaves for its backward pass.
 
-    A position: total d, 1/rms in float32, its experts in int64, and gate_up 2F of each of them.
+    A position: total d, 1/rms in float32, its experts in int64, and gate_up 2F of each of them; of the
+    shared MLP gate_up and the gate.
     """
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
+    count = load.asked if last else load.positions
     each = width * sizes.value + (4 if plan.before else 0) + 8 * plan.top
     if keep.gate_up:
-        each += plan.top * 2 * inner * sizes.value
+        each += (plan.top * 2 * inner + _shared_outputs(layer)) * sizes.value
+    if layer.gate is not None:
+        each += sizes.value
     if plan.after:
         each += width * sizes.value + 4
-    return each * (load.asked if last else load.positions)
+    shared = [group for group in (layer.gate_up, layer.down, layer.gate) if group is not None]
+    return each * count + sum(sizes.tape(group, count) for group in shared)
 
 
 def forward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
-    """The most that lives beside what is kept: h, each pair's input, activation and output, the sum."""
+    """The most that lives beside what is kept: h, each pair's input, activation and output, the sum.
+
+    Or, later, h, the sum, and the activation and output of the shared MLP.
+    """
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
     pair = max(width + 2 * inner, inner + width, inner * (1 if sizes.kernels else 2), 2 * width)
     pair += 0 if keep.gate_up else 2 * inner
-    each = (3 * width + plan.top * pair) * sizes.value + _routing(layer)
-    return each * (load.asked if last else load.positions)
+    each = 3 * width + plan.top * pair
+    if layer.gate_up is not None and layer.down is not None:
+        active = sizes.input_width(layer.down) + (0 if sizes.kernels else layer.down.inputs)
+        later = active + (0 if keep.gate_up else layer.gate_up.outputs) + 2 * width
+        each = max(each, 3 * width + later)
+    return (each * sizes.value + _routing(layer)) * (load.asked if last else load.positions)
 
 
 def backward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
-    """The most that lives beside what is kept: the gradients of x, δ and h, and of each pair's parts."""
+    """The most that lives beside what is kept: the gradients of x, δ and h, and of each pair's parts.
+
+    Or, later, those of the shared MLP's.
+    """
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
     terms = 0 if sizes.kernels else (2 if plan.activation == "silu" else 3) * inner
-    pair = max(width + inner, 5 * inner + terms, 2 * inner + width, 2 * width)
-    pair += 0 if keep.gate_up else 2 * inner
-    each = (4 * width + plan.top * pair) * sizes.value + _routing(layer)
-    return each * (load.asked if last else load.positions)
+    middle = max(width + inner, 4 * inner + terms)
+    middle += 0 if keep.gate_up else 2 * inner
+    end = max(2 * inner + width, 2 * width)
+    each = max(2 * width + plan.top * middle, 4 * width + plan.top * end)
+    if layer.gate_up is not None and layer.down is not None:
+        inside, outputs = layer.down.inputs, layer.gate_up.outputs
+        early = 2 * inside + outputs
+        if not sizes.kernels:
+            early += (2 if plan.activation == "silu" else 3) * inside
+        again = 0 if keep.gate_up else outputs
+        each = max(each, 3 * width + again + max(early, outputs + 2 * width))
+    return (each * sizes.value + _routing(layer)) * (load.asked if last else load.positions)
 
 
 def _plan(layer: LayerSizes) -> ExpertsPlan:
@@ -183,7 +223,12 @@ def _plan(layer: LayerSizes) -> ExpertsPlan:
     return layer.plan.mlp
 
 
+def _shared_outputs(layer: LayerSizes) -> int:
+    """Values of the shared MLP's gate and up."""
+    return 0 if layer.gate_up is None else layer.gate_up.outputs
+
+
 def _routing(layer: LayerSizes) -> int:
     """Shares and logits of all experts in float32; order, positions and weights of the pairs."""
     plan = _plan(layer)
-    return 3 * 4 * plan.experts + 32 * plan.top
+    return 3 * 4 * plan.router.experts + 32 * plan.top

@@ -27,12 +27,13 @@ class Group:
     Args:
         layers: as they stand in the model: `MultiTaskLinear`, or a frozen linear layer.
         resident: whether the weights stay in memory; see `FrozenWeights.lay_together`.
+        roomy: whether room may be asked for; too few outputs would not stand at aligned places with it.
 
     Attributes:
         all_tasks: z holds the own rows of all tasks, present or not.
     """
 
-    def __init__(self, *layers: torch.nn.Module, resident: bool = True) -> None:
+    def __init__(self, *layers: torch.nn.Module, resident: bool = True, roomy: bool = True) -> None:
         bases = [
             layer.base_layer if isinstance(layer, MultiTaskLinear) else layer for layer in layers
         ]
@@ -60,7 +61,7 @@ class Group:
                     columns=sum(up.shape[0] * up.shape[2] for _, up in each),
                     rows=sum(down.shape[0] * down.shape[1] for down, _ in each),
                 )
-        self.frozen.lay_together(wanted, resident=resident)
+        self.frozen.lay_together(wanted if roomy else Room(), resident=resident)
 
     @property
     def room(self) -> Room:

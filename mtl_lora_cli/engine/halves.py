@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack
 from mtl_lora_cli.engine.group import Group
-from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MlpPlan, NormPlan
+from mtl_lora_cli.engine.plan import (
+    AttentionPlan,
+    ExpertsPlan,
+    LayerPlan,
+    MlpPlan,
+    NormPlan,
+    SharedPlan,
+)
+from mtl_lora_cli.engine.router import RouterWeights
+from mtl_lora_cli.engine.shared_half import SharedHalf
+from mtl_lora_cli.engine.stack_group import StackGroup
 from mtl_lora_cli.kernels.backend import with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms
 from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
@@ -119,34 +131,61 @@ class MlpHalf:
     down: Group
     end: End
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Linear layers of one input each."""
+        return (self.gate_up, self.down)
+
 
 class ExpertsHalf:
     """The frozen parts of a layer's experts.
 
     Weights are read when they are used: they may be taken away between two passes.
+
+    Args:
+        module: the layer.
+        plan, begin, end: as of the other halves.
+        shared: what every position asks besides.
     """
 
-    def __init__(self, module: nn.Module, plan: ExpertsPlan, begin: Begin, end: End) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: ExpertsPlan,
+        begin: Begin,
+        end: End,
+        shared: SharedHalf | None,
+    ) -> None:
         self.plan = plan
         self.begin = begin
         self.end = end
-        self._router = module.get_submodule(plan.router)
-        self._stack = module.get_submodule(plan.stack)
+        self.shared = shared
+        self._router = module.get_submodule(plan.router.path)
+        stack = module.get_submodule(plan.stack)
+        self.gate_up, self.down = (
+            StackGroup(FrozenStack(stack, name, transposed=plan.transposed))
+            for name in ("gate_up_proj", "down_proj")
+        )
 
     @property
-    def router(self) -> Tensor:
-        """R [E, d]."""
-        return cast(Tensor, self._router.weight)
+    def groups(self) -> tuple[Group, ...]:
+        """Linear layers of one input each: those of the shared MLP."""
+        return () if self.shared is None else self.shared.groups
 
     @property
-    def gate_up(self) -> Tensor:
-        """[G_e; U_e] of all experts, [E, 2F, d]."""
-        return cast(Tensor, self._stack.gate_up_proj)
+    def room(self) -> int:
+        """Columns to leave free behind h."""
+        return 0 if self.shared is None else self.shared.gate_up.room.columns
 
     @property
-    def down(self) -> Tensor:
-        """D_e of all experts, [E, d, F]."""
-        return cast(Tensor, self._stack.down_proj)
+    def router(self) -> RouterWeights:
+        """What the router multiplies with and adds."""
+        own, correction = self._router, self.plan.router.correction
+        return RouterWeights(
+            cast(Tensor, own.weight),
+            getattr(own, "bias", None),
+            None if correction is None else getattr(own, correction),
+        )
 
 
 @dataclass(frozen=True)
@@ -158,20 +197,16 @@ class Layer:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """qkv, o, and, without experts, gate and up, down."""
-        first = self.attention.qkv, self.attention.o
-        return (
-            first
-            if isinstance(self.mlp, ExpertsHalf)
-            else (*first, self.mlp.gate_up, self.mlp.down)
-        )
+        """Linear layers of one input each, in the order of `LayerPlan.groups`."""
+        return (self.attention.qkv, self.attention.o, *self.mlp.groups)
 
     @staticmethod
     def of(module: nn.Module, plan: LayerPlan, *, resident: bool) -> Layer:
         """The parts of a transformers layer, by a plan."""
 
-        def group(paths: tuple[str, ...]) -> Group:
-            return Group(*(module.get_submodule(path) for path in paths), resident=resident)
+        def group(paths: tuple[str, ...], *, roomy: bool = True) -> Group:
+            layers = (module.get_submodule(path) for path in paths)
+            return Group(*layers, resident=resident, roomy=roomy)
 
         def norm(one: NormPlan | None) -> Norm | None:
             return None if one is None else Norm.of(module.get_submodule(one.path), one)
@@ -183,7 +218,8 @@ class Layer:
         qkv, o = (group(paths) for paths in first.groups)
         begin, end = Begin(norm(second.before)), End(norm(second.after), second.multiplier)
         if isinstance(second, ExpertsPlan):
-            half: MlpHalf | ExpertsHalf = ExpertsHalf(module, second, begin, end)
+            shared = None if second.shared is None else _shared(second.shared, group)
+            half: MlpHalf | ExpertsHalf = ExpertsHalf(module, second, begin, end, shared)
         else:
             gate_up, down = (group(paths) for paths in second.groups)
             half = MlpHalf(plan=second, begin=begin, gate_up=gate_up, down=down, end=end)
@@ -200,3 +236,9 @@ class Layer:
             ),
             half,
         )
+
+
+def _shared(plan: SharedPlan, group: Callable[..., Group]) -> SharedHalf:
+    """The MLP that every position asks."""
+    gate = None if plan.gate is None else group((plan.gate,), roomy=False)
+    return SharedHalf(plan, group(plan.gate_up), group((plan.down,)), gate)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack
 from mtl_lora_cli.engine import attention_block, experts_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
@@ -233,8 +234,20 @@ def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
     qkv, o = (_group(module, paths) for paths in plan.attention.groups)
     if isinstance(plan.mlp, ExpertsPlan):
         stack = module.get_submodule(plan.mlp.stack)
-        weights = stack.gate_up_proj.numel() + stack.down_proj.numel()
-        return LayerSizes(plan, qkv, o, inner=stack.down_proj.shape[-1], experts=weights)
+        up, down = (
+            FrozenStack(stack, name, transposed=plan.mlp.transposed)
+            for name in ("gate_up_proj", "down_proj")
+        )
+        shared = [_group(module, paths) for paths in plan.mlp.groups]
+        return LayerSizes(
+            plan,
+            qkv,
+            o,
+            *shared[:2],
+            inner=down.width,
+            experts=up.values + down.values,
+            gate=shared[2] if len(shared) > 2 else None,
+        )
     gate_up, down = (_group(module, paths) for paths in plan.mlp.groups)
     return LayerSizes(plan, qkv, o, gate_up, down)
 

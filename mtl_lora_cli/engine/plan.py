@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
+from mtl_lora_cli.kernels.clamped import Clamped
 from mtl_lora_cli.kernels.gated import Activation
 
 
@@ -136,32 +137,91 @@ class MlpPlan:
 
 
 @dataclass(frozen=True)
+class RouterPlan:
+    """Which experts a position asks, and how much each of them counts.
+
+        p = softmax(R h + b) or σ(R h + b),   T = the k experts with the largest p + c
+        v_e = f p_e   or   f p_e / (ε + Σ_T p)
+
+    Attributes:
+        path: of the module whose `weight` is R [E, d], and whose `bias`, where it has one, is b [E].
+        experts: E.
+        top: k.
+        renormalised: the second form of v.
+        scores: softmax or sigmoid.
+        correction: name of c [E] in that module, which chooses and does not count; None: 0.
+        factor: f.
+        epsilon: ε.
+        groups, top_groups: the experts stand in groups of equal size; those of the best groups alone are
+            asked. A group is as good as its two best experts together.
+        wide: R h is computed in float32 whatever h is.
+    """
+
+    path: str
+    experts: int
+    top: int
+    renormalised: bool
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    correction: str | None = None
+    factor: float = 1.0
+    epsilon: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """The MLP of a mixture that every position asks: σ(g h) D(f(G h) ⊙ (U h)), or without σ(g h).
+
+    Attributes:
+        gate_up, down, activation: as in `MlpPlan`.
+        gate: path of g [1, d]; None: there is none.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+    activation: Activation
+    gate: str | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the projections that read one input."""
+        return self.gate_up, (self.down,), *(((self.gate,),) if self.gate else ())
+
+
+@dataclass(frozen=True)
 class ExpertsPlan:
     """The second half of a layer as a mixture of experts; see `experts_block.py`.
 
     Attributes:
-        router: of the module whose `weight` [E, d] is R.
-        stack: of the module with all experts: `gate_up_proj` [E, 2F, d] and `down_proj` [E, d, F].
-        experts: E.
-        top: k, experts that a position asks.
-        renormalised: the shares of those are made to sum to 1.
-        activation, before, after, multiplier: as in `MlpPlan`.
+        router: who asks whom.
+        stack: of the module with all experts: `gate_up_proj` [E, 2F, d] and `down_proj` [E, d, F], and,
+            where they have biases, `gate_up_proj_bias` [E, 2F] and `down_proj_bias` [E, d].
+        activation: f; or gpt-oss's, whose gates and ups are neighbours.
+        before, after, multiplier: as in `MlpPlan`.
+        transposed: the stacks are [E, d, 2F] and [E, F, d].
+        shared: what every position asks besides.
     """
 
-    router: str
+    router: RouterPlan
     stack: str
-    experts: int
-    top: int
-    renormalised: bool
-    activation: Activation
+    activation: Activation | Clamped
     before: NormPlan | None
     after: NormPlan | None = None
     multiplier: float = 1.0
+    transposed: bool = False
+    shared: SharedPlan | None = None
+
+    @property
+    def top(self) -> int:
+        """Experts that a position asks."""
+        return self.router.top
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """None: experts carry no adapters."""
-        return ()
+        """Projections of one input that are linear layers: those of the shared MLP."""
+        return self.shared.groups if self.shared else ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +233,7 @@ class LayerPlan:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Projections of one input each, by path: qkv, o, and, without experts, gate and up, down."""
+        """Projections of one input each, by path: qkv, o, gate and up, down, as far as linear layers."""
         return (*self.attention.groups, *self.mlp.groups)
 
 
@@ -273,7 +333,7 @@ def _paths(layer: LayerPlan) -> Iterator[str]:
     for group in layer.groups:
         yield from group
     if isinstance(mlp, ExpertsPlan):
-        yield from (mlp.router, mlp.stack)
+        yield from (mlp.router.path, mlp.stack)
     if attention.sinks is not None:
         yield attention.sinks
     norms = (attention.before, attention.after, attention.q_norm, attention.k_norm, mlp.before)

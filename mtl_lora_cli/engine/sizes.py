@@ -45,9 +45,11 @@ class LayerSizes:
     """One decoder layer: its plan and its groups.
 
     Attributes:
-        gate_up, down: of its MLP; None where that is a mixture of experts.
+        gate_up, down: of its MLP, in a mixture of experts of the one that every position asks; None: there
+            is none.
         inner: F of one expert.
-        experts: weights of all experts together, which nobody quantises.
+        experts: weights of all experts together.
+        gate: of the shared MLP.
     """
 
     plan: LayerPlan
@@ -57,10 +59,11 @@ class LayerSizes:
     down: GroupSizes | None = None
     inner: int = 0
     experts: int = 0
+    gate: GroupSizes | None = None
 
     @property
     def mlp(self) -> tuple[GroupSizes, GroupSizes]:
-        """gate_up and down, where there are no experts."""
+        """gate_up and down, where there is an MLP."""
         assert self.gate_up is not None and self.down is not None
         return self.gate_up, self.down
 
@@ -69,13 +72,14 @@ class LayerSizes:
         """Values of gate and up for one position, of all experts that it asks."""
         mlp = self.plan.mlp
         if isinstance(mlp, ExpertsPlan):
-            return 2 * self.inner * mlp.top
+            shared = 0 if self.gate_up is None else self.gate_up.outputs
+            return 2 * self.inner * mlp.top + shared
         return self.mlp[0].outputs
 
     @property
     def groups(self) -> tuple[GroupSizes, ...]:
         mlp = () if self.gate_up is None else self.mlp
-        return (self.qkv, self.o, *mlp)
+        return (self.qkv, self.o, *mlp, *([] if self.gate is None else [self.gate]))
 
 
 @dataclass(frozen=True)

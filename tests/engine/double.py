@@ -33,6 +33,9 @@ COMMON = {
     "head_dim": 8,
     "max_position_embeddings": 256,
     "sliding_window": WINDOW,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -45,12 +48,16 @@ RANK, SCALE, TEMPERATURE, UPS = 3, 2.0, 0.5, 2
 @contextmanager
 def in_double() -> Iterator[None]:
     """float64 is never rounded to float32."""
-    to, wide, softmax = Tensor.to, Tensor.float, nn.functional.softmax
+    to, wide, cast = Tensor.to, Tensor.float, Tensor.type
+    softmax = nn.functional.softmax
 
     def kept(self: Tensor, *given: Any, **named: Any) -> Tensor:
         if self.dtype == torch.float64 and torch.float32 in (*given, named.get("dtype")):
             return self
         return to(self, *given, **named)
+
+    def own_type(self: Tensor, *given: Any, **named: Any) -> Any:
+        return self if self.dtype == torch.float64 and given else cast(self, *given, **named)
 
     def own_softmax(x: Tensor, *given: Any, **named: Any) -> Tensor:
         if x.dtype == torch.float64:
@@ -59,6 +66,7 @@ def in_double() -> Iterator[None]:
 
     with (
         mock.patch.object(Tensor, "to", kept),
+        mock.patch.object(Tensor, "type", own_type),
         mock.patch.object(Tensor, "float", lambda x: x if x.dtype == torch.float64 else wide(x)),
         mock.patch.object(nn.functional, "softmax", own_softmax),
     ):
@@ -80,6 +88,9 @@ def tiny(model_type: str, **changes: Any) -> Any:
                 parameter.normal_(std=1.2 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.3)
     return model.requires_grad_(False).eval()
 
 

@@ -45,6 +45,16 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }
+SIGMOIDS = {
+    **EXPERTS,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "n_group": 1,
+    "topk_group": 1,
+}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "", {}),
     (
@@ -76,6 +86,14 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("mixtral", "window", EXPERTS),
     ("qwen3_moe", "some dense", {"mlp_only_layers": [1], "norm_topk_prob": True, **EXPERTS}),
     ("olmoe", "", EXPERTS),
+    (
+        "qwen2_moe",
+        "some dense",
+        {"mlp_only_layers": [1], "shared_expert_intermediate_size": 40, **EXPERTS},
+    ),
+    ("glm4_moe", "", {**SIGMOIDS, "use_qk_norm": True}),
+    ("glm4_moe", "groups", {**SIGMOIDS, "n_group": 3, "topk_group": 2}),
+    ("dots1", "window", {**SIGMOIDS, "max_window_layers": 1}),
     ("olmo2", "", {}),
     ("olmo3", "window", MIXED),
     (

@@ -1,4 +1,4 @@
-"""Mixtures of experts whose router is a softmax: Mixtral, Qwen 3 MoE, OLMoE (transformers' modules of these names).
+"""Mixtures of experts whose router is a softmax: Mixtral, Qwen 2 and 3 MoE, OLMoE (transformers' modules of these names).
 
 Attention is LLaMA's, with a window (Mixtral), with norms of each head (Qwen 3) or of all heads together (OLMoE).
 """
@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from mtl_lora_cli.engine.families import family, llama
-from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan, NotPlanned, Plan
+from mtl_lora_cli.engine.plan import (
+    ExpertsPlan,
+    LayerPlan,
+    NotPlanned,
+    Plan,
+    RouterPlan,
+    SharedPlan,
+)
 
 
 @family("mixtral")
@@ -17,7 +24,7 @@ def mixtral(config: Any) -> Plan:
     if config.router_jitter_noise:
         raise NotPlanned("noise in front of the router")
     first = llama.attention(config, rotary=llama.rotary(config), window=config.sliding_window)
-    second = _experts(config, config.num_local_experts, renormalised=True)
+    second = experts(config, softmax(config, config.num_local_experts, renormalised=True))
     return llama.stack(config, [LayerPlan(first, second)] * config.num_hidden_layers)
 
 
@@ -31,12 +38,29 @@ def qwen3_moe(config: Any) -> Plan:
         q_norm=llama.norm(config, "self_attn.q_norm"),
         k_norm=llama.norm(config, "self_attn.k_norm"),
     )
-    second = _experts(config, config.num_experts, renormalised=config.norm_topk_prob)
+    second = experts(config, softmax(config, config.num_experts))
     dense = llama.mlp(config)
     layers = [
-        LayerPlan(first, second if _sparse(config, number) else dense)
+        LayerPlan(first, second if sparse(config, number) else dense)
         for number in range(config.num_hidden_layers)
     ]
+    return llama.stack(config, layers)
+
+
+@family("qwen2_moe")
+def qwen2_moe(config: Any) -> Plan:
+    """Qwen 1.5 and 2 MoE: a shared expert with a gate of its own; some layers may be dense."""
+    turned = llama.rotary(config)
+    second = experts(
+        config,
+        softmax(config, config.num_experts),
+        shared=shared(config, "shared_expert", "mlp.shared_expert_gate"),
+    )
+    dense, layers = llama.mlp(config), []
+    for number, kind in enumerate(llama.layer_types(config)):
+        window = llama.window(config, kind)
+        first = llama.attention(config, rotary=turned, window=window)
+        layers.append(LayerPlan(first, second if sparse(config, number) else dense))
     return llama.stack(config, layers)
 
 
@@ -51,23 +75,36 @@ def olmoe(config: Any) -> Plan:
         q_norm=llama.norm(config, "self_attn.q_norm"),
         k_norm=llama.norm(config, "self_attn.k_norm"),
     )
-    second = _experts(config, config.num_experts, renormalised=config.norm_topk_prob)
+    second = experts(config, softmax(config, config.num_experts))
     return llama.stack(config, [LayerPlan(first, second)] * config.num_hidden_layers)
 
 
-def _experts(config: Any, count: int, *, renormalised: bool) -> ExpertsPlan:
-    return ExpertsPlan(
-        router="mlp.gate",
-        stack="mlp.experts",
-        experts=count,
-        top=config.num_experts_per_tok,
-        renormalised=renormalised,
-        activation=llama.activation(config.hidden_act),
-        before=llama.norm(config, "post_attention_layernorm"),
-    )
+def experts(config: Any, router: RouterPlan, **changes: Any) -> ExpertsPlan:
+    """A layer's second half; `changes` are fields of `ExpertsPlan`."""
+    fields: dict[str, Any] = {
+        "router": router,
+        "stack": "mlp.experts",
+        "activation": llama.activation(config.hidden_act),
+        "before": llama.norm(config, "post_attention_layernorm"),
+    }
+    return ExpertsPlan(**fields | changes)
 
 
-def _sparse(config: Any, number: int) -> bool:
+def softmax(config: Any, count: int, *, renormalised: bool | None = None) -> RouterPlan:
+    """The router of Mixtral and Qwen."""
+    if renormalised is None:
+        renormalised = bool(config.norm_topk_prob)
+    return RouterPlan("mlp.gate", count, config.num_experts_per_tok, renormalised)
+
+
+def shared(config: Any, name: str, gate: str | None = None) -> SharedPlan:
+    """The MLP that every position asks, a module of that name."""
+    paths = (f"mlp.{name}.{one}_proj" for one in ("gate", "up", "down"))
+    first, second, down = paths
+    return SharedPlan((first, second), down, llama.activation(config.hidden_act), gate)
+
+
+def sparse(config: Any, number: int) -> bool:
     """Whether a layer of Qwen's has experts."""
     steps = (number + 1) % config.decoder_sparse_step == 0
     return number not in config.mlp_only_layers and config.num_experts > 0 and steps
