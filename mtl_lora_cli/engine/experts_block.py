@@ -30,7 +30,7 @@ from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened
 from mtl_lora_cli.engine.shared_half import SharedTape
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 from mtl_lora_cli.kernels.clamped import Clamped, clamped, clamped_gradient
-from mtl_lora_cli.kernels.gated import gated, gated_gradient
+from mtl_lora_cli.kernels.gated import Activation, gated, gated_gradient
 
 
 class ExpertsBlock(torch.autograd.Function):
@@ -203,7 +203,7 @@ def backward_bytes(
     Or, later, those of the shared MLP's.
     """
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
-    terms = 0 if sizes.kernels else (2 if plan.activation == "silu" else 3) * inner
+    terms = 0 if sizes.kernels else _terms(plan.activation) * inner
     middle = max(width + inner, 4 * inner + terms)
     middle += 0 if keep.gate_up else 2 * inner
     end = max(2 * inner + width, 2 * width)
@@ -212,10 +212,15 @@ def backward_bytes(
         inside, outputs = layer.down.inputs, layer.gate_up.outputs
         early = 2 * inside + outputs
         if not sizes.kernels:
-            early += (2 if plan.activation == "silu" else 3) * inside
+            early += _terms(plan.activation) * inside
         again = 0 if keep.gate_up else outputs
         each = max(each, 3 * width + again + max(early, outputs + 2 * width))
     return (each * sizes.value + _routing(layer)) * (load.asked if last else load.positions)
+
+
+def _terms(activation: Activation | Clamped) -> int:
+    """What plain torch makes of an activation's gradient besides, as many times as it has values."""
+    return 6 if isinstance(activation, Clamped) else 2 if activation == "silu" else 3
 
 
 def _plan(layer: LayerSizes) -> ExpertsPlan:

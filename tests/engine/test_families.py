@@ -93,6 +93,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("glm4_moe", "", {**SIGMOIDS, "use_qk_norm": True}),
     ("glm4_moe", "groups", {**SIGMOIDS, "n_group": 3, "topk_group": 2}),
+    ("gpt_oss", "", {**EXPERTS, **MIXED, "swiglu_limit": 1.0}),
     ("dots1", "window", {**SIGMOIDS, "max_window_layers": 1}),
     ("olmo2", "", {}),
     ("olmo3", "window", MIXED),
