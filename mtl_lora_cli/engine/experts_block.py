@@ -48,7 +48,7 @@ class ExpertsBlock(torch.autograd.Function):
         total, wide, inverse = half.begin.forward(x, delta, half.room)
         h = wide[:, : total.shape[1]]
         choice = choose(h, half.router, half.plan.router)
-        both = half.gate_up.forward(h[choice.position], choice)
+        both: Tensor | None = half.gate_up.forward(h[choice.position], choice)
         out = half.down.forward(_gated(half.plan, both), choice)
         both = both if call.keep.gate_up else None
         out.mul_(_pair_weights(choice, half.plan).to(out.dtype))
@@ -109,8 +109,9 @@ class ExpertsBlock(torch.autograd.Function):
         return (None, None, *both_gradients(ctx, dx, 2), *found)
 
 
-def _gated(plan: ExpertsPlan, both: Tensor) -> Tensor:
+def _gated(plan: ExpertsPlan, both: Tensor | None) -> Tensor:
     """a [S, F]."""
+    assert both is not None
     if isinstance(plan.activation, Clamped):
         return clamped(both, plan.activation)
     return gated(both, plan.activation)
@@ -138,7 +139,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _split(half: ExpertsHalf, tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """The tensors of each group."""
-    found, rest = [], list(tensors)
+    found: list[Sequence[Any]] = []
+    rest = list(tensors)
     for group in half.groups:
         found.append(rest[: group.count])
         rest = rest[group.count :]

@@ -232,24 +232,24 @@ def sizes_of(
 
 def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
     qkv, o = (_group(module, paths) for paths in plan.attention.groups)
-    if isinstance(plan.mlp, ExpertsPlan):
-        stack = module.get_submodule(plan.mlp.stack)
-        up, down = (
-            FrozenStack(stack, name, transposed=plan.mlp.transposed)
-            for name in ("gate_up_proj", "down_proj")
-        )
-        shared = [_group(module, paths) for paths in plan.mlp.groups]
-        return LayerSizes(
-            plan,
-            qkv,
-            o,
-            *shared[:2],
-            inner=down.width,
-            experts=up.values + down.values,
-            gate=shared[2] if len(shared) > 2 else None,
-        )
-    gate_up, down = (_group(module, paths) for paths in plan.mlp.groups)
-    return LayerSizes(plan, qkv, o, gate_up, down)
+    others = dict(enumerate(_group(module, paths) for paths in plan.mlp.groups))
+    gate_up, down, gate = (others.get(number) for number in range(3))
+    if not isinstance(plan.mlp, ExpertsPlan):
+        return LayerSizes(plan, qkv, o, gate_up, down)
+    up_stack, down_stack = (
+        FrozenStack(module.get_submodule(plan.mlp.stack), name, transposed=plan.mlp.transposed)
+        for name in ("gate_up_proj", "down_proj")
+    )
+    return LayerSizes(
+        plan,
+        qkv,
+        o,
+        gate_up,
+        down,
+        inner=down_stack.width,
+        experts=up_stack.values + down_stack.values,
+        gate=gate,
+    )
 
 
 def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:

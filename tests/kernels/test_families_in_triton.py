@@ -27,6 +27,7 @@ KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes
         ("gemma2 caps", Keep(False, False, False)),
         ("olmo3 window", Keep(attended=False)),
         ("phi3 part", Keep()),
+        pytest.param("gpt_oss", Keep(), marks=pytest.mark.long),
     ],
 )
 def test_kernels_are_transformers_alone(
