@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtl_lora_cli.cli.completion import complete_task
 from mtl_lora_cli.cli.frame import as_json, emit, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.tasks.task import Task
 
 _FORMATS = ("jsonl", "glue")
 
@@ -26,7 +31,11 @@ def predict(
     ],
     task: Annotated[
         str | None,
-        typer.Option("--task", help="The task that the rows are of.", autocompletion=complete_task),
+        typer.Option(
+            "--task",
+            help="The task that the rows are of; several with commas, or all: each answers each row.",
+            autocompletion=complete_task,
+        ),
     ] = None,
     task_column: Annotated[
         str | None,
@@ -55,6 +64,7 @@ def predict(
         from mtl_lora_cli.data.streams import read_parts, stream_parts, with_names
         from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
         from mtl_lora_cli.runs.folder import find_run
+        from mtl_lora_cli.tasks.chosen import EVERY, read_tasks
 
         if form not in _FORMATS:
             raise UsageError(
@@ -63,7 +73,9 @@ def predict(
             )
         if count > 1 and not temperature:
             raise UsageError("--answers: several answers are alike without --temperature above 0")
-        if form == "glue" and task_column is not None:
+        asked = task.split(",") if task is not None and "," in task else task
+        alone = task_column is None and not isinstance(asked, list) and asked != EVERY
+        if form == "glue" and not alone:
             raise UsageError("--format glue is a file for one task: use --task")
         if file != "-" and not Path(file).is_file():
             raise file_problem(file, "no such file")
@@ -72,15 +84,16 @@ def predict(
         from mtl_lora_cli.evaluation import glue_submission
         from mtl_lora_cli.evaluation.generate import Sampling
         from mtl_lora_cli.evaluation.opened import open_run
-        from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task
-        from mtl_lora_cli.tasks.chosen import read_tasks
+        from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task, several_tasks
 
-        known = {one.name: one for one in read_tasks(folder)}
-        name = require_task(list(known), task, task_column)
+        known = {task.name: task for task in read_tasks(folder)}
+        several = several_tasks(list(known), asked, task_column)
+        name = require_task(list(known), task, task_column) if several is None else ""
         glue = glue_submission.require_glue(known[name]) if form == "glue" else None
         status(f"loading run {folder.name}")
         predictor = Predictor(open_run(folder, force=force))
-        layout, names = layout_of_new_rows(known[name].source if name else None)
+        written = [known[one] for one in several or ([name] if name else [])]
+        layout, names = layout_of_new_rows(_source(written))
         if file == "-":
             parts = stream_parts(sys.stdin.buffer, "stdin", ROWS)
         else:
@@ -91,7 +104,7 @@ def predict(
         number = cut = 0
         for part in parts:
             sampling = None if temperature is None else Sampling(temperature, seed, count, number)
-            answers = predictor.answer(part, task=task, task_column=task_column, sampling=sampling)
+            answers = predictor.answer(part, task=asked, task_column=task_column, sampling=sampling)
             lines = []
             for (row, _), prediction in zip(part, answers, strict=True):
                 if glue is not None:
@@ -99,9 +112,17 @@ def predict(
                 else:
                     lines.append(as_json(prediction))
                 number += 1
-                cut += "truncated" in prediction
+                each = [prediction] if several is None else prediction.values()
+                cut += any("truncated" in one for one in each)
             emit("\n".join(lines))
         if cut:
             say(
                 f"note: {cut:,} of {number:,} rows were longer than the model's positions and lost their beginning"
             )
+
+
+def _source(tasks: Sequence[Task]) -> Source | None:
+    """How the rows of a file are written: as those of the tasks, where all of theirs are written alike."""
+    sources = [task.source for task in tasks]
+    written = {(one.delimiter, one.quoting, repr(one.columns), one.broken_rows) for one in sources}
+    return sources[0] if len(written) == 1 else None

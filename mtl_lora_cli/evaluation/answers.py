@@ -21,6 +21,7 @@ from mtl_lora_cli.evaluation.choices import (
 )
 from mtl_lora_cli.evaluation.conversing import Said
 from mtl_lora_cli.evaluation.generate import Sampling, Stopped, generate
+from mtl_lora_cli.evaluation.one_row import as_they_are, of_one_row, same_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.machine.processes import Processes
@@ -80,6 +81,8 @@ def answer(
     setting: Setting,
     advance: Progress = lambda done, total: None,
     sampling: Sampling | None = None,
+    *,
+    one_row: bool = False,
 ) -> list[Answers]:
     """Ask the model; write nothing.
 
@@ -91,6 +94,9 @@ def answer(
         held: the rows of each.
         setting: protocol, and whether the base model alone is asked.
         advance: called with (this process's examples done, in all).
+        sampling: draw free answers; None: as the template says.
+        one_row: each task's examples are of the same rows, in the same order: what their prompts share is
+            computed once, where the adapter does the same for the tasks.
     """
     encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
     requests: list[list[Request]] = []
@@ -122,14 +128,20 @@ def answer(
         done += count
         advance(done, total)
 
+    asked = as_they_are(together)
+    if one_row and len(scored) > 1:
+        rows = [row for index in scored for row in range(len(requests[index]))]
+        asked = of_one_row(together, rows, same_to(opened.packed.adapter))
     scores = iter(
-        score(
-            opened.packed,
-            together,
-            device=opened.device,
-            tokens_per_pass=opened.tokens_per_pass,
-            advance=step,
-            processes=processes,
+        asked.apart(
+            score(
+                opened.packed,
+                asked.requests,
+                device=opened.device,
+                tokens_per_pass=opened.tokens_per_pass,
+                advance=step,
+                processes=processes,
+            )
         )
     )
     answers = []

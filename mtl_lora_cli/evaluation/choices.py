@@ -39,28 +39,31 @@ Advance = Callable[[int], None]
 class Tree:
     """A prompt and its candidates as one segment of n positions, in depth-first order.
 
-    Every position from the prompt's last on answers something: what follows it in some candidate.
+    Every position from the prompt's last on answers something, what follows it in some candidate; but those
+    that a candidate only passes through (`Request.passed`).
 
     Attributes:
         tokens, places: int32 [n], and their places in the text.
         reach: int32 [n], see `mtl_lora_cli.engine.segments`.
-        prompt: number of the prompt's tokens.
         owner: int32 [S], for each token of the candidates, one candidate behind the other, the
             position that answers it.
         targets: int32 [S], those tokens.
         lengths: int32 [C], how many of them each candidate has.
+        asked: int32 [Q], the positions that answer something, ascending.
     """
 
     tokens: np.ndarray
     places: np.ndarray
     reach: np.ndarray
-    prompt: int
     owner: np.ndarray
     targets: np.ndarray
     lengths: np.ndarray
+    asked: np.ndarray
 
     @classmethod
-    def build(cls, prompt: list[int], choices: list[list[int]]) -> Tree:
+    def build(
+        cls, prompt: list[int], choices: list[list[int]], passed: Sequence[int] | None = None
+    ) -> Tree:
         """Sorted candidates that begin alike stand together, so each adds what the last one lacks."""
         start = len(prompt)
         tokens, places, reach = list(prompt), list(range(start)), [-1] * start
@@ -82,14 +85,21 @@ class Tree:
             before = inner
         ends = np.asarray(reach, dtype=np.int32)
         ends[ends < 0] = len(tokens)
+        if passed is None:
+            asked = np.arange(start - 1, len(tokens), dtype=np.int32)
+        else:
+            owners = [own[count:] for own, count in zip(owners, passed, strict=True)]
+            choices = [own[count:] for own, count in zip(choices, passed, strict=True)]
+            asked = np.asarray(sorted({p for own in owners for p in own}), dtype=np.int32)
+        owner = np.asarray([place for some in owners for place in some], dtype=np.int32)
         return cls(
             tokens=np.asarray(tokens, dtype=np.int32),
             places=np.asarray(places, dtype=np.int32),
             reach=ends,
-            prompt=start,
-            owner=np.asarray([place for some in owners for place in some], dtype=np.int32),
+            owner=owner,
             targets=np.asarray([token for some in choices for token in some], dtype=np.int32),
             lengths=np.asarray([len(some) for some in choices], dtype=np.int32),
+            asked=asked,
         )
 
 
@@ -103,6 +113,8 @@ class Request:
         choices: tokens of each candidate as it follows the prompt, its end included where that counts.
         truncated: the prompt was cut to fit the model's positions.
         ends: how many tokens at the end of each candidate are its end; 0 where the end does not count.
+        passed: how many tokens at the beginning of each candidate are no part of it, but of the prompt that
+            it alone has behind the common one; None: none of any.
     """
 
     task: int
@@ -110,6 +122,7 @@ class Request:
     choices: list[list[int]]
     truncated: bool = False
     ends: int = 0
+    passed: list[int] | None = None
 
     @property
     def with_open(self) -> Request:
@@ -125,7 +138,7 @@ class Request:
     @cached_property
     def tree(self) -> Tree:
         """How it goes through the model."""
-        return Tree.build(self.prompt, self.choices)
+        return Tree.build(self.prompt, self.choices, self.passed)
 
     @property
     def cost(self) -> int:
@@ -338,7 +351,11 @@ def _apart(packed: PackedModel, request: Request) -> list[Request]:
     longest = len(request.prompt) + max(len(choice) for choice in request.choices) - 1
     if packed.shares(longest):
         return [request]
-    return [replace(request, choices=[choice]) for choice in request.choices]
+    passed = request.passed
+    return [
+        replace(request, choices=[choice], passed=None if passed is None else [passed[number]])
+        for number, choice in enumerate(request.choices)
+    ]
 
 
 def fill_passes(costs: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]]:
@@ -362,17 +379,16 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
     """Trees behind each other, asked for every token of every candidate."""
     trees = [request.tree for request in requests]
     sizes = np.asarray([len(tree.tokens) for tree in trees])
-    prompts = np.asarray([tree.prompt for tree in trees])
-    answering = sizes - prompts + 1
+    answering = np.asarray([len(tree.asked) for tree in trees])
     first = answering.cumsum() - answering  # places among the positions that are asked
     counts = [len(tree.targets) for tree in trees]
-    owner = np.concatenate([tree.owner for tree in trees])
-    owner = owner + np.repeat(first - prompts + 1, counts)
+    owner = np.concatenate([np.searchsorted(tree.asked, tree.owner) for tree in trees])
+    owner = owner + np.repeat(first, counts)
     ends = np.cumsum(sizes)
     starts = ends - sizes
     reach = np.concatenate([tree.reach for tree in trees]) + starts.repeat(sizes)
     branched = (reach < ends.repeat(sizes)).any()
-    positions = np.arange(answering.sum()) + (starts + prompts - 1 - first).repeat(answering)
+    positions = np.concatenate([tree.asked for tree in trees]) + starts.repeat(answering)
     tasks = np.repeat([request.task for request in requests], sizes)
 
     def row(parts: list[np.ndarray]) -> Tensor:
@@ -385,7 +401,7 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
         segments=Segments.build(
             sizes.tolist(), torch.from_numpy(reach.astype(np.int32)) if branched else None
         ),
-        positions=torch.from_numpy(positions),
+        positions=torch.from_numpy(positions.astype(np.int64)),
         owner=torch.from_numpy(owner),
         targets=row([tree.targets for tree in trees]),
     )

@@ -16,6 +16,7 @@ from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import Sampling
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.messages import Message
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
@@ -70,7 +71,7 @@ class Predictor:
         self,
         rows: Iterable[Row],
         *,
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         task_column: str | None = None,
         sampling: Sampling | None = None,
     ) -> list[Prediction]:
@@ -78,12 +79,13 @@ class Predictor:
 
         Args:
             rows: in any number; tasks are answered together.
-            task: whose rows they are; may be left out where the run has one task.
+            task: whose rows they are; may be left out where the run has one task. A list of names, or
+                "all": each row is answered by all of them.
             task_column: the field of each row that names its task, in the place of `task`.
             sampling: draw free answers; None: as the template says.
 
         Returns:
-            A prediction for each row, in order.
+            A prediction for each row, in order; of several tasks a dictionary: task → prediction.
 
         Raises:
             UsageError: an unknown task, or a row that its template cannot read.
@@ -128,11 +130,15 @@ class Predictor:
         self,
         part: Sequence[tuple[Row, str]],
         *,
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         task_column: str | None = None,
         sampling: Sampling | None = None,
     ) -> list[Prediction]:
         """The same for rows with their places, as errors name them, all answered together."""
+        several = several_tasks(self.tasks, task, task_column)
+        if several is not None:
+            return self._of_several(part, several, sampling)
+        assert task is None or isinstance(task, str)
         chosen = require_task(self.tasks, task, task_column)
         names = [
             chosen if task_column is None else self._named(row, task_column, where)
@@ -155,20 +161,34 @@ class Predictor:
         tasks, held, numbers = [], [], []
         for name in dict.fromkeys(names):
             own = [number for number, one in enumerate(names) if one == name]
-            task, renderer = self._tasks[name]
-            rows, wheres = [part[n][0] for n in own], [part[n][1] for n in own]
-            rendered = [
-                renderer.render(row, where, labelled=False)
-                for row, where in zip(rows, wheres, strict=True)
-            ]
-            tasks.append(task)
-            held.append(Examples("", rendered, wheres, rows, ""))
+            tasks.append(self._tasks[name][0])
+            held.append(self._rendered(name, [part[number] for number in own]))
             numbers.append(own)
         found: dict[int, Prediction] = {}
         answers = ask(self._opened, tasks, held, self._setting, sampling=sampling)
         for task, examples, places, said in zip(tasks, held, numbers, answers, strict=True):
             found.update(zip(places, self._predictions(task, examples, said), strict=True))
         return (found[number] for number in range(len(part)))
+
+    def _of_several(
+        self, part: Sequence[tuple[Row, str]], names: Sequence[str], sampling: Sampling | None
+    ) -> list[Prediction]:
+        """Each row by each of these tasks."""
+        tasks = [self._tasks[name][0] for name in names]
+        held = [self._rendered(name, part) for name in names]
+        answers = ask(self._opened, tasks, held, self._setting, sampling=sampling, one_row=True)
+        each = [
+            self._predictions(task, examples, said)
+            for task, examples, said in zip(tasks, held, answers, strict=True)
+        ]
+        return [dict(zip(names, one, strict=True)) for one in zip(*each, strict=True)]
+
+    def _rendered(self, name: str, part: Sequence[tuple[Row, str]]) -> Examples:
+        """Rows with their places as a task asks them."""
+        renderer = self._tasks[name][1]
+        rows, wheres = [row for row, _ in part], [where for _, where in part]
+        rendered = [renderer.render(row, where, labelled=False) for row, where in part]
+        return Examples("", rendered, wheres, rows, "")
 
     def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:
         if said.scores is None:
@@ -214,6 +234,33 @@ def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Predic
 
 def _cut(request: Request) -> Prediction:
     return {"truncated": True} if request.truncated else {}
+
+
+def several_tasks(
+    names: Sequence[str], task: str | Sequence[str] | None, task_column: str | None
+) -> list[str] | None:
+    """The tasks that answer each row, where several are asked for: a list, or "all"; else None.
+
+    Args:
+        names: of the run's tasks.
+        task, task_column: as the user gave them.
+
+    Raises:
+        UsageError: one of them is unknown or stands twice, the list is empty, or a column is given, too.
+    """
+    if task is None or (isinstance(task, str) and task != EVERY):
+        return None
+    if task_column is not None:
+        raise UsageError("give --task or --task-column, not both")
+    if isinstance(task, str):
+        return list(names)
+    if not task:
+        raise UsageError("--task: expected at least one task")
+    chosen = [_known(one, names, "") for one in task]
+    for place, one in enumerate(chosen):
+        if one in chosen[:place]:
+            raise UsageError(f"--task: '{one}' stands twice")
+    return chosen
 
 
 def require_task(names: Sequence[str], task: str | None, task_column: str | None) -> str:

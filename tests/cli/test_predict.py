@@ -43,6 +43,23 @@ def test_one_task_and_a_column_of_tasks(
     assert other["probabilities"] != pytest.approx(second["probabilities"], abs=1e-6)
 
 
+@pytest.mark.parametrize("tasks", ["all", "cold,warm"])
+def test_each_row_is_answered_by_all_tasks(
+    run: Path, invoke: Callable[..., Finished], tasks: str
+) -> None:
+    found = invoke("predict", "--task", tasks, "rows.jsonl")
+    assert found.returncode == 0, found.stderr
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [list(line) for line in lines] == [
+        ["warm", "cold"] if tasks == "all" else ["cold", "warm"]
+    ] * 2
+    for name in ("warm", "cold"):
+        alone = invoke("predict", "--task", name, "rows.jsonl").stdout.splitlines()
+        for line, one in zip(lines, map(json.loads, alone), strict=True):
+            assert line[name]["probabilities"] == pytest.approx(one.pop("probabilities"))
+            assert line[name].items() >= one.items()
+
+
 def test_the_python_side_says_the_same(run: Path, invoke: Callable[..., Finished]) -> None:
     printed = invoke("predict", "--task", "warm", "rows.jsonl").stdout.splitlines()
     predictor = mtl_lora_cli.load(run)
@@ -90,6 +107,10 @@ def test_a_pipe_is_answered_row_by_row(
         (("--task-column", "of", "--format", "glue", "rows.jsonl"), "a file for one task"),
         (("--task", "warm", "--task-column", "of", "rows.jsonl"), "not both"),
         (("--task-column", "off", "rows.jsonl"), "has no field 'off'; did you mean 'of'?"),
+        (("--task", "all", "--task-column", "of", "rows.jsonl"), "not both"),
+        (("--task", "warm,wram", "rows.jsonl"), "unknown task 'wram'; did you mean 'warm'?"),
+        (("--task", "warm,warm", "rows.jsonl"), "--task: 'warm' stands twice"),
+        (("--task", "all", "--format", "glue", "rows.jsonl"), "a file for one task"),
     ],
 )
 def test_what_cannot_be_predicted(
