@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 def task_rows(prepared: Prepared) -> list[dict[str, Any]]:
     """One entry a task: rows, tokens, its share of the examples drawn, epochs over it."""
     from mtl_lora_cli.data.mixture import planned_epochs
+    from mtl_lora_cli.models.host import examples_of
 
     data = prepared.data
-    planned = data.mixture.planned_counts()
+    planned = data.planned()
     epochs = planned_epochs(data.mixture, prepared.total_steps)
     if data.others is not None:
         return [
@@ -24,11 +25,13 @@ def task_rows(prepared: Prepared) -> list[dict[str, Any]]:
                 "task": task.name,
                 "template": task.template_name,
                 "objective": task.objective,
-                "examples": len(lengths),
+                "examples": examples,
                 "share": count / sum(planned),
-                "epochs": epochs[task.name],
+                "epochs": epochs[data.tasks[entry].name],
             }
-            for task, lengths, count in zip(data.tasks, data.others.lengths, planned, strict=True)
+            for task, examples, count, entry in zip(
+                data.tasks, examples_of(data.others), planned, data.entries, strict=True
+            )
         ]
     return [
         {
@@ -62,7 +65,7 @@ def findings(prepared: Prepared) -> list[str]:
     from mtl_lora_cli.data.prepare import untrained
 
     apart = [f"{name}: {why}" for name, why in untrained(data.tasks).items()]
-    planned = dict(zip(data.mixture.names, data.mixture.planned_counts(), strict=True))
+    planned = dict(zip(data.mixture.names, data.planned(), strict=True))
     never = [
         f"{name}: its share of an epoch's {sum(planned.values()):,} examples is none: it is not learned"
         for name, count in planned.items()
@@ -84,9 +87,12 @@ def tasks_table(prepared: Prepared) -> str:
     training = prepared.recipe.training
     what = "tokens" if of_text else "places"
     per_step = training.rows_per_step
+    per_row = f"row{'s' * (per_step > 1)} of {training.row_length:,} {what}"
+    if prepared.recipe.images is not None:
+        height, width = prepared.recipe.images.size
+        per_row = f"picture{'s' * (per_step > 1)} of {height} x {width}"
     steps = (
-        f"{prepared.total_steps:,} optimiser steps of {per_step} row{'s' * (per_step > 1)} of "
-        f"{training.row_length:,} {what}, {str(prepared.dtype).removeprefix('torch.')} "
+        f"{prepared.total_steps:,} optimiser steps of {per_step} {per_row}, {str(prepared.dtype).removeprefix('torch.')} "
         f"on {prepared.device}"
     )
     notes = [f"note: {line}" for line in findings(prepared)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.mixture import Place, all_positions, positions_of
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.host import Batch, Dataset, Rows
+from mtl_lora_cli.models.host import Batch, Dataset, Rows, at_step
 
 
 class TextDataset:
@@ -52,12 +54,29 @@ class ChosenDataset:
 
     def __init__(self, every: Dataset, numbers: Sequence[np.ndarray]) -> None:
         self._every, self._numbers = every, numbers
+        for name in ("row_length", "steps_ahead", "entries"):  # where rows are the dataset's own
+            if hasattr(every, name):
+                setattr(self, name, getattr(every, name))
+        if hasattr(every, "examples"):
+            whole = [[(task, n) for n in range(len(kept))] for task, kept in enumerate(numbers)]
+            self.examples = every.units(self._there(whole)).tolist()
         self.lengths = [
             np.asarray(own)[kept] for own, kept in zip(every.lengths, numbers, strict=True)
         ]
 
     def _there(self, rows: Rows) -> Rows:
         return [[(task, int(self._numbers[task][number])) for task, number in row] for row in rows]
+
+    def at(self, epoch: int, step: int) -> ChosenDataset:
+        """As of the whole one."""
+        other = copy(self)
+        other._every = at_step(self._every, epoch, step)
+        return other
+
+    def ahead(self, rows: Rows) -> None:
+        """As of the whole one."""
+        every: Any = self._every  # who has `steps_ahead` has it, too
+        every.ahead(self._there(rows))
 
     def collate(self, rows: Rows) -> Batch:
         """As of the whole one."""

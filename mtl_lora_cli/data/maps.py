@@ -134,7 +134,9 @@ class MapDataset:
 
     Attributes:
         lengths: of the first task of each source ones [pictures]; of the others nothing.
-        examples: how many pictures have a map of each task.
+        entries: of each task the first one of its source.
+        row_length: a row is one picture.
+        steps_ahead: how many steps `ahead` is asked for before their time.
     """
 
     def __init__(
@@ -159,6 +161,9 @@ class MapDataset:
             else none
             for task in range(len(tasks))
         ]
+        self.row_length, self.steps_ahead = 1, _AHEAD
+        first = {task: source.entry for source in sources for task in source.rows.targets}
+        self.entries = [first.get(task, task) for task in range(len(tasks))]
         self._moment = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
         self._asked: dict[tuple[int, int, int, int], Future[Shown]] = {}
@@ -244,11 +249,6 @@ class MapDataset:
                 key = (*self._moment, entry, number)
                 if key not in self._asked:
                     self._asked[key] = self._pool.submit(self.show, entry, number)
-
-    @property
-    def steps_ahead(self) -> int:
-        """How many steps `ahead` is asked for before their time."""
-        return _AHEAD
 
     def collate(self, rows: Rows) -> MapBatch:
         """See `MapBatch`."""

@@ -76,6 +76,23 @@ class TrainingData:
 
         return TextDataset(self.splits, loss_on) if self.others is None else self.others
 
+    @property
+    def entries(self) -> list[int]:
+        """Under which task's id the mixture has each task's examples: its own, or, where tasks learn from the
+        same pictures, the first one's."""
+        return list(getattr(self.others, "entries", range(len(self.tasks))))
+
+    def planned(self) -> list[int]:
+        """Examples of each task in one epoch."""
+        drawn = self.mixture.planned_counts()
+        own: list[int] | None = getattr(self.others, "examples", None)
+        if own is None:
+            return drawn
+        return [
+            round(drawn[entry] * count / len(self.mixture.lengths[entry]))
+            for entry, count in zip(self.entries, own, strict=True)
+        ]
+
 
 def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
     """Find each task's template and source; a source with a task column becomes several tasks.
@@ -270,19 +287,30 @@ def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarr
     return mixture_over(recipe, tasks, [all_positions(tokens) for tokens in lengths])
 
 
-def mixture_over(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
+def mixture_over(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    lengths: Sequence[np.ndarray],
+    row_length: int | None = None,
+) -> Mixture:
     """The same of examples of which it is known how much of a row each takes.
+
+    Args:
+        recipe, tasks: as of `mixture_of`.
+        lengths: of each task how much of a row each of its examples takes.
+        row_length: what a row holds; None: what the recipe says.
 
     Raises:
         UsageError: likewise; or an example is longer than a row.
     """
+    row_length = row_length or recipe.training.row_length
     for task, own in zip(tasks, lengths, strict=True):
-        if len(own) and not 1 <= own.min() <= own.max() <= recipe.training.row_length:
+        if len(own) and not 1 <= own.min() <= own.max() <= row_length:
             raise UsageError(
                 f"task '{task.name}': its examples take {own.min()} to {own.max()} of a row; expected 1 to "
                 f"training.row_length ({recipe.training.row_length})"
             )
-    mixture = _mixture(recipe, tasks, lengths)
+    mixture = _mixture(recipe, tasks, lengths, row_length)
     drawn = mixture.examples_an_epoch
     if drawn == 0:
         raise UsageError(
@@ -296,7 +324,9 @@ def mixture_over(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.nda
     return mixture
 
 
-def _mixture(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
+def _mixture(
+    recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray], row_length: int
+) -> Mixture:
     """Of the kind that the recipe says."""
     mixing, training = recipe.mixing, recipe.training
     strategy, temperature = (
@@ -307,7 +337,7 @@ def _mixture(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray
     settings: dict[str, Any] = {
         "names": tuple(task.name for task in tasks),
         "lengths": tuple(lengths),
-        "row_length": training.row_length,
+        "row_length": row_length,
         "rows_per_step": training.rows_per_step,
         "strategy": strategy,
         "weights": tuple(task.sampling_weight for task in tasks),

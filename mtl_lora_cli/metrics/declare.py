@@ -22,6 +22,7 @@ import numpy as np
 from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.extensions import is_ours, origin, require_new
 from mtl_lora_cli.metrics.outcome import OF_EACH_ROW, Array, Outcome
+from mtl_lora_cli.metrics.tallies import tally_of
 
 Formula = Callable[[Outcome, Array], Array]
 Reason = Callable[[Outcome], "str | None"]
@@ -35,16 +36,16 @@ class Of(StrEnum):
     TWO = "two choices"
     VALUES = "scoring: expectation"
     FREE = "free answers"
-    # Of maps: the objective's own name.
+    # Of maps: the objective's own name; parts are classes, too.
     SEGMENTATION = "segmentation"
-    PARTS = "parts"
     SALIENCY = "saliency"
     EDGES = "edges"
     DEPTH = "depth"
     NORMALS = "normals"
 
 
-CHOICES, LABELS, TWO, VALUES, FREE, *_ = Of
+CHOICES, LABELS, TWO, VALUES, FREE, SEGMENTATION, SALIENCY, EDGES, DEPTH, NORMALS = Of
+_OF_MAPS = (SEGMENTATION, SALIENCY, EDGES, DEPTH, NORMALS)
 _LACKING = {
     "gold_value": "no numbers",
     "predicted_value": "no numbers",
@@ -52,6 +53,7 @@ _LACKING = {
     "probabilities": "generated answers have no scores",
     "references": "the texts of the answers were not kept",
     "answers": "the texts of the answers were not kept",
+    "tallies": "no maps",
 }
 
 
@@ -248,7 +250,9 @@ def require_weighted(metric: Metric) -> None:
     Raises:
         UsageError: it is so.
     """
-    outcome = _few_rows(2 if metric.of is TWO else 3)
+    outcome = (
+        _few_maps(metric.of) if metric.of in _OF_MAPS else _few_rows(2 if metric.of is TWO else 3)
+    )
     weights = np.array(
         [[2, 1, 0, 1, 2, 1, 0, 1], [0, 3, 1, 0, 1, 2, 0, 1], [1, 0, 2, 2, 0, 0, 3, 0]]
     )
@@ -278,6 +282,18 @@ def _few_rows(classes: int) -> Outcome:
         references=np.array(["12", "a red cat", "Paris", "7", "no one", "42", "a dog", "yes"]),
         answers=np.array(["12", "the red cat", "Paris.", "8", "no one", "42.0", "", "yes"]),
     )
+
+
+def _few_maps(of: Of) -> Outcome:
+    """Tallies of eight small maps that are random, but the same ones always."""
+    generator = np.random.default_rng(0)
+    count = tally_of(str(of), 3)
+    truths: Array = generator.random((8, 6, 6, 3) if of is NORMALS else (8, 6, 6)) + 0.1
+    answers: Array = generator.random(truths.shape) + 0.1
+    if of is SEGMENTATION:
+        truths, answers = (one.astype(np.int64) for one in (truths * 2.5, answers * 2.5))
+    tallies = np.stack([count(*pair) for pair in zip(truths, answers, strict=True)])
+    return Outcome(np.zeros(8, np.int64), np.zeros(8, np.int64), tallies=tallies)
 
 
 assert set(_LACKING) == {*OF_EACH_ROW} - {"gold", "predicted"}

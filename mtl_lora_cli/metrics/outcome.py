@@ -23,6 +23,8 @@ class Outcome:
         probabilities: float64 [E, most choices], of each row's choices, NaN behind a row's last one;
             kept where one of the task's metrics reads them, and choices were scored.
         references, answers: str [E], the right free answer and the given one; likewise.
+        tallies: float64 [E, K], of tasks whose answers are maps what was counted on each image; see
+            `tallies.py`. `gold` and `predicted` are 0 then.
     """
 
     gold: Array
@@ -34,6 +36,7 @@ class Outcome:
     probabilities: Array | None = None
     references: Array | None = None
     answers: Array | None = None
+    tallies: Array | None = None
 
     def take(self, numbers: Array) -> Outcome:
         """Some of the examples, with repetition."""

@@ -10,6 +10,7 @@ its host: a file of the user's own (`extensions` in a recipe) may declare anothe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from traceback import extract_tb
@@ -60,6 +61,31 @@ class Dataset(Protocol):
     def size(self, rows: Rows) -> int:
         """Tokens, or whatever is read, in these rows: speed is told in it."""
         return sum(int(self.lengths[task][number]) for row in rows for task, number in row)
+
+
+def row_length_of(dataset: Dataset, said: int) -> int:
+    """What a row holds: `dataset.row_length` where rows are the dataset's own, else the recipe's."""
+    return int(getattr(dataset, "row_length", said))
+
+
+def at_step(dataset: Dataset, epoch: int, step: int) -> Dataset:
+    """The examples as a step sees them: `dataset.at(epoch, step)`, where they are changed at random."""
+    at = getattr(dataset, "at", None)
+    found: Dataset = dataset if at is None else at(epoch, step)
+    return found
+
+
+def examples_of(dataset: Dataset) -> list[int]:
+    """How many examples each task has: `dataset.examples`, where tasks have some in common."""
+    return list(getattr(dataset, "examples", None) or map(len, dataset.lengths))
+
+
+def examples_in(dataset: Dataset, rows: Rows) -> dict[int, int]:
+    """How many of these rows' examples are of each task, by rising id; without tasks that have none."""
+    if hasattr(dataset, "examples"):
+        counts = enumerate(dataset.units(rows).tolist())
+        return {task: count for task, count in counts if count}
+    return dict(sorted(Counter(task for row in rows for task, _ in row).items()))
 
 
 class Host(Protocol):

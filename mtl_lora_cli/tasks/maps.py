@@ -127,9 +127,9 @@ def spec_of(template: Template) -> MapSpec:
 def faults_of(template: Template) -> Iterator[tuple[str, str]]:
     """Key and fault of each key of maps that does not fit the template's objective."""
     objective = template.objective
-    given = [name for name in MapKeys.model_fields if name in template.model_fields_set]
     if objective not in MAPS:
-        for name in given:
+        keys = MapKeys.model_fields
+        for name in (key for key in keys if getattr(template, key) != keys[key].default):
             yield name, f"is for maps ({', '.join(MAPS)}), received objective {objective}"
         return
     for name in ("image", "target"):

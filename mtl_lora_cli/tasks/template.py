@@ -278,7 +278,8 @@ class Template(MapKeys):
         objective = info.data.get("objective")
         if not _of_text(info) and objective not in MAPS:
             return _none_without_text(metrics, info)
-        kinds = {Of(objective)} if objective in MAPS else _kinds(**_of_answers(info))
+        named = "segmentation" if objective == "parts" else str(objective)
+        kinds = {Of(named)} if objective in MAPS else _kinds(**_of_answers(info))
         possible = fitting(kinds)
         for metric in metrics:
             if metric not in possible:

@@ -28,7 +28,7 @@ from mtl_lora_cli.training.following import LAG
 from mtl_lora_cli.training.gradients import TaskGradients
 from mtl_lora_cli.training.observers import Seen
 
-RowsOf = Callable[[int], list[list[Place]]]
+RowsOf = Callable[[int], tuple[int, list[list[Place]]]]  # epoch and rows of a step
 RATE, ALPHA, EVERY = 0.025, 1.5, 10  # where the recipe does not say
 _LEAST = 1e-3  # of a factor of GradNorm's: descent could make it negative
 
@@ -138,14 +138,10 @@ class GradNorm:
 
     def look(self, step: int) -> Seen | None:
         """See `observers.Observer`: a step's gradients move the factors."""
-        places: dict[int, list[Place]] = {}
-        for row in self._rows(step - 1):
-            for place in row:
-                places.setdefault(place[0], []).append(place)
         norms: dict[int, float] = {}
         losses: dict[int, float] = {}
-        for task in sorted(places):
-            gradient, loss = self._gradients.of(places[task])
+        epoch, rows = self._rows(step - 1)
+        for task, (gradient, loss) in self._gradients.of_each(epoch, step - 1, rows).items():
             norms[task], losses[task] = float(gradient.double().norm()), loss
         norms, losses = self._processes.same((norms, losses))
         if not all(map(math.isfinite, (*norms.values(), *losses.values()))):

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.gradients import TaskGradients
-from mtl_lora_cli.training.observers import Seen
+from mtl_lora_cli.training.observers import Seen, pass_length
 
 _COLUMNS = 2**20  # of the gradients that are widened to float64 together
 
@@ -43,19 +42,17 @@ class Diagnosis:
         self._data = data
         self.every = settings.diagnose.every
         dataset = data.dataset(settings.loss_on)
-        self._gradients = TaskGradients(host, adapter, dataset, settings.row_length)
+        self._gradients = TaskGradients(host, adapter, dataset, pass_length(dataset, settings))
 
     def look(self, step: int) -> Seen | None:
         """The step's cosines and norms; None where a gradient is no finite number.
 
         The step itself ends the run then, and says so.
         """
-        places: dict[int, list[Place]] = {}
-        for row in self._data.mixture.step(step - 1)[1]:
-            for place in row:
-                places.setdefault(place[0], []).append(place)
-        tasks = sorted(places)
-        gradients = torch.stack([self._gradients.of(places[task])[0] for task in tasks])
+        epoch, rows = self._data.mixture.step(step - 1)
+        found = self._gradients.of_each(epoch, step - 1, rows)
+        tasks = list(found)
+        gradients = torch.stack([found[task][0] for task in tasks])
         cosine, norm = cosines(gradients)
         if not torch.isfinite(norm).all():
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.host import Batch
+from mtl_lora_cli.models.host import Batch, at_step, examples_in
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.balance import Factors
 from mtl_lora_cli.training.shuffled import ShuffledTasks
@@ -29,6 +29,7 @@ class Drawn(StepPlan):
         number, epoch: counted from 0.
         rows: of all processes.
         places: of this process, the examples of each pass.
+        examples: of all rows, by task id.
         tokens: of all rows.
         supervised: int64 [T], units of each task over all processes.
         factors: float32 [T], of each task's losses.
@@ -38,6 +39,7 @@ class Drawn(StepPlan):
     epoch: int
     rows: list[list[Place]]
     places: list[list[Place]]
+    examples: dict[int, int]
     tokens: int
     supervised: Tensor
     factors: Tensor
@@ -66,6 +68,7 @@ class Draw:
         self._data, self._settings, self._processes = data, settings, processes
         self._balance, self._apart = balance, apart
         self._dataset = data.dataset(settings.loss_on)
+        self._asked = 0  # steps below this were asked for ahead
         self.weights = torch.tensor([task.loss_weight for task in data.tasks])
         self._shuffled = (
             ShuffledTasks(self._dataset.lengths, settings.seed) if settings.shuffled_tasks else None
@@ -75,8 +78,10 @@ class Draw:
         """What step `number`, counted from 0, is made of."""
         epoch, rows = self._data.mixture.step(number)
         mine = self._processes.mine(rows)
+        self._ahead(number)
+        dataset = at_step(self._dataset, epoch, number)
         passes = self._by_task(mine) if self._apart else self._together(mine)
-        batches = [self.batch(some) for some in passes]
+        batches = [dataset.collate(some) for some in passes]
         owners = [batch.owners for batch in batches]
         if self._data.others is not None:
             self._require_agreement(mine, owners)
@@ -98,10 +103,11 @@ class Draw:
             epoch=epoch,
             rows=rows,
             places=_places(passes),
+            examples=examples_in(self._dataset, rows),
             tokens=self._dataset.size(rows),
             supervised=supervised,
             factors=factors,
-            tasks=sorted({task for row in rows for task, _ in row}),
+            tasks=list(examples_in(self._dataset, rows)),
         )
 
     def _factors(self, number: int) -> Tensor:
@@ -126,6 +132,15 @@ class Draw:
             packed = pack(lengths, self._settings.row_length)
             passes += self._together([[own[i] for i in row] for row in packed])
         return passes
+
+    def _ahead(self, number: int) -> None:
+        """Let examples be read before their steps, where the dataset can: decoding takes long."""
+        for step in range(number, number + getattr(self._dataset, "steps_ahead", 0)):
+            if step >= self._asked:
+                self._asked = step + 1
+                epoch, rows = self._data.mixture.step(step)
+                mine: Any = at_step(self._dataset, epoch, step)
+                mine.ahead(self._processes.mine(rows))
 
     def batch(self, rows: list[list[Place]]) -> Batch:
         """Rows as one pass of the model."""

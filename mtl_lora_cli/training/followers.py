@@ -12,7 +12,7 @@ from mtl_lora_cli.recipe.schema import DynamicMixing, Training
 from mtl_lora_cli.training.balance import GradNorm, Uncertainty
 from mtl_lora_cli.training.following import Following, FollowingShares
 from mtl_lora_cli.training.gradients import TaskGradients
-from mtl_lora_cli.training.observers import Observer
+from mtl_lora_cli.training.observers import Observer, pass_length
 from mtl_lora_cli.training.prepare import ReadyRun
 
 Balancing = (Uncertainty, GradNorm)
@@ -32,12 +32,13 @@ def followers(ready: ReadyRun) -> tuple[list[Following], list[Observer]]:
         found.append(Uncertainty(names, balance))
     if balance is not None and balance.method == "gradnorm":
         dataset = data.dataset(recipe.training.loss_on)
-        gradients = TaskGradients(ready.host, ready.adapter, dataset, recipe.training.row_length)
+        length = pass_length(dataset, recipe.training)
+        gradients = TaskGradients(ready.host, ready.adapter, dataset, length)
         norms = GradNorm(
             names,
             balance,
             gradients,
-            lambda step: data.mixture.step(step)[1],
+            data.mixture.step,
             prepared.processes,
         )
         found.append(norms)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.evaluation.choices import fill_passes
-from mtl_lora_cli.models.host import Dataset, Host
+from mtl_lora_cli.models.host import Dataset, Host, Rows, at_step, examples_in
 from mtl_lora_cli.training.observers import undisturbed
 
 
@@ -41,22 +41,36 @@ class TaskGradients:
         self._row_length = row_length
         self._shared = list(shared_parameters(adapter).values())
 
-    def of(self, places: Sequence[Place]) -> tuple[Tensor, float]:
-        """∇_θ of the mean ℓ over these examples' units, flat float32 [D], on the CPU; and that mean."""
+    def of_each(self, epoch: int, step: int, rows: Rows) -> dict[int, tuple[Tensor, float]]:
+        """`of` each task that has units in a step's rows, by rising id."""
+        dataset = at_step(self._dataset, epoch, step)
+        places: dict[int, list[Place]] = {}
+        for row in rows:
+            for place in row:
+                for task in examples_in(dataset, [[place]]):
+                    places.setdefault(task, []).append(place)
         with undisturbed(self._host, self._adapter):
-            return self._summed(places)
+            return {task: self._summed(dataset, places[task], task) for task in sorted(places)}
 
-    def _summed(self, places: Sequence[Place]) -> tuple[Tensor, float]:
-        lengths = self._dataset.lengths
-        costs = [int(lengths[task][number]) for task, number in places]
+    def of(self, places: Sequence[Place], task: int) -> tuple[Tensor, float]:
+        """∇_θ of the mean ℓ over the task's units of these examples, flat float32 [D], on the CPU; and that
+        mean."""
+        with undisturbed(self._host, self._adapter):
+            return self._summed(self._dataset, places, task)
+
+    def _summed(self, dataset: Dataset, places: Sequence[Place], task: int) -> tuple[Tensor, float]:
+        costs = [int(dataset.lengths[entry][number]) for entry, number in places]
         total = [torch.zeros_like(parameter) for parameter in self._shared]
         count, losses = 0, 0.0
         for chosen in fill_passes(costs, self._row_length):
-            batch = self._dataset.collate([[places[i] for i in chosen]])
-            count += len(batch.owners)
+            batch = dataset.collate([[places[i] for i in chosen]])
+            mine = batch.owners == task
+            count += int(mine.sum())
             moved = batch.to(total[0].device)
             with self._host.routed(moved):
-                loss = self._host.losses(moved).sum()
+                each = self._host.losses(moved)
+                # Other tasks may learn from the same pictures.
+                loss = (each if mine.all() else each[mine.to(each.device)]).sum()
                 found = torch.autograd.grad(loss, self._shared, allow_unused=True)
             losses += float(loss.detach().double())
             for own, more in zip(total, found, strict=True):

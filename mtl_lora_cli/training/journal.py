@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +95,6 @@ def step_event(
         seconds: that it took.
     """
     supervised = drawn.supervised
-    examples = Counter(task for row in drawn.rows for task, _ in row)
     event: dict[str, Any] = {
         "event": "step",
         "step": drawn.number + 1,
@@ -107,7 +105,7 @@ def step_event(
             for name, own, count in zip(names, loss, supervised, strict=True)
             if count
         },
-        "examples": {names[task]: count for task, count in sorted(examples.items())},
+        "examples": {names[task]: count for task, count in drawn.examples.items()},
         "supervised": int(supervised.sum()),
         "tokens": drawn.tokens,
         "learning_rate": rate,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.models.host import Host
+from mtl_lora_cli.models.host import Dataset, Host
+from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.best import Mark
 
 
@@ -52,6 +53,13 @@ class Observer(Protocol):
 def due(observers: Sequence[Observer], step: int, total: int) -> list[Observer]:
     """Those that look at a step, counted from 1, of a run of so many."""
     return [one for one in observers if step % one.every == 0 or (one.at_end and step == total)]
+
+
+def pass_length(dataset: Dataset, settings: Training) -> int:
+    """How much a pass of an observer takes: a row's length; of rows that are one picture, as many as a pass
+    of training has."""
+    own: int | None = getattr(dataset, "row_length", None)
+    return settings.row_length if own is None else own * settings.rows_per_pass
 
 
 @contextmanager

@@ -32,8 +32,7 @@ def no_number(
         intact: the last checkpoint's name, if there is one.
     """
     drawn = running.planned
-    present = sorted({task for row in drawn.rows for task, _ in row})
-    names = ", ".join(tasks[task].name for task in present)
+    names = ", ".join(tasks[task].name for task in drawn.examples)
     mine = _poisoned(drawn, running.values, draw)
     found = sorted({place for some in processes.gather(mine) for place in some})
     examples = sum(len(row) for row in drawn.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import reduce
@@ -36,7 +36,15 @@ from mtl_lora_cli.memory.choice import plan_memory
 from mtl_lora_cli.memory.situation import Situation, situation_of
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
-from mtl_lora_cli.models.host import Dataset, Host, Objective, at_fault, objective_of
+from mtl_lora_cli.models.host import (
+    Dataset,
+    Host,
+    Objective,
+    at_fault,
+    examples_of,
+    objective_of,
+    row_length_of,
+)
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -49,7 +57,7 @@ from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
 from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
@@ -410,7 +418,10 @@ def _prepare_others(
     assert train is not None, "every task has a train split"
     most = [task.max_examples for task in tasks]
     train = _drawn_of(train, tasks, most, recipe.training.seed)
-    mixture = mixture_over(recipe, tasks, train.lengths)
+    row_length = row_length_of(train, recipe.training.row_length)
+    if hasattr(train, "entries"):
+        _require_shared(loaded, name)
+    mixture = mixture_over(recipe, tasks, train.lengths, row_length)
     data = TrainingData(bound, [], [], mixture, others=train)
     validation, held = None, None
     if recipe.training.validation is not None:
@@ -419,9 +430,8 @@ def _prepare_others(
         if held is not None:
             most = [recipe.training.validation.examples] * len(tasks)
             held = _drawn_of(held, tasks, most, LOOKED_AT)
-        none: Sequence[Sized] = [()] * len(bound)
-        sizes = none if held is None else held.lengths
-        validation = [HeldOut(task, own) for task, own in zip(bound, sizes, strict=True)]
+        sizes = [0] * len(bound) if held is None else examples_of(held)
+        validation = [HeldOut(task, range(n)) for task, n in zip(bound, sizes, strict=True)]
         _require_held_out(loaded, validation)
     device = pick_device()
     return Prepared(
@@ -438,6 +448,29 @@ def _prepare_others(
         objective=made,
         held=held,
     )
+
+
+def _require_shared(loaded: LoadedRecipe, name: str) -> None:
+    """Refuse what needs rows of each task alone, where tasks learn from the same examples.
+
+    Raises:
+        ProblemsError: naming the key.
+    """
+    training = loaded.recipe.training
+    asked = {
+        ("mixing",): isinstance(loaded.recipe.mixing, DynamicMixing),
+        ("training", "stages"): bool(training.stages),
+        ("training", "rows"): training.rows == "one_task",
+        ("training", "balance"): training.balance is not None
+        and training.balance.method == "pcgrad",
+    }
+    for key, wrong in asked.items():
+        if wrong:
+            why = f"needs rows of one task alone; tasks with objective {name} learn from the same pictures"
+            raise loaded.problem(key, why)
+    if training.row_length != Training.model_fields["row_length"].default:
+        why = f"is for text; tasks with objective {name} go without it"
+        raise loaded.problem(("training", "row_length"), why)
 
 
 def _drawn_of(

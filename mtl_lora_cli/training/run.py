@@ -20,6 +20,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
+from mtl_lora_cli.models.host import examples_of
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Training
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
@@ -162,11 +163,12 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
 def _mixture(prepared: Prepared) -> dict[str, Any]:
     """What the run is planned to draw, of the tasks that it learns."""
     mixture = prepared.data.mixture
-    sizes = [len(lengths) for lengths in mixture.lengths]
+    others = prepared.data.others
+    sizes = list(map(len, mixture.lengths)) if others is None else examples_of(others)
     return {
         "steps": prepared.total_steps,
         "examples": dict(zip(mixture.names, sizes, strict=True)),
-        "examples_an_epoch": dict(zip(mixture.names, mixture.planned_counts(), strict=True)),
+        "examples_an_epoch": dict(zip(mixture.names, prepared.data.planned(), strict=True)),
     }
 
 

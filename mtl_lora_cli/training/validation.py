@@ -37,7 +37,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.best import Mark
-from mtl_lora_cli.training.observers import Seen, undisturbed
+from mtl_lora_cli.training.observers import Seen, pass_length, undisturbed
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
 MACRO = "macro"  # names the average over tasks
@@ -206,11 +206,11 @@ class Validation:
         self._sharing = ALONE if same_passes else processes
         self._settings, self._total_steps = settings.validation, total_steps
         self.every, self.at_start = settings.validation.every, settings.validation.before
-        self._row_length = settings.row_length
+        self._row_length = pass_length(dataset, settings)
         self._held = held
         self._seen = [one for one in held if len(one.split)]
         self._asked = [one for one in self._seen if one.metric is not None]
-        batches = _batches(dataset, settings.row_length)
+        batches = _batches(dataset, self._row_length)
         owners = torch.cat([batch.owners for batch in batches])
         self._counts = torch.bincount(owners, minlength=len(held)).tolist()  # S_t
         self._batches = self._sharing.mine(batches)

@@ -122,6 +122,11 @@ def test_the_default_of_each_kind_of_task() -> None:
         "TWO": "f1",
         "VALUES": "pearson",
         "FREE": "exact_match",
+        "SEGMENTATION": "miou",
+        "SALIENCY": "saliency_miou",
+        "EDGES": "edge_f",
+        "DEPTH": "depth_rmse",
+        "NORMALS": "mean_angle",
     }
 
 

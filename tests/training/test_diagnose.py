@@ -95,7 +95,7 @@ def test_the_tasks_gradients_add_up_to_the_steps(small: Callable[..., Any]) -> N
         for place in row:
             places.setdefault(place[0], []).append(place)
     total = sum(
-        gradients.of(own)[0] * int(drawn.supervised[task]) for task, own in places.items()
+        gradients.of(own, task)[0] * int(drawn.supervised[task]) for task, own in places.items()
     ) / int(drawn.supervised.sum())
     trainer.stepper.accumulate(prepared)
     shared = shared_parameters(trainer.adapter)
