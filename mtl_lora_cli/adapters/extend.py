@@ -18,13 +18,14 @@ from torch import Tensor
 from mtl_lora_cli.adapters.files import (
     CONFIG_FILE,
     TENSOR_FILE,
+    decoder_frames,
     frame_of,
     load_tensors,
     read_adapter_file,
     read_tensors,
     save_adapter,
 )
-from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.inject import DECODER, Adapter, inject
 from mtl_lora_cli.adapters.methods.base import Role
 from mtl_lora_cli.errors import MtlLoraError
 
@@ -46,8 +47,10 @@ def start_beside(adapter: Adapter, folder: Path) -> None:
     file = read_adapter_file(folder)
     if file.config != adapter.config:
         raise MtlLoraError(f"{folder / CONFIG_FILE}: its configuration is not the recipe's adapter")
-    own, start = adapter.tensors(), dict(file.tensors)
-    for name, tensor in start.items():
+    own = adapter.tensors()
+    start = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(DECODER)}
+    start |= {name: tensor.detach() for name, tensor in own.items() if name.startswith(DECODER)}
+    for name, tensor in list(start.items()):
         role = _role(adapter, name)
         if role is None or not role.per_task:
             continue
@@ -57,7 +60,7 @@ def start_beside(adapter: Adapter, folder: Path) -> None:
             start[name] = tensor.mean(0, keepdim=True).expand(len(adapter.tasks), *tensor.shape[1:])
     load_tensors(adapter, start, folder / TENSOR_FILE)
     for name, tensor in own.items():
-        tensor.requires_grad_(adapter.role(name).per_task)
+        tensor.requires_grad_(adapter.role(name).per_task or name.startswith(DECODER))
 
 
 def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping[str, Any]) -> None:
@@ -74,7 +77,8 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
     """
     file, learned = read_adapter_file(known), adapter.tensors()
     before = file.tensors
-    for name, tensor in before.items():
+    common = {name: tensor for name, tensor in before.items() if not name.startswith(DECODER)}
+    for name, tensor in common.items():
         if not adapter.role(name).per_task:
             _require_equal(name, learned[name].detach().cpu(), tensor)
     joined = inject(frame_of(file), file.config, (*file.tasks, *adapter.tasks))
@@ -82,8 +86,11 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
         name: torch.cat([tensor, learned[name].detach().cpu()])
         if adapter.role(name).per_task
         else tensor
-        for name, tensor in before.items()
+        for name, tensor in common.items()
     }
+    decoders = {**before, **learned}
+    tensors |= {n: t.detach().cpu() for n, t in decoders.items() if n.startswith(DECODER)}
+    joined.decoders = decoder_frames(tensors)
     load_tensors(joined, tensors, known / TENSOR_FILE)
     save_adapter(joined, folder, base_model)
     after = read_tensors(folder)

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.inject import Adapter, inject
+from mtl_lora_cli.adapters.inject import DECODER, WHOLE, Adapter, inject
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.adapters.methods.base import Settings, first_fault
 from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 5  # the method's own keys alone
+FORMAT_VERSION = 6  # since 5 the method's own keys alone
 _OLDEST = 3
 # Formats 3 and 4 had the keys of every method, whether it reads them or not.
 _OF_ALL_METHODS = (
@@ -42,7 +42,10 @@ _OF_ALL_METHODS = (
     "task_modules",
 )
 # Format → keys that came with it: an older file does not say them, and means their defaults.
-_SINCE = {4: ("transform_start", "transform_bases", "task_modules")}
+_SINCE = {
+    4: ("transform_start", "transform_bases", "task_modules"),
+    6: ("whole_modules", "streams"),
+}
 _PARTS = ("tasks", "base_model", "modules", "checksums")
 
 
@@ -99,6 +102,7 @@ class AdapterFile:
             MtlLoraError: a tensor is missing, unexpected, misshapen or damaged.
         """
         adapter = inject(frame_of(self), self.config, self.tasks)
+        adapter.decoders = decoder_frames(self.tensors)
         load_tensors(adapter, self.tensors, self.folder / TENSOR_FILE)
         return adapter
 
@@ -195,9 +199,9 @@ def _config(path: Path, content: Mapping[str, Any], version: int) -> Settings:
     written = set(names)
     if version < 5:
         written = {*Settings.model_fields, *_OF_ALL_METHODS}
-        for since, keys in _SINCE.items():
-            if version < since:
-                written.difference_update(keys)
+    for since, keys in _SINCE.items():
+        if version < since:
+            written.difference_update(keys)
     _require_keys(path, content, {*written, "format_version", "checksum", *_PARTS}, others=False)
     try:
         return METHODS[method](**{name: content[name] for name in names & written})
@@ -323,14 +327,45 @@ def frame_of(file: AdapterFile) -> nn.Module:
     """Modules with the paths and sizes of those that an adapter adapts, and without their weights."""
     frame = nn.Module()
     for path, sizes in file.modules.items():
-        *above, name = path.split(".")
-        parent = frame
-        for part in above:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
+        parent, name = _place(frame, path)
         parent.add_module(name, _sized(sizes["in_features"], sizes["out_features"]))
+    if any(name.startswith(WHOLE) for name in file.checksums):
+        for name, tensor in file.tensors.items():
+            if name.startswith(WHOLE):
+                _add_parameter(frame, name.removeprefix(WHOLE), tensor)
     return frame
+
+
+def decoder_frames(tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Task → a module with the parameters of its decoder, of the tensors of an adapter file."""
+    frames: dict[str, nn.Module] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(DECODER):
+            task, _, own = name.removeprefix(DECODER).partition(":")
+            _add_parameter(frames.setdefault(task, nn.Module()), own, tensor)
+    return frames
+
+
+def _place(frame: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that a path lies in, made where it is not there, and the path's last part."""
+    *above, name = path.split(".")
+    for part in above:
+        if part not in frame._modules:
+            frame.add_module(part, nn.Module())
+        frame = frame.get_submodule(part)
+    return frame, name
+
+
+def _add_parameter(frame: nn.Module, path: str, tensor: Tensor) -> None:
+    """A parameter like this one. What may be the weight of a linear layer is in one, as targets name such."""
+    owner, name = path.rpartition(".")[::2]
+    if name == "weight" and tensor.ndim == 2 and owner:
+        parent, last = _place(frame, owner)
+        if last not in parent._modules:
+            out, width = tensor.shape
+            parent.add_module(last, _sized(width, out))
+    place, name = _place(frame, path)
+    place.register_parameter(name, nn.Parameter(torch.empty_like(tensor)))
 
 
 def _sized(width: int, out: int) -> nn.Linear:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, fresh, like, require_declared, wrong
-from mtl_lora_cli.adapters.methods.base import Role, Settings, matches
+from mtl_lora_cli.adapters.methods.base import Part, Role, Settings, matches, zeros
 from mtl_lora_cli.adapters.routing import Routing
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
 
+WHOLE, DECODER = "whole:", "decoder:"  # how tensors begin that belong to no adapted layer
+
+
 class Adapter:
-    """Handle on the adapted layers of one model.
+    """Handle on the adapted layers of one model, and on what learns beside them.
 
     Attributes:
         config: sizes and kinds.
@@ -25,6 +29,8 @@ class Adapter:
         routing: assign task ids here before calling the model.
         layers: module path in the untouched model → its adapted layer.
         shared: role → tensor that belongs to the whole model.
+        whole: parameter of the untouched model → what learns in its place (`adapter.whole_modules`).
+        decoders: task → the module that reads the model's features for it; none, of a language model.
         remarks: what a user may not expect of the targets, a line each.
     """
 
@@ -35,23 +41,35 @@ class Adapter:
         routing: Routing,
         layers: dict[str, MultiTaskLinear],
         shared: dict[str, nn.Parameter],
+        whole: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.config = config
         self.tasks = tuple(tasks)
         self.routing = routing
         self.layers = layers
         self.shared = shared
+        self.whole = whole or {}
+        self.decoders: dict[str, nn.Module] = {}
         self.remarks: list[str] = []
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors under their names in the adapter file: `{module path}.{role}`."""
+        """All tensors under their names in the adapter file: `{module path}.{role}`, `whole:{parameter}`,
+        `decoder:{task}:{parameter}`."""
         named: dict[str, Tensor] = dict(self.shared)
         for path, layer in self.layers.items():
             named.update((f"{path}.{role}", getattr(layer, role)) for role in layer.roles)
+        named.update((f"{WHOLE}{name}", tensor) for name, tensor in self.whole.items())
+        for task, decoder in self.decoders.items():
+            found = decoder.named_parameters()
+            named.update((f"{DECODER}{task}:{name}", tensor) for name, tensor in found)
         return named
 
     def role(self, name: str) -> Role:
         """The role of one of `tensors`."""
+        for start, part in ((WHOLE, "whole"), (DECODER, "decoder")):
+            if name.startswith(start):
+                shape = tuple(self.tensors()[name].shape)
+                return Role(name, shape, zeros, cast(Part, part), added="start")
         path, _, role = name.rpartition(".")
         return self.layers[path].roles[role] if path else self.config.role(name)
 
@@ -90,7 +108,8 @@ def inject(
     """Freeze the model and wrap every layer that a target names.
 
     A target is a whole module path, its last part or parts (`q_proj`, `mlp.up_proj`), or a pattern
-    (`*.layers.1?.*.q_proj`).
+    (`*.layers.1?.*.q_proj`). What `whole_modules` names likewise learns whole: of layers that both name
+    the weights learn, and they get no adapter.
 
     Args:
         model: any.
@@ -115,11 +134,15 @@ def inject(
             raise UsageError(_no_match(target, modules, linear))
         few.append(_few_of(target, matched, modules))
         paths.update((path, linear[path]) for path in matched)
-    require_adapted(config, paths)
+    whole = whole_parameters(model, config, within)
+    paths = {path: layer for path, layer in paths.items() if f"{path}.weight" not in whole}
+    if paths:
+        require_adapted(config, paths)
     _require_untied(model, paths)
     model.requires_grad_(False)
-    routing = Routing(len(tasks))
-    shared = _shared(model, config, len(tasks), next(iter(paths.values())).weight)
+    routing = Routing(len(tasks), shared=config.streams is not None)
+    some = next((layer.weight for layer in (*paths.values(), *linear.values())))
+    shared = _shared(model, config, len(tasks), some)
     layers: dict[str, MultiTaskLinear] = {}
     kinds = set()
     # In the model's order, whatever the order of the targets: the random start depends on it.
@@ -132,9 +155,74 @@ def inject(
             require_declared(layer)
         kinds.add(layer.kind)
         layers[path] = layer
-    adapter = Adapter(config, tasks, routing, layers, shared)
+    learning = {name: learn_whole(model, name) for name in whole}
+    adapter = Adapter(config, tasks, routing, layers, shared, learning)
     adapter.remarks = [one for one in few if one]
     return adapter
+
+
+def whole_parameters(
+    model: nn.Module, config: Settings, within: Sequence[str] = ("",)
+) -> tuple[str, ...]:
+    """Names of the parameters that `whole_modules` names, or that lie in modules that it names.
+
+    Raises:
+        UsageError: one of its targets names nothing.
+    """
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if any(not part or name.startswith(f"{part}.") for part in within)
+    ]
+    found: set[str] = set()
+    for target in config.whole_modules:
+        matched = [name for name in names if any(matches(p, target) for p in _places_of(name))]
+        if not matched:
+            known = sorted({path.rpartition(".")[2] for name in names for path in _places_of(name)})
+            raise UsageError(
+                f"adapter.whole_modules: '{target}' matches no module or parameter of the model"
+                f"{did_you_mean(target, known)}"
+            )
+        found.update(matched)
+    return tuple(name for name in names if name in found)
+
+
+def _places_of(parameter: str) -> Iterator[str]:
+    """The parameter's own name, and the paths of the modules that it lies in, inside out."""
+    while parameter:
+        yield parameter
+        parameter = parameter.rpartition(".")[0]
+
+
+class _Cast(nn.Module):
+    """What the model reads of a parameter that learns in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype)
+
+
+def learn_whole(model: nn.Module, name: str) -> nn.Parameter:
+    """Let a parameter of a frozen model learn, in float32 at least; the model reads it in its own dtype.
+
+    Raises:
+        UsageError: it is quantised, and so has no gradient.
+    """
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    value = getattr(module, own)
+    if not value.is_floating_point() or getattr(value, "quant_state", None) is not None:
+        raise UsageError(f"adapter.whole_modules: '{name}' is quantised and cannot learn")
+    wide = like(value)["dtype"]
+    learning = nn.Parameter(value.detach().to(wide, copy=True))
+    setattr(module, own, learning)
+    if wide != value.dtype:
+        register_parametrization(module, own, _Cast(value.dtype), unsafe=True)
+        learning = cast(nn.Parameter, cast(nn.ModuleDict, module.parametrizations)[own].original)
+    return learning
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.function import AdaptedProjections, AdapterProducts
 from mtl_lora_cli.adapters.methods.base import Role, Settings, Sizes
-from mtl_lora_cli.adapters.routing import Routing
+from mtl_lora_cli.adapters.routing import Routing, Slots
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.extensions import origin
 
@@ -142,25 +143,76 @@ class MultiTaskLinear(nn.Module):
             # Not base_layer(x): a 4-bit layer may repack its weight for its own kernels.
             return frozen.product(flat, frozen.weights()).view(*lead, frozen.shape[0])
         products = self.products(((0, self.base_layer.out_features),))
+        mask = products.mask(flat) if self.training else None
+        if slots.streams and self.config.spread == "own":
+            return self._streams(flat, frozen, products, slots, mask).view(*lead, frozen.shape[0])
         y = AdaptedProjections.apply(
             flat,
             frozen,
             products,
             slots,
-            products.mask(flat) if self.training else None,
-            mixing_of([self], slots.present),
+            mask,
+            mixing_of([self], slots.tasks, shared=slots.shared),
             *frozen.weights(),
-            *self.factors(slots.present),
+            *self.factors(slots.tasks),
         )
         return cast(Tensor, y).view(*lead, frozen.shape[0])
+
+    def _streams(
+        self,
+        x: Tensor,
+        frozen: FrozenWeights,
+        products: AdapterProducts,
+        slots: Slots,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """x [N, in], one piece a task, and one of what they share, → [N, out].
+
+        The own parts are multiplied piece by piece, not as rows of one z: that is less work, and nothing
+        of a task, not even what is no number, gets into another's piece.
+        """
+        down, up = self.factors(slots.tasks)
+        common = down.shape[1] - len(slots.tasks) * self.config.own_rows
+        y = AdaptedProjections.apply(
+            x,
+            frozen,
+            replace(products, spread_by="same"),
+            slots,
+            mask,
+            None,
+            *frozen.weights(),
+            down[:, :common].contiguous(),
+            up[:, :, :common].contiguous(),
+        )
+        kept = x if mask is None else x * mask / (1 - products.dropout)
+        return _with_own_parts(cast(Tensor, y), kept, down[0, common:], up[0, :, common:], products, slots)
 
     def extra_repr(self) -> str:
         c = self.config
         return f"method={c.method}, rank={self.rank}, up_projections={c.ups}, tasks={self.routing.tasks}"
 
 
+def _with_own_parts(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, products: AdapterProducts, slots: Slots
+) -> Tensor:
+    """y + s B_t A_t x in the piece of each task t: y [N, out], x [N, in], A [P r', in], B [out, P r']."""
+    tasks = len(slots.tasks)
+    if tasks == 0:
+        return y
+    low = down.view(tasks, -1, down.shape[1]).to(x.dtype)
+    high = (products.scale * up.T).view(tasks, -1, up.shape[0]).to(x.dtype)
+    pieces, rows = x.view(slots.streams, -1, x.shape[1]), y.view(slots.streams, -1, y.shape[1])
+    z = torch.bmm(pieces[:tasks], low.mT)
+    own = torch.baddbmm(rows[:tasks], z, high)
+    return torch.cat([own, rows[tasks:]]).view_as(y) if slots.shared else own.view_as(y)
+
+
 def mixing_of(
-    layers: Sequence[MultiTaskLinear], tasks: Tensor | None, *, all_rows: bool = False
+    layers: Sequence[MultiTaskLinear],
+    tasks: Tensor | None,
+    *,
+    all_rows: bool = False,
+    shared: bool = False,
 ) -> Tensor | None:
     """M [L, P, m, k] of many layers of one kind in a few operations, not a few each.
 
@@ -168,6 +220,7 @@ def mixing_of(
         layers: of equal `kind`.
         tasks: [P] task ids, or None for all tasks.
         all_rows: z holds the own rows of all tasks, not only of these.
+        shared: one more row follows, of what all tasks share: every task's own rows are dropped there.
 
     Returns:
         The method's `mixing`: with `spread: task` float32 or better, gradients flow through; `own`: bool
@@ -178,7 +231,12 @@ def mixing_of(
     if all_rows and tasks is not None:
         every = config.mixing(TensorsOf(layers, None))
         return None if every is None else every.index_select(1, tasks)
-    return config.mixing(TensorsOf(layers, tasks))
+    found = config.mixing(TensorsOf(layers, tasks))
+    if found is None or not shared:
+        return found
+    row = found.new_ones(len(found), 1, found.shape[2])
+    row[..., found.shape[2] - found.shape[1] * config.own_rows :] = False
+    return torch.cat([found, row], dim=1)
 
 
 class TensorsOf:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 BASE_ONLY = -1  # the id of activations that get the base model alone
 
+# Beside the tasks' ids 0 … T − 1 there may be one more, T: of activations that get what all tasks share,
+# and of no task's own part.
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -25,16 +28,26 @@ class Slots:
         index: [N] int32, for each position the place of its task in `present`, −1 for `BASE_ONLY`.
         active: [N, 1] bool, False where the base model alone counts; None if no position is such.
         all_tasks: `present` holds every task there is, so that nothing has to be picked out.
+        shared: the last of `present` is the id of what all tasks share.
+        streams: the positions are as many equal pieces, each of another of `present`, in their order;
+            0 where they are not.
     """
 
     present: Tensor
     index: Tensor
     active: Tensor | None
     all_tasks: bool = False
+    shared: bool = False
+    streams: int = 0
+
+    @property
+    def tasks(self) -> Tensor:
+        """`present` without the id of what all tasks share."""
+        return self.present[:-1] if self.shared else self.present
 
     @property
     def count(self) -> int:
-        """P, the number of tasks present."""
+        """P, the number of ids present."""
         return int(self.present.shape[0])
 
     @property
@@ -46,6 +59,8 @@ class Slots:
 @dataclass
 class _Assignment:
     ids: Tensor  # int64 on the CPU, so that finding the tasks present never waits for a device
+    shared: int | None = None  # the id of what all tasks share
+    windows: bool = False
     cache: dict[tuple[torch.Size, torch.device], Slots] = field(default_factory=dict)
 
 
@@ -59,21 +74,25 @@ class Routing:
 
     Args:
         tasks: T, the number of tasks; ids lie in [-1, T).
+        shared: T itself is an id, too: of what all tasks share.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, *, shared: bool = False) -> None:
         if tasks < 1:
             raise ValueError(f"expected at least one task, received {tasks}")
         self.tasks = tasks
+        self.shared = tasks if shared else None
         self._current: _Assignment | None = None
 
     @contextmanager
-    def assign(self, ids: Tensor | Sequence[int]) -> Iterator[None]:
+    def assign(self, ids: Tensor | Sequence[int], *, windows: bool = False) -> Iterator[None]:
         """Route by `ids` inside the block; blocks may be nested. Keep `backward()` inside, too.
 
         Args:
             ids: integers, shape = the leading axes of the activations ([rows, tokens], [rows], …).
                 They are brought to the CPU, so ids already there cost no wait.
+            windows: the model may cut each of [rows] into as many windows, which then lead an activation
+                row by row: [rows · windows, …].
 
         Raises:
             ValueError: an id below -1 or not below T, or ids that are not integers.
@@ -84,11 +103,12 @@ class Routing:
         tensor = tensor.to(torch.long, copy=True)  # later changes of `ids` must not reach us
         if tensor.numel():
             low, high = int(tensor.min()), int(tensor.max())
-            if low < BASE_ONLY or high >= self.tasks:
+            if low < BASE_ONLY or high >= self.tasks + (self.shared is not None):
                 raise ValueError(
                     f"task ids must lie in [-1, {self.tasks}), received {low} to {high}"
                 )
-        previous, self._current = self._current, _Assignment(tensor)
+        assignment = _Assignment(tensor, self.shared, windows)
+        previous, self._current = self._current, assignment
         try:
             yield
         finally:
@@ -140,7 +160,8 @@ class Routing:
         current = self._require()
         key = (shape, device)
         if key not in current.cache:
-            current.cache[key] = _slots(current.ids, shape, device)
+            ids = _windowed(current.ids, shape) if current.windows else current.ids
+            current.cache[key] = _slots(ids, shape, device, current.shared)
         return current.cache[key]
 
     def _require(self) -> _Assignment:
@@ -156,18 +177,40 @@ def slots_of(ids: Tensor, device: torch.device) -> Slots:
     return _slots(ids, ids.shape, device)
 
 
-def _slots(ids: Tensor, shape: torch.Size, device: torch.device) -> Slots:
-    wide = _led(ids, shape)
-    present, place = torch.unique(wide, return_inverse=True)
-    active = None
+def _slots(
+    ids: Tensor, shape: torch.Size, device: torch.device, shared: int | None = None
+) -> Slots:
+    present, place = torch.unique(ids, return_inverse=True)
+    active, streams = None, _pieces(place, len(present))
     if present.numel() and present[0] == BASE_ONLY:
-        active = (wide != BASE_ONLY).unsqueeze(1).to(device)
-        present, place = present[1:], place - 1
-    return Slots(present.to(device), place.to(torch.int32).to(device), active)
+        active = _led((ids != BASE_ONLY).to(device), shape).unsqueeze(1)
+        present, place, streams = present[1:], place - 1, 0
+    return Slots(
+        present.to(device),
+        _led(place.to(torch.int32).to(device), shape),
+        active,
+        shared=shared is not None and present.numel() > 0 and int(present[-1]) == shared,
+        streams=streams,
+    )
+
+
+def _pieces(place: Tensor, count: int) -> int:
+    """P where ids are P equal runs in rising order, else 0."""
+    if place.ndim != 1 or not count or len(place) % count:
+        return 0
+    runs = torch.arange(count).repeat_interleave(len(place) // count)
+    return count if torch.equal(place, runs) else 0
+
+
+def _windowed(ids: Tensor, shape: torch.Size) -> Tensor:
+    """Ids [rows] for activations of [rows · windows, …]: the windows of a row stand one after another."""
+    if ids.ndim != 1 or not shape or not len(ids) or shape[0] % len(ids):
+        return ids
+    return ids.repeat_interleave(shape[0] // len(ids))
 
 
 def _led(ids: Tensor, shape: torch.Size) -> Tensor:
-    """The id of each position of an activation, flattened: int64 [N].
+    """What ids say of each position of an activation, flattened: [N].
 
     Model code reshapes what it hands to a layer. The same positions in the same order are accepted
     flattened, and behind leading axes of length 1.

@@ -247,6 +247,8 @@ class Parts(StrictModel):
     transform: PartSettings = PartSettings()  # Λ
     gate: PartSettings = PartSettings()  # w, or the projection G
     embedding: PartSettings = PartSettings()  # e
+    whole: PartSettings = PartSettings()  # what `whole_modules` names
+    decoder: PartSettings = PartSettings()  # of dense tasks
 
 
 def _switch(value: Any) -> Any:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Spread = Literal["same", "task", "own", "token"]
-Part = Literal["down", "up", "transform", "gate", "embedding"]
+Part = Literal["down", "up", "transform", "gate", "embedding", "whole", "decoder"]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -193,6 +193,21 @@ class Settings(BaseModel):
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         description="Names, last parts of names, or patterns of the layers to adapt.",
     )
+    whole_modules: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Modules or parameters, named likewise, that learn whole beside the adapter."
+    )
+    streams: Literal["stages"] | None = Field(
+        None, description="stages: a stream of each task from the last block of each stage on."
+    )
+
+    @model_validator(mode="after")
+    def _streams_differ(self) -> Self:
+        if self.streams is not None and self.spread != "own":
+            raise ValueError(
+                f"'streams' needs a method with a part that tasks share and one of each task's own "
+                f"(mtlora), received method: {self.method}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_can_be(self) -> Self:
@@ -250,8 +265,14 @@ class Settings(BaseModel):
 
     @property
     def own_rows(self) -> int:
-        """Rows of z that are one task's alone, with `spread: own`."""
+        """Rows of z that are one task's alone, with `spread: own`. They follow those that tasks share, task
+        by task, as the columns of B do."""
         return 0
+
+    @property
+    def per_task(self) -> bool:
+        """Whether tasks differ anywhere: one has a tensor, or a row of one, of its own."""
+        return any(role.per_task for role in self.all_roles())
 
     @classmethod
     def rank_step(cls, keys: Mapping[str, Any]) -> int:
