@@ -19,13 +19,13 @@ from mtl_lora_cli.adapters.files import (
     CONFIG_FILE,
     TENSOR_FILE,
     decoder_frames,
-    frame_of,
+    framed,
     load_tensors,
     read_adapter_file,
     read_tensors,
     save_adapter,
 )
-from mtl_lora_cli.adapters.inject import DECODER, Adapter, inject
+from mtl_lora_cli.adapters.inject import DECODER, Adapter
 from mtl_lora_cli.adapters.methods.base import Role
 from mtl_lora_cli.errors import MtlLoraError
 
@@ -81,7 +81,7 @@ def save_beside(adapter: Adapter, known: Path, folder: Path, base_model: Mapping
     for name, tensor in common.items():
         if not adapter.role(name).per_task:
             _require_equal(name, learned[name].detach().cpu(), tensor)
-    joined = inject(frame_of(file), file.config, (*file.tasks, *adapter.tasks))
+    joined = framed(file, (*file.tasks, *adapter.tasks))
     tensors = {
         name: torch.cat([tensor, learned[name].detach().cpu()])
         if adapter.role(name).per_task

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class AdapterFile:
         Raises:
             MtlLoraError: a tensor is missing, unexpected, misshapen or damaged.
         """
-        adapter = inject(frame_of(self), self.config, self.tasks)
+        adapter = framed(self, self.tasks)
         adapter.decoders = decoder_frames(self.tensors)
         load_tensors(adapter, self.tensors, self.folder / TENSOR_FILE)
         return adapter
@@ -321,6 +321,15 @@ def read_alone(folder: Path) -> Adapter:
         MtlLoraError: as `load_adapter`.
     """
     return read_adapter_file(folder).alone()
+
+
+def framed(file: AdapterFile, tasks: Sequence[str]) -> Adapter:
+    """A fresh adapter of these tasks, of a file's layers and sizes, without a base model."""
+    own = None
+    if file.config.streams is not None:
+        roles = [role.name for role in file.config.all_roles() if role.per_task]
+        own = [path for path in file.modules if f"{path}.{roles[0]}" in file.checksums]
+    return inject(frame_of(file), file.config, tasks, own_in=own)
 
 
 def frame_of(file: AdapterFile) -> nn.Module:

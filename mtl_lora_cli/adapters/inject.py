@@ -16,7 +16,6 @@ from mtl_lora_cli.adapters.methods.base import Part, Role, Settings, matches, ze
 from mtl_lora_cli.adapters.routing import Routing
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
-
 WHOLE, DECODER = "whole:", "decoder:"  # how tensors begin that belong to no adapted layer
 
 
@@ -104,6 +103,7 @@ def inject(
     tasks: Sequence[str],
     *,
     within: Sequence[str] = ("",),
+    own_in: Sequence[str] | None = None,
 ) -> Adapter:
     """Freeze the model and wrap every layer that a target names.
 
@@ -116,6 +116,7 @@ def inject(
         config: sizes and kinds.
         tasks: names in the order of their ids.
         within: paths of the modules whose layers may be adapted; by default all.
+        own_in: paths of the modules in whose layers tasks may have parts of their own; None: in all.
 
     Raises:
         UsageError: a target matches nothing, something that is no linear layer, or a tied weight.
@@ -141,7 +142,7 @@ def inject(
     _require_untied(model, paths)
     model.requires_grad_(False)
     routing = Routing(len(tasks), shared=config.streams is not None)
-    some = next((layer.weight for layer in (*paths.values(), *linear.values())))
+    some = next(layer.weight for layer in (*paths.values(), *linear.values()))
     shared = _shared(model, config, len(tasks), some)
     layers: dict[str, MultiTaskLinear] = {}
     kinds = set()
@@ -149,16 +150,40 @@ def inject(
     for path in (path for path in linear if path in paths):
         parent, _, name = path.rpartition(".")
         rank = config.rank_of(path)
-        layer = MultiTaskLinear(paths[path], config.at(path), routing, shared, rank)
+        own = config.at(path)
+        if own_in is not None and not any(_lies_in(path, place) for place in own_in):
+            own = own.common()
+        layer = MultiTaskLinear(paths[path], own, routing, shared, rank)
         setattr(model.get_submodule(parent), name, layer)
         if layer.kind not in kinds:
             require_declared(layer)
         kinds.add(layer.kind)
         layers[path] = layer
+    if own_in is not None and layers:
+        _require_own(config, layers, own_in)
     learning = {name: learn_whole(model, name) for name in whole}
     adapter = Adapter(config, tasks, routing, layers, shared, learning)
     adapter.remarks = [one for one in few if one]
     return adapter
+
+
+def _lies_in(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.")
+
+
+def _require_own(
+    config: Settings, layers: Mapping[str, MultiTaskLinear], own_in: Sequence[str]
+) -> None:
+    """Refuse an adapter whose tasks differ nowhere.
+
+    Raises:
+        UsageError: no adapted layer lies where they may.
+    """
+    if not any(role.per_task for layer in layers.values() for role in layer.roles.values()):
+        raise UsageError(
+            "adapter.streams: tasks have streams in the last blocks of stages, and the adapter has no part "
+            f"of tasks' own there: {', '.join(own_in)}; adapted: {', '.join(config.target_modules)}"
+        )
 
 
 def whole_parameters(

@@ -185,7 +185,9 @@ class MultiTaskLinear(nn.Module):
             up[:, :, :common].contiguous(),
         )
         kept = x if mask is None else x * mask / (1 - products.dropout)
-        return _with_own_parts(cast(Tensor, y), kept, down[0, common:], up[0, :, common:], products, slots)
+        return _with_own_parts(
+            cast(Tensor, y), kept, down[0, common:], up[0, :, common:], products, slots
+        )
 
     def extra_repr(self) -> str:
         c = self.config

@@ -153,7 +153,9 @@ class _Hiera(Family):
             for stage in range(len(config.depths))
         ]
         return Stages(
-            tuple(f"encoder.stages.{s}.layers.{depth - 1}" for s, depth in enumerate(config.depths)),
+            tuple(
+                f"encoder.stages.{s}.layers.{depth - 1}" for s, depth in enumerate(config.depths)
+            ),
             tuple(widths),
         )
 
@@ -185,7 +187,9 @@ class _ConvNext(Family):
 
     def stages(self, config: Any) -> Stages:
         return Stages(
-            tuple(f"encoder.stages.{s}.layers.{depth - 1}" for s, depth in enumerate(config.depths)),
+            tuple(
+                f"encoder.stages.{s}.layers.{depth - 1}" for s, depth in enumerate(config.depths)
+            ),
             tuple(config.hidden_sizes),
         )
 

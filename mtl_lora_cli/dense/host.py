@@ -71,9 +71,7 @@ class DenseHost(ModuleHost):
         parent, _, name = path.rpartition(".")
         block = self.model.get_submodule(path)
         last = path == self.stages.blocks[-1]
-        tap = (
-            Fork(block, self._adapter.routing, last=last) if self.way == "stages" else Tap(block)
-        )
+        tap = Fork(block, self._adapter.routing, last=last) if self.way == "stages" else Tap(block)
         setattr(self.model.get_submodule(parent), name, tap)
         return tap
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from torch import nn
 
-from mtl_lora_cli.adapters.inject import inject, whole_parameters
+from mtl_lora_cli.adapters.frozen import multiply_ourselves
+from mtl_lora_cli.adapters.inject import Adapter, inject, whole_parameters
 from mtl_lora_cli.data.maps import MapDataset, Normalisation
 from mtl_lora_cli.dense.backbones import (
     Size,
@@ -24,10 +27,14 @@ from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.tasks.maps import MAPS, spec_of
 from mtl_lora_cli.tasks.task import Task
 
+LEARNING = ("embeddings", "encoder")  # of a backbone: nothing reads the norm behind the last stage
+
 
 @objective(*MAPS)
 class DenseObjective:
     """See the module and `models.host.Objective`."""
+
+    beyond: ClassVar = ("quantization",)
 
     def __init__(self, base: BaseModel, recipe: Recipe, tasks: Sequence[Task]) -> None:
         if recipe.images is None:
@@ -38,15 +45,20 @@ class DenseObjective:
         self._specs = [spec_of(task.template) for task in tasks]
         self.size: Size = (recipe.images.size[0], recipe.images.size[1])
         require_size(base, load_config(base), self.size)
-        self._unquantised = self._tried_without_weights()
+        skeleton = backbone_skeleton(base)
+        whole = whole_parameters(skeleton, recipe.adapter, LEARNING)
+        self._unquantised = [name.removesuffix(".weight") for name in whole if "weight" in name]
+        with torch.device("meta"):  # whether the adapter fits, before anything is read
+            self._adapted(skeleton)
 
-    def _tried_without_weights(self) -> list[str]:
-        """Whether the adapter fits the backbone, before anything is read; linear layers that learn whole."""
-        skeleton = backbone_skeleton(self._base)
-        whole = whole_parameters(skeleton, self._recipe.adapter)
-        with torch.device("meta"):
-            inject(skeleton, self._recipe.adapter, [task.name for task in self._tasks])
-        return [name.removesuffix(".weight") for name in whole if name.endswith(".weight")]
+    def _adapted(self, trunk: nn.Module) -> Adapter:
+        """With streams, tasks have parts of their own in the last blocks of stages alone: elsewhere no stream
+        of theirs runs."""
+        config = self._recipe.adapter
+        stages = family_of(self._base, trunk.config).stages(trunk.config)
+        own = None if config.streams is None else stages.blocks
+        names = [task.name for task in self._tasks]
+        return inject(trunk, config, names, within=LEARNING, own_in=own)
 
     def dataset(self, split: str) -> MapDataset | None:
         """See `Objective`."""
@@ -70,6 +82,7 @@ class DenseObjective:
             quantization=self._recipe.quantization,
             unquantised=self._unquantised,
         )
-        adapter = inject(trunk, self._recipe.adapter, [task.name for task in self._tasks])
+        adapter = self._adapted(trunk)
+        multiply_ourselves(trunk)
         family = family_of(self._base, trunk.config)
         return DenseHost(trunk, family, adapter, self._specs, dtype)

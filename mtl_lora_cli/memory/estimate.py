@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
+from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
 from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype

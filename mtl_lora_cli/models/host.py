@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -172,7 +172,12 @@ class Objective(Protocol):
 
     It is made of a base model, a folder with config.json and safetensors, a recipe, and the tasks that are
     learned; templates of such tasks need no prompt.
+
+    Attributes:
+        beyond: keys of a recipe that are otherwise for text alone, and that it reads, too; it may be left out.
     """
+
+    beyond: ClassVar[Sequence[str]]
 
     def __init__(self, base: BaseModel, recipe: Recipe, tasks: Sequence[Task]) -> None:
         """Read what is needed.
@@ -204,6 +209,8 @@ def objective(*names: str) -> Callable[[Declared], Declared]:
             if name in TEXTS:
                 raise UsageError(f"an objective '{name}' is built in; choose another name")
             require_new("objective", name, OBJECTIVES.get(name))
+            if not hasattr(kind, "beyond"):
+                kind.beyond = ()  # type: ignore[attr-defined]
             OBJECTIVES[name] = kind
         return kind
 

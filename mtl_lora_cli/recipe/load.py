@@ -34,6 +34,7 @@ INHERITED = (
     "prompt_format",
     "chat",
     "control_tokens",
+    "images",
     "adapter",
 )
 

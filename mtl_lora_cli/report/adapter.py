@@ -151,7 +151,8 @@ def _sizes(adapter: Adapter) -> dict[str, int]:
     """Trained values by role."""
     sizes: dict[str, int] = {}
     for name, tensor in adapter.tensors().items():
-        role = name.rpartition(".")[2]
+        part = adapter.role(name).part
+        role = part if part in ("whole", "decoder") else name.rpartition(".")[2]
         sizes[role] = sizes.get(role, 0) + tensor.numel()
     return sizes
 

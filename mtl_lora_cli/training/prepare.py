@@ -27,6 +27,7 @@ from mtl_lora_cli.data.prepare import (
     with_fingerprints,
     with_rows,
 )
+from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
 from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
@@ -61,6 +62,7 @@ from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
 from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.observers import Observer
@@ -357,6 +359,7 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     kind = objective_of({task.name: task.objective for task in tasks})
     if kind is not None:
         return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
+    _require_no_dense_keys(loaded)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -390,6 +393,19 @@ _OF_TEXT = {
 }
 
 
+def _require_no_dense_keys(loaded: LoadedRecipe) -> None:
+    """Refuse what only maps of pictures are learned with.
+
+    Raises:
+        ProblemsError: naming the key.
+    """
+    for key in ("whole_modules", "streams"):
+        if getattr(loaded.recipe.adapter, key):
+            raise loaded.problem(
+                ("adapter", key), f"is for maps of pictures ({', '.join(MAPS)}), not for text"
+            )
+
+
 def _prepare_others(
     loaded: LoadedRecipe,
     kind: type[Objective],
@@ -406,7 +422,7 @@ def _prepare_others(
     recipe, name = loaded.recipe, tasks[0].objective
     for path, plain in _OF_TEXT.items():
         key = tuple(path.split("."))
-        if reduce(getattr, key, recipe) != plain:
+        if path not in kind.beyond and reduce(getattr, key, recipe) != plain:
             raise loaded.problem(key, f"is for text; tasks with objective {name} go without it")
     if recipe.distributed.zero_stage == 3:
         why = f"zero_stage 3 cuts a language model's layers; tasks with objective {name} go up to 2"

@@ -194,7 +194,8 @@ class Settings(BaseModel):
         description="Names, last parts of names, or patterns of the layers to adapt.",
     )
     whole_modules: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="Modules or parameters, named likewise, that learn whole beside the adapter."
+        [],
+        description="Modules or parameters, named likewise, that learn whole beside the adapter.",
     )
     streams: Literal["stages"] | None = Field(
         None, description="stages: a stream of each task from the last block of each stage on."
@@ -257,6 +258,10 @@ class Settings(BaseModel):
 
     def at(self, path: str) -> Settings:
         """What the layer at this module path is made of."""
+        return self
+
+    def common(self) -> Settings:
+        """What a layer is made of in which no task has a part of its own."""
         return self
 
     def patterns(self) -> dict[str, list[str]]:

@@ -78,12 +78,16 @@ class MtLora(Settings):
         return {"task_A": p["task_lora_A"], "task_B": p["task_lora_B"]}
 
     def at(self, path: str) -> Settings:
-        """Without parts of tasks' own a plain LoRA."""
+        """Where `task_modules` does not name it, what is common alone."""
         targets = self.task_modules
         if targets is None or any(matches(path, target) for target in targets):
             return self
+        return self.common()
+
+    def common(self) -> Settings:
+        """Without parts of tasks' own a plain LoRA."""
         common = {key: value for key, value in dict(self).items() if key in Settings.model_fields}
-        return Lora(**{**common, "method": "lora"})
+        return Lora(**{**common, "method": "lora", "streams": None})
 
     def patterns(self) -> dict[str, list[str]]:
         """Those of every method, and `task_modules`."""

@@ -1,0 +1,166 @@
+"""Training maps by the ordinary commands: what is learned is a formula's, and nothing else moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from ..forks import Ended, Forks
+from .conftest import TARGETS, WHOLE, Backbones
+
+pytestmark = pytest.mark.slow
+
+SIZE = (32, 48)
+TASKS = ("classes", "depth", "normals", "edges")
+TEMPLATES = {
+    "classes": {"objective": "segmentation", "classes": ["a", "b", "c"], "ignore": 255},
+    "depth": {"objective": "depth", "range": [0.5, 10.0], "scale": "log"},
+    "normals": {"objective": "normals"},
+    "edges": {"objective": "edges"},
+}
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
+    yield process
+    process.close()
+
+
+def pictures(folder: Path, count: int, generator: np.random.Generator) -> None:
+    """Pictures and their maps; every third has no depth."""
+    lines = []
+    (folder / "files").mkdir(exist_ok=True)
+    for number in range(count):
+        h, w = SIZE
+        name = f"files/{generator.integers(10**9)}"
+        pixels = generator.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        maps = {
+            "classes": (pixels[..., 0] // 90).astype(np.uint8),
+            "depth": pixels[..., 1],
+            "normals": generator.integers(0, 256, (h, w, 3), dtype=np.uint8),
+            "edges": ((pixels[..., 2] > 200) * 255).astype(np.uint8),
+        }
+        row = {"image": f"{name}.png"}
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        for task, values in maps.items():
+            if task != "depth" or number % 3:
+                row[task] = f"{name}-{task}.png"
+                Image.fromarray(values).save(folder / row[task])
+        lines.append(json.dumps(row))
+    return lines
+
+
+def recipe_of(base: Path, kind: str, **training: Any) -> dict[str, Any]:
+    return {
+        "base_model": str(base),
+        "images": {"size": list(SIZE), "augment": {"flip": True}},
+        "adapter": {
+            "method": "mtlora",
+            "rank": 4,
+            "alpha": 8.0,
+            "task_rank": 2,
+            "target_modules": TARGETS[kind],
+            "streams": "stages",
+            "whole_modules": WHOLE[kind],
+        },
+        "tasks": [
+            {"name": task, "template": f"{task}.yaml", "source": {"path": "pictures"}}
+            for task in TASKS
+        ],
+        "training": {
+            "max_steps": 4,
+            "epochs": 9,
+            "rows_per_step": 3,
+            "rows_per_pass": 2,
+            "learning_rate": 1e-3,
+            "parts": {"decoder": {"learning_rate": 2e-3}, "whole": {"learning_rate": 1e-4}},
+            "checkpoint_every": 1,
+            "keep_checkpoints": 9,
+            **training,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def place(forks: Forks, backbones: Backbones, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, templates, a recipe, and the run of it, `whole`."""
+    folder = tmp_path_factory.mktemp("dense")
+    generator = np.random.default_rng(3)
+    (folder / "pictures").mkdir()
+    for split, count in (("train", 7), ("validation", 3)):
+        lines = pictures(folder / "pictures", count, generator)
+        (folder / "pictures" / f"{split}.jsonl").write_text("\n".join(lines))
+    for task, keys in TEMPLATES.items():
+        written = {"description": "A map.", "image": "image", "target": task, **keys}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(written))
+    recipe = recipe_of(backbones("swin").folder, "swin")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done(forks.run("train", "recipe.yaml", "run.name=whole", cwd=folder))
+    return folder
+
+
+def done(ended: Ended) -> Ended:
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def adapter_of(place: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(place / "runs" / name / "adapter" / "mtl_lora.safetensors")
+
+
+def test_everything_named_learns(place: Path) -> None:
+    first = load_file(
+        place / "runs" / "whole" / "checkpoints" / "step-000001" / "mtl_lora.safetensors"
+    )
+    last = adapter_of(place, "whole")
+    still = [name for name, tensor in last.items() if torch.equal(tensor, first[name])]
+    assert not still
+    kinds = {name.partition(":")[0] for name in last if ":" in name}
+    assert kinds == {"whole", "decoder"}
+
+
+def test_it_goes_on_as_if_never_stopped(forks: Forks, place: Path) -> None:
+    """Decoders, what learns whole, and their moments are in a checkpoint."""
+    again = place / "runs" / "again"
+    shutil.copytree(place / "runs" / "whole", again)
+    shutil.rmtree(again / "adapter")
+    for step in (3, 4):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:06d}")
+    text = (again / "recipe.yaml").read_text()
+    (again / "recipe.yaml").write_text(text.replace("name: whole\n", "name: again\n"))
+    said = done(forks.run("train", "--resume", "--run", "again", cwd=place)).stderr
+    assert "resuming again after step 2" in said
+    whole, found = adapter_of(place, "whole"), adapter_of(place, "again")
+    assert whole.keys() == found.keys() and all(torch.equal(whole[n], found[n]) for n in whole)
+
+
+def test_a_task_is_added_later(forks: Forks, place: Path) -> None:
+    """What the trained tasks learned stays as it was, to the last bit: rows of theirs, and their decoders."""
+    more = {
+        "base_model": yaml.safe_load((place / "recipe.yaml").read_text())["base_model"],
+        "images": {"size": list(SIZE)},
+        "tasks": [{"name": "late", "template": "edges.yaml", "source": {"path": "pictures"}}],
+        "training": {"max_steps": 2, "rows_per_step": 2},
+    }
+    (place / "more.yaml").write_text(yaml.safe_dump(more))
+    done(forks.run("add-task", "more.yaml", "--run", "whole", "run.name=more", cwd=place))
+    before, after = adapter_of(place, "whole"), adapter_of(place, "more")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name][: len(tensor)])
+    assert any(name.startswith("decoder:late:") for name in after)
+    rows = [name for name in before if len(before[name]) != len(after[name])]
+    assert rows and all(name.rpartition(".")[2].startswith("task_lora") for name in rows)
