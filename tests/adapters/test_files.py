@@ -177,10 +177,10 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [6, 2, 1, 0, "4", None, True])
+@pytest.mark.parametrize("version", [7, 2, 1, 0, "4", None, True])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 3 to 5" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 3 to 6" in fault(saved)
 
 
 # What formats 3 and 4 said beside the keys that every method reads, as releases before wrote it.
@@ -197,18 +197,21 @@ ALL_METHODS = {
     "gate_start": 2.0, "task_rank": 1, "task_modules": None,
 }  # fmt: skip
 SINCE_4 = ("transform_start", "transform_bases", "task_modules")
+SINCE_6 = ("whole_modules", "streams")
 
 
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 @pytest.mark.parametrize("method", BEFORE)
 def test_the_formats_before_this_one_are_read(tmp_path: Path, method: str, version: int) -> None:
-    """They had the keys of all methods; 3 said nothing of what came with 4, and meant the defaults."""
+    """3 and 4 had the keys of all methods; each says nothing of what came later, and means the defaults."""
     own = {"up_projections": 2} if method == "moelora" else {}
     save_adapter(fresh(0, method=method, **own), tmp_path, {"name": "base"})
 
     def as_before(content: dict[str, Any]) -> None:
-        content.update(format_version=version, **BEFORE[method], **ALL_METHODS)
-        for key in SINCE_4 if version == 3 else ():
+        content.update(format_version=version)
+        if version < 5:
+            content.update(**BEFORE[method], **ALL_METHODS)
+        for key in (*SINCE_6, *(SINCE_4 if version == 3 else ())):
             del content[key]
 
     edit_config(tmp_path, as_before)

@@ -39,6 +39,8 @@ adapter:
   scaling: sqrt_rank
   down_start: normal
   rank_pattern: {v_proj: 2}
+  whole_modules: [embed_tokens]
+  streams: null
   dropout: 0.1
   target_modules: [q_proj, v_proj]
 tasks:
