@@ -162,7 +162,7 @@ class Update:
         """
         set_learning_rates(self.optimizer, factor)
         self._steps += 1
-        _gradients(self._parameters)  # AdamW leaves out what has none, and would keep no moments of it
+        _gradients(self._parameters)  # AdamW would keep no moments of what has none
         if self._processes.count > 1:
             self._sum_gradients()
         if not self._graphed or self._steps <= _WARM_UP:
