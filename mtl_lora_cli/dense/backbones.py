@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.base import BaseModel
@@ -50,7 +50,7 @@ class Family:
     run_code = "trunk(pixels)"
     map_code = "return x"
 
-    def run(self, trunk: nn.Module, pixels: Tensor) -> None:
+    def run(self, trunk: Any, pixels: Tensor) -> None:
         """Once through all blocks."""
         trunk(pixels)
 
@@ -66,10 +66,10 @@ class Family:
         """The configuration for pictures of this size."""
         return config
 
-    def fitted(self, model: nn.Module, source: nn.Module) -> None:
+    def fitted(self, model: Any, source: Any) -> None:
         """Copy what depends on the size of pictures from the model of the folder's own size."""
 
-    def to_map(self, trunk: nn.Module, x: Tensor, stage: int, size: Size) -> Tensor:
+    def to_map(self, trunk: Any, x: Tensor, stage: int, size: Size) -> Tensor:
         """What the last block of a stage gives, of pictures of this size, as a map [N, h, w, C]."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class _Swin(Family):
         "    return x.unflatten(1, (h, w)).permute(0, 3, 1, 2)"
     )
 
-    def run(self, trunk: nn.Module, pixels: Tensor) -> None:
+    def run(self, trunk: Any, pixels: Tensor) -> None:
         trunk.get_submodule("encoder")(
             *trunk.get_submodule("embeddings")(pixels), always_partition=True
         )
@@ -101,7 +101,7 @@ class _Swin(Family):
             tuple(config.embed_dim * 2**stage for stage in range(len(config.depths))),
         )
 
-    def to_map(self, trunk: nn.Module, x: Tensor, stage: int, size: Size) -> Tensor:
+    def to_map(self, trunk: Any, x: Tensor, stage: int, size: Size) -> Tensor:
         grid = _ceiled(size, _patch(trunk.config))
         for _ in range(stage):
             grid = _ceiled(grid, 2)
@@ -132,7 +132,7 @@ class _Dinov2(Family):
     def step(self, config: Any) -> int:
         return _patch(config)
 
-    def to_map(self, trunk: nn.Module, x: Tensor, stage: int, size: Size) -> Tensor:
+    def to_map(self, trunk: Any, x: Tensor, stage: int, size: Size) -> Tensor:
         patch = _patch(trunk.config)
         return x[:, first_patch(trunk.config) :].unflatten(1, (size[0] // patch, size[1] // patch))
 
@@ -167,7 +167,7 @@ class _Hiera(Family):
         config.image_size = list(size)
         return config
 
-    def fitted(self, model: nn.Module, source: nn.Module) -> None:
+    def fitted(self, model: Any, source: Any) -> None:
         here, there = (m.get_submodule("embeddings").position_embeddings for m in (model, source))
         stride = source.config.patch_stride[0]
         before = [side // stride for side in source.config.image_size]
@@ -177,7 +177,7 @@ class _Hiera(Family):
             grid = F.interpolate(grid, size=after, mode="bicubic", align_corners=False)
         here.data.copy_(grid.permute(0, 2, 3, 1).flatten(1, 2))
 
-    def to_map(self, trunk: nn.Module, x: Tensor, stage: int, size: Size) -> Tensor:
+    def to_map(self, trunk: Any, x: Tensor, stage: int, size: Size) -> Tensor:
         reroll: Callable[[Tensor, int], Tensor] = trunk.get_submodule("encoder").reroll
         return reroll(x, stage)
 
@@ -193,7 +193,7 @@ class _ConvNext(Family):
             tuple(config.hidden_sizes),
         )
 
-    def to_map(self, trunk: nn.Module, x: Tensor, stage: int, size: Size) -> Tensor:
+    def to_map(self, trunk: Any, x: Tensor, stage: int, size: Size) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
 
@@ -202,7 +202,7 @@ class _Swinv2(_Swin):
 
     run_code = "trunk(pixels)"
 
-    def run(self, trunk: nn.Module, pixels: Tensor) -> None:
+    def run(self, trunk: Any, pixels: Tensor) -> None:
         trunk(pixels)
 
 
@@ -247,7 +247,7 @@ def require_size(base: BaseModel, config: Any, size: Size) -> None:
         )
 
 
-def backbone_skeleton(base: BaseModel) -> nn.Module:
+def backbone_skeleton(base: BaseModel) -> Any:
     """A backbone without its weights: modules and shapes.
 
     Raises:
@@ -270,7 +270,7 @@ def load_backbone(
     quantization: str = "none",
     storage: torch.dtype = torch.uint8,
     unquantised: Sequence[str] = (),
-) -> nn.Module:
+) -> Any:
     """The frozen backbone for pictures of a size, as transformers' `AutoModel`.
 
     Args:
@@ -299,7 +299,7 @@ def load_backbone(
     return model.requires_grad_(False).eval()
 
 
-def _loaded(base: BaseModel, config: Any, family: Family, options: dict[str, Any]) -> nn.Module:
+def _loaded(base: BaseModel, config: Any, family: Family, options: dict[str, Any]) -> Any:
     from transformers import AutoModel
 
     try:
@@ -330,12 +330,12 @@ def _loaded(base: BaseModel, config: Any, family: Family, options: dict[str, Any
 
 def _resized(
     base: BaseModel,
-    model: nn.Module,
+    model: Any,
     family: Family,
     size: Size,
     dtype: torch.dtype,
     device: torch.device,
-) -> nn.Module:
+) -> Any:
     """The model with the shapes that it has for another size of pictures."""
     from transformers import AutoModel
 

@@ -50,7 +50,7 @@ class DenseHost(ModuleHost):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: Any,
         family: Family,
         adapter: Adapter,
         specs: Sequence[MapSpec],
@@ -152,7 +152,7 @@ class DenseHost(ModuleHost):
 
     def engine_report(self) -> dict[str, Any]:
         """See `Host`."""
-        kind = self.model.config.model_type
+        kind = cast(Any, self.model).config.model_type
         return {
             "engine": "dense",
             "line": f"dense: transformers' {kind}, {self._streams_in_words()}",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter, inject, whole_parameters
@@ -51,7 +50,7 @@ class DenseObjective:
         with torch.device("meta"):  # whether the adapter fits, before anything is read
             self._adapted(skeleton)
 
-    def _adapted(self, trunk: nn.Module) -> Adapter:
+    def _adapted(self, trunk: Any) -> Adapter:
         """With streams, tasks have parts of their own in the last blocks of stages alone: elsewhere no stream
         of theirs runs."""
         config = self._recipe.adapter
