@@ -108,7 +108,7 @@ def projections(name: str) -> dict[str, tuple[str, ...]]:
         plan = plan_of(find_config(name))
     except NotPlanned:
         plan = plan_of(find_config("tiny"))
-    attention = [path for group in plan.layers[0].attention.groups for path in group]
+    attention = [path for group in plan.attentions[0].groups for path in group]
     return {
         "qkvo": tuple(path.rpartition(".")[2] for path in attention),
         "all": plan.projections,

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.engine.attention import attend, attend_gradient, kernels_know
 from mtl_lora_cli.engine.halves import AttentionHalf
+from mtl_lora_cli.engine.plan import AttentionPlan
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened, spread_out
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 
@@ -38,15 +39,16 @@ class AttentionBlock(torch.autograd.Function):
         delta: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        assert call.packing is not None
         count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
         total, h, inverse = half.begin.forward(x, delta, half.qkv.room.columns)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
-        ready = packing.ready(qkv, half.heads)
+        ready = packing.ready(packing.heads_of(qkv), half.heads)
         o_room = half.o.room.columns
         attended, state = attend(ready, packing, learn=call.learn, room=o_room)
-        chosen, residual = attended, total
+        chosen, residual = packing.gated(attended, qkv), total
         if call.positions is not None:
-            chosen, residual = attended[call.positions], total[call.positions]
+            chosen, residual = chosen[call.positions], total[call.positions]
         out, o_tape = half.o.forward(chosen, tensors[count:], call.chosen_slots, call.training)
         added, out_inverse = half.end.forward(out)
         if call.learn:
@@ -80,22 +82,27 @@ class AttentionBlock(torch.autograd.Function):
         if qkv is None:
             h = half.begin.again(total, inverse, half.qkv.room.columns)
             qkv = half.qkv.again(h, qkv_tape, slots)
-            ready = packing.ready(qkv, half.heads)
-        elif half.heads is None:
-            ready = qkv
+            heads = packing.heads_of(qkv)
+            ready = packing.ready(heads, half.heads)
+        elif half.heads is None and not packing.gates:
+            ready = heads = qkv
         else:  # what the norms were given was kept, and they are as cheap as a copy
-            ready = state[0] if isinstance(state, tuple) else packing.ready(qkv, half.heads)
+            heads = packing.heads_of(qkv)
+            ready = state[0] if isinstance(state, tuple) else packing.ready(heads, half.heads)
         if attended is None:
             attended, state = attend(ready, packing, learn=True)
         attended = half.o.input(attended)
-        chosen = attended if call.positions is None else attended[call.positions]
+        chosen = packing.gated(attended, qkv)
+        chosen = chosen if call.positions is None else chosen[call.positions]
         dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
         dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dattended = spread_out(dchosen, call.positions, attended)
+        dattended, dgates = packing.gate_gradient(dattended, attended, qkv)
         room = half.qkv.room.rows
         dqkv = attend_gradient(dattended, ready, attended, state, packing, room=room)
-        packing.norm_gradient_(dqkv, qkv, half.heads)
+        packing.norm_gradient_(dqkv, heads, half.heads)
+        dqkv = packing.with_gates(dqkv, dgates, room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dh, qkv_gradients = half.qkv.backward(dqkv, qkv_tape, slots, wanted, roomy=True)
@@ -116,7 +123,7 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     log-sum-exp; q, k and v of each segment are views of what it was given, which is qkv itself, or
     its copy with normed heads.
     """
-    value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
+    value, width, plan = sizes.value, layer.qkv.inputs, _plan(layer)
     each = width * value + (4 if plan.before else 0)
     if keep.qkv:
         each += layer.qkv.outputs * value + 4 * plan.heads
@@ -135,7 +142,7 @@ def forward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
     """The most that lives beside what is kept, in the forward pass."""
-    plan = layer.plan.attention
+    plan = _plan(layer)
     each = 2 * layer.qkv.inputs + sizes.input_width(layer.qkv)
     if not keep.qkv:
         each += layer.qkv.outputs + layer.o.inputs
@@ -154,7 +161,7 @@ def backward_bytes(
     The gradients of x and δ, of attended H D, of [q | k | v], of the input, of x; what is computed
     again.
     """
-    value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
+    value, width, plan = sizes.value, layer.qkv.inputs, _plan(layer)
     again = 0 if keep.qkv else width + layer.qkv.outputs
     again += 0 if keep.qkv and keep.attended else layer.o.inputs
     if plan.q_norm and not (_graph(sizes, layer) and keep.qkv):
@@ -171,8 +178,13 @@ def backward_bytes(
     return found
 
 
+def _plan(layer: LayerSizes) -> AttentionPlan:
+    assert isinstance(layer.plan.attention, AttentionPlan)
+    return layer.plan.attention
+
+
 def _kernels(sizes: ModelSizes, layer: LayerSizes) -> bool:
-    return sizes.kernels and kernels_know(layer.plan.attention)
+    return sizes.kernels and kernels_know(_plan(layer))
 
 
 def _graph(sizes: ModelSizes, layer: LayerSizes) -> bool:
@@ -182,11 +194,11 @@ def _graph(sizes: ModelSizes, layer: LayerSizes) -> bool:
 
 def _bare(layer: LayerSizes) -> bool:
     """Whether torch's own attention knows what becomes of the scores."""
-    return layer.plan.attention.softcap is None and layer.plan.attention.sinks is None
+    return _plan(layer).softcap is None and _plan(layer).sinks is None
 
 
 def _scores(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
     """Scores of one segment in float32: before and behind tanh or beside sinks, their shares, a gradient."""
     if _kernels(sizes, layer) or _bare(layer):
         return 0
-    return 4 * 4 * layer.plan.attention.heads * load.segment**2
+    return 4 * 4 * _plan(layer).heads * load.segment**2

@@ -23,7 +23,8 @@ from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
 from mtl_lora_cli.engine.attention_block import AttentionBlock
 from mtl_lora_cli.engine.experts_block import ExpertsBlock
 from mtl_lora_cli.engine.families import plan_of
-from mtl_lora_cli.engine.halves import ExpertsHalf, Layer, Norm
+from mtl_lora_cli.engine.halves import ExpertsHalf, Layer, MixerHalf, Norm
+from mtl_lora_cli.engine.mixer_block import MixerBlock
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
     NotPlanned,
@@ -91,9 +92,7 @@ class FusedDecoder:
             for module, plan in zip(self.modules, self.plan.layers, strict=True)
         ]
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
-        kinds = dict.fromkeys(plan.attention for plan in self.plan.layers)
-        self._kinds = list(kinds)
-        self._kind_of = [self._kinds.index(plan.attention) for plan in self.plan.layers]
+        self._kinds = list(self.plan.attentions)
         self._norm = Norm.of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
 
     def fixed_shapes(self) -> bool:
@@ -102,7 +101,7 @@ class FusedDecoder:
         Experts would; torch's grouped products have not been recorded on a card yet.
         """
         experts = any(isinstance(layer.mlp, ExpertsHalf) for layer in self.layers)
-        if self.plan.limit is not None or experts:
+        if self.plan.limit is not None or self.plan.recurrent or experts:
             return False
         embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
         return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)
@@ -169,7 +168,8 @@ class FusedDecoder:
             last = number + 1 == len(self.layers)
             own = Pass(
                 slots=slots,
-                packing=packings[self._kind_of[number]],
+                segments=segments,
+                packing=packings.get(self.plan.layers[number].attention),
                 positions=positions if last else None,
                 chosen_slots=chosen_slots if last else slots,
                 keep=keep[number],
@@ -186,16 +186,16 @@ class FusedDecoder:
         cap = self.plan.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _packings(self, x: Tensor, position_ids: Tensor, segments: Segments) -> list[Packing]:
+    def _packings(self, x: Tensor, position_ids: Tensor, segments: Segments) -> dict[Any, Packing]:
         """Attention's view of the positions, for each kind of layer."""
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
             angles[rotary] = self._angles(rotary, wide, position_ids, segments)
-        found = []
+        found: dict[Any, Packing] = {}
         for plan in self._kinds:
             cos, sin = angles[plan.rotary]
-            packing = Packing(
+            found[plan] = Packing(
                 heads=plan.heads,
                 key_heads=plan.key_heads,
                 head_dim=plan.head_dim,
@@ -206,10 +206,10 @@ class FusedDecoder:
                 way=pick_way(x, plan),
                 window=plan.window,
                 softcap=plan.softcap,
+                gates=plan.gates,
                 pairs=plan.rotary is not None and plan.rotary.pairs,
                 query_scale=_query_scale(plan.query_scale, position_ids[0]),
             )
-            found.append(packing)
         return found
 
     def _angles(
@@ -293,7 +293,8 @@ def _run_layer(
     """The stream and what has yet to be added to it, behind one layer."""
     qkv, o, *others = mixings
     first, second = layer.attention, layer.mlp
-    x, delta = AttentionBlock.apply(
+    first_block = MixerBlock if isinstance(first, MixerHalf) else AttentionBlock
+    x, delta = first_block.apply(
         first, own, x, delta,
         *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip

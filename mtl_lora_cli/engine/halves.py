@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.engine.core import Core, core_of
 from mtl_lora_cli.engine.group import Group
 from mtl_lora_cli.engine.plan import (
     AttentionPlan,
     ExpertsPlan,
     LayerPlan,
+    MixerPlan,
     MlpPlan,
     NormPlan,
     SharedPlan,
@@ -122,6 +124,18 @@ class AttentionHalf:
 
 
 @dataclass(frozen=True)
+class MixerHalf:
+    """The frozen parts of a layer whose state runs on: `core` lies between the projections."""
+
+    plan: MixerPlan
+    begin: Begin
+    qkv: Group
+    core: Core
+    o: Group
+    end: End
+
+
+@dataclass(frozen=True)
 class MlpHalf:
     """The frozen parts of a layer's MLP."""
 
@@ -192,7 +206,7 @@ class ExpertsHalf:
 class Layer:
     """Both halves of a layer."""
 
-    attention: AttentionHalf
+    attention: AttentionHalf | MixerHalf
     mlp: MlpHalf | ExpertsHalf
 
     @property
@@ -211,9 +225,6 @@ class Layer:
         def norm(one: NormPlan | None) -> Norm | None:
             return None if one is None else Norm.of(module.get_submodule(one.path), one)
 
-        def sinks(path: str) -> Tensor:
-            return cast(Tensor, module.get_submodule(path).sinks)
-
         first, second = plan.attention, plan.mlp
         qkv, o = (group(paths) for paths in first.groups)
         begin, end = Begin(norm(second.before)), End(norm(second.after), second.multiplier)
@@ -223,19 +234,15 @@ class Layer:
         else:
             gate_up, down = (group(paths) for paths in second.groups)
             half = MlpHalf(plan=second, begin=begin, gate_up=gate_up, down=down, end=end)
+        first_begin, first_end = Begin(norm(first.before)), End(norm(first.after), first.multiplier)
+        if isinstance(first, MixerPlan):
+            core = core_of(module, first)
+            return Layer(MixerHalf(first, first_begin, qkv, core, o, first_end), half)
         q, k = norm(first.q_norm), norm(first.k_norm)
-        return Layer(
-            AttentionHalf(
-                plan=first,
-                begin=Begin(norm(first.before)),
-                qkv=qkv,
-                heads=None if q is None or k is None else HeadNorms(q.weight, k.weight, q.eps),
-                o=o,
-                end=End(norm(first.after), first.multiplier),
-                sinks=None if first.sinks is None else sinks(first.sinks),
-            ),
-            half,
-        )
+        heads = None if q is None or k is None else HeadNorms(q.weight, k.weight, q.eps)
+        sinks = None if first.sinks is None else module.get_submodule(first.sinks).sinks
+        sinks = cast(Tensor | None, sinks)
+        return Layer(AttentionHalf(first, first_begin, qkv, heads, o, first_end, sinks), half)
 
 
 def _shared(plan: SharedPlan, group: Callable[..., Group]) -> SharedHalf:

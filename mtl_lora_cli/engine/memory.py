@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
-from mtl_lora_cli.engine import attention_block, experts_block, mlp_block
+from mtl_lora_cli.engine import attention_block, experts_block, mixer_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
-from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
+from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MixerPlan
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
 from mtl_lora_cli.recipe.schema import Recompute
@@ -81,17 +81,22 @@ def forward_bytes(
 def backward_bytes(
     sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool
 ) -> int:
-    """The most that lives beside what is kept, in one layer's backward pass."""
-    most = max(
-        block.backward_bytes(sizes, layer, keep, load, last=last) for block in _blocks(layer)
-    )
-    return most + _dropped(sizes, layer, load)
+    """The most that lives beside what is kept, in one layer's backward pass.
+
+    When the first block's turn comes, the second has let go of what it kept.
+    """
+    first, second = _blocks(layer)
+    early = second.backward_bytes(sizes, layer, keep, load, last=last)
+    late = first.backward_bytes(sizes, layer, keep, load, last=last)
+    late -= second.kept_bytes(sizes, layer, keep, load, last=last)
+    return max(early, late) + _dropped(sizes, layer, load)
 
 
 def _blocks(layer: LayerSizes) -> tuple[Any, Any]:
     """The modules of its two blocks."""
+    mixer = isinstance(layer.plan.attention, MixerPlan)
     experts = isinstance(layer.plan.mlp, ExpertsPlan)
-    return attention_block, experts_block if experts else mlp_block
+    return mixer_block if mixer else attention_block, experts_block if experts else mlp_block
 
 
 def _dropped(sizes: ModelSizes, layer: LayerSizes, load: Load) -> int:
@@ -114,7 +119,8 @@ def head_bytes(sizes: ModelSizes, load: Load) -> int:
 
 def batch_bytes(sizes: ModelSizes, load: Load) -> int:
     """Ids, positions, routing, the rotations' cos and sin, float32 D/2 each, and torch's masks of windows."""
-    plans = {layer.plan.attention for layer in sizes.layers}
+    halves = {layer.plan.attention for layer in sizes.layers}
+    plans = [plan for plan in halves if isinstance(plan, AttentionPlan)]
     turned = {plan.rotary: plan.head_dim for plan in plans if plan.rotary is not None}
     windows = {plan.window for plan in plans if plan.window and plan.window < load.segment}
     seen = 0 if sizes.kernels else len(windows) * load.segment * sizes.value

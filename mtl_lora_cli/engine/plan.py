@@ -85,6 +85,8 @@ class AttentionPlan:
         window: keys that a query sees, its own among them; None: all before it.
         softcap: c, where scores are c tanh(s / c).
         sinks: of the module whose `sinks` [H] are logits that take their share of the softmax and give nothing.
+        gates: the first projection gives for each head a query and a gate g beside it; attention's result is
+            multiplied by σ(g).
         multiplier: m, of what the block adds to the stream.
         query_scale: of queries that stand far behind; None: all are as they are.
     """
@@ -103,8 +105,39 @@ class AttentionPlan:
     window: int | None = None
     softcap: float | None = None
     sinks: str | None = None
+    gates: bool = False
     multiplier: float = 1.0
     query_scale: QueryScale | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Paths of the projections that read one input."""
+        return self.qkv, (self.o,)
+
+
+@dataclass(frozen=True)
+class MixerPlan:
+    """The first half of a layer whose state runs on from position to position; see `mixer_block.py`.
+
+    Attributes:
+        module: of the module whose forward pass is all that lies between the projections.
+        qkv: projections of its input, the only ones that read it.
+        o: of the projection whose output is the module's.
+        working, graph: numbers in float32 that what lies between takes for a position, in a forward pass alone
+            and with its backward pass.
+        chunk: positions that it takes at a time; an example is filled up to whole multiples.
+        before, after, multiplier: as in `AttentionPlan`.
+    """
+
+    module: str
+    qkv: tuple[str, ...]
+    o: str
+    working: int
+    graph: int
+    chunk: int
+    before: NormPlan | None
+    after: NormPlan | None = None
+    multiplier: float = 1.0
 
     @property
     def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -228,7 +261,7 @@ class ExpertsPlan:
 class LayerPlan:
     """One decoder layer."""
 
-    attention: AttentionPlan
+    attention: AttentionPlan | MixerPlan
     mlp: MlpPlan | ExpertsPlan
 
     @property
@@ -271,8 +304,19 @@ class Plan:
     @property
     def rotaries(self) -> tuple[RotaryPlan, ...]:
         """All that turn queries and keys of some layer."""
-        some = [layer.attention.rotary for layer in self.layers]
+        some = [plan.rotary for plan in self.attentions]
         return tuple(dict.fromkeys(rotary for rotary in some if rotary is not None))
+
+    @property
+    def attentions(self) -> tuple[AttentionPlan, ...]:
+        """The first halves that are attention, each kind once."""
+        halves = [layer.attention for layer in self.layers]
+        return tuple(dict.fromkeys(half for half in halves if isinstance(half, AttentionPlan)))
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer's state runs on from position to position."""
+        return any(isinstance(layer.attention, MixerPlan) for layer in self.layers)
 
     def modules(self, model: Any) -> list[nn.Module]:
         """The model's own layers that the plan describes."""
@@ -329,12 +373,15 @@ def missing_modules(plan: Plan, model: Any) -> Iterator[str]:
 
 
 def _paths(layer: LayerPlan) -> Iterator[str]:
-    attention, mlp = layer.attention, layer.mlp
+    first, mlp = layer.attention, layer.mlp
     for group in layer.groups:
         yield from group
     if isinstance(mlp, ExpertsPlan):
         yield from (mlp.router.path, mlp.stack)
-    if attention.sinks is not None:
-        yield attention.sinks
-    norms = (attention.before, attention.after, attention.q_norm, attention.k_norm, mlp.before)
-    yield from (norm.path for norm in (*norms, mlp.after) if norm is not None)
+    norms = [first.before, first.after, mlp.before, mlp.after]
+    if isinstance(first, MixerPlan):
+        yield first.module
+    else:
+        yield from (path for path in (first.sinks,) if path is not None)
+        norms += [first.q_norm, first.k_norm]
+    yield from (norm.path for norm in norms if norm is not None)

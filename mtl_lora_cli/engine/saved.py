@@ -11,6 +11,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.attention import Packing
 from mtl_lora_cli.engine.group import Tape
+from mtl_lora_cli.engine.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Pass:
 
     Attributes:
         slots: the routing of the N positions.
-        packing: attention's view of them, in this layer.
+        segments: which of them belong together.
+        packing: attention's view of them, in this layer; None where it has no attention.
         positions: [U] int64: the last layer goes on with these positions alone; None for all.
         chosen_slots: the routing of the positions that go on.
         keep: what is kept for the backward pass.
@@ -42,7 +44,8 @@ class Pass:
     """
 
     slots: Slots
-    packing: Packing
+    segments: Segments
+    packing: Packing | None
     positions: Tensor | None
     chosen_slots: Slots
     keep: Keep

@@ -366,6 +366,11 @@ def _stack_seen(
     return torch.stack(found)[:, None]
 
 
+def most_places(positions: int, longest: int) -> int:
+    """Places of one stack of so many positions in segments of up to so many, but for what fills them up."""
+    return max(longest, min(positions, _MOST_SCORES // longest))
+
+
 def alike(bounds: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
     """Segments that one stack holds, the longest first.
 

@@ -101,7 +101,7 @@ def dialect_of(config: Any) -> Dialect:
             f"types known here: {', '.join(_ARCHITECTURES)}"
         )
     architecture, interleaved = _ARCHITECTURES[kind]
-    attention = _plan(config).layers[0].attention
+    attention = _plan(config).attentions[0]
     q, k = (path.rpartition(".")[2] for path in attention.qkv[:2])
     heads = {q: attention.heads, k: attention.key_heads}
     return Dialect(
@@ -136,11 +136,11 @@ def require_writable(config: Any, tokenizer: Any = None) -> None:
     """
     dialect_of(config)
     _frequency_factors(config)
-    layers = _plan(config).layers
-    other = next((one.mlp.activation for one in layers if one.mlp.activation != "silu"), None)
+    plan = _plan(config)
+    other = next((one.mlp.activation for one in plan.layers if one.mlp.activation != "silu"), None)
     if other is not None:
         raise UsageError(f"llama.cpp runs this kind of model with silu, not {other}")
-    windows = [one.attention.window for one in layers if one.attention.window is not None]
+    windows = [one.window for one in plan.attentions if one.window is not None]
     if windows and min(windows) < config.max_position_embeddings:
         raise UsageError("attention in a sliding window cannot be exported to GGUF here")
     if tokenizer is not None:

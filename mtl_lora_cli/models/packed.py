@@ -136,6 +136,8 @@ class PackedModel(nn.Module):
         """Whether answers that begin alike, of up to so many positions, may share what they begin with."""
         if self.plain is not None:
             return self.plain.shares(length)
+        if self.decoder is not None and self.decoder.plan.recurrent:
+            return False
         return self.together is None or length <= self.together
 
     @property

@@ -39,6 +39,15 @@ LONG = {
     },
     "original_max_position_embeddings": 20,
 }
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+}
 EXPERTS = {
     "num_experts": 6,
     "num_local_experts": 6,
@@ -55,6 +64,7 @@ SIGMOIDS = {
     "n_group": 1,
     "topk_group": 1,
 }
+GATED = {"shared_expert_intermediate_size": 40}
 CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "", {}),
     (
@@ -71,6 +81,9 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("qwen2", "window", {"use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", "", {}),
     ("qwen3", "window", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("qwen3_5_text", "delta nets", DELTA),
+    ("qwen3_5_moe_text", "delta nets", {**DELTA, **EXPERTS, **GATED}),
+    ("qwen3_next", "delta nets", {**DELTA, **EXPERTS, **GATED, "mlp_only_layers": [1]}),
     ("gemma", "", {}),
     ("gemma2", "caps", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **MIXED}),
     ("gemma3_text", "", MIXED),
@@ -149,9 +162,13 @@ def test_fused_is_transformers_alone(model_type: str, changes: dict[str, Any]) -
     [Keep(attended=False), Keep(qkv=False), Keep(gate_up=False), Keep(False, False, False)],
     ids=str,
 )
-@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
-def test_what_is_computed_again_is_the_same(model_type: str, keep: Keep) -> None:
-    assert furthest(tiny(model_type, **MIXED), keep) < CLOSE
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("gemma3_text", MIXED), ("olmo3", MIXED), ("qwen3_5_text", DELTA)]
+)
+def test_what_is_computed_again_is_the_same(
+    model_type: str, changes: dict[str, Any], keep: Keep
+) -> None:
+    assert furthest(tiny(model_type, **changes), keep) < CLOSE
 
 
 @pytest.mark.parametrize("model_type", known_types())
