@@ -19,7 +19,7 @@ from mtl_lora_cli.engine.segments import Rule, Segments
 from mtl_lora_cli.engine.torch_attention import Scores, attend_again, attend_segments
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
-from mtl_lora_cli.kernels.rotary import rotate_
+from mtl_lora_cli.kernels.rotary import Turn, rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
     KEY_BACKWARD,
@@ -72,12 +72,25 @@ class Packing:
     def ready(self, qkv: Tensor, norms: HeadNorms | None) -> Tensor:
         """q and k of the buffer [N, (H + 2G) D] normed and turned: in place where there are no norms."""
         if norms is not None:
-            qkv = head_norm(qkv, norms, heads=self.heads, key_heads=self.key_heads)
-        return self._scaled_(self.rotate_(qkv))
+            qkv = head_norm(qkv, norms, self._turn, heads=self.heads, key_heads=self.key_heads)
+        elif self._turn is not None:
+            rotate_(qkv, self._turn, heads=self.heads, key_heads=self.key_heads)
+        return self._scaled_(qkv)
 
-    def gradient_(self, dqkv: Tensor) -> Tensor:
-        """The gradient before the rotation, in the place of the one behind it."""
-        return self.rotate_back_(self._scaled_(dqkv))
+    def gradient_(self, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None) -> None:
+        """The gradient of what `ready` was given, in the place of that of what it gave.
+
+        Args:
+            dqkv: [N, (H + 2G) D + room].
+            qkv, norms: what `ready` was given; without norms qkv is not read.
+        """
+        own = self._scaled_(dqkv[:, : qkv.shape[1]])
+        if norms is not None:
+            head_norm_gradient_(
+                own, qkv, norms, self._turn, heads=self.heads, key_heads=self.key_heads
+            )
+        elif self._turn is not None:
+            rotate_(own, self._turn, heads=self.heads, key_heads=self.key_heads, back=True)
 
     def heads_of(self, qkv: Tensor) -> Tensor:
         """[q | k | v] of what the projections gave: without gates the same, with gates new memory."""
@@ -124,30 +137,17 @@ class Packing:
         both = qkv[:, : 2 * self.heads * self.head_dim].unflatten(1, (self.heads, 2, self.head_dim))
         return both[:, :, 0], both[:, :, 1]
 
-    def rotate_(self, qkv: Tensor) -> Tensor:
-        """Rotary embedding of q and k in the buffer [N, (H + 2G) D], in place."""
-        return qkv if self.sin is None else self._turned_(qkv, self.sin)
-
-    def rotate_back_(self, qkv: Tensor) -> Tensor:
-        """The rotation by −θ: what gradients need."""
-        return qkv if self.sin is None else self._turned_(qkv, -self.sin)
-
     def _scaled_(self, qkv: Tensor) -> Tensor:
         if self.query_scale is not None:
             queries = qkv[:, : self.heads * self.head_dim]
             queries.mul_(self.query_scale[:, None].to(qkv.dtype))
         return qkv
 
-    def _turned_(self, qkv: Tensor, sin: Tensor) -> Tensor:
-        assert self.cos is not None
-        sizes = {"heads": self.heads, "key_heads": self.key_heads}
-        return rotate_(qkv, self.cos, sin, **sizes, pairs=self.pairs)
-
-    def norm_gradient_(self, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None) -> None:
-        """The gradient before the norms of q and k, in its place; qkv is what they were given."""
-        if norms is not None:
-            own = dqkv[:, : qkv.shape[1]]
-            head_norm_gradient_(own, qkv, norms, heads=self.heads, key_heads=self.key_heads)
+    @property
+    def _turn(self) -> Turn | None:
+        if self.cos is None or self.sin is None:
+            return None
+        return Turn(self.cos, self.sin, self.pairs)
 
     @property
     def scores(self) -> Scores:
@@ -245,7 +245,7 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
 def attend_gradient(
     dout: Tensor, qkv: Tensor, out: Tensor, state: Any, packing: Packing, *, room: int = 0
 ) -> Tensor:
-    """The gradient of [q | k | v] before its rotation, [N, (H + 2G) D + room].
+    """The gradient of [q | k | v] as attention was given it, [N, (H + 2G) D + room].
 
     Args:
         dout: [N, H·D].
@@ -269,14 +269,13 @@ def attend_gradient(
             dqkv=dqkv[:, :width],
             **packing.kernel_arguments(len(qkv)),
         )
-        packing.gradient_(dqkv[:, :width])
         return dqkv
     if state is None:
         gradient = _again(dout, qkv, packing)
     else:
         leaf, result = state
         gradient = torch.autograd.grad(result, leaf, dout)[0]
-    return with_room(packing.gradient_(gradient), room)
+    return with_room(gradient, room)
 
 
 def _again(dout: Tensor, qkv: Tensor, packing: Packing) -> Tensor:

@@ -1,9 +1,10 @@
 """The first half of a decoder layer, one autograd function: forward, backward, and its bytes.
 
-    x' = x + δ,   δ' = m · after(O(attention(QKV(before x'))))
+    x' = x + δ(o),   o' = O(attention(QKV(before x')))
 
-A block takes the residual stream x and what the block before has yet to add to it (δ), and returns
-both anew, so that each addition happens inside a norm's kernel. Written by hand rather than left to
+A block takes the residual stream x and the output o of the block before, and returns both anew, so that each
+addition, and the norm and the multiplier by which δ follows from o, happen inside the next norm's kernel
+(`kernels/stream.py`). Written by hand rather than left to
 autograd because of what it saves: weights are frozen, so most inputs are needed by nobody; and what
 is needed can be dropped and computed again (`Keep`).
 """
@@ -19,15 +20,23 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.engine.attention import attend, attend_gradient, kernels_know
 from mtl_lora_cli.engine.halves import AttentionHalf
 from mtl_lora_cli.engine.plan import AttentionPlan
-from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened, spread_out
+from mtl_lora_cli.engine.saved import (
+    Keep,
+    Pass,
+    Saved,
+    both_gradients,
+    entry_of,
+    opened,
+    spread_out,
+)
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 
 
 class AttentionBlock(torch.autograd.Function):
-    """x' = x + δ and δ' = m · after(O(attention(QKV(before x')))).
+    """x' = x + δ(o) and o' = O(attention(QKV(before x'))).
 
-    Args of `apply`: the layer's half, the pass, x [N, d], δ [N, d] or None, then the tensors of the
-    groups QKV and O. Returns x' and δ', [N, d] or, with `positions`, [U, d].
+    Args of `apply`: the layer's half, the pass, x [N, d], o [N, d] or None, then the tensors of the
+    groups QKV and O. Returns x' and o', [N, d] or, with `positions`, [U, d].
     """
 
     @staticmethod
@@ -36,51 +45,46 @@ class AttentionBlock(torch.autograd.Function):
         half: AttentionHalf,
         call: Pass,
         x: Tensor,
-        delta: Tensor | None,
+        before: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         assert call.packing is not None
         count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
-        total, h, inverse = half.begin.forward(x, delta, half.qkv.room.columns)
+        entry, h = half.begin.forward(x, before, half.qkv.room.columns)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
         ready = packing.ready(packing.heads_of(qkv), half.heads)
         o_room = half.o.room.columns
         attended, state = attend(ready, packing, learn=call.learn, room=o_room)
-        chosen, residual = packing.gated(attended, qkv), total
+        chosen, residual = packing.gated(attended, qkv), entry.total
         if call.positions is not None:
-            chosen, residual = chosen[call.positions], total[call.positions]
+            chosen, residual = chosen[call.positions], residual[call.positions]
         out, o_tape = half.o.forward(chosen, tensors[count:], call.chosen_slots, call.training)
-        added, out_inverse = half.end.forward(out)
         if call.learn:
             saved = Saved(ctx)
-            saved.add("total", total)
-            saved.add("inverse", inverse)
+            saved.add_entry(entry)
             if call.keep.qkv:
                 saved.add("qkv", qkv)
                 # Of a graph the state holds all that would be computed again.
                 if call.keep.attended or not isinstance(state, Tensor):
                     saved.add("attended", attended)
-            if out_inverse is not None:
-                saved.add("out", out)
-                saved.add("out_inverse", out_inverse)
             saved.add_tape("tape_qkv", qkv_tape)
             saved.add_tape("tape_o", o_tape)
             saved.close()
             ctx.state = state if call.keep.qkv else None
             ctx.static = (half, call)
-        return residual, added
+        return residual, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dresidual: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> tuple[Any, ...]:
         half, call = ctx.static
         packing, slots = call.packing.of_layer(half.sinks), call.slots
         saved = opened(ctx)
-        total, inverse, state = saved["total"], saved["inverse"], ctx.state
+        entry, state = entry_of(saved), ctx.state
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
         qkv, attended = saved.get("qkv"), saved.get("attended")
         if qkv is None:
-            h = half.begin.again(total, inverse, half.qkv.room.columns)
+            h = half.begin.again(entry, half.qkv.room.columns)
             qkv = half.qkv.again(h, qkv_tape, slots)
             heads = packing.heads_of(qkv)
             ready = packing.ready(heads, half.heads)
@@ -94,32 +98,32 @@ class AttentionBlock(torch.autograd.Function):
         attended = half.o.input(attended)
         chosen = packing.gated(attended, qkv)
         chosen = chosen if call.positions is None else chosen[call.positions]
-        dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
-        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
+        dout, roomy = half.end.take(dout)
+        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=roomy)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dattended = spread_out(dchosen, call.positions, attended)
         dattended, dgates = packing.gate_gradient(dattended, attended, qkv)
         room = half.qkv.room.rows
         dqkv = attend_gradient(dattended, ready, attended, state, packing, room=room)
-        packing.norm_gradient_(dqkv, heads, half.heads)
+        packing.gradient_(dqkv, heads, half.heads)
         dqkv = packing.with_gates(dqkv, dgates, room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dh, qkv_gradients = half.qkv.backward(dqkv, qkv_tape, slots, wanted, roomy=True)
-        qkv_found = half.qkv.finish(qkv_gradients, qkv_tape, total, half.begin.normed(inverse))
-        dx = None
+        qkv_found = half.qkv.finish(qkv_gradients, qkv_tape, entry.total, half.begin.normed(entry))
+        both = None
         if wanted:
-            dresidual = spread_out(dresidual, call.positions, total)
-            dx = half.begin.gradient(dh, dresidual, total, inverse)
-        return (None, None, *both_gradients(ctx, dx, 2), *qkv_found, *o_found)
+            dresidual = spread_out(dresidual, call.positions, entry.total)
+            both = half.begin.gradient(dh, dresidual, entry)
+        return (None, None, *both_gradients(ctx, both, 2), *qkv_found, *o_found)
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What the block leaves for its backward pass.
 
     A position: total d, qkv (H + 2G) D, attended H D in `dtype`, 1/rms in float32, and, with qkv,
-    attention's log-sum-exp, H float32; behind a norm of what it adds, out d and another 1/rms. What
-    stands behind attention has U positions in the last layer. torch's graph holds its result and
+    attention's log-sum-exp, H float32; for a norm of its output, which whoever comes next computes, out d
+    and another 1/rms. What stands behind attention has U positions in the last layer. torch's graph holds its result and
     log-sum-exp; q, k and v of each segment are views of what it was given, which is qkv itself, or
     its copy with normed heads.
     """
@@ -132,10 +136,11 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
         if _graph(sizes, layer):
             each += layer.o.inputs * value
             each += layer.qkv.outputs * value if plan.q_norm else 0
+    if layer.norms_before:
+        each += width * value + 4
     asked = load.asked if last else load.positions
-    behind = (width * value + 4) * asked if plan.after else 0
     tapes = sizes.tape(layer.qkv, load.positions) + sizes.tape(layer.o, asked)
-    return each * load.positions + behind + tapes
+    return each * load.positions + tapes
 
 
 def forward_bytes(

@@ -23,7 +23,7 @@ from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
 from mtl_lora_cli.engine.attention_block import AttentionBlock
 from mtl_lora_cli.engine.experts_block import ExpertsBlock
 from mtl_lora_cli.engine.families import plan_of
-from mtl_lora_cli.engine.halves import ExpertsHalf, Layer, MixerHalf, Norm
+from mtl_lora_cli.engine.halves import Begin, ExpertsHalf, Layer, MixerHalf, norm_of
 from mtl_lora_cli.engine.mixer_block import MixerBlock
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
@@ -34,12 +34,11 @@ from mtl_lora_cli.engine.plan import (
     missing_modules,
     text_body,
 )
-from mtl_lora_cli.engine.saved import Keep, Pass
+from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.kernels.norm import add_norm, norm_gradient
 
 _QKV = 0
-LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and δ
+LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and o
 
 
 def obstacle(model: Any, adapter: Adapter | None) -> str | None:
@@ -87,13 +86,15 @@ class FusedDecoder:
         self.plan = plan_of(model.config)
         self._base: Any = text_body(model)
         self.modules = self.plan.modules(model)
-        self.layers = [
-            Layer.of(module, plan, resident=resident)
-            for module, plan in zip(self.modules, self.plan.layers, strict=True)
-        ]
+        self.layers: list[Layer] = []
+        end = None
+        for module, plan in zip(self.modules, self.plan.layers, strict=True):
+            self.layers.append(Layer.of(module, plan, end, resident=resident))
+            end = self.layers[-1].mlp.end
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
         self._kinds = list(self.plan.attentions)
-        self._norm = Norm.of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
+        last = norm_of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
+        self._last = Begin(last, end)
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are.
@@ -162,7 +163,7 @@ class FusedDecoder:
         """
         learn = torch.is_grad_enabled()
         packings = self._packings(x, position_ids, segments)
-        delta = None
+        out = None
         mixings = self._mixings(slots, chosen_slots)
         for number in range(len(self.layers)):
             last = number + 1 == len(self.layers)
@@ -176,8 +177,8 @@ class FusedDecoder:
                 training=training,
                 learn=learn,
             )
-            x, delta = self.layer_calls[number](own, mixings[number], x, delta)
-        normed = _FinalNorm.apply(x, delta, *self._norm)
+            x, out = self.layer_calls[number](own, mixings[number], x, out)
+        normed = _FinalNorm.apply(self._last, learn, x, out)
         scale = self.plan.logit_multiplier
         return normed if scale == 1.0 else normed * scale
 
@@ -271,34 +272,37 @@ def _query_scale(plan: QueryScale | None, positions: Tensor) -> Tensor | None:
 
 
 class _FinalNorm(torch.autograd.Function):
-    """norm(x + δ), the last step of the stream: [U, d]."""
+    """norm(x + δ(o)), the last step of the stream: [U, d]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        total, normed, inverse = add_norm(x, delta, weight, eps)
-        ctx.save_for_backward(total, inverse, weight)
+    def forward(ctx: Any, begin: Begin, learn: bool, x: Tensor, out: Tensor) -> Tensor:
+        entry, normed = begin.forward(x, out, 0)
+        if learn:
+            saved = Saved(ctx)
+            saved.add_entry(entry)
+            saved.close()
+            ctx.begin = begin
         return normed
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-        total, inverse, weight = ctx.saved_tensors
-        dx = norm_gradient(dnormed.contiguous(), None, total, inverse, weight)
-        return dx, dx, None, None
+        both = ctx.begin.gradient(dnormed.contiguous(), None, entry_of(opened(ctx)))
+        return None, None, *both_gradients(ctx, both, 2)
 
 
 def _run_layer(
-    layer: Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, delta: Tensor | None
+    layer: Layer, own: Pass, mixings: Sequence[Tensor | None], x: Tensor, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The stream and what has yet to be added to it, behind one layer."""
+    """The stream, and the layer's output that has yet to be added to it."""
     qkv, o, *others = mixings
     first, second = layer.attention, layer.mlp
     first_block = MixerBlock if isinstance(first, MixerHalf) else AttentionBlock
-    x, delta = first_block.apply(
-        first, own, x, delta,
+    x, out = first_block.apply(
+        first, own, x, out,
         *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip
     block = ExpertsBlock if isinstance(second, ExpertsHalf) else MlpBlock
     each = zip(second.groups, others, strict=True)
     tensors = [one for group, mixing in each for one in group.tensors(mixing, own.chosen_slots)]
-    return block.apply(second, own, x, delta, *tensors)
+    return block.apply(second, own, x, out, *tensors)

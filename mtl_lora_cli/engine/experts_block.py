@@ -26,7 +26,7 @@ from mtl_lora_cli.engine.router import (
     router_input_gradient,
     weights_of,
 )
-from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened
+from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.shared_half import SharedTape
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 from mtl_lora_cli.kernels.clamped import Clamped, clamped, clamped_gradient
@@ -36,17 +36,17 @@ from mtl_lora_cli.kernels.gated import Activation, gated, gated_gradient
 class ExpertsBlock(torch.autograd.Function):
     """See the module.
 
-    Args of `apply`: the layer's half, the pass, x and δ [M, d], then the tensors of the half's groups.
-    Returns x' and δ' [M, d]; M is N, or U in the last layer.
+    Args of `apply`: the layer's half, the pass, x and o [M, d], then the tensors of the half's groups.
+    Returns x' and o' [M, d]; M is N, or U in the last layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, half: ExpertsHalf, call: Pass, x: Tensor, delta: Tensor, *tensors: Tensor | None
+        ctx: Any, half: ExpertsHalf, call: Pass, x: Tensor, before: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         slots = call.chosen_slots
-        total, wide, inverse = half.begin.forward(x, delta, half.room)
-        h = wide[:, : total.shape[1]]
+        entry, wide = half.begin.forward(x, before, half.room)
+        h = wide[:, : entry.total.shape[1]]
         choice = choose(h, half.router, half.plan.router)
         both: Tensor | None = half.gate_up.forward(h[choice.position], choice)
         out = half.down.forward(_gated(half.plan, both), choice)
@@ -58,34 +58,28 @@ class ExpertsBlock(torch.autograd.Function):
         if half.shared is not None:
             added, shared = half.shared.forward(wide, _split(half, tensors), slots, call.training)
             summed += added
-        added, out_inverse = half.end.forward(summed)
         if call.learn:
             saved = Saved(ctx)
-            saved.add("total", total)
-            saved.add("inverse", inverse)
+            saved.add_entry(entry)
             saved.add("chosen", choice.chosen)
             saved.add("both", both)
-            if out_inverse is not None:
-                saved.add("out", summed)
-                saved.add("out_inverse", out_inverse)
             if shared is not None:
                 _save_shared(saved, shared, kept=call.keep.gate_up)
             saved.close()
             ctx.static = (half, slots)
-        return total, added
+        return entry.total, summed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dtotal: Tensor, dsummed: Tensor) -> tuple[Any, ...]:
         (half, slots), saved = ctx.static, opened(ctx)
-        plan, total, inverse = half.plan, saved["total"], saved["inverse"]
-        wide = half.begin.again(total, inverse, half.room)
-        h = wide[:, : total.shape[1]]
+        plan, entry = half.plan, entry_of(saved)
+        wide = half.begin.again(entry, half.room)
+        h = wide[:, : entry.total.shape[1]]
         choice = choose(h, half.router, plan.router, saved["chosen"])
         both = saved.pop("both")
         if both is None:
             both = half.gate_up.forward(h[choice.position], choice)
-        dsummed = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
         dy = dsummed[choice.position]
         dy.mul_(_pair_weights(choice, plan).to(dy.dtype))
         dactive = half.down.backward(dy, choice)
@@ -105,8 +99,8 @@ class ExpertsBlock(torch.autograd.Function):
             dshared, gradients = half.shared.backward(dsummed, wide, tape, slots)
             dh += dshared
             found += [one for some in gradients for one in some]
-        dx = half.begin.gradient(dh, dtotal, total, inverse)
-        return (None, None, *both_gradients(ctx, dx, 2), *found)
+        both_found = half.begin.gradient(dh, dtotal, entry)
+        return (None, None, *both_gradients(ctx, both_found, 2), *found)
 
 
 def _gated(plan: ExpertsPlan, both: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +26,51 @@ from mtl_lora_cli.engine.shared_half import SharedHalf
 from mtl_lora_cli.engine.stack_group import StackGroup
 from mtl_lora_cli.kernels.backend import with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms
-from mtl_lora_cli.kernels.norm import add_norm, apply_norm, norm_gradient
+from mtl_lora_cli.kernels.norm import apply_norm
+from mtl_lora_cli.kernels.stream import After, Entry, Norm, enter, enter_gradient
 
 
-class Norm(NamedTuple):
-    """A norm of the stream, or of what a block adds to it: its weight, w or 1 + w, and ε."""
+def norm_of(module: nn.Module, plan: NormPlan) -> Norm:
+    """By a plan: its weight, w or 1 + w, and ε; 1 + w in float32 or better, as Gemma computes it."""
+    weight = cast(Tensor, module.weight)
+    if plan.plus_one:
+        weight = 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return Norm(weight, plan.eps)
 
-    weight: Tensor
-    eps: float
 
-    @staticmethod
-    def of(module: nn.Module, plan: NormPlan) -> Norm:
-        """By a plan; 1 + w in float32 or better, as Gemma computes it."""
-        weight = cast(Tensor, module.weight)
-        if plan.plus_one:
-            weight = 1 + weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return Norm(weight, plan.eps)
+class End:
+    """The end of a block: what becomes of its output when whoever comes next adds it to the stream.
+
+    Args:
+        after: a norm, a multiplier, both or nothing.
+        group: whose output it is, or None.
+    """
+
+    def __init__(self, after: After, group: Group | None) -> None:
+        self.after = after
+        self._group = group
+        self._wide: Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """Columns that the group uses behind the gradient of its output."""
+        return 0 if self._group is None else self._group.room.rows
+
+    def hand(self, wide: Tensor) -> Tensor:
+        """The gradient of the output, of [gradient | room]; `take` gives the room back."""
+        if not self.room:
+            return wide
+        self._wide = wide
+        return wide[:, : wide.shape[1] - self.room]
+
+    def take(self, gradient: Tensor) -> tuple[Tensor, bool]:
+        """[gradient | room] and True, where it is what was handed over; else it alone and False."""
+        wide, self._wide = self._wide, None
+        if wide is None or wide.data_ptr() != gradient.data_ptr():
+            return gradient, False
+        if (len(wide), wide.stride()) != (len(gradient), gradient.stride()):
+            return gradient, False
+        return wide, True
 
 
 @dataclass(frozen=True)
@@ -50,64 +79,40 @@ class Begin:
 
     Attributes:
         norm: before the block, or None.
+        end: of the block before, which says how δ follows from its output; None before the first one.
     """
 
     norm: Norm | None
+    end: End | None
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, room: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x' [N, d], h [N, d + room], and r [N] of the norm."""
-        if self.norm is not None:
-            return add_norm(x, delta, *self.norm, room=room)
-        total = x if delta is None else x + delta
-        return total, with_room(total, room), None
+    def forward(self, x: Tensor, out: Tensor | None, room: int) -> tuple[Entry, Tensor]:
+        """What the backward pass is to know, and h [N, d + room]."""
+        return enter(x, out, self._after, self.norm, room=room)
 
-    def again(self, total: Tensor, inverse: Tensor | None, room: int) -> Tensor:
+    def again(self, entry: Entry, room: int) -> Tensor:
         """h once more."""
-        if self.norm is None or inverse is None:
-            return with_room(total, room)
-        return apply_norm(total, inverse, self.norm.weight, room=room)
+        if self.norm is None or entry.inverse is None:
+            return with_room(entry.total, room)
+        return apply_norm(entry.total, entry.inverse, self.norm.weight, room=room)
 
-    def normed(self, inverse: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def normed(self, entry: Entry) -> tuple[Tensor, Tensor] | None:
         """What `Group.finish` wants to know of the norm before its input."""
-        return None if self.norm is None or inverse is None else (inverse, self.norm.weight)
+        if self.norm is None or entry.inverse is None:
+            return None
+        return entry.inverse, self.norm.weight
 
-    def gradient(
-        self, dh: Tensor, dresidual: Tensor, total: Tensor, inverse: Tensor | None
-    ) -> Tensor:
-        """The gradient of x', from that of h and the one that comes past the block."""
-        if self.norm is None or inverse is None:
-            return dh + dresidual
-        return norm_gradient(dh, dresidual, total, inverse, self.norm.weight)
+    def gradient(self, dh: Tensor, dresidual: Tensor | None, entry: Entry) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the output of the block before.
 
+        Of h's, and of the one that comes past the block.
+        """
+        room = 0 if self.end is None else self.end.room
+        dx, dout = enter_gradient(dh, dresidual, entry, self._after, self.norm, room=room)
+        return dx, dout if self.end is None else self.end.hand(dout)
 
-@dataclass(frozen=True)
-class End:
-    """δ' = m · out, or m · norm(out).
-
-    Attributes:
-        norm: behind the block, or None.
-        multiplier: m.
-    """
-
-    norm: Norm | None
-    multiplier: float
-
-    def forward(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """δ' [M, d], and r [M] of the norm."""
-        inverse = None
-        if self.norm is not None:
-            _, out, inverse = add_norm(out, None, *self.norm)
-        return out if self.multiplier == 1.0 else out * self.multiplier, inverse
-
-    def gradient(self, ddelta: Tensor, out: Tensor | None, inverse: Tensor | None) -> Tensor:
-        """The gradient of out."""
-        if self.multiplier != 1.0:
-            ddelta = ddelta * self.multiplier
-        if self.norm is None or out is None or inverse is None:
-            return ddelta
-        return norm_gradient(ddelta.contiguous(), None, out, inverse, self.norm.weight)
+    @property
+    def _after(self) -> After:
+        return After() if self.end is None else self.end.after
 
 
 @dataclass(frozen=True)
@@ -215,26 +220,32 @@ class Layer:
         return (self.attention.qkv, self.attention.o, *self.mlp.groups)
 
     @staticmethod
-    def of(module: nn.Module, plan: LayerPlan, *, resident: bool) -> Layer:
-        """The parts of a transformers layer, by a plan."""
+    def of(module: nn.Module, plan: LayerPlan, end: End | None, *, resident: bool) -> Layer:
+        """The parts of a transformers layer, by a plan; `end`: of the layer before."""
 
         def group(paths: tuple[str, ...], *, roomy: bool = True) -> Group:
             layers = (module.get_submodule(path) for path in paths)
             return Group(*layers, resident=resident, roomy=roomy)
 
         def norm(one: NormPlan | None) -> Norm | None:
-            return None if one is None else Norm.of(module.get_submodule(one.path), one)
+            return None if one is None else norm_of(module.get_submodule(one.path), one)
 
         first, second = plan.attention, plan.mlp
         qkv, o = (group(paths) for paths in first.groups)
-        begin, end = Begin(norm(second.before)), End(norm(second.after), second.multiplier)
+        first_begin = Begin(norm(first.before), end)
+        first_end = End(After(norm(first.after), first.multiplier), o)
+        begin, after = (
+            Begin(norm(second.before), first_end),
+            After(norm(second.after), second.multiplier),
+        )
         if isinstance(second, ExpertsPlan):
             shared = None if second.shared is None else _shared(second.shared, group)
-            half: MlpHalf | ExpertsHalf = ExpertsHalf(module, second, begin, end, shared)
+            half: MlpHalf | ExpertsHalf = ExpertsHalf(
+                module, second, begin, End(after, None), shared
+            )
         else:
             gate_up, down = (group(paths) for paths in second.groups)
-            half = MlpHalf(plan=second, begin=begin, gate_up=gate_up, down=down, end=end)
-        first_begin, first_end = Begin(norm(first.before)), End(norm(first.after), first.multiplier)
+            half = MlpHalf(second, begin, gate_up, down, End(after, down))
         if isinstance(first, MixerPlan):
             core = core_of(module, first)
             return Layer(MixerHalf(first, first_begin, qkv, core, o, first_end), half)

@@ -1,6 +1,6 @@
 """The first half of a layer whose state runs on from position to position, as `attention_block.py` has attention.
 
-    x' = x + δ,   δ' = m · after(O(mix(I(before x'))))
+    x' = x + δ(o),   o' = O(mix(I(before x')))
 
 I and O are the projections, with their adapters: one product each over all positions. What lies between them,
 a short convolution and a recurrence, is the model's own code (`Core`). State must not run from one example
@@ -20,7 +20,15 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.engine.core import Core
 from mtl_lora_cli.engine.halves import MixerHalf
 from mtl_lora_cli.engine.plan import MixerPlan
-from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened, spread_out
+from mtl_lora_cli.engine.saved import (
+    Keep,
+    Pass,
+    Saved,
+    both_gradients,
+    entry_of,
+    opened,
+    spread_out,
+)
 from mtl_lora_cli.engine.segments import Segments, Stacks, most_places
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 from mtl_lora_cli.kernels.backend import with_room
@@ -73,69 +81,64 @@ class MixerBlock(torch.autograd.Function):
         half: MixerHalf,
         call: Pass,
         x: Tensor,
-        delta: Tensor | None,
+        before: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count = half.qkv.count
-        total, h, inverse = half.begin.forward(x, delta, half.qkv.room.columns)
+        entry, h = half.begin.forward(x, before, half.qkv.room.columns)
         inputs, in_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
         mixed = mix(half.core, inputs, call.segments)
-        chosen, residual = mixed, total
+        chosen, residual = mixed, entry.total
         if call.positions is not None:
-            chosen, residual = mixed[call.positions], total[call.positions]
+            chosen, residual = mixed[call.positions], residual[call.positions]
         wide = with_room(chosen, half.o.room.columns)
         out, o_tape = half.o.forward(wide, tensors[count:], call.chosen_slots, call.training)
-        added, out_inverse = half.end.forward(out)
         if call.learn:
             saved = Saved(ctx)
-            saved.add("total", total)
-            saved.add("inverse", inverse)
+            saved.add_entry(entry)
             if call.keep.qkv:
                 saved.add("inputs", inputs)
             if call.keep.attended and o_tape is not None:
                 saved.add("chosen", chosen)
-            if out_inverse is not None:
-                saved.add("out", out)
-                saved.add("out_inverse", out_inverse)
             saved.add_tape("tape_in", in_tape)
             saved.add_tape("tape_o", o_tape)
             saved.close()
             ctx.static = (half, call)
-        return residual, added
+        return residual, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dresidual: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> tuple[Any, ...]:
         half, call = ctx.static
         segments, slots = call.segments, call.slots
         saved = opened(ctx)
-        total, inverse = saved["total"], saved["inverse"]
+        entry = entry_of(saved)
         in_tape, o_tape = saved.get("tape_in"), saved.get("tape_o")
         inputs, chosen = saved.get("inputs"), saved.get("chosen")
         if inputs is None:
-            h = half.begin.again(total, inverse, half.qkv.room.columns)
+            h = half.begin.again(entry, half.qkv.room.columns)
             inputs = half.qkv.again(h, in_tape, slots)
         if chosen is None:
             chosen = inputs
             if o_tape is not None:
                 mixed = mix(half.core, inputs, segments)
                 chosen = mixed if call.positions is None else mixed[call.positions]
-        dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
-        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=False)
+        dout, roomy = half.end.take(dout)
+        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=roomy)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dmixed = dchosen
         if call.positions is not None:
-            dmixed = dchosen.new_zeros(len(total), dchosen.shape[1])
+            dmixed = dchosen.new_zeros(len(entry.total), dchosen.shape[1])
             dmixed.index_add_(0, call.positions, dchosen)
         dinputs = with_room(mix_gradient(half.core, inputs, dmixed, segments), half.qkv.room.rows)
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dh, in_gradients = half.qkv.backward(dinputs, in_tape, slots, wanted, roomy=True)
-        in_found = half.qkv.finish(in_gradients, in_tape, total, half.begin.normed(inverse))
-        dx = None
+        in_found = half.qkv.finish(in_gradients, in_tape, entry.total, half.begin.normed(entry))
+        both = None
         if wanted:
-            dresidual = spread_out(dresidual, call.positions, total)
-            dx = half.begin.gradient(dh, dresidual, total, inverse)
-        return (None, None, *both_gradients(ctx, dx, 2), *in_found, *o_found)
+            dresidual = spread_out(dresidual, call.positions, entry.total)
+            both = half.begin.gradient(dh, dresidual, entry)
+        return (None, None, *both_gradients(ctx, both, 2), *in_found, *o_found)
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:

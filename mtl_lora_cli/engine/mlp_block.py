@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.engine.halves import MlpHalf
-from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, opened
+from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 from mtl_lora_cli.kernels.gated import gated, gated_gradient
 
 
 class MlpBlock(torch.autograd.Function):
-    """x' = x + δ and δ' = m · after(D(f(G h) ⊙ (U h))) with h = before x'.
+    """x' = x + δ(o) and o' = D(f(G h) ⊙ (U h)) with h = before x'.
 
-    Args of `apply`: the layer's half, the pass, x and δ [M, d], then the tensors of the groups GU and
-    D. Returns x' and δ' [M, d]; M is N, or U in the last layer.
+    Args of `apply`: the layer's half, the pass, x and o [M, d], then the tensors of the groups GU and
+    D. Returns x' and o' [M, d]; M is N, or U in the last layer.
     """
 
     @staticmethod
@@ -30,43 +30,38 @@ class MlpBlock(torch.autograd.Function):
         half: MlpHalf,
         call: Pass,
         x: Tensor,
-        delta: Tensor,
+        before: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count, slots = half.gate_up.count, call.chosen_slots
-        total, h, inverse = half.begin.forward(x, delta, half.gate_up.room.columns)
+        entry, h = half.begin.forward(x, before, half.gate_up.room.columns)
         both, gate_up_tape = half.gate_up.forward(h, tensors[:count], slots, call.training)
         activated = gated(both, half.plan.activation, room=half.down.room.columns)
         out, down_tape = half.down.forward(activated, tensors[count:], slots, call.training)
-        added, out_inverse = half.end.forward(out)
         if call.learn:
             saved = Saved(ctx)
-            saved.add("total", total)
-            saved.add("inverse", inverse)
+            saved.add_entry(entry)
             if call.keep.gate_up:
                 saved.add("both", both)
-            if out_inverse is not None:
-                saved.add("out", out)
-                saved.add("out_inverse", out_inverse)
             saved.add_tape("tape_gate_up", gate_up_tape)
             saved.add_tape("tape_down", down_tape)
             saved.close()
             ctx.static = (half, slots)
-        return total, added
+        return entry.total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor, dadded: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dtotal: Tensor, dout: Tensor) -> tuple[Any, ...]:
         half, slots = ctx.static
         saved = opened(ctx)
-        total, inverse = saved["total"], saved["inverse"]
+        entry = entry_of(saved)
         gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
         both = saved.get("both")
         if both is None:
-            h = half.begin.again(total, inverse, half.gate_up.room.columns)
+            h = half.begin.again(entry, half.gate_up.room.columns)
             both = half.gate_up.again(h, gate_up_tape, slots)
-        dout = half.end.gradient(dadded, saved.get("out"), saved.get("out_inverse"))
-        dactivated, down_gradients = half.down.backward(dout, down_tape, slots, True, roomy=False)
+        dout, roomy = half.end.take(dout)
+        dactivated, down_gradients = half.down.backward(dout, down_tape, slots, True, roomy=roomy)
         dboth, activated = gated_gradient(
             dactivated,
             both,
@@ -78,10 +73,10 @@ class MlpBlock(torch.autograd.Function):
         del dactivated, activated
         dh, gate_up_gradients = half.gate_up.backward(dboth, gate_up_tape, slots, True, roomy=True)
         gate_up_found = half.gate_up.finish(
-            gate_up_gradients, gate_up_tape, total, half.begin.normed(inverse)
+            gate_up_gradients, gate_up_tape, entry.total, half.begin.normed(entry)
         )
-        dx = half.begin.gradient(dh, dtotal, total, inverse)
-        return (None, None, *both_gradients(ctx, dx, 2), *gate_up_found, *down_found)
+        both_found = half.begin.gradient(dh, dtotal, entry)
+        return (None, None, *both_gradients(ctx, both_found, 2), *gate_up_found, *down_found)
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:

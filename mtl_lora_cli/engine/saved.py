@@ -12,6 +12,7 @@ from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.attention import Packing
 from mtl_lora_cli.engine.group import Tape
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.kernels.stream import Entry
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Saved:
         self.names.append((name, 1, None))
         self.flat.append(tensor)
 
+    def add_entry(self, entry: Entry) -> None:
+        for name, tensor in zip(Entry._fields, entry, strict=True):
+            self.add(name, tensor)
+
     def add_tape(self, name: str, tape: Tape | None) -> None:
         if tape is not None:
             tensors = tape.tensors()
@@ -85,10 +90,19 @@ def opened(ctx: Any) -> dict[str, Any]:
     return found
 
 
-def both_gradients(ctx: Any, dx: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
-    """x and δ have one gradient."""
-    x_wanted, delta_wanted = ctx.needs_input_grad[at : at + 2]
-    return dx if x_wanted else None, dx if delta_wanted else None
+def entry_of(saved: dict[str, Any]) -> Entry:
+    """What `Saved.add_entry` was given."""
+    return Entry(*(saved[name] for name in Entry._fields))
+
+
+def both_gradients(
+    ctx: Any, both: tuple[Tensor, Tensor] | None, at: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and of the output of the block before, as far as they are wanted."""
+    if both is None:
+        return None, None
+    x_wanted, out_wanted = ctx.needs_input_grad[at : at + 2]
+    return both[0] if x_wanted else None, both[1] if out_wanted else None
 
 
 def spread_out(chosen: Tensor, positions: Tensor | None, like: Tensor) -> Tensor:

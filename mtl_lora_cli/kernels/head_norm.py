@@ -1,9 +1,10 @@
-"""RMS normalisation of queries and keys on the fused buffer [q | k | v].
+"""RMS normalisation of queries and keys on the fused buffer [q | k | v], and their rotation behind it.
 
-    x̂ = x (mean x² + ε)^(-1/2)        h = w ⊙ x̂        dx = r (w dh − x̂ mean(w dh x̂))
+    x̂ = x (mean x² + ε)^(-1/2)        h = R (w ⊙ x̂)        dx = r (w Rᵀdh − x̂ mean(w Rᵀdh x̂))
 
-over each head (w [D]: Qwen3, Gemma 3) or over all heads together (w [H·D]: OLMo 2). r is computed again
-in the backward pass: that takes one read of what is read anyway. The weights are frozen.
+over each head (w [D]: Qwen3, Gemma 3) or over all heads together (w [H·D]: OLMo 2). R turns by the
+position's angles (`rotary.py`), or is left out. r is computed again in the backward pass: that takes one read
+of what is read anyway. The weights are frozen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.norm import weighted
+from mtl_lora_cli.kernels.rotary import Turn, rotate_
 
 
 class HeadNorms(NamedTuple):
@@ -30,18 +32,21 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
-def head_norm(qkv: Tensor, norms: HeadNorms, *, heads: int, key_heads: int) -> Tensor:
+def head_norm(
+    qkv: Tensor, norms: HeadNorms, turn: Turn | None = None, *, heads: int, key_heads: int
+) -> Tensor:
     """[h_q | h_k | v], new memory.
 
     Args:
         qkv: [N, (H + 2G) D].
         norms: of this layer.
+        turn: R of each position; None: nothing turns.
         heads, key_heads: H and G.
     """
     if in_triton(qkv):
         from mtl_lora_cli.kernels import triton_head_norm
 
-        return triton_head_norm.head_norm(qkv, norms, heads=heads, key_heads=key_heads)
+        return triton_head_norm.head_norm(qkv, norms, turn, heads=heads, key_heads=key_heads)
     out = torch.empty_like(qkv)
     q, k, v = _widths(qkv, heads, key_heads)
     for weight, x, place in zip(
@@ -50,25 +55,33 @@ def head_norm(qkv: Tensor, norms: HeadNorms, *, heads: int, key_heads: int) -> T
         unit, _ = _unit(x, weight, norms.eps)
         place.copy_(weighted(unit, weight, x.dtype).flatten(1))
     out[:, q + k :].copy_(qkv[:, q + k :])
-    return out
+    return out if turn is None else rotate_(out, turn, heads=heads, key_heads=key_heads)
 
 
 def head_norm_gradient_(
-    dqkv: Tensor, qkv: Tensor, norms: HeadNorms, *, heads: int, key_heads: int
+    dqkv: Tensor,
+    qkv: Tensor,
+    norms: HeadNorms,
+    turn: Turn | None = None,
+    *,
+    heads: int,
+    key_heads: int,
 ) -> Tensor:
     """The gradient of [q | k | v] from that of [h_q | h_k | v], in its place.
 
     Args:
         dqkv: [N, (H + 2G) D]; rows may lie apart.
         qkv: what `head_norm` was given.
-        norms, heads, key_heads: as there.
+        norms, turn, heads, key_heads: as there.
     """
     if in_triton(qkv):
         from mtl_lora_cli.kernels import triton_head_norm
 
         return triton_head_norm.head_norm_gradient_(
-            dqkv, qkv, norms, heads=heads, key_heads=key_heads
+            dqkv, qkv, norms, turn, heads=heads, key_heads=key_heads
         )
+    if turn is not None:
+        rotate_(dqkv, turn, heads=heads, key_heads=key_heads, back=True)
     widths = _widths(qkv, heads, key_heads)
     for weight, x, dh in zip(norms[:2], qkv.split(widths, 1), dqkv.split(widths, 1), strict=False):
         unit, inverse = _unit(x, weight, norms.eps)

@@ -59,7 +59,13 @@ def weighted(unit: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def norm_gradient(
-    dh: Tensor, dresidual: Tensor | None, x: Tensor, inverse: Tensor, weight: Tensor
+    dh: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    *,
+    room: int = 0,
 ) -> Tensor:
     """The gradient of x' from that of h, with the one that comes past the norm added.
 
@@ -67,24 +73,25 @@ def norm_gradient(
 
     Args:
         dh: [N, d].
-        dresidual: [N, d], or None for zero.
+        dresidual: [N, d], or None for zero; rows may lie apart.
         x: x' [N, d].
         inverse: r [N].
         weight: w [d].
+        room: columns to leave free behind those of the result.
 
     Returns:
-        [N, d], x's dtype.
+        [N, d + room], x's dtype.
     """
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight)
+        return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight, room)
     unit = x.to(inverse.dtype) * inverse[:, None]
     dunit = weight.to(inverse.dtype) * dh.to(inverse.dtype)
     gradient = inverse[:, None] * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
     if dresidual is not None:
         gradient = gradient + dresidual.to(inverse.dtype)
-    return gradient.to(x.dtype)
+    return with_room(gradient.to(x.dtype), room)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -9,22 +9,35 @@ but neighbours: columns 2i and 2i + 1 turn by angle i, as for GLM.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import in_triton
 
 
-def rotate_(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int, pairs: bool = False
-) -> Tensor:
+class Turn(NamedTuple):
+    """The rotation of each position.
+
+    Attributes:
+        cos, sin: [N, R/2] with R ≤ D, float32 or better.
+        pairs: neighbours turn together, not halves.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    pairs: bool = False
+
+
+def rotate_(qkv: Tensor, turn: Turn, *, heads: int, key_heads: int, back: bool = False) -> Tensor:
     """Rotate the first H + G of the buffer's H + 2G heads.
 
     Args:
         qkv: [N, (H + 2G) D]; rows may lie apart.
-        cos, sin: [N, R/2] with R ≤ D, float32 or better.
+        turn: by what.
         heads, key_heads: H and G.
-        pairs: see the module.
+        back: by −θ.
 
     Returns:
         qkv.
@@ -32,12 +45,13 @@ def rotate_(
     if in_triton(qkv):
         from mtl_lora_cli.kernels import triton_rotary
 
-        return triton_rotary.rotate_(qkv, cos, sin, heads=heads, key_heads=key_heads, pairs=pairs)
+        return triton_rotary.rotate_(qkv, turn, heads=heads, key_heads=key_heads, back=back)
+    cos, sin = turn.cos, -turn.sin if back else turn.sin
     each = qkv.unflatten(1, (heads + 2 * key_heads, -1))[:, : heads + key_heads]
     each = each[..., : 2 * cos.shape[-1]]
     wide = each.to(torch.promote_types(qkv.dtype, cos.dtype))
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    if pairs:
+    if turn.pairs:
         first, second = wide[..., ::2], wide[..., 1::2]
         turned = torch.stack([first * c - second * s, second * c + first * s], dim=-1).flatten(-2)
     else:

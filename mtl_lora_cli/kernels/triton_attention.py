@@ -510,10 +510,9 @@ def attention_backward(
         *sources, key_tiles, *results, **kind, **_shape(heads, key_heads, dim, key_launch)
     )
     if cos is not None and sin is not None and not inside:
-        from mtl_lora_cli.kernels.rotary import rotate_
+        from mtl_lora_cli.kernels.rotary import Turn, rotate_
 
-        # Negated, a sin whose rows lie apart lies close together; the strides are to stay equal.
-        rotate_(dqkv, cos.contiguous(), -sin.contiguous(), heads=heads, key_heads=key_heads)
+        rotate_(dqkv, Turn(cos, sin), heads=heads, key_heads=key_heads, back=True)
     return dqkv
 
 

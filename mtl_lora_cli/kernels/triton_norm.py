@@ -57,7 +57,17 @@ def _apply_norm(x, inverse, weight, normed, width, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm_gradient(
-    dh, dresidual, x, inverse, weight, dx, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+    dh,
+    dresidual,
+    x,
+    inverse,
+    weight,
+    dx,
+    width,
+    residual_stride,
+    stride,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -68,11 +78,14 @@ def _norm_gradient(
     weighted *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     out = factor * (weighted - unit * (tl.sum(weighted * unit, axis=0) / width))
     if ADD:
-        out += tl.load(dresidual + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + row * width + at, out.to(dx.dtype.element_ty), mask=inside)
+        out += tl.load(dresidual + row * residual_stride + at, mask=inside, other=0.0).to(
+            tl.float32
+        )
+    tl.store(dx + row * stride + at, out.to(dx.dtype.element_ty), mask=inside)
 
 
-def _launch(width: int) -> dict[str, Any]:
+def launch(width: int) -> dict[str, Any]:
+    """The shape of a program that holds a row."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
@@ -97,7 +110,7 @@ def add_norm(
             normed.stride(0),
             eps,
             ADD=delta is not None,
-            **_launch(width),
+            **launch(width),
         )
     return total, normed, inverse
 
@@ -107,16 +120,16 @@ def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, room: int) -> Tensor:
     rows, width = x.shape
     normed = roomy(x, rows, width, room)
     if rows:
-        _apply_norm[(rows,)](x, inverse, weight, normed, width, normed.stride(0), **_launch(width))
+        _apply_norm[(rows,)](x, inverse, weight, normed, width, normed.stride(0), **launch(width))
     return normed
 
 
 def norm_gradient(
-    dh: Tensor, dresidual: Tensor | None, x: Tensor, inverse: Tensor, weight: Tensor
+    dh: Tensor, dresidual: Tensor | None, x: Tensor, inverse: Tensor, weight: Tensor, room: int
 ) -> Tensor:
-    """See `norm.norm_gradient`."""
+    """See `norm.norm_gradient`; all but dresidual contiguous."""
     rows, width = x.shape
-    dx = torch.empty_like(x)
+    dx = roomy(x, rows, width, room)
     if rows:
         _norm_gradient[(rows,)](
             dh,
@@ -126,7 +139,9 @@ def norm_gradient(
             weight,
             dx,
             width,
+            0 if dresidual is None else dresidual.stride(0),
+            dx.stride(0),
             ADD=dresidual is not None,
-            **_launch(width),
+            **launch(width),
         )
     return dx

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mtl_lora_cli.kernels.rotary import Turn
+
 
 @triton.jit
 def _rotary(
@@ -20,6 +22,7 @@ def _rotary(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -27,6 +30,8 @@ def _rotary(
     inside = (head < heads) & (column < half)
     c = tl.load(cos + row * angle_stride + column, mask=column < half, other=1.0)
     s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
+    if BACK:
+        s = -s
     if PAIRS:
         first = x + row * stride + head * dim + 2 * column
         second = first + 1
@@ -39,16 +44,14 @@ def _rotary(
     tl.store(second, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
 
 
-def rotate_(
-    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, key_heads: int, pairs: bool
-) -> Tensor:
+def rotate_(qkv: Tensor, turn: Turn, *, heads: int, key_heads: int, back: bool) -> Tensor:
     """See `rotary.rotate_`; cos and sin in float32 with equal strides."""
     positions, width = qkv.shape
-    dim, half = width // (heads + 2 * key_heads), cos.shape[1]
+    dim, half = width // (heads + 2 * key_heads), turn.cos.shape[1]
     if positions:
         _rotary[(positions,)](
-            qkv, cos, sin, qkv.stride(0), cos.stride(0), heads + key_heads, dim, half,
+            qkv, turn.cos, turn.sin, qkv.stride(0), turn.cos.stride(0), heads + key_heads, dim, half,
             HEADS=triton.next_power_of_2(heads + key_heads), HALF=triton.next_power_of_2(half),
-            PAIRS=pairs, num_warps=4,
+            PAIRS=turn.pairs, BACK=back, num_warps=4,
         )  # fmt: skip
     return qkv

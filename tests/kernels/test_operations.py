@@ -11,7 +11,8 @@ from torch import Tensor
 from mtl_lora_cli.kernels import fp8, gated, logprob, mix, nf4, norm
 from mtl_lora_cli.kernels.grouped import grouped
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
-from mtl_lora_cli.kernels.rotary import rotate_
+from mtl_lora_cli.kernels.rotary import Turn, rotate_
+from mtl_lora_cli.kernels.stream import After, Norm, enter, enter_gradient
 
 pytestmark = pytest.mark.slow  # in the interpreter: make kernels
 
@@ -60,6 +61,46 @@ def test_a_norms_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
     (normed * dh).sum().backward()
     ours = norm.norm_gradient(dh, past.double(), total.detach(), inverse.detach(), weight)
     torch.testing.assert_close(ours, x.grad + past.double())
+
+
+@pytest.mark.parametrize("room", [0, 24])
+@pytest.mark.parametrize(
+    ("behind", "multiplier", "before"),
+    [
+        (True, 1.0, True),
+        (True, 0.4, False),
+        (False, 0.4, True),
+        (False, 0.4, False),
+        (False, 1.0, True),
+    ],
+)
+def test_norm_addition_norm_are_the_formulas(
+    monkeypatch: pytest.MonkeyPatch, behind: bool, multiplier: float, before: bool, room: int
+) -> None:
+    """Kernels in float32 and plain torch in float64, both against torch's own norm and autograd in float64."""
+    width = 48
+    x, o, dh, past = (normal(5, width, seed=seed) for seed in range(4))
+    weights = 1 + 0.3 * normal(width, seed=5), 1 + 0.3 * normal(width, seed=6)
+    leaves = [one.double().requires_grad_() for one in (x, o)]
+    rms = torch.nn.functional.rms_norm
+    delta = rms(leaves[1], (width,), weights[0].double(), 1e-5) if behind else leaves[1]
+    total = leaves[0] + multiplier * delta
+    normed = rms(total, (width,), weights[1].double(), 1e-6) if before else total
+    (normed * dh.double() + total * past.double()).sum().backward()
+    for kernels, dtype, close in (("triton", torch.float32, 2e-5), ("plain", torch.float64, 1e-12)):
+        monkeypatch.setenv("MTL_LORA_KERNELS", kernels)
+        after = After(Norm(weights[0].to(dtype), 1e-5) if behind else None, multiplier)
+        norm = Norm(weights[1].to(dtype), 1e-6) if before else None
+        entry, h = enter(x.to(dtype), o.to(dtype), after, norm, room=room)
+        dresidual = normal(5, width + 8, seed=9).to(dtype)
+        dresidual[:, :width] = past
+        found = enter_gradient(dh.to(dtype), dresidual[:, :width], entry, after, norm, room=room)
+        assert h.shape == (5, width + room) and found[1].shape == (5, width + room)
+        assert (entry.out is None) == (not behind)
+        ours = (entry.total, h[:, :width], found[0], found[1][:, :width])
+        right = (total.detach(), normed.detach(), leaves[0].grad, leaves[1].grad)
+        for one, two in zip(ours, right, strict=True):
+            torch.testing.assert_close(one.double(), two, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -202,60 +243,90 @@ def head_norms(over: str) -> HeadNorms:
     return HeadNorms(normal(q, seed=1), normal(k, seed=2), 1e-5)
 
 
-@pytest.mark.parametrize("over", ["head", "all"])
-def test_norms_of_queries_and_keys(same: Callable[..., None], over: str) -> None:
+def turn_of(columns: int, pairs: bool = False, rows: int = 5) -> Turn | None:
+    """Angles for so many columns of a head."""
+    angles = normal(rows, columns // 2, seed=4)
+    return Turn(angles.cos(), angles.sin(), pairs) if columns else None
+
+
+def turned_by_formula(x: Tensor, turn: Turn) -> Tensor:
+    """[N, H, D]: each pair of columns times (cos, −sin; sin, cos), written out."""
+    half, out = turn.cos.shape[1], x.clone()
+    for i in range(half):
+        one, two = (2 * i, 2 * i + 1) if turn.pairs else (i, i + half)
+        c, s = turn.cos[:, i, None], turn.sin[:, i, None]
+        out[..., one] = x[..., one] * c - x[..., two] * s
+        out[..., two] = x[..., two] * c + x[..., one] * s
+    return out
+
+
+@pytest.mark.parametrize(
+    ("over", "turning", "pairs"),
+    [
+        ("head", 0, False),
+        ("head", DIM, False),
+        ("head", 8, True),
+        ("all", DIM, False),
+        ("all", 6, False),
+    ],
+)
+def test_normed_and_turned_heads_are_the_formulas(
+    monkeypatch: pytest.MonkeyPatch, over: str, turning: int, pairs: bool
+) -> None:
+    """Kernels in float32 and plain torch in float64, both against torch's own norm and autograd in float64."""
+    norms, turn = head_norms(over), turn_of(turning, pairs)
     sizes = {"heads": HEADS, "key_heads": KEY_HEADS}
-    qkv, norms = normal(5, (HEADS + 2 * KEY_HEADS) * DIM), head_norms(over)
-    same(lambda: [head_norm(qkv, norms, **sizes)])
-    wide = normal(5, qkv.shape[1] + 8, seed=3)
-
-    def gradient() -> Result:
-        own = wide.clone()
-        head_norm_gradient_(own[:, : qkv.shape[1]], qkv, norms, **sizes)
-        return [own]
-
-    same(gradient)
-
-
-@pytest.mark.parametrize("over", ["head", "all"])
-def test_their_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch, over: str) -> None:
-    monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
-    norms = HeadNorms(*(one.double() for one in head_norms(over)[:2]), 1e-5)
-    x = normal(4, (HEADS + 2 * KEY_HEADS) * DIM).double().requires_grad_()
-    dh = normal(*x.shape, seed=3).double()
-    q, k, v = x.split([HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM], 1)
-    rms = torch.nn.functional.rms_norm
-    parts = [
-        rms(part.unflatten(1, (-1, len(weight))), (len(weight),), weight, 1e-5).flatten(1)
-        for part, weight in ((q, norms.q), (k, norms.k))
-    ]
-    normed = torch.cat([*parts, v], 1)
-    ours = head_norm(x.detach(), norms, heads=HEADS, key_heads=KEY_HEADS)
-    torch.testing.assert_close(ours, normed.detach())
-    (normed * dh).sum().backward()
-    gradient = head_norm_gradient_(dh.clone(), x.detach(), norms, heads=HEADS, key_heads=KEY_HEADS)
-    torch.testing.assert_close(gradient, x.grad)
+    x, dh = (
+        normal(5, (HEADS + 2 * KEY_HEADS) * DIM),
+        normal(5, (HEADS + 2 * KEY_HEADS) * DIM + 8, seed=3),
+    )
+    exact = None if turn is None else Turn(turn.cos.double(), turn.sin.double(), pairs)
+    right = x.double().requires_grad_()
+    parts = []
+    q, k, v = right.split([HEADS * DIM, KEY_HEADS * DIM, KEY_HEADS * DIM], 1)
+    for part, weight in ((q, norms.q.double()), (k, norms.k.double())):
+        normed = torch.nn.functional.rms_norm(
+            part.unflatten(1, (-1, len(weight))), (len(weight),), weight, 1e-5
+        )
+        each = normed.flatten(1).unflatten(1, (-1, DIM))
+        parts.append(each if exact is None else turned_by_formula(each, exact))
+    out = torch.cat([*(part.flatten(1) for part in parts), v], 1)
+    (out * dh[:, : x.shape[1]].double()).sum().backward()
+    for kernels, dtype, close in (("triton", torch.float32, 1e-5), ("plain", torch.float64, 1e-12)):
+        monkeypatch.setenv("MTL_LORA_KERNELS", kernels)
+        own = HeadNorms(norms.q.to(dtype), norms.k.to(dtype), 1e-5)
+        by = turn if dtype == torch.float32 else exact
+        found = head_norm(x.to(dtype), own, by, **sizes)
+        torch.testing.assert_close(found.double(), out.detach(), rtol=close, atol=close)
+        wide = dh.to(dtype, copy=True)
+        head_norm_gradient_(wide[:, : x.shape[1]], x.to(dtype), own, by, **sizes)
+        gradient = wide[:, : x.shape[1]].double()
+        torch.testing.assert_close(gradient, right.grad, rtol=close, atol=close)
+        assert torch.equal(wide[:, x.shape[1] :], dh[:, x.shape[1] :].to(dtype))
 
 
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("turning", [12, 8])
 def test_rotation(same: Callable[..., None], turning: int, pairs: bool) -> None:
     """All columns of a head, or its first ones; halves or neighbours."""
-    angles = normal(5, turning // 2, seed=1)
+    turn = turn_of(turning, pairs)
+    assert turn is not None
     qkv = normal(5, (HEADS + 2 * KEY_HEADS) * DIM)
 
     def turned() -> Result:
         sizes = {"heads": HEADS, "key_heads": KEY_HEADS}
-        return [rotate_(qkv.clone(), angles.cos(), angles.sin(), **sizes, pairs=pairs)]
+        there = rotate_(qkv.clone(), turn, **sizes)
+        return [there, rotate_(there.clone(), turn, **sizes, back=True)]
 
     same(turned)
+    torch.testing.assert_close(turned()[1], qkv)
     own = turned()[0]
     assert own is not None
     before, after = (x.unflatten(1, (-1, DIM)) for x in (qkv, own))
     assert torch.equal(before[..., turning:], after[..., turning:])
     assert torch.equal(before[:, HEADS + KEY_HEADS :], after[:, HEADS + KEY_HEADS :])
     one, two = before[:, 0, 0], before[:, 0, 1 if pairs else turning // 2]
-    expected = one * angles[:, 0].cos() - two * angles[:, 0].sin()
+    expected = one * turn.cos[:, 0] - two * turn.sin[:, 0]
     torch.testing.assert_close(after[:, 0, 0], expected)
 
 
