@@ -122,10 +122,10 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     """What the block leaves for its backward pass.
 
     A position: total d, qkv (H + 2G) D, attended H D in `dtype`, 1/rms in float32, and, with qkv,
-    attention's log-sum-exp, H float32; for a norm of its output, which whoever comes next computes, out d
-    and another 1/rms. What stands behind attention has U positions in the last layer. torch's graph holds its result and
-    log-sum-exp; q, k and v of each segment are views of what it was given, which is qkv itself, or
-    its copy with normed heads.
+    attention's log-sum-exp, H float32; where the layer before leaves an output that is normed here, that
+    output d and another 1/rms. What stands behind attention has U positions in the last layer. torch's
+    graph holds its result and log-sum-exp; q, k and v of each segment are views of what it was given,
+    which is qkv itself, or its copy with normed heads.
     """
     value, width, plan = sizes.value, layer.qkv.inputs, _plan(layer)
     each = width * value + (4 if plan.before else 0)

@@ -167,7 +167,7 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
         each += (plan.top * 2 * inner + _shared_outputs(layer)) * sizes.value
     if layer.gate is not None:
         each += sizes.value
-    if plan.after:
+    if layer.plan.attention.after:
         each += width * sizes.value + 4
     shared = [group for group in (layer.gate_up, layer.down, layer.gate) if group is not None]
     return each * count + sum(sizes.tape(group, count) for group in shared)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
@@ -214,8 +215,10 @@ def sizes_of(
         parts: see `ModelSizes`.
     """
     plan = plan_of(model.config)
+    norms = False, *(layer.mlp.after is not None for layer in plan.layers)
     layers = tuple(
-        _layer(module, one) for module, one in zip(plan.modules(model), plan.layers, strict=True)
+        replace(_layer(module, one), norms_before=normed)
+        for module, one, normed in zip(plan.modules(model), plan.layers, norms, strict=False)
     )
     inside = sum(group.weights for layer in layers for group in layer.groups)
     inside += sum(layer.experts for layer in layers)

@@ -144,15 +144,15 @@ class MixerBlock(torch.autograd.Function):
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What the block leaves for its backward pass.
 
-    A position: total d, I's outputs and the mixed ones in `dtype`, 1/rms in float32; behind a norm of what it
-    adds, out d and another 1/rms.
+    A position: total d, I's outputs and the mixed ones in `dtype`, 1/rms in float32; where the layer before
+    leaves an output that is normed here, that output d and another 1/rms.
     """
     value, width, plan = sizes.value, layer.qkv.inputs, layer.plan.attention
     each = width * value + (4 if plan.before else 0)
     each += layer.qkv.outputs * value if keep.qkv else 0
+    each += width * value + 4 if layer.norms_before else 0
     asked = load.asked if last else load.positions
     behind = layer.o.inputs * value if keep.attended and layer.o.rows else 0
-    behind += width * value + 4 if plan.after else 0
     tapes = sizes.tape(layer.qkv, load.positions) + sizes.tape(layer.o, asked)
     return each * load.positions + behind * asked + tapes
 

@@ -82,15 +82,15 @@ class MlpBlock(torch.autograd.Function):
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What the block leaves for its backward pass.
 
-    A position: total d, gate_up 2F in `dtype`, 1/rms in float32; behind a norm of what it adds, out d
-    and another 1/rms. The last layer has U positions.
+    A position: total d, gate_up 2F in `dtype`, 1/rms in float32; where attention's output is normed
+    when it is added, that output d and another 1/rms. The last layer has U positions.
     """
     gate_up, down = layer.mlp
     value, width, plan = sizes.value, gate_up.inputs, layer.plan.mlp
     each = width * value + (4 if plan.before else 0)
     if keep.gate_up:
         each += gate_up.outputs * value
-    if plan.after:
+    if layer.plan.attention.after:
         each += width * value + 4
     count = load.asked if last else load.positions
     return each * count + sizes.tape(gate_up, count) + sizes.tape(down, count)

@@ -50,6 +50,7 @@ class LayerSizes:
         inner: F of one expert.
         experts: weights of all experts together.
         gate: of the shared MLP.
+        norms_before: the output of the layer before is normed when this one adds it.
     """
 
     plan: LayerPlan
@@ -60,6 +61,7 @@ class LayerSizes:
     inner: int = 0
     experts: int = 0
     gate: GroupSizes | None = None
+    norms_before: bool = False
 
     @property
     def mlp(self) -> tuple[GroupSizes, GroupSizes]:
