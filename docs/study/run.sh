@@ -99,7 +99,7 @@ confirm) # test files, seeds that no search saw
   compare confirm real-17 --match params:4945170 --seeds 1,2,3,4,5,6,7,8,9,10 "${tuned[@]}" "$@"
   ;;
 unbalanced) # another mixture
-  compare unbalanced unbalanced-3 --match params:4895190 --seeds 1,2,3,4,5 "${tuned[@]}" "$@"
+  compare unbalanced unbalanced-3 training.epochs=3 training.rows_per_step=4 training.clipping=null --match params:4895190 --seeds 1,2,3,4,5 "${tuned[@]}" "$@"
   ;;
 *)
   echo "no stage is called '$stage'" >&2

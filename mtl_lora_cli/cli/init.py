@@ -12,6 +12,9 @@ import typer
 from mtl_lora_cli.cli.frame import emit, framed, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mtl_lora_cli.tasks.defaults import Choice
     from mtl_lora_cli.tasks.starter import StarterTask
 
 T = TypeVar("T")
@@ -80,9 +83,37 @@ def init(
             say(f"templates: {_templates()}")
             question = "tasks, each NAME[=TEMPLATE][:FILE], a space between them"
             found = _asked(question, "animals uses search_ads", _tasks)
-        write_text(output, starter_recipe(base_model, found, hardware, output))
+        choice = _choice(base_model, found, HARDWARE[hardware].small)
+        write_text(output, starter_recipe(base_model, found, hardware, choice, output))
         emit(str(output))
+        if choice.hours is not None:
+            say(f"training takes about {max(1, round(60 * choice.hours))} minutes on this CPU")
         say(f"next: mtl-lora validate {output}; mtl-lora train {output}")
+
+
+def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choice:
+    """Settings by the size of the model and of the mixture, where both are at hand."""
+    from mtl_lora_cli.data.amount import amount
+    from mtl_lora_cli.tasks.defaults import Mixture, choose, parameters_of
+
+    found = amount([(task.name, task.rows()) for task in tasks])
+    mixture = None if found is None else Mixture(*found)
+    return choose(parameters_of(base_model), mixture, flops=_flops() if on_cpu else None)
+
+
+def _flops() -> float:
+    """What this CPU's matrix products reach a second, from a try of some tens of milliseconds."""
+    import time
+
+    import numpy as np
+
+    size, times = 768, 8
+    a = np.ones((size, size), dtype=np.float32)
+    a @ a  # threads are started
+    began = time.perf_counter()
+    for _ in range(times):
+        a @ a
+    return 2 * size**3 * times / max(1e-6, time.perf_counter() - began)
 
 
 def _asked(question: str, default: str, read: Callable[[str], T]) -> T:

@@ -74,6 +74,19 @@ def findings(prepared: Prepared) -> list[str]:
     return [*data.notes, *audited, *left_out, *apart, *never]
 
 
+def few_steps(prepared: Prepared) -> list[str]:
+    """A line where a run is so short that tasks may stay as they are."""
+    from mtl_lora_cli.tasks.defaults import FEW
+
+    steps = prepared.total_steps
+    if steps >= FEW:
+        return []
+    return [
+        f"{steps:,} optimiser step{'s' * (steps != 1)}: in fewer than {FEW} a task is often not learned at "
+        "all; lower training.rows_per_step, or raise training.epochs"
+    ]
+
+
 def tasks_table(prepared: Prepared) -> str:
     """The mixture as a table, what the audit noticed, and how long the run is."""
     entries = task_rows(prepared)

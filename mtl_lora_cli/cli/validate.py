@@ -8,7 +8,14 @@ import typer
 
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, status
 from mtl_lora_cli.cli.options import JsonOption
-from mtl_lora_cli.cli.plan import engine_lines, findings, task_rows, tasks_table, tried_engine
+from mtl_lora_cli.cli.plan import (
+    engine_lines,
+    few_steps,
+    findings,
+    task_rows,
+    tasks_table,
+    tried_engine,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +46,7 @@ def validate(
                 {
                     "valid": True,
                     "tasks": task_rows(prepared),
-                    "findings": findings(prepared),
+                    "findings": [*findings(prepared), *few_steps(prepared)],
                     "steps": prepared.total_steps,
                     "memory": prepared.memory,
                     "engine": engine,
@@ -47,6 +54,8 @@ def validate(
             )
             return
         emit(tasks_table(prepared))
+        for line in few_steps(prepared):
+            emit(f"note: {line}")
         for line in engine_lines(engine):
             emit(line)
         emit(f"{loaded.path} is valid")

@@ -1,4 +1,4 @@
-"""A first recipe: a base model, tasks, settings that suit the hardware, and a comment above every key."""
+"""A first recipe: a base model, tasks, settings that suit both (`defaults`), and a comment above every key."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, parse_scalar, validate_document
 from mtl_lora_cli.resources import expanded
+from mtl_lora_cli.tasks.defaults import Choice
 from mtl_lora_cli.tasks.registry import find_template
 
-_ATTENTION = "[q_proj, k_proj, v_proj, o_proj]"
 _ALL = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 _MIB_OF_80 = 70_000  # from here on a card counts as a large one
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Settings that suit a machine; the reasons stand as comments in the recipe.
+    """What depends on the machine alone: the weights' form, and who picks the rows of a pass.
 
     Attributes:
         what: in words.
         base_model: where none is asked for.
-        small: a small model on a CPU: short rows, many steps, all projections.
+        small: there is no card.
         four_bit: the base weights are NF4.
         several: cards.
     """
@@ -67,6 +67,14 @@ class StarterTask:
     description: str
     talks: bool = False
 
+    def rows(self) -> Source:
+        """Where its rows are: its own source, or its template's."""
+        if self.source is not None:
+            return Source.model_validate(self.source)
+        own = find_template(self.template, Path())[2].source
+        assert own is not None, "read_task refuses a task without a source"
+        return own
+
 
 def read_task(text: str) -> StarterTask:
     """`NAME[=TEMPLATE][:FILE]`: `boolq`, `reviews=sst2:data/reviews.csv`.
@@ -102,7 +110,11 @@ def read_task(text: str) -> StarterTask:
 
 
 def starter_recipe(
-    base_model: str, tasks: Sequence[StarterTask], hardware: str, output: Path
+    base_model: str,
+    tasks: Sequence[StarterTask],
+    hardware: str,
+    choice: Choice,
+    output: Path,
 ) -> str:
     """The recipe's text; what it says is checked against the schema.
 
@@ -110,6 +122,7 @@ def starter_recipe(
         base_model: an alias, a folder, a `.gguf` file, or a hub id.
         tasks: at least one.
         hardware: a key of HARDWARE.
+        choice: from `defaults.choose`.
         output: the file that it is for: paths below its folder are written relative to it.
 
     Raises:
@@ -125,18 +138,21 @@ def starter_recipe(
     folder = output.resolve().parent
     path = expanded(base_model)
     model = _near(path.resolve(), folder) if path.exists() else base_model
-    text = "\n".join(_lines(model, tasks, HARDWARE[hardware], folder)) + "\n"
+    text = "\n".join(_lines(model, tasks, HARDWARE[hardware], choice, folder)) + "\n"
     validate_document(parse_document(text, str(output)), Recipe)
     return text
 
 
 def _lines(
-    base_model: str, tasks: Sequence[StarterTask], hardware: Hardware, folder: Path
+    base_model: str,
+    tasks: Sequence[StarterTask],
+    hardware: Hardware,
+    choice: Choice,
+    folder: Path,
 ) -> Iterator[str]:
-    small = hardware.small
     yield f"# A first recipe for {hardware.what}, to be changed: docs/recipes.md has all keys."
     yield "# `mtl-lora validate` reads all of its data and trains nothing; `mtl-lora doctor` says"
-    yield "# whether it fits."
+    yield "# whether it fits; `mtl-lora train FILE --find-rate` tries other rates in short runs."
     yield ""
     yield "# A hub id, a folder, a .gguf file, or an alias."
     yield f"base_model: {_word(base_model)}"
@@ -147,25 +163,7 @@ def _lines(
         yield "# Conversations, and the other tasks' questions, as the tokenizer's chat template writes them."
         yield "prompt_format: chat"
     yield ""
-    yield "adapter:"
-    yield "  # arXiv 2410.09437; docs/method.md has its relatives."
-    yield "  method: mtl-lora"
-    yield "  # Rows of the shared down-projection A."
-    yield "  rank: 8"
-    yield "  # The update is scaled by alpha / rank."
-    yield "  alpha: 16"
-    yield "  # Shared up-projections B_i, mixed by each task's gate."
-    yield "  up_projections: 3"
-    if not small:
-        yield "  # Share of A's inputs that are dropped while training."
-        yield "  dropout: 0.05"
-    reason = (
-        "All seven projections of a LLaMA layer: a small model needs them for a short run."
-        if small
-        else "The projections of attention; gate_proj, up_proj and down_proj are the MLP's."
-    )
-    yield f"  # {reason}"
-    yield f"  target_modules: {_ALL if small else _ATTENTION}"
+    yield from _adapter(choice)
     yield ""
     yield "tasks:"
     for number, task in enumerate(tasks):
@@ -174,32 +172,63 @@ def _lines(
     yield "# Each example once an epoch; uniform, weights and {temperature: 2} help small tasks."
     yield "mixing: proportional"
     yield ""
-    yield "training:"
-    yield "  # How often each task's rows are gone over."
-    yield f"  epochs: {1 if small else 3}"
-    yield "  # Adam's peak rate, reached after the warm-up and lowered to zero along a cosine."
-    yield f"  learning_rate: {'2.0e-3' if small else '3.0e-4'}"
-    yield "  # Share of the steps in which the rate rises."
-    yield f"  warmup: {'0.05' if small else '0.01'}"
-    yield "  # Tokens in a packed row."
-    yield f"  row_length: {512 if small else 2048}"
-    yield "  # Rows in an optimiser step, over all processes."
-    yield f"  rows_per_step: {2 if small else 8}"
-    yield "  # An example longer than a row loses the beginning of its prompt, never its answer."
-    yield "  on_overflow: truncate_prompt"
-    if not small:
-        yield "  # Rows a pass, and what is computed again in the backward pass, by the memory that is free."
-        yield "  memory: auto"
-    yield "  # Steps between two checkpoints."
-    yield f"  checkpoint_every: {50 if small else 200}"
-    yield "  # Of every draw and every random start."
-    yield "  seed: 0"
+    yield from _training(choice, hardware)
     if hardware.several:
         yield ""
         yield "# mtl-lora train FILE --num-processes N starts one process for each of N cards."
         yield "distributed:"
         yield "  # 0 is the fastest; 3 cuts the base weights, too, where they do not fit one card."
         yield "  zero_stage: 0"
+
+
+def _adapter(choice: Choice) -> Iterator[str]:
+    yield "adapter:"
+    yield "  # arXiv 2410.09437; docs/method.md has its relatives."
+    yield "  method: mtl-lora"
+    yield "  # Rows of the shared down-projection A."
+    yield f"  rank: {choice.rank}"
+    yield "  # The update is scaled by alpha / rank."
+    yield f"  alpha: {choice.alpha}"
+    yield "  # One shared up-projection B: every further one costs rank (docs/study.md)."
+    yield "  up_projections: 1"
+    yield "  # Each task weighs the directions of A and B by factors of its own."
+    yield "  transform: diagonal"
+    yield "  # All seven projections of a LLaMA layer."
+    yield f"  target_modules: {_ALL}"
+
+
+def _training(choice: Choice, hardware: Hardware) -> Iterator[str]:
+    yield "training:"
+    yield f"  # {choice.why}"
+    yield f"  epochs: {choice.epochs}"
+    if choice.max_steps is not None:
+        yield "  # So many steps end the run."
+        yield f"  max_steps: {choice.max_steps}"
+    yield "  # Adam's peak rate, reached after the warm-up and lowered to zero along a cosine."
+    yield f"  learning_rate: {choice.rate:.2g}"
+    yield "  # B learns faster than A, and the factors of the tasks faster still."
+    yield "  parts:"
+    yield "    # Of B."
+    yield f"    up: {{learning_rate: {choice.up_rate:.2g}}}"
+    yield "    # Of the factors."
+    yield f"    transform: {{learning_rate: {choice.transform_rate:.2g}}}"
+    yield "  # Share of the steps in which the rate rises."
+    yield "  warmup: 0.05"
+    yield "  # Each tensor's gradient is held to its own history: one bad row does not spoil what was learned."
+    yield "  clipping: true"
+    yield "  # Tokens in a packed row."
+    yield f"  row_length: {choice.row_length}"
+    yield "  # Rows in an optimiser step, over all processes."
+    yield f"  rows_per_step: {choice.rows_per_step}"
+    yield "  # An example longer than a row loses the beginning of its prompt, never its answer."
+    yield "  on_overflow: truncate_prompt"
+    if not hardware.small:
+        yield "  # Rows a pass, and what is computed again in the backward pass, by the memory that is free."
+        yield "  memory: auto"
+    yield "  # Steps between two checkpoints."
+    yield "  checkpoint_every: 200"
+    yield "  # Of every draw and every random start."
+    yield "  seed: 0"
 
 
 def _task(task: StarterTask, folder: Path, *, first: bool) -> Iterator[str]:

@@ -1,0 +1,160 @@
+"""What a first recipe sets, by the size of the base model and of the mixture. What the card is like decides
+about weights and memory only: `starter`.
+
+Too few steps were the first reason why nothing was learned, too high a rate the second (docs/study.md). So a
+step takes fewer tokens where the mixture is small, until there are a thousand steps, and a smaller step gets
+a lower rate, by the square root of its share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 1_000  # a small mixture has so many
+FEW = 500  # below so many `validate` warns
+_EPOCHS = 3
+_SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
+_HOUR = 3600.0
+_FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
+# Tokens of a step that the rates are for, and those that a mixture may have instead.
+_MEASURED_AT = 8_192
+_TOKENS = {"cpu": (128, 256, 512), "small": (2_048, 4_096, 8_192), "large": (4_096, 8_192, 16_384)}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How much there is to learn from.
+
+    Attributes:
+        tokens: of all training rows, about.
+        longest: tokens of the longest row that was looked at, about.
+    """
+
+    tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a first recipe sets.
+
+    Attributes:
+        rank, alpha: of the adapter; the update is scaled by 2.
+        rate, up_rate, transform_rate: of A, of B and of the diagonals.
+        row_length, rows_per_step: of packed rows.
+        epochs: over the rows.
+        max_steps: where the mixture is small; None: as many as the epochs have.
+        why: of the steps, in words.
+        hours: that it takes on this CPU, about; None on a card.
+    """
+
+    rank: int
+    alpha: int
+    rate: float
+    up_rate: float
+    transform_rate: float
+    row_length: int
+    rows_per_step: int
+    epochs: int
+    max_steps: int | None
+    why: str
+    hours: float | None = None
+
+
+def choose(
+    parameters: int | None, mixture: Mixture | None, *, flops: float | None = None
+) -> Choice:
+    """The settings for a base model and a mixture.
+
+    Args:
+        parameters: of the base model; None: not known, and taken for large.
+        mixture: None: its rows are not at hand.
+        flops: of this CPU's matrix products a second; None: there is a card.
+    """
+    size = parameters or 7 * 10**9
+    kind = "cpu" if flops else "small" if size < _SMALL else "large"
+    tokens, max_steps, epochs, why = _steps(_TOKENS[kind], mixture)
+    hours = None
+    if flops:
+        least = max_steps or STEPS
+        hours = _FLOP * size * tokens * least / flops / _HOUR
+        if hours > 1 and max_steps:
+            max_steps = max(FEW, int(max_steps / hours))
+            why = f"{max_steps:,} steps: more would take longer than an hour on this CPU."
+            hours = _FLOP * size * tokens * max_steps / flops / _HOUR
+    rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens)
+    row = _row(tokens, mixture)
+    return Choice(
+        rank=16,
+        alpha=32,
+        rate=rate,
+        up_rate=4 * rate,
+        transform_rate=10 * rate,
+        row_length=row,
+        rows_per_step=max(1, tokens // row),
+        epochs=epochs,
+        max_steps=max_steps,
+        why=why,
+        hours=hours,
+    )
+
+
+def _steps(sizes: tuple[int, ...], mixture: Mixture | None) -> tuple[int, int | None, int, str]:
+    """Tokens a step, the steps where they end the run, epochs, and why."""
+    if mixture is None:
+        return sizes[-1], None, _EPOCHS, "How often each task's rows are gone over."
+    for tokens in reversed(sizes):
+        if _EPOCHS * mixture.tokens >= STEPS * tokens:
+            return tokens, None, _EPOCHS, "How often each task's rows are gone over."
+    passes = STEPS * sizes[0] / max(1, mixture.tokens)
+    why = f"The mixture is small: {STEPS:,} steps go over it about {max(1, round(passes))} times."
+    # Packed rows are never full, and tokens were estimated: `max_steps` is what ends it.
+    return sizes[0], STEPS, math.ceil(4 * passes) + _EPOCHS, why
+
+
+def _share(tokens: int) -> float:
+    """A smaller step is noisier: the rate falls with the square root, to a half at most."""
+    return float(f"{min(1.0, max(0.5, math.sqrt(tokens / _MEASURED_AT))):.2g}")
+
+
+def _row(tokens: int, mixture: Mixture | None) -> int:
+    """Tokens of a packed row: the least that holds the rows that were looked at."""
+    longest = 2_048 if mixture is None else mixture.longest
+    fitting = [row for row in (128, 256, 512, 1_024, 2_048) if row >= longest]
+    wanted = fitting[0] if fitting else 2_048
+    return wanted if tokens <= wanted else min(tokens, max(wanted, 512))
+
+
+def parameters_of(base_model: str) -> int | None:
+    """How many parameters a base model has, about, without fetching it; None where nothing says so.
+
+    A folder's configuration says it, a GGUF file's size, or a name such as `Llama-2-7b-hf`.
+    """
+    path = Path(base_model).expanduser()
+    if (path / "config.json").is_file():
+        return _by_config(path / "config.json")
+    if path.suffix == ".gguf" and path.is_file():
+        return path.stat().st_size  # about a byte a weight
+    found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z])", base_model.lower())
+    if not found:
+        return None
+    number, unit = found[-1]
+    return int(float(number) * (10**6 if unit == "m" else 10**9))
+
+
+def _by_config(path: Path) -> int | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        inner = int(config.get("intermediate_size") or 4 * hidden)
+        experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
+        return layers * (4 * hidden**2 + 3 * hidden * inner * experts) + hidden * int(
+            config["vocab_size"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

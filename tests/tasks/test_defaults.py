@@ -1,0 +1,73 @@
+"""A first recipe's settings follow from the model and the mixture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtl_lora_cli.tasks.defaults import FEW, STEPS, Mixture, choose, parameters_of
+
+SMOLL = 135_000_000
+
+
+@pytest.mark.parametrize("tokens", [5_000, 100_000, 700_000, 2_000_000])
+def test_a_small_mixture_gets_a_thousand_steps(tokens: int) -> None:
+    choice = choose(SMOLL, Mixture(tokens, longest=300))
+    step = choice.row_length * choice.rows_per_step
+    if choice.max_steps is None:
+        assert choice.epochs * tokens >= STEPS * step
+    else:
+        assert choice.max_steps == STEPS
+        assert choice.epochs * tokens >= 2 * STEPS * step  # rows are never full: steps end the run
+    assert choice.row_length >= 300
+
+
+def test_a_large_mixture_gets_large_steps() -> None:
+    small, large = (choose(SMOLL, Mixture(tokens, 100)) for tokens in (500_000, 50_000_000))
+    assert small.row_length * small.rows_per_step < large.row_length * large.rows_per_step == 8_192
+    assert large.max_steps is None
+    assert (small.rate, large.rate) == (5e-4, 1e-3)  # half, at a quarter of the tokens
+    assert large.up_rate == 4e-3
+
+
+def test_the_model_decides_the_rates_and_not_the_card() -> None:
+    mixture = Mixture(50_000_000, 1_000)
+    rates = [choose(size, mixture).rate for size in (SMOLL, 2 * 10**9, 8 * 10**9, None)]
+    assert rates == [1e-3, 4e-4, 2e-4, 2e-4]
+
+
+def test_on_a_cpu_an_hour_is_aimed_at() -> None:
+    mixture = Mixture(20_000, longest=60)
+    slow, quick = (choose(SMOLL, mixture, flops=flops) for flops in (3e10, 3e11))
+    assert quick.max_steps == STEPS
+    assert quick.hours == pytest.approx(8 * SMOLL * 128 * STEPS / 3e11 / 3600)
+    assert FEW <= (slow.max_steps or 0) < STEPS
+    assert slow.hours is not None
+    assert slow.hours <= 1.01
+    assert slow.row_length == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-135m", SMOLL),
+        ("meta-llama/Llama-2-7b-hf", 7 * 10**9),
+        ("Qwen/Qwen2.5-0.5B-Instruct", 5 * 10**8),
+        ("org/model3b", None),
+        ("org/model", None),
+        ("llama3.2", None),
+    ],
+)
+def test_a_name_may_say_how_large_a_model_is(name: str, expected: int | None) -> None:
+    assert parameters_of(name) == expected
+
+
+def test_a_folder_says_it_in_its_configuration(stories_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    exact = sum(t.numel() for t in load_file(stories_folder / "model.safetensors").values())
+    assert parameters_of(str(stories_folder)) == pytest.approx(exact, rel=0.3)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": None}))
+    assert parameters_of(str(tmp_path)) is None
