@@ -1,7 +1,7 @@
 """What a person gets who tunes nothing: what `init` writes, unchanged, beside LoRA's best of three rates; by hand:
 
     python tests/benchmarks/untuned.py BASE_MODEL OUTPUT [--mixtures 5] [--seeds 0] [--limit 500] [--jobs 4]
-        [--minutes M] [--hardware gpu-80] [--data FOLDER]
+        [--minutes M] [--steps N] [--hardware gpu-80] [--data FOLDER]
 
 Five mixtures of three tasks each are drawn from the seventeen of real-17 by `DRAWN_BY`, which was written down
 before the defaults of `init` were chosen; those were chosen by docs/study.md, on all seventeen together and on
@@ -65,7 +65,7 @@ def mixtures(count: int) -> list[tuple[str, ...]]:
 def arms() -> dict[str, tuple[str, ...]]:
     """Arm → what it changes of init's recipe."""
     own = {"init": (), "before": BEFORE}
-    plain = ("adapter={method: lora, rank: 16, alpha: 32, target_modules: [q_proj, k_proj, v_proj, ")
+    plain = "adapter={method: lora, rank: 16, alpha: 32, target_modules: [q_proj, k_proj, v_proj, "
     lora = (plain + "o_proj, gate_proj, up_proj, down_proj]}", "training.parts={}")
     return own | {f"lora@{rate}": (*lora, f"training.learning_rate={rate}") for rate in RATES}
 
@@ -84,7 +84,7 @@ def write_recipe(tasks: Sequence[str], path: Path, options: argparse.Namespace) 
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path) -> None:
+def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path, steps: int | None) -> None:
     """One run, and its result file."""
     from mtl_lora_cli.evaluation.evaluate import Setting, evaluate, find_rows
     from mtl_lora_cli.evaluation.opened import open_run
@@ -96,6 +96,7 @@ def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path) -> None:
 
     began = time.monotonic()
     changes = [*arms()[arm], f"training.seed={seed}", "training.checkpoint_every=null"]
+    changes += [] if steps is None else [f"training.max_steps={steps}"]
     prepared = prepare(load_recipe(recipe, changes))
     run = start(prepared, output.with_suffix(".run") / f"{time.time_ns()}")
     opened, setting = open_run(run), Setting(limit=limit)
@@ -179,7 +180,11 @@ def line_of(task: str, own: Mapping[str, Any], lora: float | None) -> str:
     """One task of one run."""
     low = own["low"] if own["low"] is not None else own["value"]
     above = "above" if low > own["majority"] else "NOT ABOVE"
-    beside = "" if lora is None else f" | {lora:.3f} {'ok' if own['value'] >= lora - WITHIN else 'BELOW'}"
+    beside = (
+        ""
+        if lora is None
+        else f" | {lora:.3f} {'ok' if own['value'] >= lora - WITHIN else 'BELOW'}"
+    )
     interval = f"({low:.3f} to {own['high'] or own['value']:.3f})"
     return f"{task:14} {own['metric']:9} {own['value']:.3f} {interval} {own['majority']:.3f} {above}{beside}"
 
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--steps", type=int, help="only so many, to try this script")
     parser.add_argument("--hardware", default="gpu-80")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MTL_LORA_DATA", ".")))
     parser.add_argument("--one", nargs=3, metavar=("MIXTURE", "ARM", "SEED"))
@@ -204,7 +210,7 @@ def main() -> None:
         number, arm, seed = int(options.one[0]), options.one[1], int(options.one[2])
         recipe = options.output / f"{number}.yaml"
         file = result_file(options.output, number, arm, seed)
-        learn(recipe, arm, seed, options.limit, file)
+        learn(recipe, arm, seed, options.limit, file, options.steps)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     for number, tasks in enumerate(mixtures(options.mixtures)):
@@ -217,7 +223,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, job)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=left, check=False
+                command, capture_output=True, text=True, timeout=min(left, 1e6), check=False
             )
         except subprocess.TimeoutExpired:
             print(*job, "no time was left", file=sys.stderr)
