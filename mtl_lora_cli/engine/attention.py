@@ -46,8 +46,6 @@ class Packing:
         pairs: what turns together; see `kernels/rotary.py`.
         query_scale: float32 [N], by which queries are multiplied when they are turned.
         sinks: [H], logits that take their share of a head's softmax and give nothing.
-        gates: beside each query lies its gate, [q₁ | g₁ | q₂ | g₂ | … | k | v]; what attention gives is
-            multiplied by σ(g).
     """
 
     heads: int
@@ -63,7 +61,6 @@ class Packing:
     pairs: bool = False
     query_scale: Tensor | None = None
     sinks: Tensor | None = None
-    gates: bool = False
 
     def of_layer(self, sinks: Tensor | None) -> Packing:
         """The same with what one layer alone has."""
@@ -91,51 +88,6 @@ class Packing:
             )
         elif self._turn is not None:
             rotate_(own, self._turn, heads=self.heads, key_heads=self.key_heads, back=True)
-
-    def heads_of(self, qkv: Tensor) -> Tensor:
-        """[q | k | v] of what the projections gave: without gates the same, with gates new memory."""
-        if not self.gates:
-            return qkv
-        queries, _ = self._queries_and_gates(qkv)
-        return torch.cat([queries.flatten(1), qkv[:, 2 * queries.shape[1] * self.head_dim :]], 1)
-
-    def gated(self, attended: Tensor, qkv: Tensor) -> Tensor:
-        """attended [N, H·D, or with room behind it] times σ(g), new memory; without gates the same."""
-        if not self.gates:
-            return attended
-        width = self.heads * self.head_dim
-        out = roomy(attended, attended.shape[0], width, attended.shape[1] - width)
-        share = self._queries_and_gates(qkv)[1].sigmoid().flatten(1)
-        torch.mul(attended[:, :width], share, out=out[:, :width])
-        return out
-
-    def gate_gradient(
-        self, dgated: Tensor, attended: Tensor, qkv: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradients of attended [N, H·D] and of g [N, H, D], from that of the product."""
-        if not self.gates:
-            return dgated, None
-        share = self._queries_and_gates(qkv)[1].sigmoid().flatten(1)
-        dattended = dgated * share
-        return dattended, (dattended * attended * (1 - share)).unflatten(1, (self.heads, -1))
-
-    def with_gates(self, dqkv: Tensor, dgates: Tensor | None, room: int) -> Tensor:
-        """The gradient of what the projections gave, room included, from those of [q | k | v] and g."""
-        if dgates is None:
-            return dqkv
-        width = (self.heads + 2 * self.key_heads) * self.head_dim
-        queries, rest = dqkv[:, :width].split([dgates[0].numel(), width - dgates[0].numel()], 1)
-        out = roomy(dqkv, dqkv.shape[0], width + queries.shape[1], room)
-        q, g = self._queries_and_gates(out)
-        q.copy_(queries.unflatten(1, (self.heads, -1)))
-        g.copy_(dgates)
-        out[:, 2 * queries.shape[1] : width + queries.shape[1]].copy_(rest)
-        return out
-
-    def _queries_and_gates(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Views [N, H, D] of both."""
-        both = qkv[:, : 2 * self.heads * self.head_dim].unflatten(1, (self.heads, 2, self.head_dim))
-        return both[:, :, 0], both[:, :, 1]
 
     def _scaled_(self, qkv: Tensor) -> Tensor:
         if self.query_scale is not None:

@@ -52,10 +52,10 @@ class AttentionBlock(torch.autograd.Function):
         count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
         entry, h = half.begin.forward(x, before, half.qkv.room.columns)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
-        ready = packing.ready(packing.heads_of(qkv), half.heads)
+        ready = packing.ready(half.layout.apart(qkv), half.heads)
         o_room = half.o.room.columns
         attended, state = attend(ready, packing, learn=call.learn, room=o_room)
-        chosen, residual = packing.gated(attended, qkv), entry.total
+        chosen, residual = half.layout.gated(attended, qkv), entry.total
         if call.positions is not None:
             chosen, residual = chosen[call.positions], residual[call.positions]
         out, o_tape = half.o.forward(chosen, tensors[count:], call.chosen_slots, call.training)
@@ -86,27 +86,27 @@ class AttentionBlock(torch.autograd.Function):
         if qkv is None:
             h = half.begin.again(entry, half.qkv.room.columns)
             qkv = half.qkv.again(h, qkv_tape, slots)
-            heads = packing.heads_of(qkv)
+            heads = half.layout.apart(qkv)
             ready = packing.ready(heads, half.heads)
-        elif half.heads is None and not packing.gates:
+        elif half.heads is None and half.layout.plain:
             ready = heads = qkv
         else:  # what the norms were given was kept, and they are as cheap as a copy
-            heads = packing.heads_of(qkv)
+            heads = half.layout.apart(qkv)
             ready = state[0] if isinstance(state, tuple) else packing.ready(heads, half.heads)
         if attended is None:
             attended, state = attend(ready, packing, learn=True)
         attended = half.o.input(attended)
-        chosen = packing.gated(attended, qkv)
+        chosen = half.layout.gated(attended, qkv)
         chosen = chosen if call.positions is None else chosen[call.positions]
         dout, roomy = half.end.take(dout)
         dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=roomy)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dattended = spread_out(dchosen, call.positions, attended)
-        dattended, dgates = packing.gate_gradient(dattended, attended, qkv)
+        dattended, dgates = half.layout.gate_gradient(dattended, attended, qkv)
         room = half.qkv.room.rows
         dqkv = attend_gradient(dattended, ready, attended, state, packing, room=room)
         packing.gradient_(dqkv, heads, half.heads)
-        dqkv = packing.with_gates(dqkv, dgates, room)
+        dqkv = half.layout.gradient(dqkv, dgates, qkv, room=room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dh, qkv_gradients = half.qkv.backward(dqkv, qkv_tape, slots, wanted, roomy=True)

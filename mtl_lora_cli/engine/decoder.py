@@ -207,7 +207,6 @@ class FusedDecoder:
                 way=pick_way(x, plan),
                 window=plan.window,
                 softcap=plan.softcap,
-                gates=plan.gates,
                 pairs=plan.rotary is not None and plan.rotary.pairs,
                 query_scale=_query_scale(plan.query_scale, position_ids[0]),
             )
@@ -305,4 +304,6 @@ def _run_layer(
     block = ExpertsBlock if isinstance(second, ExpertsHalf) else MlpBlock
     each = zip(second.groups, others, strict=True)
     tensors = [one for group, mixing in each for one in group.tensors(mixing, own.chosen_slots)]
-    return block.apply(second, own, x, out, *tensors)
+    x, out = block.apply(second, own, x, out, *tensors)
+    # The output has its share from the end of its block.
+    return x if layer.scale == 1.0 else x * layer.scale, out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
 from mtl_lora_cli.engine.core import Core, core_of
 from mtl_lora_cli.engine.group import Group
+from mtl_lora_cli.engine.heads import HeadLayout
 from mtl_lora_cli.engine.plan import (
     AttentionPlan,
     ExpertsPlan,
@@ -127,6 +129,11 @@ class AttentionHalf:
     end: End
     sinks: Tensor | None = None
 
+    @cached_property
+    def layout(self) -> HeadLayout:
+        """How what the projections give becomes queries, keys and values."""
+        return HeadLayout.of(self.plan)
+
 
 @dataclass(frozen=True)
 class MixerHalf:
@@ -209,10 +216,11 @@ class ExpertsHalf:
 
 @dataclass(frozen=True)
 class Layer:
-    """Both halves of a layer."""
+    """Both halves of a layer, and what the stream is multiplied by behind them."""
 
     attention: AttentionHalf | MixerHalf
     mlp: MlpHalf | ExpertsHalf
+    scale: float = 1.0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -232,11 +240,12 @@ class Layer:
 
         first, second = plan.attention, plan.mlp
         qkv, o = (group(paths) for paths in first.groups)
+        scale = 1.0 if plan.scale is None else float(cast(Tensor, getattr(module, plan.scale)))
         first_begin = Begin(norm(first.before), end)
         first_end = End(After(norm(first.after), first.multiplier), o)
         begin, after = (
             Begin(norm(second.before), first_end),
-            After(norm(second.after), second.multiplier),
+            After(norm(second.after), second.multiplier * scale),
         )
         if isinstance(second, ExpertsPlan):
             shared = None if second.shared is None else _shared(second.shared, group)
@@ -248,12 +257,13 @@ class Layer:
             half = MlpHalf(second, begin, gate_up, down, End(after, down))
         if isinstance(first, MixerPlan):
             core = core_of(module, first)
-            return Layer(MixerHalf(first, first_begin, qkv, core, o, first_end), half)
+            return Layer(MixerHalf(first, first_begin, qkv, core, o, first_end), half, scale)
         q, k = norm(first.q_norm), norm(first.k_norm)
         heads = None if q is None or k is None else HeadNorms(q.weight, k.weight, q.eps)
         sinks = None if first.sinks is None else module.get_submodule(first.sinks).sinks
         sinks = cast(Tensor | None, sinks)
-        return Layer(AttentionHalf(first, first_begin, qkv, heads, o, first_end, sinks), half)
+        attention = AttentionHalf(first, first_begin, qkv, heads, o, first_end, sinks)
+        return Layer(attention, half, scale)
 
 
 def _shared(plan: SharedPlan, group: Callable[..., Group]) -> SharedHalf:

@@ -76,7 +76,7 @@ class AttentionPlan:
     Attributes:
         heads, key_heads, head_dim: H, G and D.
         scaling: of the scores.
-        qkv: projections whose outputs side by side are [q | k | v]: three, or one that has all.
+        qkv: projections whose outputs side by side are [q | k | v]: three, or one that has all; or two, [q | k].
         o: of the projection behind attention.
         before, after: norms of the block's input, and of what it adds to the stream.
         q_norm, k_norm: of queries and keys before they are turned; both or none. Their weights say by
@@ -87,6 +87,8 @@ class AttentionPlan:
         sinks: of the module whose `sinks` [H] are logits that take their share of the softmax and give nothing.
         gates: the first projection gives for each head a query and a gate g beside it; attention's result is
             multiplied by σ(g).
+        keys_are_values: v is what the projection gave for k, before the norm of k.
+        value_eps: ε of v / rms(v) over each head; None: values are not normed.
         multiplier: m, of what the block adds to the stream.
         query_scale: of queries that stand far behind; None: all are as they are.
     """
@@ -106,6 +108,8 @@ class AttentionPlan:
     softcap: float | None = None
     sinks: str | None = None
     gates: bool = False
+    keys_are_values: bool = False
+    value_eps: float | None = None
     multiplier: float = 1.0
     query_scale: QueryScale | None = None
 
@@ -259,10 +263,16 @@ class ExpertsPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer."""
+    """One decoder layer.
+
+    Attributes:
+        attention, mlp: its two halves.
+        scale: name of the layer's own number by which the whole stream is multiplied behind it; None: 1.
+    """
 
     attention: AttentionPlan | MixerPlan
     mlp: MlpPlan | ExpertsPlan
+    scale: str | None = None
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:

@@ -39,6 +39,12 @@ LONG = {
     },
     "original_max_position_embeddings": 20,
 }
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 4.0,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
@@ -82,11 +88,18 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("qwen3", "", {}),
     ("qwen3", "window", {"use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3_5_text", "delta nets", DELTA),
+    ("qwen3_5_text", "no attention", {**DELTA, "layer_types": ["linear_attention"] * 3}),
     ("qwen3_5_moe_text", "delta nets", {**DELTA, **EXPERTS, **GATED}),
     ("qwen3_next", "delta nets", {**DELTA, **EXPERTS, **GATED, "mlp_only_layers": [1]}),
     ("gemma", "", {}),
     ("gemma2", "caps", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **MIXED}),
     ("gemma3_text", "", MIXED),
+    ("gemma4_text", "", GEMMA4),
+    (
+        "gemma4_unified_text",
+        "k = v",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
     ("gemma3_text", "cap", {"final_logit_softcapping": 4.0, "query_pre_attn_scalar": 20, **MIXED}),
     ("smollm3", "", {"no_rope_layers": [1, 0, 1]}),
     ("smollm3", "window", {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, **MIXED}),
@@ -174,6 +187,7 @@ def test_what_is_computed_again_is_the_same(
 @pytest.mark.parametrize("model_type", known_types())
 def test_the_self_test_keeps_it_on_the_fused_engine(model_type: str) -> None:
     """In 16 bit, where a small model of the same kind is asked, too."""
-    model = tiny(model_type).to(torch.bfloat16)
+    changes = next(changes for kind, _, changes in CASES if kind == model_type)
+    model = tiny(model_type, **changes).to(torch.bfloat16)
     packed = PackedModel(model).eval()
     assert settle(packed).way is None, packed.not_fused

@@ -22,7 +22,14 @@ from mtl_lora_cli.engine.plan import (
 )
 from mtl_lora_cli.kernels.gated import Activation
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")  # fixed, or one of two sets
+_ROPE_TYPES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+    "longrope",
+    "proportional",
+)  # fixed, or one of two sets
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
