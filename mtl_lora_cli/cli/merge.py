@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mtl_lora_cli.cli.frame import framed, say, status
+from mtl_lora_cli.cli.maps_outputs import merge_maps_of, of_maps
 from mtl_lora_cli.cli.options import (
     RUNS,
     CheckOption,
@@ -62,6 +63,15 @@ def merge(
             raise UsageError(
                 f"--base: expected {' or '.join(BASES)}, received '{base}'{did_you_mean(base, BASES)}"
             )
+        if of_maps(folder):
+            if base != "original":
+                raise UsageError(
+                    "--base dequantized is for text; maps are merged into the original weights"
+                )
+            merge_maps_of(
+                folder, task, output, limit=limit, check=check, push=push, as_json=as_json
+            )
+            return
         targets = outputs_of(folder, task, output, Merged().root, verb="merge")
         require_pushable(push, targets, check)
         options = Options(base=base, limit=limit, tolerance=tolerance, checked=check)

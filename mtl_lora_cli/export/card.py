@@ -53,7 +53,7 @@ def model_card(
         "Data": _data(run, task),
         "Scores": _scores(run, evaluated),
         "Check": _check(comparison),
-        "Licence": _licence_text(run.base),
+        "Licence": licence_text(run.base),
     }
     body = "\n\n".join(f"## {name}\n\n{text.rstrip()}" for name, text in sections.items())
     metadata = _metadata(run, task, evaluated, title, library, relation)
@@ -293,7 +293,7 @@ def _licence(base: BaseModel) -> dict[str, Any]:
     return found
 
 
-def _licence_text(base: BaseModel) -> str:
+def licence_text(base: BaseModel) -> str:
     said = _licence(base)
     named = said["license"] if said["license"] != "other" else said["license_name"]
     return (

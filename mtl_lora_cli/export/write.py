@@ -94,8 +94,12 @@ def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
     check = WrittenCheck(form.name, references, options.limit, allowed)
     comparison = check.run(order.run, order.task, temporary)
     if not comparison.holds:
-        what = f"{form.differs} on task '{order.task.name}'"
-        raise _set_aside(temporary, order.folder, what, comparison)
+        reason = (
+            f"{form.differs} on task '{order.task.name}': largest difference of log-probabilities "
+            f"{comparison.largest:.3g}, equal answers {comparison.equal:.1%}; they had to agree "
+            f"{comparison.asked}"
+        )
+        raise CheckError(set_aside(temporary, order.folder, reason))
     return comparison
 
 
@@ -138,12 +142,8 @@ def require_held_out(task: Task, limit: int) -> None:
         raise UsageError(f"{error}; --no-check writes without comparing") from None
 
 
-def _set_aside(written: Path, folder: Path, what: str, comparison: Comparison) -> CheckError:
-    """Move what failed where nobody takes it for good: `FOLDER.failed`, or the next free name."""
-    reason = (
-        f"{what}: largest difference of log-probabilities {comparison.largest:.3g}, "
-        f"equal answers {comparison.equal:.1%}; they had to agree {comparison.asked}"
-    )
+def set_aside(written: Path, folder: Path, reason: str) -> str:
+    """Move what failed where nobody takes it for good, `FOLDER.failed`, or the next free name, and say so."""
     number, aside = 1, folder.with_name(f"{folder.name}.failed")
     while aside.exists():
         number += 1
@@ -152,4 +152,4 @@ def _set_aside(written: Path, folder: Path, what: str, comparison: Comparison) -
         written / FAILED, f"# Do not use this\n\nThe check after writing failed: {reason}.\n"
     )
     written.replace(aside)
-    return CheckError(f"{reason}; it lies in {aside}")
+    return f"{reason}; it lies in {aside}"

@@ -164,3 +164,15 @@ def test_a_task_is_added_later(forks: Forks, place: Path) -> None:
     assert any(name.startswith("decoder:late:") for name in after)
     rows = [name for name in before if len(before[name]) != len(after[name])]
     assert rows and all(name.rpartition(".")[2].startswith("task_lora") for name in rows)
+
+
+@pytest.mark.parametrize("task", ["depth", "all"])
+def test_a_merged_folder_is_run_by_transformers_alone(forks: Forks, place: Path, task: str) -> None:
+    """The command's own check runs the README's program in a process without this package."""
+    said = done(forks.run("merge", "--task", task, "--run", "whole", "--json", cwd=place)).stdout
+    found = json.loads(said)
+    assert found["checked"] and set(found["compared"]) == ({task} if task == "depth" else {*TASKS})
+    for one in found["compared"].values():
+        assert one["largest"] <= 1e-5 and one["equal"] == 1
+    config = json.loads((place / "merged" / "whole" / task / "config.json").read_text())
+    assert config["architectures"] == ["SwinModel"]
