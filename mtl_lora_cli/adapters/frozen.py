@@ -117,6 +117,21 @@ class FrozenWeights:
             torch.empty(rows, width, dtype=dtype, device=device),
         )
 
+    def above_down(self) -> Tensor | None:
+        """[W; A] [Σ out_j + rows, in], where A has its place in the margin; None: it has none."""
+        if self._together is None or not self.room.rows:
+            return None
+        return self._together[:, : self.shape[1]]
+
+    def in_memory(self) -> Tensor | None:
+        """W [Σ out_j, in] as it lies there; None where each product makes it, or rounds it."""
+        weight = self.layers[0].weight
+        if self._rounded is not None or any(map(is_quantised, self.layers)):
+            return None
+        if self._together is not None:
+            return self._together[: self.shape[0], : self.shape[1]]
+        return weight if len(self.layers) == 1 else None
+
     def round_to_fp8(self) -> None:
         """From now on multiply in 8-bit floats (`kernels/fp8.py`), forward and backward.
 

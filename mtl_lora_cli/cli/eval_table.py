@@ -138,6 +138,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             notes.append(f"{task}: {_ends_counted(result)}")
         if result.get("one_answer"):
             notes.append(f"{task}: {one_sided(result['one_answer'])}")
+        if result.get("pass_at"):
+            notes.append(f"{task}: {_several(result)}")
         if result["unparsable"]:
             notes.append(
                 f"{task}: {result['unparsable']} answers could not be read and count as wrong"
@@ -168,6 +170,20 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             f"{cut} prompts were longer than the model's positions and lost their beginning"
         )
     return notes
+
+
+def _several(result: Result) -> str:
+    """Which figures rows that were answered several times have besides the mean over their answers."""
+    how = result["sampling"]
+    passed = ", ".join(
+        f"pass@{k} {_shown(one['value'])}"
+        + (f" ({_interval(one['low'], one['high'])})" if one["low"] is not None else "")
+        for k, one in result["pass_at"].items()
+    )
+    return (
+        f"scores are means over {how['answers']} answers a row (temperature {how['temperature']:g}, seed "
+        f"{how['seed']}); {passed}: the chance that one of k answers is right"
+    )
 
 
 def _ends_counted(result: Result) -> str:

@@ -64,6 +64,19 @@ def evaluate(
             help="What lm-evaluation-harness calls the task, or a YAML file like its own.",
         ),
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0.0, help="Draw generated answers; 0: the likeliest."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what is drawn.")] = 0,
+    count: Annotated[
+        int,
+        typer.Option(
+            "--answers",
+            min=1,
+            help="How many are drawn for each row; scores are means over them, beside pass@k.",
+        ),
+    ] = 1,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +111,10 @@ def evaluate(
             raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, received '{split}'")
         if sum((baseline is not None, against is not None, base_only)) > 1:
             raise UsageError("give one of --baseline, --against and --base-only")
+        if count > 1 and not temperature:
+            raise UsageError("--answers: several answers are alike without --temperature above 0")
+        if count > 1 and (baseline is not None or against is not None):
+            raise UsageError("--answers above 1 goes without --baseline and --against")
         other = None if baseline is None else find_run(baseline, runs)
         if other is not None and other.path.resolve() == folder.path.resolve():
             raise UsageError(f"--baseline {baseline}: is the run itself")
@@ -106,8 +123,13 @@ def evaluate(
         status("loading libraries")
         from mtl_lora_cli.data.prepare import untrained
         from mtl_lora_cli.evaluation import evaluate as room
+        from mtl_lora_cli.evaluation.asked import Sampling
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
-        from mtl_lora_cli.evaluation.protocols import NORMALISATIONS, PROTOCOLS
+        from mtl_lora_cli.evaluation.protocols import (
+            NORMALISATIONS,
+            PROTOCOLS,
+            require_generated,
+        )
         from mtl_lora_cli.evaluation.results import require_storable
         from mtl_lora_cli.machine.processes import joined
         from mtl_lora_cli.tasks.chosen import EVERY, read_tasks, select_tasks
@@ -121,9 +143,14 @@ def evaluate(
                     f"{option}: expected one of {', '.join(known)}, received '{value}'"
                     f"{did_you_mean(value, known)}"
                 )
-        setting = room.Setting(split, limit, base_only, protocol, normalisation, harness_task)
+        sampling = None if temperature is None else Sampling(temperature, seed, count)
+        setting = room.Setting(
+            split, limit, base_only, protocol, normalisation, harness_task, sampling
+        )
         with joined() as processes:
             chosen = select_tasks(read_tasks(folder), task)
+            if sampling is not None:
+                require_generated(chosen, setting)
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)
@@ -194,7 +221,8 @@ def _print(
     emit(as_table(results, beside, means, name, base_only=base_only))
     for one, why in left_out.items():
         emit(f"{one} is left out: {why}")
-    if name is None and not base_only and None in beside:
+    several = any(result.get("pass_at") for result in results)
+    if name is None and not base_only and not several and None in beside:
         say("the untouched base model beside it: mtl-lora eval --base-only with the same options")
 
 

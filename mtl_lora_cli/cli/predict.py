@@ -82,7 +82,7 @@ def predict(
         folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
-        from mtl_lora_cli.evaluation.generate import Sampling
+        from mtl_lora_cli.evaluation.asked import Sampling
         from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task, several_tasks
 

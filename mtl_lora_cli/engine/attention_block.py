@@ -53,6 +53,8 @@ class AttentionBlock(torch.autograd.Function):
         entry, h = half.begin.forward(x, before, half.qkv.room.columns)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
         ready = packing.ready(half.layout.apart(qkv), half.heads)
+        if call.told is not None:
+            call.told(ready)
         o_room = half.o.room.columns
         attended, state = attend(ready, packing, learn=call.learn, room=o_room)
         chosen, residual = half.layout.gated(attended, qkv), entry.total

@@ -78,12 +78,14 @@ class FusedDecoder:
     Attributes:
         plan: what it computes.
         modules: the transformers model's own layers, in whose place it stands.
+        resident: as given.
         layer_calls: run one layer each. Where weights do not stay, somebody else's callables around
             these bring them before and take them away behind.
     """
 
     def __init__(self, model: Any, *, resident: bool = True) -> None:
         self.plan = plan_of(model.config)
+        self.resident = resident
         self._base: Any = text_body(model)
         self.modules = self.plan.modules(model)
         self.layers: list[Layer] = []
@@ -94,7 +96,7 @@ class FusedDecoder:
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
         self._kinds = list(self.plan.attentions)
         last = norm_of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
-        self._last = Begin(last, end)
+        self.last = Begin(last, end)
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are.
@@ -146,6 +148,7 @@ class FusedDecoder:
         *,
         training: bool,
         keep: Sequence[Keep],
+        told: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Normed hidden states at the positions asked for.
 
@@ -157,6 +160,7 @@ class FusedDecoder:
             slots, chosen_slots: routing of all positions, and of those asked for.
             training: dropout is on.
             keep: what each layer keeps for the backward pass.
+            told: is told each layer's number and its [q | k | v], normed and turned.
 
         Returns:
             [U, d].
@@ -164,7 +168,7 @@ class FusedDecoder:
         learn = torch.is_grad_enabled()
         packings = self._packings(x, position_ids, segments)
         out = None
-        mixings = self._mixings(slots, chosen_slots)
+        mixings = self.mixings(slots, chosen_slots)
         for number in range(len(self.layers)):
             last = number + 1 == len(self.layers)
             own = Pass(
@@ -176,9 +180,10 @@ class FusedDecoder:
                 keep=keep[number],
                 training=training,
                 learn=learn,
+                told=None if told is None else partial(told, number),
             )
             x, out = self.layer_calls[number](own, mixings[number], x, out)
-        normed = _FinalNorm.apply(self._last, learn, x, out)
+        normed = _FinalNorm.apply(self.last, learn, x, out)
         scale = self.plan.logit_multiplier
         return normed if scale == 1.0 else normed * scale
 
@@ -192,7 +197,7 @@ class FusedDecoder:
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
-            angles[rotary] = self._angles(rotary, wide, position_ids, segments)
+            angles[rotary] = self.angles(rotary, wide, position_ids, segments)
         found: dict[Any, Packing] = {}
         for plan in self._kinds:
             cos, sin = angles[plan.rotary]
@@ -212,7 +217,7 @@ class FusedDecoder:
             )
         return found
 
-    def _angles(
+    def angles(
         self, rotary: RotaryPlan, wide: Tensor, position_ids: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """cos and sin of all positions, [N, R/2] in wide's dtype.
@@ -237,7 +242,7 @@ class FusedDecoder:
         chosen = beyond[:, None]
         return torch.where(chosen, far_cos, cos), torch.where(chosen, far_sin, sin)
 
-    def _mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
+    def mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""
         found: list[list[Tensor | None]] = [[None] * len(layer.groups) for layer in self.layers]
         last = len(self.layers) - 1

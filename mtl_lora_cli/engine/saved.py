@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Pass:
         keep: what is kept for the backward pass.
         training: whether dropout is on.
         learn: whether a backward pass will come.
+        told: is told [q | k | v] of the N positions, normed and turned; its memory is the pass's own.
     """
 
     slots: Slots
@@ -52,6 +54,7 @@ class Pass:
     keep: Keep
     training: bool
     learn: bool
+    told: Callable[[Tensor], None] | None = None
 
 
 class Saved:

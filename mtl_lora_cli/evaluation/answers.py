@@ -11,6 +11,7 @@ import numpy as np
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.evaluation.asked import Sampling, Stopped, asks_of
 from mtl_lora_cli.evaluation.choices import (
     Advance,
     Request,
@@ -20,7 +21,7 @@ from mtl_lora_cli.evaluation.choices import (
     score,
 )
 from mtl_lora_cli.evaluation.conversing import Said
-from mtl_lora_cli.evaluation.generate import Sampling, Stopped, generate
+from mtl_lora_cli.evaluation.generate import answer_all
 from mtl_lora_cli.evaluation.one_row import as_they_are, of_one_row, same_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
@@ -45,6 +46,7 @@ class Answers:
         open_scores: the same without the end where it counts: as lm-evaluation-harness asks.
         texts: the generated answers; None where choices were scored.
         several: of each example all that were drawn, where that are more than one; the first is in `texts`.
+        outcomes: of the first answers, the second ones, and so on; `outcome` is the first. None as above.
         unparsable: how many of them named no choice, or held nothing of what counts.
         unreadable: how many right answers could not be read, were they generated word for word: a text
             that ends answers stands in them, the tokenizer does not give them back, or they are too long.
@@ -57,6 +59,7 @@ class Answers:
     open_scores: list[np.ndarray] | None = None
     texts: list[str] | None = None
     several: list[list[str]] | None = None
+    outcomes: list[Outcome] | None = None
     unparsable: int = 0
     unreadable: int = 0
     ties: int = 0
@@ -93,11 +96,13 @@ def answer(
         tasks: some of its tasks.
         held: the rows of each.
         setting: protocol, and whether the base model alone is asked.
-        advance: called with (this process's examples done, in all).
-        sampling: draw free answers; None: as the template says.
+        advance: called with (this process's answers done, in all).
+        sampling: how free answers are drawn; None: as the setting says, or else each template.
         one_row: each task's examples are of the same rows, in the same order: what their prompts share is
             computed once, where the adapter does the same for the tasks.
     """
+    if sampling is None:
+        sampling = setting.sampling
     encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
     requests: list[list[Request]] = []
     for task, examples in zip(tasks, held, strict=True):
@@ -120,7 +125,11 @@ def answer(
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
     together = [request.with_open for index in scored for request in requests[index]]
     parts = [together, *(part for i, part in enumerate(requests) if i not in scored)]
-    total = sum(len(range(processes.rank, len(part), processes.count)) for part in parts)
+    drawn = 1 if sampling is None or not sampling.temperature else sampling.answers
+    total = sum(
+        len(range(processes.rank, len(part) * times, processes.count))
+        for part, times in zip(parts, [1] + [drawn] * len(parts), strict=False)
+    )
     done = 0
 
     def step(count: int) -> None:
@@ -144,13 +153,20 @@ def answer(
             )
         )
     )
+    free = [index for index in range(len(tasks)) if index not in scored]
+    said = _generated(
+        opened,
+        [(tasks[index], held[index], requests[index]) for index in free],
+        encoder,
+        step,
+        processes,
+        sampling,
+    )
+    free_ones = dict(zip(free, said, strict=True))
     answers = []
     for index, (task, examples, own) in enumerate(zip(tasks, held, requests, strict=True)):
-        if index not in scored:
-            how_drawn = sampling_of(task) if sampling is None else sampling
-            answers.append(
-                _generated(opened, task, examples, own, encoder, step, processes, how_drawn)
-            )
+        if index in free_ones:
+            answers.append(free_ones[index])
             continue
         found = [next(scores) for _ in own]
         counts = [len(request.choices) for request in own]
@@ -166,37 +182,60 @@ def answer(
 
 def _generated(
     opened: Run,
-    task: Task,
-    examples: Examples,
-    requests: list[Request],
+    parts: Sequence[tuple[Task, Examples, list[Request]]],
     encoder: Encoder,
     advance: Advance,
     processes: Processes,
     sampling: Sampling | None,
-) -> Answers:
-    """Generated answers, of which the first of each example is read."""
-    if sampling is not None and not sampling.temperature:
-        sampling = None
-    answers = generate(
-        opened.packed,
-        requests,
-        ends=encoder.stops,
-        new_tokens=answer_limits(task, requests),
-        device=opened.device,
-        tokens_per_pass=opened.tokens_per_pass,
-        stopped=stop_of(task, encoder, opened.tokenizer),
-        advance=advance,
-        processes=processes,
-        sampling=sampling,
+) -> list[Answers]:
+    """Generated answers of all tasks together; the first of each example is the one that is read."""
+    how = [sampling_of(task) if sampling is None else sampling for task, _, _ in parts]
+    asks = [
+        asks_of(
+            [(request.prompt, request.task) for request in requests],
+            answer_limits(task, requests),
+            stop_of(task, encoder, opened.tokenizer),
+            drawn,
+        )
+        for (task, _, requests), drawn in zip(parts, how, strict=True)
+    ]
+    found = iter(
+        answer_all(
+            opened.packed,
+            [ask for some in asks for ask in some],
+            ends=encoder.stops,
+            device=opened.device,
+            tokens_per_pass=opened.tokens_per_pass,
+            advance=advance,
+            processes=processes,
+        )
     )
-    count = 1 if sampling is None else sampling.answers
+    return [
+        _all_read(opened, *part, encoder, [next(found) for _ in some])
+        for part, some in zip(parts, asks, strict=True)
+    ]
+
+
+def _all_read(
+    opened: Run,
+    task: Task,
+    examples: Examples,
+    requests: list[Request],
+    encoder: Encoder,
+    answers: Sequence[list[int]],
+) -> Answers:
+    """What answers say, of each example one or several, one after another."""
+    count = len(answers) // max(1, len(requests))
     read = partial(read_generated, opened.tokenizer, encoder, task, examples, requests)
-    first = read(answers[::count])
-    if count == 1:
+    first = read(answers[::count] if count else answers)
+    if count <= 1:
         return first
-    others = [read(answers[number::count]).texts or [] for number in range(1, count)]
+    others = [read(answers[number::count]) for number in range(1, count)]
+    texts = zip(first.texts or [], *(one.texts or [] for one in others), strict=True)
     return replace(
-        first, several=[list(one) for one in zip(first.texts or [], *others, strict=True)]
+        first,
+        several=[list(some) for some in texts],
+        outcomes=[first.outcome, *(one.outcome for one in others)],
     )
 
 

@@ -35,7 +35,8 @@ from mtl_lora_cli.evaluation.results import (
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.guessing import one_answer
-from mtl_lora_cli.metrics.intervals import measure
+from mtl_lora_cli.metrics.intervals import Measured, measure
+from mtl_lora_cli.metrics.several import measure_mean, pass_at
 from mtl_lora_cli.tasks.task import Task
 
 __all__ = [
@@ -158,6 +159,11 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         "protocol": protocol,
         "normalisation": setting.normalisation_of(task),
         "generate": template.generate.identity if protocol == GENERATE else None,
+        "sampling": (
+            dataclasses.asdict(setting.sampling)
+            if setting.sampling is not None and protocol == GENERATE
+            else None
+        ),
         "prompt_format": opened.recipe.prompt_format,
         "chat": opened.recipe.chat.model_dump() if opened.recipe.prompt_format == "chat" else None,
         "loss_on": opened.recipe.training.loss_on,
@@ -209,14 +215,29 @@ def _by_ourselves(
                 else None
             ),
             "metrics": {
-                name: dataclasses.asdict(measure(name, outcome)) for name in task.template.metrics
+                name: dataclasses.asdict(_measured(name, own)) for name in task.template.metrics
             },
+            "pass_at": _passed(own),
             "titles": {name: task.template.title(name) for name in task.template.metrics},
             "harness": None if own.scores is None else _as_harness(examples, own),
             "positive": outcome.positive,
             **_of_each_row(outcome),
             "seconds_of_all_tasks": seconds,
         }
+
+
+def _measured(name: str, answers: Answers) -> Measured:
+    """A metric of the answers; of several to each row its mean over them."""
+    if answers.outcomes is None:
+        return measure(name, answers.outcome)
+    return measure_mean(name, answers.outcomes)
+
+
+def _passed(answers: Answers) -> dict[str, Any] | None:
+    """pass@k by k; None where each row was answered once."""
+    if answers.outcomes is None:
+        return None
+    return {str(k): dataclasses.asdict(one) for k, one in pass_at(answers.outcomes).items()}
 
 
 def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
+from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.choices import Request
-from mtl_lora_cli.evaluation.generate import Sampling
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.tasks.chosen import EVERY

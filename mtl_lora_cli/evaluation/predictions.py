@@ -90,6 +90,8 @@ def _lines(
             }
         if answers.texts is not None:
             line["generated"] = answers.texts[number]
+        if answers.several is not None:
+            line["answers"] = answers.several[number]
         if outcome.predicted_value is not None and outcome.gold_value is not None:
             line |= {
                 "predicted_value": float(outcome.predicted_value[number]),

@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import LeftOutError, UsageError
+from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Normalisation
@@ -34,6 +36,7 @@ class Setting:
         protocol: None: choices, or generate for free answers.
         normalisation: of `choices`; None: as the template says.
         harness_task: of `lm-eval`; None: the harness's task of the same name.
+        sampling: of `generate`: how answers are drawn; None: as the template says.
     """
 
     split: str | None = None
@@ -42,6 +45,7 @@ class Setting:
     protocol: str | None = None
     normalisation: str | None = None
     harness_task: str | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for what does not go together."""
@@ -53,6 +57,13 @@ class Setting:
             raise UsageError(f"--harness-task goes with --protocol {LM_EVAL}")
         if self.protocol not in (None, CHOICES) and self.normalisation is not None:
             raise UsageError(f"--normalisation goes with --protocol {CHOICES}")
+        if self.sampling is not None and self.protocol not in (None, GENERATE):
+            raise UsageError(f"--temperature goes with --protocol {GENERATE}")
+
+    @property
+    def answers(self) -> int:
+        """How many answers each generated one is the mean of."""
+        return 1 if self.sampling is None else self.sampling.answers
 
     def protocol_of(self, task: Task) -> str:
         """The protocol by which one task is scored."""
@@ -63,6 +74,19 @@ class Setting:
         if self.protocol_of(task) != CHOICES:
             return None
         return self.normalisation or task.template.normalisation
+
+
+def require_generated(tasks: Sequence[Task], setting: Setting) -> None:
+    """Refuse to draw answers where none is generated.
+
+    Raises:
+        UsageError: no task is asked so.
+    """
+    if not any(setting.protocol_of(task) == GENERATE for task in tasks):
+        names = ", ".join(task.name for task in tasks)
+        raise UsageError(
+            f"--temperature: no answer of {names} is generated; use --protocol {GENERATE}"
+        )
 
 
 def require_fit(task: Task, examples: Examples, protocol: str) -> None:

@@ -30,6 +30,7 @@ _ASKED = (
     "protocol",
     "normalisation",
     "generate",
+    "sampling",
     "harness_task",
     "limit",
     "rows_fingerprint",
@@ -62,7 +63,12 @@ _METRIC = {"acc": "accuracy"}
 
 
 def compare_with_base(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The untouched base model's stored result on the same rows, see `beside`; None: none yet."""
+    """The untouched base model's stored result on the same rows, see `beside`; None: none yet.
+
+    Where rows were answered several times, none: what is stored of each row is its first answer.
+    """
+    if result.get("pass_at"):
+        return None
     for entry in reversed(stored(folder)):
         if entry["model"] == "base" and not _differences(entry, result, (*_ASKED, *_AROUND)):
             return beside(entry, result)

@@ -95,6 +95,8 @@ class PackedModel(nn.Module):
         self.keep: list[Keep] = []
         self.must_fuse = engine == "fused" or base_compute == "fp8"
         self.trust: Any = None  # a `trust.Trust`, once the self-test has run
+        self.kept_rows: Any = None  # `engine.rows.KeptRows` of the last generated answers
+        self.rows_agree: dict[int, bool] = {}  # see `evaluation.continuing.fused_agrees`
         self.not_fused = "engine: plain" if engine == "plain" else obstacle(model, adapter)
         if self.not_fused is None:
             self.decoder = FusedDecoder(model, resident=resident)
@@ -232,6 +234,11 @@ class PackedModel(nn.Module):
             loss=-float(rounded.mean()),
             exact_loss=-float(exact.mean()),
         )
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer."""
+        return cast(nn.Module, self.model.get_output_embeddings())
 
     @property
     def head_is_adapted(self) -> bool:

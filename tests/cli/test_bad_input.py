@@ -833,6 +833,28 @@ CASES = [
         early=False,
     ),
     Bad(
+        "answers that are drawn where none is generated",
+        ("--temperature: no answer of warm is generated; use --protocol generate",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--temperature", "1"),
+        early=False,
+    ),
+    Bad(
+        "several answers that are all alike",
+        ("--answers: several answers are alike without --temperature above 0",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--answers", "3"),
+    ),
+    Bad(
+        "several answers beside another run's",
+        ("--answers above 1 goes without --baseline and --against",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--answers", "3", "--temperature", "1", "--against", "."),
+    ),
+    Bad(
+        "drawn answers of the harness",
+        ("--temperature goes with --protocol generate",),
+        ("eval", "--task", "warm", "--runs", "RUNS", "--temperature", "1", "--protocol", "lm-eval"),
+        early=False,
+    ),
+    Bad(
         "eval of a run with no finished adapter",
         ("run 'half' has no finished adapter; finish it with: …",),
         ("eval", "--task", "warm", "--run", "half"),

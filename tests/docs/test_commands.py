@@ -46,7 +46,7 @@ NOT_RUN = {
     "torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 "
     "--out results.jsonl": MEASURES,
     "python tests/benchmarks/zero.py --table results.jsonl": "reads what the line above it writes",
-    "from mtl_lora_cli.evaluation.generate import Sampling": (
+    "from mtl_lora_cli.evaluation.asked import Sampling": (
         "a run of conversations: tests/end_to_end/test_conversations.py has the same lines"
     ),
     "torchrun --standalone --nproc-per-node 2 --no-python -- mtl-lora train recipe.yaml": (

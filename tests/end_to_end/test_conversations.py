@@ -181,7 +181,7 @@ def test_an_exported_folder_answers_the_same_in_transformers(
 def test_python_takes_messages(trained: Path, place: Path, call: Callable[..., Ended]) -> None:
     import mtl_lora_cli
     from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.evaluation.generate import Sampling
+    from mtl_lora_cli.evaluation.asked import Sampling
 
     run = mtl_lora_cli.load(trained)
     messages = talk("Tom has a", "cat.", "And a")

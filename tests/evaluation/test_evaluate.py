@@ -12,6 +12,7 @@ import torch
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.evaluation.answers import answer, outcome_of, predict
+from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.choices import Request, score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate, stored
 from mtl_lora_cli.evaluation.opened import Run
@@ -149,3 +150,24 @@ def test_the_base_model_stands_beside_the_same_question_only(
         elsewhere = {**result["base_model"], key: value}
         assert compare_with_base(opened.folder, {**result, "base_model": elsewhere}) is None
     assert len({entry["id"] for entry in stored(opened.folder)}) == 3
+
+
+def test_several_answers_a_row_are_drawn_and_scored_together(
+    opened: Run, tasks: list[Task], held: list[Examples]
+) -> None:
+    setting = Setting(protocol="generate", sampling=Sampling(1.0, 3, 4))
+    said: list[Any] = []
+    chosen = [tasks[0], tasks[2]]
+    results = evaluate(
+        opened, chosen, setting, rows=[held[0], held[2]], told=lambda *own: said.append(own[2])
+    )
+    for result, own in zip(results, said, strict=True):
+        assert result["sampling"] == {"temperature": 1.0, "seed": 3, "answers": 4, "first": 0}
+        assert [len(texts) for texts in own.several] == [4] * 6
+        assert [texts[0] for texts in own.several] == own.texts
+        right = [[one.gold[n] == one.predicted[n] for one in own.outcomes] for n in range(6)]
+        assert result["metrics"]["accuracy"]["value"] == pytest.approx(np.mean(right))
+        assert result["pass_at"]["4"]["value"] == pytest.approx(np.mean([any(r) for r in right]))
+        assert compare_with_base(opened.folder, result) is None
+    (once,) = evaluate(opened, tasks[:1], Setting(protocol="generate"), rows=held[:1])
+    assert (once["pass_at"], once["sampling"]) == (None, None)

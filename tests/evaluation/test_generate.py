@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,59 @@ def test_a_group_is_what_counts() -> None:
 def test_a_free_answer_is_compared_as_a_whole() -> None:
     assert Reading().equal(" a dog \n", "a dog") is True
     assert Reading().equal("a dog barks", "a dog") is False
+
+
+def merged(packed: PackedModel, folder: Path, task: int) -> Any:
+    """transformers' own model with W + ΔW_t in its weights; the base model for −1."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert packed.adapter is not None
+    with torch.no_grad():
+        for path, layer in packed.adapter.layers.items() if task >= 0 else ():
+            down, up = layer.task_update(task)
+            scale = layer.config.scale(layer.rank)
+            plain.get_submodule(path).weight += (scale * up @ down).float()
+    return plain
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_tasks_in_one_batch_are_transformers_generate_on_each_merged_model(
+    packed: PackedModel, requests: list[Request], stories_folder: Path, engine: Any
+) -> None:
+    """Twelve prompts in as few as three rows, so that most get the place of one that has ended."""
+    packed = PackedModel(packed.model, packed.adapter, engine=engine).eval()
+    chosen = [replace(one, task=n % 4 - 1) for n, one in enumerate(requests[::2])]
+    limits = [3 + 5 * n % 9 for n in range(len(chosen))]
+    longest = max(len(one.prompt) + n for one, n in zip(chosen, limits, strict=True))
+    ours = generate(
+        packed, chosen, ends=[2], new_tokens=limits, device=CPU, tokens_per_pass=3 * longest
+    )
+    if engine == "fused":
+        assert packed.kept_rows.rows < len(chosen) and packed.rows_agree
+    for task in range(-1, 3):
+        model = merged(packed, stories_folder, task)
+        for number in range(task + 1, len(chosen), 4):
+            prompt = torch.tensor([chosen[number].prompt])
+            theirs = model.generate(
+                prompt, max_new_tokens=limits[number], do_sample=False, pad_token_id=0
+            )[0, prompt.shape[1] :].tolist()
+            assert ours[number] == [token for token in theirs if token != 2]
+
+
+def test_where_the_engine_says_something_else_transformers_answers(
+    packed: PackedModel, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or where it says no number at all."""
+    settings = {"ends": [2], "new_tokens": [5] * 4, "device": CPU, "tokens_per_pass": 2048}
+    right = generate(packed, requests[:4], **settings)
+    for wrong in (0.5, float("nan")):
+        other = PackedModel(packed.model, packed.adapter).eval()
+        assert other.decoder is not None
+        with torch.inference_mode():
+            last = other.decoder.last
+            assert last.norm is not None
+            worse = last.norm._replace(weight=last.norm.weight * wrong)
+            other.decoder.last = replace(last, norm=worse)
+        assert generate(other, requests[:4], **settings) == right
+        assert set(other.rows_agree.values()) == {False} and other.kept_rows is None

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.attention import Packing, attend
+from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.evaluation.choices import Request, score
@@ -120,3 +121,34 @@ def test_trees_equal_the_plain_layers(
         angles = torch.ones(3, 8)
         packing = Packing(2, 1, 16, 1.0, angles, angles, Segments.build([3], reach), "triton")
         attend(qkv, packing, learn=True)
+
+
+@pytest.mark.long  # half a minute in the interpreter; test_one_token.py has its kernels
+def test_rows_grow_as_on_the_plain_engine(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of rows of three tasks; A stands below W here, so that one product gives both."""
+    base = find_base_model(str(stories_folder))
+    torch.manual_seed(0)
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    adapter = inject(model, configure(target_modules=("*_proj",), rank=8), ("a", "b", "c"))
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    prompts = torch.randint(3, 512, (3, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for kernels in ("plain", "triton"):
+        monkeypatch.setenv("MTL_LORA_KERNELS", kernels)
+        packed = PackedModel(model, adapter).eval()
+        assert packed.decoder is not None
+        stacked = packed.decoder.layers[0].attention.qkv.frozen.above_down()
+        assert (stacked is not None) == (kernels == "triton")
+        with torch.inference_mode():
+            kept = KeptRows(packed.decoder, packed.head, [0, 2], rows=4, length=16)
+            steps = [kept.begin(prompts, [2, -1, 0], range(3))]
+            for count in (3, 1):
+                kept.feed(range(count), steps[-1][:count].argmax(-1))
+                steps.append(kept.step(count).clone())
+        found.append(steps)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,113 @@
+"""What is to be answered by one token after the other, and how the next token is picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Stopped = Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: p ∝ exp(logit / temperature).
+
+    What is drawn depends on the logits, the seed, and the numbers of request and answer alone: not on what
+    is answered with it, nor by how many processes.
+
+    Attributes:
+        temperature: 0: the likeliest.
+        seed: of all draws.
+        answers: how many answers a prompt gets.
+        first: the number of the first request among all that are answered with this seed.
+    """
+
+    temperature: float
+    seed: int = 0
+    answers: int = 1
+    first: int = 0
+
+    def uniforms(self, request: int, answer: int) -> Iterator[float]:
+        """Numbers in [0, 1), one for each token of an answer.
+
+        Args:
+            request: its number among those that are answered now.
+            answer: its number among those to the request.
+        """
+        generator = np.random.default_rng([self.seed, self.first + request, answer])
+        while True:
+            yield from generator.random(64).tolist()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer that is wanted.
+
+    Attributes:
+        prompt: tokens.
+        task: its id, or −1: the base model alone.
+        limit: the most tokens that it may have.
+        stopped: whether an answer is complete as it stands.
+        temperature: 0: the likeliest tokens.
+        uniforms: numbers in [0, 1) that tokens are drawn by, where there is a temperature.
+    """
+
+    prompt: list[int]
+    task: int
+    limit: int
+    stopped: Stopped = lambda answer: False
+    temperature: float = 0.0
+    uniforms: Iterator[float] | None = None
+
+    @property
+    def cost(self) -> int:
+        """Places that prompt and answer take."""
+        return len(self.prompt) + self.limit
+
+
+def asks_of(
+    prompts: Sequence[tuple[list[int], int]],
+    limits: Sequence[int],
+    stopped: Stopped,
+    sampling: Sampling | None,
+) -> list[Ask]:
+    """What is asked of prompts with their tasks; of several answers each prompt's stand together."""
+    if sampling is None or not sampling.temperature:
+        return [
+            Ask(prompt, task, limit, stopped)
+            for (prompt, task), limit in zip(prompts, limits, strict=True)
+        ]
+    return [
+        Ask(prompt, task, limit, stopped, sampling.temperature, sampling.uniforms(number, answer))
+        for number, ((prompt, task), limit) in enumerate(zip(prompts, limits, strict=True))
+        for answer in range(sampling.answers)
+    ]
+
+
+def pick(logits: Tensor, asks: Sequence[Ask]) -> Tensor:
+    """The next token of each, int64 [B], from logits [B, V]."""
+    warm = [row for row, ask in enumerate(asks) if ask.temperature]
+    if not warm:
+        return logits.argmax(dim=-1)
+    uniforms = [next(cast(Iterator[float], asks[row].uniforms)) for row in warm]
+    temperatures = [asks[row].temperature for row in warm]
+    if len(warm) == len(asks):
+        return drawn(logits, temperatures, uniforms)
+    picked = logits.argmax(dim=-1)
+    at = torch.tensor(warm, device=logits.device)
+    picked[at] = drawn(logits[at], temperatures, uniforms)
+    return picked
+
+
+def drawn(logits: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]) -> Tensor:
+    """One token a row, int64 [B], for logits [B, V]: the first whose summed probability exceeds u."""
+    both = torch.tensor([temperatures, uniforms], dtype=torch.float64).to(logits.device)
+    warmth, bounds = both.unsqueeze(-1)
+    likely = (logits.double() / warmth).softmax(dim=-1).cumsum(dim=-1)
+    below = (likely <= bounds * likely[:, -1:]).sum(dim=-1)
+    return below.clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,375 @@
+"""Triton kernels of `one_token.py`.
+
+A step of few rows is bound by reading the weights, and then by the number of launches: what a task adds
+to a product is computed by the kernel that reads the product anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mtl_lora_cli.kernels.gated import CUBE, ROOT, Activation
+from mtl_lora_cli.kernels.one_token import Added, Ups
+from mtl_lora_cli.kernels.rotary import Turn
+
+_BLOCK = 512
+_KEYS = 64  # taken into the running softmax at once
+_PROGRAMS = 264  # two for each multiprocessor of a large card
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _raised(  # type: ignore[no-untyped-def]
+    z, first, ups, slot, width, at, inside, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Σ_j z[first + j] U[slot, j, at], float32; 0 where the slot is −1."""
+    total = tl.zeros([BLOCK], tl.float32)
+    if slot >= 0:
+        own = ups + slot.to(tl.int64) * K * width
+        for j in range(K):
+            low = tl.load(z + first + j).to(tl.float32)
+            total += low * tl.load(own + j * width + at, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _whole(  # type: ignore[no-untyped-def]
+    y, z, ups, starts, slots, out, width, y_stride, z_stride,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(starts + at, mask=inside, other=0)
+    slot = tl.load(slots + row)
+    value += _raised(z + row * z_stride, first, ups, slot, width, at, inside, K, BLOCK)
+    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def whole(y: Tensor, z: Tensor, ups: Ups, slot: Tensor) -> Tensor:
+    """See `one_token.whole`."""
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    rows, width = y.shape
+    _whole[(rows, triton.cdiv(width, _BLOCK))](
+        y, z, ups.matrix, ups.starts, slot, out, width, y.stride(0), z.stride(0),
+        K=ups.matrix.shape[1], BLOCK=_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _normed(  # type: ignore[no-untyped-def]
+    x, y, z, ups, starts, slots, weight, total, out, width, y_stride, z_stride, eps,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(y + row * y_stride + at, mask=inside, other=0.0)
+    if K:
+        wide = value.to(tl.float32)
+        first = tl.load(starts + at, mask=inside, other=0)
+        slot = tl.load(slots + row)
+        wide += _raised(z + row * z_stride, first, ups, slot, width, at, inside, K, BLOCK)
+        value = wide.to(y.dtype.element_ty)
+    value += tl.load(x + row * width + at, mask=inside, other=0.0)
+    tl.store(total + row * width + at, value, mask=inside)
+    value = value.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (value * factor * scale).to(out.dtype.element_ty), mask=inside)
+
+
+def normed(x: Tensor, added: Added, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `one_token.normed`; x contiguous."""
+    rows, width = x.shape
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    _normed[(rows,)](
+        x, added.y, *_more(added), weight, total, out, width, added.y.stride(0),
+        0 if added.z is None else added.z.stride(0), eps,
+        K=_lows(added), BLOCK=block, num_warps=min(16, max(1, block // 256)),
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def _activated(  # type: ignore[no-untyped-def]
+    y, z, ups, starts, slots, out, half, y_stride, z_stride,
+    K: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
+    CUBE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < half
+    gate = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(y + row * y_stride + half + at, mask=inside, other=0.0).to(tl.float32)
+    if K:
+        slot = tl.load(slots + row)
+        own, width = z + row * z_stride, 2 * half
+        gate += _raised(own, tl.load(starts), ups, slot, width, at, inside, K, BLOCK)
+        up += _raised(own, tl.load(starts + half), ups, slot, width, half + at, inside, K, BLOCK)
+    if GELU:  # ½ (1 + tanh t) = σ(2t)
+        value = gate * tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * gate * gate)) * up
+    else:
+        value = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * half + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+def activated(added: Added, activation: Activation) -> Tensor:
+    """See `one_token.activated`."""
+    rows, half = len(added.y), added.y.shape[1] // 2
+    out = added.y.new_empty(rows, half)
+    _activated[(rows, triton.cdiv(half, _BLOCK))](
+        added.y, *_more(added), out, half, added.y.stride(0),
+        0 if added.z is None else added.z.stride(0),
+        K=_lows(added), GELU=activation == "gelu_tanh", BLOCK=_BLOCK, ROOT=ROOT, CUBE=CUBE,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _head(  # type: ignore[no-untyped-def]
+    y, z, ups, starts, slot, width, head, column, inside,
+    K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head, rounded as memory would have them."""
+    at = head * DIM + column
+    value = tl.load(y + at, mask=inside, other=0.0)
+    if K:
+        wide = value.to(tl.float32)
+        first = tl.load(starts + head * DIM)
+        wide += _raised(z, first, ups, slot, width, at, inside, K, BLOCK)
+        value = wide.to(y.dtype.element_ty)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _put_by(  # type: ignore[no-untyped-def]
+    y, z, ups, starts, slots, cos, sin, places, queries, keys, values,
+    y_stride, z_stride, width, heads, key_heads, row_stride, head_stride,
+    K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < DIM
+    y += row * y_stride
+    z += row * z_stride
+    slot = tl.load(slots + row)
+    place = tl.load(places + row).to(tl.int64)
+    value = _head(y, z, ups, starts, slot, width, head, column, inside, K, DIM, BLOCK)
+    if HALF:  # noqa: SIM102 - known when it is compiled
+        if head < heads + key_heads:
+            turns = column < 2 * HALF
+            if PAIRS:
+                partner, angle, first = column ^ 1, column // 2, column % 2 == 0
+            else:
+                first = column < HALF
+                partner = tl.where(first, column + HALF, column - HALF)
+                angle = tl.where(first, column, column - HALF)
+            partner = tl.where(turns, partner, column)
+            other = _head(y, z, ups, starts, slot, width, head, partner, inside, K, DIM, BLOCK)
+            c = tl.load(cos + place * HALF + angle, mask=turns, other=1.0)
+            s = tl.load(sin + place * HALF + angle, mask=turns, other=0.0)
+            value = value * c + tl.where(first, -other, other) * s
+    if head < heads:
+        target = queries + row * heads * DIM + head * DIM
+        tl.store(target + column, value.to(queries.dtype.element_ty), mask=inside)
+    else:
+        number = head - heads
+        if number < key_heads:
+            target = keys + row * row_stride + number * head_stride + place * DIM
+            tl.store(target + column, value.to(keys.dtype.element_ty), mask=inside)
+        else:
+            target = values + row * row_stride + (number - key_heads) * head_stride + place * DIM
+            tl.store(target + column, value.to(values.dtype.element_ty), mask=inside)
+
+
+def put_by(
+    added: Added,
+    turned: Turn | None,
+    places: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    heads: int,
+) -> Tensor:
+    """See `one_token.put_by`; keys and values contiguous."""
+    rows, (key_heads, dim) = len(added.y), (keys.shape[1], keys.shape[3])
+    queries = added.y.new_empty(rows, heads * dim)
+    cos, sin = (queries, queries) if turned is None else (turned.cos, turned.sin)
+    _put_by[(rows, heads + 2 * key_heads)](
+        added.y, *_more(added), cos, sin, places, queries, keys, values,
+        added.y.stride(0), 0 if added.z is None else added.z.stride(0), added.y.shape[1],
+        heads, key_heads, keys.stride(0), keys.stride(1),
+        K=_lows(added), DIM=dim, BLOCK=triton.next_power_of_2(dim),
+        HALF=0 if turned is None else turned.cos.shape[1],
+        PAIRS=turned is not None and turned.pairs, num_warps=1,
+    )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, keys, values, places, out, part, lse, row_stride, head_stride, scale, cap, window,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    STEP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """Queries of one group of heads over one part of what a row keeps."""
+    row = tl.program_id(0).to(tl.int64)
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    split = tl.program_id(2)
+    length = tl.load(places + row) + 1
+    low = 0
+    if WINDOW:
+        low = tl.maximum(0, length - window)
+    share = tl.cdiv(tl.cdiv(length - low, SPLITS), STEP) * STEP
+    begin = low + split * share
+    end = tl.minimum(length, begin + share)
+    member = tl.arange(0, PADDED)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    head = row * groups * GROUP + group * GROUP + member
+    mine = (member < GROUP) & (column < DIM)
+    queries = tl.load(q + head * DIM + column, mask=mine, other=0.0)
+    keys += row * row_stride + group * head_stride
+    values += row * row_stride + group * head_stride
+    total = tl.zeros([PADDED, WIDTH], tl.float32)
+    norm = tl.zeros([PADDED], tl.float32)
+    peak = tl.full([PADDED], float("-inf"), tl.float32)
+    for first in range(begin, end, STEP):
+        at = first + tl.arange(0, STEP)
+        there = (at[:, None] < end) & (column < DIM)
+        k = tl.load(keys + at[:, None] * DIM + column, mask=there, other=0.0)
+        score = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        if CAP:
+            score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)
+        score = tl.where(at[None, :] < end, score * LOG2_E, float("-inf"))
+        top = tl.maximum(peak, tl.max(score, axis=1))
+        p = tl.exp2(score - top[:, None])
+        shrink = tl.exp2(peak - top)
+        norm = norm * shrink + tl.sum(p, axis=1)
+        v = tl.load(values + at[:, None] * DIM + column, mask=there, other=0.0)
+        total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        peak = top
+    if SPLITS == 1:
+        tl.store(
+            out + head * DIM + column, (total / norm[:, None]).to(out.dtype.element_ty), mask=mine
+        )
+    else:
+        number = tl.arange(0, PADDED)
+        own = (row * groups * GROUP + group * GROUP + number) * SPLITS + split
+        some = norm > 0
+        tl.store(
+            lse + own, tl.where(some, peak + tl.log2(norm), float("-inf")), mask=number < GROUP
+        )
+        value = total / tl.where(some, norm, 1.0)[:, None]
+        tl.store(part + own[:, None] * DIM + column, value, mask=mine)
+
+
+@triton.jit
+def _joined(  # type: ignore[no-untyped-def]
+    part, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, WIDTH)
+    weight = tl.load(lse + head * SPLITS + split)
+    weight = tl.exp2(weight - tl.max(weight, axis=0))
+    weight /= tl.sum(weight, axis=0)
+    places = part + (head * SPLITS + split[:, None]) * DIM + column[None, :]
+    value = tl.load(places, mask=column[None, :] < DIM, other=0.0)
+    value = tl.sum(value * weight[:, None], axis=0)
+    tl.store(out + head * DIM + column, value.to(out.dtype.element_ty), mask=column < DIM)
+
+
+def splits_for(programs: int, length: int) -> int:
+    """Into how many parts, a power of two, what each row keeps is cut, so that the card is busy."""
+    most = min(64, triton.next_power_of_2(triton.cdiv(length, 2 * _KEYS)))
+    return max(1, min(most, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs))))
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """See `one_token.attend`; keys and values contiguous."""
+    rows, (_, groups, length, dim) = len(q), keys.shape
+    heads = q.shape[1] // dim
+    splits = splits_for(rows * groups, length)
+    out = torch.empty_like(q)
+    part, lse = out, out
+    if splits > 1:
+        part = torch.empty(rows * heads * splits * dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(rows * heads * splits, dtype=torch.float32, device=q.device)
+    _attend[(rows, groups, splits)](
+        q, keys, values, places, out, part, lse, keys.stride(0), keys.stride(1),
+        scaling, softcap or 0.0, window or 0,
+        GROUP=heads // groups, PADDED=max(16, triton.next_power_of_2(heads // groups)),
+        DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)), STEP=_KEYS, SPLITS=splits,
+        WINDOW=window is not None, CAP=softcap is not None, LOG2_E=LOG2_E,
+    )  # fmt: skip
+    if splits > 1:
+        _joined[(rows * heads,)](
+            part, lse, out, SPLITS=splits, DIM=dim, WIDTH=triton.next_power_of_2(dim), num_warps=2
+        )
+    return out
+
+
+@triton.jit
+def _row_product(  # type: ignore[no-untyped-def]
+    h, weight, bias, out, rows, width, stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    own = weight + row.to(tl.int64)[:, None] * stride
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < width
+        x = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(own + at[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        total += w.to(tl.float32) * x[None, :]
+    value = tl.sum(total, axis=1)
+    if BIAS:
+        value += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row, value.to(out.dtype.element_ty), mask=there)
+
+
+def row_product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """h Wᵀ + b of a single row, [1, out]: as fast as W is read."""
+    rows, width = weight.shape
+    out = h.new_empty(1, rows)
+    each, block, warps = (4, 1024, 4) if width >= 2048 else (4, 512, 4)
+    _row_product[(triton.cdiv(rows, each),)](
+        h, weight, weight if bias is None else bias, out, rows, width, weight.stride(0),
+        ROWS=each, BLOCK=block, BIAS=bias is not None, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def _lows(added: Added) -> int:
+    """k; 0 where nothing is to be added."""
+    return 0 if added.z is None or added.ups is None else added.ups.matrix.shape[1]
+
+
+def _more(added: Added) -> tuple[Any, ...]:
+    """z, U, the starts and the slots; y in their places where nothing is to be added."""
+    if added.z is None or added.ups is None:
+        return (added.y,) * 4
+    return added.z, added.ups.matrix, added.ups.starts, added.slot
