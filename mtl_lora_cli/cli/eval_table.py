@@ -10,6 +10,7 @@ from mtl_lora_cli.cli.table import table
 
 if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.averages import Average
+    from mtl_lora_cli.evaluation.delta import DeltaM
 
 Result = dict[str, Any]
 
@@ -70,6 +71,13 @@ def as_table(
     if means:
         lines += ["", _means(means, name, base_only=base_only)]
     return "\n".join([*lines, *_notes(results, beside)])
+
+
+def delta_line(delta: DeltaM) -> str:
+    """Δm in a line, and its parts."""
+    parts = ", ".join(f"{task} {value:+.2f}" for task, value in delta.tasks.items())
+    interval = "" if delta.low is None else f" ({delta.low:+.2f} – {delta.high:+.2f})"
+    return f"Δm {delta.value:+.2f} %{interval}: {parts}"
 
 
 def _means(means: Sequence[Average], name: str | None, *, base_only: bool) -> str:
@@ -154,6 +162,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             notes.append(
                 f"{task}: in {rows} the highest score stands twice; the first choice counts"
             )
+        if result.get("constant") and other is result["constant"]:
+            notes.append(f"{task}: constant is {other['answer']}, by training pictures")
         if other is not None and other.get("differs"):
             notes.append(f"{task}: the other run differs in {', '.join(other['differs'])}")
         if other is not None and "equal" in other:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from mtl_lora_cli.cli.completion import complete_run
 from mtl_lora_cli.cli.eval_table import as_json as results_as_json
-from mtl_lora_cli.cli.eval_table import as_table
+from mtl_lora_cli.cli.eval_table import as_table, delta_line
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
 from mtl_lora_cli.cli.processes import ProcessesOption, launched
@@ -18,6 +19,7 @@ from mtl_lora_cli.cli.processes import ProcessesOption, launched
 if TYPE_CHECKING:
     import numpy as np
 
+    from mtl_lora_cli.evaluation.delta import DeltaM
     from mtl_lora_cli.evaluation.protocols import Setting
     from mtl_lora_cli.machine.processes import Processes
     from mtl_lora_cli.runs.folder import RunFolder
@@ -82,7 +84,7 @@ def evaluate(
         typer.Option(
             "--baseline",
             metavar="RUN",
-            help="Another run to stand beside this one.",
+            help="Another run to stand beside this one; of maps several with commas, one a task.",
             autocompletion=complete_run,
         ),
     ] = None,
@@ -115,8 +117,8 @@ def evaluate(
             raise UsageError("--answers: several answers are alike without --temperature above 0")
         if count > 1 and (baseline is not None or against is not None):
             raise UsageError("--answers above 1 goes without --baseline and --against")
-        other = None if baseline is None else find_run(baseline, runs)
-        if other is not None and other.path.resolve() == folder.path.resolve():
+        others = [find_run(name, runs) for name in (baseline.split(",") if baseline else ())]
+        if any(one.path.resolve() == folder.path.resolve() for one in others):
             raise UsageError(f"--baseline {baseline}: is the run itself")
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
@@ -154,9 +156,8 @@ def evaluate(
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)
-            for one in (folder, other):
-                if one is not None:
-                    require_storable(one)
+            for each in (folder, *others):
+                require_storable(each)
             left_out: dict[str, str] = {}
             with processes.one_after_another():  # the first one fetches what the hub has
                 every = task == EVERY
@@ -177,9 +178,9 @@ def evaluate(
                 say(f"{predictions}: {len(written):,} rows")
             name: str | None = None
             beside: list[Result | None] = []
-            if other is not None:
-                name = other.name
-                beside = _beside_run(other, results, setting, processes, force=force)
+            if others:
+                name = ", ".join(one.name for one in others)
+                beside = _beside_runs(others, results, setting, processes, force=force)
             elif places is not None and processes.main:
                 name = str(against)
                 beside = _against(folder, chosen, setting, places, results, scores)
@@ -187,6 +188,8 @@ def evaluate(
                 beside = [
                     None if base_only else room.compare_with_base(folder, one) for one in results
                 ]
+                if results and results[0]["protocol"] == "maps":
+                    name, beside = "constant", [one["constant"] for one in results]
             if processes.main:
                 shown = {**left_out, **apart}
                 _print(
@@ -212,18 +215,30 @@ def _print(
     theirs = [
         theirs_in(one, other)
         for one, other in zip(results, beside, strict=True)
-        if other is not None
+        if other is not None and "outcome" in other
     ]
-    means = averages(results, theirs if len(theirs) == len(results) else None)
+    complete = len(theirs) == len(results)
+    means = averages(results, theirs if complete else None)
+    delta = _delta(results, theirs) if complete and name not in (None, "constant") else None
     if as_json:
-        emit_json({**results_as_json(run, results, beside, means, name), "left_out": left_out})
+        more = {"left_out": left_out, **({} if delta is None else {"delta_m": asdict(delta)})}
+        emit_json({**results_as_json(run, results, beside, means, name), **more})
         return
     emit(as_table(results, beside, means, name, base_only=base_only))
+    if delta is not None:
+        emit(delta_line(delta))
     for one, why in left_out.items():
         emit(f"{one} is left out: {why}")
     several = any(result.get("pass_at") for result in results)
     if name is None and not base_only and not several and None in beside:
         say("the untouched base model beside it: mtl-lora eval --base-only with the same options")
+
+
+def _delta(results: list[Result], theirs: list[Result]) -> DeltaM | None:
+    """Δm over the other run's answers, of maps."""
+    from mtl_lora_cli.evaluation.delta import delta_of
+
+    return delta_of(results, theirs) if results[0]["protocol"] == "maps" else None
 
 
 def _evaluated(
@@ -247,7 +262,7 @@ def _evaluated(
     opened = open_run(folder, force=force)
     if opened.trained_on is not None and processes.main:
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
-    if opened.packed.plain is not None and processes.main:
+    if not opened.of_maps and opened.packed.plain is not None and processes.main:
         say(f"note: {opened.packed.engine_line()}")
     console = Console(stderr=True, quiet=not processes.main)
     with Progress(console=console, transient=True) as progress:
@@ -260,6 +275,34 @@ def _evaluated(
             rows=rows,
             told=told,
         )
+
+
+def _beside_runs(
+    others: Sequence[RunFolder],
+    results: list[Result],
+    setting: Setting,
+    processes: Processes,
+    *,
+    force: bool,
+) -> list[Result | None]:
+    """Of several runs the first that knows a task: references that learned one task each."""
+    if len(others) == 1:
+        return _beside_run(others[0], results, setting, processes, force=force)
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.tasks.chosen import read_tasks
+
+    found: dict[str, Result | None] = {}
+    for other in others:
+        known = {task.name for task in read_tasks(other)}
+        own = [one for one in results if one["task"] in known and one["task"] not in found]
+        if not own:
+            raise UsageError(
+                f"--baseline: run {other.name} learned none of the tasks that are left: "
+                f"{', '.join(r['task'] for r in results if r['task'] not in found) or 'none'}"
+            )
+        beside = _beside_run(other, own, setting, processes, force=force)
+        found |= {one["task"]: b for one, b in zip(own, beside, strict=True)}
+    return [found.get(one["task"]) for one in results]
 
 
 def _beside_run(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ from PIL import Image
 from mtl_lora_cli.data.file_formats import Rows
 from mtl_lora_cli.data.sources import read_split, root_of
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.pictures.decode import Site, read_map, read_picture
+from mtl_lora_cli.pictures.decode import Site, locate, read_map, read_picture
 from mtl_lora_cli.pictures.derive import normals_from_depth
 from mtl_lora_cli.pictures.values import as_classes, as_depth, as_normals, as_share
 from mtl_lora_cli.tasks.jinja import Expression, explain
-from mtl_lora_cli.tasks.maps import MapSpec
+from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
 
 
@@ -32,7 +35,7 @@ class MapRows:
             source.
         present: bool [pictures, T], which of all tasks' maps each picture has.
         wheres: file and line of each.
-        fingerprint: of the rows; see `picture_prints` for the files.
+        fingerprint: of the rows; see `split_print` for the files.
     """
 
     root: Path
@@ -131,8 +134,16 @@ def require_size(values: np.ndarray, picture: Image.Image, site: Site, address: 
         )
 
 
-def read_map_rows(tasks: Sequence[Task], specs: Sequence[MapSpec], split: str) -> list[Source]:
+def read_map_rows(
+    tasks: Sequence[Task], specs: Sequence[MapSpec], split: str, *, masked: bool = False
+) -> list[Source]:
     """The pictures of one split, by source.
+
+    Args:
+        tasks: with ids that count from 0.
+        specs: what each task's map is.
+        split: train, validation or test.
+        masked: a picture may lack a map of each of these tasks.
 
     Raises:
         UsageError: a row is wrong, or tasks of one source differ in what they have in common.
@@ -145,7 +156,7 @@ def read_map_rows(tasks: Sequence[Task], specs: Sequence[MapSpec], split: str) -
         _require_alike(own)
         rows = read_split(own[0].source, split, base=Path(), task=own[0].name)
         if rows is not None:
-            found.append(Source(own[0].id, _map_rows(own, rows, len(tasks))))
+            found.append(Source(own[0].id, _map_rows(own, rows, len(tasks), masked)))
     return found
 
 
@@ -170,7 +181,7 @@ def _require_alike(tasks: Sequence[Task]) -> None:
                 )
 
 
-def _map_rows(tasks: Sequence[Task], rows: Rows, count: int) -> MapRows:
+def _map_rows(tasks: Sequence[Task], rows: Rows, count: int, masked: bool) -> MapRows:
     addresses: dict[int, list[str | None]] = {task.id: [] for task in tasks}
     readers = {task.id: _Addresses(task) for task in tasks}
     pictures: list[str] = []
@@ -182,12 +193,97 @@ def _map_rows(tasks: Sequence[Task], rows: Rows, count: int) -> MapRows:
             address = reader.target(row, where)
             addresses[task].append(address)
             present[number, task] = address is not None
-        if not present[number].any():
+        if not masked and not present[number].any():
             names = ", ".join(task.name for task in tasks)
             raise Site(where, "target").fault(f"the picture has no map of any task ({names})")
     root = root_of(tasks[0].source, Path(), tasks[0].name)
     root = root.parent if root.is_file() else root
     return MapRows(root, pictures, addresses, present, rows.places, rows.fingerprint)
+
+
+def split_print(rows: MapRows) -> str:
+    """A hash of rows, pictures and maps: every byte of their files.
+
+    Raises:
+        UsageError: a file is missing.
+    """
+    whole = hashlib.sha256(rows.fingerprint.encode())
+    for digest in (*_digests(rows, "image", rows.pictures), *_map_digests(rows)):
+        whole.update(digest)
+    return whole.hexdigest()[:16]
+
+
+def map_print(task: Task, split: str) -> str | None:
+    """`split_print` of one task; None where its source has no such split.
+
+    Raises:
+        UsageError: a row is wrong, or a file is missing.
+    """
+    spec = spec_of(task.template)
+    found = read_map_rows([replace(task, id=0)], [spec], split, masked=True)
+    return split_print(found[0].rows) if found else None
+
+
+def leaks(tasks: Sequence[Task], specs: Sequence[MapSpec]) -> list[str]:
+    """A line for each source that has pictures, byte for byte, in training and in held-out rows.
+
+    Raises:
+        UsageError: a row is wrong, or a file is missing.
+    """
+    seen: dict[bytes, str] = {}
+    for source in read_map_rows(tasks, specs, "train"):
+        for digest, where in zip(picture_digests(source.rows), source.rows.wheres, strict=True):
+            seen.setdefault(digest, where)
+    found = []
+    for split in ("test", "validation"):
+        for source in read_map_rows(tasks, specs, split):
+            digests = picture_digests(source.rows)
+            twice = [n for n, digest in enumerate(digests) if digest in seen]
+            if twice:
+                first, name = twice[0], tasks[source.entry].name
+                found.append(
+                    f"{name}: {len(twice):,} of {len(digests):,} {split} pictures are learned, too: "
+                    f"{source.rows.wheres[first]} is the picture of {seen[digests[first]]}"
+                )
+    return found
+
+
+def picture_digests(rows: MapRows) -> list[bytes]:
+    """A hash of each picture's file: the same picture under two names has one.
+
+    Raises:
+        UsageError: a file is missing.
+    """
+    return _digests(rows, "image", rows.pictures)
+
+
+def _map_digests(rows: MapRows) -> list[bytes]:
+    return [
+        digest
+        for addresses in rows.targets.values()
+        for digest in _digests(rows, "target", addresses)
+    ]
+
+
+def _digests(rows: MapRows, key: str, addresses: Sequence[str | None]) -> list[bytes]:
+    def of(number: int) -> bytes:
+        address = addresses[number]
+        if address is None:
+            return b"-"
+        path = locate(rows.root, address, Site(rows.wheres[number], key))
+        state = path.stat()
+        inside = address.partition("#")[2].encode()
+        return _digest(str(path), state.st_size, state.st_mtime_ns) + inside
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(of, range(len(addresses))))
+
+
+@lru_cache(maxsize=2**17)
+def _digest(path: str, size: int, changed: int) -> bytes:
+    """Of a file's bytes; tasks share pictures, and splits are looked at several times."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()[:16]
 
 
 class _Addresses:

@@ -19,6 +19,7 @@ from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
+from mtl_lora_cli.data.picture_rows import map_print
 from mtl_lora_cli.data.sources import (
     Rows,
     read_split,
@@ -40,6 +41,7 @@ from mtl_lora_cli.recipe.schema import (
     Training,
 )
 from mtl_lora_cli.tasks.chosen import EVERY
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import LabelError, Renderer
 from mtl_lora_cli.tasks.task import Task, overlaid, require_text
@@ -424,14 +426,16 @@ def with_fingerprints(task: Task) -> Task:
     Raises:
         UsageError: there is nothing to learn from.
     """
-    prints = {
-        split: split_fingerprint(task.source, split, base=Path(), task=task.name)
-        for split in SPLITS
-    }
+    of = map_print if task.objective in MAPS else _row_print
+    prints = {split: of(task, split) for split in SPLITS}
     if prints["train"] is None:
         raise UsageError(f"task '{task.name}': its source has no train split")
     found = {split: value for split, value in prints.items() if value is not None}
     return replace(task, fingerprints=found)
+
+
+def _row_print(task: Task, split: str) -> str | None:
+    return split_fingerprint(task.source, split, base=Path(), task=task.name)
 
 
 def _prepare_task(

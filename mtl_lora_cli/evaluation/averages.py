@@ -96,7 +96,10 @@ def averages(
         results: of different tasks.
         others: another model's results of the same tasks on the same rows, in the same order.
     """
-    found, told = [], []
+    found: list[Average] = []
+    if any(result["protocol"] == "maps" for result in results):
+        return found  # metres and shares have no mean; see `delta.py`
+    told: list[Any] = []
     for name, groups, of in _rules(results):
         several = len({part[0] for group in groups for part in group}) > 1
         if several and (name == ALL or groups not in told):  # two rules may come to the same

@@ -23,20 +23,31 @@ from mtl_lora_cli.evaluation.answers import (
     predict,
 )
 from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
+from mtl_lora_cli.evaluation.maps import (
+    HeldMaps,
+    constant_of,
+    constant_outcome,
+    held_out_maps,
+    measure_maps,
+)
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, LM_EVAL, Setting, require_fit
 from mtl_lora_cli.evaluation.results import (
     OUTCOME,
     compare_with_base,
     compare_with_run,
+    pack,
     store,
     stored,
 )
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
+from mtl_lora_cli.metrics.declare import find
 from mtl_lora_cli.metrics.guessing import one_answer
 from mtl_lora_cli.metrics.intervals import Measured, measure
+from mtl_lora_cli.metrics.paired import paired
 from mtl_lora_cli.metrics.several import measure_mean, pass_at
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.task import Task
 
 __all__ = [
@@ -77,7 +88,7 @@ def held_out(task: Task, setting: Setting) -> Examples:
     return examples
 
 
-Rows = Sequence[Examples] | Sequence[HarnessTask]
+Rows = Sequence[Examples] | Sequence[HarnessTask] | Sequence[HeldMaps]
 Told = Callable[[Task, Examples, Answers], None]
 
 
@@ -99,7 +110,9 @@ def find_rows(
         UsageError: a task cannot be evaluated so, or none of them.
     """
     find: Callable[[Task], Any]
-    if setting.protocol == LM_EVAL:
+    if tasks and tasks[0].objective in MAPS:
+        find = partial(held_out_maps, setting=setting)
+    elif setting.protocol == LM_EVAL:
         find = harness_tasks(tasks, setting.harness_task)
     else:
         find = partial(held_out, setting=setting)
@@ -137,7 +150,9 @@ def evaluate(
         The results, as they stand in `evaluations/ID.json`.
     """
     rows = find_rows(tasks, setting) if rows is None else rows
-    if setting.protocol == LM_EVAL:
+    if opened.of_maps:
+        found = _by_maps(opened, rows, advance)
+    elif setting.protocol == LM_EVAL:
         found = _by_harness(opened, tasks, rows, setting, advance)
     else:
         found = _by_ourselves(opened, tasks, rows, setting, advance, told)
@@ -175,7 +190,9 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         "adapter_base_model": opened.trained_on,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "quantization": opened.recipe.quantization,
-        "engine": opened.packed.engine_line(),
+        "engine": opened.host.engine_report()["line"]
+        if opened.of_maps
+        else opened.packed.engine_line(),
         "limit": setting.limit,
     }
 
@@ -240,6 +257,60 @@ def _passed(answers: Answers) -> dict[str, Any] | None:
     return {str(k): dataclasses.asdict(one) for k, one in pass_at(answers.outcomes).items()}
 
 
+def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, Any]]:
+    """What was found for each task whose answers are maps, and what one answer for all pixels comes to."""
+    held = cast(Sequence[HeldMaps], rows)
+    started = time.monotonic()
+    outcomes = measure_maps(opened, held, advance)
+    seconds = time.monotonic() - started
+    for one, outcome in zip(held, outcomes, strict=True):
+        template = one.task.template
+        yield {
+            "split": one.split,
+            "rows_fingerprint": one.fingerprint,
+            "examples": len(one.numbers),
+            "truncated_prompts": None,
+            "unparsable": None,
+            "unreadable": None,
+            "ties": None,
+            "ends_counted": 0,
+            "tokens": None,
+            "majority": None,
+            "chance": None,
+            "size": list(opened.recipe.images.size) if opened.recipe.images else None,
+            "metrics": {
+                name: dataclasses.asdict(measure(name, outcome)) for name in template.metrics
+            },
+            "titles": {name: template.title(name) for name in template.metrics},
+            "constant": _constant(one, outcome),
+            **_of_each_row(outcome),
+            "seconds_of_all_tasks": seconds,
+        }
+
+
+def _constant(held: HeldMaps, outcome: Outcome) -> dict[str, Any] | None:
+    """What the constant answer of training comes to on the same pictures, and what ours are better by."""
+    constant = constant_of(held.task)
+    if constant is None:
+        return None
+    theirs = constant_outcome(held, constant)
+    names = [
+        name
+        for name in held.task.template.metrics
+        if not any(find(name).undefined(one) for one in (outcome, theirs))
+    ]
+    return {
+        "answer": constant.said,
+        "metrics": {
+            name: dataclasses.asdict(measure(name, theirs)) for name in held.task.template.metrics
+        },
+        "paired": {
+            name: dataclasses.asdict(paired(name, outcome, theirs, held.task.name))
+            for name in names
+        },
+    }
+
+
 def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:
     """The answer that nearly all rows get, by name; None where there is none such."""
     found = one_answer(outcome.gold, outcome.predicted)
@@ -251,11 +322,11 @@ def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:
 _ALWAYS_THERE = ("gold", "predicted", "gold_value", "predicted_value", "positive_score")
 
 
-def _of_each_row(outcome: Outcome) -> dict[str, list[Any] | None]:
+def _of_each_row(outcome: Outcome) -> dict[str, Any]:
     """What the metrics were computed from; what few metrics read is there where one does."""
     parts = {name: getattr(outcome, name) for name in OUTCOME}
     return {
-        name: None if part is None else _listed(part)
+        name: None if part is None else pack(part) if name == "tallies" else _listed(part)
         for name, part in parts.items()
         if part is not None or name in _ALWAYS_THERE
     }

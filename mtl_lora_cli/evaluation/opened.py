@@ -17,9 +17,11 @@ import torch
 
 from mtl_lora_cli.adapters.files import AdapterFile, load_tensors, read_adapter_file
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
+from mtl_lora_cli.models.host import Host, objective_of
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -34,6 +36,7 @@ from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.chosen import read_tasks
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.task import Task, require_text
 from mtl_lora_cli.visible import tell
 
@@ -174,8 +177,34 @@ class Run:
         return load(self.base, dtype=self.weight_dtype, device=self.device, quantization=kind)
 
     @cached_property
+    def host(self) -> Host:
+        """Whatever answers: the packed model of texts, or what learns maps.
+
+        Raises:
+            UsageError: the adapter does not fit, or its file is damaged.
+        """
+        kind = objective_of({task.name: task.objective for task in self.tasks})
+        if kind is None:
+            return self.packed
+        with _as_usage():
+            tensors = self.file.tensors
+        host = kind(self.base, self.recipe, self.tasks).host(self.device, self.dtype)
+        assert host.adapter is not None, "a host has an adapter"
+        with _as_usage():
+            load_tensors(host.adapter, tensors, self.file.folder)
+        host.train(False)
+        return host
+
+    @property
+    def of_maps(self) -> bool:
+        """Whether its tasks answer with maps of pictures."""
+        return any(task.objective in MAPS for task in self.tasks)
+
+    @cached_property
     def packed(self) -> PackedModel:
-        """The base model with the adapter, ready to be asked."""
+        """The base model with the adapter, ready to be asked; of texts alone."""
+        for task in self.tasks:
+            require_text(task.name, task.objective)
         if self.instead is not None:
             return self.instead
         with _as_usage():
@@ -206,9 +235,14 @@ def open_run(folder: RunFolder, *, force: bool | None = None) -> Run:
     with _as_usage():
         run.file.tensors  # noqa: B018 - damaged ones are refused before anything is done
     for task in run.tasks:
-        require_text(task.name, task.objective)
+        if task.objective not in MAPS:
+            require_text(task.name, task.objective)
     run.base  # noqa: B018 - likewise
-    if not is_complete(run.file.base_model) and os.environ.get("RANK", "0") == "0":
+    if (
+        not run.of_maps
+        and not is_complete(run.file.base_model)
+        and os.environ.get("RANK", "0") == "0"
+    ):
         tell(
             f"note: run '{folder.name}' was trained by an early version, which did not record its tokenizer "
             "and chat template: whether they are the same is not known"

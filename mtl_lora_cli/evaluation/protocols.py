@@ -14,6 +14,7 @@ from typing import get_args
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import LeftOutError, UsageError
 from mtl_lora_cli.evaluation.asked import Sampling
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Normalisation
@@ -67,6 +68,8 @@ class Setting:
 
     def protocol_of(self, task: Task) -> str:
         """The protocol by which one task is scored."""
+        if task.objective in MAPS:
+            return "maps"
         return self.protocol or (GENERATE if task.template.choices is None else CHOICES)
 
     def normalisation_of(self, task: Task) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -147,11 +149,33 @@ def outcome_in(result: Mapping[str, Any]) -> Outcome:
 
     kinds = {"gold": np.int64, "predicted": np.int64, "references": np.str_, "answers": np.str_}
     of_each: dict[str, np.ndarray] = {
-        name: np.asarray(result[name], dtype=kinds.get(name, np.float64))
+        name: unpack(result[name])
+        if name == "tallies"
+        else np.asarray(result[name], dtype=kinds.get(name, np.float64))
         for name in OUTCOME
         if result.get(name) is not None
     }
     return Outcome(**of_each, positive=result.get("positive", 1))
+
+
+def pack(values: np.ndarray) -> dict[str, Any]:
+    """Many numbers as JSON keeps them: float64 [E, K], deflated, in base 64."""
+    whole = np.ascontiguousarray(values, dtype="<f8")
+    text = base64.b64encode(zlib.compress(whole.tobytes(), 6)).decode()
+    return {"shape": list(values.shape), "deflated": text}
+
+
+def unpack(packed: Mapping[str, Any]) -> np.ndarray:
+    """The inverse of `pack`.
+
+    Raises:
+        MtlLoraError: it is damaged.
+    """
+    try:
+        raw = zlib.decompress(base64.b64decode(packed["deflated"]))
+        return np.frombuffer(raw, dtype="<f8").reshape(packed["shape"])
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise MtlLoraError(f"a result's tallies are damaged: {error}") from None
 
 
 def stored(folder: RunFolder) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.collate import ChosenDataset, TextDataset, training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.mixture import subset
+from mtl_lora_cli.data.picture_rows import leaks
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     bind_tasks,
@@ -62,7 +63,7 @@ from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
 from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.tasks.maps import MAPS
+from mtl_lora_cli.tasks.maps import MAPS, spec_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.observers import Observer
@@ -438,7 +439,8 @@ def _prepare_others(
     if hasattr(train, "entries"):
         _require_shared(loaded, name)
     mixture = mixture_over(recipe, tasks, train.lengths, row_length)
-    data = TrainingData(bound, [], [], mixture, others=train)
+    notes = leaks(bound, [spec_of(one.template) for one in bound]) if name in MAPS else []
+    data = TrainingData(bound, [], [], mixture, tuple(notes), others=train)
     validation, held = None, None
     if recipe.training.validation is not None:
         with at_fault(kind):
@@ -447,7 +449,11 @@ def _prepare_others(
             most = [recipe.training.validation.examples] * len(tasks)
             held = _drawn_of(held, tasks, most, LOOKED_AT)
         sizes = [0] * len(bound) if held is None else examples_of(held)
-        validation = [HeldOut(task, range(n)) for task, n in zip(bound, sizes, strict=True)]
+        asked = recipe.training.validation.metric and name in MAPS
+        validation = [
+            HeldOut(task, range(n), metric=task.template.metrics[0] if asked and n else None)
+            for task, n in zip(bound, sizes, strict=True)
+        ]
         _require_held_out(loaded, validation)
     device = pick_device()
     return Prepared(

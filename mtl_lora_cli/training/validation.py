@@ -35,8 +35,10 @@ from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.schema import Recipe, Training
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.best import Mark
+from mtl_lora_cli.training.map_looks import map_values
 from mtl_lora_cli.training.observers import Seen, pass_length, undisturbed
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
@@ -69,7 +71,7 @@ class HeldOut:
         examples: as they were rendered; None where there is no such split.
         requests: as evaluation asks them; none where there is no metric.
         metric: the first of the task's metrics; None where the recipe wants none, where answers are
-            free, and where these examples leave it undefined even for one who knows all answers.
+            free texts, and where these examples leave it undefined even for one who knows all answers.
     """
 
     task: Task
@@ -232,7 +234,8 @@ class Validation:
             values = {name: one.value for name, one in measured.items()}
             event["metric"] = {name: values.get(name) for name in loss}
             event["metric_name"] = {one.task.name: one.title for one in self._asked}
-            event["macro"]["metric"] = _mean(values.values())
+            if self._alike():
+                event["macro"]["metric"] = _mean(values.values())
             event["guess"] = {name: one.guess for name, one in measured.items() if one.guess}
             event["one_answer"] = {
                 name: one.one_answer for name, one in measured.items() if one.one_answer
@@ -240,6 +243,12 @@ class Validation:
         told = f"validation after step {step}/{self._total_steps}  {_told(event)}"
         # Nothing is learned before the first step, and no checkpoint is of it.
         return Seen(event, told, self._mark(event) if step else None)
+
+    def _alike(self) -> bool:
+        """Whether a mean of the tasks' metrics says something: metres and shares have none."""
+        if not any(one.task.objective in MAPS for one in self._asked):
+            return True
+        return len({find(one.metric or "").better for one in self._asked}) == 1
 
     def _mark(self, event: Mapping[str, Any]) -> Mark | None:
         """What `training.validation.best` goes by: the metric where there is one, else the loss."""
@@ -273,11 +282,15 @@ class Validation:
         }
 
     def metrics(self) -> dict[str, TaskLook]:
-        """The metric of each task that has one, by the log-probabilities of its choices."""
+        """The metric of each task that has one, by the log-probabilities of its choices, or by its maps."""
         if not self._asked:
             return {}
         host, device = self._host, self._adapter.device
-        assert isinstance(host, PackedModel), "choices are text"
+        if not isinstance(host, PackedModel):
+            tasks, names = [one.task for one in self._held], [one.metric for one in self._held]
+            with undisturbed(host, self._adapter):
+                values = map_values(host, self._batches, tasks, names, device, self._sharing)
+            return {task: TaskLook(value) for task, value in values.items()}
         requests = [request for one in self._asked for request in one.requests]
         with undisturbed(host, self._adapter):
             sums = iter(
@@ -329,7 +342,7 @@ def _told(event: Mapping[str, Any]) -> str:
         macro = event[MACRO]
         parts.append(
             f"{MACRO} {_number(macro['loss'])}"
-            + (f" ({_number(macro['metric'])})" if names else "")
+            + (f" ({_number(macro['metric'])})" if names and "metric" in macro else "")
         )
     return "  ".join(parts)
 
