@@ -546,6 +546,11 @@ class Recipe(StrictModel):
                     "base_compute: fp8 does not go with zero_stage: 3: it keeps two copies of all "
                     "weights on each card; use stage 2"
                 )
+            if self.adapter.down_start == "gradient":
+                raise ValueError(
+                    "adapter.down_start: gradient does not go with zero_stage: 3: it differentiates outside "
+                    "of DeepSpeed; use stage 2"
+                )
             if self.training.diagnose is not None:
                 raise ValueError(
                     "training.diagnose does not go with zero_stage: 3: it differentiates outside of "

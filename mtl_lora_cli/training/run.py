@@ -36,6 +36,8 @@ from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.best import Best
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
+from mtl_lora_cli.training.drawn import Draw
+from mtl_lora_cli.training.gradient_start import start_by_gradient
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
@@ -280,8 +282,10 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
     recipe, processes = prepared.recipe, prepared.processes
     trackers_of = recipe.run if processes.main else RunSettings()
     with _disk(run), tracked(trackers_of, run, recipe.model_dump(mode="json")) as trackers:
-        trainer = Trainer(ready, prepared.observers(ready.host, ready.adapter))
         checkpoint = newest_checkpoint(run.checkpoints) if resume else None
+        if checkpoint is None:
+            _set_start(ready)
+        trainer = Trainer(ready, prepared.observers(ready.host, ready.adapter))
         lost = None if checkpoint is None else trainer.resume(checkpoint)
         if processes.main:
             if resume:
@@ -309,6 +313,22 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
         if processes.main:
             _write_adapter(ready, trainer)
     processes.wait()
+
+
+def _set_start(ready: ReadyRun) -> None:
+    """What of a fresh adapter's start depends on more than chance."""
+    prepared = ready.prepared
+    recipe = prepared.recipe
+    if recipe.adapter.down_start == "gradient" and prepared.extends is None:
+        draw = Draw(prepared.data, recipe.training, prepared.processes)
+        start_by_gradient(
+            ready.host,
+            ready.adapter,
+            draw,
+            prepared.total_steps,
+            recipe.training.seed,
+            prepared.processes,
+        )
 
 
 def _beginning(

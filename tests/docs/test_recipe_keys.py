@@ -16,7 +16,7 @@ from mtl_lora_cli.tasks.template import Each, Generation, Template
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # The first and third cell of a table's row whose first cell is a key: | `key` | type | `default` |
-ROW = re.compile(r"^\| `([a-z_.\[\]]+)` \| [^|]+ \| ([^|]+) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `([a-z0-9_.\[\]]+)` \| [^|]+ \| ([^|]+) \|", re.MULTILINE)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -172,6 +172,7 @@ class Settings(BaseModel):
 
     source: ClassVar[str] = ""  # where it comes from
     spread: ClassVar[Spread] = "same"
+    gradient_start: ClassVar[bool] = True  # A has a gradient where B is not zero
     start_keys: ClassVar[tuple[str, ...]] = ("down_start",)  # that nobody reads after the start
 
     method: str
@@ -183,8 +184,10 @@ class Settings(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Probability of dropping an input feature before A, while training."
     )
-    down_start: Literal["kaiming", "normal"] = Field(
-        "kaiming", description="A starts as a linear layer's weight, or normal by 1 / rank."
+    down_start: Literal["kaiming", "normal", "gradient"] = Field(
+        "kaiming",
+        description="A starts as a linear layer's weight, normal by 1 / rank, or from the first steps' "
+        "gradient.",
     )
     rank_pattern: dict[str, Positive] = Field(
         {}, description="Target or pattern → rank of the layers that it names."
@@ -216,6 +219,14 @@ class Settings(BaseModel):
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank % step:
                 raise ValueError(f"{self.method}: expected multiples of {step} as ranks: {rank}")
+        return self
+
+    @model_validator(mode="after")
+    def _start_can_be(self) -> Self:
+        if self.down_start == "gradient" and not self.gradient_start:
+            raise ValueError(
+                f"'down_start: gradient' is not for {self.method}: its A has no gradient at the start"
+            )
         return self
 
     # What a method says.
@@ -315,8 +326,8 @@ class Settings(BaseModel):
 
     @property
     def start_of_down(self) -> Start:
-        """How A starts."""
-        return kaiming if self.down_start == "kaiming" else by_rows
+        """How A starts; with `gradient` until the first steps' gradient is known."""
+        return by_rows if self.down_start == "normal" else kaiming
 
     @property
     def _any_layer(self) -> Sizes:

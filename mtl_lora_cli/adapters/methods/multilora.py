@@ -30,6 +30,8 @@ class MultiLora(Settings):
 
     source: ClassVar[str] = "arXiv 2311.11501"
 
+    gradient_start: ClassVar[bool] = False  # c = 0 hides A from the loss
+
     method: Literal["multilora"] = "multilora"
     up_projections: Positive = Field(3, description="n, number of modules.")
 
