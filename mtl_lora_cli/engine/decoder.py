@@ -19,6 +19,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine.angles import Angles
 from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
 from mtl_lora_cli.engine.attention_block import AttentionBlock
 from mtl_lora_cli.engine.experts_block import ExpertsBlock
@@ -81,6 +82,8 @@ class FusedDecoder:
         resident: as given.
         layer_calls: run one layer each. Where weights do not stay, somebody else's callables around
             these bring them before and take them away behind.
+        angles: of each rotary embedding.
+        last: the end of the stream: what is still to be added, and the last norm.
     """
 
     def __init__(self, model: Any, *, resident: bool = True) -> None:
@@ -95,16 +98,17 @@ class FusedDecoder:
             end = self.layers[-1].mlp.end
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
         self._kinds = list(self.plan.attentions)
+        self.angles = {plan: Angles(self._base, plan) for plan in self.plan.rotaries}
         last = norm_of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
         self.last = Begin(last, end)
 
     def fixed_shapes(self) -> bool:
-        """Whether a pass launches the same kernels whatever the segments are.
+        """Whether a pass launches the same kernels whatever the segments are, up to `Plan.limit`.
 
         Experts would; torch's grouped products have not been recorded on a card yet.
         """
         experts = any(isinstance(layer.mlp, ExpertsHalf) for layer in self.layers)
-        if self.plan.limit is not None or self.plan.recurrent or experts:
+        if self.plan.recurrent or experts:
             return False
         embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
         return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)
@@ -197,7 +201,7 @@ class FusedDecoder:
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
-            angles[rotary] = self.angles(rotary, wide, position_ids, segments)
+            angles[rotary] = self.angles[rotary](wide, position_ids, segments)
         found: dict[Any, Packing] = {}
         for plan in self._kinds:
             cos, sin = angles[plan.rotary]
@@ -216,31 +220,6 @@ class FusedDecoder:
                 query_scale=_query_scale(plan.query_scale, position_ids[0]),
             )
         return found
-
-    def angles(
-        self, rotary: RotaryPlan, wide: Tensor, position_ids: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of all positions, [N, R/2] in wide's dtype.
-
-        Each example has the frequencies that it would have alone. Answers share what they begin with only
-        where all have the same ones (`PackedModel.shares`).
-        """
-        module = self._base.get_submodule(rotary.path)
-        kind = () if rotary.layer_type is None else (rotary.layer_type,)
-
-        def halves(positions: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = (one[0].to(wide.dtype) for one in module(wide, positions, *kind))
-            half = cos.shape[-1] // (1 if rotary.halved else 2)
-            return cos[:, :half].contiguous(), sin[:, :half].contiguous()
-
-        if rotary.limit is None or segments.longest <= rotary.limit:
-            return halves(position_ids)
-        beyond = segments.longer_than(rotary.limit)
-        (cos, sin), (far_cos, far_sin) = (
-            halves(position_ids.masked_fill(hidden, 0)) for hidden in (beyond, ~beyond)
-        )
-        chosen = beyond[:, None]
-        return torch.where(chosen, far_cos, cos), torch.where(chosen, far_sin, sin)
 
     def mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""

@@ -22,7 +22,14 @@ from mtl_lora_cli.engine.attention import kernels_know
 from mtl_lora_cli.engine.decoder import FusedDecoder
 from mtl_lora_cli.engine.group import Group
 from mtl_lora_cli.engine.halves import AttentionHalf, Begin, Layer, MlpHalf
-from mtl_lora_cli.engine.plan import AttentionPlan, MlpPlan, NormPlan, Plan, RotaryPlan
+from mtl_lora_cli.engine.plan import (
+    AttentionPlan,
+    LayerPlan,
+    MlpPlan,
+    NormPlan,
+    Plan,
+    RotaryPlan,
+)
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.backend import in_triton
@@ -48,6 +55,7 @@ _KNOWN: dict[type, set[str]] = {
     },
     NormPlan: {"path", "eps", "plus_one"},
     RotaryPlan: {"path", "layer_type", "pairs", "limit", "halved"},
+    LayerPlan: {"attention", "mlp"},
     MlpPlan: {"gate_up", "down", "activation", "before", "after", "multiplier"},
     Plan: {
         "layers", "norm", "layers_path", "embedding_multiplier", "logit_multiplier", "logit_softcap",
@@ -57,8 +65,9 @@ _KNOWN: dict[type, set[str]] = {
 
 def obstacle_to_rows(decoder: FusedDecoder, head: nn.Module) -> str | None:
     """Why rows cannot be continued here, or None where they can."""
-    halves = [half for layer in decoder.plan.layers for half in (layer.attention, layer.mlp)]
-    unknown = next((what for part in (decoder.plan, *halves) for what in _unknown(part)), None)
+    layers = decoder.plan.layers
+    parts = [part for layer in layers for part in (layer, layer.attention, layer.mlp)]
+    unknown = next((what for part in (decoder.plan, *parts) for what in _unknown(part)), None)
     if unknown is not None:
         return unknown
     if type(head) is not nn.Linear:
@@ -405,7 +414,7 @@ class KeptRows:
         segments = Segments.build([self.length]).to(self.device)
         found: dict[Any, Turn | None] = {None: None}
         for rotary in self._decoder.plan.rotaries:
-            cos, sin = self._decoder.angles(rotary, wide, every, segments)
+            cos, sin = self._decoder.angles[rotary](wide, every, segments)
             found[rotary] = Turn(cos, sin, rotary.pairs)
         return found
 

@@ -138,8 +138,9 @@ class EagerPasses:
 class GraphedPasses:
     """The same, replayed as CUDA graphs, one for each `Capacity` that turns up.
 
-    The first passes run as they are; nothing differs but the padding. Where memory does not suffice
-    for a graph, all do.
+    The first passes run as they are; nothing differs but the padding. So do those with an example beyond
+    the positions from which on a rotary embedding is another one, and, where memory does not suffice for a
+    graph, all.
 
     Args:
         packed: base model with the adapter injected; its decoder is fused.
@@ -154,6 +155,7 @@ class GraphedPasses:
         assert packed.decoder is not None
         self._packed, self._adapter, self._row_length = packed, adapter, row_length
         self._tables = packed.decoder.tables()
+        self._limit = packed.decoder.plan.limit
         self._eager = eager
         self._graphs: dict[Capacity, _Graph] = {}
         self._passes = 0
@@ -163,6 +165,8 @@ class GraphedPasses:
     def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """See `EagerPasses.prepare`."""
         assert isinstance(batch, PackedBatch), "graphs are the text host's"
+        if self._limit is not None and max(batch.segments.longest, _SEGMENT) > self._limit:
+            return self._eager.prepare(batch, weights)
         count = len(batch.targets)
         rows = -(-batch.input_ids.numel() // self._row_length)
         capacity = Capacity.of(batch, rows * self._row_length)
@@ -174,9 +178,10 @@ class GraphedPasses:
 
     def run(self, ready: Ready) -> Tensor:
         """See `EagerPasses.run`."""
-        capacity = ready.capacity
-        assert capacity is not None
         self._passes += 1
+        capacity = ready.capacity
+        if capacity is None:
+            return self._eager.run(ready)
         if self._passes > _WARM_UP and self._fits and capacity not in self._graphs:
             self._capture(ready, capacity)
         if capacity not in self._graphs:

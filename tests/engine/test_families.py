@@ -29,7 +29,7 @@ LLAMA4_SCALE = {
         "mscale_all_dim": 1.0,
     }
 }
-LONG = {
+LONG: dict[str, Any] = {
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
@@ -44,6 +44,10 @@ GEMMA4 = {
     "global_head_dim": 16,
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 4.0,
+}
+NEAR = {
+    "rope_parameters": {**LONG["rope_parameters"], "original_max_position_embeddings": 64},
+    "original_max_position_embeddings": 64,
 }
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -83,6 +87,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ministral", "window", MIXED),
     ("ministral3", "scaled queries", {"sliding_window": None, **LLAMA4_SCALE}),
     ("phi3", "longrope", {"sliding_window": None, **LONG}),
+    ("phi3", "near longrope", {"sliding_window": None, **NEAR}),
     ("qwen2", "", {}),
     ("qwen2", "window", {"use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3", "", {}),
