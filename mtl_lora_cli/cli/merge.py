@@ -21,6 +21,15 @@ from mtl_lora_cli.cli.options import (
     ToleranceOption,
 )
 from mtl_lora_cli.cli.outputs import emit_written, outputs_of, push_written, require_pushable
+from mtl_lora_cli.cli.run_tasks import (
+    DensityOption,
+    JoinOption,
+    ScoresOption,
+    SeedOption,
+    WeightsOption,
+    joined_run,
+    show_scores,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -41,13 +50,22 @@ def merge(
             help="original: the full-precision weights. dequantized: those a quantised run saw.",
         ),
     ] = "original",
+    weights: WeightsOption = None,
+    way: JoinOption = "linear",
+    density: DensityOption = 0.5,
+    seed: SeedOption = 0,
+    scores: ScoresOption = False,
     limit: CompareLimitOption = 32,
     tolerance: ToleranceOption = None,
     check: CheckOption = True,
     push: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fold a task's adapter into the base weights: an ordinary transformers model."""
+    """Fold a task's adapter into the base weights: an ordinary transformers model.
+
+    Several tasks with commas between are joined first (`tasks join`), and the joined adapter is merged.
+    """
+    joint = None
     with framed():
         from mtl_lora_cli.errors import UsageError, did_you_mean
         from mtl_lora_cli.runs.folder import find_run
@@ -63,6 +81,13 @@ def merge(
             raise UsageError(
                 f"--base: expected {' or '.join(BASES)}, received '{base}'{did_you_mean(base, BASES)}"
             )
+        several = [name.strip() for name in task.split(",")]
+        if len(several) > 1:
+            joint = joined_run(folder, several, weights, way, density, seed)
+            own, folder, task = folder, joint, several[0]
+            output = output or Merged().root / joint.name
+        elif weights is not None or scores or way != "linear":
+            raise UsageError("--weights, --join and --scores go with several tasks: --task a,b")
         if of_maps(folder):
             if base != "original":
                 raise UsageError(
@@ -78,3 +103,5 @@ def merge(
         results = write_tasks(Merged.name, open_run(folder), targets, options, say)
         push_written(results, push)
         emit_written(results, as_json)
+    if scores and joint is not None:
+        show_scores(joint, own, limit)

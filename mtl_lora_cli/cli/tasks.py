@@ -1,4 +1,4 @@
-"""`mtl-lora tasks` and `mtl-lora tasks show`."""
+"""`mtl-lora tasks` and `mtl-lora tasks show`; what it does with the tasks of a run is in `run_tasks.py`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from mtl_lora_cli.cli import run_tasks
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
 from mtl_lora_cli.cli.options import JsonOption
 
 
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
-        help="The tasks that templates describe.",
+        help="The tasks that templates describe, and those of a run.",
         invoke_without_command=True,
         epilog="Example: mtl-lora tasks show sst2 --source my/folder",
         rich_markup_mode=None,
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     )
     group.callback()(list_tasks)
     group.command("show", epilog="Example: mtl-lora tasks show boolq --source my/folder")(show)
+    run_tasks.register(group)
     app.add_typer(group, name="tasks")
 
 

@@ -39,8 +39,7 @@ from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import adapt, load_config
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
-from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Source
-from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
+from mtl_lora_cli.recipe.schema import Recipe, RunSettings
 from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task, require_text
 
@@ -215,7 +214,7 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: StudyOptions) -> Stu
             source = cut_source(folder, task)
         elif options.score == VALIDATION:
             source = without_test(source, base=Path(), task=task.name)
-        entries.append(_entry(task, source))
+        entries.append(task.entry(source))
     settled = recipe.model_copy(update={"tasks": entries, "run": RunSettings()})
     shapes = _shapes(loaded)
     own = recipe.adapter
@@ -348,21 +347,6 @@ def _shapes(loaded: LoadedRecipe) -> Shapes:
         return known[targets]
 
     return shapes
-
-
-def _entry(task: Task, source: Source) -> RecipeTask:
-    return RecipeTask(
-        name=task.name,
-        template=task.template_name,
-        source=source,
-        objective=task.objective,
-        conversation=task.conversation,
-        tags=list(task.tags),
-        sampling_weight=task.sampling_weight,
-        loss_weight=task.loss_weight,
-        max_examples=task.max_examples,
-        repeat=task.repeat,
-    )
 
 
 def checked_plan(study: Study) -> dict[str, Any]:

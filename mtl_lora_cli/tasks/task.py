@@ -8,7 +8,7 @@ from typing import Any
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.conversation import ConversationSettings
-from mtl_lora_cli.recipe.schema import NAME, Source
+from mtl_lora_cli.recipe.schema import NAME, Source, TaskSettings
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 from mtl_lora_cli.tasks.template import TEXTS, Template, require_expressions
 
@@ -107,6 +107,21 @@ class Task:
         if self.overlay is None:
             return self.template_text
         return f"{self.template_text}\nconversation: {self.overlay}\n"
+
+    def entry(self, source: Source | None = None) -> TaskSettings:
+        """What a recipe says of it; another source in the place of its own."""
+        return TaskSettings(
+            name=self.name,
+            template=self.template_name,
+            source=self.source if source is None else source,
+            objective=self.objective,
+            conversation=self.conversation,
+            tags=list(self.tags),
+            sampling_weight=self.sampling_weight,
+            loss_weight=self.loss_weight,
+            max_examples=self.max_examples,
+            repeat=self.repeat,
+        )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Task:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.inject import DECODER, Adapter
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.evaluation.choices import fill_passes
 from mtl_lora_cli.models.host import Dataset, Host, Rows, at_step, examples_in
@@ -15,11 +15,11 @@ from mtl_lora_cli.training.observers import undisturbed
 
 
 def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors without a task axis."""
+    """The tensors without a task axis, and of no task's decoder."""
     return {
         name: tensor
         for name, tensor in adapter.tensors().items()
-        if not adapter.role(name).per_task
+        if not (name.startswith(DECODER) or adapter.role(name).per_task)
     }
 
 

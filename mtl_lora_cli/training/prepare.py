@@ -60,7 +60,6 @@ from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
-from mtl_lora_cli.recipe.schema import TaskSettings as RecipeTask
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.maps import MAPS, spec_of
@@ -582,20 +581,7 @@ def _resolved(
     recipe: Recipe, data: TrainingData, base: BaseModel, deepspeed: Path | None
 ) -> Recipe:
     """The recipe with absolute paths, so that the run folder can be read from anywhere."""
-    tasks = [
-        RecipeTask(
-            name=task.name,
-            template=task.template_name,
-            source=task.source,
-            objective=task.objective,
-            tags=list(task.tags),
-            sampling_weight=task.sampling_weight,
-            loss_weight=task.loss_weight,
-            max_examples=task.max_examples,
-            repeat=task.repeat,
-        )
-        for task in data.tasks
-    ]
+    tasks = [task.entry() for task in data.tasks]
     path = expanded(recipe.base_model)
     name = recipe.base_model
     if path.exists():
