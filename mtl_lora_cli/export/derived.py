@@ -73,7 +73,7 @@ def without_tasks(run: Run, names: Sequence[str], name: str | None = None) -> Ru
     if not staying:
         raise UsageError("no task would stay; remove the run with: mtl-lora runs rm")
     path = path_of(run, name, ["without", *names])
-    return write_run(
+    made = write_run(
         run,
         path,
         run.recipe,
@@ -81,6 +81,8 @@ def without_tasks(run: Run, names: Sequence[str], name: str | None = None) -> Ru
         {"without": list(names)},
         lambda folder: save_without(run.file, names, folder, run.file.base_model),
     )
+    mark_latest(made)
+    return made
 
 
 def write_run(
@@ -130,9 +132,7 @@ def write_run(
         save(folder.adapter)
         write_text(folder.adapter / "README.md", _readme(run, names, how))
 
-    made = create_run(path, fill)
-    mark_latest(made)
-    return made
+    return create_run(path, fill)
 
 
 def _mixing(recipe: Recipe, names: Sequence[str]) -> Any:
