@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def join_tasks(
                 own.lora_B[0].copy_(up / config.scale(own.rank))
         save_adapter(adapter, folder, run.file.base_model)
 
-    said = {"joined": dict(zip(names, weights, strict=True)), "how": how}
+    said: dict[str, Any] = {"joined": dict(zip(names, weights, strict=True)), "how": how}
     if how != "linear":
         said |= {"density": density, "seed": seed}
     recipe = run.recipe.model_copy(update={"adapter": config})
