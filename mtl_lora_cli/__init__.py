@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.map_predictor import MapPredictor
     from mtl_lora_cli.evaluation.predict import Predictor
 
 __all__ = ["load"]
@@ -18,8 +19,8 @@ __all__ = ["load"]
 
 def load(
     run: str | Path | None = None, *, runs: str | Path = "runs", force: bool = False
-) -> Predictor:
-    """Load a finished run, to predict with it.
+) -> Predictor | MapPredictor:
+    """Load a finished run, to predict with it: a `MapPredictor` where its answers are maps of pictures.
 
     Args:
         run: its name or path; None: the newest one.
@@ -30,9 +31,11 @@ def load(
         mtl_lora_cli.errors.UsageError: there is no such run, it is unfinished, or its base model is
             gone or another one by now.
     """
+    from mtl_lora_cli.evaluation.map_predictor import MapPredictor
     from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.evaluation.predict import Predictor
     from mtl_lora_cli.runs.folder import find_run
 
     folder = find_run(None if run is None else str(run), Path(runs))
-    return Predictor(open_run(folder, force=force))
+    opened = open_run(folder, force=force)
+    return MapPredictor(opened) if opened.of_maps else Predictor(opened)

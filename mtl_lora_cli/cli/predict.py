@@ -12,6 +12,7 @@ import typer
 from mtl_lora_cli.cli.completion import complete_task
 from mtl_lora_cli.cli.frame import as_json, emit, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
+from mtl_lora_cli.cli.predict_maps import FORMATS, predict_maps
 
 if TYPE_CHECKING:
     from mtl_lora_cli.recipe.schema import Source
@@ -27,7 +28,10 @@ def register(app: typer.Typer) -> None:
 def predict(
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE|-", help="Unlabelled rows; - reads JSON lines from stdin."),
+        typer.Argument(
+            metavar="FILE|-",
+            help="Unlabelled rows; - reads JSON lines from stdin. Of maps: a picture, a folder, or rows.",
+        ),
     ],
     task: Annotated[
         str | None,
@@ -52,8 +56,15 @@ def predict(
     run: RunOption = None,
     runs: RunsOption = RUNS,
     form: Annotated[
-        str, typer.Option("--format", help="jsonl, or glue: what GLUE's server takes.")
-    ] = "jsonl",
+        str | None,
+        typer.Option(
+            "--format", help="jsonl, or glue: what GLUE's server takes. Of maps: png or npy."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FOLDER", help="Of maps: where they are written."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although the base model has changed.")
     ] = False,
@@ -65,28 +76,51 @@ def predict(
         from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
         from mtl_lora_cli.runs.folder import find_run
         from mtl_lora_cli.tasks.chosen import EVERY, read_tasks
+        from mtl_lora_cli.tasks.maps import MAPS
 
-        if form not in _FORMATS:
+        if form is not None and form not in (*_FORMATS, *FORMATS):
             raise UsageError(
                 f"--format: expected one of {', '.join(_FORMATS)}, received '{form}'"
                 f"{did_you_mean(form, _FORMATS)}"
             )
+        if file != "-" and not Path(file).exists():
+            raise file_problem(file, "no such file")
+        folder = find_run(run, runs)
+        known = {task.name: task for task in read_tasks(folder)}
+        of_maps = any(task.objective in MAPS for task in known.values())
+        formats = FORMATS if of_maps else _FORMATS
+        form = form or formats[0]
+        if form not in formats:
+            raise UsageError(
+                f"--format: expected one of {', '.join(formats)}, received '{form}'"
+                f"{did_you_mean(form, formats)}"
+            )
+        asked = task.split(",") if task is not None and "," in task else task
+        if of_maps:
+            for option, given in (
+                ("--task-column", task_column),
+                ("--temperature", temperature),
+                ("--answers", count > 1),
+            ):
+                if given:
+                    raise UsageError(f"{option} is for texts; this run answers with maps")
+            predict_maps(folder, known, file, asked, form=form, output=output, force=force)
+            return
+        if output is not None:
+            raise UsageError("--output is for maps; this run's predictions go to stdout")
         if count > 1 and not temperature:
             raise UsageError("--answers: several answers are alike without --temperature above 0")
-        asked = task.split(",") if task is not None and "," in task else task
         alone = task_column is None and not isinstance(asked, list) and asked != EVERY
         if form == "glue" and not alone:
             raise UsageError("--format glue is a file for one task: use --task")
         if file != "-" and not Path(file).is_file():
             raise file_problem(file, "no such file")
-        folder = find_run(run, runs)
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
         from mtl_lora_cli.evaluation.asked import Sampling
         from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task, several_tasks
 
-        known = {task.name: task for task in read_tasks(folder)}
         several = several_tasks(list(known), asked, task_column)
         name = require_task(list(known), task, task_column) if several is None else ""
         glue = glue_submission.require_glue(known[name]) if form == "glue" else None

@@ -286,6 +286,15 @@ def _digest(path: str, size: int, changed: int) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()[:16]
 
 
+def picture_address(task: Task, row: Mapping[str, Any], where: str) -> str:
+    """The path of a row's picture, by the task's template.
+
+    Raises:
+        UsageError: the row has none.
+    """
+    return _Addresses(task).picture(row, where)
+
+
 class _Addresses:
     """What a task's template reads of a row."""
 

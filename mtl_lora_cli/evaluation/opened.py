@@ -17,11 +17,11 @@ import torch
 
 from mtl_lora_cli.adapters.files import AdapterFile, load_tensors, read_adapter_file
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
+from mtl_lora_cli.dense.opened import open_host
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
-from mtl_lora_cli.models.host import Host, objective_of
+from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.models.load import (
     adapt,
     load_config,
@@ -183,17 +183,12 @@ class Run:
         Raises:
             UsageError: the adapter does not fit, or its file is damaged.
         """
-        kind = objective_of({task.name: task.objective for task in self.tasks})
-        if kind is None:
+        if not self.of_maps:
             return self.packed
         with _as_usage():
-            tensors = self.file.tensors
-        host = kind(self.base, self.recipe, self.tasks).host(self.device, self.dtype)
-        assert host.adapter is not None, "a host has an adapter"
-        with _as_usage():
-            load_tensors(host.adapter, tensors, self.file.folder)
-        host.train(False)
-        return host
+            return open_host(
+                self.base, self.recipe, self.tasks, self.file, device=self.device, dtype=self.dtype
+            )
 
     @property
     def of_maps(self) -> bool:
