@@ -35,6 +35,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    find_rate: Annotated[
+        bool,
+        typer.Option(
+            "--find-rate",
+            help="Try five learning rates in short runs, show which is best, and stop.",
+        ),
+    ] = False,
     num_processes: ProcessesOption = None,
     run: RunOption = None,
     runs: RunsOption = RUNS,
@@ -50,6 +57,12 @@ def train(
             raise UsageError("a recipe is missing: mtl-lora train RECIPE")
         if run is not None and not resume:
             raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
+        if find_rate:
+            if resume or dry_run or (num_processes or 1) > 1:
+                raise UsageError("--find-rate goes without --resume, --dry-run and --num-processes")
+            assert recipe is not None
+            _find_rate(recipe, overrides or [], as_json)
+            return
         if resume:
             _require_idle(run, runs)
         elif recipe is not None and alone():
@@ -67,6 +80,50 @@ def train(
                 assert recipe is not None
                 folder = started(processes, recipe, overrides or [], runs, dry_run, as_json)
         finished(processes, folder, as_json)
+
+
+def _find_rate(recipe: str, overrides: list[str], as_json: bool) -> None:
+    """Short runs at several rates, as a table, and how the best one is taken."""
+    from pathlib import Path
+
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    status("loading libraries")
+    from mtl_lora_cli.cli.table import table
+    from mtl_lora_cli.compare import rates
+
+    study = rates.plan_search(loaded, Path("comparisons"))
+    steps = study.loaded.recipe.training.max_steps
+    say(f"{len(study.runs)} runs of at most {steps} steps each, scored on held-out rows")
+    found = rates.find_rate(study, say)
+    settings = [f"{key}={value:g}" for key, value in found.best.settings.items()]
+    if as_json:
+        emit_json(
+            {
+                "tried": [
+                    {"settings": one.settings, "score": one.score, "loss": one.loss, "why": one.why}
+                    for one in found.tried
+                ],
+                "best": found.best.settings,
+                "untrained": found.untrained,
+                "folder": str(found.folder),
+            }
+        )
+        return
+    header = [key.removeprefix("training.") for key in found.best.settings]
+    rows = []
+    for one in found.tried:
+        score = one.why or "" if one.score is None else f"{one.score:.4f}"
+        loss = "" if one.loss is None else f"{one.loss:.4f}"
+        mark = "best" if one is found.best else ""
+        rows.append([*(f"{rate:g}" for rate in one.settings.values()), score, loss, mark])
+    emit(table([*header, "held-out score", "training loss", ""], rows))
+    if found.untrained is not None:
+        emit(f"the base model alone: {found.untrained:.4f}")
+    if found.best in (found.tried[0], found.tried[-1]):
+        emit("the best one is at the edge: try again from there")
+    emit(f"take it: mtl-lora train {recipe} {' '.join([*overrides, *settings])}")
 
 
 def _require_idle(run: str | None, runs: Path) -> None:

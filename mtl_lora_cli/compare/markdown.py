@@ -67,6 +67,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     lines += report["budget"]
     lines += _of_validation(report)
     lines += report.get("undefined", [])
+    lines += report.get("not_learned", [])
     lines += [f"{method}: left out, no run is finished" for method in report["left_out"]]
     lines += [f"{one['id']}: {one['reason']}" for one in report["unfinished"]]
     sharing = max(one["sharing"] for one in report["methods"].values())

@@ -25,9 +25,11 @@ from mtl_lora_cli.compare.results import (
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.extensions import load_extensions
 from mtl_lora_cli.metrics.declare import find
+from mtl_lora_cli.metrics.guessing import one_answer
 from mtl_lora_cli.metrics.seeds import RESAMPLES, TaskRuns, compare
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.folder import save_json
+from mtl_lora_cli.training.spikes import TIMES
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 _BOOTSTRAP_SEED = 0
@@ -128,6 +130,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         ],
         "unfinished": [*_unfinished(plan, results, chosen), *_failed_base(untrained)],
         "undefined": list(_undefined(scored)),
+        "not_learned": list(_not_learned(scored, own, seeds)),
         "left_out": [method for method in plan["methods"] if method not in methods],
         "gradients": _gradients(own),
         "validation_loss": _validation_loss(own),
@@ -179,6 +182,33 @@ def _undefined(scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[st
                     f"{name}: {first.get('title') or first['metric']} of {method} is undefined with "
                     f"{len(known)} of {len(each)} seeds ({known[0]}) and counts as {value:g}"
                 )
+
+
+def _not_learned(
+    scored: Mapping[str, Sequence[Mapping[str, Any]]],
+    own: Mapping[str, Sequence[Mapping[str, Any]]],
+    seeds: Sequence[int],
+) -> Iterator[str]:
+    """A line for each method and task that gives one answer to nearly all rows; then what the runs' own
+    looks showed (`training.signs`), and where gradients spiked. Older results know neither."""
+    for method, each in scored.items():
+        for name in each[0] if method != UNTRAINED else ():
+            outcomes = [unpack(one[name]) for one in each]
+            found = [one for one in outcomes if one_answer(one.gold, one.predicted) is not None]
+            if found:
+                yield (
+                    f"{name}: {method} gives one answer to nearly all rows with {len(found)} of "
+                    f"{len(each)} seeds"
+                )
+    for method, runs in own.items():
+        for seed, run in zip(seeds, runs, strict=True):
+            yield from (f"{method}, seed {seed}: {line}" for line in run.get("signs", ()))
+        spiked = sum(run.get("spikes", 0) for run in runs)
+        if spiked:
+            yield (
+                f"{method}: {spiked} of {sum(run['steps'] for run in runs):,} steps had a gradient more than "
+                f"{TIMES:g} times the usual"
+            )
 
 
 def _task_runs(name: str, scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskRuns:

@@ -23,6 +23,8 @@ from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.progress import duration
+from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.spikes import spikes
 
 LEARN, CHOSEN, BASE = "learn", "chosen", "base"
 
@@ -101,7 +103,7 @@ class Work:
         reset_peak(pick_device())
         folder = _trained(self.study, run)
         release(pick_device())  # the model that learned, before it is loaded to be asked
-        opened = open_run(folder)
+        opened, events = open_run(folder), list(folder.events())
         options = self.study.options
         result: dict[str, Any] = {
             "id": run.id,
@@ -111,7 +113,9 @@ class Work:
             "parameters": opened.adapter.parameter_count(),
             "planned_parameters": run.parameters,
             "recipe": run.recipe.model_dump(mode="json"),
-            **training_facts(folder.events()),
+            **training_facts(events),
+            "signs": signs(events),
+            "spikes": len(spikes(events)),
             "environment": {
                 k: v for k, v in read_json(folder.environment).items() if k != "format_version"
             },

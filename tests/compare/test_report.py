@@ -103,6 +103,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_what_was_not_learned_is_told(folder: Path) -> None:
+    """One answer to nearly all of thirty rows; what the runs' own looks showed; spikes."""
+    gold, same = " ".join("10" * 15), " ".join("1" * 30)
+
+    def one_sided(content: dict[str, Any]) -> None:
+        content["test"]["a"] |= {"gold": gold, "predicted": same, "rows": "test-a", "examples": 30}
+        content |= {"signs": ["a: it was not learned"], "spikes": 3}
+
+    for method, point in (("lora", "x"), ("mtl-lora", "z")):
+        for seed in (0, 1):
+            other = (
+                (lambda c: c["test"]["a"].update(gold=gold, predicted=gold)) if seed else one_sided
+            )
+            change(folder, f"{method}-{point}-seed{seed}", other)
+    change(folder, "mtl-lora-z-seed0", lambda c: c["test"]["a"].update(predicted=gold))
+    report = build_report(folder)
+    assert report["not_learned"] == [
+        "a: lora gives one answer to nearly all rows with 1 of 2 seeds",
+        "lora, seed 0: a: it was not learned",
+        "lora: 3 of 8 steps had a gradient more than 5 times the usual",
+        "mtl-lora, seed 0: a: it was not learned",
+        "mtl-lora: 3 of 8 steps had a gradient more than 5 times the usual",
+    ]
+    assert set(report["not_learned"]) <= set(notes(report))
+
+
 def change(folder: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "results" / f"{name}.json"
     content = json.loads(path.read_text())
