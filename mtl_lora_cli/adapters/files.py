@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.experts import MultiTaskStack, StackFrame
 from mtl_lora_cli.adapters.inject import DECODER, WHOLE, Adapter, inject
+from mtl_lora_cli.adapters.layer import TaskLayer
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.adapters.methods.base import Settings, first_fault
 from mtl_lora_cli.errors import MtlLoraError, did_you_mean
@@ -44,7 +46,7 @@ _OF_ALL_METHODS = (
 # Format → keys that came with it: an older file does not say them, and means their defaults.
 _SINCE = {
     4: ("transform_start", "transform_bases", "task_modules"),
-    6: ("whole_modules", "streams"),
+    6: ("whole_modules", "streams", "experts"),
 }
 _PARTS = ("tasks", "base_model", "modules", "checksums")
 
@@ -131,9 +133,9 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
         "base_model": dict(base_model),
         "modules": {
             path: {
-                "kind": "linear",
-                "in_features": layer.base_layer.in_features,
-                "out_features": layer.base_layer.out_features,
+                **_kind_of(layer),
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
                 "rank": layer.rank,
                 "tied_to": None,
             }
@@ -144,6 +146,14 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
     content["checksum"] = config_checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _kind_of(layer: TaskLayer) -> dict[str, Any]:
+    """What of a layer its sizes do not say."""
+    if not isinstance(layer, MultiTaskStack):
+        return {"kind": "linear"}
+    frozen = layer.frozen
+    return {"kind": "experts", "experts": frozen.experts, "transposed": frozen.transposed}
 
 
 def read_adapter_file(folder: Path) -> AdapterFile:
@@ -230,7 +240,9 @@ def _is_texts(value: Any) -> bool:
 
 def _is_modules(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(one, dict) and all(type(one.get(key)) is int and one[key] > 0 for key in _SIZES)
+        isinstance(one, dict)
+        and all(type(one.get(key)) is int and one[key] > 0 for key in _SIZES)
+        and (one.get("kind") != "experts" or type(one.get("experts")) is int)
         for one in value.values()
     )
 
@@ -337,7 +349,10 @@ def frame_of(file: AdapterFile) -> nn.Module:
     frame = nn.Module()
     for path, sizes in file.modules.items():
         parent, name = _place(frame, path)
-        parent.add_module(name, _sized(sizes["in_features"], sizes["out_features"]))
+        if sizes.get("kind") == "experts":
+            _add_stack(frame, path, sizes)
+        else:
+            parent.add_module(name, _sized(sizes["in_features"], sizes["out_features"]))
     if any(name.startswith(WHOLE) for name in file.checksums):
         for name, tensor in file.tensors.items():
             if name.startswith(WHOLE):
@@ -375,6 +390,16 @@ def _add_parameter(frame: nn.Module, path: str, tensor: Tensor) -> None:
             parent.add_module(last, _sized(width, out))
     place, name = _place(frame, path)
     place.register_parameter(name, nn.Parameter(torch.empty_like(tensor)))
+
+
+def _add_stack(frame: nn.Module, path: str, sizes: Mapping[str, Any]) -> None:
+    """A stack of experts, in a module that holds both."""
+    owner, _, name = path.rpartition(".")
+    parent, last = _place(frame, owner)
+    if not isinstance(parent._modules.get(last), StackFrame):
+        parent.add_module(last, StackFrame(transposed=bool(sizes["transposed"])))
+    experts = cast(StackFrame, parent._modules[last])
+    experts.add(name, sizes["experts"], sizes["out_features"], sizes["in_features"])
 
 
 def _sized(width: int, out: int) -> nn.Linear:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.frozen import dense_stack
+from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.kernels.grouped import grouped
 
 
@@ -51,29 +51,24 @@ class FrozenStack:
         """b [E, out]."""
         return getattr(self._module, f"{self._name}_bias", None)
 
-    def product(self, x: Tensor, ends: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, pairs: Pairs, weight: Tensor, *, biased: bool = True) -> Tensor:
         """y [S, out].
 
         Args:
             x: [S, in].
-            ends: int32 [E], where each expert's pairs end.
-            expert: int64 [S], ascending.
+            pairs: whose inputs they are.
             weight: `weight`, as a backward pass should keep it.
+            biased: add b_e.
         """
-        y = grouped(x, dense_stack(weight, x.dtype), ends, transposed=self.transposed)
-        bias = self.bias
-        return y if bias is None else y.add_(bias.to(y.dtype)[expert])
+        y = grouped(x, dense_stack(weight, x.dtype), pairs.ends, transposed=self.transposed)
+        bias = self.bias if biased else None
+        return y if bias is None else y.add_(bias.to(y.dtype)[pairs.expert])
 
-    def input_gradient(self, dy: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+    def input_gradient(self, dy: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
         """dx [S, in] from dy [S, out]."""
-        return grouped(dy, dense_stack(weight, dy.dtype), ends, transposed=not self.transposed)
-
-    def bias_product(self, dy: Tensor, expert: Tensor) -> Tensor | None:
-        """⟨dy_s, b_e⟩ [S] in float32 or better, or None without a bias."""
-        if self.bias is None:
-            return None
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        return (dy.to(wide) * self.bias.to(wide)[expert]).sum(-1)
+        return grouped(
+            dy, dense_stack(weight, dy.dtype), pairs.ends, transposed=not self.transposed
+        )
 
 
 def stack_shape(weight: Tensor) -> tuple[int, int, int]:

@@ -97,7 +97,7 @@ class AdapterProducts:
 
     def narrow(self, x: Tensor, mask: Tensor | None, factors: Factors) -> Tensor:
         """z = A (mask ⊙ x): x [N, in] → [N, J·k]."""
-        return self._dropped(x, mask) @ factors.down.T
+        return self.dropped(x, mask) @ factors.down.T
 
     def spread(
         self, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
@@ -167,7 +167,7 @@ class AdapterProducts:
         for (start, stop), up, own in self._parts(factors.up, u):
             part = dy[:, start:stop]
             dus.append(part @ up)
-            dups.append(_wide_product(part.T, own))
+            dups.append(wide_product(part.T, own))
         du = dus[0] if len(dus) == 1 else torch.cat(dus, dim=1)
         return *self.unspread(du, z, factors, slots), dups
 
@@ -178,11 +178,11 @@ class AdapterProducts:
         if mask is None:
             dx.addmm_(dz, factors.down)
         else:
-            dx.add_(self._dropped(dz @ factors.down, mask))
+            dx.add_(self.dropped(dz @ factors.down, mask))
 
     def down_gradient(self, dz: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """dA = dzᵀ (mask ⊙ x), [J·k, in], float32 or better."""
-        return _wide_product(dz.T, self._dropped(x, mask))
+        return wide_product(dz.T, self.dropped(x, mask))
 
     def normed_down_gradient(
         self, dz: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, mask: Tensor | None
@@ -197,7 +197,7 @@ class AdapterProducts:
             mask: of dropout, or None.
         """
         scaled = (dz * inverse[:, None]).to(dz.dtype)
-        found = _wide_product(scaled.T, self._dropped(x, mask))
+        found = wide_product(scaled.T, self.dropped(x, mask))
         return found.mul_(weight.to(found.dtype))
 
     def parameter_gradients(
@@ -230,7 +230,8 @@ class AdapterProducts:
             )
         ]
 
-    def _dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def dropped(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x without the features that dropout takes, the others scaled up."""
         return x if mask is None else (x * mask).div_(1 - self.dropout)
 
 
@@ -289,7 +290,7 @@ def _split(
     return tensors[:weights], tensors[weights:middle], tensors[middle:]
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32 at least: the sums run over all positions."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)

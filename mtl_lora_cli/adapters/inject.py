@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from mtl_lora_cli.adapters.layer import MultiTaskLinear, fresh, like, require_declared, wrong
+from mtl_lora_cli.adapters.experts import (
+    STACKS,
+    MultiTaskExperts,
+    MultiTaskStack,
+    expert_modules,
+    frozen_stacks,
+)
+from mtl_lora_cli.adapters.layer import (
+    MultiTaskLinear,
+    TaskLayer,
+    fresh,
+    like,
+    require_declared,
+    wrong,
+)
 from mtl_lora_cli.adapters.methods.base import Part, Role, Settings, matches, zeros
 from mtl_lora_cli.adapters.routing import Routing
 from mtl_lora_cli.errors import UsageError, did_you_mean
@@ -38,7 +52,7 @@ class Adapter:
         config: Settings,
         tasks: Sequence[str],
         routing: Routing,
-        layers: dict[str, MultiTaskLinear],
+        layers: dict[str, TaskLayer],
         shared: dict[str, nn.Parameter],
         whole: dict[str, nn.Parameter] | None = None,
     ) -> None:
@@ -76,7 +90,7 @@ class Adapter:
     def bypassed(self) -> Iterator[None]:
         """Inside the block every adapted layer is the frozen one that it was made of."""
         for layer in self.layers.values():
-            layer.forward = layer.base_layer.forward  # type: ignore[method-assign, assignment]
+            layer.forward = layer.bare
         try:
             yield
         finally:
@@ -137,14 +151,16 @@ def inject(
         paths.update((path, linear[path]) for path in matched)
     whole = whole_parameters(model, config, within)
     paths = {path: layer for path, layer in paths.items() if f"{path}.weight" not in whole}
-    if paths:
-        require_adapted(config, paths)
+    stacks = _stacks_of(config, modules)
+    adapted = [*paths, *(f"{path}.{name}" for path in stacks for name in STACKS)]
+    if adapted:
+        require_adapted(config, adapted)
     _require_untied(model, paths)
     model.requires_grad_(False)
     routing = Routing(len(tasks), shared=config.streams is not None)
     some = next(layer.weight for layer in (*paths.values(), *linear.values()))
     shared = _shared(model, config, len(tasks), some)
-    layers: dict[str, MultiTaskLinear] = {}
+    layers: dict[str, TaskLayer] = {}
     kinds = set()
     # In the model's order, whatever the order of the targets: the random start depends on it.
     for path in (path for path in linear if path in paths):
@@ -159,6 +175,8 @@ def inject(
             require_declared(layer)
         kinds.add(layer.kind)
         layers[path] = layer
+    for path, module in stacks.items():
+        layers.update(_on_experts(model, path, module, config, routing, shared))
     if own_in is not None and layers:
         _require_own(config, layers, own_in)
     learning = {name: learn_whole(model, name) for name in whole}
@@ -171,9 +189,7 @@ def _lies_in(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.")
 
 
-def _require_own(
-    config: Settings, layers: Mapping[str, MultiTaskLinear], own_in: Sequence[str]
-) -> None:
+def _require_own(config: Settings, layers: Mapping[str, TaskLayer], own_in: Sequence[str]) -> None:
     """Refuse an adapter whose tasks differ nowhere.
 
     Raises:
@@ -250,6 +266,49 @@ def learn_whole(model: nn.Module, name: str) -> nn.Parameter:
     return learning
 
 
+def _stacks_of(config: Settings, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules of experts that are to be adapted, by path.
+
+    Raises:
+        UsageError: there are none, or none of a kind that is known.
+    """
+    if config.experts == "none":
+        return {}
+    found = dict(expert_modules(modules))
+    others = [path for path in modules if path.endswith(".experts") and path not in found]
+    if others and not found:
+        kind = type(modules[others[0]]).__name__
+        raise UsageError(
+            f"adapter.experts: {config.experts}: '{others[0]}' ({kind}) does not hold its experts as "
+            f"stacks {' and '.join(STACKS)}, and cannot be adapted; leave the key out"
+        )
+    if not found:
+        raise UsageError(
+            f"adapter.experts: {config.experts}: the model has no experts; leave the key out"
+        )
+    return found
+
+
+def _on_experts(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    config: Settings,
+    routing: Routing,
+    shared: dict[str, nn.Parameter],
+) -> dict[str, TaskLayer]:
+    """Adapt one module of experts; its two stacks by path."""
+    stacks = {}
+    for name, frozen in frozen_stacks(module).items():
+        own, rank = config.at(f"{path}.{name}"), config.rank_of(f"{path}.{name}")
+        stacks[name] = MultiTaskStack(
+            frozen, own, routing, shared, rank, each=config.experts == "each"
+        )
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, MultiTaskExperts(module, stacks, routing))
+    return {f"{path}.{name}": stack for name, stack in stacks.items()}
+
+
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module computes x Wᵀ + b and nothing else; bitsandbytes' layers do.
 
@@ -280,7 +339,11 @@ def _no_match(
 ) -> str:
     known = sorted({path.rpartition(".")[2] for path in linear})
     others = sorted({type(m).__name__ for path, m in modules.items() if matches(path, target)})
-    if others:
+    if any(
+        matches(f"{path}.{name}", target) for path, _ in expert_modules(modules) for name in STACKS
+    ):
+        what = f"'{target}' matches experts, which `adapter.experts` adapts; it is no linear layer"
+    elif others:
         what = f"'{target}' matches modules of class {', '.join(others)}, which cannot be adapted"
     else:
         what = f"'{target}' matches no linear layer of the model{did_you_mean(target, known)}"

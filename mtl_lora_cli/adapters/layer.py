@@ -1,4 +1,4 @@
-"""One linear layer with an adapter of any method."""
+"""One adapted weight with an adapter of any method, and the linear layer of which it is most often."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.extensions import origin
 
 
-class MultiTaskLinear(nn.Module):
-    """y = W x + b + s · B M_t A x, for a position of task t; `methods` says what A, M_t and B are.
+class TaskLayer(nn.Module):
+    """The trained tensors of one adapted weight; `methods` says what A, M_t and B are.
 
     The tensors of the method's roles are Parameters under the roles' names, float32 unless the model is
     float64.
 
     Args:
-        base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
+        weight: the frozen one.
+        sides: (out, in) of it.
         config: the method's settings for this layer.
         routing: tells which task each activation belongs to; shared by the model's layers.
         shared: role → the model's own tensor, for methods that have such.
         rank: r of this layer; by default `config.rank`.
+        units: adapters that stand here, one of each expert; their tensors are stacked.
 
     Raises:
         UsageError: a role has a name that the layer uses itself, or does not start as declared.
@@ -39,29 +41,139 @@ class MultiTaskLinear(nn.Module):
 
     def __init__(
         self,
+        weight: Tensor,
+        sides: tuple[int, int],
+        config: Settings,
+        routing: Routing,
+        shared: Mapping[str, nn.Parameter] | None = None,
+        rank: int | None = None,
+        units: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.routing = routing
+        self.rank = rank or config.rank
+        self.units = units or 1
+        self.stacked = units is not None
+        # Layers of one kind have matrices M of one shape.
+        self.kind: tuple[Any, ...] = (repr(config), self.rank)
+        # Not a module: its parameters belong to the model and must not be registered here again.
+        self._shared = dict(shared or {})
+        roles = config.roles(Sizes(*sides, self.rank, routing.tasks))
+        if units is not None:
+            roles = tuple(role.of_each(units) for role in roles)
+        self.roles = {role.name: role for role in roles}
+        self.roles_of_model = {role.name: role for role in config.roles_of_model(routing.tasks)}
+        where = like(weight)
+        for name, role in self.roles.items():
+            if name == "base_layer" or hasattr(type(self), name) or hasattr(self, name):
+                raise wrong(config, "roles", f"a role cannot be called '{name}'")
+            setattr(self, name, nn.Parameter(fresh(config, role, **where)))
+
+    @property
+    def in_features(self) -> int:
+        """Of the frozen weight."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """Of the frozen weight."""
+        raise NotImplementedError
+
+    def bare(self, *given: Any) -> Any:
+        """What `forward` is without the adapter."""
+        raise NotImplementedError
+
+    def weight_name(self, path: str) -> str:
+        """The frozen weight's name in the untouched model, where this layer is at `path`."""
+        raise NotImplementedError
+
+    def tensors(self, tasks: Tensor | None) -> TensorsOf:
+        """The method's tensors by role, with an axis of layers; own ones of tasks [P], or of all."""
+        return TensorsOf([self], tasks)
+
+    def factors(self, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A [nA, k, in] and B [n, out, m] as the products want them; gradients flow through.
+
+        With an adapter for each expert [E, nA, k, in] and [E, n, out, m].
+
+        Args:
+            tasks: [P] the tasks whose own parts are wanted, or None for all.
+        """
+        given = TensorsOf([self], tasks, stacked=self.stacked)
+        if not self.stacked:
+            return self.config.factors(given)
+        names = [*self.roles, *self.roles_of_model]
+        axes = tuple(0 if name in self.roles else None for name in names)
+
+        def of_one(*values: Tensor) -> tuple[Tensor, Tensor]:
+            return self.config.factors(OneOf(given, dict(zip(names, values, strict=True))))
+
+        return torch.vmap(of_one, in_dims=axes)(*(given[name] for name in names))
+
+    @torch.no_grad()
+    def task_update(self, task: int) -> tuple[Tensor, Tensor]:
+        """The ordinary LoRA that the adapter is for one task.
+
+        A'_t [k, in] and B'_t [out, k] with ΔW_t = s · B'_t A'_t exactly; for MTL-LoRA A' = A and
+        B'_t = Σ_i g_{t,i} B_i Λ_t. With an adapter for each expert [E, k, in] and [E, out, k].
+
+        Returns:
+            A'_t and B'_t, both float64.
+
+        Raises:
+            UsageError: the method reads the token; it is no LoRA for any task.
+        """
+        if not self.config.mergeable():
+            raise UsageError(
+                f"{self.config.method} mixes its up-projections by the token, not by the task: "
+                "no update of the weights equals it"
+            )
+        tasks = torch.tensor([task], device=self.lora_B.device)
+        down, up = self.factors(tasks)
+        side_by_side = up.movedim(-3, -2).flatten(-2).double()
+        mixing = mixing_of([self], tasks)
+        if mixing is not None and self.config.spread == "task":
+            own = mixing[:, 0] if self.stacked else mixing[0, 0]
+            side_by_side = side_by_side @ own.double()
+        return down.flatten(-3, -2).double(), side_by_side
+
+    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
+        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
+        config = self.config
+        return AdapterProducts(
+            spans,
+            config.scale(self.rank),
+            config.dropout,
+            config.spread,
+            config.ups,
+            config.tau,
+        )
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"method={c.method}, rank={self.rank}, up_projections={c.ups}, tasks={self.routing.tasks}"
+
+
+class MultiTaskLinear(TaskLayer):
+    """y = W x + b + s · B M_t A x, for a position of task t.
+
+    Args:
+        base: the frozen layer, `nn.Linear` or bitsandbytes' `Linear4bit`.
+        config, routing, shared, rank: as of `TaskLayer`.
+    """
+
+    def __init__(
+        self,
         base: nn.Linear,
         config: Settings,
         routing: Routing,
         shared: Mapping[str, nn.Parameter] | None = None,
         rank: int | None = None,
     ) -> None:
-        super().__init__()
+        sides = base.out_features, base.in_features
+        super().__init__(base.weight, sides, config, routing, shared, rank)
         self.base_layer = base.requires_grad_(False)
-        self.config = config
-        self.routing = routing
-        self.rank = rank or config.rank
-        # Layers of one kind have matrices M of one shape.
-        self.kind = (repr(config), self.rank)
-        # Not a module: its parameters belong to the model and must not be registered here again.
-        self._shared = dict(shared or {})
-        sizes = Sizes(base.out_features, base.in_features, self.rank, routing.tasks)
-        self.roles = {role.name: role for role in config.roles(sizes)}
-        self.roles_of_model = {role.name: role for role in config.roles_of_model(routing.tasks)}
-        where = like(base.weight)
-        for name, role in self.roles.items():
-            if hasattr(self, name):
-                raise wrong(config, "roles", f"a role cannot be called '{name}'")
-            setattr(self, name, nn.Parameter(fresh(config, role, **where)))
 
     @property
     def weight(self) -> Tensor:
@@ -83,55 +195,13 @@ class MultiTaskLinear(nn.Module):
         """Of the frozen layer."""
         return self.base_layer.out_features
 
-    def tensors(self, tasks: Tensor | None) -> TensorsOf:
-        """The method's tensors by role, with an axis of one layer; own ones of tasks [P], or of all."""
-        return TensorsOf([self], tasks)
+    def bare(self, *given: Any) -> Any:
+        """The frozen layer."""
+        return self.base_layer(*given)
 
-    def factors(self, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A [nA, k, in] and B [n, out, m] as the products want them; gradients flow through.
-
-        Args:
-            tasks: [P] the tasks whose own parts are wanted, or None for all.
-        """
-        return self.config.factors(TensorsOf([self], tasks, stacked=False))
-
-    @torch.no_grad()
-    def task_update(self, task: int) -> tuple[Tensor, Tensor]:
-        """The ordinary LoRA that the adapter is for one task.
-
-        A'_t [k, in] and B'_t [out, k] with ΔW_t = s · B'_t A'_t exactly; for MTL-LoRA A' = A and
-        B'_t = Σ_i g_{t,i} B_i Λ_t.
-
-        Returns:
-            A'_t and B'_t, both float64.
-
-        Raises:
-            UsageError: the method reads the token; it is no LoRA for any task.
-        """
-        if not self.config.mergeable():
-            raise UsageError(
-                f"{self.config.method} mixes its up-projections by the token, not by the task: "
-                "no update of the weights equals it"
-            )
-        tasks = torch.tensor([task], device=self.lora_B.device)
-        down, up = self.factors(tasks)
-        side_by_side = up.permute(1, 0, 2).flatten(1).double()
-        mixing = mixing_of([self], tasks)
-        if mixing is not None and self.config.spread == "task":
-            side_by_side = side_by_side @ mixing[0, 0].double()
-        return down.flatten(0, 1).double(), side_by_side
-
-    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
-        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
-        config = self.config
-        return AdapterProducts(
-            spans,
-            config.scale(self.rank),
-            config.dropout,
-            config.spread,
-            config.ups,
-            config.tau,
-        )
+    def weight_name(self, path: str) -> str:
+        """As of every linear layer."""
+        return f"{path}.weight"
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*lead, in] → [*lead, out]; the task ids must lead `lead`."""
@@ -189,10 +259,6 @@ class MultiTaskLinear(nn.Module):
             cast(Tensor, y), kept, down[0, common:], up[0, :, common:], products, slots
         )
 
-    def extra_repr(self) -> str:
-        c = self.config
-        return f"method={c.method}, rank={self.rank}, up_projections={c.ups}, tasks={self.routing.tasks}"
-
 
 def _with_own_parts(
     y: Tensor, x: Tensor, down: Tensor, up: Tensor, products: AdapterProducts, slots: Slots
@@ -210,7 +276,7 @@ def _with_own_parts(
 
 
 def mixing_of(
-    layers: Sequence[MultiTaskLinear],
+    layers: Sequence[TaskLayer],
     tasks: Tensor | None,
     *,
     all_rows: bool = False,
@@ -251,7 +317,7 @@ class TensorsOf:
     """
 
     def __init__(
-        self, layers: Sequence[MultiTaskLinear], tasks: Tensor | None, *, stacked: bool = True
+        self, layers: Sequence[TaskLayer], tasks: Tensor | None, *, stacked: bool = True
     ) -> None:
         self._layers = layers
         self._tasks = tasks
@@ -259,8 +325,8 @@ class TensorsOf:
 
     @property
     def layers(self) -> int:
-        """L."""
-        return len(self._layers)
+        """L, each expert's own adapter as one."""
+        return sum(layer.units for layer in self._layers)
 
     @property
     def tasks(self) -> int:
@@ -288,6 +354,9 @@ class TensorsOf:
             )
         if not self._stacked:
             return self._chosen(first.roles[name], getattr(first, name), 0)
+        if first.stacked:
+            own = [first.roles[name].by_unit(getattr(layer, name)) for layer in self._layers]
+            return self._chosen(first.roles[name], torch.cat(own), 1)
         values = torch.stack([getattr(layer, name) for layer in self._layers])
         return self._chosen(first.roles[name], values, 1)
 
@@ -295,6 +364,20 @@ class TensorsOf:
         if self._tasks is None or not role.per_task:
             return values
         return values.index_select(dim, self._tasks)
+
+
+class OneOf:
+    """`methods.base.Tensors` of one of several, whose tensors are given."""
+
+    layers = 1
+
+    def __init__(self, every: TensorsOf, tensors: Mapping[str, Tensor]) -> None:
+        self._every = every
+        self._tensors = tensors
+        self.tasks, self.rank, self.device = every.tasks, every.rank, every.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name] if name in self._tensors else self._every[name]
 
 
 def fresh(config: Settings, role: Role, **where: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear, mixing_of
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.angles import Angles
 from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
@@ -28,6 +28,7 @@ from mtl_lora_cli.engine.halves import Begin, ExpertsHalf, Layer, MixerHalf, nor
 from mtl_lora_cli.engine.mixer_block import MixerBlock
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
+    ExpertsPlan,
     NotPlanned,
     Plan,
     QueryScale,
@@ -60,6 +61,10 @@ def _misplaced(plan: Plan, model: Any, adapter: Adapter) -> str | None:
     paths.pop(id(model.get_output_embeddings()), None)
     mixed = None
     for module, layer in zip(plan.modules(model), plan.layers, strict=True):
+        if isinstance(layer.mlp, ExpertsPlan):
+            stack = module.get_submodule(layer.mlp.stack)
+            for one in stack.children():
+                paths.pop(id(one), None)
         for group in layer.groups:
             projections = [module.get_submodule(path) for path in group]
             adapted = [one for one in projections if paths.pop(id(one), None) is not None]
@@ -223,12 +228,12 @@ class FusedDecoder:
 
     def mixings(self, slots: Slots, chosen_slots: Slots) -> list[list[Tensor | None]]:
         """M [J, P, m, k] of every group of every layer, made together."""
-        found: list[list[Tensor | None]] = [[None] * len(layer.groups) for layer in self.layers]
+        found: list[list[Tensor | None]] = [[None] * len(layer.carriers) for layer in self.layers]
         last = len(self.layers) - 1
         # The last layer's later groups see the chosen positions, where fewer tasks may be present.
         places: dict[tuple[Any, bool], list[tuple[int, int]]] = {}
         for number, layer in enumerate(self.layers):
-            for kind, group in enumerate(layer.groups):
+            for kind, group in enumerate(layer.carriers):
                 if group.adapted:
                     key = (group.adapted[0].kind, number == last and kind != _QKV)
                     places.setdefault(key, []).append((number, kind))
@@ -236,12 +241,12 @@ class FusedDecoder:
             own = chosen_slots if chosen else slots
             if own.count == 0:
                 continue
-            groups = [self.layers[number].groups[kind] for number, kind in some]
-            layers = [layer for group in groups for layer in group.adapted]
+            groups = [self.layers[number].carriers[kind] for number, kind in some]
+            layers: list[TaskLayer] = [one for group in groups for one in group.adapted]
             together = mixing_of(layers, own.wanted, all_rows=groups[0].all_tasks)
             if together is None:
                 continue
-            parts = together.split([len(group.adapted) for group in groups])
+            parts = together.split([sum(one.units for one in group.adapted) for group in groups])
             for (number, kind), part in zip(some, parts, strict=True):
                 found[number][kind] = part
         return found
@@ -286,7 +291,7 @@ def _run_layer(
         *first.qkv.tensors(qkv, own.slots), *first.o.tensors(o, own.chosen_slots),
     )  # fmt: skip
     block = ExpertsBlock if isinstance(second, ExpertsHalf) else MlpBlock
-    each = zip(second.groups, others, strict=True)
+    each = zip(second.carriers, others, strict=True)
     tensors = [one for group, mixing in each for one in group.tensors(mixing, own.chosen_slots)]
     x, out = block.apply(second, own, x, out, *tensors)
     # The output has its share from the end of its block.

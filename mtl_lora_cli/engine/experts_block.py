@@ -3,9 +3,10 @@
     x' = x + δ,   h = before x',   T, v the router's choice for h (`router.py`)
     δ' = m · after(Σ_{e ∈ T} v_e D_e(f(G_e h) ⊙ (U_e h)) + shared MLP of h)
 
-Router and experts are frozen; gradients go through both to h. Pairs of a position and an expert that it
-asks are sorted by their experts. With a = f(G_e h) ⊙ (U_e h) and da the gradient that comes to it through
-v_e D_e, the gradient of log v_e is ⟨da, a⟩: what an expert gave is needed by nobody again.
+The router is frozen, and so are the experts but for adapters on them; gradients go through all to h. Pairs
+of a position and an expert that it asks are sorted by their experts. Biases b_e of D_e are added as Σ v_e b_e.
+With a = v_e f(G_e h) ⊙ (U_e h) and da its gradient, that of log v_e is
+⟨da, a⟩: what an expert gave is needed by nobody again.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ from mtl_lora_cli.engine.router import (
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.shared_half import SharedTape
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
-from mtl_lora_cli.kernels.clamped import Clamped, clamped, clamped_gradient
-from mtl_lora_cli.kernels.gated import Activation, gated, gated_gradient
+from mtl_lora_cli.kernels.clamped import Clamped
+from mtl_lora_cli.kernels.expert_gate import (
+    ExpertActivation,
+    expert_gated,
+    expert_gated_gradient,
+)
 
 
 class ExpertsBlock(torch.autograd.Function):
@@ -44,25 +49,35 @@ class ExpertsBlock(torch.autograd.Function):
     def forward(
         ctx: Any, half: ExpertsHalf, call: Pass, x: Tensor, before: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        slots = call.chosen_slots
+        slots, training = call.chosen_slots, call.training
+        *shared_tensors, of_gate_up, of_down = _split(half, tensors)
         entry, wide = half.begin.forward(x, before, half.room)
         h = wide[:, : entry.total.shape[1]]
         choice = choose(h, half.router, half.plan.router)
-        both: Tensor | None = half.gate_up.forward(h[choice.position], choice)
-        out = half.down.forward(_gated(half.plan, both), choice)
+        pairs, values = choice.pairs, weights_of(choice, half.plan.router)
+        both: Tensor | None
+        both, tape_gate_up = half.gate_up.forward(
+            h[pairs.position], of_gate_up, pairs, slots, training
+        )
+        active = expert_gated(both, pairs.sorted(values), half.plan.activation)
         both = both if call.keep.gate_up else None
-        out.mul_(_pair_weights(choice, half.plan).to(out.dtype))
-        summed = choice.summed(out)
+        out, tape_down = half.down.forward(active, of_down, pairs, slots, training)
+        del active
+        summed = pairs.summed(out)
         del out
+        if half.down.frozen.bias is not None:
+            summed += _spread_over(choice, values).to(h.dtype) @ half.down.frozen.bias
         shared = None
         if half.shared is not None:
-            added, shared = half.shared.forward(wide, _split(half, tensors), slots, call.training)
+            added, shared = half.shared.forward(wide, shared_tensors, slots, training)
             summed += added
         if call.learn:
             saved = Saved(ctx)
             saved.add_entry(entry)
             saved.add("chosen", choice.chosen)
             saved.add("both", both)
+            saved.add_tape("tape_gate_up", tape_gate_up)
+            saved.add_tape("tape_down", tape_down)
             if shared is not None:
                 _save_shared(saved, shared, kept=call.keep.gate_up)
             saved.close()
@@ -74,68 +89,55 @@ class ExpertsBlock(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, dsummed: Tensor) -> tuple[Any, ...]:
         (half, slots), saved = ctx.static, opened(ctx)
         plan, entry = half.plan, entry_of(saved)
+        tape_gate_up, tape_down = saved.get("tape_gate_up"), saved.get("tape_down")
         wide = half.begin.again(entry, half.room)
         h = wide[:, : entry.total.shape[1]]
         choice = choose(h, half.router, plan.router, saved["chosen"])
-        both = saved.pop("both")
+        pairs, both = choice.pairs, saved.pop("both")
         if both is None:
-            both = half.gate_up.forward(h[choice.position], choice)
-        dy = dsummed[choice.position]
-        dy.mul_(_pair_weights(choice, plan).to(dy.dtype))
-        dactive = half.down.backward(dy, choice)
-        weighted = half.down.frozen.bias_product(dy, choice.expert)
-        del dy
-        dboth, active = _gated_gradient(plan, dactive, both)
-        through = _inner(dactive, active)
-        weighted = through if weighted is None else weighted + through
+            both = half.gate_up.again(h[pairs.position], tape_gate_up, pairs, slots)
+        values = weights_of(choice, plan.router)
+        dactive, gradients = half.down.backward(dsummed[pairs.position], tape_down, pairs, slots)
+        dboth, through, active = expert_gated_gradient(
+            dactive, both, pairs.sorted(values), plan.activation, again=tape_down is not None
+        )
+        weighted = pairs.back(through)
+        if half.down.frozen.bias is not None:
+            of_bias = (dsummed @ half.down.frozen.bias.T).to(values.dtype)
+            weighted += values * of_bias.gather(1, choice.chosen)
+        down_found = half.down.finish(
+            gradients, tape_down, dactive if active is None else active, pairs
+        )
         del dactive, active, both
-        dlogits = router_gradient(choice.back(weighted), choice, plan.router)
-        dh = choice.summed(half.gate_up.backward(dboth, choice))
+        dlogits = router_gradient(weighted, choice, plan.router)
+        dinputs, gradients = half.gate_up.backward(dboth, tape_gate_up, pairs, slots)
         del dboth
+        dh = pairs.summed(dinputs)
+        del dinputs
         dh += router_input_gradient(dlogits, half.router, h)
+        gate_up_found = half.gate_up.finish(
+            gradients, tape_gate_up, h[pairs.position] if tape_gate_up else h, pairs
+        )
         found: list[Tensor | None] = []
         if half.shared is not None:
             tape = _opened_shared(saved, len(half.shared.groups))
-            dshared, gradients = half.shared.backward(dsummed, wide, tape, slots)
+            dshared, some = half.shared.backward(dsummed, wide, tape, slots)
             dh += dshared
-            found += [one for some in gradients for one in some]
-        both_found = half.begin.gradient(dh, dtotal, entry)
-        return (None, None, *both_gradients(ctx, both_found, 2), *found)
+            found = [one for own in some for one in own]
+        dx = half.begin.gradient(dh, dtotal, entry)
+        return (None, None, *both_gradients(ctx, dx, 2), *found, *gate_up_found, *down_found)
 
 
-def _gated(plan: ExpertsPlan, both: Tensor | None) -> Tensor:
-    """a [S, F]."""
-    assert both is not None
-    if isinstance(plan.activation, Clamped):
-        return clamped(both, plan.activation)
-    return gated(both, plan.activation)
-
-
-def _gated_gradient(plan: ExpertsPlan, da: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of what the gates and ups gave, and a once more."""
-    if isinstance(plan.activation, Clamped):
-        return clamped_gradient(da, both, plan.activation)
-    dboth, active = gated_gradient(da, both, plan.activation, again=True)
-    assert active is not None
-    return dboth, active
-
-
-def _pair_weights(choice: RouterChoice, plan: ExpertsPlan) -> Tensor:
-    """v of each pair, [S, 1]."""
-    return choice.sorted(weights_of(choice, plan.router)).unsqueeze(1)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_s, b_s⟩ [S] in float32 or better."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(wide) * b.to(wide)).sum(-1)
+def _spread_over(choice: RouterChoice, values: Tensor) -> Tensor:
+    """v [M, k] at the places of the experts, [M, E]."""
+    return torch.zeros_like(choice.shares).scatter_(1, choice.chosen, values)
 
 
 def _split(half: ExpertsHalf, tensors: Sequence[Any]) -> list[Sequence[Any]]:
     """The tensors of each group."""
     found: list[Sequence[Any]] = []
     rest = list(tensors)
-    for group in half.groups:
+    for group in half.carriers:
         found.append(rest[: group.count])
         rest = rest[group.count :]
     return found
@@ -214,7 +216,7 @@ def backward_bytes(
     return (each * sizes.value + _routing(layer)) * (load.asked if last else load.positions)
 
 
-def _terms(activation: Activation | Clamped) -> int:
+def _terms(activation: ExpertActivation) -> int:
     """What plain torch makes of an activation's gradient besides, as many times as it has values."""
     return 6 if isinstance(activation, Clamped) else 2 if activation == "silu" else 3
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.experts import MultiTaskStack, frozen_stacks
 from mtl_lora_cli.engine.core import Core, core_of
 from mtl_lora_cli.engine.group import Group
 from mtl_lora_cli.engine.heads import HeadLayout
@@ -162,6 +162,11 @@ class MlpHalf:
         """Linear layers of one input each."""
         return (self.gate_up, self.down)
 
+    @property
+    def carriers(self) -> tuple[Group | StackGroup, ...]:
+        """What may carry adapters."""
+        return self.groups
+
 
 class ExpertsHalf:
     """The frozen parts of a layer's experts.
@@ -188,15 +193,25 @@ class ExpertsHalf:
         self.shared = shared
         self._router = module.get_submodule(plan.router.path)
         stack = module.get_submodule(plan.stack)
+        frozen = frozen_stacks(stack, transposed=plan.transposed)
         self.gate_up, self.down = (
-            StackGroup(FrozenStack(stack, name, transposed=plan.transposed))
-            for name in ("gate_up_proj", "down_proj")
+            StackGroup(
+                one,
+                cast(MultiTaskStack | None, stack._modules.get(name)),
+                biased=name == "gate_up_proj",
+            )
+            for name, one in frozen.items()
         )
 
     @property
     def groups(self) -> tuple[Group, ...]:
         """Linear layers of one input each: those of the shared MLP."""
         return () if self.shared is None else self.shared.groups
+
+    @property
+    def carriers(self) -> tuple[Group | StackGroup, ...]:
+        """What may carry adapters: the groups, and the two stacks of experts."""
+        return (*self.groups, self.gate_up, self.down)
 
     @property
     def room(self) -> int:
@@ -226,6 +241,11 @@ class Layer:
     def groups(self) -> tuple[Group, ...]:
         """Linear layers of one input each, in the order of `LayerPlan.groups`."""
         return (self.attention.qkv, self.attention.o, *self.mlp.groups)
+
+    @property
+    def carriers(self) -> tuple[Group | StackGroup, ...]:
+        """What may carry adapters: the groups, and stacks of experts."""
+        return (self.attention.qkv, self.attention.o, *self.mlp.carriers)
 
     @staticmethod
     def of(module: nn.Module, plan: LayerPlan, end: End | None, *, resident: bool) -> Layer:

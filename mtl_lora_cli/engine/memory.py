@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.experts import frozen_stacks
 from mtl_lora_cli.engine import attention_block, experts_block, mixer_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MixerPlan
@@ -245,10 +245,8 @@ def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
     gate_up, down, gate = (others.get(number) for number in range(3))
     if not isinstance(plan.mlp, ExpertsPlan):
         return LayerSizes(plan, qkv, o, gate_up, down)
-    up_stack, down_stack = (
-        FrozenStack(module.get_submodule(plan.mlp.stack), name, transposed=plan.mlp.transposed)
-        for name in ("gate_up_proj", "down_proj")
-    )
+    experts = module.get_submodule(plan.mlp.stack)
+    up_stack, down_stack = frozen_stacks(experts, transposed=plan.mlp.transposed).values()
     return LayerSizes(
         plan,
         qkv,

@@ -1,8 +1,4 @@
-"""Which experts a position asks: the choice of a router, and its gradient.
-
-Pairs of a position and an expert that it asks are sorted by their experts, so that each expert is one
-product, or all are one grouped product (`kernels/grouped.py`).
-"""
+"""Which experts a position asks: the choice of a router, and its gradient."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.engine.plan import RouterPlan
 
 
@@ -23,42 +20,20 @@ class RouterWeights(NamedTuple):
 
 
 class RouterChoice(NamedTuple):
-    """Which experts each of M positions asks, and in which order S = M k pairs are computed.
+    """Which experts each of M positions asks, and the pairs that are computed.
 
     Attributes:
         shares: p [M, E], float32 or better.
-        chosen: int64 [M, k].
-        order: int64 [S], pairs (position · k + place) sorted by expert.
-        ends: int32 [E], where each expert's pairs end.
+        pairs: of positions and experts.
     """
 
     shares: Tensor
-    chosen: Tensor
-    order: Tensor
-    ends: Tensor
+    pairs: Pairs
 
     @property
-    def position(self) -> Tensor:
-        """Of each pair, int64 [S]."""
-        return self.order // self.chosen.shape[1]
-
-    @property
-    def expert(self) -> Tensor:
-        """Of each pair, int64 [S], ascending."""
-        return self.sorted(self.chosen)
-
-    def sorted(self, values: Tensor) -> Tensor:
-        """[M, k] in the order of the pairs, [S]."""
-        return values.flatten()[self.order]
-
-    def back(self, pairs: Tensor) -> Tensor:
-        """[S] in the order of the positions, [M, k]."""
-        return torch.empty_like(pairs).scatter_(0, self.order, pairs).view_as(self.chosen)
-
-    def summed(self, pairs: Tensor) -> Tensor:
-        """The sum over each position's pairs, [S, d] → [M, d]; always in the same order."""
-        places = torch.arange(len(self.order), device=self.order.device)
-        return pairs[self.back(places).flatten()].view(*self.chosen.shape, -1).sum(1)
+    def chosen(self) -> Tensor:
+        """int64 [M, k]."""
+        return self.pairs.chosen
 
 
 def choose(
@@ -72,10 +47,7 @@ def choose(
     shares = logits.softmax(-1) if plan.scores == "softmax" else logits.sigmoid()
     if chosen is None:
         chosen = _best(shares, weights.correction, plan)
-    experts, order = chosen.flatten().sort(stable=True)
-    counts = torch.zeros(plan.experts, dtype=torch.int64, device=h.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts))
-    return RouterChoice(shares, chosen, order, counts.cumsum(0).to(torch.int32))
+    return RouterChoice(shares, Pairs.of(chosen, plan.experts))
 
 
 def _best(shares: Tensor, correction: Tensor | None, plan: RouterPlan) -> Tensor:

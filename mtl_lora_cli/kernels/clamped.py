@@ -1,6 +1,8 @@
 """gpt-oss's gated activation, over a buffer in which gate and up are neighbours: g₀, u₀, g₁, u₁, …
 
-g' = min(g, c),   u' = min(max(u, −c), c),   a = (u' + 1) ⊙ g' σ(α g')
+    g' = min(g, c),   u' = min(max(u, −c), c),   a = (u' + 1) ⊙ g' σ(α g')
+
+`expert_gate.py` has its kernels.
 """
 
 from __future__ import annotations
@@ -9,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from mtl_lora_cli.kernels.backend import in_triton
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,6 @@ class Clamped:
 
 def clamped(both: Tensor, how: Clamped) -> Tensor:
     """a [N, f] from [g₀, u₀, g₁, …] [N, 2f]."""
-    if in_triton(both):
-        from mtl_lora_cli.kernels import triton_clamped
-
-        return triton_clamped.clamped(both, how)
     gate, up = _within(both, how)
     return (up + 1) * (gate * torch.sigmoid(how.alpha * gate))
 
@@ -40,12 +36,7 @@ def clamped_gradient(da: Tensor, both: Tensor, how: Clamped) -> tuple[Tensor, Te
     """The gradient of [g₀, u₀, g₁, …] [N, 2f] from da [N, f], and a once more [N, f].
 
     dg = da (u' + 1) σ (1 + α g' (1 − σ)) where g ≤ c,   du = da g' σ where |u| ≤ c,   with σ = σ(α g').
-    It may be written over its input.
     """
-    if in_triton(both):
-        from mtl_lora_cli.kernels import triton_clamped
-
-        return triton_clamped.clamped_gradient(da, both, how)
     gate, up = _within(both, how)
     sigmoid = torch.sigmoid(how.alpha * gate)
     active = gate * sigmoid

@@ -1,6 +1,7 @@
 """Products of sorted rows, each run of rows with a matrix of its own.
 
 y_s = W_e x_s,   or with `transposed`   y_s = W_eᵀ x_s,     e the group of row s
+P_e = Σ_{s in e} a_s b_sᵀ
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def grouped(x: Tensor, weights: Tensor, ends: Tensor, *, transposed: bool = Fals
     Returns:
         [S, out], with `transposed` [S, in].
     """
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    if _on_card(x, x.shape[1], *weights.shape[1:]):
         matrices = weights if transposed else weights.transpose(1, 2)
         return torch._grouped_mm(x.contiguous(), matrices, offs=ends)
     out = x.new_empty(len(x), weights.shape[2 if transposed else 1])
@@ -33,3 +34,33 @@ def grouped(x: Tensor, weights: Tensor, ends: Tensor, *, transposed: bool = Fals
             out[start:end] = rows @ weight if transposed else F.linear(rows, weight)
         start = end
     return out
+
+
+def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """The sum of the outer products of each group's rows, aᵀ b.
+
+    Args:
+        a: [S, p]; rows of one group stand together.
+        b: [S, q].
+        ends: as for `grouped`.
+
+    Returns:
+        [E, p, q], float32 or better; on a card in bfloat16 each sum is rounded to that once.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if _on_card(a, a.shape[1], b.shape[1]):
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        found = torch._grouped_mm(a.contiguous().T, b.contiguous(), offs=ends).to(wide)
+        return torch.where((counts > 0)[:, None, None], found, 0.0)
+    out = torch.zeros(len(ends), a.shape[1], b.shape[1], dtype=wide, device=a.device)
+    start = 0
+    for number, end in enumerate(ends.tolist()):
+        if end > start:
+            out[number] = (a[start:end].T @ b[start:end]).to(wide)
+        start = end
+    return out
+
+
+def _on_card(x: Tensor, *sides: int) -> bool:
+    """Whether torch's grouped product takes matrices with these sides: rows of whole 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(side % 8 == 0 for side in sides)

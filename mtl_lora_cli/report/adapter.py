@@ -40,8 +40,8 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
     gates = _gates(adapter)
     layers = {
         path: {
-            "in_features": layer.base_layer.in_features,
-            "out_features": layer.base_layer.out_features,
+            "in_features": layer.in_features,
+            "out_features": layer.out_features,
             "rank": layer.rank,
             "norms": _norms(layer, adapter.tasks, grams.get(path)),
             "gates": _by_task(adapter.tasks, gates[path].tolist()) if gates else None,

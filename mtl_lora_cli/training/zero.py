@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer
 from mtl_lora_cli.engine.memory import LIVE_LAYERS
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, file_problem
 from mtl_lora_cli.machine.processes import Processes, require_group
@@ -424,7 +424,7 @@ class _CutLayer(nn.Module):
 
         super().__init__()
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        adapted = (module for module in layer.modules() if isinstance(module, MultiTaskLinear))
+        adapted = (module for module in layer.modules() if isinstance(module, TaskLayer))
         whole = {id(own) for module in adapted for own in module.parameters(recurse=False)}
         for parameter in layer.parameters():
             if id(parameter) not in whole:  # the adapter is not cut

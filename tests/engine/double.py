@@ -94,8 +94,8 @@ def tiny(model_type: str, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def adapt_all(model: Any) -> Adapter:
-    """An adapter of three tasks on every linear layer but the head, far from its start."""
+def adapt_all(model: Any, **more: Any) -> Adapter:
+    """An adapter of three tasks on every linear layer but the head, far from its start; `more` settings."""
     targets = {path.rpartition(".")[2] for path in linear_layers(model)}
     config = configure(
         rank=RANK,
@@ -103,6 +103,7 @@ def adapt_all(model: Any) -> Adapter:
         up_projections=UPS,
         temperature=TEMPERATURE,
         target_modules=tuple(sorted(targets)),
+        **more,
     )
     adapter = inject(model, config, TASKS)
     generator = torch.Generator().manual_seed(1)
@@ -170,13 +171,37 @@ def adapted(model: Any, tensors: Mapping[str, Tensor], task: int) -> dict[str, T
     """W_t = W + s Σ_i g_{t,i} B_i Λ_t A of every adapted layer, under its weight's name."""
     if task < 0:
         return {}
+    parameters = dict(model.named_parameters())
     weights = {}
-    for path, layer in linear_layers(model).items():
+    for name in tensors:
+        path, _, role = name.rpartition(".")
+        if role != "lora_A":
+            continue
         down, ups, transforms, gates = (
             tensors[f"{path}.{role}"]
             for role in ("lora_A", "lora_B", "task_transform", "task_gate")
         )
-        gate = torch.softmax(gates[task] / TEMPERATURE, dim=-1)
-        change = sum(g * up @ transforms[task] @ down[0] for g, up in zip(gate, ups, strict=True))
-        weights[f"{path}.weight"] = layer.weight + SCALE * change
+        if path in parameters:
+            weight = parameters[path]
+            transposed = bool(model.get_submodule(path.rpartition(".")[0]).is_transposed)
+            changes = []
+            for expert in range(len(weight)):
+                own = (
+                    (down[expert], ups[expert], transforms[task, expert], gates[task, expert])
+                    if down.ndim == 4
+                    else (down, ups, transforms[task], gates[task])
+                )
+                change = update(*own)
+                changes.append(change.T if transposed else change)
+            weights[path] = weight + SCALE * torch.stack(changes)
+        else:
+            change = update(down, ups, transforms[task], gates[task])
+            weights[f"{path}.weight"] = parameters[f"{path}.weight"] + SCALE * change
     return weights
+
+
+def update(down: Tensor, ups: Tensor, transform: Tensor, gate: Tensor) -> Tensor:
+    """Σ_i g_i B_i Λ A."""
+    shares = torch.softmax(gate / TEMPERATURE, dim=-1)
+    parts = [g * up @ transform @ down[0] for g, up in zip(shares, ups, strict=True)]
+    return torch.stack(parts).sum(0)

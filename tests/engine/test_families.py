@@ -10,7 +10,7 @@ import torch
 
 from mtl_lora_cli.engine.families import known_types
 from mtl_lora_cli.engine.saved import Keep
-from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.packed import Engine, PackedModel
 from mtl_lora_cli.models.trust import settle
 
 from .double import adapt_all, alone, examples, in_double, packed_row, tiny
@@ -141,11 +141,13 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def furthest(model: Any, keep: Keep | None = None) -> float:
+def furthest(
+    model: Any, keep: Keep | None = None, engine: Engine = "fused", **settings: Any
+) -> float:
     """The largest difference of a log-probability, or of a gradient beside its tensor's largest."""
     bare, some = copy.deepcopy(model), examples()
-    adapter = adapt_all(model)
-    packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
+    adapter = adapt_all(model, **settings)
+    packed = PackedModel(model, adapter, engine=engine, keep=keep).train()
     batch = packed_row(some)
     leaves = {
         name: tensor.detach().clone().requires_grad_() for name, tensor in adapter.tensors().items()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -80,6 +80,22 @@ class Role:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    def of_each(self, units: int) -> Role:
+        """The same for each of several adapters, behind the axis of tasks where there is one."""
+        first = 1 if self.per_task else 0
+        shape = (*self.shape[:first], units, *self.shape[first:])
+
+        def start(*_: int, **where: Any) -> Tensor:
+            import torch
+
+            return torch.stack([self.start(*self.shape, **where) for _ in range(units)], first)
+
+        return replace(self, shape=shape, start=start)
+
+    def by_unit(self, value: Tensor) -> Tensor:
+        """A tensor of `of_each` with the axis of the adapters in front."""
+        return value.transpose(0, 1) if self.per_task else value
 
 
 class Tensors(Protocol):
@@ -191,6 +207,10 @@ class Settings(BaseModel):
     )
     rank_pattern: dict[str, Positive] = Field(
         {}, description="Target or pattern → rank of the layers that it names."
+    )
+    experts: Literal["none", "shared", "each"] = Field(
+        "none",
+        description="Adapters on the experts of a mixture: one for all of a layer, or one for each.",
     )
     target_modules: Names = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj"],

@@ -1,0 +1,200 @@
+"""The arithmetic of adapters on experts, for pairs sorted by their experts (`pairs.py`).
+
+    y_s = W_e x_s + b_e + s · B M_t A x_s              one adapter for all experts (`shared`)
+    y_s = W_e x_s + b_e + s · B_e M_{e,t} A_e x_s      one for each (`each`)
+
+e is the pair's expert and t its position's task. What lies between A and B is `AdapterProducts`'; with one
+adapter for each expert a slot is an expert and a task. `AdaptedStack` is the autograd function; the fused
+engine's blocks are built of the same products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors, wide_product
+from mtl_lora_cli.adapters.pairs import Pairs
+from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.grouped import grouped, grouped_outer
+
+
+class StackProducts:
+    """See the module.
+
+    Args:
+        products: what lies between A and B, and dropout.
+        each: one adapter for each expert.
+    """
+
+    def __init__(self, products: AdapterProducts, *, each: bool) -> None:
+        self._inner = products
+        self.each = each
+
+    def factors(
+        self, dtype: torch.dtype, down: Tensor, up: Tensor, mixing: Tensor | None
+    ) -> Factors:
+        """A [k, in] and s B [out, m], with `each` [E, k, in] and [E, out, m], and M [1, slots, m, k].
+
+        Args:
+            dtype: of the activations.
+            down: [nA, r, in], with `each` [E, nA, r, in].
+            up: [n, out, r], with `each` [E, n, out, r].
+            mixing: [1, P, m, k], with `each` [E, P, m, k].
+        """
+        below = down.detach().flatten(-3, -2).to(dtype)
+        beside = (up.detach() * self._inner.scale).movedim(-3, -2).flatten(-2).to(dtype)
+        if mixing is not None:
+            mixing = mixing.detach().flatten(0, 1).unsqueeze(0)
+        return Factors(below, beside, mixing)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """As `AdapterProducts.mask`."""
+        return self._inner.mask(x)
+
+    def narrow(self, x: Tensor, mask: Tensor | None, factors: Factors, pairs: Pairs) -> Tensor:
+        """z = A x [S, k]."""
+        return self._product(self._inner.dropped(x, mask), factors.down, pairs)
+
+    def spread(self, z: Tensor, factors: Factors, slots: Slots) -> Tensor:
+        """u = M z [S, m]; `slots` are those of the pairs."""
+        if self._gathers(z):
+            return _mixed(z, factors, slots)
+        return self._inner.spread(z, factors, slots)
+
+    def add_up(self, y: Tensor, u: Tensor, factors: Factors, pairs: Pairs) -> None:
+        """y += s B u in place."""
+        if self.each:
+            y.add_(grouped(u, factors.up, pairs.ends))
+        else:
+            y.addmm_(u, factors.up.T)
+
+    def gradients(
+        self, dy: Tensor, z: Tensor, factors: Factors, slots: Slots, pairs: Pairs
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """dz [S, k], dM as `factors` was given it (or None), and dyᵀ u [out, m], with `each` [E, out, m]."""
+        u = self.spread(z, factors, slots)
+        dup = self._outer(dy, u, pairs)
+        du = self._transposed(dy, factors.up, pairs)
+        if self._gathers(z):
+            dz, dmixing = _unmixed(du, z, factors, slots)
+        else:
+            dz, dmixing = self._inner.unspread(du, z, factors, slots)
+        if dmixing is not None and self.each:
+            dmixing = dmixing.unflatten(1, (factors.down.shape[0], -1))[0]
+        return dz, dmixing, dup
+
+    def add_input_gradient(
+        self, dx: Tensor, dz: Tensor, mask: Tensor | None, factors: Factors, pairs: Pairs
+    ) -> None:
+        """dx += mask ⊙ (dz A) in place."""
+        if mask is None and not self.each:
+            dx.addmm_(dz, factors.down)
+        else:
+            dx.add_(self._inner.dropped(self._transposed(dz, factors.down, pairs), mask))
+
+    def down_gradient(self, dz: Tensor, x: Tensor, mask: Tensor | None, pairs: Pairs) -> Tensor:
+        """dA = dzᵀ (mask ⊙ x), [k, in], with `each` [E, k, in], float32 or better."""
+        return self._outer(dz, self._inner.dropped(x, mask), pairs)
+
+    def parameter_gradients(
+        self, down: torch.Size, up: torch.Size, dtype: torch.dtype, ddown: Tensor, dup: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dA and dyᵀ u in the shapes of the parameters, and in their dtype."""
+        n, _, rank = up[-3:]
+        beside = dup.unflatten(-1, (n, rank)).movedim(-2, -3) * self._inner.scale
+        return ddown.view(down).to(dtype), beside.to(dtype).contiguous()
+
+    def _gathers(self, z: Tensor) -> bool:
+        """Whether each pair's own M is picked out: in plain torch all M of all pairs would be many."""
+        return self.each and self._inner.spread_by == "task" and not in_triton(z)
+
+    def _product(self, x: Tensor, matrix: Tensor, pairs: Pairs) -> Tensor:
+        return grouped(x, matrix, pairs.ends) if self.each else x @ matrix.T
+
+    def _transposed(self, x: Tensor, matrix: Tensor, pairs: Pairs) -> Tensor:
+        return grouped(x, matrix, pairs.ends, transposed=True) if self.each else x @ matrix
+
+    def _outer(self, a: Tensor, b: Tensor, pairs: Pairs) -> Tensor:
+        return grouped_outer(a, b, pairs.ends) if self.each else wide_product(a.T, b)
+
+
+def _own(z: Tensor, factors: Factors, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
+    """M of each pair [S, m, k], its place among all M, and whether it has one [S, 1]."""
+    assert factors.mixing is not None
+    place = slots.index.clamp(min=0).long()
+    return factors.mixing[0].to(z.dtype)[place], place, (slots.index >= 0).unsqueeze(1)
+
+
+def _mixed(z: Tensor, factors: Factors, slots: Slots) -> Tensor:
+    own, _, active = _own(z, factors, slots)
+    return torch.where(active, (own @ z.unsqueeze(-1)).squeeze(-1), 0.0)
+
+
+def _unmixed(du: Tensor, z: Tensor, factors: Factors, slots: Slots) -> tuple[Tensor, Tensor]:
+    own, place, active = _own(z, factors, slots)
+    assert factors.mixing is not None
+    du = torch.where(active, du, 0.0)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    each = du.to(wide).unsqueeze(2) * z.to(wide).unsqueeze(1)
+    dmixing = torch.zeros(factors.mixing.shape[1:], dtype=wide, device=z.device)
+    dmixing.index_add_(0, place, each)
+    return (du.unsqueeze(1) @ own).squeeze(1), dmixing.unsqueeze(0)
+
+
+class AdaptedStack(torch.autograd.Function):
+    """One projection of all experts, with an adapter or without.
+
+    Args of `apply`: x [S, in]; the stack, products or None, pairs and the pairs' slots; mask [S, in] (bool
+    or None); M or None; the frozen weight, and A and B or None. Returns y [S, out].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        frozen: FrozenStack,
+        products: StackProducts | None,
+        pairs: Pairs,
+        slots: Slots | None,
+        mask: Tensor | None,
+        mixing: Tensor | None,
+        weight: Tensor,
+        down: Tensor | None,
+        up: Tensor | None,
+    ) -> Tensor:
+        y = frozen.product(x, pairs, weight)
+        ctx.static = (frozen, products, pairs, slots)
+        if products is None or slots is None or down is None or up is None:
+            ctx.save_for_backward(weight)
+            return y
+        factors = products.factors(x.dtype, down, up, mixing)
+        z = products.narrow(x, mask, factors, pairs)
+        products.add_up(y, products.spread(z, factors, slots), factors, pairs)
+        ctx.save_for_backward(weight, x, z, mask, *factors, mixing, down, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        frozen, products, pairs, slots = ctx.static
+        weight, *others = ctx.saved_tensors
+        dx = frozen.input_gradient(dy, pairs, weight) if ctx.needs_input_grad[0] else None
+        nothing = (None,) * 5
+        if products is None or not others:
+            return dx, *nothing, None, None, None, None
+        x, z, mask, below, beside, between, mixing, down, up = others
+        factors = Factors(below, beside, between)
+        dz, dmixing, dup = products.gradients(dy, z, factors, slots, pairs)
+        if dx is not None:
+            products.add_input_gradient(dx, dz, mask, factors, pairs)
+        ddown = products.down_gradient(dz, x, mask, pairs)
+        if dmixing is not None:
+            dmixing = dmixing.to(mixing.dtype)
+        found = products.parameter_gradients(down.shape, up.shape, down.dtype, ddown, dup)
+        return dx, *nothing, dmixing, None, *found

@@ -1,0 +1,35 @@
+"""Adapters on experts, on both engines, against transformers with W_t in the place of each stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.models.packed import Engine
+
+from .double import tiny
+from .test_families import CASES, CLOSE, furthest
+
+KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
+AGAIN = Keep(gate_up=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "engine", "keep"),
+    [
+        ("mixtral window", "each", "fused", AGAIN),
+        ("qwen2_moe some dense", "shared", "fused", None),
+        ("gpt_oss", "shared", "plain", None),
+        ("gpt_oss", "each", "fused", None),
+        ("glm4_moe", "each", "plain", None),
+        ("glm4_moe", "shared", "fused", AGAIN),
+    ],
+)
+def test_experts_are_transformers_alone(
+    name: str, experts: str, engine: Engine, keep: Keep | None
+) -> None:
+    kind, changes = KINDS[name]
+    model: Any = tiny(kind, **changes)
+    assert furthest(model, keep, engine, experts=experts) < CLOSE
