@@ -81,10 +81,8 @@ class StackProducts:
         u = self.spread(z, factors, slots)
         dup = self._outer(dy, u, pairs)
         du = self._transposed(dy, factors.up, pairs)
-        if self._gathers(z):
-            dz, dmixing = _unmixed(du, z, factors, slots)
-        else:
-            dz, dmixing = self._inner.unspread(du, z, factors, slots)
+        unspread = _unmixed if self._gathers(z) else self._inner.unspread
+        dz, dmixing = unspread(du, z, factors, slots)
         if dmixing is not None and self.each:
             dmixing = dmixing.unflatten(1, (factors.down.shape[0], -1))[0]
         return dz, dmixing, dup

@@ -22,7 +22,7 @@ def alpha_at(rank: int, alpha: float, own_rank: int, scaling: str) -> float:
 
 
 def count_at(
-    config: Settings, shapes: Mapping[str, tuple[int, int]], tasks: int
+    config: Settings, shapes: Mapping[str, tuple[int, ...]], tasks: int
 ) -> Callable[[int], int]:
     """rank → trained values of this adapter."""
     return lambda rank: config.changed(rank=rank).count(shapes, tasks)

@@ -43,7 +43,7 @@ from mtl_lora_cli.recipe.schema import Recipe, RunSettings
 from mtl_lora_cli.runs.folder import save_json
 from mtl_lora_cli.tasks.task import Task, require_text
 
-Shapes = Callable[[Settings], dict[str, tuple[int, int]]]  # → module path → (out, in)
+Shapes = Callable[[Settings], dict[str, tuple[int, ...]]]  # → module path → (out, in)
 
 
 @dataclass(frozen=True)
@@ -331,16 +331,18 @@ def _shapes(loaded: LoadedRecipe) -> Shapes:
     """The adapted layers of the base model, from its configuration alone: no weights are read."""
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
     config = load_config(base)
-    known: dict[tuple[str, ...], dict[str, tuple[int, int]]] = {}
+    known: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
 
-    def shapes(adapter: Settings) -> dict[str, tuple[int, int]]:
-        targets = tuple(adapter.target_modules)
+    def shapes(adapter: Settings) -> dict[str, tuple[int, ...]]:
+        targets = (*adapter.target_modules, adapter.experts)
         if targets not in known:
             model = empty_model(config, dtype=torch.float32)
-            plain = configure("lora", target_modules=targets)
+            plain = configure(
+                "lora", target_modules=adapter.target_modules, experts=adapter.experts
+            )
             layers = adapt(model, plain, ["task"]).layers
             known[targets] = {
-                path: (layer.base_layer.out_features, layer.base_layer.in_features)
+                path: (layer.out_features, layer.in_features, layer.units)
                 for path, layer in layers.items()
             }
         require_adapted(adapter, known[targets])

@@ -103,7 +103,8 @@ class StackGroup:
             return [None] * self.count
         ddown = products.down_gradient(gradients.dz, x, tape.mask, pairs)
         dtype: torch.dtype = self.adapted[0].lora_A.dtype
-        found = products.parameter_gradients(*tape.shapes, dtype, ddown, gradients.dup)
+        down, up = tape.shapes
+        found = products.parameter_gradients(down, up, dtype, ddown, gradients.dup)
         return [gradients.dmixing, *found]
 
     def _frozen_product(self, x: Tensor, pairs: Pairs) -> Tensor:

@@ -29,8 +29,10 @@ def expert_gated(both: Tensor, values: Tensor, activation: ExpertActivation) -> 
         from mtl_lora_cli.kernels import triton_expert_gate
 
         return triton_expert_gate.expert_gated(both, values, activation)
-    is_clamped = isinstance(activation, Clamped)
-    active = clamped(both, activation) if is_clamped else gated(both, activation)
+    if isinstance(activation, Clamped):
+        active = clamped(both, activation)
+    else:
+        active = gated(both, activation)
     return active.mul_(values.to(active.dtype)[:, None])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.layer import TaskLayer
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.runs.folder import RunFolder
 
@@ -67,11 +67,15 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def update_gram(updates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Inner products ⟨B_t A_t, B_u A_u⟩ of T updates, float64 [T, T].
+    """Inner products ⟨B_t A_t, B_u A_u⟩ of T updates, float64 [T, T]; of stacks summed over the experts.
 
     With all A_t [k, in] below each other and all B_t [out, k] beside each other, the block (t, u) of
     (A Aᵀ) ∘ (Bᵀ B) [T k, T k] holds the terms of one product.
     """
+    if updates[0][0].ndim == 3:
+        experts = range(len(updates[0][0]))
+        each = [update_gram([(down[e], up[e]) for down, up in updates]) for e in experts]
+        return torch.stack(each).sum(0)
     count = len(updates)
     downs = torch.cat([down for down, _ in updates]).double()
     ups = torch.cat([up for _, up in updates], dim=1).double()
@@ -92,11 +96,11 @@ def _grams(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _gates(adapter: Adapter) -> dict[str, Tensor]:
-    """g of each layer [T, n]; nothing where the method has no gate for a task."""
+    """g of each layer [T, n], the mean over experts; nothing where the method has no gate for a task."""
     gates = {
         path: layer.config.gates(layer.tensors(None)) for path, layer in adapter.layers.items()
     }
-    return {path: one[0].double() for path, one in gates.items() if one is not None}
+    return {path: one.double().mean(0) for path, one in gates.items() if one is not None}
 
 
 def _gate_gram(gates: Mapping[str, Tensor]) -> Tensor:
@@ -105,22 +109,23 @@ def _gate_gram(gates: Mapping[str, Tensor]) -> Tensor:
     return together @ together.T
 
 
-def _norms(layer: MultiTaskLinear, tasks: Sequence[str], gram: Tensor | None) -> dict[str, Any]:
+def _norms(layer: TaskLayer, tasks: Sequence[str], gram: Tensor | None) -> dict[str, Any]:
     """‖A_i‖, ‖B_i‖, and by task those of what is its own, ‖ΔW_t‖ among them, where there are any.
 
     mtl-lora's `transform_change` is ‖Λ_t − 1‖, 0 at the start without `transform_start`.
     """
     tensors, config = layer.tensors(None), layer.config
-    norms: dict[str, Any] = {"A": _each(layer.lora_A), "B": _each(config.up(tensors)[0])}
+    norms: dict[str, Any] = {"A": _each(tensors["lora_A"]), "B": _each(config.up(tensors))}
     for name, stacked in config.own(tensors).items():
-        norms[name] = _by_task(tasks, _each(stacked[0]))
+        norms[name] = _by_task(tasks, _each(stacked))
     if gram is not None:
         norms["update"] = _by_task(tasks, _roots(gram))
     return norms
 
 
 def _each(stacked: Tensor) -> list[float]:
-    return stacked.double().flatten(1).norm(dim=1).tolist()
+    """Norms of [L, n, …] for each of n: L is 1, or the experts, whose norms are one."""
+    return stacked.double().transpose(0, 1).flatten(1).norm(dim=1).tolist()
 
 
 def _roots(gram: Tensor) -> list[float]:

@@ -197,7 +197,7 @@ ALL_METHODS = {
     "gate_start": 2.0, "task_rank": 1, "task_modules": None,
 }  # fmt: skip
 SINCE_4 = ("transform_start", "transform_bases", "task_modules")
-SINCE_6 = ("whole_modules", "streams")
+SINCE_6 = ("whole_modules", "streams", "experts")
 
 
 @pytest.mark.parametrize("version", [3, 4, 5])

@@ -39,6 +39,7 @@ adapter:
   scaling: sqrt_rank
   down_start: normal
   rank_pattern: {v_proj: 2}
+  experts: each
   whole_modules: [embed_tokens]
   streams: null
   dropout: 0.1

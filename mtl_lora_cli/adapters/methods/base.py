@@ -381,19 +381,18 @@ class Settings(BaseModel):
         """s of a layer of this rank."""
         return self.alpha / (rank if self.scaling == "rank" else math.sqrt(rank))
 
-    def count(self, shapes: Mapping[str, tuple[int, int]], tasks: int) -> int:
+    def count(self, shapes: Mapping[str, tuple[int, ...]], tasks: int) -> int:
         """Trained values of a whole adapter.
 
         Args:
-            shapes: module path → (out, in) of each adapted layer.
+            shapes: module path → (out, in) of each adapted layer, and how many adapters stand there.
             tasks: T.
         """
-        roles = [
-            role
-            for path, (out, width) in shapes.items()
-            for role in self.at(path).roles(Sizes(out, width, self.rank_of(path), tasks))
-        ]
-        return sum(role.size for role in (*roles, *self.roles_of_model(tasks)))
+        found = sum(role.size for role in self.roles_of_model(tasks))
+        for path, (out, width, *units) in shapes.items():
+            roles = self.at(path).roles(Sizes(out, width, self.rank_of(path), tasks))
+            found += sum(role.size for role in roles) * math.prod(units)
+        return found
 
     def changed(self, **settings: Any) -> Self:
         """With other values.
