@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.layer import TaskLayer
 from mtl_lora_cli.dense.backbones import Stages
 from mtl_lora_cli.dense.host import way_of
 from mtl_lora_cli.errors import UsageError
@@ -87,13 +87,13 @@ def _own_blocks(
     return found
 
 
-def task_update(layer: MultiTaskLinear, task: int) -> Tensor:
+def task_update(layer: TaskLayer, task: int) -> Tensor:
     """ΔW_t [out, in], float64."""
     down, up = layer.task_update(task)
     return layer.config.scale(layer.rank) * (up @ down)
 
 
-def common_update(layer: MultiTaskLinear) -> Tensor:
+def common_update(layer: TaskLayer) -> Tensor:
     """s B A [out, in] of what all tasks share, float64."""
     none = torch.zeros(0, dtype=torch.long, device=layer.lora_A.device)
     down, up = (factor.detach().double() for factor in layer.factors(none))

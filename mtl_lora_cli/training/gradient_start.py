@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.adapters.layer import TaskLayer
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.models.host import Host
@@ -47,8 +47,13 @@ def start_by_gradient(
         processes: over which a step's rows are dealt out; all get the same A.
 
     Raises:
-        UsageError: A has no gradient in some layer, or one that is no number.
+        UsageError: A has no gradient in some layer, or one that is no number; or each expert has its own.
     """
+    if any(layer.stacked for layer in adapter.layers.values()):
+        raise UsageError(
+            "adapter.down_start: gradient: adapters of each expert (adapter.experts: each) have no such "
+            "start: an expert that nobody asks has no gradient; take kaiming, or experts: shared"
+        )
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[str, list[Tensor]] = {path: [] for path in adapter.layers}
     with undisturbed(host, adapter), _sketching(adapter):
@@ -100,7 +105,7 @@ def _device(host: Host) -> torch.device:
     return host.adapter.device
 
 
-def _taken(layer: MultiTaskLinear, processes: Processes) -> Tensor:
+def _taken(layer: TaskLayer, processes: Processes) -> Tensor:
     """∇A of all processes, float64 [r, in] on the CPU; there is none left."""
     gradient = layer.lora_A.grad
     gradient = torch.zeros_like(layer.lora_A) if gradient is None else gradient
@@ -110,7 +115,7 @@ def _taken(layer: MultiTaskLinear, processes: Processes) -> Tensor:
 
 
 @torch.no_grad()
-def _begin(layer: MultiTaskLinear, rows: Tensor) -> None:
+def _begin(layer: TaskLayer, rows: Tensor) -> None:
     """A's first rows are the strongest directions of these; where there are fewer, the others stay."""
     down = layer.lora_A.flatten(0, 1)
     values, vectors = torch.linalg.eigh(rows @ rows.T)  # R Rᵀ = U S² Uᵀ, V = S⁻¹ Uᵀ R
