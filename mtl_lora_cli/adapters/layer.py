@@ -88,6 +88,10 @@ class TaskLayer(nn.Module):
         """The frozen weight's name in the untouched model, where this layer is at `path`."""
         raise NotImplementedError
 
+    def own_tensors(self) -> list[Tensor]:
+        """The tensors of its roles, and of the model's that it reads."""
+        return [*(getattr(self, name) for name in self.roles), *self._shared.values()]
+
     def tensors(self, tasks: Tensor | None) -> TensorsOf:
         """The method's tensors by role, with an axis of layers; own ones of tasks [P], or of all."""
         return TensorsOf([self], tasks)

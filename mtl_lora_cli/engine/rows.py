@@ -213,14 +213,14 @@ class KeptRows:
         self._plans = plans = [
             cast(AttentionPlan, layer.attention) for layer in decoder.plan.layers
         ]
-        shapes = [(rows, plan.key_heads, length, plan.head_dim) for plan in plans]
-        self._keys = [torch.zeros(s, dtype=self._dtype, device=device) for s in shapes]
-        self._values = [torch.zeros(s, dtype=self._dtype, device=device) for s in shapes]
+        self._blocks: list[Tensor] = []  # [2, layers, rows, G, L, D] of layers of one shape
+        self._keys, self._values = self._memory()
         angles = self._angles()
         self._layers = [
             _StepLayer(layer, tuple(map(_StepGroup, layer.groups)), angles[plan.rotary])
             for layer, plan in zip(decoder.layers, plans, strict=True)
         ]
+        self._learned: list[tuple[int, int]] | None = None
         self._lengths = [0] * rows
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
         probe = torch.empty(0, dtype=self._dtype, device=device)
@@ -228,6 +228,17 @@ class KeptRows:
         if not all(map(kernels_know_step, plans)):
             self.graphed = False
         self.learn()
+
+    def _memory(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Room for keys and values of each layer, [rows, G, L, D]."""
+        shapes = [(plan.key_heads, self.length, plan.head_dim) for plan in self._plans]
+        layers = {}
+        for shape in dict.fromkeys(shapes):
+            size = (2, shapes.count(shape), self.rows, *shape)
+            self._blocks.append(torch.zeros(size, dtype=self._dtype, device=self.device))
+            layers[shape] = iter(self._blocks[-1].unbind(1))
+        found = [next(layers[shape]).unbind(0) for shape in shapes]
+        return [keys for keys, _ in found], [values for _, values in found]
 
     def fits(self, tasks: Collection[int], rows: int, length: int) -> bool:
         """Whether these rows can serve so many of these tasks and lengths, and are not far too many."""
@@ -240,11 +251,24 @@ class KeptRows:
         )
 
     def learn(self) -> None:
-        """Take the adapters' tensors as they are now."""
+        """Take the adapters' tensors as they are now; nothing is done where they are those of the last time."""
+        versions = self._versions()
+        if versions is not None and versions == self._learned:
+            return
+        self._learned = versions
         mixings = self._decoder.mixings(self._slots, self._slots)
         for layer, own in zip(self._layers, mixings, strict=True):
             for group, mixing in zip(layer.groups, own, strict=True):
                 group.learn(mixing, self._slots, self._dtype)
+
+    def _versions(self) -> list[tuple[int, int]] | None:
+        """What changes where an adapter's tensor does; None where nothing says so."""
+        groups = (group for layer in self._decoder.layers for group in layer.groups)
+        layers = (layer for group in groups for layer in group.adapted)
+        tensors = [tensor for layer in layers for tensor in layer.own_tensors()]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
     def begin(
         self, prompts: Sequence[list[int]], tasks: Sequence[int], rows: Sequence[int]
@@ -332,8 +356,8 @@ class KeptRows:
     def move(self, source: int, target: int) -> None:
         """Put one row in the place of another one."""
         length = self._lengths[source]
-        for kept in (*self._keys, *self._values):
-            kept[target, :, :length] = kept[source, :, :length]
+        for block in self._blocks:
+            block[:, :, target, :, :length] = block[:, :, source, :, :length]
         for state in (self._places, self._slot, self._tokens):
             state[target] = state[source]
         self._lengths[target] = length

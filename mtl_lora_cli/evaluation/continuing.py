@@ -23,6 +23,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Layout
 from mtl_lora_cli.models.stand_in import dtype_of
 from mtl_lora_cli.models.trust import ROUNDING, Difference
+from mtl_lora_cli.visible import tell
 
 _STEPS = 3
 _CACHES = ("past_key_values", "cache_params")  # what transformers' models call it
@@ -180,7 +181,7 @@ def find_manner(packed: PackedModel, asks: Sequence[Ask], device: torch.device) 
         if manner.mixed and len({ask.task for ask in asks}) < 2:
             continue
         grown = lambda: _Routed(packed, tried, device, cached=manner.cached)  # noqa: E731, B023
-        if _agrees(packed, tried, grown, device):
+        if _disagrees(packed, tried, grown, device) is None:
             return manner
     return slowest
 
@@ -195,7 +196,10 @@ def fused_agrees(packed: PackedModel, asks: Sequence[Ask], device: torch.device)
     key = longest.bit_length()
     if key not in known:
         tried = _tried(asks, Manner("packed", True, True))
-        known[key] = _agrees(packed, tried, lambda: _OnTheEngine(packed, tried), device)
+        why = _disagrees(packed, tried, lambda: _OnTheEngine(packed, tried), device)
+        known[key] = why is None
+        if why is not None:
+            tell(f"note: transformers' own model generates answers; the fused engine: {why}")
     return known[key]
 
 
@@ -213,22 +217,24 @@ def _tried(asks: Sequence[Ask], manner: Manner) -> list[Ask]:
     return [first]
 
 
-def _agrees(
+def _disagrees(
     packed: PackedModel,
     asks: Sequence[Ask],
     grown: Callable[[], _Growing],
     device: torch.device,
-) -> bool:
-    """Whether rows together say for a few steps what each row says by itself, whole; no where they fail."""
+) -> str | None:
+    """Why rows together do not say for a few steps what each row says by itself, whole; None: they do."""
     alone = [_Routed(packed, [ask], device, cached=False) for ask in asks]
     try:
         together = grown()
         found = _difference(alone, together)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a model's code does with a cache, or with rows of several tasks
-        return False
-    return found.within(dtype_of(packed.model), ROUNDING)
+    except (
+        Exception
+    ) as error:  # whatever a model's code does with a cache, or with rows of several tasks
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None if found.within(dtype_of(packed.model), ROUNDING) else f"differs by {found}"
 
 
 def _difference(alone: Sequence[_Growing], together: _Growing) -> Difference:

@@ -180,18 +180,16 @@ class _Course:
 
     def _close_gaps(self) -> None:
         """Rows that have ended leave; the last ones take their places."""
-        done = 0
+        ended = [row for row in self._rows if not row.going]
+        self._found.update((row.number, row.tokens) for row in ended)
         place = 0
         while place < len(self._rows):
-            row = self._rows[place]
-            if row.going:
-                place += 1
+            if not self._rows[-1].going:
+                self._rows.pop()
                 continue
-            self._found[row.number] = row.tokens
-            done += 1
-            last = self._rows.pop()
-            if last is not row:
+            if not self._rows[place].going:
+                self._rows[place] = self._rows.pop()
                 self._kept.move(len(self._rows), place)
-                self._rows[place] = last
-        if done:
-            self._advance(done)
+            place += 1
+        if ended:
+            self._advance(len(ended))

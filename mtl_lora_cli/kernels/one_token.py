@@ -22,6 +22,8 @@ from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm
 from mtl_lora_cli.kernels.norm import add_norm
 from mtl_lora_cli.kernels.rotary import Turn, rotate_
 
+MOST_ROWS = 1  # that our own product is for; more go to torch's
+
 
 class Ups(NamedTuple):
     """U of the adapted projections in a group's output.
@@ -56,7 +58,7 @@ class Added(NamedTuple):
 
 def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b: [N, in] → [N, out]; W's rows may lie apart."""
-    if in_triton(h) and len(h) == 1:
+    if in_triton(h) and len(h) <= MOST_ROWS:
         from mtl_lora_cli.kernels import triton_one_token
 
         return triton_one_token.row_product(h, weight, bias)

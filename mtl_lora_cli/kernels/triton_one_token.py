@@ -19,6 +19,7 @@ from mtl_lora_cli.kernels.rotary import Turn
 
 _BLOCK = 512
 _KEYS = 64  # taken into the running softmax at once
+_OUTPUTS = 4  # of a single row's product, in one program
 _PROGRAMS = 264  # two for each multiprocessor of a large card
 LOG2_E = 1.4426950408889634
 
@@ -355,10 +356,10 @@ def row_product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b of a single row, [1, out]: as fast as W is read."""
     rows, width = weight.shape
     out = h.new_empty(1, rows)
-    each, block, warps = (4, 1024, 4) if width >= 2048 else (4, 512, 4)
-    _row_product[(triton.cdiv(rows, each),)](
+    block = min(1024, triton.next_power_of_2(width))
+    _row_product[(triton.cdiv(rows, _OUTPUTS),)](
         h, weight, weight if bias is None else bias, out, rows, width, weight.stride(0),
-        ROWS=each, BLOCK=block, BIAS=bias is not None, num_warps=warps,
+        ROWS=_OUTPUTS, BLOCK=block, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out
 
