@@ -42,6 +42,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first so many rows.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="FILE|FOLDER",
+            help="Other rows of the one task: a file, a folder with splits, or sample:NAME.",
+        ),
+    ] = None,
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Score the untouched base model instead.")
     ] = False,
@@ -120,6 +128,8 @@ def evaluate(
         others = [find_run(name, runs) for name in (baseline.split(",") if baseline else ())]
         if any(one.path.resolve() == folder.path.resolve() for one in others):
             raise UsageError(f"--baseline {baseline}: is the run itself")
+        if source is not None and (baseline is not None or against is not None or task == "all"):
+            raise UsageError("--source goes with one --task, and without --baseline and --against")
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
@@ -147,10 +157,12 @@ def evaluate(
                 )
         sampling = None if temperature is None else Sampling(temperature, seed, count)
         setting = room.Setting(
-            split, limit, base_only, protocol, normalisation, harness_task, sampling
+            split, limit, base_only, protocol, normalisation, harness_task, sampling, source
         )
         with joined() as processes:
             chosen = select_tasks(read_tasks(folder), task)
+            if source is not None:
+                chosen = [_with_rows(one, source, split) for one in chosen]
             if sampling is not None:
                 require_generated(chosen, setting)
             written = None if predictions is None else Predictions(setting)
@@ -239,6 +251,25 @@ def _delta(results: list[Result], theirs: list[Result]) -> DeltaM | None:
     from mtl_lora_cli.evaluation.delta import delta_of
 
     return delta_of(results, theirs) if results[0]["protocol"] == "maps" else None
+
+
+def _with_rows(task: Task, text: str, split: str | None) -> Task:
+    """The task with other rows; a column's other name holds for them, too."""
+    from dataclasses import replace
+
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.resources import expanded
+
+    if text.startswith("sample:"):
+        return replace(task, source=Source(sample=text.removeprefix("sample:")))
+    path = expanded(text).absolute()
+    if not path.exists():
+        raise UsageError(f"--source: no such file or folder: {text}")
+    columns = task.source.columns if isinstance(task.source.columns, dict) else None
+    folder, splits = (path, None) if path.is_dir() else (path.parent, {split or "test": path.name})
+    other = Source.model_validate({"path": str(folder), "splits": splits, "columns": columns})
+    return replace(task, source=other)
 
 
 def _evaluated(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtl_lora_cli.cli.completion import complete_run
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption
 from mtl_lora_cli.cli.plan import emit_plan, tasks_table
@@ -35,6 +36,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    begin_at: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Begin at a finished run's adapter; a task that it does not know at the nearest one.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     find_rate: Annotated[
         bool,
         typer.Option(
@@ -57,6 +67,9 @@ def train(
             raise UsageError("a recipe is missing: mtl-lora train RECIPE")
         if run is not None and not resume:
             raise UsageError("--run goes with --resume; a new run is named by run.name=NAME")
+        if begin_at is not None and (resume or find_rate):
+            raise UsageError("--from goes without --resume and --find-rate")
+        begins = None if begin_at is None else _finished_run(begin_at, runs)
         if find_rate:
             if resume or dry_run or (num_processes or 1) > 1:
                 raise UsageError("--find-rate goes without --resume, --dry-run and --num-processes")
@@ -65,7 +78,7 @@ def train(
             return
         if resume:
             _require_idle(run, runs)
-        elif recipe is not None and alone():
+        elif recipe is not None and begins is None and alone():
             _require_valid(recipe, overrides or [])
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
@@ -78,8 +91,19 @@ def train(
                 folder = _resumed(processes, recipe, overrides or [], run, runs)
             else:
                 assert recipe is not None
-                folder = started(processes, recipe, overrides or [], runs, dry_run, as_json)
+                folder = started(
+                    processes, recipe, overrides or [], runs, dry_run, as_json, begins=begins
+                )
         finished(processes, folder, as_json)
+
+
+def _finished_run(name: str, runs: Path) -> RunFolder:
+    """The run that `--from` names; that it is unfinished is said at once."""
+    from mtl_lora_cli.runs.folder import find_run
+
+    found = find_run(name, runs)
+    found.require_adapter()
+    return found
 
 
 def _find_rate(recipe: str, overrides: list[str], as_json: bool) -> None:
@@ -161,20 +185,25 @@ def started(
     as_json: bool,
     *,
     extends: RunFolder | None = None,
+    begins: RunFolder | None = None,
 ) -> RunFolder | None:
-    """Train a new run, or one that adds tasks to another; None where it was only shown."""
+    """Train a new run, one that adds tasks to another, or one that begins at another's adapter; None where
+    it was only shown."""
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training import run as training
     from mtl_lora_cli.training.add_task import load_addition
     from mtl_lora_cli.training.prepare import prepare, require_fit
+    from mtl_lora_cli.training.warm_start import load_beginning
 
     path = find_recipe(recipe)
-    if extends is None:
-        loaded = load_recipe(path, overrides)
-    else:
+    if extends is not None:
         loaded = load_addition(extends, path, overrides)
+    elif begins is not None:
+        loaded = load_beginning(begins, path, overrides)
+    else:
+        loaded = load_recipe(path, overrides)
     folder = training.new_run_path(loaded, runs, processes)
-    prepared = prepare(loaded, processes, extends=extends)
+    prepared = prepare(loaded, processes, extends=extends, begins=begins)
     require_fit(prepared)
     if dry_run:
         if processes.main:

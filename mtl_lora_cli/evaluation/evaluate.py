@@ -194,6 +194,7 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         if opened.of_maps
         else opened.packed.engine_line(),
         "limit": setting.limit,
+        "source": setting.source,
     }
 
 

@@ -38,6 +38,7 @@ class Setting:
         normalisation: of `choices`; None: as the template says.
         harness_task: of `lm-eval`; None: the harness's task of the same name.
         sampling: of `generate`: how answers are drawn; None: as the template says.
+        source: other rows than the task's own, in words; None: its own.
     """
 
     split: str | None = None
@@ -47,6 +48,7 @@ class Setting:
     normalisation: str | None = None
     harness_task: str | None = None
     sampling: Sampling | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for what does not go together."""

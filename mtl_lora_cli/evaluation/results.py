@@ -58,6 +58,7 @@ _NAMED = (
     "model",
     "checkpoint",
     "limit",
+    "source",
 )
 OUTCOME = OF_EACH_ROW  # keys of what stands for each row; those that no metric reads may be missing
 # What lm-evaluation-harness calls it, and what it is.

@@ -14,7 +14,7 @@ from mtl_lora_cli.metrics.paired import right_or_wrong
 from mtl_lora_cli.runs.folder import RunFolder
 
 # What a table shows of how a task was asked: of two results that are alike in it, the newer counts.
-_ASKED = ("task", "split", "protocol", "normalisation", "harness_task", "limit")
+_ASKED = ("task", "split", "protocol", "normalisation", "harness_task", "limit", "source")
 _COUNTS = (
     "examples",
     "majority",
@@ -25,7 +25,7 @@ _COUNTS = (
     "ends_counted",
     "ties",
 )
-_KEPT = ("id", "task", "split", "protocol", "normalisation", "limit", *_COUNTS)
+_KEPT = ("id", "task", "source", "split", "protocol", "normalisation", "limit", *_COUNTS)
 Result = dict[str, Any]
 
 
@@ -105,7 +105,7 @@ def _averages(
     """Over tasks that were asked with one limit by our own protocols; of each the newest result."""
     groups: dict[int | None, dict[str, Result]] = {}
     for result in sorted(results, key=lambda result: result["id"]):
-        if result["protocol"] != LM_EVAL:
+        if result["protocol"] != LM_EVAL and not result.get("source"):
             groups.setdefault(result["limit"], {})[result["task"]] = result
     for limit, own in groups.items():
         others = [beside[result["id"]] for result in own.values()]

@@ -60,6 +60,11 @@ class RunFolder:
         """Where tasks were added to a run's: that run's tasks.json and adapter/ as they were then."""
         return RunFolder(self.path / "extends")
 
+    @property
+    def begins(self) -> RunFolder:
+        """Where a run began at another's adapter: that run's tasks.json and adapter/, and starts.json."""
+        return RunFolder(self.path / "begins")
+
     def events(self) -> Iterator[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a torn last line is passed over."""
         if not self.metrics.exists():

@@ -43,7 +43,7 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
             "could learn alone; train all tasks together"
         )
     loaded = load_recipe(path, overrides, heir_of=opened.recipe)
-    _require_agreement(loaded, opened)
+    require_agreement(loaded, opened, "which it adds to")
     names = [task.name for task in bind_tasks(loaded)]
     for name in names:
         if name in file.tasks:
@@ -57,8 +57,8 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"run": settings}))
 
 
-def _require_agreement(loaded: LoadedRecipe, run: Run) -> None:
-    """Refuse another base model, or another adapter on it.
+def require_agreement(loaded: LoadedRecipe, run: Run, what: str) -> None:
+    """Refuse another base model, or another adapter on it; `what` says what the run is to the recipe.
 
     Raises:
         UsageError: naming everything that differs.
@@ -73,8 +73,7 @@ def _require_agreement(loaded: LoadedRecipe, run: Run) -> None:
     changes = describe_changes(before, after)
     if changes:
         raise UsageError(
-            f"the recipe differs from that of run '{run.folder.name}', which it adds to: "
-            f"{'; '.join(changes)}"
+            f"the recipe differs from that of run '{run.folder.name}', {what}: {'; '.join(changes)}"
         )
     if changed:
         raise other_base(run.folder, base, changed)

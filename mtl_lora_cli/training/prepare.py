@@ -96,6 +96,7 @@ class Prepared:
         processes: this one among those of the run.
         deepspeed: the user's own DeepSpeed file, merged into what the recipe says; None without.
         extends: the run that these tasks are added to; None: all of the adapter learns.
+        begins: the run at whose adapter this one begins; None: it begins afresh.
         objective: what learns the tasks where they are no text.
         held: then the examples that `training.validation` looks at.
     """
@@ -113,6 +114,7 @@ class Prepared:
     processes: Processes = ALONE
     deepspeed: Path | None = None
     extends: RunFolder | None = None
+    begins: RunFolder | None = None
     objective: Objective | None = None
     held: Dataset | None = None
 
@@ -307,7 +309,11 @@ def require_fit(prepared: Prepared) -> None:
 
 
 def prepare(
-    loaded: LoadedRecipe, processes: Processes = ALONE, *, extends: RunFolder | None = None
+    loaded: LoadedRecipe,
+    processes: Processes = ALONE,
+    *,
+    extends: RunFolder | None = None,
+    begins: RunFolder | None = None,
 ) -> Prepared:
     """Find, read, render and encode everything that a recipe names; write nothing but the cache.
 
@@ -315,6 +321,7 @@ def prepare(
         loaded: the recipe.
         processes: this one among those of the run; the first of each host fills the cache.
         extends: the run that the recipe's tasks are added to, if they are.
+        begins: the run at whose adapter this one begins, if it does.
 
     Raises:
         UsageError: anything that the recipe names is missing or wrong.
@@ -325,7 +332,7 @@ def prepare(
     loaded = with_reference(loaded)
     now = processes.same(datetime.now().isoformat(timespec="seconds"))
     with processes.one_after_another():
-        prepared = replace(_prepare(loaded, processes, now), extends=extends)
+        prepared = replace(_prepare(loaded, processes, now), extends=extends, begins=begins)
     if prepared.recipe.training.memory != "auto":
         return prepared
     situation = prepared.situation()

@@ -46,6 +46,7 @@ from mtl_lora_cli.training.signs import signs
 from mtl_lora_cli.training.spikes import spikes, told
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
+from mtl_lora_cli.training.warm_start import begin_there
 from mtl_lora_cli.visible import tell
 
 # What may be another when a run goes on: it does not change what is learned.
@@ -128,10 +129,11 @@ def _create(
     def fill(run: RunFolder) -> None:
         write_text(run.recipe, dump_recipe(recipe))
         save_json(run.tasks, _tasks(prepared))
-        if prepared.extends is not None:
-            run.extends.path.mkdir()
-            shutil.copy(prepared.extends.tasks, run.extends.tasks)
-            shutil.copytree(prepared.extends.adapter, run.extends.adapter)
+        for other, kept in ((prepared.extends, run.extends), (prepared.begins, run.begins)):
+            if other is not None:
+                kept.path.mkdir()
+                shutil.copy(other.tasks, kept.tasks)
+                shutil.copytree(other.adapter, kept.adapter)
         around = describe(prepared.device, prepared.dtype, prepared.processes)
         save_json(
             run.environment, {**around, "base_model": prepared.base.identity(), "engine": engine}
@@ -145,6 +147,8 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
     """What tasks.json says; tasks that are added to a run's stand behind them."""
     own = [task.to_json() for task in prepared.data.tasks]
     mixture = _mixture(prepared)
+    if prepared.begins is not None:
+        return {"tasks": own, "mixture": mixture, "began_at": _named(prepared.begins)}
     run = prepared.extends
     if run is None:
         return {"tasks": own, "mixture": mixture}
@@ -152,13 +156,16 @@ def _tasks(prepared: Prepared) -> dict[str, Any]:
     return {
         "tasks": [*known, *({**one, "id": len(known) + one["id"]} for one in own)],
         "mixture": mixture,
-        "added_to": {
-            "run": run.name,
-            "path": str(run.path.resolve()),
-            "adapter": file_checksum(
-                run.adapter / CONFIG_FILE
-            ),  # checksums of all tensors are in it
-        },
+        "added_to": _named(run),
+    }
+
+
+def _named(run: RunFolder) -> dict[str, str]:
+    """Another run, and which adapter it had: checksums of all tensors are in its configuration."""
+    return {
+        "run": run.name,
+        "path": str(run.path.resolve()),
+        "adapter": file_checksum(run.adapter / CONFIG_FILE),
     }
 
 
@@ -219,16 +226,16 @@ def _go_on(
     run: RunFolder, recipe_path: Path | None, overrides: Sequence[str], processes: Processes
 ) -> None:
     own = load_recipe(run.recipe)
-    extends = run.extends if run.extends.path.is_dir() else None
+    extends, begins = (one if one.path.is_dir() else None for one in (run.extends, run.begins))
     _require_unfinished(run)  # by whoever wrote until now
     with processes.one_after_another():
         require_same_names(run, own)
     if recipe_path is not None or overrides:
-        heir_of = own.recipe if extends is not None else None
+        heir_of = own.recipe if extends is not None or begins is not None else None
         given = load_recipe(recipe_path or run.recipe, overrides, heir_of=heir_of)
-        wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends)
+        wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends, begins=begins)
         own = replace(own, recipe=_with_free(own.recipe, wanted.recipe, run))
-    prepared = prepare(own, processes, extends=extends)
+    prepared = prepare(own, processes, extends=extends, begins=begins)
     require_same_rows(run, prepared)
     if processes.main:
         for line in changes_around(run, prepared):
@@ -319,7 +326,11 @@ def _set_start(ready: ReadyRun) -> None:
     """What of a fresh adapter's start depends on more than chance."""
     prepared = ready.prepared
     recipe = prepared.recipe
-    if recipe.adapter.down_start == "gradient" and prepared.extends is None:
+    if prepared.begins is not None:
+        for line in begin_there(ready):
+            if prepared.processes.main:
+                tell(line)
+    elif recipe.adapter.down_start == "gradient" and prepared.extends is None:
         draw = Draw(prepared.data, recipe.training, prepared.processes)
         start_by_gradient(
             ready.host,
@@ -416,6 +427,8 @@ def _adapter_readme(run: RunFolder, prepared: Prepared, trainer: Trainer) -> str
         known = ", ".join(task.name for task in read_tasks(run.extends))
         origin = read_json(run.tasks)["added_to"]["run"]
         names += f", added to those of the run `{origin}`, which are as they were: {known}"
+    if prepared.begins is not None:
+        names += f", begun at the adapter of the run `{read_json(run.tasks)['began_at']['run']}`"
     best = trainer.position.best
     chosen = "" if best is None else f" This is the best look's adapter: {best}."
     return (
