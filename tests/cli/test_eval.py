@@ -238,3 +238,32 @@ def test_without_the_harness_its_protocol_says_how_to_get_it(
     refused = invoke("eval", "--task", "warm", "--protocol", "lm-eval")
     assert refused.returncode == 2
     assert "pip install 'mtl-lora[lm-eval]'" in refused.stderr
+
+
+def test_other_rows_of_a_known_task(
+    run: Path, invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """They are what is scored, their result says so, and no average takes them for the task's own."""
+    (tmp_path / "more.jsonl").write_text('{"word": "crimson", "label": "yes"}\n' * 3)
+    finished = invoke("eval", "--task", "warm", "--source", "more.jsonl", "--json")
+    assert finished.returncode == 0, finished.stderr
+    (result,) = json.loads(finished.stdout)["results"]
+    assert (result["examples"], result["split"], result["source"]) == (3, "test", "more.jsonl")
+    own = json.loads(invoke("eval", "--task", "warm", "--json").stdout)["results"][0]
+    assert (own["examples"], own["source"]) == (6, None)
+    kept = json.loads((run / "evaluations" / "index.json").read_text(encoding="utf-8"))
+    assert len(kept["evaluations"]) == 2
+    shown = invoke("report", "small", "--json")
+    assert shown.returncode == 0, shown.stderr
+    report = json.loads(shown.stdout)["runs"][0]
+    assert sorted(one["examples"] for one in report["results"]) == [3, 6]
+    for words, error in (
+        (("warm", "--source", "no.jsonl"), "--source: no such file or folder: no.jsonl"),
+        (
+            ("all", "--source", "more.jsonl"),
+            "--source goes with one --task, and without --baseline",
+        ),
+    ):
+        refused = invoke("eval", "--task", *words)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: {error}")

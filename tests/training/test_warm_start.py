@@ -63,7 +63,9 @@ def test_known_tasks_begin_at_their_own_parts_in_any_order(
     places = [file.tasks.index(name) for name in ("cola", "sst2")]
     for name, before in file.tensors.items():
         of_tasks = file.config.role(name).per_task
-        torch.testing.assert_close(found[name], before[places] if of_tasks else before, atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            found[name], before[places] if of_tasks else before, atol=1e-8, rtol=0
+        )
     stored = json.loads(run.tasks.read_text())
     assert stored["began_at"]["run"] == "first"
     starts = json.loads((run.begins.path / "starts.json").read_text())["tasks"]
@@ -77,7 +79,13 @@ def test_a_new_task_begins_at_the_nearest_by_loss(
     path = recipe(tmp_path, small_data, {"again": "rte", "sst2": "sst2"})
     run = begun(first, path, tmp_path / "second", *TINY)
     starts = json.loads((run.begins.path / "starts.json").read_text())["tasks"]
-    assert starts["sst2"] == {"task": "sst2", "at": "sst2", "loss": None, "next_at": None, "next_loss": None}
+    assert starts["sst2"] == {
+        "task": "sst2",
+        "at": "sst2",
+        "loss": None,
+        "next_at": None,
+        "next_loss": None,
+    }
     opened = open_run(first)
     prepared = prepare(load_beginning(first, path))
     split = prepared.data.splits[0]
@@ -120,5 +128,7 @@ def test_another_adapter_is_refused_in_one_line(
     first: RunFolder, small_data: Path, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, small_data, {"again": "rte"})
-    with pytest.raises(UsageError, match=r"of run 'first', at which it begins: adapter.rank: 4 → 8"):
+    with pytest.raises(
+        UsageError, match=r"of run 'first', at which it begins: adapter.rank: 4 → 8"
+    ):
         load_beginning(first, path, ["adapter.rank=8"])
