@@ -61,6 +61,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python data_templates/samples/make.py --check
+	$(BIN)/python data_templates/samples/render_rooms.py --check
 	$(BIN)/python tests/fixtures/make_rows.py --check
 	$(BIN)/python docs/make_licences.py --check
 
