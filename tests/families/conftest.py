@@ -55,9 +55,10 @@ def record_commands(request: pytest.FixtureRequest) -> Callable[[Tiny], None]:
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     results = config.stash.get(RESULTS, {})
-    if os.environ.get(WRITE) and exitstatus == 0 and len(results) == len(MODELS):
-        found = [results[str(model)] for model in MODELS]
-        PAGE.write_text(rendered(found, ENOUGH, config.stash[COMMANDS]), encoding="utf-8")
+    if os.environ.get(WRITE) and exitstatus == 0 and results:
+        commands = config.stash.get(COMMANDS, [])
+        page = rendered(MODELS, list(results.values()), ENOUGH, commands)
+        PAGE.write_text(page, encoding="utf-8")
     if results:
         terminalreporter.section("model families")
         for line in table(list(results.values())):

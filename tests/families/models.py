@@ -323,6 +323,15 @@ MODELS: tuple[Tiny, ...] = (
         **WINDOWED,
         quick=True,
     ),
+    tiny("gemma4_text", "dense", global_head_dim=16, hidden_size_per_layer_input=0, **WINDOWED),
+    tiny(
+        "gemma4_unified_text",
+        "k = v",
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        global_head_dim=16,
+        **WINDOWED,
+    ),
     tiny("gpt_oss", "no window", **UNWINDOWED),
     tiny("gpt_oss", "window, sinks", **WINDOWED, quick=True),
     # Mixtures of experts.

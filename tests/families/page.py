@@ -17,7 +17,7 @@ HEAD = """\
 # Model families
 
 What was tried with which model type of transformers. `make families` writes this page; nothing in it is
-written by hand.
+written by hand. A later run of some of the types writes their lines anew.
 
 Every model here is a tiny one with random weights, of the type's own layers, windows, caps, scales, sinks
 and positions: some 64 features, two to four layers, a window of 32 tokens, weights so large that attention
@@ -69,26 +69,46 @@ class Row:
     numbers: tuple[float, ...] = ()
 
 
-def rendered(results: Sequence[Result], enough: float, commands: Sequence[Tiny]) -> str:
-    """The page.
+def rendered(
+    models: Sequence[Tiny], results: Sequence[Result], enough: float, commands: Sequence[Tiny]
+) -> str:
+    """The page; the lines of models that did not run are those that it has.
 
     Args:
-        results: of all models.
+        models: all.
+        results: of those that ran.
         enough: the tolerance.
         commands: models whose commands were run to their end, with the right answers.
     """
-    right = [result for result in results if result.verdict is not None]
-    refused = [result for result in results if result.verdict is None]
+    lines = {line.split(" | ", 2)[0] + line.split(" | ", 2)[1]: line for line in _lines()}
+    for result in results:
+        line = (
+            _refused(result) if result.verdict is None else _right(result, result.model in commands)
+        )
+        lines[_key(result.model)] = line
+    own = {str(model): lines[_key(model)] for model in models}
+    refused = [model for model in models if own[str(model)].count(" | ") == 2]
+    right = [model for model in models if model not in refused]
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     head = HEAD.format(
         enough=_number(enough),
         versions=", ".join([f"Python {platform.python_version()}", *versions]),
         right=len(right),
-        types=len({result.model.model_type for result in right}),
+        types=len({model.model_type for model in right}),
         refused=len(refused),
     )
-    lines = [_right(result, result.model in commands) for result in right]
-    return head + RIGHT + "".join(lines) + REFUSED + "".join(map(_refused, refused))
+    tables = ["".join(own[str(model)] for model in some) for some in (right, refused)]
+    return head + RIGHT + tables[0] + REFUSED + tables[1]
+
+
+def _key(model: Tiny) -> str:
+    return "| " + _name(model).replace(" | ", "")
+
+
+def _lines() -> list[str]:
+    """Those of the page's tables."""
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return [line for line in page.splitlines(keepends=True) if line.startswith("| `")]
 
 
 def _right(result: Result, commands: bool) -> str:
@@ -119,12 +139,10 @@ def _number(value: float) -> str:
 def rows() -> list[Row]:
     """What the page says."""
     found = []
-    refused = False
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        refused = refused or line == "## Refused"
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if line.startswith("| `"):
-            variant = "" if cells[1] == "–" else cells[1]
-            numbers = () if refused else tuple(float(cell) for cell in cells[3:6])
-            found.append(Row(cells[0].strip("`"), variant, refused, numbers))
+    for line in _lines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        refused = len(cells) == 3
+        variant = "" if cells[1] == "–" else cells[1]
+        numbers = () if refused else tuple(float(cell) for cell in cells[3:6])
+        found.append(Row(cells[0].strip("`"), variant, refused, numbers))
     return found
