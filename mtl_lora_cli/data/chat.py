@@ -12,6 +12,7 @@ from typing import Any
 
 from mtl_lora_cli.data.chat_parts import bare
 from mtl_lora_cli.data.chat_rendering import ANSWER, USER, Rendering, key
+from mtl_lora_cli.data.chat_variables import DEFAULT, WITH_TOOLS, has_template_for_tools
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
@@ -39,6 +40,7 @@ class ChatTemplate(Rendering):
     Args:
         tokenizer: of the base model.
         settings: the recipe's `chat`.
+        tools: it is the one for conversations with tools, where a tokenizer has one.
         lenient: where the template contradicts itself, answers stand behind the generation prompt,
             although nobody said so: for runs that are trained.
 
@@ -47,8 +49,10 @@ class ChatTemplate(Rendering):
             read a variable that it is given.
     """
 
-    def __init__(self, tokenizer: Any, settings: Chat, *, lenient: bool = False) -> None:
-        super().__init__(tokenizer, settings)
+    def __init__(
+        self, tokenizer: Any, settings: Chat, *, tools: bool = False, lenient: bool = False
+    ) -> None:
+        super().__init__(tokenizer, settings, tools=tools)
         self._answers = settings.answers or ("generation_prompt" if lenient else None)
         self._shape = self._look()
 
@@ -366,6 +370,31 @@ class ChatTemplate(Rendering):
             start = before.rfind(content.strip())
             close = start + len(content.strip())
         return (start, close) if start >= 0 and close <= begin else (begin, begin)
+
+
+def templates_of(
+    tokenizer: Any, settings: Chat, *, lenient: bool = False
+) -> tuple[ChatTemplate, ChatTemplate | None]:
+    """The chat template of a tokenizer, and that for conversations with tools, where it is another one.
+
+    Raises:
+        UsageError: one of them cannot be used, or they begin or end answers otherwise: an answer that is
+            generated would not be read.
+    """
+    first = ChatTemplate(tokenizer, settings, lenient=lenient)
+    if not has_template_for_tools(tokenizer):
+        return first, None
+    second = ChatTemplate(tokenizer, settings, tools=True, lenient=lenient)
+    for what, one, other in (
+        ("begin", first.lead, second.lead),
+        ("end", first.ending, second.ending),
+    ):
+        if one != other:
+            raise UsageError(
+                f"prompt_format: chat: the chat templates '{DEFAULT}' and '{WITH_TOOLS}' {what} an answer "
+                f"with {one!r} and {other!r}; use plain"
+            )
+    return first, second
 
 
 def _beginning(whole: str, before: str) -> int | None:

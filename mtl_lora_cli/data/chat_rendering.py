@@ -17,6 +17,18 @@ from mtl_lora_cli.tasks.messages import Dialogue, Message
 
 # Two texts whose places are looked for: no template writes them itself or changes their letters.
 USER, ANSWER = "7391846250", "2850614937"
+_SOME_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks.",
+        "parameters": {
+            "type": "object",
+            "properties": {"at": {"type": "string", "description": "What."}},
+            "required": ["at"],
+        },
+    },
+}
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -26,18 +38,21 @@ class Rendering:
     Args:
         tokenizer: of the base model.
         settings: the recipe's `chat`.
+        tools: it is the template for conversations with tools.
 
     Raises:
         UsageError: there is no template, or it does not read a variable that it is given.
     """
 
-    def __init__(self, tokenizer: Any, settings: Chat) -> None:
+    def __init__(self, tokenizer: Any, settings: Chat, *, tools: bool = False) -> None:
         if not tokenizer.chat_template:
             raise UsageError(
                 "prompt_format: chat needs a tokenizer with a chat template; use plain"
             )
         self._tokenizer = tokenizer
-        self.arguments = template_arguments(tokenizer, settings)
+        self.arguments = template_arguments(tokenizer, settings, tools=tools)
+        # A template for tools may not write a conversation without any, as those that it is asked first.
+        self._tools: tuple[Any, ...] = (_SOME_TOOL,) if tools else ()
         added = (token.content for token in tokenizer.added_tokens_decoder.values())
         self._control = re.compile("|".join(re.escape(t) for t in added if t.strip()) or "(?!)")
         self._before = lru_cache(maxsize=64)(self._generation_prompt)
@@ -54,7 +69,7 @@ class Rendering:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [form.taken(message) for message in messages],
-                tools=list(tools) or None,
+                tools=list(tools or self._tools) or None,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **self.arguments,
@@ -72,7 +87,8 @@ class Rendering:
     @cached_property
     def _tool_form(self) -> ToolForm:
         return find_form(
-            lambda form, messages: self._render(messages, form=form), self._tokenizer.chat_template
+            lambda form, messages: self._render(messages, form=form),
+            self.arguments["chat_template"],
         )
 
     def _generation_prompt(self, key: str) -> str:

@@ -16,7 +16,8 @@ from itertools import accumulate, islice
 from string import ascii_letters, digits
 from typing import Any
 
-from mtl_lora_cli.data.chat import ChatTemplate
+from mtl_lora_cli.data.chat import ChatTemplate, templates_of
+from mtl_lora_cli.data.chat_variables import DEFAULT, WITH_TOOLS
 from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
 from mtl_lora_cli.data.written import Turn, Written, one_turn
@@ -59,11 +60,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self.beyond = getattr(tokenizer, "beyond", None)  # from `load_tokenizer`
         self._format = prompt_format
-        self._chat = (
-            ChatTemplate(tokenizer, chat or Chat(), lenient=lenient)
-            if prompt_format == "chat"
-            else None
-        )
+        self._chat: ChatTemplate | None = None
+        self._with_tools: ChatTemplate | None = None
+        if prompt_format == "chat":
+            self._chat, self._with_tools = templates_of(tokenizer, chat or Chat(), lenient=lenient)
         self.control_tokens = ControlTokens(tokenizer, control_tokens)
         self.end = int(tokenizer.eos_token_id)
         self._backend = tokenizer.backend_tokenizer
@@ -88,7 +88,12 @@ class Encoder:
     @property
     def notes(self) -> list[str]:
         """What the chat template does that is good to know, a line each."""
-        return [] if self._chat is None else self._chat.notes
+        notes = [] if self._chat is None else list(self._chat.notes)
+        if self._with_tools is not None:
+            notes.append(
+                f"rows with tools are written by the chat template '{WITH_TOOLS}', all others by '{DEFAULT}'"
+            )
+        return notes
 
     def notes_on(self, task: Task, marked: Marked) -> list[str]:
         """What is good to know of a task's control tokens, a line each."""
@@ -105,7 +110,7 @@ class Encoder:
                 f"of the tokenizer, which is read as text: {marked.first}, {marked.places[0]}"
             )
         if self._chat is not None and any(
-            one.dialogue is not None and self._chat.drops_reasoning(one.dialogue)
+            one.dialogue is not None and self._writer(one.dialogue).drops_reasoning(one.dialogue)
             for one in islice(marked.examples, _LOOKED_AT)
         ):
             notes.append(
@@ -120,6 +125,7 @@ class Encoder:
         parts = (
             self._tokenizer.backend_tokenizer.to_str(),
             self._chat and self._chat.identity,
+            *(() if self._with_tools is None else (self._with_tools.identity,)),
             sorted(self._tokenizer.special_tokens_map.items()),  # templates write them
             self._format,
             self.control_tokens.how,
@@ -206,7 +212,12 @@ class Encoder:
             return _as_text(dialogue)
         if self._chat is None:
             return _plainly(dialogue.messages)
-        return self._chat.write(dialogue, marked=marked)
+        return self._writer(dialogue).write(dialogue, marked=marked)
+
+    def _writer(self, dialogue: Dialogue) -> ChatTemplate:
+        """The chat template that writes a conversation: transformers takes another one for tools."""
+        assert self._chat is not None
+        return self._with_tools if dialogue.tools and self._with_tools is not None else self._chat
 
     def continuations(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]

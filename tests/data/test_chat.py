@@ -15,6 +15,7 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
+from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 
 PROMPT = "Review: a fine film\nGood (no or yes):"
@@ -29,7 +30,7 @@ def template(lead: str, tail: str, prompt: str) -> str:
     return TURNS.replace("LEAD", lead).replace("TAIL", tail).replace("PROMPT", prompt)
 
 
-def chat(tokenizer: Any, text: str) -> Any:
+def chat(tokenizer: Any, text: str | dict[str, str]) -> Any:
     made = copy.copy(tokenizer)
     made.chat_template = text
     return made
@@ -271,3 +272,77 @@ def test_the_keys_are_checked(stories_folder: Path) -> None:
         with pytest.raises(ValidationError):
             Chat.model_validate(wrong)
     assert json.loads(Chat(date="2026-11-30").model_dump_json())["date"] == "2026-11-30"
+
+
+NAMED = {
+    "default": "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "tool_use": "Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}\n"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+}
+USED = [
+    {"role": "user", "content": "Is it warm?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "feel", "arguments": {"at": "noon"}}}
+        ],
+    },
+    {"role": "tool", "content": "yes"},
+    {"role": "assistant", "content": "It is."},
+]
+TOOLS = ({"type": "function", "function": {"name": "feel", "parameters": {}}},)
+
+
+def test_rows_with_tools_are_written_by_the_template_for_tools(stories_tokenizer: Any) -> None:
+    """As transformers picks it; where a tokenizer has none, or a row no tools, by the other one."""
+    tokenizer = chat(stories_tokenizer, NAMED)
+    encoder = Encoder(tokenizer, "chat")
+    assert any("'tool_use'" in note and "'default'" in note for note in encoder.notes)
+    plainly = [USED[0], USED[3]]
+    for messages, tools in ((USED, TOOLS), (plainly, ()), (plainly, TOOLS)):
+        (found,) = encoder.conversations([Dialogue.of(messages, tools)])
+        whole = tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False)
+        assert tokenizer.decode(found.tokens) == tokenizer.decode(
+            tokenizer(whole, add_special_tokens=False)["input_ids"]
+        )
+        assert ("Tools: feel" in whole) == bool(tools)
+        said = tokenizer.decode([t for t, own in zip(found.tokens, found.mask, strict=True) if own])
+        assert said.endswith("It is.</s>") and ("noon" in said) == (messages is USED)
+    with pytest.raises(UsageError, match="drops or changes a tool call"):
+        list(encoder.conversations([Dialogue.of(USED)]))
+    both = encoder.fingerprint
+    other = chat(
+        stories_tokenizer, {**NAMED, "tool_use": NAMED["tool_use"].replace("Tools", "May")}
+    )
+    assert Encoder(other, "chat").fingerprint != both
+    alone = Encoder(chat(stories_tokenizer, {"default": NAMED["default"]}), "chat")
+    assert (
+        alone.fingerprint == Encoder(chat(stories_tokenizer, NAMED["default"]), "chat").fingerprint
+    )
+    assert alone.notes == []
+
+
+@pytest.mark.parametrize(
+    ("templates", "error"),
+    [
+        (
+            {"rag": NAMED["default"], "tool_use": NAMED["tool_use"]},
+            "the tokenizer has the chat templates rag, tool_use, and none of the name 'default', which "
+            "transformers takes; use plain",
+        ),
+        (
+            {**NAMED, "tool_use": NAMED["tool_use"].replace("</s>", "<end>")},
+            "the chat templates 'default' and 'tool_use' end an answer with '</s>' and '<end>'; use plain",
+        ),
+    ],
+)
+def test_templates_that_cannot_be_told_apart_are_refused(
+    stories_tokenizer: Any, templates: dict[str, str], error: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        Encoder(chat(stories_tokenizer, templates), "chat")
+    assert str(caught.value) == f"prompt_format: chat: {error}"
