@@ -44,7 +44,7 @@ from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import LabelError, Renderer
-from mtl_lora_cli.tasks.task import Task, overlaid, require_text
+from mtl_lora_cli.tasks.task import Task, measured_by, overlaid, require_text
 
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
@@ -117,6 +117,10 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
                 f"the template '{name}' is for {template.objective}, received {entry.objective}",
             )
         try:
+            template = measured_by(template, entry.metrics)
+        except ValueError as error:
+            raise loaded.problem(("tasks", index, "metrics"), str(error)) from None
+        try:
             template = overlaid(template, entry.conversation)
         except ValueError as error:
             raise loaded.problem(("tasks", index, "conversation"), str(error)) from None
@@ -149,6 +153,7 @@ def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
                     source=source.model_copy(update={"task": one}) if fans_out else source,
                     objective=template.objective,
                     conversation=entry.conversation,
+                    metrics=None if entry.metrics is None else tuple(entry.metrics),
                     tags=tuple(dict.fromkeys([*template.tags, *entry.tags])),
                     loss_weight=entry.loss_weight,
                     sampling_weight=entry.sampling_weight,

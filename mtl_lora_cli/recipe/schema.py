@@ -180,6 +180,7 @@ class TaskSettings(StrictModel):
     source: Source | None = None  # default: the template's own
     objective: Name | None = None  # default: the template's
     conversation: ConversationSettings | None = None  # keys that differ from the template's
+    metrics: Annotated[list[Name], Field(min_length=1)] | None = None  # default: the template's
     tags: list[Name] = []
     sampling_weight: NonNegativeFloat = 1.0  # read by mixing: weights
     loss_weight: PositiveFloat = 1.0

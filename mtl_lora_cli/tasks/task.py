@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import ValidationError
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.conversation import ConversationSettings
@@ -26,6 +28,23 @@ def overlaid(template: Template, conversation: ConversationSettings | None) -> T
     whole = template.conversation.overlaid(conversation)
     require_expressions(whole)
     return template.model_copy(update={"conversation": whole})
+
+
+def measured_by(template: Template, metrics: Sequence[str] | None) -> Template:
+    """A template with the metrics that a recipe asks for; None: with its own.
+
+    Raises:
+        ValueError: one of them does not exist, or does not fit the template's answers.
+    """
+    if metrics is None:
+        return template
+    document = {**template.model_dump(exclude_unset=True), "metrics": list(metrics)}
+    try:
+        checked = Template.model_validate(document)
+    except ValidationError as error:
+        said = next(one["msg"] for one in error.errors() if one["loc"][:1] == ("metrics",))
+        raise ValueError(said.removeprefix("Value error, ")) from None
+    return template.model_copy(update={"metrics": checked.metrics})
 
 
 def require_text(task: str, objective: str) -> None:
@@ -52,6 +71,7 @@ class Task:
         source: with absolute paths.
         objective: how it is learned.
         conversation: keys of the template's `conversation` that the recipe sets.
+        metrics: those that the recipe asks for; None: the template's.
         tags: free words to select tasks by.
         loss_weight, sampling_weight, max_examples, repeat: as in the recipe.
         fingerprints: split → hash of the rows that were read.
@@ -65,6 +85,7 @@ class Task:
     source: Source
     objective: str = "causal_lm"
     conversation: ConversationSettings | None = None
+    metrics: tuple[str, ...] | None = None
     tags: tuple[str, ...] = ()
     loss_weight: float = 1.0
     sampling_weight: float = 1.0
@@ -87,6 +108,7 @@ class Task:
             "source": self.source.model_dump(exclude_none=True),
             "objective": self.objective,
             **({} if self.overlay is None else {"conversation": self.overlay}),
+            **({} if self.metrics is None else {"metrics_of_recipe": list(self.metrics)}),
             "tags": list(self.tags),
             "loss_weight": self.loss_weight,
             "sampling_weight": self.sampling_weight,
@@ -116,6 +138,7 @@ class Task:
             source=self.source if source is None else source,
             objective=self.objective,
             conversation=self.conversation,
+            metrics=None if self.metrics is None else list(self.metrics),
             tags=list(self.tags),
             sampling_weight=self.sampling_weight,
             loss_weight=self.loss_weight,
@@ -136,15 +159,18 @@ class Task:
         document = parse_document(template["text"], f"template {template['name']}")
         given = content.get("conversation")
         conversation = None if given is None else ConversationSettings.model_validate(given)
+        metrics = content.get("metrics_of_recipe")
+        whole = measured_by(validate_document(document, Template), metrics)
         return cls(
             name=content["name"],
             id=content["id"],
             template_name=template["name"],
             template_text=template["text"],
-            template=overlaid(validate_document(document, Template), conversation),
+            template=overlaid(whole, conversation),
             source=Source.model_validate(content["source"]),
             objective=content["objective"],
             conversation=conversation,
+            metrics=None if metrics is None else tuple(metrics),
             tags=tuple(content["tags"]),
             loss_weight=content["loss_weight"],
             sampling_weight=content["sampling_weight"],

@@ -631,6 +631,12 @@ CASES = [
         early=False,
     ),
     Bad(
+        "metrics that do not fit a task's answers",
+        ("recipe.yaml:5: tasks.0.metrics: 'rouge_l' does not fit; possible here: accuracy…",),
+        files={"recipe.yaml": "base_model: STORIES\ntasks:\n  - name: a\n    template: color.yaml\n    metrics: [rouge_l]\n"},
+        early=False,
+    ),
+    Bad(
         "a key of chats beside plain prompts",
         ("recipe.yaml:8: chat: is read with prompt_format: chat only…",),
         files=more("chat: {answers: conversation}\n"),

@@ -50,6 +50,7 @@ tasks:
     source: {path: data/rte, splits: {train: a.jsonl}}
     objective: causal_lm
     conversation: null
+    metrics: [accuracy]
     tags: [one, two]
     sampling_weight: 2.0
     loss_weight: 0.5
