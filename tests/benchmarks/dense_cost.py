@@ -1,0 +1,217 @@
+"""What streams cost: a Swin-T of random weights at 448 x 448, 32 pictures, four tasks, bfloat16, AdamW.
+
+    python tests/benchmarks/dense_cost.py --out OUT
+
+Every arm has the same decoders. Steps are timed one by one on the card's own clock, arms in turn, and the median
+is told. `plain LoRA` is one stream with four decoders; `single` is the sum of four steps of one task each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZE, PICTURES, CLASSES = 448, 32, 40
+OBJECTIVES = ("segmentation", "depth", "normals", "edges")
+
+
+def configuration(tiny: bool) -> Any:
+    from transformers import SwinConfig
+
+    if tiny:
+        return SwinConfig(
+            image_size=64, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4
+        )
+    return SwinConfig(
+        image_size=224, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7
+    )
+
+
+def host_of(
+    folder: Path, names: tuple[str, ...], size: int, *, streams: bool, device: torch.device
+) -> Any:
+    from mtl_lora_cli.adapters.inject import inject
+    from mtl_lora_cli.adapters.methods import configure
+    from mtl_lora_cli.dense.backbones import family_of, load_backbone
+    from mtl_lora_cli.dense.host import DenseHost
+    from mtl_lora_cli.models.base import find_base_model
+    from mtl_lora_cli.tasks.maps import MapSpec
+
+    base = find_base_model(str(folder))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    trunk = load_backbone(base, size=(size, size), dtype=dtype, device=device)
+    known = {
+        name.rpartition(".")[2]
+        for name, m in trunk.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
+    targets = sorted(known - {"reduction"})
+    stages = family_of(base, trunk.config).stages(trunk.config)
+    common = {"rank": 64, "alpha": 256.0, "target_modules": targets}
+    common["whole_modules"] = ["*norm*", "*downsample.reduction", "*patch_embeddings*"]
+    own = (
+        {"method": "mtlora", "task_rank": 4, "streams": "stages"} if streams else {"method": "lora"}
+    )
+    config = configure(**common, **own)
+    adapter = inject(
+        trunk,
+        config,
+        names,
+        within=("embeddings", "encoder"),
+        own_in=stages.blocks if streams else None,
+    )
+    specs = {
+        "segmentation": MapSpec("segmentation", CLASSES, tuple(map(str, range(CLASSES)))),
+        "depth": MapSpec("depth", 1, low=0.7, high=10.0, scale="log"),
+        "normals": MapSpec("normals", 3),
+        "edges": MapSpec("edges", 1),
+    }
+    return DenseHost(
+        trunk, family_of(base, trunk.config), adapter, [specs[n] for n in names], dtype
+    ).train(True)
+
+
+def batch_of(names: tuple[str, ...], pictures: int, size: int, device: torch.device) -> Any:
+    from mtl_lora_cli.data.maps import MapBatch
+
+    torch.manual_seed(0)
+    shape = (pictures, size, size)
+    normals = torch.nn.functional.normalize(
+        torch.randn(pictures, 3, size, size, device=device), dim=1
+    )
+    maps = {
+        "segmentation": torch.randint(0, CLASSES, shape, device=device),
+        "depth": torch.rand(shape, device=device) * 9 + 0.8,
+        "normals": normals,
+        "edges": (torch.rand(shape, device=device) > 0.9).float(),
+    }
+    return MapBatch(
+        torch.randn(pictures, 3, size, size, device=device),
+        {number: maps[name] for number, name in enumerate(names)},
+        torch.ones(pictures, len(names), dtype=torch.bool),
+        torch.arange(len(names)).repeat(pictures),
+        torch.arange(len(names)),
+    )
+
+
+class Clock:
+    """Seconds of a function, by the card's own clock where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.card = device.type == "cuda"
+
+    def __call__(self, run: Any) -> float:
+        if not self.card:
+            start = time.monotonic()
+            run()
+            return time.monotonic() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+class Stepping:
+    """A host with its optimiser and a batch."""
+
+    def __init__(self, host: Any, batch: Any) -> None:
+        self.host, self.batch = host, batch
+        self.trained = list(host.adapter.trained().values())
+        self.optimizer = torch.optim.AdamW(self.trained, 1e-4, fused=self.trained[0].is_cuda)
+
+    def step(self) -> None:
+        self.host.losses(self.batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def answer(self) -> None:
+        self.host.answers(self.batch, self.batch.task_ids.tolist())
+
+    @torch.no_grad()
+    def forked(self) -> None:
+        """The trunk and its forks alone."""
+        self.host._features(self.batch.pixels, self.batch.task_ids.tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tiny", action="store_true")
+    arguments = parser.parse_args()
+    from transformers import AutoModel
+
+    size, pictures = (64, 2) if arguments.tiny else (SIZE, PICTURES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = arguments.out / "swin"
+    torch.manual_seed(0)
+    AutoModel.from_config(configuration(arguments.tiny)).save_pretrained(folder)
+    clock, found = Clock(device), {}
+    arms = {"plain LoRA": (OBJECTIVES, False), "streams": (OBJECTIVES, True)}
+    arms |= {f"single {name}": ((name,), False) for name in OBJECTIVES}
+    for name, (tasks, streams) in arms.items():
+        try:
+            found[name] = measured(
+                folder, tasks, streams, size, pictures, device, clock, arguments.steps
+            )
+        except torch.OutOfMemoryError as error:
+            found[name] = {"error": str(error)[:200]}
+        print(name, found[name], flush=True)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    print(told(found))
+    (arguments.out / "dense_cost.json").write_text(json.dumps(found, indent=1))
+
+
+def measured(
+    folder: Path, tasks: tuple[str, ...], streams: bool, size: int, pictures: int,
+    device: torch.device, clock: Clock, steps: int,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step, of answers to all pictures, and of the trunk alone; the most memory of a step."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stepping = Stepping(
+        host_of(folder, tasks, size, streams=streams, device=device),
+        batch_of(tasks, pictures, size, device),
+    )
+    for _ in range(2):
+        stepping.step()
+    found = {"step": statistics.median(clock(stepping.step) for _ in range(steps))}
+    if device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    stepping.answer()
+    found["answers"] = statistics.median(clock(stepping.answer) for _ in range(steps))
+    found["trunk"] = statistics.median(clock(stepping.forked) for _ in range(steps))
+    return found
+
+
+def told(found: dict[str, dict[str, float]]) -> str:
+    """The figures that the issue asks for."""
+    lines = []
+    if "step" in found["streams"] and "step" in found["plain LoRA"]:
+        streams, plain = found["streams"]["step"], found["plain LoRA"]["step"]
+        lines.append(
+            f"streams / plain LoRA step: {streams / plain:.2f} ({streams * 1e3:.1f} / {plain * 1e3:.1f} ms)"
+        )
+        single = [found[f"single {name}"].get("step", float("nan")) for name in OBJECTIVES]
+        lines.append(f"four single-task steps / streams: {sum(single) / streams:.2f}")
+        lines.append(
+            f"all answers / trunk and forks: {found['streams']['answers'] / found['streams']['trunk']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
