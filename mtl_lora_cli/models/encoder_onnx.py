@@ -74,9 +74,7 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet_loading():
         model = Dinov2Model(config)
     wanted = model.state_dict()
-    state = {
-        name: torch.from_numpy(value) for name, value in _weights(path, set(wanted)).items()
-    }
+    state = {name: torch.from_numpy(value) for name, value in _weights(path, set(wanted)).items()}
     state.setdefault("embeddings.mask_token", torch.zeros(1, _WIDTH))
     differing = [n for n, w in wanted.items() if n not in state or state[n].shape != w.shape]
     if differing:
