@@ -1,7 +1,8 @@
 """What a person gets who tunes nothing: what `init` writes, unchanged, beside LoRA's best of three rates; by hand:
 
     python tests/benchmarks/untuned.py BASE_MODEL OUTPUT [--mixtures 5] [--seeds 0] [--limit 500] [--jobs 4]
-        [--minutes M] [--steps N] [--hardware gpu-80] [--data FOLDER]
+        [--arms A,…] [--minutes M] [--steps N] [--hardware gpu-80]
+        [--data FOLDER]
 
 Five mixtures of three tasks each are drawn from the seventeen of real-17 by `DRAWN_BY`, which was written down
 before the defaults of `init` were chosen; those were chosen by docs/study.md, on all seventeen together and on
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--arms", default=",".join(arms()))
     parser.add_argument("--steps", type=int, help="only so many, to try this script")
     parser.add_argument("--hardware", default="gpu-80")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MTL_LORA_DATA", ".")))
@@ -231,7 +233,12 @@ def main() -> None:
         if done.returncode:
             print(*job, "\n".join(done.stderr.splitlines()[-6:]), file=sys.stderr)
 
-    jobs = [(n, arm, seed) for n in range(options.mixtures) for seed in seeds for arm in arms()]
+    jobs = [
+        (n, arm, seed)
+        for n in range(options.mixtures)
+        for seed in seeds
+        for arm in options.arms.split(",")
+    ]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, jobs))
     print("\n".join(report(options.output, options.mixtures, seeds)))
