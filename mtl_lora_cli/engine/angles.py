@@ -62,6 +62,8 @@ class Angles:
 
     def _asked(self, wide: Tensor, positions: Tensor) -> Halves:
         kind = () if self._plan.layer_type is None else (self._plan.layer_type,)
+        if self._plan.grids > 1:
+            positions = positions.expand(self._plan.grids, 1, -1)
         cos, sin = (one[0].to(wide.dtype) for one in self._module(wide, positions, *kind))
         half = cos.shape[-1] // (1 if self._plan.halved else 2)
         return cos[:, :half].contiguous(), sin[:, :half].contiguous()

@@ -52,6 +52,8 @@ class RotaryPlan:
         limit: positions of an example beyond which the module takes other frequencies for all of it, as
             `longrope` does.
         halved: the module gives each angle once, not once for each half of a head.
+        grids: how many positions the module takes for each token: 3 in models whose pictures have a time, a
+            row and a column. In text all are the same.
     """
 
     path: str = "rotary_emb"
@@ -59,6 +61,7 @@ class RotaryPlan:
     pairs: bool = False
     limit: int | None = None
     halved: bool = False
+    grids: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Norms are (1 + w) ⊙ x̂ (transformers' `models/qwen3_5`, `qwen3_5_moe` and `qw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,7 @@ def _attention(config: Any) -> AttentionPlan:
     return llama.attention(
         config,
         before=_norm(config, "input_layernorm"),
-        rotary=llama.rotary(config),
+        rotary=replace(llama.rotary(config), grids=1 if config.model_type == "qwen3_next" else 3),
         q_norm=_norm(config, "self_attn.q_norm"),
         k_norm=_norm(config, "self_attn.k_norm"),
         gates=True,
