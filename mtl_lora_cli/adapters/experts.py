@@ -172,7 +172,7 @@ def expert_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.M
     for path, module in modules.items():
         stacks = [module._parameters.get(name) for name in STACKS]
         whole = all(one is not None and _is_stack(one) for one in stacks)
-        if whole and getattr(module, "has_gate", False) and hasattr(module, "is_transposed"):
+        if whole and getattr(module, "has_gate", True) and hasattr(module, "is_transposed"):
             yield path, module
 
 
