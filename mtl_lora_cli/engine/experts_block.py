@@ -172,7 +172,8 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
     if layer.plan.attention.after:
         each += width * sizes.value + 4
     shared = [group for group in (layer.gate_up, layer.down, layer.gate) if group is not None]
-    return each * count + sum(sizes.tape(group, count) for group in shared)
+    tapes = sum(sizes.tape(group, count) for group in shared)
+    return each * count + tapes + sum(one.tape(sizes, plan.top * count) for one in layer.stacks)
 
 
 def forward_bytes(
@@ -185,6 +186,8 @@ def forward_bytes(
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
     pair = max(width + 2 * inner, inner + width, inner * (1 if sizes.kernels else 2), 2 * width)
     pair += 0 if keep.gate_up else 2 * inner
+    if _of_each(layer):  # what the experts' own adapters add
+        pair = max(pair, width + 4 * inner)
     each = 3 * width + plan.top * pair
     if layer.gate_up is not None and layer.down is not None:
         active = sizes.input_width(layer.down) + (0 if sizes.kernels else layer.down.inputs)
@@ -204,7 +207,7 @@ def backward_bytes(
     terms = 0 if sizes.kernels else _terms(plan.activation) * inner
     middle = max(width + inner, 4 * inner + terms)
     middle += 0 if keep.gate_up else 2 * inner
-    end = max(2 * inner + width, 2 * width)
+    end = max(2 * inner + width, 2 * width) + (width if _of_each(layer) else 0)
     each = max(2 * width + plan.top * middle, 4 * width + plan.top * end)
     if layer.gate_up is not None and layer.down is not None:
         inside, outputs = layer.down.inputs, layer.gate_up.outputs
@@ -214,6 +217,11 @@ def backward_bytes(
         again = 0 if keep.gate_up else outputs
         each = max(each, 3 * width + again + max(early, outputs + 2 * width))
     return (each * sizes.value + _routing(layer)) * (load.asked if last else load.positions)
+
+
+def _of_each(layer: LayerSizes) -> bool:
+    """Whether each expert has an adapter of its own."""
+    return any(one.units > 1 for one in layer.stacks)
 
 
 def _terms(activation: ExpertActivation) -> int:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mtl_lora_cli.adapters.experts import frozen_stacks
+from mtl_lora_cli.adapters.experts import STACKS, frozen_stacks
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack
 from mtl_lora_cli.engine import attention_block, experts_block, mixer_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MixerPlan
 from mtl_lora_cli.engine.saved import Keep
-from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes
+from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes, StackSizes
 from mtl_lora_cli.recipe.schema import Recompute
 
 if TYPE_CHECKING:
@@ -256,7 +257,19 @@ def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
         inner=down_stack.width,
         experts=up_stack.values + down_stack.values,
         gate=gate,
+        stacks=tuple(
+            _stack(frozen, experts._modules.get(name))
+            for name, frozen in zip(STACKS, (up_stack, down_stack), strict=True)
+        ),
     )
+
+
+def _stack(frozen: FrozenStack, layer: Any) -> StackSizes:
+    if layer is None:
+        return StackSizes(frozen.width, frozen.out)
+    down, up = layer.factors(None)
+    rows, columns = down.shape[-3] * down.shape[-2], up.shape[-3] * up.shape[-1]
+    return StackSizes(frozen.width, frozen.out, rows, columns, layer.units)
 
 
 def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:

@@ -41,6 +41,32 @@ class GroupSizes:
 
 
 @dataclass(frozen=True)
+class StackSizes:
+    """One projection of all experts.
+
+    Attributes:
+        inputs, outputs: of one expert's matrix.
+        rows, columns: of one adapter's A and of its B; 0 where there is none.
+        units: adapters, one or as many as experts.
+    """
+
+    inputs: int
+    outputs: int
+    rows: int = 0
+    columns: int = 0
+    units: int = 1
+
+    def tape(self, sizes: ModelSizes, pairs: int) -> int:
+        """Bytes that an adapter keeps for so many pairs: z, dropout's mask, and its factors in `dtype`."""
+        if not self.rows:
+            return 0
+        factors = (self.rows * self.inputs + self.outputs * self.columns) * self.units
+        return (
+            self.rows * sizes.value + sizes.dropout * self.inputs
+        ) * pairs + factors * sizes.value
+
+
+@dataclass(frozen=True)
 class LayerSizes:
     """One decoder layer: its plan and its groups.
 
@@ -50,6 +76,7 @@ class LayerSizes:
         inner: F of one expert.
         experts: weights of all experts together.
         gate: of the shared MLP.
+        stacks: gate_up and down of the experts.
         norms_before: the output of the layer before is normed when this one adds it.
     """
 
@@ -61,6 +88,7 @@ class LayerSizes:
     inner: int = 0
     experts: int = 0
     gate: GroupSizes | None = None
+    stacks: tuple[StackSizes, ...] = ()
     norms_before: bool = False
 
     @property

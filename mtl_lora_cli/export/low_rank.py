@@ -97,6 +97,11 @@ def updates_at(
     updates = task_updates(run.adapter, task.id)
     if rank is None:
         return updates, None
+    if any(down.ndim == 3 for down, _, _ in updates.values()):
+        raise UsageError(
+            f"--rank {rank}: the run has adapters on experts (adapter.experts), whose rank is not lowered "
+            "here; leave --rank out"
+        )
     largest = max(len(down) for down, _, _ in updates.values())
     if rank > largest:
         raise UsageError(

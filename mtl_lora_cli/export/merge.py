@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters.experts import MultiTaskStack
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.export.quantised import Quantised
@@ -33,7 +34,7 @@ from mtl_lora_cli.export.shards import (
     read_shard,
     write_shard,
 )
-from mtl_lora_cli.export.weight_names import weight_names
+from mtl_lora_cli.export.weight_names import WeightNames, weight_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
 from mtl_lora_cli.runs.atomic import sync, write_text
@@ -49,7 +50,8 @@ _AGAIN = (
     "model as it is"
 )
 
-Update = tuple[Tensor, Tensor, float]  # A' [k, in], B'_t [out, k], s
+# A' [k, in], B'_t [out, k], s; of a stack of experts A' [E, k, columns] and B'_t [E, rows, k], as it is stored.
+Update = tuple[Tensor, Tensor, float]
 
 
 def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
@@ -57,7 +59,9 @@ def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
     updates = {}
     for path, layer in adapter.layers.items():
         down, up = layer.task_update(task)
-        updates[f"{path}.weight"] = (
+        if isinstance(layer, MultiTaskStack) and layer.frozen.transposed:
+            down, up = up.mT, down.mT
+        updates[layer.weight_name(path)] = (
             down.float().cpu(),
             up.float().cpu(),
             adapter.config.scale(layer.rank),
@@ -129,8 +133,7 @@ def plan_merge(
         UsageError: no update changes anything; a weight is missing from the base model, or has another
             shape or no dtype of floating point; a weights file is missing or damaged.
     """
-    names = weight_names(base)
-    left = {names.tensor(weight): update for weight, update in updates.items()}
+    left = _by_tensor(weight_names(base), updates)
     changing = {name for name, update in left.items() if _is_any(update)}
     if len(left) < len(updates) or not changing:
         raise UsageError(
@@ -158,6 +161,18 @@ def plan_merge(
         and path.name not in ("README.md", *texts)
     ]
     return MergePlan(shards, kept, copied, texts, frozenset(changing), changed)
+
+
+def _by_tensor(names: WeightNames, updates: Mapping[str, Update]) -> dict[str, Update]:
+    """The updates of the files' tensors; of a stack of which the files hold pieces, those of the pieces."""
+    found: dict[str, Update] = {}
+    for weight, (down, up, scale) in updates.items():
+        if weight not in names.pieces:
+            found[names.tensor(weight)] = (down, up, scale)
+        for piece in names.pieces.get(weight, ()):
+            rows = up[piece.expert, piece.start : piece.stop]
+            found[piece.tensor] = (down[piece.expert], rows, scale)
+    return found
 
 
 def write_merged(
@@ -198,7 +213,7 @@ def write_merged(
 def _is_any(update: Update) -> bool:
     """Whether B' A' is not zero: ‖B' A'‖² = Σ (B'ᵀ B') ∘ (A' A'ᵀ)."""
     down, up, _ = update
-    return bool(((up.T @ up) * (down @ down.T)).sum() != 0)
+    return bool(((up.mT @ up) * (down @ down.mT)).sum() != 0)
 
 
 def _planned(
@@ -245,10 +260,11 @@ def _require_fit(stored: Stored, update: Update) -> None:
             f"{stored.file}: weight '{stored.name}' is stored as {stored.dtype}, expected one of "
             f"{', '.join(FLOATS)}: {_AGAIN}"
         )
-    if stored.shape != (up.shape[0], down.shape[1]):
+    fitting = (*up.shape[:-1], down.shape[-1])
+    if stored.shape != fitting:
         raise UsageError(
             f"{stored.file}: weight '{stored.name}' has shape {list(stored.shape)}, "
-            f"the adapter fits [{up.shape[0]}, {down.shape[1]}]"
+            f"the adapter fits {list(fitting)}"
         )
 
 
@@ -281,11 +297,26 @@ def _noted(stored: Stored, rows: Tensor, update: Update, first: int, changed: se
 
 
 def _added(rows: Tensor, update: Update, first: int) -> Tensor:
-    """Some rows of W + s · B' A', cast back to the dtype of W's."""
+    """Some rows of W + s · B' A', cast back to the dtype of W's; of a stack its matrices below each other."""
     down, up, scale = update
+    if up.ndim == 3:
+        return _added_to_stack(rows, update, first)
     wide = torch.promote_types(rows.dtype, torch.float32)
     part = up[first : first + len(rows)].to(wide)
     return rows.to(wide).addmm_(part, down.to(wide), alpha=scale).to(rows.dtype)
+
+
+def _added_to_stack(rows: Tensor, update: Update, first: int) -> Tensor:
+    """`_added`, expert by expert."""
+    down, up, scale = update
+    out, height, done = [], up.shape[1], 0
+    while done < len(rows):
+        expert, start = divmod(first + done, height)
+        count = min(height - start, len(rows) - done)
+        own = (down[expert], up[expert], scale)
+        out.append(_added(rows[done : done + count], own, start))
+        done += count
+    return torch.cat(out)
 
 
 def _cast(stored: Stored, dtype: torch.dtype) -> Iterator[np.ndarray]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.peft_names import PREFIX, PeftNames
 
@@ -33,6 +35,13 @@ def write_peft(
     """
     tensors, ranks = {}, {}
     for weight, (down, up, scale) in updates.items():
+        if weight in names.stacks:
+            place, transposed = names.stacks[weight]
+            below, beside = _stacked(up.mT, down.mT) if transposed else _stacked(down, up)
+            tensors[f"{PREFIX}{place}.lora_A.weight"] = below
+            tensors[f"{PREFIX}{place}.lora_B.weight"] = scale * beside
+            ranks[weight] = down.shape[1]
+            continue
         for name in names.of(weight):
             path = name.removesuffix(".weight")
             tensors[f"{PREFIX}{path}.lora_A.weight"] = down.clone()
@@ -65,13 +74,24 @@ def write_peft(
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
+def _stacked(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """As PEFT lays out the experts' factors: A_e [E, k, in] → [E k, in], B_e [E, out, k] → [out, k E]."""
+    return down.flatten(0, 1).contiguous(), up.permute(1, 2, 0).flatten(1).contiguous()
+
+
+def ranks_of(updates: Mapping[str, Update]) -> dict[str, int]:
+    """k of each weight."""
+    return {weight: down.shape[-2] for weight, (down, _, _) in updates.items()}
+
+
 def targets_of(adapter: Adapter) -> list[str]:
     """The layers' last names where the recipe gave names, as servers want them; else whole paths.
 
     A name that something above an adapted layer has, too, such as `0`, would lead PEFT to that.
     """
-    names = {path.rpartition(".")[2] for path in adapter.layers}
+    linear = [path for path, one in adapter.layers.items() if isinstance(one, MultiTaskLinear)]
+    names = {path.rpartition(".")[2] for path in linear}
     above = {part for path in adapter.layers for part in path.split(".")[:-1]}
     given = set(adapter.config.target_modules)
     plain = all("*" not in target and "?" not in target for target in given)
-    return sorted(names) if plain and names <= given - above else [*adapter.layers]
+    return sorted(names) if plain and names <= given - above else linear

@@ -5,7 +5,7 @@ holds by transformers' rules of loading. Three things follow. Modules that would
 are excluded by name. A tensor stands there under a second name where the first would be renamed, or is
 another one in the wrapper around a model for text. And in models whose experts are fused, `gate_proj` and
 the like are names of experts to PEFT: dense layers and shared experts that are called so are named as
-parameters, one by one. Then PEFT itself is asked.
+parameters, one by one, and so are the stacks of experts themselves. Then PEFT itself is asked.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class PeftNames:
         also: weight of the model → a second name of it.
         parameters: weights that are named one by one, by their paths.
         excluded: expression of modules that a target hits and that are not adapted.
+        stacks: stacks of experts → where PEFT puts their tensors, and whether they are stored transposed.
     """
 
     targets: Sequence[str]
     also: Mapping[str, str] = field(default_factory=dict)
     parameters: Sequence[str] = ()
     excluded: str | None = None
+    stacks: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
 
     def of(self, weight: str) -> list[str]:
         """The names of a weight."""
@@ -63,7 +65,8 @@ def peft_names(base: BaseModel, weights: Iterable[str], targets: Sequence[str]) 
         weights: that are adapted, as the model names them.
         targets: last names of their layers, or whole paths.
     """
-    weights = list(weights)
+    stacks = _stacks(base, [weight for weight in weights if not weight.endswith(".weight")])
+    weights = [weight for weight in weights if weight not in stacks]
     names = weight_names(base)
     again = {weight: names.tensor(weight) for weight in weights if weight in names.renamed}
     also = {**again, **wrapper_names(base, weights)}
@@ -74,7 +77,21 @@ def peft_names(base: BaseModel, weights: Iterable[str], targets: Sequence[str]) 
     if _has_fused_experts(skeleton(base)):
         parameters = [f"{path}.weight" for path in dict.fromkeys(paths) if _last(path) in _EXPERTS]
         targets = [target for target in targets if _last(target) not in _EXPERTS]
-    return PeftNames(targets, also, parameters, _beside(base, paths, targets))
+    parameters += stacks
+    return PeftNames(targets, also, parameters, _beside(base, paths, targets), stacks)
+
+
+def _stacks(base: BaseModel, weights: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """PEFT wraps a module once for each of its parameters, the first one innermost."""
+    model = skeleton(base) if weights else None
+    found: dict[str, tuple[str, bool]] = {}
+    for weight in weights:
+        path, _, name = weight.rpartition(".")
+        module: Any = model.get_submodule(path)  # type: ignore[union-attr]
+        own = [one for one in module._parameters if f"{path}.{one}" in weights]
+        around = ".base_layer" * (len(own) - 1 - own.index(name))
+        found[weight] = (f"{path}{around}", bool(module.is_transposed))
+    return found
 
 
 def _has_fused_experts(model: Any) -> bool:
@@ -133,7 +150,10 @@ def require_named(base: BaseModel, folder: Path) -> None:
     for model in _models(base):
         paths = {path for path, _ in model.named_modules()}
         expected = {
-            name for name in names if name.removeprefix(PREFIX).rpartition(".lora_")[0] in paths
+            name
+            for name in names
+            if name.removeprefix(PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
+            in paths
         }
         reason = _misread(model, folder, expected)
         if reason is not None:

@@ -59,12 +59,15 @@ class Stored:
 
     @property
     def rows_in_block(self) -> int:
-        """Rows of a matrix [out, in] that make a block in float32."""
-        return max(1, BLOCK // (4 * self.shape[1]))
+        """Rows of a matrix [out, in], or of a stack's below each other, that make a block in float32."""
+        return max(1, BLOCK // (4 * self.shape[-1]))
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
-        """Of a matrix: the first row's number, and some rows [n, in] in the stored dtype; in order."""
-        dtype, width, step = FLOATS[self.dtype], self.shape[1], self.rows_in_block
+        """The first row's number, and some rows [n, in] in the stored dtype; in order.
+
+        Of a matrix, or of the matrices of a stack below each other.
+        """
+        dtype, width, step = FLOATS[self.dtype], self.shape[-1], self.rows_in_block
         for number, block in enumerate(self.blocks(step * width * dtype.itemsize)):
             yield number * step, torch.from_numpy(block).view(dtype).view(-1, width)
 

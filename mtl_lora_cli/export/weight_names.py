@@ -8,8 +8,8 @@ nothing is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,22 @@ from mtl_lora_cli.models.load import load_config, skeleton
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor of the files that is some rows of one expert's matrix in a stack.
+
+    Attributes:
+        tensor: its name.
+        expert: e.
+        start, stop: the rows of W_e.
+    """
+
+    tensor: str
+    expert: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class WeightNames:
     """Names in a base model's files.
 
@@ -29,12 +45,14 @@ class WeightNames:
         tensors: weight of the model → the tensor of the files that holds its values.
         made: the tensors of the files of which transformers makes other weights, put together or cut.
         renamed: weights whose own names would be changed by transformers' rules, too.
+        pieces: stacks of experts → the tensors of the files that transformers stacks to them.
     """
 
     base: BaseModel
     tensors: Mapping[str, str]
     made: frozenset[str]
     renamed: frozenset[str] = frozenset()
+    pieces: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
 
     def tensor(self, weight: str) -> str:
         """The tensor that a weight is.
@@ -76,6 +94,7 @@ def weight_names(base: BaseModel, kind: Any = None) -> WeightNames:
     converting = [rule for rule in rules if isinstance(rule, WeightConverter)]
     tensors: dict[str, str] = {}
     made = set()
+    parts: dict[str, dict[str, list[str]]] = {}
     # In transformers' order: a rule may wait for the name that another one has seen.
     for name in sorted(_names(base), key=dot_natural_key):
         weight, converted = rename_source_key(name, renaming, converting, prefix, weights)
@@ -83,10 +102,40 @@ def weight_names(base: BaseModel, kind: Any = None) -> WeightNames:
             weight, converted = rename_source_key(name, [], [], prefix, weights)
         if weight in weights and converted is None:
             tensors.setdefault(weight, name)
-        elif weight in weights:
+        elif weight in weights and converted is not None:
             made.add(name)
+            parts.setdefault(weight, {}).setdefault(converted, []).append(name)
     renamed = {name for name in tensors if rename_source_key(name, renaming, [])[0] != name}
-    return WeightNames(base, tensors, frozenset(made), frozenset(renamed))
+    pieces = {
+        weight: found
+        for weight, some in parts.items()
+        if (found := _pieces(some, converting, tuple(weights[weight].shape)))
+    }
+    return WeightNames(base, tensors, frozenset(made), frozenset(renamed), pieces)
+
+
+def _pieces(
+    parts: Mapping[str, Sequence[str]], rules: Iterable[Any], shape: tuple[int, ...]
+) -> list[Piece]:
+    """The pieces of a stack [E, rows, columns]; none where transformers makes the weight in another way.
+
+    Args:
+        parts: pattern of a rule → the tensors that it takes, in transformers' order.
+        rules: transformers' own for weights that are made of others.
+        shape: of the weight.
+    """
+    rule = next((one for one in rules if set(parts) == set(one.source_patterns)), None)
+    steps = [] if rule is None else [(type(one).__name__, one.dim) for one in rule.operations]
+    known = [("MergeModulelist", 0)] + [("Concatenate", 1)] * (len(parts) > 1)
+    even = all(len(names) == shape[0] for names in parts.values())
+    if rule is None or len(shape) != 3 or steps != known or not even or shape[1] % len(parts):
+        return []
+    rows = shape[1] // len(parts)
+    return [
+        Piece(name, expert, place * rows, (place + 1) * rows)
+        for place, pattern in enumerate(rule.source_patterns)
+        for expert, name in enumerate(parts[pattern])
+    ]
 
 
 def wrapper_class(base: BaseModel) -> Any:

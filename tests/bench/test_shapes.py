@@ -26,6 +26,7 @@ WEIGHTS = {  # all weights of the published models
     "smollm2-135m": 134_515_008,
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
     "gemma3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,  # without what sees and its projector
 }
 
@@ -42,12 +43,12 @@ def test_layer_weights_are_the_matrices_of_the_layers(name: str) -> None:
     theirs = sum(
         p.numel()
         for key, p in model.model.layers.named_parameters()
-        if p.ndim == 2 and not key.endswith("mlp.gate.weight")
+        if key.endswith("_proj.weight")
     )
     s = SHAPES[name]
-    if "num_experts" in s:
-        own = [p.numel() for p in model.model.layers.parameters() if p.ndim == 3]
-        met = sum(own) * s["num_experts_per_tok"] // s["num_experts"]
+    if "num_experts_per_tok" in s:
+        own = [p for p in model.model.layers.parameters() if p.ndim == 3]
+        met = sum(p.numel() for p in own) * s["num_experts_per_tok"] // len(own[0])
         assert matrix_weights(model)[0] == theirs + met
         return
     width, heads, key_heads = (

@@ -9,7 +9,9 @@ import pytest
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.models.packed import Engine
 
-from .double import tiny
+from .double import adapt_all, tiny
+from .peaks import peaks
+from .test_bytes import longer
 from .test_families import CASES, CLOSE, furthest
 
 KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
@@ -33,3 +35,17 @@ def test_experts_are_transformers_alone(
     kind, changes = KINDS[name]
     model: Any = tiny(kind, **changes)
     assert furthest(model, keep, engine, experts=experts) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "recompute"),
+    [("gpt_oss", "each", False), ("glm4_moe", "shared", True), ("mixtral window", "each", True)],
+)
+def test_predicted_is_measured(name: str, experts: str, recompute: bool) -> None:
+    kind, changes = KINDS[name]
+    model = tiny(kind, **longer(changes)).float()
+    adapter = adapt_all(model, experts=experts)
+    for tensor in adapter.tensors().values():
+        tensor.data = tensor.data.float()
+    estimate, measured = peaks(model, adapter, recompute)
+    assert estimate == pytest.approx(measured, rel=0.06)

@@ -78,6 +78,7 @@ class Peft(Format):
 
     def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
         from mtl_lora_cli.export.card import model_card
+        from mtl_lora_cli.export.peft_files import ranks_of
         from mtl_lora_cli.export.weight_names import wrapper_class
 
         run, task = order.run, order.task
@@ -88,7 +89,7 @@ class Peft(Format):
             else ""
         )
         base = run.base.name if run.base.revision is not None else "BASE_MODEL"
-        rank = max(len(down) for down, _, _ in order.updates.values())
+        rank = max(ranks_of(order.updates).values())
         room = next((room for room in _VLLM_RANKS if room >= rank), rank)
         return model_card(
             run,
