@@ -46,6 +46,7 @@ class MultiTaskStack(TaskLayer):
         units = frozen.experts if each else None
         super().__init__(frozen.weight, sides, config, routing, shared, rank, units)
         self.frozen = frozen
+        self._outer: tuple[nn.Module, ...] = ()  # not a module of this one's
         self.kind = (*self.kind, "stack", units)
 
     @property
@@ -66,10 +67,10 @@ class MultiTaskStack(TaskLayer):
         """The adapter's arithmetic over pairs."""
         return StackProducts(self.products(((0, self.out_features),)), each=self.stacked)
 
-    def bare(self, *given: Any) -> Any:
-        """The frozen stack; arguments as of `forward`."""
-        x, pairs, _ = given
-        return product(self.frozen, x, pairs)
+    @property
+    def outer(self) -> nn.Module:
+        """The module of experts."""
+        return self._outer[0]
 
     def forward(self, x: Tensor, pairs: Pairs, slots: Slots) -> Tensor:
         """x [S, in] → [S, out]; `slots` are the routing of the positions."""
@@ -114,9 +115,8 @@ class MultiTaskExperts(nn.Module):
         self.base_layer = base.requires_grad_(False)
         self.routing = routing
         for name, stack in stacks.items():
-            self._modules[name] = (
-                stack  # the base has a parameter of this name, which is asked later
-            )
+            stack._outer = (self,)
+            self._modules[name] = stack  # before the base's parameter of this name
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Σ_e v_e D_e(f(G_e h) ⊙ (U_e h)).

@@ -89,13 +89,14 @@ class Adapter:
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """Inside the block every adapted layer is the frozen one that it was made of."""
-        for layer in self.layers.values():
-            layer.forward = layer.bare
+        outer = {id(layer.outer): layer.outer for layer in self.layers.values()}
+        for module in outer.values():
+            module.forward = module.base_layer.forward  # type: ignore[union-attr, assignment]
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                del layer.forward
+            for module in outer.values():
+                del module.forward
 
     def trained(self) -> dict[str, Tensor]:
         """Those of `tensors` that learn: all, where none was frozen (`extend.start_beside`)."""

@@ -80,9 +80,10 @@ class TaskLayer(nn.Module):
         """Of the frozen weight."""
         raise NotImplementedError
 
-    def bare(self, *given: Any) -> Any:
-        """What `forward` is without the adapter."""
-        raise NotImplementedError
+    @property
+    def outer(self) -> nn.Module:
+        """What stands in the place of the model's own module, which is its `base_layer`."""
+        return self
 
     def weight_name(self, path: str) -> str:
         """The frozen weight's name in the untouched model, where this layer is at `path`."""
@@ -198,10 +199,6 @@ class MultiTaskLinear(TaskLayer):
     def out_features(self) -> int:
         """Of the frozen layer."""
         return self.base_layer.out_features
-
-    def bare(self, *given: Any) -> Any:
-        """The frozen layer."""
-        return self.base_layer(*given)
 
     def weight_name(self, path: str) -> str:
         """As of every linear layer."""
