@@ -2,8 +2,9 @@
 
 What a segment is and who sees whom is said in `segments.py`. On CUDA in half precision torch's built-in
 variable-length attention does the work; in other dtypes there, calls over stacks of segments of similar
-length; on a CPU a loop over segments. Soft caps and sinks are computed from the scores themselves, as
-transformers' eager attention does.
+length; on a CPU a loop over segments. Soft caps and sinks are our kernels' on a card in half precision
+(`kernel_attention.py`); elsewhere they are computed from the scores themselves, as transformers' eager
+attention does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtl_lora_cli.engine.kernel_attention import attend_in_kernels, kernels_take
 from mtl_lora_cli.engine.segments import EVERYTHING, Rule, Segments
 
 LARGEST_HEAD = 256  # of torch's variable-length attention
@@ -65,6 +67,10 @@ def attend_segments(
     rule: Rule = EVERYTHING,
 ) -> Tensor:
     """q [1, heads, N, d], k [1, key heads, N, d], v [1, key heads, N, e] → [1, N, heads, e]."""
+    if not scores.bare and scores.dropout == 0.0 and kernels_take(q, k, v, segments, rule):
+        scaling = 1 / math.sqrt(q.shape[-1]) if scores.scaling is None else scores.scaling
+        asked = {"scaling": scaling, "softcap": scores.softcap, "sinks": scores.sinks}
+        return attend_in_kernels(q, k, v, segments, rule, **asked)
     if not q.is_cuda:
         return _by_segment(q, k, v, scores, segments, rule)
     if _kernel_knows(q, v, scores, segments, rule):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.kernel_attention import kernels_take
+from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.torch_attention import Scores, _in_stacks, attend_segments
 from mtl_lora_cli.kernels.tiles import FORWARD, KEY_BACKWARD, QUERY_BACKWARD, Launch, tile_table
 from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
 
@@ -333,6 +335,32 @@ def test_in_a_tree_a_window_counts_ancestors(
     )  # fmt: skip
     for ours, theirs in zip(found, naive(case, reach), strict=False):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trees", [False, True], ids=["causal", "trees"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_transformers_layers_get_caps_and_sinks_from_the_kernels(
+    window: int | None, trees: bool
+) -> None:
+    """What the plain engine's layers call, beside the same in torch."""
+    generator = torch.Generator().manual_seed(4)
+    reach = tree(*[20] * 6, *[11] * 5, *[20] * 9, *[31] * 11) if trees else None
+    segments = Segments.build([20, 11], reach).to(torch.device(DEVICE))
+    q, k, v = (
+        torch.randn(1, heads, 31, 16, generator=generator).to(DEVICE).requires_grad_(not trees)
+        for heads in (4, 2, 2)
+    )
+    scores, rule = Scores(0.6, softcap=1.5, sinks=SINKS), Rule(window)
+    assert kernels_take(q, k, v, segments, rule) or DEVICE == "cuda"
+    found = attend_segments(q, k, v, scores, segments, rule)
+    right = _in_stacks(q.double(), k.double(), v.double(), scores, segments, rule)
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=1e-5)
+    if not trees:
+        dout = torch.randn(found.shape, generator=generator).to(DEVICE)
+        ours = torch.autograd.grad(found, (q, k, v), dout)
+        theirs = torch.autograd.grad(right, (q, k, v), dout.double())
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_in_a_tree_without_branches_every_position_sees_all_before_it() -> None:
