@@ -1007,6 +1007,42 @@ CASES = [
         ("train", "--resume", "--runs", "RUNS"),
         early=False,
     ),
+    Bad(
+        "beginning at a run that is not there",
+        ("no run 'nobody' in runs; runs: none",),
+        ("train", "recipe.yaml", "--from", "nobody"),
+    ),
+    Bad(
+        "beginning at a run, and going on with another",
+        ("--from goes without --resume and --find-rate",),
+        ("train", "--resume", "--from", "small", "--runs", "RUNS"),
+    ),
+    Bad(
+        "beginning at another adapter",
+        (
+            "the recipe differs from that of run 'small', at which it begins: …",
+        ),
+        ("train", "recipe.yaml", "--from", "small", "adapter.rank=3", "--runs", "RUNS"),
+        early=False,
+    ),
+    Bad(
+        "clipping below what is usual",
+        ("recipe.yaml:8: training.clipping.relative: …",),
+        files=more("training: {clipping: {relative: 0.5}}\n"),
+    ),
+    Bad(
+        "parts of a larger rank than the layer's",
+        ("recipe.yaml:8: adapter: 'up_rank' is at most the rank of a layer, 4, received 8",),
+        files=more("adapter: {method: mtl-lora-fine, rank: 4, up_rank: 8}\n"),
+    ),
+    Bad(
+        "a start from the gradient where there is none",
+        (
+            "recipe.yaml:8: adapter: 'down_start: gradient' is not for multilora: its A has no gradient at the "
+            "start",
+        ),
+        files=more("adapter: {method: multilora, down_start: gradient}\n"),
+    ),
     # What strangers may have made.
     Bad(
         "a base model that is a pickle",
