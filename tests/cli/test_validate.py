@@ -118,6 +118,20 @@ def test_a_share_of_nothing_is_told(recipe: Path, invoke: Callable[..., Finished
     assert told in finished.stdout.splitlines()
 
 
+def test_a_run_of_few_steps_is_told(recipe: Path, invoke: Callable[..., Finished]) -> None:
+    for steps, told in ((499, True), (500, False)):
+        words = ("validate", str(recipe), f"training.max_steps={steps}", "training.epochs=200")
+        finished = invoke(*words)
+        assert finished.returncode == 0, finished.stderr
+        lines = [
+            line for line in finished.stdout.splitlines() if "a task is often not learned" in line
+        ]
+        assert len(lines) == told
+        found = json.loads(invoke(*words, "--json").stdout)
+        assert found["steps"] == steps
+        assert any("in fewer than 500" in line for line in found["findings"]) is told
+
+
 @pytest.mark.parametrize("model", ["a folder", "a GGUF file"])
 def test_a_cache_that_cannot_be_written(
     recipe: Path,
