@@ -158,6 +158,10 @@ def test_the_history_that_clips_is_the_same_in_any_stage(trained: Trained) -> No
         assert {k: float(v) for k, v in found.items()} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, rel=1e-3, abs=1e-6
         )
+    adapters = [
+        (trained.folder / name / "adapter" / "mtl_lora.safetensors").read_bytes() for name in usual
+    ]
+    assert adapters[0] == adapters[1] == adapters[2], "the same steps to the last bit"
     clipped, free = (trained.events(name)[-1] for name in ("clipped-0", "float32-0"))
     assert clipped["loss"] != free["loss"]
 
