@@ -18,9 +18,11 @@ from gguf import GGUFType, Keys
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import CheckError
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.export.gguf_model import Dialect, write_model, writing
+from mtl_lora_cli.export.gguf_model import Dialect, is_known, write_model, writing
+from mtl_lora_cli.export.llama_converter import convert_model
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.questions import Questions
+from mtl_lora_cli.models.load import load_config
 
 
 def write_adapter(
@@ -58,7 +60,10 @@ def base_file(run: Run, folder: Path) -> Iterator[Path]:
     """The base model as a GGUF file that lies in the folder for a while."""
     with TemporaryDirectory(dir=folder) as scratch:
         path = Path(scratch) / "base.gguf"
-        write_model(run.base.folder, path, title=run.base.name, dtype=run.dtype)
+        if is_known(load_config(run.base)):
+            write_model(run.base.folder, path, title=run.base.name, dtype=run.dtype)
+        else:
+            convert_model(run.base.folder, path, title=run.base.name, dtype=run.dtype)
         yield path
 
 

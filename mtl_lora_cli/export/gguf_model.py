@@ -88,6 +88,11 @@ class Dialect:
         return parts.swapaxes(1, 2).reshape(tensor.shape)
 
 
+def is_known(config: Any) -> bool:
+    """Whether llama.cpp's form of this type of model is known here; else its own converter knows it, or nobody."""
+    return config.model_type in _ARCHITECTURES
+
+
 def dialect_of(config: Any) -> Dialect:
     """The dialect for a transformers configuration.
 

@@ -48,7 +48,8 @@ def rule_of(tokenizer: Any) -> str:
     raise UsageError(
         "the base model's tokenizer is neither byte-level BPE with a rule that is known here "
         f"({', '.join(_RULES)}) nor BPE converted from sentencepiece, so it cannot be written to a "
-        "GGUF file; use mtl-lora merge, and llama.cpp's convert_hf_to_gguf.py on the result"
+        "GGUF file here; llama.cpp's own converter may know it: git clone --depth 1 "
+        "https://github.com/ggml-org/llama.cpp && export MTL_LORA_LLAMA_CPP=$PWD/llama.cpp"
     )
 
 

@@ -50,13 +50,26 @@ class Launch:
 
 # By the largest head dimension that they serve. Segments are short, so that tiles of 128 would mostly
 # be mask, and registers limit how many programs a multiprocessor holds: steps of 32 and one loop need
-# fewer. Chosen by time on an H100, 8192 positions of such segments.
-# Heads of 256, on an H200, forward and backward of 8192 positions in segments of the commonsense lengths: 0.38 ms,
-# beside 2.20 in torch; long segments 3.6 beside 2.8, with a window of 1024 1.7 beside 2.1.
+# fewer. Chosen by time among eighteen shapes each on an H200 (heads of 64 on an H100), 8192 positions of such
+# segments; in µs, and in brackets of segments of 2048, that shape and the next best of two loops:
+# forward 128: 88 (363), 141 (380); 256: 72 (172), 79 (415). Backward 128: 217 (999), 235 (1092); 256: 180 (822), 187
+# (1000).
 _WIDE = Launch(32, 32, split=False)
-FORWARD = {64: Launch(64, 64), 128: Launch(64, 32), 256: _WIDE}
-QUERY_BACKWARD = {64: Launch(64, 32), 128: Launch(64, 32, split=False), 256: _WIDE}
-KEY_BACKWARD = {64: Launch(64, 32, split=False), 128: Launch(64, 32, split=False), 256: _WIDE}
+FORWARD = {
+    64: Launch(64, 64),
+    128: Launch(64, 32, stages=3, split=False),
+    256: Launch(64, 32, split=False),
+}
+QUERY_BACKWARD = {
+    64: Launch(64, 32),
+    128: Launch(64, 32, split=False),
+    256: Launch(64, 16, split=False),
+}
+KEY_BACKWARD = {
+    64: Launch(64, 32, split=False),
+    128: Launch(64, 32, stages=3, split=False),
+    256: _WIDE,
+}
 
 
 def check_dim(dim: int) -> None:

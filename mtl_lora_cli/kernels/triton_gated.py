@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl_lora_cli.kernels.backend import roomy
 from mtl_lora_cli.kernels.gated import CUBE, ROOT, Activation
 
-_BLOCK = 1024
+_BLOCK = 2048
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _launch(activation: Activation) -> dict[str, bool | int | float]:
         "BLOCK": _BLOCK,
         "ROOT": ROOT,
         "CUBE": CUBE,
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
 

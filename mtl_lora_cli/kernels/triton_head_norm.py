@@ -234,6 +234,6 @@ def _launch(
         "ROWS": each * positions,
         "HALF": columns,
         "REST": rest,
-        "num_warps": min(16, max(1, positions * width // 512)),
+        "num_warps": min(16, triton.next_power_of_2(max(1, positions * width // 512))),
     }
     return (triton.cdiv(len(qkv), positions), blocks), shape

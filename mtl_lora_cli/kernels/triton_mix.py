@@ -33,7 +33,7 @@ def _adapter_mix(
     wanted = active[:, None] & (row < rows)[None, :]
     z += at.to(tl.int64) * (layers * COLUMNS) + layer * COLUMNS
     total = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
-    for column in range(COLUMNS):
+    for column in tl.range(COLUMNS, loop_unroll_factor=8):  # loads that do not wait for each other
         value = tl.load(z + column, mask=active, other=0.0).to(tl.float32)
         matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
         total += value[:, None] * matrix

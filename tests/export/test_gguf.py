@@ -43,6 +43,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from .conftest import exported, itself
 
 LIMIT = 12
+ADAPTER, MERGED = ({f"{name}.gguf", "Modelfile", "README.md"} for name in ("adapter", "model"))
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS: dict[str, dict[str, Any]] = {
     "mtl-lora": {"target_modules": ALL},
@@ -214,10 +215,10 @@ def test_without_llama_cpp_nothing_is_written_that_was_to_be_checked(
             exported(kind, run, run.tasks[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     exported("gguf", run, run.tasks[0], tmp_path / "out", checked=False)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER
     assert "**Not checked.**" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     exported("gguf-merged", run, run.tasks[0], tmp_path / "merged", checked=False)
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"model.gguf", "README.md"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == MERGED
 
 
 def test_a_merged_file_holds_what_merging_gives(
@@ -303,7 +304,7 @@ def test_an_export_is_run_by_llama_cpp_before_it_is_there(
     """In its own process, at a lower rank: held against the truncated update, beside the run."""
     run = trained("mtl-lora")
     written = exported("gguf", run, run.tasks[0], tmp_path / "out", rank=1, limit=LIMIT)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter.gguf", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER
     assert written.comparison is not None and written.truncation is not None
     assert list(written.comparison.models) == ["the run's update at rank 1", "the run's adapter"]
     assert (
@@ -575,7 +576,7 @@ def test_a_tokenizer_of_another_kind_is_refused(texts: list[str], tmp_path: Path
         tokenizer = byte_level(texts, "gpt-2", tmp_path)
         for name, value in change.items():
             setattr(tokenizer.backend_tokenizer, name, value)
-        with pytest.raises(UsageError, match=r"convert_hf_to_gguf.py"):
+        with pytest.raises(UsageError, match=r"git clone .*llama.cpp"):
             rule_of(tokenizer)
 
 

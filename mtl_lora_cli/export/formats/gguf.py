@@ -27,7 +27,8 @@ llama-server -m BASE_MODEL.gguf --lora {file} --lora {other} --lora-init-without
 ```
 
 llama.cpp's sources turn a transformers folder into a GGUF file:
-`python convert_hf_to_gguf.py BASE_MODEL --outfile BASE_MODEL.gguf`.
+`python convert_hf_to_gguf.py BASE_MODEL --outfile BASE_MODEL.gguf`. Beside this page such a file makes the
+`Modelfile` ready for Ollama: `ollama create NAME -f Modelfile`.
 """
 
 
@@ -46,14 +47,20 @@ class GgufAdapter(Format):
         require_llama_cpp()
 
     def refuses(self, order: Order) -> None:
-        from mtl_lora_cli.export.gguf_model import require_writable
+        from mtl_lora_cli.export.gguf_model import is_known, require_writable
+        from mtl_lora_cli.export.llama_converter import require_convertible
         from mtl_lora_cli.models.load import load_config
 
+        order.updates  # noqa: B018 - the method may be no LoRA for any task
+        config = load_config(order.run.base)
+        if not is_known(config):
+            require_convertible(config, order.run.base.folder)
+            return
         dialect = _dialect(order)
         for name in order.updates:
             dialect.name(name)  # a weight without a name is found before anything is written
         if order.options.checked:
-            require_writable(load_config(order.run.base))
+            require_writable(config)
 
     def scratch(self, order: Order) -> int:
         """The base model as a file of llama.cpp's, for the check."""
@@ -64,8 +71,17 @@ class GgufAdapter(Format):
 
     def write(self, order: Order, folder: Path) -> None:
         from mtl_lora_cli.export.gguf_files import write_adapter
+        from mtl_lora_cli.export.gguf_model import is_known
+        from mtl_lora_cli.export.llama_converter import convert_adapter
+        from mtl_lora_cli.export.ollama import write_modelfile
+        from mtl_lora_cli.models.load import load_config
 
-        write_adapter(order.updates, _dialect(order), folder / ADAPTER, title=order.title)
+        run = order.run
+        if is_known(load_config(run.base)):
+            write_adapter(order.updates, _dialect(order), folder / ADAPTER, title=order.title)
+        else:
+            convert_adapter(order.updates, run.base.folder, folder / ADAPTER)
+        write_modelfile(order, folder, model="./BASE_MODEL.gguf", adapter=f"./{ADAPTER}")
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """llama.cpp with the written adapter on the original base weights, in the run's dtype."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, export_format
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ class GgufMerged(Format):
         require_llama_cpp()
 
     def refuses(self, order: Order) -> None:
-        """Also a base model whose tokenizer is of no kind that is known here."""
-        from mtl_lora_cli.export.gguf_model import require_writable
+        """Also a base model whose tokenizer is of no kind that is known here or to llama.cpp's converter."""
+        from mtl_lora_cli.export.llama_converter import require_convertible
         from mtl_lora_cli.models.load import load_config
 
         order.updates  # noqa: B018 - the method may be no LoRA for any task
-        require_writable(load_config(order.run.base), order.run.tokenizer)
+        if not _known(order):
+            require_convertible(load_config(order.run.base), order.run.base.folder)
 
     def size(self, order: Order) -> int:
         from mtl_lora_cli.export.gguf_model import model_size
@@ -50,15 +52,22 @@ class GgufMerged(Format):
         return self.size(order)
 
     def write(self, order: Order, folder: Path) -> None:
-        from mtl_lora_cli.export.gguf_model import write_model
+        from mtl_lora_cli.export.gguf_model import stored_dtypes, write_model
+        from mtl_lora_cli.export.llama_converter import convert_model
         from mtl_lora_cli.export.merge import plan_merge, write_merged
+        from mtl_lora_cli.export.ollama import write_modelfile
 
         run = order.run
         with TemporaryDirectory(dir=folder) as merged:
             write_merged(plan_merge(run.base, order.updates), Path(merged), order.say)
             order.say("writing it as GGUF")
             path = folder / MODEL
-            write_model(Path(merged), path, title=order.title, tokenizer=run.tokenizer)
+            if _known(order):
+                write_model(Path(merged), path, title=order.title, tokenizer=run.tokenizer)
+            else:
+                widest = max(stored_dtypes(Path(merged)), key=lambda dtype: dtype.itemsize)
+                convert_model(Path(merged), path, title=order.title, dtype=widest)
+        write_modelfile(order, folder, model=f"./{MODEL}")
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """llama.cpp with the written model.
@@ -94,7 +103,33 @@ class GgufMerged(Format):
             about=f"The base model with one task of the run `{run.folder.name}` merged into its "
             "original weights, W + s · B' A', added in float32 and cast once, as llama.cpp reads it: "
             "matrices in the base model's own precision.",
-            use=f"```sh\nllama-cli -m THIS_FOLDER/{MODEL}\n```\n\n"
+            use=f"```sh\nllama-cli -m THIS_FOLDER/{MODEL}\n"
+            f"ollama create {order.task.name} -f THIS_FOLDER/Modelfile && ollama run {order.task.name}\n```\n\n"
             "Smaller, and less exact, which nothing here measures: "
             f"`llama-quantize THIS_FOLDER/{MODEL} model-Q8_0.gguf Q8_0`.\n",
         )
+
+
+def _known(order: Order) -> bool:
+    """Whether we write the file, model and tokenizer; else llama.cpp's converter does.
+
+    Raises:
+        UsageError: a model of a kind that we know, of which llama.cpp would compute something else, or whose
+            tokenizer nobody here knows.
+    """
+    from mtl_lora_cli.export.gguf_model import is_known, require_writable
+    from mtl_lora_cli.export.gguf_tokenizer import rule_of
+    from mtl_lora_cli.export.llama_converter import find_sources
+    from mtl_lora_cli.models.load import load_config
+
+    config = load_config(order.run.base)
+    if not is_known(config):
+        return False
+    require_writable(config)
+    try:
+        rule_of(order.run.tokenizer)
+    except UsageError:
+        if find_sources() is None:
+            raise
+        return False
+    return True
