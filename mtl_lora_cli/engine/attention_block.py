@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.engine.attention import attend, attend_gradient, kernels_know
 from mtl_lora_cli.engine.halves import AttentionHalf
+from mtl_lora_cli.engine.heads import HeadLayout
 from mtl_lora_cli.engine.plan import AttentionPlan
 from mtl_lora_cli.engine.saved import (
     Keep,
@@ -137,7 +138,8 @@ def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, 
             each += sizes.input_width(layer.o) * value
         if _graph(sizes, layer):
             each += layer.o.inputs * value
-            each += layer.qkv.outputs * value if plan.q_norm else 0
+            copied = plan.q_norm is not None or not HeadLayout.of(plan).plain
+            each += plan.width * value if copied else 0
     if layer.norms_before:
         each += width * value + 4
     asked = load.asked if last else load.positions
@@ -156,7 +158,8 @@ def forward_bytes(
     elif not keep.attended:
         each += layer.o.inputs
     if plan.q_norm and not (_graph(sizes, layer) and keep.qkv):
-        each += layer.qkv.outputs  # heads before their norms, or behind them
+        each += plan.width  # heads before their norms, or behind them
+    each += _apart(plan)
     return each * sizes.value * load.positions + _scores(sizes, layer, load)
 
 
@@ -172,7 +175,8 @@ def backward_bytes(
     again = 0 if keep.qkv else width + layer.qkv.outputs
     again += 0 if keep.qkv and keep.attended else layer.o.inputs
     if plan.q_norm and not (_graph(sizes, layer) and keep.qkv):
-        again += layer.qkv.outputs
+        again += plan.width
+    again += _apart(plan)
     each = 4 * width + again + 2 * layer.o.inputs + layer.qkv.outputs
     if not _kernels(sizes, layer):  # torch's gradients, part by part
         each += 2 * layer.qkv.outputs + layer.o.inputs
@@ -183,6 +187,12 @@ def backward_bytes(
             beside = (3 * width + again + 2 * layer.qkv.outputs) * value
             found = max(found, (beside + 20 * plan.heads * plan.head_dim) * load.positions)
     return found
+
+
+def _apart(plan: AttentionPlan) -> int:
+    """Values a position of what is made of the projections' outputs before attention, and of its gated result."""
+    layout = HeadLayout.of(plan)
+    return 0 if layout.plain else plan.width + (plan.heads * plan.head_dim if plan.gates else 0)
 
 
 def _plan(layer: LayerSizes) -> AttentionPlan:

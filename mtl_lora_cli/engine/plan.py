@@ -117,6 +117,11 @@ class AttentionPlan:
     query_scale: QueryScale | None = None
 
     @property
+    def width(self) -> int:
+        """(H + 2G) D, of [q | k | v]."""
+        return (self.heads + 2 * self.key_heads) * self.head_dim
+
+    @property
     def groups(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Paths of the projections that read one input."""
         return self.qkv, (self.o,)
