@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtl_lora_cli.cli.frame import emit, framed, status, stdout_is_terminal
+from mtl_lora_cli.cli.show_maps import show_maps
 from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
@@ -44,8 +46,19 @@ def show(
     packed: Annotated[
         bool, typer.Option("--packed", help="Whole packed rows, with segments and task ids.")
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FOLDER",
+            help="Of maps: where pictures are written; default: shown.",
+        ),
+    ] = None,
 ) -> None:
-    """Print tokens; those that count in the loss are green, or stand in ⟦ ⟧ without a terminal."""
+    """Print tokens; those that count in the loss are green, or stand in ⟦ ⟧ without a terminal.
+
+    Of maps, pictures with their maps are written: whole, and as the first steps see them.
+    """
     with framed():
         from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
@@ -53,9 +66,18 @@ def show(
         status("loading libraries")
         from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.tasks.chosen import select_tasks
+        from mtl_lora_cli.tasks.maps import MAPS
         from mtl_lora_cli.training.prepare import prepare
 
         prepared = prepare(loaded)
+        if prepared.data.tasks[0].objective in MAPS:
+            if packed:
+                raise UsageError("--packed is for texts; a row of these tasks is one picture")
+            chosen = select_tasks(prepared.data.tasks, task or "all")
+            show_maps(prepared, chosen, count, output or Path("shown"))
+            return
+        if output is not None:
+            raise UsageError("--output is for maps; tokens go to stdout")
         if prepared.objective is not None:
             raise UsageError(
                 f"data show is for text; the recipe's tasks are of another kind ({prepared.data.tasks[0].objective})"

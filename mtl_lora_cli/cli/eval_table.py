@@ -27,7 +27,7 @@ def as_json(
 
     rows = []
     for result, other in zip(results, beside, strict=True):
-        row = {key: value for key, value in result.items() if key not in OUTCOME}
+        row = {key: value for key, value in result.items() if key not in (*OUTCOME, "shown")}
         shown = None if other is None else {k: v for k, v in other.items() if k != "outcome"}
         rows.append({**row, "base" if name is None else "beside": shown})
     return {"run": run, "results": rows, "averages": [dataclasses.asdict(mean) for mean in means]}

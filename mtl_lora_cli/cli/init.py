@@ -35,7 +35,11 @@ def init(
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="NAME[=TEMPLATE][:FILE]", help="One task; once for each."),
+        typer.Option(
+            "--task",
+            metavar="NAME[=TEMPLATE][:FILE]",
+            help="One task; once for each. Of maps NAME=segmentation:FOLDER and the like.",
+        ),
     ] = None,
     hardware: Annotated[
         str | None, typer.Option("--hardware", help="cpu, gpu-24, gpu-80 or multi.")
@@ -50,6 +54,7 @@ def init(
 ) -> None:
     """Write a first recipe, with a comment above every key; asks for what is not said."""
     with framed():
+        from mtl_lora_cli.data.map_starter import map_recipe, read_map_task
         from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.runs.atomic import write_text
         from mtl_lora_cli.runs.paths import require_writable
@@ -77,6 +82,24 @@ def init(
         if base_model is None:
             usual = HARDWARE[hardware].base_model
             base_model = usual if yes else _asked("base model", usual, _something)
+        maps = [read_map_task(text) for text in tasks or ()]
+        if any(maps):
+            of_maps = [one for one in maps if one is not None]
+            if len(of_maps) < len(maps):
+                raise UsageError(
+                    "--task: maps and texts are learned by different models; no run mixes them"
+                )
+            if given["--base-model"] is None:
+                base_model = "dinov2-small"
+            files = map_recipe(base_model, of_maps, output)
+            clash = [path for path in files if path != output and path.exists() and not force]
+            if clash:
+                raise UsageError(f"{clash[0]} exists; replace it: --force")
+            for path, text in files.items():
+                write_text(path, text)
+                emit(str(path if path == output else path.name))
+            say(f"next: mtl-lora validate {output}; mtl-lora train {output}")
+            return
         if tasks:
             found = [read_task(text) for text in tasks]
         else:

@@ -35,10 +35,16 @@ def validate(
 
         loaded = load_recipe(find_recipe(recipe), overrides or ())
         status("loading libraries")
+        from mtl_lora_cli.data.map_audit import count_maps
+        from mtl_lora_cli.tasks.maps import MAPS
         from mtl_lora_cli.training.prepare import prepare, require_fit
 
         prepared = prepare(loaded)
         require_fit(prepared)
+        maps = []
+        if prepared.data.tasks[0].objective in MAPS:
+            status("looking at every map")
+            maps = count_maps(prepared.data.tasks)
         status("trying the base model")
         engine = tried_engine(prepared)
         if as_json:
@@ -54,6 +60,9 @@ def validate(
             )
             return
         emit(tasks_table(prepared))
+        for one in maps:
+            for line in one.lines():
+                emit(line)
         for line in few_steps(prepared):
             emit(f"note: {line}")
         for line in engine_lines(engine):

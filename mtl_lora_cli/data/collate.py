@@ -57,6 +57,8 @@ class ChosenDataset:
         for name in ("row_length", "steps_ahead", "entries"):  # where rows are the dataset's own
             if hasattr(every, name):
                 setattr(self, name, getattr(every, name))
+        if hasattr(every, "where"):
+            self.where = lambda task, number: every.where(task, int(numbers[task][number]))
         if hasattr(every, "examples"):
             whole = [[(task, n) for n in range(len(kept))] for task, kept in enumerate(numbers)]
             self.examples = every.units(self._there(whole)).tolist()

@@ -227,13 +227,28 @@ class MapDataset:
         low, high = augment.scale or (1.0, 1.0)
         return draw_view(augment.flip, (low, high), generator)
 
-    def show(self, entry: int, number: int) -> Shown:
+    def pictures_of(self, task: int) -> list[int]:
+        """The pictures that have a map of a task, as its source counts them."""
+        rows = self._sources.get(self.entries[task])
+        return [] if rows is None else np.flatnonzero(rows.present[:, task]).tolist()
+
+    def where(self, entry: int, number: int) -> str:
+        """File and line of a picture."""
+        return self._sources[entry].wheres[number]
+
+    def show(self, entry: int, number: int, *, whole: bool = False) -> Shown:
         """One picture and its maps, decoded and changed as they are learned.
+
+        Args:
+            entry: the first task of its source.
+            number: of the picture.
+            whole: nothing is changed but the size.
 
         Raises:
             UsageError: a file is missing or wrong.
         """
-        rows, view, size = self._sources[entry], self.view(entry, number), self.size_of_pictures
+        rows, size = self._sources[entry], self.size_of_pictures
+        view = WHOLE if whole else self.view(entry, number)
         picture = rows.picture(number)
         maps = {
             task: seen_target(values, self._specs[task], view, size)

@@ -15,6 +15,7 @@ from typing import Any
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
 from mtl_lora_cli.data.file_formats import Rows, fingerprint, read_file, renamed
 from mtl_lora_cli.data.folders import matching, splits_of
+from mtl_lora_cli.data.layouts import layout_rows
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -52,6 +53,8 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
         )
     if source.hub is not None:
         return _read_hub(source, split)
+    if source.layout is not None:
+        return layout_rows(root_of(source, base, task), source.layout, split, task)
     files = _split_files(source, base, task).get(split)
     if files is None:
         return None
@@ -159,6 +162,10 @@ def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...
     Raises:
         UsageError: the source does not exist, cannot be reached, or is a folder that has none.
     """
+    if source.layout is not None:
+        return tuple(
+            split for split in SPLITS if read_split(source, split, base=base, task=task) is not None
+        )
     if source.hub is not None:
         known = source.splits or _hub_builder(source).info.splits
     else:

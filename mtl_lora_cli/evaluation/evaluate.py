@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import time
 from collections import Counter
@@ -262,10 +263,10 @@ def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, A
     """What was found for each task whose answers are maps, and what one answer for all pixels comes to."""
     held = cast(Sequence[HeldMaps], rows)
     started = time.monotonic()
-    outcomes = measure_maps(opened, held, advance)
+    measured = measure_maps(opened, held, advance)
     seconds = time.monotonic() - started
-    for one, outcome in zip(held, outcomes, strict=True):
-        template = one.task.template
+    for one, found in zip(held, measured, strict=True):
+        template, outcome = one.task.template, found.outcome
         yield {
             "split": one.split,
             "rows_fingerprint": one.fingerprint,
@@ -284,6 +285,7 @@ def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, A
             },
             "titles": {name: template.title(name) for name in template.metrics},
             "constant": _constant(one, outcome),
+            "shown": [base64.b64encode(panel).decode() for panel in found.shown],
             **_of_each_row(outcome),
             "seconds_of_all_tasks": seconds,
         }

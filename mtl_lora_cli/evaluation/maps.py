@@ -22,12 +22,14 @@ from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.tallies import tally_of
 from mtl_lora_cli.pictures.augment import WHOLE, seen_picture
 from mtl_lora_cli.pictures.derive import edges_from_classes
+from mtl_lora_cli.pictures.drawn import coloured, side_by_side
 from mtl_lora_cli.tasks.maps import MAPS, MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
 
 PROTOCOL = "maps"
 _ON_CARD, _ON_CPU = 32, 4  # pictures a pass
 _THREADS = 8
+_SHOWN, _SHOWN_HEIGHT = 3, 96  # pictures of each task, and their pixels
 Progress = Callable[[int, int], None]
 
 
@@ -181,9 +183,22 @@ def at_size(raw: Tensor, spec: MapSpec, size: tuple[int, int]) -> np.ndarray:
     return large[0].sigmoid().cpu().numpy()
 
 
+@dataclass(frozen=True)
+class MeasuredMaps:
+    """What a run's answers to one task come to.
+
+    Attributes:
+        outcome: of all its pictures.
+        shown: of the first ones picture, right map and answer side by side, as PNGs.
+    """
+
+    outcome: Outcome
+    shown: list[bytes]
+
+
 def measure_maps(
     opened: Run, held: Sequence[HeldMaps], advance: Progress = lambda done, total: None
-) -> list[Outcome]:
+) -> list[MeasuredMaps]:
     """What a run's answers come to on each task's pictures, at the maps' own size.
 
     Args:
@@ -193,6 +208,7 @@ def measure_maps(
     """
     asking = Answering(opened)
     tallies: list[list[np.ndarray]] = [[] for _ in held]
+    shown: list[list[bytes]] = [[] for _ in held]
     total, done = sum(len(one.numbers) for one in held), 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for places in _by_pictures(held):
@@ -211,9 +227,28 @@ def measure_maps(
                         [pictures[at] for at in own],
                         [raw[at] for at in own],
                     )
+                    for at in own[: _SHOWN - len(shown[place])]:
+                        shown[place].append(_panel(held[place], some[at], pictures[at], raw[at]))
                     done += len(own)
                 advance(done, total)
-    return [outcome_of_tallies(own) for own in tallies]
+    outcomes = map(outcome_of_tallies, tallies)
+    return [MeasuredMaps(*found) for found in zip(outcomes, shown, strict=True)]
+
+
+def _panel(held: HeldMaps, number: int, picture: Image.Image, raw: Tensor) -> bytes:
+    """Picture, right map and answer."""
+    truth, spec = held.truth(number, picture), held.spec
+    answer = at_size(raw, spec, (truth.shape[0], truth.shape[1]))
+    known = truth[np.isfinite(truth)] if truth.dtype.kind == "f" else truth
+    low, high = (
+        (float(known.min()), float(known.max()) + 1e-6)
+        if spec.objective == "depth" and known.size
+        else (0.0, 1.0)
+    )
+    maps = [
+        coloured(values, spec.objective, spec.channels, low, high) for values in (truth, answer)
+    ]
+    return side_by_side([np.asarray(picture), *maps], _SHOWN_HEIGHT)
 
 
 def _parts(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -298,10 +333,3 @@ def constant_outcome(held: HeldMaps, constant: Constant) -> Outcome:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return outcome_of_tallies(list(pool.map(tallied, held.numbers)))
-
-
-def shown(held: HeldMaps, numbers: Sequence[int]) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
-    """Some pictures with their right maps."""
-    for number in numbers:
-        picture = held.rows.picture(number)
-        yield number, picture, held.truth(number, picture)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Fault = Callable[[str], Exception]
+PERSON_PARTS = "person parts"  # in the place of a variable's name: those of PASCAL-Part
+_PERSON = 15  # class of people there
+_PARTS = {
+    **dict.fromkeys(
+        ("hair", "head", "lear", "lebrow", "leye", "mouth", "nose", "rear", "rebrow", "reye"), 1
+    ),
+    **dict.fromkeys(("neck", "torso"), 2),
+    **dict.fromkeys(("luarm", "ruarm"), 3),
+    **dict.fromkeys(("llarm", "rlarm", "lhand", "rhand"), 4),
+    **dict.fromkeys(("luleg", "ruleg"), 5),
+    **dict.fromkeys(("llleg", "rlleg", "lfoot", "rfoot"), 6),
+}
 
 
 def read_mat(path: Path, inside: str, fault: Fault) -> np.ndarray:
@@ -23,6 +37,8 @@ def read_mat(path: Path, inside: str, fault: Fault) -> np.ndarray:
     Raises:
         what `fault` makes: there is no such variable or part, or h5py is missing.
     """
+    if inside == PERSON_PARTS:
+        return _person_parts(path, fault)
     name, _, number = inside.partition("/")
     if number and not number.isdigit():
         raise fault(f"{path.name}: '{inside}': expected NAME or NAME/INDEX")
@@ -40,17 +56,47 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _version_5(path: Path, name: str, number: str, fault: Fault) -> np.ndarray:
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(path, variable_names=[name] if name else None)
-    except Exception as error:  # of several kinds, by no single base class
-        raise fault(f"{path.name}: broken or cut off: {error!s:.120}") from None
+    content = _content(path, name, path.stat().st_mtime_ns, fault)
     known = [one for one in content if not one.startswith("__")]
     array = np.asarray(content[_one_of(known, name, path, fault)])
     if not number:
         return array
     return np.asarray(array[..., _within(int(number), array.shape[-1], path, name, fault)])
+
+
+@lru_cache(maxsize=2)  # one array of all pictures is read once, and not for each of them
+def _loaded(path: Path, name: str, changed: int) -> dict[str, Any]:
+    from scipy.io import loadmat
+
+    found: dict[str, Any] = loadmat(path, variable_names=[name] if name else None)
+    return found
+
+
+def _content(path: Path, name: str, changed: int, fault: Fault) -> dict[str, Any]:
+    try:
+        return _loaded(path, name, changed)
+    except Exception as error:  # of several kinds, by no single base class
+        raise fault(f"{path.name}: broken or cut off: {error!s:.120}") from None
+
+
+def _person_parts(path: Path, fault: Fault) -> np.ndarray:
+    """Parts of the people in one file of PASCAL-Part, uint8 [H, W]: 0 elsewhere, 1 to 6 as in `_PARTS`.
+
+    Its `anno` holds objects, each with a class, a mask and parts, each of those with a name and a mask.
+    """
+    content = _content(path, "anno", path.stat().st_mtime_ns, fault)
+    try:
+        objects = content["anno"][0, 0]["objects"][0]
+        found = np.zeros(np.shape(objects[0]["mask"]), dtype=np.uint8)
+        for one in objects:
+            if int(np.squeeze(one["class_ind"])) == _PERSON and np.size(one["parts"]):
+                for part in one["parts"][0]:
+                    number = _PARTS.get(str(np.squeeze(part["part_name"])), 0)
+                    if number:
+                        found[part["mask"].astype(bool)] = number
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise fault(f"{path.name}: is no annotation of PASCAL-Part: {error!s:.80}") from None
+    return found
 
 
 def _hdf5(path: Path, name: str, number: str, fault: Fault) -> np.ndarray:
@@ -67,25 +113,6 @@ def _hdf5(path: Path, name: str, number: str, fault: Fault) -> np.ndarray:
             if not number:
                 return np.asarray(found).T
             return np.asarray(found[_within(int(number), len(found), path, name, fault)]).T
-    except OSError as error:
-        raise fault(f"{path.name}: broken or cut off: {error!s:.120}") from None
-
-
-def mat_length(path: Path, name: str, fault: Fault) -> int:
-    """How many parts a variable of an HDF5 file has.
-
-    Raises:
-        what `fault` makes: as `read_mat`.
-    """
-    try:
-        import h5py
-    except ImportError:
-        raise fault(
-            f"{path.name}: is MATLAB 7.3 (HDF5), which needs h5py: pip install 'mtl-lora[hdf5]'"
-        ) from None
-    try:
-        with h5py.File(path, "r") as file:
-            return len(file[_one_of(list(file), name, path, fault)])
     except OSError as error:
         raise fault(f"{path.name}: broken or cut off: {error!s:.120}") from None
 

@@ -69,6 +69,8 @@ class Source(StrictModel):
     revision: str | None = None  # the hub data set's revision
     # split of ours -> file below `path`, or name of the hub's split
     splits: dict[Literal["train", "validation", "test"], str] | None = None
+    # A folder of pictures and maps as others lay them out; see docs/dense.md.
+    layout: Literal["folders", "nyud-mt", "nyu-mat", "pascal-context"] | None = None
     # How tables as text are written, where their ending does not say it; see docs/tasks.md.
     delimiter: Annotated[str | None, BeforeValidator(_one_character)] = None
     quoting: Literal["csv", "none"] | None = None
@@ -99,9 +101,12 @@ class Source(StrictModel):
         for name in ("config", "revision"):
             if getattr(self, name) is not None and self.hub is None:
                 raise ValueError(f"'{name}' goes with a hub source only")
-        for name in ("delimiter", "quoting", "broken_rows"):
+        for name in ("delimiter", "quoting", "broken_rows", "layout"):
             if getattr(self, name) is not None and self.path is None:
                 raise ValueError(f"'{name}' goes with a path only")
+        for name in ("splits", "delimiter", "quoting", "columns", "broken_rows", "task_column"):
+            if self.layout is not None and getattr(self, name) is not None:
+                raise ValueError(f"'{name}' does not go with a layout: its rows are files")
         if isinstance(self.columns, list):
             if self.path is None:
                 raise ValueError("'columns' as a list goes with a path only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,28 @@ _BEGIN, _END = 300, 200  # characters of a longer prompt
 _GONE = "the rows are not readable any more"
 
 
+_BASE64 = re.compile(r"[A-Za-z0-9+/=]+")
+
+
 def answered(tasks: Sequence[Task], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Some rows of each task's newest result of the adapter, evenly over the split.
 
     Returns:
         For each task `task`, `split`, `id` of the result, `right` and `wrong`: rows with `where`,
         `prompt`, `answer` and `predicted`, which is None where no choice was named, or where a free
-        answer was another one; and `note`, why there are none, or None.
+        answer was another one; and `note`, why there are none, or None. Of maps also `shown`: picture, right
+        map and answer side by side, PNGs in base 64.
     """
     found = []
     for task in tasks:
         own = [r for r in results if r["task"] == task.name and r["model"] == "adapter"]
         own = [r for r in own if r["protocol"] != LM_EVAL]  # asks rows of its own
-        if own:
-            found.append(_of_task(task, max(own, key=lambda r: r["id"])))
+        newest = max(own, key=lambda r: r["id"], default=None)
+        if newest is not None and newest["protocol"] == "maps":
+            head = {"task": task.name, "split": newest["split"], "id": newest["id"]}
+            found.append({**head, "right": [], "wrong": [], "note": None, **_shown(newest)})
+        elif newest is not None:
+            found.append(_of_task(task, newest))
     return found
 
 
@@ -49,6 +58,14 @@ def _of_task(task: Task, result: dict[str, Any]) -> dict[str, Any]:
         note = f"{_GONE}: {' '.join(str(error).split())}"
     head = {"task": task.name, "split": result["split"], "id": result["id"]}
     return {**head, **kinds, "note": note}
+
+
+def _shown(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Pictures with right map and answer, PNGs in base 64."""
+    panels = result.get("shown") or []
+    return {
+        "shown": [panel for panel in panels if isinstance(panel, str) and _BASE64.fullmatch(panel)]
+    }
 
 
 def _kinds(task: Task, result: dict[str, Any], rows: Rows) -> dict[str, list[dict[str, Any]]]:

@@ -81,7 +81,9 @@ def _scored(
     beside = {one["id"]: compare_with_base(run, one) for one in asked}
     found = []
     for result in results:
-        other = beside.get(result["id"])
+        other = beside.get(result["id"]) or result.get(
+            "constant"
+        )  # of maps one answer for all pixels
         ours, theirs = result["metrics"], other["metrics"] if other else {}
         if result["model"] == "base":
             ours, theirs = {name: {} for name in ours}, ours

@@ -218,7 +218,8 @@ class Prepared:
     def where(self, task: int, number: int) -> str:
         """File and line of a training example, where no row was left out before it."""
         if self.objective is not None:
-            return f"example {number}"
+            where = getattr(self.data.others, "where", None)
+            return f"example {number}" if where is None else str(where(task, number))
         bound, split = self.data.tasks[task], self.data.splits[task]
         if split.dropped:
             return f"example {number} (of those that were not too long)"

@@ -32,7 +32,7 @@ TYPES: dict[str, Any] = {
 # Every word of JSON Schema that stands in ours; another one must not be passed over here.
 KNOWN = {
     "$defs", "$ref", "$schema", "additionalProperties", "anyOf", "default", "description", "enum",
-    "exclusiveMaximum", "exclusiveMinimum", "const", "items", "maxItems", "maxLength", "maximum", "minItems",
+    "exclusiveMaximum", "exclusiveMinimum", "const", "items", "maxItems", "maxLength", "maximum", "minItems", "minLength",
     "minimum", "oneOf", "pattern", "properties", "propertyNames", "required", "title", "type",
 }  # fmt: skip
 
@@ -63,6 +63,7 @@ def faults(value: Any, schema: dict[str, Any], at: str = "") -> Iterator[str]:
         ("exclusiveMinimum", lambda bound: value > bound),
         ("exclusiveMaximum", lambda bound: value < bound),
         ("maxLength", lambda bound: len(value) <= bound),
+        ("minLength", lambda bound: len(value) >= bound),
         ("minItems", lambda bound: len(value) >= bound),
         ("maxItems", lambda bound: len(value) <= bound),
         ("pattern", lambda bound: re.search(bound, value)),

@@ -14,7 +14,8 @@ from mtl_lora_cli.tasks.reading import prefix_conflict
 from mtl_lora_cli.tasks.registry import find_template, template_names
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 
-LIBRARY = [name for name in template_names() if not name.startswith("samples/")]
+MAPS_OF_PICTURES = ("samples/", "nyuv2/", "nyud_mt/", "pascal_context/")  # tests/pictures has those
+LIBRARY = [name for name in template_names() if not name.startswith(MAPS_OF_PICTURES)]
 
 # One row as each hub data set gives it, and the answer that is right.
 HUB: dict[str, tuple[dict[str, Any], str]] = {
