@@ -118,6 +118,7 @@ def answer(
                 opened.longest,
                 new_tokens=room or 0,
                 generated=generated,
+                wheres=examples.wheres,
             )
         )
         require_different(task, examples, requests[-1])
@@ -248,8 +249,8 @@ def sampling_of(task: Task) -> Sampling | None:
 def answer_limits(task: Task, requests: Sequence[Request]) -> list[int]:
     """The most tokens that each generated answer may have."""
     most = task.template.generate.max_new_tokens
-    if most is None and task.template.conversation is not None:
-        return [room_for(one.choices[0]) for one in requests]
+    if task.template.conversation is not None:
+        return [one.room or most or room_for(one.choices[0]) for one in requests]
     return [most or max(map(len, one.choices)) - one.ends + 1 for one in requests]
 
 

@@ -115,6 +115,7 @@ class Request:
         ends: how many tokens at the end of each candidate are its end; 0 where the end does not count.
         passed: how many tokens at the beginning of each candidate are no part of it, but of the prompt that
             it alone has behind the common one; None: none of any.
+        room: of a conversation, the most tokens that an answer to it may have; 0: it is none.
     """
 
     task: int
@@ -123,6 +124,7 @@ class Request:
     truncated: bool = False
     ends: int = 0
     passed: list[int] | None = None
+    room: int = 0
 
     @property
     def with_open(self) -> Request:
@@ -154,6 +156,7 @@ def build_requests(
     *,
     new_tokens: int = 0,
     generated: bool = False,
+    wheres: Sequence[str] | None = None,
 ) -> list[Request]:
     """Tokenise examples for scoring; a free answer is its example's only candidate.
 
@@ -168,13 +171,16 @@ def build_requests(
         limit: positions that the model knows.
         new_tokens: how many more tokens will be generated, where it is more than the candidates have.
         generated: answers will be: then a free one is not known when its prompt is cut.
+        wheres: where each example came from, for errors.
 
     Raises:
         UsageError: there is no room even without the row's own text.
     """
     dialogues = [example.dialogue for example in examples if example.dialogue is not None]
     if dialogues:
-        return _of_dialogues(dialogues, task, encoder, limit, new_tokens, generated=generated)
+        return _of_dialogues(
+            dialogues, task, encoder, limit, new_tokens, generated=generated, wheres=wheres
+        )
     prompts, answers = encoder.continuations(
         [example.prompt for example in examples],
         [example.choices or (example.answer,) for example in examples],
@@ -186,17 +192,23 @@ def build_requests(
         )
     end = list(encoder.answer_end)
     requests = []
-    for prompt, choices in zip(prompts, answers, strict=True):
+    places = _places(wheres, len(prompts))
+    for prompt, choices, where in zip(prompts, answers, places, strict=True):
         counts = one_begins_another(choices)
         asked = [[*choice, *end] for choice in choices] if counts else choices
         room = limit - max(new_tokens, *(len(choice) for choice in asked))
-        short = _shortened(prompt, room, limit)
+        short = _shortened(prompt, room, limit, where)
         cut = len(short) < len(prompt)
         requests.append(Request(task, short, asked, cut, len(end) if counts else 0))
     return requests
 
 
-def _shortened(prompt: Prompt, room: int, limit: int) -> list[int]:
+def _places(wheres: Sequence[str] | None, count: int) -> list[str]:
+    """What an error about each example begins with."""
+    return [""] * count if wheres is None else [f"{where}: " for where in wheres]
+
+
+def _shortened(prompt: Prompt, room: int, limit: int, where: str) -> list[int]:
     """A prompt in the room that there is.
 
     Raises:
@@ -204,14 +216,14 @@ def _shortened(prompt: Prompt, room: int, limit: int) -> list[int]:
     """
     if prompt.fixed > max(1, room):
         raise UsageError(
-            f"the longest answer and what stands around it have {limit - room + prompt.fixed} "
+            f"{where}the longest answer and what stands around it have {limit - room + prompt.fixed} "
             f"tokens; the model reads {limit}"
         )
     return prompt.shortened(max(1, room))
 
 
 def room_for(answer: Sequence[int]) -> int:
-    """Tokens that an answer to a conversation may have: twice as many as the right one, and 32."""
+    """Tokens that an answer to a conversation may have, where there is room: twice the right one's, and 32."""
     return 2 * len(answer) + 32
 
 
@@ -223,6 +235,7 @@ def _of_dialogues(
     new_tokens: int,
     *,
     generated: bool,
+    wheres: Sequence[str] | None,
 ) -> list[Request]:
     """Conversations to be answered; a longer one loses its earliest turns, whole, and then of its question."""
     labelled = all(any(one.counts) for one in dialogues)
@@ -230,14 +243,20 @@ def _of_dialogues(
     if generated and labelled:
         prompts, _ = encoder.asked(dialogues, known=False)
     requests = []
-    for dialogue, prompt, answer in zip(dialogues, prompts, answers, strict=True):
-        room = limit - max(new_tokens or (room_for(answer) if generated else 0), len(answer))
+    places = _places(wheres, len(dialogues))
+    for dialogue, prompt, answer, where in zip(dialogues, prompts, answers, places, strict=True):
+        wanted = max(new_tokens, len(answer))
+        if generated:  # the right answer need not fit: it is only compared with what is said
+            wanted = min(new_tokens or room_for(answer), max(limit // 2, limit - len(prompt)))
+        room = limit - wanted
         whole, shorter = len(prompt), dialogue.without_earliest()
         while len(prompt) > room and shorter is not None:
             ((prompt,), _) = encoder.asked([shorter], known=labelled and not generated)
             shorter = shorter.without_earliest()
-        short = _shortened(prompt, room, limit)
-        requests.append(Request(task, short, [answer], len(short) < whole))
+        if generated:
+            wanted = max(1, min(wanted, limit - prompt.fixed))
+        short = _shortened(prompt, limit - wanted, limit, where)
+        requests.append(Request(task, short, [answer], len(short) < whole, room=wanted))
     return requests
 
 

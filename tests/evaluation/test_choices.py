@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.choices import Request, Tree, build_requests, score
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
+from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 
 
@@ -230,3 +232,27 @@ def test_a_long_prompt_is_cut_at_its_beginning_and_marked(stories_folder: Path) 
     assert cut.prompt[1:] == whole.prompt[-(len(cut.prompt) - 1) :]
     (shorter,) = build_requests([long], 0, encoder, 12, new_tokens=5)
     assert len(shorter.prompt) + 5 == 12
+
+
+@pytest.mark.parametrize("limit", [30, 60, 200])
+def test_an_answer_to_a_conversation_gets_the_room_that_there_is(
+    stories_folder: Path, limit: int
+) -> None:
+    """The right one need not fit; a question loses its beginning before the answer has less than half."""
+    tokenizer = load_tokenizer(find_base_model(str(stories_folder)))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    encoder = Encoder(tokenizer, "chat")
+    for question, answer in (("dog " * 50, "cat " * 90), ("dog", "cat"), ("dog " * 50, "cat")):
+        talk = Dialogue.of(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        )
+        example = Example("", answer, (), -1, dialogue=talk)
+        (one,) = build_requests([example], 0, encoder, limit, generated=True, wheres=["a.jsonl:1"])
+        assert 1 <= one.room <= 2 * len(one.choices[0]) + 32
+        assert len(one.prompt) + one.room <= limit
+        assert one.room >= min(limit // 2, 2 * len(one.choices[0]) + 32)
+    with pytest.raises(UsageError, match=r"^a\.jsonl:1: the longest answer and what stands around"):
+        build_requests([example], 0, encoder, 3, generated=True, wheres=["a.jsonl:1"])
