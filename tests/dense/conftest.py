@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.data.maps import MapBatch
+from mtl_lora_cli.dense.backbones import family_of, load_backbone
+from mtl_lora_cli.dense.host import DenseHost
+from mtl_lora_cli.dense.objective import LEARNING
 from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.tasks.maps import MapSpec
 
 Backbones = Callable[[str], BaseModel]
 
@@ -74,6 +81,55 @@ WHOLE = {
     "dinov2": ["*norm*", "*patch_embeddings*"],
 }
 
+SPECS = {
+    "classes": MapSpec("segmentation", 5, tuple("abcde")),
+    "depth": MapSpec("depth", 1, low=0.5, high=9.0, scale="log"),
+    "normals": MapSpec("normals", 3),
+}
 
-def folder_of(base: BaseModel) -> Path:
-    return base.folder
+
+def host_of(
+    base: BaseModel,
+    kind: str,
+    size: tuple[int, int],
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> DenseHost:
+    """As if trained: nothing stands where it began."""
+    given = {"method": "mtlora", "task_rank": 2, "streams": "stages", **settings}
+    if given["method"] == "lora":
+        given = {k: v for k, v in given.items() if k not in ("task_rank", "streams")}
+    config = configure(
+        rank=4, alpha=8.0, target_modules=TARGETS[kind], whole_modules=WHOLE[kind], **given
+    )
+    trunk = load_backbone(base, size=size, dtype=dtype, device=torch.device("cpu"))
+    family = family_of(base, trunk.config)
+    own = family.stages(trunk.config).blocks if config.streams else None
+    torch.manual_seed(1)
+    adapter = inject(trunk, config, list(SPECS), within=LEARNING, own_in=own)
+    host = DenseHost(trunk, family, adapter, list(SPECS.values()), dtype)
+    for name, tensor in adapter.tensors().items():
+        if "lora_B" in name or name.startswith("whole:"):
+            tensor.data += 0.05 * torch.randn_like(tensor)
+    return host
+
+
+def batch_of(size: tuple[int, int], dtype: torch.dtype = torch.float64, count: int = 2) -> MapBatch:
+    """Pictures with every map."""
+    generator = torch.Generator().manual_seed(5)
+    draw = partial(torch.randn, generator=generator, dtype=dtype)
+    normals = torch.nn.functional.normalize(draw(count, 3, *size), dim=1)
+    targets = {
+        0: torch.randint(-1, 5, (count, *size), generator=generator),
+        1: 0.5 + draw(count, *size).abs(),
+        2: normals,
+    }
+    targets[0][targets[0] < 0] = -100
+    targets[1][0, :3] = float("nan")
+    return MapBatch(
+        draw(count, 3, *size),
+        targets,
+        torch.ones(count, 3, dtype=torch.bool),
+        torch.arange(3).repeat(count),
+        torch.arange(3),
+    )
