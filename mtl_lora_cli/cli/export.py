@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
+from mtl_lora_cli.cli.maps_outputs import export_maps_of, of_maps
 from mtl_lora_cli.cli.options import (
     RUNS,
     CheckOption,
@@ -80,6 +81,13 @@ def export(
         folder = find_run(run, runs)
         load_extensions_of(folder.recipe)
         form = find_format(kind)
+        if of_maps(folder):
+            if rank is not None:
+                raise UsageError("--rank is for adapters; an ONNX file has none")
+            export_maps_of(
+                folder, kind, task, output, limit=limit, check=check, push=push, as_json=as_json
+            )
+            return
         if rank is not None and not form.reducible:
             raise UsageError("--rank is for adapters; a merged model has none")
         status("loading libraries")

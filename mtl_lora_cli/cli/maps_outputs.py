@@ -46,6 +46,40 @@ def merge_maps_of(
     _emit(order, found, as_json)
 
 
+def export_maps_of(
+    run: RunFolder,
+    kind: str,
+    task: str,
+    output: Path | None,
+    *,
+    limit: int,
+    check: bool,
+    push: str | None,
+    as_json: bool,
+) -> None:
+    """One ONNX file, of the task that is named or of all.
+
+    Raises:
+        UsageError: another format.
+    """
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.export.hub import push as push_folder
+
+    if kind != "onnx":
+        raise UsageError(
+            f"--format {kind} is for language models; maps leave a run by --format onnx, or by merge"
+        )
+    from mtl_lora_cli.export.maps.onnx_file import export_maps
+
+    require_pushable(push, [run], check)
+    place = output or Path("exported", "onnx", run.name, task)
+    order = _order(run, task, place, limit, check)
+    found = export_maps(order)
+    if push is not None:
+        say(f"pushed to {push_folder(order.folder, push)}")
+    _emit(order, found, as_json, by="onnxruntime")
+
+
 def _order(run: RunFolder, task: str, folder: Path, limit: int, check: bool) -> MapsOrder:
     from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.maps.order import MapsOrder
@@ -59,7 +93,12 @@ def _order(run: RunFolder, task: str, folder: Path, limit: int, check: bool) -> 
     return MapsOrder(opened, chosen, folder, limit, check, say)
 
 
-def _emit(order: MapsOrder, found: Mapping[str, MapDifference], as_json: bool) -> None:
+def _emit(
+    order: MapsOrder,
+    found: Mapping[str, MapDifference],
+    as_json: bool,
+    by: str = "transformers and torch alone",
+) -> None:
     """What was written where, and how it compared."""
     from mtl_lora_cli.export.maps.check import in_words
 
@@ -71,6 +110,6 @@ def _emit(order: MapsOrder, found: Mapping[str, MapDifference], as_json: bool) -
         )
     elif found:
         pictures = f"on {len(order.pictures)} held-out pictures"
-        emit(f"{order.folder}: {pictures}, run by transformers and torch alone: {in_words(found)}")
+        emit(f"{order.folder}: {pictures}, run by {by}: {in_words(found)}")
     else:
         emit(f"{order.folder}: not checked")

@@ -58,6 +58,11 @@ class Family:
         """Where they end."""
         raise NotImplementedError
 
+    def all_blocks(self, trunk: Any) -> list[str]:
+        """Paths of the blocks of all stages: those that lie beside a stage's last one."""
+        lists = {path.rpartition(".")[0] for path in self.stages(trunk.config).blocks}
+        return [path for path, _ in trunk.named_modules() if path.rpartition(".")[0] in lists]
+
     def step(self, config: Any) -> int:
         """Height and width of a picture are multiples of it."""
         return 1

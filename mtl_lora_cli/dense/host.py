@@ -11,7 +11,7 @@ Which streams an image makes follows from the adapter:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -74,6 +74,16 @@ class DenseHost(ModuleHost):
         tap = Fork(block, self._adapter.routing, last=last) if self.way == "stages" else Tap(block)
         setattr(self.model.get_submodule(parent), name, tap)
         return tap
+
+    def wrap_layers(self, wrapped: Callable[[nn.Module], nn.Module]) -> None:
+        """See `models.host.Cuttable`: the blocks of all stages."""
+        for path in self.family.all_blocks(self.model):
+            parent, _, name = path.rpartition(".")
+            block = self.model.get_submodule(path)
+            if isinstance(block, Tap):
+                block.block = wrapped(block.block)
+            else:
+                setattr(self.model.get_submodule(parent), name, wrapped(block))
 
     @contextmanager
     def routed(self, batch: Any) -> Iterator[None]:

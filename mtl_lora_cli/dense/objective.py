@@ -33,7 +33,7 @@ LEARNING = ("embeddings", "encoder")  # of a backbone: nothing reads the norm be
 class DenseObjective:
     """See the module and `models.host.Objective`."""
 
-    beyond: ClassVar = ("quantization",)
+    beyond: ClassVar = ("quantization", "distributed.zero_stage")
 
     def __init__(self, base: BaseModel, recipe: Recipe, tasks: Sequence[Task]) -> None:
         if recipe.images is None:
@@ -79,6 +79,7 @@ class DenseObjective:
             dtype=dtype,
             device=device,
             quantization=self._recipe.quantization,
+            storage=dtype if self._recipe.distributed.zero_stage == 3 else torch.uint8,
             unquantised=self._unquantised,
         )
         adapter = self._adapted(trunk)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -115,6 +115,22 @@ class Host(Protocol):
 
     def notes(self) -> Sequence[str]:
         """What is good to know of it before it learns."""
+
+
+@runtime_checkable
+class Cuttable(Protocol):
+    """A host whose frozen layers can be cut into parts (ZeRO stage 3): each is called once a pass, whatever
+    the batch."""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """As `Host`'s."""
+
+    def losses(self, batch: Any) -> Tensor:
+        """As `Host`'s."""
+
+    def wrap_layers(self, wrapped: Callable[[nn.Module], nn.Module]) -> None:
+        """Put into the place of each layer what wraps it, and is called instead."""
 
 
 class ModuleHost(nn.Module):

@@ -432,7 +432,8 @@ def _prepare_others(
         key = tuple(path.split("."))
         if path not in kind.beyond and reduce(getattr, key, recipe) != plain:
             raise loaded.problem(key, f"is for text; tasks with objective {name} go without it")
-    if recipe.distributed.zero_stage == 3:
+    stage = "distributed.zero_stage"
+    if recipe.distributed.zero_stage == 3 and stage not in kind.beyond:
         why = f"zero_stage 3 cuts a language model's layers; tasks with objective {name} go up to 2"
         raise loaded.problem(("distributed", "zero_stage"), why)
     bound = [with_fingerprints(task) for task in tasks]

@@ -34,7 +34,7 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer
 from mtl_lora_cli.engine.memory import LIVE_LAYERS
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError, file_problem
 from mtl_lora_cli.machine.processes import Processes, require_group
-from mtl_lora_cli.models.host import Host
+from mtl_lora_cli.models.host import Cuttable, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.quiet import quiet_deepspeed
@@ -241,7 +241,7 @@ class ZeroUpdate:
         self.same_passes = config["zero_optimization"]["stage"] == 3  # all gather together
         self.losses: Callable[[Any], Tensor] = host.losses
         if self.same_passes:
-            assert isinstance(host, PackedModel), "only the text host says which layers there are"
+            assert isinstance(host, PackedModel | Cuttable), "it says which layers there are"
             self.losses = _cut(deepspeed, host, config)
         self._flats = [_Flat(group.parameters) for group in groups]
         own = [
@@ -381,9 +381,11 @@ def _of_the_base(config: Mapping[str, Any], largest: int) -> dict[str, Any]:
     return {**kept, "zero_optimization": zero, "steps_per_print": 2**31}
 
 
-def _cut(deepspeed: Any, packed: PackedModel, config: Mapping[str, Any]) -> nn.Module:
+def _cut(
+    deepspeed: Any, host: PackedModel | Cuttable, config: Mapping[str, Any]
+) -> _CutModel | _CutHost:
     """Cut the frozen weights; what is called with a batch from then on."""
-    model = _CutModel(packed)
+    model = _CutModel(host) if isinstance(host, PackedModel) else _CutHost(host)
     engine, *_ = deepspeed.initialize(
         model=model, config=_of_the_base(config, model.largest), dist_init_required=False
     )
@@ -417,15 +419,22 @@ class _CutLayer(nn.Module):
         call: runs the layer.
         layer: of the transformers model; whatever else is asked for is its.
         pace: of the whole model.
+        kept: ids of parameters that learn, beside those of adapted layers.
     """
 
-    def __init__(self, call: Callable[..., Any], layer: nn.Module, pace: _Pace) -> None:
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        layer: nn.Module,
+        pace: _Pace,
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
         from deepspeed.utils import set_z3_leaf_module
 
         super().__init__()
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         adapted = (module for module in layer.modules() if isinstance(module, TaskLayer))
-        whole = {id(own) for module in adapted for own in module.parameters(recurse=False)}
+        whole = {id(own) for module in adapted for own in module.parameters(recurse=False)} | kept
         for parameter in layer.parameters():
             if id(parameter) not in whole:  # the adapter is not cut
                 by_dtype.setdefault(parameter.dtype, []).append(parameter)
@@ -555,3 +564,27 @@ class _CutModel(nn.Module):
 
     def forward(self, *arguments: Any) -> Tensor:
         return self._packed[0].losses(*arguments)
+
+
+class _CutHost(nn.Module):
+    """Any other host that says which layers it has, as DeepSpeed shall see it: those alone."""
+
+    def __init__(self, host: Cuttable) -> None:
+        super().__init__()
+        assert host.adapter is not None, "a host has an adapter"
+        kept = frozenset(id(tensor) for tensor in host.adapter.tensors().values())
+        pace = _Pace(host.adapter.device)
+        cut: list[nn.Module] = []
+
+        def wrapped(layer: nn.Module) -> nn.Module:
+            cut.append(_CutLayer(layer, layer, pace, kept))
+            return cut[-1]
+
+        host.wrap_layers(wrapped)
+        self.layers = nn.ModuleList(cut)
+        self.largest = max(p.numel() for p in self.layers.parameters())
+        self.engine: tuple[Any, ...] = ()
+        self._host = (host,)
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self._host[0].losses(*arguments)

@@ -319,7 +319,7 @@ CASES = [
     ),
     Bad(
         "unknown format of an export",
-        ("--format: expected merged, peft, gguf, gguf-merged, received 'gguff'; did you mean 'gguf'?",),
+        ("--format: expected merged, peft, gguf, gguf-merged, onnx, received 'gguff'; did you mean 'gguf'?",),
         ("export", "--task", "warm", "--runs", "RUNS", "--format", "gguff"),
     ),
     Bad(

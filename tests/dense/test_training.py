@@ -176,3 +176,65 @@ def test_a_merged_folder_is_run_by_transformers_alone(forks: Forks, place: Path,
         assert one["largest"] <= 1e-5 and one["equal"] == 1
     config = json.loads((place / "merged" / "whole" / task / "config.json").read_text())
     assert config["architectures"] == ["SwinModel"]
+
+
+@pytest.mark.long
+def test_onnxruntime_answers_as_the_run(forks: Forks, place: Path) -> None:
+    """All tasks in one file, of which the trunk runs once."""
+    call = ("export", "--format", "onnx", "--task", "all", "--run", "whole", "--json")
+    found = json.loads(done(forks.run(*call, cwd=place)).stdout)
+    assert found["checked"] and set(found["compared"]) == {*TASKS}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            ("export", "--format", "peft", "--task", "depth"),
+            "--format peft is for language models; maps leave a run by --format onnx, or by merge",
+        ),
+        (
+            ("merge", "--task", "depth", "--base", "dequantized"),
+            "--base dequantized is for text; maps are merged into the original weights",
+        ),
+        (
+            ("train", "recipe.yaml", "images.size=[36, 48]", "base_model=dinov2"),
+            "images.size: received [36, 48]; sides of a dinov2 are multiples of 8, such as [32, 48]",
+        ),
+        (
+            ("train", "recipe.yaml", "adapter.whole_modules=[nothing_here]"),
+            "adapter.whole_modules: 'nothing_here' matches no module or parameter of the model",
+        ),
+        (
+            ("train", "recipe.yaml", "adapter.target_modules=[nothing_here]"),
+            "adapter.target_modules: 'nothing_here' matches no linear layer of the model",
+        ),
+        (
+            ("train", "recipe.yaml", "adapter.task_modules=['encoder.layers.1.blocks.0.*']"),
+            "adapter.streams: tasks have streams in the last blocks of stages, and the adapter has no part",
+        ),
+        (
+            ("train", "recipe.yaml", "adapter.method=mtl-lora", "adapter.task_rank=1"),
+            "'streams' needs a method with a part that tasks share and one of each task's own",
+        ),
+        (
+            ("train", "recipe.yaml", "training.gradient_checkpointing=true"),
+            "is for text; tasks with objective segmentation go without it",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    forks: Forks, place: Path, backbones: Backbones, call: tuple[str, ...], said: str
+) -> None:
+    if not (place / "dinov2").exists():
+        (place / "dinov2").symlink_to(backbones("dinov2").folder)
+    run = () if call[0] == "train" else ("--run", "whole")
+    ended = forks.run(*call, *run, cwd=place)
+    assert ended.returncode == 2 and said in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert {path.name for path in (place / "runs").iterdir()} <= {
+        "whole",
+        "again",
+        "more",
+        "latest",
+    }

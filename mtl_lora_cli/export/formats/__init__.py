@@ -193,5 +193,5 @@ def blamed(declared: Format | type[Format]) -> Iterator[None]:
         raise fault_of(kind, error) from error
 
 
-for _file in ("merged", "peft", "gguf", "gguf_merged"):  # in the order of tables
+for _file in ("merged", "peft", "gguf", "gguf_merged", "onnx"):  # in the order of tables
     import_module(f"{__name__}.{_file}")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -51,6 +51,34 @@ def merge_maps(order: MapsOrder) -> dict[str, MapDifference]:
             common.
         CheckError: what was written differs; it lies aside.
     """
+    return written(
+        order,
+        lambda merged, folder: _write(order, merged, folder),
+        lambda folder: run_plainly(folder, order.pictures),
+        lambda found: _readme(order, found),
+        "plain transformers and torch",
+    )
+
+
+def written(
+    order: MapsOrder,
+    write: Callable[[MergedMaps, Path], None],
+    run: Callable[[Path], dict[str, Tensor]],
+    readme: Callable[[Mapping[str, MapDifference]], str],
+    by: str,
+) -> dict[str, MapDifference]:
+    """The one course of all that leaves a run of maps: refuse, merge, write, run by another party, compare.
+
+    Args:
+        order: what is asked for.
+        write: fills an empty folder.
+        run: puts the order's pictures to what was written.
+        readme: of how it compared.
+        by: who runs it, for the progress line.
+
+    Raises:
+        UsageError, CheckError: as `merge_maps`.
+    """
     require_empty(order.folder)
     if order.checked:
         order.pictures  # noqa: B018 - that there are any is known before the work
@@ -58,17 +86,17 @@ def merge_maps(order: MapsOrder) -> dict[str, MapDifference]:
     order.say("merging")
     merged = _merged(order)
     with new_folder(order.folder) as temporary:
-        _write(order, merged, temporary)
+        write(merged, temporary)
         found: dict[str, MapDifference] = {}
         if order.checked:
-            order.say("running it by plain transformers and torch, and comparing")
-            answers = run_plainly(temporary, order.pictures)
+            order.say(f"running it by {by}, and comparing")
+            answers = run(temporary)
             ours = order.answers()
             found = {
                 task: difference(ours[task], answers[task], s) for task, s in order.specs.items()
             }
             _require_held(order, found, temporary)
-        write_text(temporary / "README.md", _readme(order, found))
+        write_text(temporary / "README.md", readme(found))
     return found
 
 
@@ -89,10 +117,15 @@ def _write(order: MapsOrder, merged: MergedMaps, folder: Path) -> None:
     with quiet_loading():
         merged.trunk.save_pretrained(folder)  # names as transformers' own conversion has them
     save_file({k: v.contiguous() for k, v in merged.tensors.items()}, folder / TENSORS)
+    write_described(order, folder)
+    write_text(folder / "README.md", _readme(order, {}))
+
+
+def write_described(order: MapsOrder, folder: Path) -> None:
+    """maps.json: what the maps hold, and what pixels are."""
     normal = order.normalisation
     content = described(order.specs, order.host.stages.blocks, order.size, normal.mean, normal.std)
     write_json(folder / SPEC, content)
-    write_text(folder / "README.md", _readme(order, {}))
 
 
 def run_plainly(folder: Path, pixels: Tensor) -> dict[str, Tensor]:
@@ -122,7 +155,7 @@ def _require_held(order: MapsOrder, found: Mapping[str, MapDifference], temporar
     """
     wrong = {task: one for task, one in found.items() if not one.holds}
     if wrong:
-        reason = f"the merged model differs from the run: {in_words(wrong)}"
+        reason = f"what was written differs from the run: {in_words(wrong)}"
         raise CheckError(set_aside(temporary, order.folder, reason))
 
 
