@@ -7,13 +7,14 @@ included, so for each expert and task there is a ΔW that is added to its matrix
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack, is_stack
 from mtl_lora_cli.adapters.layer import TaskLayer, mixing_of
 from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.adapters.pairs import Pairs
@@ -127,18 +128,42 @@ class MultiTaskExperts(nn.Module):
             weights: v [M, k].
         """
         slots = self.routing.slots(hidden.shape[:-1], hidden.device)
-        pairs = Pairs.of(chosen, cast(MultiTaskStack, self.gate_up_proj).frozen.experts)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        both = self.gate_up_proj(flat[pairs.position], pairs, slots)
-        out = self.down_proj(self.base_layer._apply_gate(both), pairs, slots)  # type: ignore[operator]
-        out = out * pairs.sorted(weights)[:, None]
-        return pairs.summed(out).to(hidden.dtype).view_as(hidden)
+        stacks = [cast(MultiTaskStack, self._modules[name]) for name in STACKS]
+        first, second = (partial(stack, slots=slots) for stack in stacks)
+        experts = stacks[0].frozen.experts
+        return mixed(self.base_layer, experts, first, second, hidden, chosen, weights)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
+
+
+def mixed(
+    base: Any,
+    experts: int,
+    gate_up: Callable[..., Tensor],
+    down: Callable[..., Tensor],
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """Σ_e v_e D_e(f(G_e h) ⊙ (U_e h)), by two projections of pairs; see `MultiTaskExperts.forward`."""
+    pairs = Pairs.of(chosen, experts)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out = down(base._apply_gate(gate_up(flat[pairs.position], pairs)), pairs)
+    out = out * pairs.sorted(weights)[:, None]
+    return pairs.summed_exactly(out).to(hidden.dtype).view_as(hidden)
+
+
+def multiply_stacks(model: nn.Module) -> None:
+    """Give modules of experts in 4 bits our products, wherever the model's own code calls them."""
+    for _, module in expert_modules(dict(model.named_modules())):
+        first, second = frozen_stacks(module).values()
+        if getattr(first.weight, "quant_state", None) is not None:
+            calls = partial(product, first), partial(product, second)
+            module.forward = partial(mixed, module, first.experts, *calls)
 
 
 class StackFrame(nn.Module):
@@ -171,13 +196,9 @@ def expert_modules(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.M
     """Those of the modules, by path, that hold experts as two stacks of matrices."""
     for path, module in modules.items():
         stacks = [module._parameters.get(name) for name in STACKS]
-        whole = all(one is not None and _is_stack(one) for one in stacks)
+        whole = all(one is not None and is_stack(one) for one in stacks)
         if whole and getattr(module, "has_gate", True) and hasattr(module, "is_transposed"):
             yield path, module
-
-
-def _is_stack(weight: Tensor) -> bool:
-    return weight.ndim == 3 or getattr(weight, "quant_state", None) is not None
 
 
 def frozen_stacks(module: nn.Module, *, transposed: bool | None = None) -> dict[str, FrozenStack]:

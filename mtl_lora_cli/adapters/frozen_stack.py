@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.frozen import dense_stack
@@ -69,6 +70,47 @@ class FrozenStack:
         return grouped(
             dy, dense_stack(weight, dy.dtype), pairs.ends, transposed=not self.transposed
         )
+
+
+def quantise_stack(weight: Tensor, kind: str, storage: torch.dtype = torch.uint8) -> nn.Parameter:
+    """A stack in 4 bits by bitsandbytes, with double quantisation, as it quantises a linear layer.
+
+    Args:
+        weight: [E, rows, columns], where it is to be.
+        kind: `nf4` or `fp4`.
+        storage: in what 4-bit values are kept; see `models/load.py`.
+    """
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    packed, state = quantize_4bit(
+        weight.contiguous(),
+        blocksize=64,
+        compress_statistics=True,
+        quant_type=kind,
+        quant_storage=storage,
+    )
+    found: nn.Parameter = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        quant_type=kind,
+        quant_storage=storage,
+        bnb_quantized=True,
+    )
+    return found
+
+
+def dense_dtype(weight: Tensor) -> torch.dtype:
+    """What a stack is multiplied in."""
+    state = getattr(weight, "quant_state", None)
+    return weight.dtype if state is None else cast(torch.dtype, state.dtype)
+
+
+def is_stack(weight: Tensor) -> bool:
+    """Whether a parameter is a stack of matrices, quantised or not."""
+    state = getattr(weight, "quant_state", None)
+    return len(weight.shape if state is None else state.shape) == 3
 
 
 def stack_shape(weight: Tensor) -> tuple[int, int, int]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.experts import STACKS, expert_modules
+from mtl_lora_cli.adapters.frozen_stack import quantise_stack
 from mtl_lora_cli.errors import UsageError
 
 
@@ -52,6 +54,8 @@ def random_model(
                     made[id(parameter)] = known
             setattr(module, name, known)
             del known
+        if quantization == "nf4":
+            _four_bit_stacks(module, storage)
         if id(module) in four_bit:
             _replace(model, path, _four_bit(module, dtype, device, storage))
     return model.requires_grad_(False).eval()
@@ -106,6 +110,15 @@ def _values(
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def _four_bit_stacks(module: nn.Module, storage: torch.dtype) -> None:
+    """The stacks of a module of experts in 4 bits."""
+    for _, experts in expert_modules({"": module}):
+        for name in STACKS:
+            weight = experts._parameters[name]
+            assert weight is not None
+            experts._parameters[name] = quantise_stack(weight.data, "nf4", storage)
 
 
 def _four_bit(

@@ -110,10 +110,11 @@ class FusedDecoder:
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are, up to `Plan.limit`.
 
-        Experts would; torch's grouped products have not been recorded on a card yet.
+        And whether it waits for none of them, as experts do where torch has no grouped product of their sizes.
         """
-        experts = any(isinstance(layer.mlp, ExpertsHalf) for layer in self.layers)
-        if self.plan.recurrent or experts:
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, ExpertsHalf)]
+        waits = any(one.gate_up.asks_back or one.down.asks_back for one in mixtures)
+        if self.plan.recurrent or waits:
             return False
         embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
         return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)

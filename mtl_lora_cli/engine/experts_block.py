@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.engine.halves import ExpertsHalf
 from mtl_lora_cli.engine.plan import ExpertsPlan
 from mtl_lora_cli.engine.router import (
@@ -74,7 +75,8 @@ class ExpertsBlock(torch.autograd.Function):
         if call.learn:
             saved = Saved(ctx)
             saved.add_entry(entry)
-            saved.add("chosen", choice.chosen)
+            for name, value in pairs._asdict().items():
+                saved.add(name, value)
             saved.add("both", both)
             saved.add_tape("tape_gate_up", tape_gate_up)
             saved.add_tape("tape_down", tape_down)
@@ -92,8 +94,8 @@ class ExpertsBlock(torch.autograd.Function):
         tape_gate_up, tape_down = saved.get("tape_gate_up"), saved.get("tape_down")
         wide = half.begin.again(entry, half.room)
         h = wide[:, : entry.total.shape[1]]
-        choice = choose(h, half.router, plan.router, saved["chosen"])
-        pairs, both = choice.pairs, saved.pop("both")
+        pairs = Pairs(*(saved[name] for name in Pairs._fields))
+        choice, both = choose(h, half.router, plan.router, pairs), saved.pop("both")
         if both is None:
             both = half.gate_up.again(h[pairs.position], tape_gate_up, pairs, slots)
         values = weights_of(choice, plan.router)
@@ -159,12 +161,12 @@ def _opened_shared(saved: dict[str, Any], groups: int) -> SharedTape:
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:
     """What the block leaves for its backward pass.
 
-    A position: total d, 1/rms in float32, its experts in int64, and gate_up 2F of each of them; of the
-    shared MLP gate_up and the gate.
+    A position: total d, 1/rms in float32, its experts and their places in int64, and gate_up 2F of each of
+    them; of the shared MLP gate_up and the gate.
     """
     plan, width, inner = _plan(layer), layer.qkv.inputs, layer.inner
     count = load.asked if last else load.positions
-    each = width * sizes.value + (4 if plan.before else 0) + 8 * plan.top
+    each = width * sizes.value + (4 if plan.before else 0) + 16 * plan.top
     if keep.gate_up:
         each += (plan.top * 2 * inner + _shared_outputs(layer)) * sizes.value
     if layer.gate is not None:

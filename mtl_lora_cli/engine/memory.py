@@ -43,7 +43,8 @@ def weight_bytes(sizes: ModelSizes) -> int:
     """
     each = NF4_BITS / 8 if sizes.four_bit else 1.0 if sizes.eight_bit else sizes.value
     layers = [
-        each * sum(group.weights for group in layer.groups) + sizes.value * layer.experts
+        each * sum(group.weights for group in layer.groups)
+        + (each if sizes.four_bit else sizes.value) * layer.experts
         for layer in sizes.layers
     ]
     found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value
@@ -59,7 +60,10 @@ def fixed_bytes(sizes: ModelSizes) -> int:
     groups = [group for layer in sizes.layers for group in layer.groups]
     found = weight_bytes(sizes) + 4 * sizes.trained * VALUE_BYTES
     if sizes.expanded:  # one buffer, as large as the largest group, for all layers
-        found += max(sizes.matrix(group) for group in groups) * sizes.value
+        largest = [sizes.matrix(group) for group in groups]
+        if sizes.four_bit:
+            largest += [stack.values for layer in sizes.layers for stack in layer.stacks]
+        found += max(largest) * sizes.value
     else:
         found += sum(sizes.matrix(group) - group.weights for group in groups) * sizes.value
     if sizes.fp8:
@@ -266,10 +270,10 @@ def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
 
 def _stack(frozen: FrozenStack, layer: Any) -> StackSizes:
     if layer is None:
-        return StackSizes(frozen.width, frozen.out)
+        return StackSizes(frozen.width, frozen.out, frozen.experts)
     down, up = layer.factors(None)
     rows, columns = down.shape[-3] * down.shape[-2], up.shape[-3] * up.shape[-1]
-    return StackSizes(frozen.width, frozen.out, rows, columns, layer.units)
+    return StackSizes(frozen.width, frozen.out, frozen.experts, rows, columns, layer.units)
 
 
 def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:

@@ -12,12 +12,14 @@ of the last norm and of rotary embeddings those inside the body.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import nn
 
+from mtl_lora_cli.adapters.frozen_stack import is_stack, stack_shape
 from mtl_lora_cli.kernels.clamped import Clamped
 from mtl_lora_cli.kernels.gated import Activation
 
@@ -364,9 +366,9 @@ def matrix_weights(model: Any) -> tuple[int, int]:
     # Of stacked experts a position meets some alone.
     for module in text_body(model).modules():
         stack = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-        if all(isinstance(one, nn.Parameter) and one.ndim == 3 for one in stack):
+        if all(isinstance(one, nn.Parameter) and is_stack(one) for one in stack):
             config = model.config.get_text_config()
-            each = sum(one.numel() // one.shape[0] for one in cast(Any, stack))
+            each = sum(math.prod(stack_shape(one)[1:]) for one in cast(Any, stack))
             layers.append(each * int(getattr(config, "num_experts_per_tok", 1)))
     return sum(layers), head.in_features * head.out_features if isinstance(head, nn.Linear) else 0
 

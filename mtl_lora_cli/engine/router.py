@@ -37,17 +37,17 @@ class RouterChoice(NamedTuple):
 
 
 def choose(
-    h: Tensor, weights: RouterWeights, plan: RouterPlan, chosen: Tensor | None = None
+    h: Tensor, weights: RouterWeights, plan: RouterPlan, pairs: Pairs | None = None
 ) -> RouterChoice:
-    """The router's choice for h [M, d]; `chosen` where it was made before."""
+    """The router's choice for h [M, d]; `pairs` where it was made before."""
     wide = torch.promote_types(h.dtype, torch.float32)
     dtype = wide if plan.wide else h.dtype
     bias = None if weights.bias is None else weights.bias.to(dtype)
     logits = torch.nn.functional.linear(h.to(dtype), weights.weight.to(dtype), bias).to(wide)
     shares = logits.softmax(-1) if plan.scores == "softmax" else logits.sigmoid()
-    if chosen is None:
-        chosen = _best(shares, weights.correction, plan)
-    return RouterChoice(shares, Pairs.of(chosen, plan.experts))
+    if pairs is None:
+        pairs = Pairs.of(_best(shares, weights.correction, plan), plan.experts)
+    return RouterChoice(shares, pairs)
 
 
 def _best(shares: Tensor, correction: Tensor | None, plan: RouterPlan) -> Tensor:

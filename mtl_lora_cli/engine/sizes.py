@@ -46,15 +46,22 @@ class StackSizes:
 
     Attributes:
         inputs, outputs: of one expert's matrix.
+        experts: E.
         rows, columns: of one adapter's A and of its B; 0 where there is none.
         units: adapters, one or as many as experts.
     """
 
     inputs: int
     outputs: int
+    experts: int
     rows: int = 0
     columns: int = 0
     units: int = 1
+
+    @property
+    def values(self) -> int:
+        """Numbers in the stack."""
+        return self.inputs * self.outputs * self.experts
 
     def tape(self, sizes: ModelSizes, pairs: int) -> int:
         """Bytes that an adapter keeps for so many pairs: z, dropout's mask, and its factors in `dtype`."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.experts import MultiTaskStack
-from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.frozen_stack import FrozenStack, dense_dtype
 from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.group import Tape
+from mtl_lora_cli.kernels.grouped import together
 
 
 class StackGradients(NamedTuple):
@@ -50,6 +51,17 @@ class StackGroup:
     def tensors(self, mixing: Tensor | None, slots: Slots) -> list[Tensor | None]:
         """What autograd must know of: M, A, B."""
         return [one for layer in self.adapted for one in (mixing, *layer.factors(slots.wanted))]
+
+    @property
+    def asks_back(self) -> bool:
+        """Whether a pass waits for where the experts' pairs end; a CUDA graph cannot be made of it."""
+        dtype = dense_dtype(self.frozen.weight)
+        sides = [self.frozen.width, self.frozen.out]
+        for layer in self.adapted:
+            if layer.stacked:
+                down, up = layer.factors(None)
+                sides += [down.shape[1] * down.shape[2], up.shape[1] * up.shape[3]]
+        return not together(dtype, sides)
 
     def forward(
         self, x: Tensor, tensors: Sequence[Any], pairs: Pairs, slots: Slots, training: bool

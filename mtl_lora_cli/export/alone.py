@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mtl_lora_cli.adapters.experts import STACKS, expert_modules
 from mtl_lora_cli.errors import CheckError
 from mtl_lora_cli.evaluation.asked import Stopped
 from mtl_lora_cli.evaluation.choices import Request
@@ -72,8 +73,25 @@ def load_alone(
         compute_in(model, exactly)
     if quantization != "none" or kept_quantised(base):
         model = model.dequantize(exactly)
+    if quantization in ("nf4", "fp4"):
+        _round_experts(model, quantization)
     _leave_logits_unrounded(model)
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _round_experts(model: Any, kind: str) -> None:
+    """Round stacks of experts to 4 bits and expand them again, by bitsandbytes alone."""
+    import bitsandbytes.functional as bnb
+
+    for _, module in expert_modules(dict(model.named_modules())):
+        for name in STACKS:
+            weight = module._parameters[name]
+            assert weight is not None
+            packed, state = bnb.quantize_4bit(
+                weight.reshape(1, -1), blocksize=64, compress_statistics=True, quant_type=kind
+            )
+            weight.copy_(bnb.dequantize_4bit(packed, state).view_as(weight))
 
 
 def score_alone(model: Any, requests: Sequence[Request]) -> list[np.ndarray]:

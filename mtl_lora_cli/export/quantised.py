@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters.experts import STACKS, expert_modules
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.shards import FLOATS, read_shard
 from mtl_lora_cli.export.weight_names import weight_names
 from mtl_lora_cli.kernels import int8, nf4
@@ -37,15 +39,15 @@ class Quantised:
         """Ŵ: the weight quantised as `models/load.py` has it done, and expanded again.
 
         Args:
-            weight: [out, in] as the file stores it.
+            weight: [out, in], or a stack [E, out, in], as the file stores it.
 
         Returns:
-            [out, in] in the run's dtype, on the CPU.
+            [out, in], a stack's matrices below each other, in the run's dtype, on the CPU.
         """
         import bitsandbytes.functional as bnb
 
         weight = weight.to(self.device, self.dtype)
-        out = torch.empty_like(weight)
+        out = torch.empty_like(weight.flatten(0, -2))
         if self.kind == "int8":
             values, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
             return int8.expand(values, scale, out).cpu()
@@ -84,12 +86,33 @@ def quantised(base: BaseModel, kind: str, dtype: torch.dtype) -> Quantised:
     # Every kind picks the same layers; of 8 bits, transformers makes none without the weights.
     model = load_model(base, dtype=dtype, device=torch.device("meta"), quantization="nf4")
     place = weight_names(base)
-    names = frozenset(
+    names = {
         place.tensor(f"{path}.weight")
         for path, part in model.named_modules()
         if isinstance(part, Linear4bit)
-    )
-    return Quantised(kind, names, dtype, pick_device())
+    }
+    if kind != "int8":  # which leaves experts as they are
+        names |= {
+            place.tensor(f"{path}.{name}")
+            for path, _ in expert_modules(dict(model.named_modules()))
+            for name in STACKS
+            if f"{path}.{name}" not in place.pieces
+        }
+    return Quantised(kind, frozenset(names), dtype, pick_device())
+
+
+def require_whole_stacks(base: BaseModel, kind: str) -> None:
+    """Refuse a base model whose files hold pieces of what a run quantised as one.
+
+    Raises:
+        UsageError: naming one.
+    """
+    pieces = weight_names(base).pieces
+    if kind != "int8" and pieces:
+        raise UsageError(
+            f"--base dequantized: '{min(pieces)}' was quantised as one stack of experts, and the base "
+            "model's files hold it in pieces; leave the option out: the original weights are merged into"
+        )
 
 
 def measure_rounding(base: BaseModel, how: Quantised) -> WeightRounding:
@@ -104,7 +127,7 @@ def _ratios(base: BaseModel, how: Quantised) -> Iterator[tuple[float, str]]:
         for stored in read_shard(path)[0]:
             if stored.name in how.names and stored.dtype in FLOATS:
                 weight = stored.whole()
-                error = _norm(weight.float() - how.rounded(weight).float())
+                error = _norm(weight.float().flatten(0, -2) - how.rounded(weight).float())
                 yield error / _norm(weight), stored.name
 
 

@@ -6,6 +6,8 @@ P_e = Σ_{s in e} a_s b_sᵀ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,5 +64,9 @@ def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def _on_card(x: Tensor, *sides: int) -> bool:
-    """Whether torch's grouped product takes matrices with these sides: rows of whole 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and all(side % 8 == 0 for side in sides)
+    return x.is_cuda and together(x.dtype, sides)
+
+
+def together(dtype: torch.dtype, sides: Iterable[int]) -> bool:
+    """Whether torch's grouped product on a card takes matrices with these sides: rows of whole 16 bytes."""
+    return dtype == torch.bfloat16 and all(side % 8 == 0 for side in sides)

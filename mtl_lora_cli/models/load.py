@@ -14,6 +14,7 @@ from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.four_bit_experts import quantise_experts, quantising_stacks
 from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 
@@ -187,7 +188,7 @@ def load_model(
         base: where it lies.
         dtype: of the weights, and of the computation where the weights are 4-bit.
         device: where it goes.
-        quantization: `none`, `nf4` or `fp4` (bitsandbytes, double quantisation), or `int8`.
+        quantization: `none`, `nf4` or `fp4` (bitsandbytes, double quantisation; experts, too), or `int8`.
         storage: in what 4-bit values are kept, two a byte. ZeRO stage 3 wants `dtype`: it cuts and
             gathers weights as numbers of one kind.
 
@@ -198,7 +199,7 @@ def load_model(
     config = load_config(base)
     how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage)
     try:
-        with quiet_loading():
+        with quiet_loading(), quantising_stacks(quantization):
             kind = model_class(base, config)
             model, loading = kind.from_pretrained(
                 base.folder,
@@ -220,6 +221,7 @@ def load_model(
         raise UsageError(
             f"base_model: '{base.name}': {len(missing)} weights are missing, the first is {missing[0]}"
         )
+    quantise_experts(model, quantization, storage)
     if method_of(base) is not None:
         compute_in(model, dtype)
     return model.requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.experts import multiply_stacks
 from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
@@ -108,6 +109,7 @@ class PackedModel(nn.Module):
         else:
             self.plain = _first_way(model, adapter)
         multiply_ourselves(model)
+        multiply_stacks(model)
         if base_compute == "fp8":
             if self.decoder is None:
                 raise UsageError("base_compute: fp8 needs the fused engine")

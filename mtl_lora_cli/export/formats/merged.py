@@ -50,7 +50,12 @@ class Merged(Format):
         return Path("merged")
 
     def refuses(self, order: Order) -> None:
-        if order.options.base == "dequantized" and order.run.recipe.quantization == "none":
+        from mtl_lora_cli.export.quantised import require_whole_stacks
+
+        kind = order.run.recipe.quantization
+        if order.options.base == "dequantized" and kind != "none":
+            require_whole_stacks(order.run.base, kind)
+        if order.options.base == "dequantized" and kind == "none":
             raise UsageError(
                 f"--base dequantized is for quantised runs; run '{order.run.folder.name}' has "
                 "quantization: none, so the original weights are what it saw"
