@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,10 +48,13 @@ class _Columns:
 
 
 class _StandIn:
-    """A module as its own forward pass sees it, but for what was put in the place of projections."""
+    """A module as its own methods see it, but for what was put in the place of projections."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        value = getattr(self._module, name)
+        if isinstance(value, MethodType) and value.__self__ is self._module:
+            return MethodType(value.__func__, self)
+        return value

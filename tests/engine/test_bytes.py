@@ -15,14 +15,18 @@ from .test_families import CASES
 
 KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
 LONGER = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 100}
-LONGER_DELTA = {"layer_types": ["linear_attention", "full_attention"] * 2}
 
 
 def longer(changes: dict[str, Any]) -> dict[str, Any]:
     """The same for four layers."""
     found = {**changes, **WIDE}
     if "layer_types" in changes:
-        found |= LONGER if changes["layer_types"][0] == "sliding_attention" else LONGER_DELTA
+        first = changes["layer_types"][0]
+        found |= (
+            LONGER
+            if first == "sliding_attention"
+            else {"layer_types": [first, "full_attention"] * 2}
+        )
     if "moe_intermediate_size" in changes:
         found["moe_intermediate_size"] = 96
     if "no_rope_layers" in changes:

@@ -39,6 +39,11 @@ LONG: dict[str, Any] = {
     },
     "original_max_position_embeddings": 20,
 }
+CONVOLUTIONS = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_auto_adjust_ff_dim": False,
+    "conv_bias": True,
+}
 GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "global_head_dim": 16,
@@ -96,6 +101,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("qwen3_5_text", "no attention", {**DELTA, "layer_types": ["linear_attention"] * 3}),
     ("qwen3_5_moe_text", "delta nets", {**DELTA, **EXPERTS, **GATED}),
     ("qwen3_next", "delta nets", {**DELTA, **EXPERTS, **GATED, "mlp_only_layers": [1]}),
+    ("lfm2", "convolutions", CONVOLUTIONS),
     ("gemma", "", {}),
     ("gemma2", "caps", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, **MIXED}),
     ("gemma3_text", "", MIXED),

@@ -67,7 +67,8 @@ def mlp(config: Any, **changes: Any) -> MlpPlan:
 
 def norm(config: Any, path: str, *, plus_one: bool = False) -> NormPlan:
     """A norm with the configuration's ε."""
-    return NormPlan(path, config.rms_norm_eps, plus_one)
+    eps = getattr(config, "rms_norm_eps", None)
+    return NormPlan(path, config.norm_eps if eps is None else eps, plus_one)
 
 
 def activation(name: str | None) -> Activation:
