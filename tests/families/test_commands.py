@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from mtl_lora_cli.adapters.files import read_tensors
+from mtl_lora_cli.engine.families import known_types
 from mtl_lora_cli.errors import ExitCode
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.protocols import Setting
@@ -137,6 +141,29 @@ def test_a_run_is_what_it_leaves_behind(
             exported = tmp_path / "exported/small" / task.name
             assert apart(own, ask(folder=base, adapter=exported, asked=asked)["scores"]) < CLOSE
     record_commands(model)
+
+
+@pytest.mark.parametrize(
+    "model", [chosen(model, quick=False) for model in MODELS if model.model_type in known_types()]
+)
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(
+    model: Tiny,
+    folder_of: Callable[[Tiny], Path],
+    mtl_lora: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    base = folder_of(model)
+    targets = model.targets or Alone(base, sees=model.vision is not None).targets()
+    write_recipe(tmp_path, base, list(targets))
+    mtl_lora("train", "recipe.yaml", "training.checkpoint_every=4")
+    run = find_run("small", tmp_path / "runs")
+    whole = read_tensors(run.require_adapter())
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "step-000010")
+    mtl_lora("train", "--resume")
+    again = read_tensors(run.require_adapter())
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == [*range(1, 11)]
 
 
 def apart(one: list[list[float]], two: list[list[float]]) -> float:
