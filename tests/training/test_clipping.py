@@ -92,10 +92,9 @@ def test_beta2_is_adams() -> None:
 
 @pytest.mark.slow
 def test_killed_and_resumed_it_is_the_same_run(small: Callable[..., Any]) -> None:
-    settings: dict[str, Any] = {"clipping": Clipping(after=2), "adam_beta2": 0.98}
+    settings: dict[str, Any] = {"clipping": Clipping(after=1), "adam_beta2": 0.98, "steps": 4}
     whole = small(**settings).train()
-    assert whole.losses != small().train().losses
-    stopped = small(checkpoint_every=None, **settings).train(stop_after=4)
+    stopped = small(checkpoint_every=None, **settings).train(stop_after=2)
     again = small(folder=stopped.run.path, **settings)
     again.trainer.resume(newest_checkpoint(stopped.run.checkpoints))
     again.train()

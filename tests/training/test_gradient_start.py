@@ -47,7 +47,9 @@ def captured(down: Tensor, gram: Tensor) -> float:
     return float((rows @ gram @ rows.T).trace() / best)
 
 
-@pytest.mark.parametrize("method", ["lora", "mtl-lora", "mtl-lora-fine"])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("mtl-lora", marks=pytest.mark.long), "mtl-lora-fine"]
+)
 def test_a_holds_the_strongest_directions_of_the_gradient(prepared: Prepared, method: str) -> None:
     config = configure(method, rank=4, down_start="gradient")
     own = replace(prepared, recipe=prepared.recipe.model_copy(update={"adapter": config}))
