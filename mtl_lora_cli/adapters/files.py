@@ -46,7 +46,7 @@ _OF_ALL_METHODS = (
 # Format → keys that came with it: an older file does not say them, and means their defaults.
 _SINCE = {
     4: ("transform_start", "transform_bases", "task_modules"),
-    6: ("whole_modules", "streams", "experts"),
+    6: ("whole_modules", "streams", "experts", "gate_form"),
 }
 _PARTS = ("tasks", "base_model", "modules", "checksums")
 
