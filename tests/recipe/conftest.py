@@ -71,6 +71,9 @@ training:
   adam_beta2: 0.98
   max_gradient_norm: 1.0
   shuffled_tasks: true
+  rows: mixed
+  balance: {method: gradnorm, rate: 0.01, alpha: 1.0, every: 5}
+  stages: []
   clipping: {relative: 1.1, decay: 0.9, after: 10}
   row_length: 64
   rows_per_step: 2
