@@ -148,6 +148,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument(
+        "--profile", action="store_true", help="where a step of streams goes, and nothing else"
+    )
     arguments = parser.parse_args()
     from transformers import AutoModel
 
@@ -156,6 +159,9 @@ def main() -> None:
     folder = arguments.out / "swin"
     torch.manual_seed(0)
     AutoModel.from_config(configuration(arguments.tiny)).save_pretrained(folder)
+    if arguments.profile:
+        profiled(folder, size, pictures, device)
+        return
     clock, found = Clock(device), {}
     arms = {"plain LoRA": (OBJECTIVES, False), "streams": (OBJECTIVES, True)}
     arms |= {f"single {name}": ((name,), False) for name in OBJECTIVES}
@@ -195,6 +201,34 @@ def measured(
     found["answers"] = statistics.median(clock(stepping.answer) for _ in range(steps))
     found["trunk"] = statistics.median(clock(stepping.forked) for _ in range(steps))
     return found
+
+
+def profiled(folder: Path, size: int, pictures: int, device: torch.device) -> None:
+    """The kernels of one step that take longest, and how long the CPU took to ask for it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    host = host_of(folder, OBJECTIVES, size, streams=True, device=device)
+    stepping = Stepping(host, batch_of(OBJECTIVES, pictures, size, device))
+    for _ in range(2):
+        stepping.step()
+    start = time.monotonic()
+    stepping.step()
+    asked = time.monotonic() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(
+        f"asked for in {asked * 1e3:.0f} ms, done after {(time.monotonic() - start) * 1e3:.0f} ms"
+    )
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as profiler:
+        stepping.step()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(
+        profiler.key_averages(), key=lambda one: -getattr(one, by.replace("cuda", "device"))
+    )
+    for one in rows[:28]:
+        took = getattr(one, by.replace("cuda", "device"))
+        print(f"{took / 1e3:9.2f} ms {one.count:6d} {one.key[:100]}")
 
 
 def told(found: dict[str, dict[str, float]]) -> str:

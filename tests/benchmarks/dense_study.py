@@ -53,8 +53,12 @@ CAMERA = (518.86 / 561, 519.47 / 427, 285.58 / 561, 209.74 / 427)  # fx, fy, cx,
 TASKS = ("segmentation", "depth", "normals")
 WEIGHTS = {"segmentation": 1.0, "depth": 1.0, "normals": 2.0}
 UP = {"segmentation": True, "depth": False, "normals": False}  # better when larger
-ADAPTER_RATES, FULL_RATES = (5e-4, 1e-3, 2e-3), (3e-5, 1e-4, 3e-4)
-DECODER_RATE, HELD_OUT, DRAWS = 1e-3, 100, 1000
+ADAPTER_RATES, FULL_RATES, FROZEN_RATES = (
+    (3e-4, 6e-4, 1.2e-3),
+    (1e-5, 3e-5, 1e-4),
+    (1e-3, 2e-3, 4e-3),
+)
+DECODER_RATE, HELD_OUT, DRAWS = 2e-3, 100, 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -495,8 +499,8 @@ class Arms:
     SINGLE = ("single full", "single LoRA", "single LoRA, split")
     SPLIT = {"segmentation": 7, "depth": 7, "normals": 6}
 
-    def __init__(self, tasks: Sequence[str] = TASKS) -> None:
-        self.tasks = tuple(tasks)
+    def __init__(self, left_out: Sequence[str] = ()) -> None:
+        self.tasks, self._left_out = TASKS, left_out
 
     def jobs(self, steps: int, batch: int) -> list[Job]:
         """One of each kind, rates to be filled in."""
@@ -505,10 +509,12 @@ class Arms:
             for task in self.tasks:
                 rank = self.SPLIT[task] if "split" in arm else 20
                 found.append(Job(arm, (task,), 0.0, steps, batch, rank=rank))
-        return found
+        return [job for job in found if job.arm not in self._left_out]
 
     @staticmethod
     def rates(arm: str) -> tuple[float, ...]:
+        if arm == "frozen":  # there only decoders learn
+            return FROZEN_RATES
         return FULL_RATES if arm.endswith("full") else ADAPTER_RATES
 
 
@@ -653,6 +659,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, help="of the last runs; by default what the seconds allow"
     )
+    parser.add_argument("--without", nargs="*", default=[], help="arms that are left out")
     parser.add_argument("--encoder", type=Path, help="a folder, instead of the packed one")
     parser.add_argument("--maps", type=Path, help="a folder of arrays, instead of the packed ones")
     arguments = parser.parse_args()
@@ -672,7 +679,7 @@ def study(a: argparse.Namespace) -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     print(f"unpacked after {time.monotonic() - began:.0f} s", flush=True)
     context = multiprocessing.get_context("spawn")
-    arms = Arms()
+    arms = Arms(a.without)
     with context.Pool(a.workers, begin, (str(maps), device)) as pool:
 
         def run(jobs: Sequence[Job]) -> list[dict[str, Any]]:
