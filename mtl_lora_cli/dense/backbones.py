@@ -252,8 +252,8 @@ def require_size(base: BaseModel, config: Any, size: Size) -> None:
         )
 
 
-def backbone_skeleton(base: BaseModel) -> Any:
-    """A backbone without its weights: modules and shapes.
+def backbone_skeleton(base: BaseModel, size: Size | None = None) -> Any:
+    """A backbone without its weights: modules and shapes, for pictures of a size or of its own.
 
     Raises:
         UsageError: as `load_config` and `family_of`.
@@ -261,7 +261,9 @@ def backbone_skeleton(base: BaseModel) -> Any:
     from transformers import AutoModel
 
     config = load_config(base)
-    family_of(base, config)
+    family = family_of(base, config)
+    if size is not None:
+        config = family.sized(config, size)
     with torch.device("meta"), quiet_loading():
         return AutoModel.from_config(config)
 

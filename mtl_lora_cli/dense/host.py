@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.maps import MapBatch
@@ -147,10 +148,12 @@ class DenseHost(ModuleHost):
         ]
 
     def _decoded(self, task: int, maps: Sequence[Tensor], size: Size) -> Tensor:
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        kind = maps[0].device.type
-        with torch.autocast(kind, dtype=self.dtype if half else torch.bfloat16, enabled=half):
-            return cast(Tensor, self.decoders[task](maps, size))
+        """By the task's decoder, in the backbone's dtype; it learns in float32."""
+        decoder = self.decoders[task]
+        if self.dtype in (torch.float32, torch.float64):
+            return cast(Tensor, decoder(maps, size))
+        narrow = {name: own.to(self.dtype) for name, own in decoder.named_parameters()}
+        return cast(Tensor, functional_call(decoder, narrow, (maps, size)))
 
     def counts(self) -> Mapping[str, int]:
         """Values that learn, by what they are."""

@@ -41,7 +41,8 @@ class DenseObjective:
                 f"images: is required with objective {tasks[0].objective}: images: {{size: [224, 224]}}"
             )
         self._base, self._recipe, self._tasks = base, recipe, tasks
-        self._specs = [spec_of(task.template) for task in tasks]
+        self.specs = [spec_of(task.template) for task in tasks]
+        self.quantization = recipe.quantization
         self.size: Size = (recipe.images.size[0], recipe.images.size[1])
         require_size(base, load_config(base), self.size)
         skeleton = backbone_skeleton(base)
@@ -64,7 +65,7 @@ class DenseObjective:
         assert self._recipe.images is not None
         return MapDataset.read(
             self._tasks,
-            self._specs,
+            self.specs,
             split,
             self._recipe.images,
             Normalisation.of(self._base.folder),
@@ -72,8 +73,17 @@ class DenseObjective:
         )
 
     def host(self, device: torch.device, dtype: torch.dtype) -> DenseHost:
-        """See `Objective`."""
-        trunk = load_backbone(
+        """See `Objective`. On the meta device no weight is read."""
+        trunk = self._trunk(device, dtype)
+        adapter = self._adapted(trunk)
+        multiply_ourselves(trunk)
+        family = family_of(self._base, trunk.config)
+        return DenseHost(trunk, family, adapter, self.specs, dtype)
+
+    def _trunk(self, device: torch.device, dtype: torch.dtype) -> Any:
+        if device.type == "meta":
+            return backbone_skeleton(self._base, self.size).to(dtype).requires_grad_(False).eval()
+        return load_backbone(
             self._base,
             size=self.size,
             dtype=dtype,
@@ -82,7 +92,3 @@ class DenseObjective:
             storage=dtype if self._recipe.distributed.zero_stage == 3 else torch.uint8,
             unquantised=self._unquantised,
         )
-        adapter = self._adapted(trunk)
-        multiply_ourselves(trunk)
-        family = family_of(self._base, trunk.config)
-        return DenseHost(trunk, family, adapter, self._specs, dtype)
