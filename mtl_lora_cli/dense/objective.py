@@ -33,7 +33,7 @@ LEARNING = ("embeddings", "encoder")  # of a backbone: nothing reads the norm be
 class DenseObjective:
     """See the module and `models.host.Objective`."""
 
-    beyond: ClassVar = ("quantization", "distributed.zero_stage")
+    beyond: ClassVar = ("quantization", "training.memory", "distributed.zero_stage")
 
     def __init__(self, base: BaseModel, recipe: Recipe, tasks: Sequence[Task]) -> None:
         if recipe.images is None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
-from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
+from mtl_lora_cli.dense.objective import DenseObjective
 from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype
 from mtl_lora_cli.machine.checks import Check, Verdict, ok
 from mtl_lora_cli.memory.choice import Choice, pick
+from mtl_lora_cli.memory.maps import memory_of
 from mtl_lora_cli.memory.remedies import Remedy, remedies
 from mtl_lora_cli.memory.situation import Situation, UnknownLayersError, densest, longest_of
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -95,7 +96,10 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         tasks = bind_tasks(loaded)
         base = find_base_model(recipe.base_model, beside=loaded.base, weights=False)
         names = [task.name for task in tasks]
-        if objective_of({task.name: task.objective for task in tasks}) is not None:
+        kind = objective_of({task.name: task.objective for task in tasks})
+        if kind is DenseObjective:
+            return [_of_maps(loaded, DenseObjective(base, recipe, tasks), processes)], None
+        if kind is not None:
             text = f"{len(tasks)} tasks with objective {tasks[0].objective}: their memory is not estimated"
             return [Check("recipe", Verdict.WARN, text, _validate(loaded))], None
         model, adapter = on_meta(base, recipe.adapter, names)
@@ -133,6 +137,19 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         text = "; ".join(error.lines)
         return [*checks, Check("fit", Verdict.FAIL, text, _validate(loaded))], None
     return [*checks, _verdict(estimate, recipe.distributed.offload)], estimate
+
+
+def _of_maps(loaded: LoadedRecipe, objective: DenseObjective, processes: int) -> Check:
+    """Whether a pass over maps fits, by running it without numbers."""
+    training, device = loaded.recipe.training, pick_device()
+    mine = -(-training.rows_per_step // processes)
+    pictures = mine if training.memory == "auto" else min(training.rows_per_pass, mine)
+    found = memory_of(objective, pick_dtype(loaded.recipe.dtype, device), pictures)
+    free, name = free_memory(device)
+    text = f"about {found.needed / GIB:.1f} GiB with {pictures} pictures a pass; {free / GIB:.1f} GiB are free on {name}"
+    if found.needed <= free or training.memory == "auto":
+        return Check("fit", Verdict.OK, text)
+    return Check("fit", Verdict.FAIL, text, "training.memory=auto, or fewer training.rows_per_pass")
 
 
 def _validate(loaded: LoadedRecipe) -> str:

@@ -28,13 +28,14 @@ from mtl_lora_cli.data.prepare import (
     with_fingerprints,
     with_rows,
 )
-from mtl_lora_cli.dense import objective as _dense  # noqa: F401 - declares the objectives of maps
+from mtl_lora_cli.dense.objective import DenseObjective
 from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.choice import plan_memory
+from mtl_lora_cli.memory.maps import plan_maps
 from mtl_lora_cli.memory.situation import Situation, situation_of
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -336,8 +337,12 @@ def prepare(
         prepared = replace(_prepare(loaded, processes, now), extends=extends, begins=begins)
     if prepared.recipe.training.memory != "auto":
         return prepared
+    if isinstance(prepared.objective, DenseObjective):
+        device, dtype = prepared.device, prepared.dtype
+        recipe, memory = plan_maps(prepared.objective, prepared.recipe, device, dtype, processes)
+        return replace(prepared, recipe=recipe, memory=memory)
     situation = prepared.situation()
-    assert situation is not None, "memory: auto is for text"
+    assert situation is not None, "memory: auto is for text and maps"
     recipe, memory = plan_memory(situation, processes)
     data = with_rows(prepared.data, recipe.training)
     return replace(

@@ -238,3 +238,19 @@ def test_what_cannot_be_is_one_line(
         "more",
         "latest",
     }
+
+
+def test_memory_is_planned_before_the_first_step(forks: Forks, place: Path) -> None:
+    call = (
+        "train",
+        "recipe.yaml",
+        "training.memory=auto",
+        "training.max_steps=1",
+        "run.name=planned",
+    )
+    more = ("training.rows_per_pass=1", "dtype=bfloat16", "training.validation.every=1")
+    said = done(forks.run(*call, *more, cwd=place)).stderr
+    assert "memory: " in said and "3 pictures a pass; estimated peak" in said
+    recipe = yaml.safe_load((place / "runs" / "planned" / "recipe.yaml").read_text())
+    assert recipe["training"]["memory"] == "manual" and recipe["training"]["rows_per_pass"] == 3
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_of(place, "planned").values())
