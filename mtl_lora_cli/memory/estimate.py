@@ -97,7 +97,7 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
         base = find_base_model(recipe.base_model, beside=loaded.base, weights=False)
         names = [task.name for task in tasks]
         kind = objective_of({task.name: task.objective for task in tasks})
-        if kind is DenseObjective:
+        if kind is not None and issubclass(kind, DenseObjective):
             return [_of_maps(loaded, DenseObjective(base, recipe, tasks), processes)], None
         if kind is not None:
             text = f"{len(tasks)} tasks with objective {tasks[0].objective}: their memory is not estimated"

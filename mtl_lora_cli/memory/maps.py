@@ -101,7 +101,7 @@ def _fixed(host: DenseHost, quantization: str) -> int:
     trained = {id(t): t for t in host.adapter.trained().values()}
     tensors = {id(p): p for p in (*host.model.parameters(), *host.adapter.tensors().values())}
     quantised = {
-        id(layer.base_layer.weight)
+        id(layer.weight)
         for layer in host.adapter.layers.values()
         if quantization in ("nf4", "fp4")
     }
