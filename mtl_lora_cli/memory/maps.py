@@ -101,9 +101,7 @@ def _fixed(host: DenseHost, quantization: str) -> int:
     trained = {id(t): t for t in host.adapter.trained().values()}
     tensors = {id(p): p for p in (*host.model.parameters(), *host.adapter.tensors().values())}
     quantised = {
-        id(layer.weight)
-        for layer in host.adapter.layers.values()
-        if quantization in ("nf4", "fp4")
+        id(layer.weight) for layer in host.adapter.layers.values() if quantization in ("nf4", "fp4")
     }
     held = sum(
         int(t.numel() * _BITS) if key in quantised else t.nbytes for key, t in tensors.items()
