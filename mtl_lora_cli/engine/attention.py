@@ -23,8 +23,8 @@ from mtl_lora_cli.kernels.rotary import Turn, rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
     KEY_BACKWARD,
-    LARGEST_DIM,
     QUERY_BACKWARD,
+    largest_dim,
     launch_for,
 )
 
@@ -143,7 +143,7 @@ def table_keys(head_dims: Iterable[int]) -> list[tuple[int, bool]]:
 
 def kernels_know(plan: AttentionPlan) -> bool:
     """Whether our kernels compute a layer's attention."""
-    return plan.head_dim <= LARGEST_DIM
+    return plan.head_dim <= largest_dim()
 
 
 def pick_way(x: Tensor, plan: AttentionPlan) -> Way:

@@ -17,8 +17,8 @@ from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
     KEY_BACKWARD,
-    LARGEST_DIM,
     QUERY_BACKWARD,
+    largest_dim,
     launch_for,
 )
 
@@ -34,7 +34,7 @@ def kernels_take(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule
     dim = q.shape[-1]
     if not in_triton(q) or k.shape[-1] != dim or v.shape[-1] != dim:
         return False
-    if dim > LARGEST_DIM or dim % 2 or q.dtype == torch.float64:
+    if dim > largest_dim() or dim % 2 or q.dtype == torch.float64:
         return False
     if q.is_cuda and q.dtype == torch.float32:
         return False
