@@ -37,6 +37,7 @@ from mtl_lora_cli.export.shards import (
 from mtl_lora_cli.export.weight_names import WeightNames, weight_names
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
+from mtl_lora_cli.models.prequantised import method_of
 from mtl_lora_cli.runs.atomic import sync, write_text
 
 # Weights in other formats, which would be the base model's, and the base model's own card.
@@ -166,7 +167,12 @@ def plan_merge(
 def _by_tensor(names: WeightNames, updates: Mapping[str, Update]) -> dict[str, Update]:
     """The updates of the files' tensors; of a stack of which the files hold pieces, those of the pieces."""
     found: dict[str, Update] = {}
+    packed = method_of(names.base) == "mxfp4"
     for weight, (down, up, scale) in updates.items():
+        if packed and down.ndim == 3:
+            raise UsageError(
+                f"{names.base.folder}: weight '{weight}' is stored in 4 bits (mxfp4): {_AGAIN}"
+            )
         if weight not in names.pieces:
             found[names.tensor(weight)] = (down, up, scale)
         for piece in names.pieces.get(weight, ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, export_format
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class GgufAdapter(Format):
         if not is_known(config):
             require_convertible(config, order.run.base.folder)
             return
+        if any(down.ndim == 3 for down, _, _ in order.updates.values()):
+            raise UsageError(
+                "export --format gguf: adapters on experts (adapter.experts) are not written for llama.cpp; "
+                "merged they are: export --format gguf-merged"
+            )
         dialect = _dialect(order)
         for name in order.updates:
             dialect.name(name)  # a weight without a name is found before anything is written
