@@ -145,6 +145,7 @@ def evaluate(
         from mtl_lora_cli.evaluation.results import require_storable
         from mtl_lora_cli.machine.processes import joined
         from mtl_lora_cli.tasks.chosen import EVERY, read_tasks, select_tasks
+        from mtl_lora_cli.tasks.maps import MAPS
 
         for option, value, known in (
             ("--protocol", protocol, PROTOCOLS),
@@ -165,6 +166,10 @@ def evaluate(
                 chosen = [_with_rows(one, source, split) for one in chosen]
             if sampling is not None:
                 require_generated(chosen, setting)
+            if any(one.objective in MAPS for one in chosen):
+                for option, given in (("--predictions", predictions), ("--against", against)):
+                    if given is not None:
+                        raise UsageError(f"{option} is for texts; predict writes maps")
             written = None if predictions is None else Predictions(setting)
             if predictions is not None:
                 require_writable(predictions, setting)

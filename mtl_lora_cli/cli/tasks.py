@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mtl_lora_cli.cli import run_tasks
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
 from mtl_lora_cli.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.tasks.task import Task
 
 
 def register(app: typer.Typer) -> None:
@@ -79,6 +82,7 @@ def show(
         from mtl_lora_cli.errors import UsageError
         from mtl_lora_cli.recipe.schema import Source
         from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
+        from mtl_lora_cli.tasks.maps import MAPS
         from mtl_lora_cli.tasks.registry import find_template
         from mtl_lora_cli.tasks.task import Task
 
@@ -104,7 +108,11 @@ def show(
             template_text=path.read_text(encoding="utf-8"),
             template=template,
             source=resolve(given, base=Path() if source else path.parent),
+            objective=template.objective,
         )
+        if task.objective in MAPS:
+            _show_maps(task, count, as_json=as_json)
+            return
         examples = read_examples(task, "train", at_most=count) or read_examples(
             task, "test", at_most=count
         )
@@ -128,3 +136,34 @@ def show(
             emit(f"--- {entry['where']}\n{entry['prompt']} [{entry['answer']}]")
             if entry["choices"]:
                 emit(f"choices: {' | '.join(entry['choices'])}")
+
+
+def _show_maps(task: Task, count: int, *, as_json: bool) -> None:
+    """Pictures and maps of a task, as paths; `data show` draws them."""
+    from mtl_lora_cli.data.picture_rows import read_map_rows
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.tasks.maps import spec_of
+
+    spec = spec_of(task.template)
+    found = [read_map_rows([task], [spec], split, masked=True) for split in ("train", "test")]
+    sources = next(filter(None, found), None)
+    if sources is None:
+        raise UsageError(
+            f"the source of '{task.template_name}' has neither a train nor a test split"
+        )
+    rows = sources[0].rows
+    shown = [
+        {"where": where, "image": picture, "target": target}
+        for where, picture, target in zip(rows.wheres, rows.pictures, rows.targets[0], strict=True)
+    ][:count]
+    if as_json:
+        emit_json(shown)
+        return
+    for one in shown:
+        emit(f"--- {one['where']}\n{one['image']}: {one['target'] or 'no map'}")
+    kinds = (
+        f"{len(spec.classes)} classes: {', '.join(spec.classes)}"
+        if spec.classes
+        else "a number a pixel"
+    )
+    emit(f"{task.objective}, {kinds}")

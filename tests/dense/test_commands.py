@@ -1,0 +1,241 @@
+"""What commands say of a run of maps, held against scikit-learn and NumPy on the files that predict writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from mtl_lora_cli.resources import bundled
+
+from ..forks import Ended, Forks
+from .conftest import Backbones
+
+pytestmark = pytest.mark.slow
+
+ROOMS = bundled("data_templates") / "samples" / "rooms"
+TASKS = ("classes", "depth", "normals", "saliency")
+LIMIT = 3
+Call = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def place(forks: Forks, backbones: Backbones, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe over the sample, smaller than its pictures, and its run `one`; and a recipe of depth alone."""
+    folder = tmp_path_factory.mktemp("maps")
+    recipe = {
+        "base_model": str(backbones("swin").folder),
+        "images": {"size": [32, 48], "augment": {"flip": True}},
+        "adapter": {"method": "lora", "rank": 2, "target_modules": ["q_proj"]},
+        "tasks": [{"name": task, "template": f"samples/room_{task}"} for task in TASKS],
+        "training": {
+            "max_steps": 3,
+            "rows_per_step": 4,
+            "rows_per_pass": 4,
+            "learning_rate": 2e-3,
+            "validation": {"every": 3, "examples": 4, "best": "depth"},
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    alone = {**recipe, "tasks": [recipe["tasks"][1]]}
+    (folder / "alone.yaml").write_text(yaml.safe_dump(alone))
+    ended = forks.run("train", "recipe.yaml", "run.name=one", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def call(forks: Forks, place: Path) -> Call:
+    def run(*arguments: str, code: int = 0) -> Ended:
+        ended = forks.run(*arguments, cwd=place)
+        assert ended.returncode == code, ended.stderr
+        return ended
+
+    return run
+
+
+def rows() -> list[dict[str, str]]:
+    lines = (ROOMS / "test.jsonl").read_text().splitlines()[:LIMIT]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def predicted(place: Path, call: Call) -> Path:
+    """Maps of the first test pictures, all tasks at once, as arrays."""
+    link = place / "rooms"
+    link.symlink_to(ROOMS)
+    (link.parent / "few.jsonl").write_text(
+        "\n".join(json.dumps({"image": f"rooms/{one['image']}"}) for one in rows())
+    )
+    more = ("few.jsonl", "--format", "npy", "--output", "maps")
+    out = call("predict", "--run", "one", "--task", "all", *more).stdout
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [one["task"] for one in lines] == list(TASKS) * LIMIT
+    assert {tuple(one["size"]) for one in lines} == {(96, 128)}
+    return place / "maps"
+
+
+def test_eval_is_what_others_compute_of_the_predictions(call: Call, predicted: Path) -> None:
+    said = call("eval", "--run", "one", "--task", "all", "--limit", str(LIMIT), "--json").stdout
+    found = {one["task"]: one for one in json.loads(said)["results"]}
+    right, given, apart = [], [], []
+    for row in rows():
+        stem = Path("rooms") / Path(row["image"]).with_suffix("")
+        right.append(np.asarray(Image.open(ROOMS / row["classes"])).ravel())
+        given.append(np.load(predicted / "classes" / f"{stem}.npy").ravel())
+        codes = np.asarray(Image.open(ROOMS / row["depth"])).astype(np.float64)
+        metres = 0.8 * (9 / 0.8) ** (codes / 255)
+        array = np.load(predicted / "depth" / f"{stem}.npy").astype(np.float64)
+        apart.append((array - metres) ** 2)
+    one, two = np.concatenate(right), np.concatenate(given)
+    expected = jaccard_score(one, two, average="macro", labels=np.union1d(one, two))
+    assert found["classes"]["metrics"]["miou"]["value"] == pytest.approx(expected, abs=1e-12)
+    rmse = found["depth"]["metrics"]["depth_rmse"]["value"]
+    assert rmse == pytest.approx(float(np.sqrt(np.mean(apart))), rel=1e-5)
+    assert found["depth"]["beside"]["answer"].endswith("everywhere")
+    assert found["depth"]["examples"] == LIMIT
+    assert "shown" not in found["depth"] and "tallies" not in found["depth"]
+
+
+@pytest.mark.long
+def test_load_gives_arrays(place: Path, predicted: Path, call: Call) -> None:
+    import mtl_lora_cli
+
+    run = mtl_lora_cli.load(place / "runs" / "one")
+    picture = ROOMS / rows()[0]["image"]
+    paths, arrays = (
+        run.predict([picture], task="all"),
+        run.predict([np.asarray(Image.open(picture))], task=["depth"]),
+    )
+    stem = Path("rooms") / Path(rows()[0]["image"]).with_suffix("")
+    stored = np.load(predicted / "depth" / f"{stem}.npy")
+    assert np.abs(arrays[0]["depth"]["map"] - stored).max() < 1e-5
+    call("predict", "--run", "one", "--task", "depth,classes", "few.jsonl", "--output", "png")
+    codes = np.asarray(Image.open(place / "png" / "depth" / f"{stem}.png")) / 65535
+    assert 0.8 * (9 / 0.8) ** codes == pytest.approx(stored.clip(0.8, 9), rel=1e-3)
+    indices = np.asarray(Image.open(place / "png" / "classes" / f"{stem}.png"))
+    assert (indices == paths[0]["classes"]["map"]).all()
+    assert paths[0]["classes"]["map"].dtype == np.int16
+    assert paths[0]["normals"]["map"].shape == (96, 128, 3)
+    assert np.linalg.norm(paths[0]["normals"]["map"], axis=2) == pytest.approx(
+        np.ones((96, 128)), abs=1e-4
+    )
+
+
+@pytest.mark.long
+def test_delta_m_over_single_task_runs(call: Call) -> None:
+    call("train", "alone.yaml", "run.name=single")
+    few = ("--limit", str(LIMIT))
+    said = call(
+        "eval", "--run", "one", "--task", "depth", "--baseline", "single", *few, "--json"
+    ).stdout
+    both = json.loads(said)
+    (result,) = both["results"]
+    ours = result["metrics"]["depth_rmse"]["value"]
+    theirs = result["beside"]["metrics"]["depth_rmse"]["value"]
+    assert both["delta_m"]["value"] == pytest.approx(100 * (theirs - ours) / theirs)
+    table = call("eval", "--run", "one", "--task", "depth", "--baseline", "single", *few).stdout
+    assert f"Δm {both['delta_m']['value']:+.2f} %" in table
+    refused = call(
+        "eval", "--run", "single", "--task", "depth", "--baseline", "one,one", *few, code=2
+    )
+    assert "--baseline: run one learned none of the tasks that are left" in refused.stderr
+
+
+def test_looks_have_metrics(place: Path) -> None:
+    lines = (place / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    look = next(one for one in events if one["event"] == "validation")
+    assert look["metric_name"]["depth"] == "depth_rmse ↓" and look["metric"]["depth"] > 0
+    assert "metric" not in look["macro"]
+    steps = [one for one in events if one["event"] == "step"]
+    assert all(set(one["examples"]) == set(TASKS) for one in steps)
+    assert all(one["supervised"] == 4 * len(TASKS) and one["tokens"] == 4 for one in steps)
+    best = next(one for one in events if one["event"] == "best")
+    assert best["value"] == look["metric"]["depth"]
+
+
+@pytest.mark.long
+def test_the_data_are_shown_and_counted(place: Path, call: Call) -> None:
+    shown = call("data", "show", "recipe.yaml", "--count", "1", "--task", "normals").stdout
+    path = place / shown.partition(":")[0]
+    assert Image.open(path).size[1] == 240
+    counted = call("validate", "recipe.yaml").stdout
+    assert "depth: test: 32 maps, 0.0% of the pixels not known; " in counted
+    assert "classes: train: 96 maps" in counted and "wall " in counted
+    assert "3 optimiser steps of 4 pictures of 32 x 48" in counted
+    assert (
+        "segmentation, 8 classes: wall, floor"
+        in call("tasks", "show", "samples/room_classes").stdout
+    )
+
+
+def test_the_report_shows_answers(place: Path, call: Call) -> None:
+    call("report", "one")
+    page = (place / "runs" / "one" / "report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == len(TASKS) * LIMIT
+    assert "mean_angle ↓" in page
+
+
+@pytest.mark.long
+def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
+    folder = place / "pets"
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        pixels = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.jpg")
+        mask = (pixels[..., 0] > 128).astype(np.uint8)
+        mask[0] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    (folder / "classes.txt").write_text("background\npet\n")
+    base = yaml.safe_load((place / "recipe.yaml").read_text())["base_model"]
+    call("init", "--base-model", base, "--task", "masks=segmentation:pets", "--hardware", "cpu",
+         "--output", "first.yaml")  # fmt: skip
+    assert yaml.safe_load((place / "masks.yaml").read_text())["classes"] == ["background", "pet"]
+    call("train", "first.yaml", "run.name=first", "training.max_steps=1", "images.size=[32, 48]")
+    assert "miou" in call("eval", "--run", "first", "--task", "masks").stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("eval", "--run", "one", "--task", "depth", "--base-only"), "a backbone alone gives no maps"),
+        (("eval", "--run", "one", "--task", "depth", "--protocol", "choices"), "--protocol is for texts"),
+        (("eval", "--run", "one", "--task", "depth", "--predictions", "p.jsonl"), "--predictions is for texts"),
+        (("predict", "--run", "one", "--task", "depth", "few.jsonl", "--temperature", "1"), "--temperature is for texts"),
+        (("predict", "--run", "one", "--task", "depth", "few.jsonl", "--format", "glue"), "expected one of png, npy"),
+        (("predict", "--run", "one", "--task", "dept", "few.jsonl"), "unknown task 'dept'; did you mean 'depth'?"),
+        (("predict", "--run", "one", "few.jsonl"), "give --task"),
+        (("data", "show", "recipe.yaml", "--packed"), "--packed is for texts"),
+        (("train", "recipe.yaml", "training.row_length=64"), "training.row_length: is for text"),
+        (("train", "recipe.yaml", "training.balance=pcgrad"), "training.balance: needs rows of one task alone"),
+        (("train", "recipe.yaml", "training.validation.best=macro"), "their average says nothing; name a task"),
+        (("train", "recipe.yaml", "images=null"), "images: is required with objective segmentation"),
+        (("init", "--base-model", "x", "--task", "a=depth:nowhere", "--hardware", "cpu", "--output", "n.yaml"), "no such folder: nowhere"),
+    ],
+)  # fmt: skip
+def test_what_is_for_texts_is_one_line(
+    call: Call, predicted: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    ended = call(*arguments, code=2)
+    (line,) = [one for one in ended.stderr.splitlines() if one.startswith("error")]
+    assert said in line
