@@ -186,7 +186,9 @@ def test_the_data_are_shown_and_counted(place: Path, call: Call) -> None:
     )
 
 
+@pytest.mark.long
 def test_the_report_shows_answers(place: Path, call: Call) -> None:
+    call("eval", "--run", "one", "--task", "all", "--limit", str(LIMIT))
     call("report", "one")
     page = (place / "runs" / "one" / "report.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == len(TASKS) * LIMIT
