@@ -57,7 +57,7 @@ class RelativeClipping:
         """
         settings, usual = self._settings, self.usual
         self.steps += 1
-        norms = torch.stack(torch._foreach_norm(list(gradients)))
+        norms = torch.stack([one.to(usual) for one in torch._foreach_norm(list(gradients))])
         total = torch.linalg.vector_norm(norms)
         absolute = (self._max_norm / (total + _TINY)).clamp(max=1)
         relative = (settings.relative * usual / (norms + _TINY * usual)).clamp(max=1)
