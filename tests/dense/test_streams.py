@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from mtl_lora_cli.dense.backbones import load_backbone
 from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.merged import merged_maps
 from mtl_lora_cli.dense.plain_code import SPEC, TENSORS, described, plain_code
-from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel, find_base_model
 
 from .conftest import SPECS, TARGETS, Backbones, batch_of, host_of
 
@@ -172,3 +174,51 @@ def test_merged_is_the_run_in_a_process_of_its_own(
         (task, load_file(tmp_path / "y.safetensors")[task]) for task in SPECS
     ):
         assert float((ours[number] - theirs).abs().max()) <= 1e-12, (task, math.prod(size))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [
+        ("swin", "SwinForImageClassification"),  # what microsoft/swin-tiny-patch4-window7-224 is
+        ("swin", "SwinBackbone"),
+        ("dinov2", "Dinov2Backbone"),
+        ("hiera", "HieraForImageClassification"),
+        ("convnext", "ConvNextForImageClassification"),
+    ],
+)
+def test_folders_of_other_classes_are_the_same_backbone(
+    backbones: Backbones, kind: str, other: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    first = transformers.AutoModel.from_pretrained(backbones(kind).folder)
+    whole = getattr(transformers, other)(first.config)
+    own = whole.base_model if hasattr(whole, whole.base_model_prefix) else whole
+    own.load_state_dict(first.state_dict(), strict=False)
+    whole.save_pretrained(tmp_path)
+    loaded = load_backbone(
+        find_base_model(str(tmp_path)),
+        size=(64, 64),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for name, parameter in loaded.named_parameters():
+        if name.startswith(("encoder.", "embeddings.")):
+            assert torch.equal(parameter, first.get_parameter(name)), name
+
+
+def test_a_backbone_that_lacks_weights_is_refused(backbones: Backbones, tmp_path: Path) -> None:
+    shutil.copytree(backbones("swin").folder, tmp_path / "swin")
+    path = tmp_path / "swin" / "model.safetensors"
+    weights = {n: t for n, t in load_file(path).items() if "layers.1.blocks.1" not in n}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match="weights are missing, the first is"
+    ):
+        load_backbone(
+            find_base_model(str(tmp_path / "swin")),
+            size=(64, 64),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
