@@ -213,9 +213,7 @@ def test_a_backbone_that_lacks_weights_is_refused(backbones: Backbones, tmp_path
     path = tmp_path / "swin" / "model.safetensors"
     weights = {n: t for n, t in load_file(path).items() if "layers.1.blocks.1" not in n}
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(
-        UsageError, match="weights are missing, the first is"
-    ):
+    with pytest.raises(UsageError, match="weights are missing, the first is"):
         load_backbone(
             find_base_model(str(tmp_path / "swin")),
             size=(64, 64),
