@@ -33,6 +33,20 @@ STEPS = 8  # of the run, whose gradients are looked at
 _LENGTH = 1 / math.sqrt(3)  # of a row that is uniform within ±1 / √columns
 
 
+def require_gradients(adapter: Adapter) -> None:
+    """Refuse layers whose A may get no gradient; before anything is written.
+
+    Raises:
+        UsageError: `down_start: gradient`, and each expert has an adapter.
+    """
+    stacked = any(layer.stacked for layer in adapter.layers.values())
+    if stacked and adapter.config.down_start == "gradient":
+        raise UsageError(
+            "adapter.down_start: gradient: adapters of each expert (adapter.experts: each) have no such "
+            "start: an expert that nobody asks has no gradient; take kaiming, or experts: shared"
+        )
+
+
 def start_by_gradient(
     host: Host, adapter: Adapter, draw: Draw, steps: int, seed: int, processes: Processes
 ) -> None:
@@ -47,13 +61,8 @@ def start_by_gradient(
         processes: over which a step's rows are dealt out; all get the same A.
 
     Raises:
-        UsageError: A has no gradient in some layer, or one that is no number; or each expert has its own.
+        UsageError: A has no gradient in some layer, or one that is no number.
     """
-    if any(layer.stacked for layer in adapter.layers.values()):
-        raise UsageError(
-            "adapter.down_start: gradient: adapters of each expert (adapter.experts: each) have no such "
-            "start: an expert that nobody asks has no gradient; take kaiming, or experts: shared"
-        )
     generator = torch.Generator().manual_seed(seed)
     sketches: dict[str, list[Tensor]] = {path: [] for path in adapter.layers}
     with undisturbed(host, adapter), _sketching(adapter):

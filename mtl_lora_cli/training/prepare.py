@@ -66,6 +66,7 @@ from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.maps import MAPS, spec_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.diagnose import Diagnosis
+from mtl_lora_cli.training.gradient_start import require_gradients
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
 from mtl_lora_cli.training.reference import with_reference
@@ -161,6 +162,7 @@ class Prepared:
         if self.extends is not None:
             start_beside(adapter, self.extends.adapter)
         require_parts(adapter, self.recipe.training.parts)
+        require_gradients(adapter)
         return adapter
 
     def _text(self) -> tuple[PackedModel, Adapter]:
@@ -304,6 +306,7 @@ def require_fit(prepared: Prepared) -> None:
         model, adapter = on_meta(prepared.base, prepared.recipe.adapter, names)
     if prepared.extends is None:  # otherwise what learns is known when the run's adapter is read
         require_parts(adapter, recipe.training.parts)
+    require_gradients(adapter)
     if recipe.engine == "fused":
         reason = obstacle(model, adapter)
         if reason is not None:
