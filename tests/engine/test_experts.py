@@ -16,16 +16,17 @@ from .test_families import CASES, CLOSE, furthest
 
 KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
 AGAIN = Keep(gate_up=False)
+LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(
     ("name", "experts", "engine", "keep"),
     [
         ("mixtral window", "each", "fused", AGAIN),
-        ("qwen2_moe some dense", "shared", "fused", None),
+        pytest.param("qwen2_moe some dense", "shared", "fused", None, marks=LONG),
         ("gpt_oss", "shared", "plain", None),
-        ("gpt_oss", "each", "fused", None),
-        ("glm4_moe", "each", "plain", None),
+        pytest.param("gpt_oss", "each", "fused", None, marks=LONG),
+        pytest.param("glm4_moe", "each", "plain", None, marks=LONG),
         ("glm4_moe", "shared", "fused", AGAIN),
     ],
 )
@@ -39,7 +40,11 @@ def test_experts_are_transformers_alone(
 
 @pytest.mark.parametrize(
     ("name", "experts", "recompute"),
-    [("gpt_oss", "each", False), ("glm4_moe", "shared", True), ("mixtral window", "each", True)],
+    [
+        ("gpt_oss", "each", False),
+        pytest.param("glm4_moe", "shared", True, marks=LONG),
+        pytest.param("mixtral window", "each", True, marks=LONG),
+    ],
 )
 def test_predicted_is_measured(name: str, experts: str, recompute: bool) -> None:
     kind, changes = KINDS[name]

@@ -68,10 +68,10 @@ def expected(layer: MultiTaskStack, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "experts"),
     [
-        ("mixtral", "shared"),
+        pytest.param("mixtral", "shared", marks=pytest.mark.long),
         ("qwen3_moe", "each"),
         ("gpt_oss-no-window", "shared"),
-        ("gpt_oss-no-window", "each"),
+        pytest.param("gpt_oss-no-window", "each", marks=pytest.mark.long),
     ],
 )
 def test_merged_stacks_are_what_transformers_loads(
@@ -91,7 +91,11 @@ def test_merged_stacks_are_what_transformers_loads(
 
 @pytest.mark.parametrize(
     ("kind", "experts"),
-    [("qwen3_moe", "each"), ("qwen2_moe", "shared"), ("gpt_oss-no-window", "each")],
+    [
+        ("gpt_oss-no-window", "each"),
+        pytest.param("qwen3_moe", "each", marks=pytest.mark.long),
+        pytest.param("qwen2_moe", "shared", marks=pytest.mark.long),
+    ],
 )
 def test_peft_adds_the_same(
     base_of: Callable[[str], BaseModel], tmp_path: Path, kind: str, experts: str

@@ -167,6 +167,7 @@ def test_beside_experts_in_mxfp4_attention_is_merged_exactly(
     assert config["quantization_config"]["quant_method"] == "mxfp4", "the experts still are"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("in_process")
 def test_adapters_on_experts_in_mxfp4_are_not_merged_and_peft_reads_them(
     train: Callable[..., Run], in_mxfp4: Path, tmp_path: Path
