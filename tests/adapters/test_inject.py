@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.experts import StackFrame
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.methods import configure
@@ -239,3 +240,38 @@ def test_the_handle_names_tensors_as_the_file_does() -> None:
         "blocks.0.q_proj.task_transform": (3, 8, 8),
         "blocks.0.q_proj.gate_projection": (3, 4),
     }
+
+
+class Unstacked(nn.Module):
+    """A layer whose experts are no stacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.ModuleDict({"q_proj": nn.Linear(4, 4)}),
+            "adapter.experts: each: the model has no experts",
+        ),
+        (nn.ModuleDict({"layer": Unstacked()}), r"'layer.experts' \(ModuleList\) does not hold"),
+    ],
+)
+def test_experts_that_are_not_there_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        inject(model, configure(rank=2, experts="each", target_modules=["q_proj"]), ["one"])
+    assert len(caught.value.lines) == 1
+    assert not any(isinstance(module, MultiTaskLinear) for module in model.modules())
+
+
+def test_a_target_that_names_experts_says_which_key_adapts_them() -> None:
+    experts = StackFrame(transposed=False)
+    experts.add("gate_up_proj", 3, 8, 4)
+    experts.add("down_proj", 3, 4, 4)
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "experts": experts})
+    with pytest.raises(UsageError, match="'gate_up_proj' matches experts, which `adapter.experts`"):
+        inject(model, configure(target_modules=["q_proj", "gate_up_proj"]), ["one"])
