@@ -256,7 +256,7 @@ class Unstacked(nn.Module):
     [
         (
             nn.ModuleDict({"q_proj": nn.Linear(4, 4)}),
-            "adapter.experts: each: the model has no experts",
+            r"adapter\.experts: each: the model has no experts",
         ),
         (nn.ModuleDict({"layer": Unstacked()}), r"'layer.experts' \(ModuleList\) does not hold"),
     ],
@@ -273,5 +273,7 @@ def test_a_target_that_names_experts_says_which_key_adapts_them() -> None:
     experts.add("gate_up_proj", 3, 8, 4)
     experts.add("down_proj", 3, 4, 4)
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "experts": experts})
-    with pytest.raises(UsageError, match="'gate_up_proj' matches experts, which `adapter.experts`"):
+    with pytest.raises(
+        UsageError, match=r"'gate_up_proj' matches experts, which `adapter\.experts`"
+    ):
         inject(model, configure(target_modules=["q_proj", "gate_up_proj"]), ["one"])
