@@ -19,7 +19,7 @@ from mtl_lora_cli.kernels.rotary import Turn
 
 _BLOCK = 512
 _KEYS = 64  # taken into the running softmax at once
-_OUTPUTS = 4  # of a single row's product, in one program
+_OUTPUTS = 2  # of a single row's product, in one program
 _PROGRAMS = 264  # two for each multiprocessor of a large card
 LOG2_E = 1.4426950408889634
 
@@ -356,10 +356,10 @@ def row_product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """h Wᵀ + b of a single row, [1, out]: as fast as W is read."""
     rows, width = weight.shape
     out = h.new_empty(1, rows)
-    block = min(1024, triton.next_power_of_2(width))
+    block, warps = (2048, 2) if width >= 1024 else (1024, 4)
     _row_product[(triton.cdiv(rows, _OUTPUTS),)](
         h, weight, weight if bias is None else bias, out, rows, width, weight.stride(0),
-        ROWS=_OUTPUTS, BLOCK=block, BIAS=bias is not None, num_warps=4,
+        ROWS=_OUTPUTS, BLOCK=block, BIAS=bias is not None, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -184,6 +184,8 @@ def measure(wanted: argparse.Namespace) -> list[Row]:
             row |= run()
             row["tokens_s"] = batch * wanted.new / row["seconds"]
         except Exception as error:  # the others go on
+            if way == "ours":
+                raise
             row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         row["at_s"] = time.perf_counter() - started
         found.append(row)
@@ -205,27 +207,30 @@ def measure(wanted: argparse.Namespace) -> list[Row]:
                 tensor.add_(0.01 * torch.randn_like(tensor))
         merged(adapter, plain)
         packed = PackedModel(model, adapter).eval()
-        new = wanted.new
         for batch in wanted.batch:
             rows = prompts(batch, config.vocab_size)
-            add(shape, batch, "ours", partial(ours, packed, rows, new, device))
-            if found and found[-1].get("step_ms") and batch == 1:
-                found[-1]["share_nominal"] = 2000 * values / NOMINAL / found[-1]["step_ms"]
-                found[-1]["share_read"] = 2000 * values / rate / found[-1]["step_ms"]
+            if wanted.trust:
+                packed.rows_agree = dict.fromkeys(range(20), True)
+            add(shape, batch, "ours", partial(ours, packed, rows, wanted.new, device))
             if batch == 1:
-                add(shape, batch, "cublas", partial(by_torch, packed, rows, new, device))
-            add(shape, batch, "dynamic", partial(theirs, plain, rows, new, device, 1))
+                if found and found[-1]["way"] == "ours":
+                    step = found[-1]["step_ms"]
+                    found[-1]["share_nominal"] = 2000 * values / NOMINAL / step
+                    found[-1]["share_read"] = 2000 * values / rate / step
+                add(shape, batch, "cublas", partial(by_torch, packed, rows, wanted.new, device))
         kept[shape] = plain
         del packed, adapter, model
     static = {"cache_implementation": "static"}
-    for way in ("static", "batching"):
+    for way in ("dynamic", "batching", "static"):
         for batch, (shape, plain) in product(wanted.batch, kept.items()):
             rows = prompts(batch, plain.config.vocab_size)
             run = partial(batching, plain, rows, wanted.new, device)
-            if way == "static":
-                run = partial(theirs, plain, rows, wanted.new, device, 2, **static)
+            if way != "batching":
+                how = static if way == "static" else {}
+                run = partial(theirs, plain, rows, wanted.new, device, 1 + len(how), **how)
             add(shape, batch, way, run)
-            torch._dynamo.reset()
+            if way == "static":
+                torch._dynamo.reset()
     return found
 
 
@@ -262,6 +267,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=80)
     ways = ["ours", "cublas", "dynamic", "static", "batching"]
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--trust", action="store_true", help="do not ask transformers first")
     parser.add_argument("--until", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=Path("generation.json"))
     print(table(measure(parser.parse_args())))
