@@ -25,6 +25,7 @@ from mtl_lora_cli.cli import (
     report,
     runs,
     schema,
+    serve,
     tasks,
     train,
     validate,
@@ -42,6 +43,7 @@ train.register(app)
 add_task.register(app)
 evaluate.register(app)
 predict.register(app)
+serve.register(app)
 merge.register(app)
 export.register(app)
 inspect.register(app)

@@ -92,6 +92,7 @@ def export(
             raise UsageError("--rank is for adapters; a merged model has none")
         status("loading libraries")
         from mtl_lora_cli.evaluation.opened import open_run
+        from mtl_lora_cli.export.engines import vllm_command
         from mtl_lora_cli.export.order import Options
         from mtl_lora_cli.export.write import write_tasks
 
@@ -104,6 +105,10 @@ def export(
             emit_written(results, as_json)
         else:
             _emit_reduced(results, as_json)
+        if kind == "peft" and push is None:
+            command = vllm_command([(one.task, one.folder) for one in results])
+            if command is not None:
+                say(f"vLLM serves them: {command}")
 
 
 def _emit_reduced(results: list[WrittenFolder], as_json: bool) -> None:

@@ -29,6 +29,19 @@ NEW_TOKENS = 64  # of a free answer, where the template does not say
 ROWS = 256  # that are answered together
 
 
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """Rows that their tasks' templates can read.
+
+    Attributes:
+        part: rows with their places.
+        names: of each row's task.
+    """
+
+    part: list[tuple[Row, str]]
+    names: list[str]
+
+
 class Predictor:
     """A finished run that answers; `mtl_lora_cli.load` makes one.
 
@@ -145,6 +158,31 @@ class Predictor:
             for row, where in part
         ]
         return list(self._answer(part, names, sampling))
+
+    def render(
+        self, rows: Sequence[Row], *, task: str | None = None, task_column: str | None = None
+    ) -> Rendered:
+        """Rows as they are asked, without asking them.
+
+        Raises:
+            UsageError: as of `predict`.
+        """
+        part = [(row, f"rows[{number}]") for number, row in enumerate(rows)]
+        chosen = require_task(self.tasks, task, task_column)
+        names = [
+            chosen if task_column is None else self._named(row, task_column, where)
+            for row, where in part
+        ]
+        for row, name in zip(part, names, strict=True):
+            self._rendered(name, [row])
+        return Rendered(part, names)
+
+    def answer_all(self, many: Sequence[Rendered]) -> list[list[Prediction]]:
+        """Predictions of each, all answered together."""
+        part = [row for one in many for row in one.part]
+        names = [name for one in many for name in one.names]
+        found = self._answer(part, names, None)
+        return [list(islice(found, len(one.part))) for one in many]
 
     def _named(self, row: Row, column: str, where: str) -> str:
         if column not in row:

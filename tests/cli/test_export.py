@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -52,3 +53,23 @@ def test_at_its_own_rank_nothing_is_lost(
     assert same["reduced"]["largest_error"] == 0
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "same")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_command_for_vllm_names_all_tasks(
+    small_run: tuple[Path, Finished], invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """And nothing of it stands on stdout; ranks are those that vLLM takes."""
+    run = str(small_run[0])
+    ended = invoke("export", "--task", "all", "--run", run, "--no-check", "--json")
+    assert [one["task"] for one in json.loads(ended.stdout)] == ["warm", "cold"]
+    (line,) = [one for one in ended.stderr.splitlines() if "vLLM" in one]
+    words = shlex.split(line.partition(": ")[2])
+    named = dict(word.split("=") for word in words[words.index("--lora-modules") + 1 :])
+    assert list(named) == ["warm", "cold"]
+    ranks = []
+    for folder in named.values():
+        config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == words[2]
+        ranks.append(config["r"])
+    assert int(words[words.index("--max-lora-rank") + 1]) >= max(ranks)
+    assert int(words[words.index("--max-loras") + 1]) == 2
