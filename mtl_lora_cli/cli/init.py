@@ -116,12 +116,18 @@ def init(
 
 def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choice:
     """Settings by the size of the model and of the mixture, where both are at hand."""
-    from mtl_lora_cli.data.amount import amount
+    from mtl_lora_cli.data.amount import amount, held_out
     from mtl_lora_cli.tasks.defaults import Mixture, choose, parameters_of
 
-    found = amount([(task.name, task.rows()) for task in tasks])
+    sources = [(task.name, task.rows()) for task in tasks]
+    found = amount(sources)
     mixture = None if found is None else Mixture(*found)
-    return choose(parameters_of(base_model), mixture, flops=_flops() if on_cpu else None)
+    return choose(
+        parameters_of(base_model),
+        mixture,
+        flops=_flops() if on_cpu else None,
+        held_out=held_out(sources),
+    )
 
 
 def _flops() -> float:

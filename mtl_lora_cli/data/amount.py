@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.data.sources import read_split
+from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.recipe.schema import Source
 
@@ -35,6 +35,17 @@ def amount(sources: Sequence[tuple[str, Source]]) -> tuple[int, int] | None:
         total += len(rows.rows) * sum(lengths) // len(lengths)
         longest = max(longest, *lengths)
     return (total, longest) if total else None
+
+
+def held_out(sources: Sequence[tuple[str, Source]]) -> bool:
+    """Whether one of the sources at hand has a validation split; nothing is fetched from a hub."""
+    for task, source in sources:
+        try:
+            if not source.hub and "validation" in available_splits(source, base=Path(), task=task):
+                return True
+        except MtlLoraError:  # `validate` says so, with file and line
+            continue
+    return False
 
 
 def _lengths(rows: Sequence[Mapping[str, Any]]) -> Iterator[int]:

@@ -50,6 +50,7 @@ class Choice:
         max_steps: where the mixture is small; None: as many as the epochs have.
         why: of the steps, in words.
         hours: that it takes on this CPU, about; None on a card.
+        looked_at: held-out rows of each task at a look, at most; None: there are none.
     """
 
     rank: int
@@ -63,10 +64,15 @@ class Choice:
     max_steps: int | None
     why: str
     hours: float | None = None
+    looked_at: int | None = None
 
 
 def choose(
-    parameters: int | None, mixture: Mixture | None, *, flops: float | None = None
+    parameters: int | None,
+    mixture: Mixture | None,
+    *,
+    flops: float | None = None,
+    held_out: bool = False,
 ) -> Choice:
     """The settings for a base model and a mixture.
 
@@ -74,6 +80,7 @@ def choose(
         parameters: of the base model; None: not known, and taken for large.
         mixture: None: its rows are not at hand.
         flops: of this CPU's matrix products a second; None: there is a card.
+        held_out: some task has a validation split.
     """
     size = parameters or 7 * 10**9
     kind = "cpu" if flops else "small" if size < _SMALL else "large"
@@ -100,6 +107,7 @@ def choose(
         max_steps=max_steps,
         why=why,
         hours=hours,
+        looked_at=(40 if flops else 200) if held_out else None,
     )
 
 

@@ -225,6 +225,13 @@ def _training(choice: Choice, hardware: Hardware) -> Iterator[str]:
     if not hardware.small:
         yield "  # Rows a pass, and what is computed again in the backward pass, by the memory that is free."
         yield "  memory: auto"
+    if choice.looked_at is not None:
+        yield "  # Looks at held-out rows: what is not learned is told."
+        yield "  validation:"
+        yield "    # Steps between two looks."
+        yield "    every: 200"
+        yield "    # Rows of each task, at most."
+        yield f"    examples: {choice.looked_at}"
     yield "  # Steps between two checkpoints."
     yield "  checkpoint_every: 200"
     yield "  # Of every draw and every random start."

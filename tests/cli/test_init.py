@@ -96,6 +96,22 @@ def test_every_key_has_a_comment_where_it_stands_first(
     assert {"base_model", "rank", "name", "template", "source", "mixing", "seed"} <= seen
 
 
+def test_held_out_rows_are_looked_at_where_there_are_some(
+    tmp_path: Path, stories_folder: Path, invoke: Callable[..., Finished]
+) -> None:
+    (tmp_path / "reviews").mkdir()
+    rows = [json.dumps({"sentence": f"a {n} b", "label": n % 2}) + "\n" for n in range(30)]
+    for split in ("train", "validation"):
+        (tmp_path / "reviews" / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+    words = ("init", "--base-model", str(stories_folder), "--hardware", "cpu", "--force")
+    for tasks, looks in ((("sst2:reviews", "animals"), 200), (("animals",), None)):
+        made = invoke(*words, *(word for task in tasks for word in ("--task", task)))
+        assert made.returncode == 0, made.stderr
+        validation = load_recipe(tmp_path / "recipe.yaml").recipe.training.validation
+        assert (None if validation is None else validation.every) == looks
+        assert invoke("validate", "recipe.yaml").returncode == 0
+
+
 def test_conversations_are_written_by_the_chat_template(
     tmp_path: Path, invoke: Callable[..., Finished]
 ) -> None:

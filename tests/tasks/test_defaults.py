@@ -47,6 +47,8 @@ def test_on_a_cpu_an_hour_is_aimed_at() -> None:
     assert slow.hours is not None
     assert slow.hours <= 1.01
     assert slow.row_length == 128
+    assert quick.looked_at is None
+    assert choose(SMOLL, mixture, flops=3e11, held_out=True).looked_at == 40
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.errors import ProblemsError, UsageError
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.training.drawn import Draw
-from mtl_lora_cli.training.gradient_start import STEPS, start_by_gradient
+from mtl_lora_cli.training.gradient_start import STEPS, require_gradients, start_by_gradient
 from mtl_lora_cli.training.prepare import Prepared
+
+from ..families.build import build
+from ..families.models import MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +92,19 @@ def test_a_holds_the_strongest_directions_of_the_gradient(prepared: Prepared, me
 def test_where_it_cannot_be_it_is_refused(
     recipe_file: str, changes: tuple[str, ...], error: str
 ) -> None:
-    from mtl_lora_cli.errors import ProblemsError
-
     with pytest.raises(ProblemsError, match=error):
         load_recipe(recipe_file, changes)
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
+def test_adapters_of_each_expert_are_refused(tmp_path: Path, experts: str) -> None:
+    """One that nobody asks has no gradient; what experts share has one."""
+    (model,) = (one for one in MODELS if str(one) == "qwen3_moe")
+    base = find_base_model(str(build(model, tmp_path / "moe")))
+    config = configure("lora", down_start="gradient", experts=experts, target_modules=["q_proj"])
+    _, adapter = on_meta(base, config, ["a"])
+    if experts == "shared":
+        require_gradients(adapter)
+        return
+    with pytest.raises(UsageError, match=r"adapters of each expert .* take kaiming"):
+        require_gradients(adapter)
