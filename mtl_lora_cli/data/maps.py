@@ -7,6 +7,7 @@ first task, and a picture's units are the maps that it has. A map that is missin
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -36,7 +37,7 @@ from mtl_lora_cli.recipe.schema import Images
 from mtl_lora_cli.tasks.maps import MapSpec
 from mtl_lora_cli.tasks.task import Task
 
-_THREADS = 8  # that decode; most of it happens outside of Python's lock
+_THREADS = max(2, min(16, os.cpu_count() or 2))  # most of decoding happens outside of Python's lock
 _AHEAD = 4  # steps whose pictures are asked for before their time
 
 
@@ -74,7 +75,7 @@ class Normalisation:
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] → float32 [3, h, w]."""
-        return np.stack([self.table[channel][pixels[:, :, channel]] for channel in range(3)])
+        return np.stack([self.table[channel].take(pixels[:, :, channel]) for channel in range(3)])
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class MapDataset:
         self.entries = [first.get(task, task) for task in range(len(tasks))]
         self._moment = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
-        self._asked: dict[tuple[int, int, int, int], Future[Shown]] = {}
+        self._asked: dict[tuple[int, int, int, int], Future[tuple[Shown, np.ndarray]]] = {}
 
     @classmethod
     def read(
@@ -263,18 +264,18 @@ class MapDataset:
             for entry, number in row:
                 key = (*self._moment, entry, number)
                 if key not in self._asked:
-                    self._asked[key] = self._pool.submit(self.show, entry, number)
+                    self._asked[key] = self._pool.submit(self._ready, entry, number)
 
     def collate(self, rows: Rows) -> MapBatch:
         """See `MapBatch`."""
         places = [place for row in rows for place in row]
         if self._pool is not None:
             self.ahead(rows)
-        shown = [self._found(entry, number) for entry, number in places]
+        shown, pixels = zip(*(self._found(entry, number) for entry, number in places), strict=True)
         present = np.stack([self._sources[entry].present[number] for entry, number in places])
         tasks = [int(task) for task in np.flatnonzero(present.any(0))]
         return MapBatch(
-            pixels=torch.from_numpy(np.stack([self._normalise(one.pixels) for one in shown])),
+            pixels=torch.from_numpy(np.stack(pixels)),
             targets={
                 task: _target([one.maps.get(task) for one in shown], self._specs[task])
                 for task in tasks
@@ -284,9 +285,14 @@ class MapDataset:
             task_ids=torch.tensor(tasks, dtype=torch.long),
         )
 
-    def _found(self, entry: int, number: int) -> Shown:
+    def _found(self, entry: int, number: int) -> tuple[Shown, np.ndarray]:
         asked = self._asked.pop((*self._moment, entry, number), None)
-        return self.show(entry, number) if asked is None else asked.result()
+        return self._ready(entry, number) if asked is None else asked.result()
+
+    def _ready(self, entry: int, number: int) -> tuple[Shown, np.ndarray]:
+        """One picture with its maps, and its pixels as the backbone expects them."""
+        shown = self.show(entry, number)
+        return shown, self._normalise(shown.pixels)
 
 
 def seen_target(values: np.ndarray, spec: MapSpec, view: View, size: tuple[int, int]) -> np.ndarray:

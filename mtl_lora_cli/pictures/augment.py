@@ -101,7 +101,8 @@ def seen_map(values: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarra
     height, width = values.shape[:2]
     top, left, tall, wide = view.box(height, width)
     rows, columns = _nearest(top, tall, height, size[0]), _nearest(left, wide, width, size[1])
-    found = values[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None]]
+    # `take` is faster than an index of both, and lets other threads run.
+    found = values.take(rows.clip(0, height - 1), axis=0).take(columns.clip(0, width - 1), axis=1)
     outside = ((rows < 0) | (rows >= height))[:, None] | ((columns < 0) | (columns >= width))[None]
     if outside.any():
         found[outside] = UNKNOWN if values.dtype.kind in "iu" else np.nan
@@ -115,7 +116,9 @@ def _nearest(start: float, extent: float, source: int, pixels: int) -> np.ndarra
 
 def mirrored_normals(normals: np.ndarray) -> np.ndarray:
     """Normals [h, w, 3] of a picture that was mirrored: x points the other way."""
-    return normals * np.array([-1, 1, 1], dtype=normals.dtype)
+    found = np.array(normals)
+    np.negative(found[:, :, 0], out=found[:, :, 0])
+    return found
 
 
 def mirrored_classes(classes: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarray:
