@@ -225,10 +225,11 @@ def finished(processes: Processes, folder: RunFolder | None, as_json: bool) -> N
         emit_json({"run": folder.name, "path": str(folder.path)})
     else:
         from mtl_lora_cli.tasks.chosen import read_tasks
+        from mtl_lora_cli.tasks.maps import MAPS
         from mtl_lora_cli.tasks.template import TEXTS
 
         emit(f"{folder.path}")
-        if all(task.objective in TEXTS for task in read_tasks(folder)):
+        if all(task.objective in (*TEXTS, *MAPS) for task in read_tasks(folder)):
             say(f"next: mtl-lora eval --run {folder.path} --task all")
         else:
             say(f"next: mtl-lora inspect --run {folder.path}")

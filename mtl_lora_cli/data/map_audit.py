@@ -11,6 +11,7 @@ import numpy as np
 
 from mtl_lora_cli.data.picture_rows import MapRows, read_map_rows
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError
+from mtl_lora_cli.pictures.derive import edges_from_classes
 from mtl_lora_cli.recipe.schema import SPLITS
 from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
@@ -60,7 +61,7 @@ class MapCount:
                 told.append(
                     f"{self.task}: {self.split}: no pixel of {', '.join(absent[:12])}{more}"
                 )
-        elif self.low is not None and self.high is not None:
+        elif self.low is not None and self.high is not None and self.low >= 0:  # not of normals
             told[0] += f"; {self.low:.3g} to {self.high:.3g}"
         return told
 
@@ -97,7 +98,10 @@ def _counted(task: Task, spec: MapSpec, split: str, rows: MapRows, faults: list[
     def one(number: int) -> tuple[Any, str | None]:
         try:
             picture = rows.picture(number)
-            return _of_map(rows.maps(number, [spec], picture)[0], spec), None
+            values = rows.maps(number, [spec], picture)[0]
+            if spec.derive == "classes":
+                values = edges_from_classes(values)
+            return _of_map(values, spec), None
         except MtlLoraError as error:
             return None, error.lines[0]
 

@@ -68,7 +68,9 @@ class Summary:
 
     @property
     def mean(self) -> float | None:
-        """Of the tasks' scores; None without any."""
+        """Of the tasks' scores; None without any, and where more is better for some and less for others."""
+        if len({score.metric.endswith("↓") for score in self.scores.values()}) > 1:
+            return None
         values = [score.value for score in self.scores.values()]
         return sum(values) / len(values) if values else None
 
