@@ -72,9 +72,10 @@ def _as_text(content: dict[str, Any]) -> str:
 def _nearest(tasks: list[str], number: int, cosines: list[list[float | None]] | None) -> list[str]:
     """The most similar other task, and its cosine."""
     row = [] if cosines is None else cosines[number]
-    others = [(value, name) for value, name in zip(row, tasks, strict=False) if value is not None]
-    others = [(value, name) for value, name in others if name != tasks[number]]
+    others = [
+        (value, place) for place, value in enumerate(row) if value is not None and place != number
+    ]
     if not others:
         return ["–", "–"]
-    value, name = max(others)
-    return [name, f"{value:.3f}"]
+    value, place = max(others)
+    return [tasks[place], f"{value:.3f}"]

@@ -410,18 +410,42 @@ def _across(
     tasks: Sequence[Task], audits: Sequence[Audit], seen: Sequence[cache.Traces]
 ) -> list[Audit]:
     """The audits with held-out rows of each task that stand in the training rows of another one."""
+    train = [rows["train"] for rows in seen]
+    whole, owners = np.concatenate(train), np.repeat(np.arange(len(train)), [len(t) for t in train])
+    orders = [np.argsort(column, kind="stable") for column in whole.T]
     found = []
-    all_train = np.concatenate([rows["train"] for rows in seen])
-    for task, own, rows in zip(tasks, audits, seen, strict=True):
-        leaks = [
-            leaked(split, rows[split], others["train"], other.name)
-            for split in ("test", "validation")
-            if split in rows and leaked(split, rows[split], all_train, "any").found
-            for other, others in zip(tasks, seen, strict=True)
-            if other is not task
-        ]
+    for number, (own, rows) in enumerate(zip(audits, seen, strict=True)):
+        leaks = []
+        for split in ("test", "validation"):
+            if split in rows:
+                others = _owners(rows[split], whole, owners, orders) - {number}
+                leaks += [
+                    leaked(split, rows[split], train[other], tasks[other].name)
+                    for other in sorted(others)
+                ]
         more = tuple(leak for leak in leaks if leak.found)
         found.append(replace(own, leaks=own.leaks + more))
+    return found
+
+
+def _owners(
+    held_out: np.ndarray, train: np.ndarray, owners: np.ndarray, orders: Sequence[np.ndarray]
+) -> set[int]:
+    """The tasks of which a training row may be one of these rows.
+
+    Args:
+        held_out, train: traces, [rows, 2].
+        owners: the task of each training row.
+        orders: that sort the columns of `train`.
+    """
+    found: set[int] = set()
+    for column, order in enumerate(orders):
+        values = np.unique(held_out[:, column])
+        values = values[values != 0]
+        ordered = train[order, column]
+        starts, ends = np.searchsorted(ordered, values), np.searchsorted(ordered, values, "right")
+        for start, end in zip(starts, ends, strict=True):
+            found.update(owners[order[start:end]].tolist())
     return found
 
 

@@ -105,13 +105,24 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
         if files is None:
             return None
         try:
-            content = " ".join(fingerprint(file.read_bytes()) for file in files)
+            content = " ".join(map(_file_fingerprint, files))
         except OSError as error:
             raise file_problem(files[0], f"cannot be read: {error.strerror}") from None
     chosen = f"{source.task_column} {source.task_names} {source.task}"
     if layout_of(source) != BY_ENDING:  # otherwise as before there were layouts: runs remember it
         chosen += f" {layout_of(source)}"
     return fingerprint(f"{content} {chosen}".encode())
+
+
+def _file_fingerprint(file: Path) -> str:
+    """Of a file's bytes, which are read again where it was written to since."""
+    known = file.stat()
+    return _fingerprint_of(file, known.st_mtime_ns, known.st_size, known.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint_of(file: Path, changed: int, size: int, number: int) -> str:
+    return fingerprint(file.read_bytes())
 
 
 def tasks_in(source: Source, *, base: Path, task: str) -> tuple[str, ...]:
@@ -143,9 +154,22 @@ def untrained_in(source: Source, *, base: Path, task: str) -> dict[str, tuple[st
     }
 
 
-@lru_cache(maxsize=4)
+_MOST_SPLITS = 4  # of files with a task column that are kept
+_split_rows: dict[tuple[str, str, Path], dict[str, Rows]] = {}
+
+
 def _by_task(source_json: str, split: str, base: Path, task: str) -> dict[str, Rows]:
-    """Read a file with a task column once for all of its tasks."""
+    """Read a file with a task column once for all of its tasks; `task` is for errors alone."""
+    key = (source_json, split, base)
+    if key not in _split_rows:
+        rows = _read_by_task(source_json, split, base, task)
+        while len(_split_rows) >= _MOST_SPLITS:
+            del _split_rows[next(iter(_split_rows))]
+        _split_rows[key] = rows
+    return _split_rows[key]
+
+
+def _read_by_task(source_json: str, split: str, base: Path, task: str) -> dict[str, Rows]:
     source = Source.model_validate_json(source_json)
     column, names = str(source.task_column), source.task_names
     whole = source.model_copy(update={"task_column": None, "task_names": None, "task": None})

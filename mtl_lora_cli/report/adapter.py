@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import TaskLayer
+from mtl_lora_cli.adapters.layer import TaskLayer, mixing_of
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.runs.folder import RunFolder
 
@@ -56,14 +56,15 @@ def inspect_adapter(adapter: Adapter) -> dict[str, Any]:
         "tasks": list(adapter.tasks),
         "parameters": {"total": adapter.parameter_count(), "by_role": _sizes(adapter)},
         "update_norm": None if whole is None else _by_task(adapter.tasks, _roots(whole)),
-        "similarity": {
-            "gates": _cosines(_gate_gram(gates)) if gates else None,
-            "updates": None if whole is None else _cosines(whole),
-        },
+        "similarity": {},
         "layers": layers,
         "notes": _notes(adapter, bool(gates)),
     }
-    return {key: _finite(value) for key, value in content.items()}
+    similarity = {
+        "gates": _cosines(_gate_gram(gates)) if gates else None,
+        "updates": None if whole is None else _cosines(whole),
+    }
+    return {key: _finite(value) for key, value in content.items()} | {"similarity": similarity}
 
 
 def update_gram(updates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -90,9 +91,32 @@ def _grams(adapter: Adapter) -> dict[str, Tensor]:
     tasks = range(len(adapter.tasks))
     return {
         path: adapter.config.scale(layer.rank) ** 2
-        * update_gram([layer.task_update(task) for task in tasks])
+        * (
+            update_gram([layer.task_update(task) for task in tasks])
+            if layer.stacked
+            else _gram(layer, len(tasks))
+        )
         for path, layer in adapter.layers.items()
     }
+
+
+def _gram(layer: TaskLayer, count: int) -> Tensor:
+    """The same of one layer, without an update of any task: ΔW_t = B M_t A of one A and one B.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, ⟨ΔW_t, ΔW_u⟩ is that of R_B M_t R_Aᵀ [m, k]: a thousand tasks are a
+    thousand small matrices. Where M_t keeps some rows, it is m_tᵀ ((A Aᵀ) ∘ (Bᵀ B)) m_u.
+    """
+    down, up = layer.factors(None)
+    below = down.flatten(0, 1).double()
+    beside = up.movedim(-3, -2).flatten(-2).double()
+    mixing = mixing_of([layer], None)
+    if mixing is None or layer.config.spread == "own":
+        terms = (below @ below.T) * (beside.T @ beside)
+        kept = terms.new_ones(count, len(terms)) if mixing is None else mixing[0].double()
+        return kept @ terms @ kept.T
+    left, right = torch.linalg.qr(beside).R, torch.linalg.qr(below.T).R
+    small = (left @ mixing[0].double() @ right.T).flatten(1)
+    return small @ small.T
 
 
 def _gates(adapter: Adapter) -> dict[str, Tensor]:
@@ -136,11 +160,14 @@ def _by_task(tasks: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(tasks, values, strict=True))
 
 
-def _cosines(gram: Tensor) -> list[list[float]]:
+def _cosines(gram: Tensor) -> list[list[float | None]]:
     """⟨t, u⟩ / (‖t‖ ‖u‖); None beside a norm of 0."""
     norms = gram.diagonal().clamp(min=0).sqrt()
     scaled = gram / (norms.unsqueeze(0) * norms.unsqueeze(1))
-    return scaled.clamp(-1, 1).tolist()  # 0 / 0 is no number, which `_finite` makes None
+    found: list[list[float | None]] = scaled.clamp(-1, 1).tolist()
+    if not scaled.isfinite().all():  # 0 / 0 is no number
+        found = _finite(found)
+    return found
 
 
 def _finite(content: Any) -> Any:

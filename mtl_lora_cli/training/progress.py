@@ -18,6 +18,7 @@ from mtl_lora_cli.visible import visible
 _PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 _LIVE_SECONDS = 0.5  # between two pictures where there is one
 _NARROWEST = 60  # columns that the screen needs
+_TOLD = 20  # tasks in a plain line
 _LINES = 20  # that the screen takes at most
 _COLUMNS = {"task": 19, "loss": 22, "validation": 10, "": 22}  # with two between: 79
 _NAME = _COLUMNS["task"]
@@ -177,6 +178,8 @@ class TrainingProgress:
         losses = [
             f"{task} {t.smooth:.3f}" for task, t in self._tasks.items() if t.smooth is not None
         ]
+        if len(losses) > _TOLD:
+            losses[_TOLD:] = [f"{len(losses) - _TOLD} more tasks"]
         return f"step {self._done}/{self._steps}  {'  '.join(parts)}  |  {'  '.join(losses)}"
 
     def _screen(self) -> RenderableType:

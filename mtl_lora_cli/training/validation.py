@@ -42,6 +42,7 @@ from mtl_lora_cli.training.map_looks import map_values
 from mtl_lora_cli.training.observers import Seen, pass_length, undisturbed
 
 SPLIT = "validation"  # never test: that one is for the end; never train: that one is learned
+_TOLD = 20  # tasks in a line for a person
 MACRO = "macro"  # names the average over tasks
 LOOKED_AT = 0  # not the run's seed: runs that differ in it are measured on the same examples
 
@@ -338,6 +339,8 @@ def _told(event: Mapping[str, Any]) -> str:
         return f" ({names[task]} {_number(values[task])}{always})" if task in names else ""
 
     parts = [f"{task} {_number(loss)}{metric(task)}" for task, loss in event["loss"].items()]
+    if len(parts) > _TOLD:
+        parts[_TOLD:] = [f"{len(parts) - _TOLD} more tasks"]
     if len(parts) > 1:
         macro = event[MACRO]
         parts.append(
