@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, export_format
@@ -44,6 +44,11 @@ class Peft(Format):
     differs = "the exported adapter differs from the run's"
     weights = "own"
 
+    def __init__(self) -> None:
+        # Many tasks of a run have the same layers: what PEFT makes of these is found out once.
+        self._known: dict[tuple[str, ...], PeftNames] = {}
+        self._asked: set[tuple[Any, ...]] = set()
+
     @property
     def root(self) -> Path:
         return Path("exported")
@@ -56,17 +61,20 @@ class Peft(Format):
             )
 
     def refuses(self, order: Order) -> None:
-        _names(order)
+        self._names(order)
 
     def size(self, order: Order) -> int:
-        return (1 + bool(_names(order).also)) * super().size(order)
+        return (1 + bool(self._names(order).also)) * super().size(order)
 
     def write(self, order: Order, folder: Path) -> None:
         from mtl_lora_cli.export.peft_files import write_peft
         from mtl_lora_cli.export.peft_names import require_named
 
-        write_peft(order.updates, _names(order), _loadable(order.run.base), folder)
-        require_named(order.run.base, folder)
+        write_peft(order.updates, self._names(order), _loadable(order.run.base), folder)
+        ranks = tuple((weight, len(down)) for weight, (down, _, _) in order.updates.items())
+        if ranks not in self._asked:
+            require_named(order.run.base, folder)
+            self._asked.add(ranks)
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """The run's own base model with the written adapter, as PEFT puts them together."""
@@ -75,6 +83,16 @@ class Peft(Format):
         run = questions.run
         model = questions.load_alone(run.base.folder, run.recipe.quantization)
         return questions.ask_alone(PeftModel.from_pretrained(model, str(folder)).eval())
+
+    def _names(self, order: Order) -> PeftNames:
+        from mtl_lora_cli.export.peft_files import targets_of
+        from mtl_lora_cli.export.peft_names import peft_names
+
+        key = tuple(order.updates)
+        if key not in self._known:
+            targets = targets_of(order.run.adapter)
+            self._known[key] = peft_names(order.run.base, order.updates, targets)
+        return self._known[key]
 
     def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
         from mtl_lora_cli.export.card import model_card
@@ -103,13 +121,6 @@ class Peft(Format):
             f"{twice}{order.reduced}",
             use=_USE.format(kind=kind, base=base, room=room, task=task.name),
         )
-
-
-def _names(order: Order) -> PeftNames:
-    from mtl_lora_cli.export.peft_files import targets_of
-    from mtl_lora_cli.export.peft_names import peft_names
-
-    return peft_names(order.run.base, order.updates, targets_of(order.run.adapter))
 
 
 def _loadable(base: BaseModel) -> str:
