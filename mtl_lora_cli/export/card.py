@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.prequantised import method_of
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Source
 from mtl_lora_cli.tasks.task import Task
+
+_SHOWN = 30  # tasks in a card's table
 
 
 def model_card(
@@ -160,18 +163,23 @@ def _base_weights(run: Run) -> str:
 
 def _data(run: Run, task: Task) -> str:
     # Tasks that were added to a run's are the recipe's; the others were there before.
-    learned = [one for one in run.tasks if one.name in {own.name for own in run.recipe.tasks}]
-    planned = _planned(run.recipe, learned)
+    own = {entry.name for entry in run.recipe.tasks}
+    learned = [one for one in run.tasks if one.name in own]
+    planned = _planned(run, tuple(one.name for one in learned))
     total = sum(count for _, count in planned or [])
     rows = [["task", "template", "source", "training rows", "share of the examples"]]
-    for one in run.tasks:
+    shown_tasks = run.tasks
+    if len(run.tasks) > _SHOWN:
+        shown_tasks = [task, *(one for one in run.tasks if one.name != task.name)][:_SHOWN]
+    place = {one.name: number for number, one in enumerate(learned)}
+    for one in shown_tasks:
         name = f"**{one.name}**" if one.name == task.name else one.name
-        if one not in learned:
+        if one.name not in place:
             shown = ["learned before"] * 2
         elif planned is None:
             shown = ["not readable any more"] * 2
         else:
-            count, drawn = planned[learned.index(one)]
+            count, drawn = planned[place[one.name]]
             shown = [f"{count:,}", f"{drawn / total:.1%}"]
         rows.append([name, one.template_name.rpartition("/")[2], _source(one.source), *shown])
     together = "All tasks were learned together:"
@@ -180,11 +188,14 @@ def _data(run: Run, task: Task) -> str:
             f"{', '.join(one.name for one in learned)}: added to tasks that had been learned before, "
             "with everything that tasks share left as it was:"
         )
-    return f"{together}\n\n{_table(rows)}"
+    more = len(run.tasks) - len(shown_tasks)
+    return f"{together}\n\n{_table(rows)}" + (f"\n\nAnd {more:,} more tasks." if more else "")
 
 
-def _planned(recipe: Recipe, tasks: list[Task]) -> list[tuple[int, int]] | None:
+@lru_cache(maxsize=1)
+def _planned(run: Run, names: tuple[str, ...]) -> list[tuple[int, int]] | None:
     """Rows of each task's training split, and how many examples an epoch draws of it."""
+    tasks = [task for task in run.tasks if task.name in set(names)]
     try:
         found = [read_split(task.source, "train", base=Path(), task=task.name) for task in tasks]
     except UsageError:
@@ -196,7 +207,7 @@ def _planned(recipe: Recipe, tasks: list[Task]) -> list[tuple[int, int]] | None:
         for rows, task in zip(found, tasks, strict=True)
         if rows is not None
     ]
-    mixture = mixture_of(recipe, tasks, [np.zeros(size, dtype=np.int64) for size in sizes])
+    mixture = mixture_of(run.recipe, tasks, [np.zeros(size, dtype=np.int64) for size in sizes])
     return list(zip(sizes, mixture.planned_counts(), strict=True))
 
 
