@@ -61,6 +61,11 @@ class TaskLayer(nn.Module):
         self._shared = dict(shared or {})
         roles = config.roles(Sizes(*sides, self.rank, routing.tasks))
         if units is not None:
+            if config.from_weight:
+                raise UsageError(
+                    f"adapter.experts: {config.method} starts from each weight of its own, and experts' "
+                    "weights are stacked; use another method for them"
+                )
             roles = tuple(role.of_each(units) for role in roles)
         self.roles = {role.name: role for role in roles}
         self.roles_of_model = {role.name: role for role in config.roles_of_model(routing.tasks)}
@@ -68,7 +73,8 @@ class TaskLayer(nn.Module):
         for name, role in self.roles.items():
             if name == "base_layer" or hasattr(type(self), name) or hasattr(self, name):
                 raise wrong(config, "roles", f"a role cannot be called '{name}'")
-            setattr(self, name, nn.Parameter(fresh(config, role, **where)))
+            value = nn.Parameter(fresh(config, role, **where), requires_grad=role.learned)
+            setattr(self, name, value)
 
     @property
     def in_features(self) -> int:
@@ -129,6 +135,11 @@ class TaskLayer(nn.Module):
         Raises:
             UsageError: the method reads the token; it is no LoRA for any task.
         """
+        if self.config.scales_rows:
+            raise UsageError(
+                f"{self.config.method} gives the weights' rows lengths of their own: it is no LoRA for any "
+                "task; merge it, or export it with --format peft"
+            )
         if not self.config.mergeable():
             raise UsageError(
                 f"{self.config.method} mixes its up-projections by the token, not by the task: "
@@ -142,6 +153,12 @@ class TaskLayer(nn.Module):
             own = mixing[:, 0] if self.stacked else mixing[0, 0]
             side_by_side = side_by_side @ own.double()
         return down.flatten(-3, -2).double(), side_by_side
+
+    @torch.no_grad()
+    def direction(self) -> tuple[Tensor, Tensor]:
+        """With `scales_rows`, A [k, in] and B [out, k] of V = W + s B A, both float64."""
+        down, up = self.factors(None)
+        return down.flatten(-3, -2).double(), up.movedim(-3, -2).flatten(-2).double()
 
     def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
         """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
@@ -227,7 +244,22 @@ class MultiTaskLinear(TaskLayer):
             *frozen.weights(),
             *self.factors(slots.tasks),
         )
+        if self.config.scales_rows:
+            y = self._rows_scaled(y, slots)
         return cast(Tensor, y).view(*lead, frozen.shape[0])
+
+    def _rows_scaled(self, y: Tensor, slots: Slots) -> Tensor:
+        """b + m / ‖V‖ ∘ V x of y = V x + b, [N, out]; where the base model alone counts, y as it is."""
+        with torch.no_grad():
+            down, up = self.factors(None)
+            change = self.config.scale(self.rank) * up[0] @ down[0]
+            norm = (self.base_layer.weight.to(change.dtype) + change).norm(dim=1)
+        factor = cast(Tensor, self.magnitude) / norm
+        bias = self.base_layer.bias
+        bare = (y if bias is None else y - bias).to(factor.dtype)
+        scaled = (bare * factor).to(y.dtype)
+        scaled = scaled if bias is None else scaled + bias
+        return scaled if slots.active is None else torch.where(slots.active, scaled, y)
 
     def _streams(
         self,

@@ -52,6 +52,10 @@ def obstacle(model: Any, adapter: Adapter | None) -> str | None:
     missing = next(missing_modules(plan, model), None)
     if missing is not None:
         return f"no module '{missing}', which its family's plan names"
+    if adapter is not None and adapter.config.scales_rows:
+        return (
+            f"method {adapter.config.method} scales the rows of frozen and trained weights together"
+        )
     return None if adapter is None else _misplaced(plan, model, adapter)
 
 

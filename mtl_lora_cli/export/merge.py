@@ -70,6 +70,17 @@ def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
     return updates
 
 
+def directions(adapter: Adapter) -> tuple[dict[str, Update], dict[str, Tensor]]:
+    """Of a method that scales rows (`Settings.scales_rows`): A and B of V, and m [out], by the weights' names."""
+    updates, lengths = {}, {}
+    for path, layer in adapter.layers.items():
+        down, up = layer.direction()
+        weight = layer.weight_name(path)
+        updates[weight] = (down.float().cpu(), up.float().cpu(), adapter.config.scale(layer.rank))
+        lengths[weight] = layer.magnitude.detach().float().cpu()
+    return updates, lengths
+
+
 @dataclass(frozen=True)
 class Shard:
     """A weights file to write.
@@ -121,7 +132,10 @@ class MergePlan:
 
 
 def plan_merge(
-    base: BaseModel, updates: Mapping[str, Update], how: Quantised | None = None
+    base: BaseModel,
+    updates: Mapping[str, Update],
+    how: Quantised | None = None,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> MergePlan:
     """Decide what becomes of every file and tensor of the base model; write nothing.
 
@@ -129,13 +143,16 @@ def plan_merge(
         base: the full-precision base model.
         updates: weight of the model → its update; every one must be found in the files.
         how: merge into the weights as this rounds them.
+        lengths: weight → m [out] where its rows get lengths of their own: W' = m ∘ V / ‖V‖ with V = W + s B' A'.
 
     Raises:
         UsageError: no update changes anything; a weight is missing from the base model, or has another
             shape or no dtype of floating point; a weights file is missing or damaged.
     """
-    left = _by_tensor(weight_names(base), updates)
-    changing = {name for name, update in left.items() if _is_any(update)}
+    names = weight_names(base)
+    left = _by_tensor(names, updates)
+    rows = {names.tensor(weight): length for weight, length in (lengths or {}).items()}
+    changing = {name for name, update in left.items() if name in rows or _is_any(update)}
     if len(left) < len(updates) or not changing:
         raise UsageError(
             f"{len(updates)} adapted weights would change {len(changing)} tensors of {base.folder}: "
@@ -146,7 +163,9 @@ def plan_merge(
     shards, kept = [], []
     changed: set[str] = set()
     for path, (stored, metadata) in files.items():
-        planned = [_planned(one, left.get(one.name), how, changed) for one in stored]
+        planned = [
+            _planned(one, left.get(one.name), how, changed, rows.get(one.name)) for one in stored
+        ]
         if all(after is None for after in planned):
             kept.append(path)
         else:
@@ -223,7 +242,11 @@ def _is_any(update: Update) -> bool:
 
 
 def _planned(
-    stored: Stored, update: Update | None, how: Quantised | None, changed: set[str]
+    stored: Stored,
+    update: Update | None,
+    how: Quantised | None,
+    changed: set[str],
+    lengths: Tensor | None = None,
 ) -> Planned | None:
     """What becomes of one tensor; None where it stays as it is."""
     if update is not None:
@@ -234,7 +257,7 @@ def _planned(
     if how is not None and stored.name in how.names:
         return _with(stored, dtype, partial(_rounded, stored, update, how, changed))
     if update is not None:
-        return _with(stored, dtype, partial(_updated, stored, update, dtype, changed))
+        return _with(stored, dtype, partial(_updated, stored, update, dtype, changed, lengths))
     if FLOATS[stored.dtype] == dtype:
         return None
     return _with(stored, dtype, partial(_cast, stored, dtype))
@@ -275,10 +298,14 @@ def _require_fit(stored: Stored, update: Update) -> None:
 
 
 def _updated(
-    stored: Stored, update: Update, dtype: torch.dtype, changed: set[str]
+    stored: Stored,
+    update: Update,
+    dtype: torch.dtype,
+    changed: set[str],
+    lengths: Tensor | None,
 ) -> Iterator[np.ndarray]:
     for first, rows in stored.rows():
-        yield as_bytes(_noted(stored, rows.to(dtype), update, first, changed))
+        yield as_bytes(_noted(stored, rows.to(dtype), update, first, changed, lengths))
 
 
 def _rounded(
@@ -291,25 +318,39 @@ def _rounded(
         yield as_bytes(rows if update is None else _noted(stored, rows, update, first, changed))
 
 
-def _noted(stored: Stored, rows: Tensor, update: Update, first: int, changed: set[str]) -> Tensor:
+def _noted(
+    stored: Stored,
+    rows: Tensor,
+    update: Update,
+    first: int,
+    changed: set[str],
+    lengths: Tensor | None = None,
+) -> Tensor:
     """`_added`; a tensor of which a value becomes another one is noted."""
     if stored.name in changed:
-        return _added(rows, update, first)
+        return _added(rows, update, first, lengths)
     before = rows.clone()
-    after = _added(rows, update, first)
+    after = _added(rows, update, first, lengths)
     if not torch.equal(before, after):
         changed.add(stored.name)
     return after
 
 
-def _added(rows: Tensor, update: Update, first: int) -> Tensor:
-    """Some rows of W + s · B' A', cast back to the dtype of W's; of a stack its matrices below each other."""
+def _added(rows: Tensor, update: Update, first: int, lengths: Tensor | None = None) -> Tensor:
+    """Some rows of W + s · B' A', cast back to the dtype of W's; of a stack its matrices below each other.
+
+    With `lengths` m [out] each row is then given its length.
+    """
     down, up, scale = update
     if up.ndim == 3:
         return _added_to_stack(rows, update, first)
     wide = torch.promote_types(rows.dtype, torch.float32)
     part = up[first : first + len(rows)].to(wide)
-    return rows.to(wide).addmm_(part, down.to(wide), alpha=scale).to(rows.dtype)
+    found = rows.to(wide).addmm_(part, down.to(wide), alpha=scale)
+    if lengths is not None:
+        own = lengths[first : first + len(rows)].to(wide)
+        found *= (own / found.norm(dim=1)).unsqueeze(1)
+    return found.to(rows.dtype)
 
 
 def _added_to_stack(rows: Tensor, update: Update, first: int) -> Tensor:

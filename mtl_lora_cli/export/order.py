@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.export.low_rank import Truncation, updates_at
-from mtl_lora_cli.export.merge import Update
+from mtl_lora_cli.export.merge import Update, directions
 from mtl_lora_cli.tasks.task import Task
 
 Say = Callable[[str], None]
@@ -66,9 +69,24 @@ class Order:
         return self._lowered[0]
 
     @property
+    def parts(self) -> tuple[Mapping[str, Update], Mapping[str, Tensor]]:
+        """`updates`; and, of a method that scales rows, the lengths m of the rows of V = W + s B A, whose B A
+        then stand in the place of updates.
+
+        Raises:
+            UsageError: as `updates`; or such a method at a lower rank.
+        """
+        adapter = self.run.adapter
+        if not adapter.config.scales_rows:
+            return self.updates, {}
+        if self.options.rank is not None:
+            raise UsageError(f"--rank is for LoRA; {adapter.config.method} is none for any task")
+        return directions(adapter)
+
+    @property
     def truncation(self) -> Truncation | None:
         """What a lower rank leaves out; None where the rank is the update's own."""
-        return self._lowered[1]
+        return None if self.run.adapter.config.scales_rows else self._lowered[1]
 
     @property
     def reduced(self) -> str:

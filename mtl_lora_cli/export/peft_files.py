@@ -23,7 +23,11 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def write_peft(
-    updates: Mapping[str, Update], names: PeftNames, base_model: str, folder: Path
+    updates: Mapping[str, Update],
+    names: PeftNames,
+    base_model: str,
+    folder: Path,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder.
 
@@ -32,6 +36,7 @@ def write_peft(
         names: what PEFT is told of them.
         base_model: what transformers finds the base model by.
         folder: where to.
+        lengths: weight → m [out], where rows get lengths of their own: PEFT's DoRA.
     """
     tensors, ranks = {}, {}
     for weight, (down, up, scale) in updates.items():
@@ -47,6 +52,8 @@ def write_peft(
             tensors[f"{PREFIX}{path}.lora_A.weight"] = down.clone()
             tensors[f"{PREFIX}{path}.lora_B.weight"] = scale * up.clone()
             ranks[path] = down.shape[0]
+            if lengths:
+                tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = lengths[weight].clone()
     rank = max(ranks.values())
     others = {path: own for path, own in ranks.items() if own != rank}
     config: dict[str, Any] = {
@@ -60,7 +67,7 @@ def write_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": bool(lengths),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

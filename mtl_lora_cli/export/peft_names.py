@@ -176,7 +176,8 @@ def _misread(model: Any, folder: Path, expected: set[str]) -> str | None:
         return " ".join(str(error).split())[:300]
 
     def as_written(names: Iterable[str]) -> set[str]:
-        return {name.replace(".default.", ".") for name in names if ".lora_" in name}
+        plain = (name.replace(".default.", ".") for name in names if ".lora_" in name)
+        return {name.replace("_magnitude_vector.weight", "_magnitude_vector") for name in plain}
 
     made = as_written(wrapped.state_dict())
     unread = expected - made | expected & as_written(loaded.unexpected_keys)

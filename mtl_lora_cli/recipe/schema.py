@@ -459,12 +459,26 @@ class Distributed(StrictModel):
         return self
 
 
+# accelerate's, by its names.
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "comet_ml",
+    "aim",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "trackio",
+]
+
+
 class RunSettings(StrictModel):
     """Where the result goes."""
 
     name: Name | None = None  # default: the recipe's stem and the time
     directory: str | None = None  # default: what --runs or MTL_LORA_RUNS says, else `runs`
-    trackers: list[Literal["tensorboard", "wandb"]] = []  # who else is told of every step
+    trackers: list[Tracker] = []  # who else is told of every step
     project: Name = "mtl-lora"  # under which they file the run
 
 
@@ -567,6 +581,16 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _what_goes_together(self) -> Recipe:
         balance, stage = self.training.balance, self.distributed.zero_stage
+        if self.adapter.scales_rows and stage == 3:
+            raise ValueError(
+                f"adapter.method: {self.adapter.method} does not go with zero_stage: 3: it reads whole weights "
+                "in every pass, which are cut into parts there; use stage 2"
+            )
+        if self.adapter.from_weight and self.quantization != "none":
+            raise ValueError(
+                f"adapter.method: {self.adapter.method} starts from the weights as they are, received "
+                f"quantization: {self.quantization}; use none, or another method"
+            )
         if balance is not None and balance.method == "pcgrad" and stage:
             raise ValueError(
                 f"training.balance: pcgrad does not go with zero_stage: {stage}: DeepSpeed sums gradients "

@@ -20,6 +20,7 @@ from mtl_lora_cli.runs.folder import RunFolder
 
 NO_GATES = "no gate of a task: gates are not shown"
 NO_UPDATES = "its gate reads the token: no task has an update of its own, so none is shown"
+NO_LORA = "it gives the weights' rows lengths of their own: no update of low rank is shown"
 ALL_THE_SAME = "its update is the same for all tasks"
 
 
@@ -182,7 +183,7 @@ def _finite(content: Any) -> Any:
 def _sizes(adapter: Adapter) -> dict[str, int]:
     """Trained values by role."""
     sizes: dict[str, int] = {}
-    for name, tensor in adapter.tensors().items():
+    for name, tensor in adapter.trained().items():
         part = adapter.role(name).part
         role = part if part in ("whole", "decoder") else name.rpartition(".")[2]
         sizes[role] = sizes.get(role, 0) + tensor.numel()
@@ -196,7 +197,9 @@ def _notes(adapter: Adapter, gated: bool) -> list[str]:
         for name, tensor in adapter.tensors().items()
         if not tensor.isfinite().all()
     ]
-    if not adapter.config.mergeable():
+    if adapter.config.scales_rows:
+        notes.append(f"{method}: {NO_LORA}")
+    elif not adapter.config.mergeable():
         notes.append(f"{method}: {NO_UPDATES}")
     elif not gated:
         notes.append(f"{method}: {NO_GATES}")

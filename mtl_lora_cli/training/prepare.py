@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from mtl_lora_cli.adapters.extend import start_beside
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.adapters.weight_start import start_from_weights
 from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.collate import ChosenDataset, TextDataset, training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
@@ -161,6 +162,8 @@ class Prepared:
         """A fresh adapter, all of which learns, or what is added to a run's."""
         if self.extends is not None:
             start_beside(adapter, self.extends.adapter)
+        else:
+            start_from_weights(adapter)
         require_parts(adapter, self.recipe.training.parts)
         require_gradients(adapter)
         return adapter

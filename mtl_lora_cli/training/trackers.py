@@ -1,4 +1,4 @@
-"""Who else is told of every step: TensorBoard and Weights & Biases, through accelerate's trackers."""
+"""Who else is told of every step: TensorBoard, Weights & Biases, MLflow, …, by accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mtl_lora_cli.recipe.schema import RunSettings
 from mtl_lora_cli.runs.folder import RunFolder
 
 FOLDER = "tensorboard"  # in the run folder
+_PACKAGES = {"comet_ml": "comet-ml"}  # where it is not called as what is imported
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -25,8 +26,44 @@ def require_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise UsageError(
-                f"run.trackers: {name} is not installed; get it with: pip install {name}"
+                f"run.trackers: {name} is not installed; get it with: "
+                f"pip install {_PACKAGES.get(name, name)}"
             )
+
+
+def _started(name: str, project: str, run: RunFolder, recipe: Mapping[str, Any]) -> Any:
+    """accelerate's tracker of that name, told of the recipe."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        tracker: Any = kind(FOLDER, logging_dir=run.path)
+        tracker.start()
+        return tracker
+    own: dict[str, dict[str, Any]] = {  # how each calls a run
+        "wandb": {"name": run.name, "id": run.name, "resume": "allow", "dir": run.path},
+        "mlflow": {"run_name": run.name},
+        "clearml": {"task_name": run.name},
+        "swanlab": {"experiment_name": run.name},
+        "trackio": {"name": run.name},
+        "dvclive": {"dir": str(run.path / "dvclive")},
+        "aim": {"logging_dir": run.path},
+    }
+    tracker = kind(project, **own.get(name, {}))
+    tracker.start()
+    tracker.store_init_configuration(dict(recipe) if name == "wandb" else dict(_flat(recipe)))
+    return tracker
+
+
+def _flat(recipe: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str | int | float]]:
+    """`training.seed` → its value; lists as texts."""
+    for key, value in recipe.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        elif isinstance(value, str | int | float):
+            yield f"{above}{key}", value
+        elif value is not None:
+            yield f"{above}{key}", str(value)[:400]
 
 
 class Trackers:
@@ -43,20 +80,10 @@ class Trackers:
         if not settings.trackers:
             return
         from accelerate import PartialState
-        from accelerate.tracking import TensorBoardTracker, WandBTracker
 
         PartialState(cpu=not torch.cuda.is_available())  # their loggers insist on it
         for name in settings.trackers:
-            if name == "tensorboard":
-                tracker: Any = TensorBoardTracker(FOLDER, logging_dir=run.path)
-                tracker.start()
-            else:
-                tracker = WandBTracker(
-                    settings.project, name=run.name, id=run.name, resume="allow", dir=run.path
-                )
-                tracker.start()
-                tracker.store_init_configuration(dict(recipe))
-            self._trackers.append(tracker)
+            self._trackers.append(_started(name, settings.project, run, recipe))
 
     def tell(self, event: Mapping[str, Any]) -> None:
         """The numbers of one event of metrics.jsonl; those of a task under `{name}/{task}`."""

@@ -53,6 +53,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mtlora": {"task_rank": 2},
     "moelora": {"up_projections": 2},
     "multilora": {"up_projections": 2},
+    "pissa": {},
     "lora ranks": {"rank_pattern": {"k_proj": 2}, "scaling": "sqrt_rank"},
 }
 

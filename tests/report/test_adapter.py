@@ -33,6 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "moelora": {"up_projections": 2},
     "multilora": {},
     "hydralora": {},
+    "pissa": {},
+    "dora": {},
 }
 MERGEABLE = [form for form in FORMS if METHODS[form.split()[0]].mergeable()]
 

@@ -24,6 +24,7 @@ def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: P
     trained = cli(
         "train", str(recipe_file), f"adapter.method={method}", "adapter.rank=8", runs,
         "training.max_steps=4", "run.name=one",
+        *(["adapter.dropout=0"] if method == "pissa" else []),
     )  # fmt: skip
     assert trained.exit_code == 0, trained.stderr
     run = str(tmp_path / "one")
@@ -34,7 +35,7 @@ def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: P
     merged = cli(
         "merge", "--run", run, "--task", "rte", "--output", str(tmp_path / "merged"), "--json"
     )
-    if METHODS[method].mergeable():
+    if METHODS[method].mergeable() or METHODS[method].scales_rows:
         assert merged.exit_code == 0, merged.stderr
     else:
         assert merged.exit_code == 2

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import RunSettings, ValidationSettings
+from mtl_lora_cli.recipe.schema import RunSettings, Tracker, ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import trackers
 from mtl_lora_cli.training.prepare import Prepared, prepare
@@ -52,6 +53,26 @@ def test_tensorboard_holds_every_number_of_the_metrics(recipe_file: Path, tmp_pa
         seen = [(one.step, one.value) for one in found.Scalars(name)]
         assert [step for step, _ in seen] == [step for step, _ in values]
         assert [v for _, v in seen] == pytest.approx([v for _, v in values], rel=1e-6)
+
+
+def test_the_trackers_are_those_of_accelerate() -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(get_args(Tracker)) == set(map(str, LOGGER_TYPE_TO_CLASS))
+
+
+def test_mlflow_is_told_of_recipe_and_steps(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracker that has no lines of its own here, where it is installed."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    run = _with(prepare(load_recipe(recipe_file)), tmp_path / "told", "mlflow")
+    (found,) = mlflow.search_runs(experiment_names=["mtl-lora"], output_format="list")
+    last = [event for event in run.events() if event["event"] == "step"][-1]
+    assert found.data.metrics["train/loss"] == pytest.approx(last["loss"])
+    assert found.data.params["adapter.rank"] == "4"
+    assert found.info.run_name == "told"
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_any_work(

@@ -20,6 +20,8 @@ BUILT_IN = (
     "mtl-lora",
     "mtl-lora-fine",
     "lora",
+    "dora",
+    "pissa",
     "mtlora",
     "moelora",
     "multilora",

@@ -67,6 +67,7 @@ class Role:
         per_task: it has a row for each task; the others are shared by all tasks.
         added: how the row of a task starts that is added to a trained adapter: the `mean` of the
             trained ones, or by `start` as ever.
+        learned: False of what is set once, by `Settings.starts`, and stays.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Role:
     part: Part
     per_task: bool = False
     added: Literal["mean", "start"] = "mean"
+    learned: bool = True
 
     @property
     def size(self) -> int:
@@ -189,6 +191,8 @@ class Settings(BaseModel):
     source: ClassVar[str] = ""  # where it comes from
     spread: ClassVar[Spread] = "same"
     gradient_start: ClassVar[bool] = True  # A has a gradient where B is not zero
+    from_weight: ClassVar[bool] = False  # `starts` says how some tensors follow from W
+    scales_rows: ClassVar[bool] = False  # W' = m ∘ V / ‖V‖ with V = W + ΔW: no task is a LoRA
     start_keys: ClassVar[tuple[str, ...]] = ("down_start",)  # that nobody reads after the start
 
     method: str
@@ -287,6 +291,10 @@ class Settings(BaseModel):
             if role.per_task
         }
 
+    def starts(self, weight: Tensor, rank: int) -> dict[str, Tensor]:
+        """With `from_weight`: role → what training begins with, of W [out, in] in float32 or better."""
+        return {}
+
     def at(self, path: str) -> Settings:
         """What the layer at this module path is made of."""
         return self
@@ -330,7 +338,7 @@ class Settings(BaseModel):
     @classmethod
     def mergeable(cls) -> bool:
         """Whether it is an ordinary LoRA for each task: what reads the token is none."""
-        return cls.spread != "token"
+        return cls.spread != "token" and not cls.scales_rows
 
     @classmethod
     def known_keys(cls) -> tuple[str, ...]:
@@ -388,10 +396,10 @@ class Settings(BaseModel):
             shapes: module path → (out, in) of each adapted layer, and how many adapters stand there.
             tasks: T.
         """
-        found = sum(role.size for role in self.roles_of_model(tasks))
+        found = sum(role.size for role in self.roles_of_model(tasks) if role.learned)
         for path, (out, width, *units) in shapes.items():
             roles = self.at(path).roles(Sizes(out, width, self.rank_of(path), tasks))
-            found += sum(role.size for role in roles) * math.prod(units)
+            found += sum(role.size for role in roles if role.learned) * math.prod(units)
         return found
 
     def changed(self, **settings: Any) -> Self:

@@ -38,7 +38,7 @@ class GgufMerged(Format):
         from mtl_lora_cli.export.llama_converter import require_convertible
         from mtl_lora_cli.models.load import load_config
 
-        order.updates  # noqa: B018 - the method may be no LoRA for any task
+        order.parts  # noqa: B018 - the method may be no LoRA for any task
         if not _known(order):
             require_convertible(load_config(order.run.base), order.run.base.folder)
 
@@ -59,7 +59,8 @@ class GgufMerged(Format):
 
         run = order.run
         with TemporaryDirectory(dir=folder) as merged:
-            write_merged(plan_merge(run.base, order.updates), Path(merged), order.say)
+            updates, lengths = order.parts
+            write_merged(plan_merge(run.base, updates, lengths=lengths), Path(merged), order.say)
             order.say("writing it as GGUF")
             path = folder / MODEL
             if _known(order):

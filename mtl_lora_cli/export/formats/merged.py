@@ -114,7 +114,8 @@ class Merged(Format):
         from mtl_lora_cli.export.merge import plan_merge
 
         how = self._quantised(order) if order.options.base == "dequantized" else None
-        return plan_merge(order.run.base, order.updates, how)
+        updates, lengths = order.parts
+        return plan_merge(order.run.base, updates, how, lengths)
 
     def _quantised(self, order: Order) -> Quantised | None:
         """How the run saw the base weights; None: as they are."""

@@ -64,14 +64,16 @@ class Peft(Format):
         self._names(order)
 
     def size(self, order: Order) -> int:
-        return (1 + bool(self._names(order).also)) * super().size(order)
+        values = sum(down.numel() + up.numel() for down, up, _ in order.parts[0].values())
+        return 4 * values * (1 + bool(self._names(order).also))
 
     def write(self, order: Order, folder: Path) -> None:
         from mtl_lora_cli.export.peft_files import write_peft
         from mtl_lora_cli.export.peft_names import require_named
 
-        write_peft(order.updates, self._names(order), _loadable(order.run.base), folder)
-        ranks = tuple((weight, len(down)) for weight, (down, _, _) in order.updates.items())
+        updates, lengths = order.parts
+        write_peft(updates, self._names(order), _loadable(order.run.base), folder, lengths)
+        ranks = tuple((weight, len(down)) for weight, (down, _, _) in updates.items())
         if ranks not in self._asked:
             require_named(order.run.base, folder)
             self._asked.add(ranks)
@@ -88,10 +90,11 @@ class Peft(Format):
         from mtl_lora_cli.export.peft_files import targets_of
         from mtl_lora_cli.export.peft_names import peft_names
 
-        key = tuple(order.updates)
+        updates = order.parts[0]
+        key = tuple(updates)
         if key not in self._known:
             targets = targets_of(order.run.adapter)
-            self._known[key] = peft_names(order.run.base, order.updates, targets)
+            self._known[key] = peft_names(order.run.base, updates, targets)
         return self._known[key]
 
     def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
@@ -107,7 +110,8 @@ class Peft(Format):
             else ""
         )
         base = run.base.name if run.base.revision is not None else "BASE_MODEL"
-        rank = max(ranks_of(order.updates).values())
+        updates, lengths = order.parts
+        rank = max(ranks_of(updates).values())
         room = next((room for room in _VLLM_RANKS if room >= rank), rank)
         return model_card(
             run,
@@ -117,7 +121,8 @@ class Peft(Format):
             library="peft",
             relation="adapter",
             about=f"One task of the run `{run.folder.name}`: of its method, {run.recipe.adapter.method}, "
-            "one task is exactly an ordinary LoRA. lora_alpha / r is 1; the method's own scale is in B."
+            f"one task is exactly {'a DoRA of PEFT' if lengths else 'an ordinary LoRA'}. lora_alpha / r "
+            "is 1; the method's own scale is in B."
             f"{twice}{order.reduced}",
             use=_USE.format(kind=kind, base=base, room=room, task=task.name),
         )
