@@ -66,6 +66,7 @@ def test_mlflow_is_told_of_recipe_and_steps(
 ) -> None:
     """A tracker that has no lines of its own here, where it is installed."""
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
     run = _with(prepare(load_recipe(recipe_file)), tmp_path / "told", "mlflow")
     (found,) = mlflow.search_runs(experiment_names=["mtl-lora"], output_format="list")
