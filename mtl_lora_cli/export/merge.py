@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ def directions(adapter: Adapter) -> tuple[dict[str, Update], dict[str, Tensor]]:
         down, up = layer.direction()
         weight = layer.weight_name(path)
         updates[weight] = (down.float().cpu(), up.float().cpu(), adapter.config.scale(layer.rank))
-        lengths[weight] = layer.magnitude.detach().float().cpu()
+        lengths[weight] = cast(Tensor, layer.magnitude).detach().float().cpu()
     return updates, lengths
 
 
