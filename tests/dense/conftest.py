@@ -99,9 +99,8 @@ def host_of(
     given = {"method": "mtlora", "task_rank": 2, "streams": "stages", **settings}
     if given["method"] == "lora":
         given = {k: v for k, v in given.items() if k not in ("task_rank", "streams")}
-    config = configure(
-        rank=4, alpha=8.0, target_modules=TARGETS[kind], whole_modules=WHOLE[kind], **given
-    )
+    given = {"target_modules": TARGETS[kind], "whole_modules": WHOLE[kind], **given}
+    config = configure(rank=4, alpha=8.0, **given)
     trunk = load_backbone(base, size=size, dtype=dtype, device=torch.device("cpu"))
     family = family_of(base, trunk.config)
     own = family.stages(trunk.config).blocks if config.streams else None

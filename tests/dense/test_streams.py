@@ -139,6 +139,64 @@ def test_which_streams_run(backbones: Backbones, settings: dict[str, Any], strea
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "settings"), [("swin", {}), ("hiera", {"method": "lora"})])
+def test_the_readme_s_program_is_the_run(
+    backbones: Backbones,
+    kind: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here it runs in this process; `long` tests and the command itself give it one of its own."""
+    base, size = backbones(kind), ODD[kind]
+    host, batch = host_of(base, kind, size, **settings), batch_of(size)
+    code = written(host, base, size, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    program: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), program)
+    found = program["predict"](batch.pixels)
+    for task, ours in zip(SPECS, host.answers(batch, [0, 1, 2]).values(), strict=True):
+        torch.testing.assert_close(found[task], ours, rtol=0, atol=1e-12)
+
+
+def written(host: DenseHost, base: BaseModel, size: tuple[int, int], folder: Path) -> str:
+    """A folder of all tasks, in float64, and the program that runs it."""
+    trunk = load_backbone(base, size=size, dtype=torch.float64, device=torch.device("cpu"))
+    merged = merged_maps(trunk, host.stages, host.adapter, list(SPECS))
+    merged.trunk.save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in merged.tensors.items()}, folder / TENSORS)
+    said = described(SPECS, host.stages.blocks, size, (0, 0, 0), (1, 1, 1))
+    (folder / SPEC).write_text(json.dumps(said))
+    own = host.way == "stages"
+    specs = list(SPECS.values())
+    return plain_code(host.family, trunk.config, specs, own=own, dtype="torch.float64")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"whole_modules": ["nothing_here"]},
+            r"whole_modules: 'nothing_here' matches no module or parameter of the model",
+        ),
+        (
+            {"target_modules": ["nothing_here"]},
+            r"'nothing_here' matches no linear layer of the model",
+        ),
+        (
+            {"task_modules": ["encoder.layers.1.blocks.0.*"]},
+            r"tasks have streams in the last blocks of stages, and the adapter has no part of tasks' own",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit(
+    backbones: Backbones, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        host_of(backbones("swin"), "swin", (32, 32), **settings)
+
+
 LONG = {"swin": (168, 224), "swinv2": (168, 224), "convnext": (168, 224), "hiera": (192, 224)}
 LONG |= {"dinov2": (168, 224)}
 
@@ -154,16 +212,8 @@ def test_merged_is_the_run_in_a_process_of_its_own(
     base, size = backbones(kind), size or LONG[kind]
     host, batch = host_of(base, kind, size), batch_of(size)
     ours = host.answers(batch, [0, 1, 2])
-    trunk = load_backbone(base, size=size, dtype=torch.float64, device=torch.device("cpu"))
-    merged = merged_maps(trunk, host.stages, host.adapter, list(SPECS))
-    merged.trunk.save_pretrained(tmp_path)
-    save_file({k: v.contiguous() for k, v in merged.tensors.items()}, tmp_path / TENSORS)
-    said = described(SPECS, host.stages.blocks, size, (0, 0, 0), (1, 1, 1))
-    (tmp_path / SPEC).write_text(json.dumps(said))
+    code = written(host, base, size, tmp_path)
     save_file({"x": batch.pixels}, tmp_path / "x.safetensors")
-    code = plain_code(
-        host.family, trunk.config, list(SPECS.values()), own=True, dtype="torch.float64"
-    )
     code += (
         "\nimport sys\nfrom safetensors.torch import save_file\nfound = predict(load_file('x.safetensors')['x'])\n"
         "save_file({k: v.contiguous() for k, v in found.items()}, 'y.safetensors')\n"

@@ -166,6 +166,7 @@ def test_a_task_is_added_later(forks: Forks, place: Path) -> None:
     assert rows and all(name.rpartition(".")[2].startswith("task_lora") for name in rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["depth", "all"])
 def test_a_merged_folder_is_run_by_transformers_alone(forks: Forks, place: Path, task: str) -> None:
     """The command's own check runs the README's program in a process without this package."""
@@ -202,22 +203,6 @@ def test_onnxruntime_answers_as_the_run(forks: Forks, place: Path) -> None:
             "images.size: received [36, 48]; sides of a dinov2 are multiples of 8, such as [32, 48]",
         ),
         (
-            ("train", "recipe.yaml", "adapter.whole_modules=[nothing_here]"),
-            "adapter.whole_modules: 'nothing_here' matches no module or parameter of the model",
-        ),
-        (
-            ("train", "recipe.yaml", "adapter.target_modules=[nothing_here]"),
-            "adapter.target_modules: 'nothing_here' matches no linear layer of the model",
-        ),
-        (
-            ("train", "recipe.yaml", "adapter.task_modules=['encoder.layers.1.blocks.0.*']"),
-            "adapter.streams: tasks have streams in the last blocks of stages, and the adapter has no part",
-        ),
-        (
-            ("train", "recipe.yaml", "adapter.method=mtl-lora", "adapter.task_rank=1"),
-            "'streams' needs a method with a part that tasks share and one of each task's own",
-        ),
-        (
             ("train", "recipe.yaml", "training.gradient_checkpointing=true"),
             "is for text; tasks with objective segmentation go without it",
         ),
@@ -240,6 +225,7 @@ def test_what_cannot_be_is_one_line(
     }
 
 
+@pytest.mark.long
 def test_memory_is_planned_before_the_first_step(forks: Forks, place: Path) -> None:
     call = (
         "train",
