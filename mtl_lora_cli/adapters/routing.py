@@ -187,7 +187,8 @@ def _slots(
         present, place, streams = present[1:], place - 1, 0
     return Slots(
         present.to(device),
-        _led(place.to(torch.int32).to(device), shape),
+        # One id of all positions is one number, expanded; kernels read N of them.
+        _led(place.to(torch.int32).to(device), shape).contiguous(),
         active,
         shared=shared is not None and present.numel() > 0 and int(present[-1]) == shared,
         streams=streams,

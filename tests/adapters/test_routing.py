@@ -194,3 +194,14 @@ def test_recomputation_under_select_reads_the_selected_ids(make_layer: MakeLayer
         return layer.task_transform.grad.clone()
 
     assert torch.equal(gradient(False), gradient(True))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor(1), torch.tensor([1]), torch.tensor([[1], [0]])])
+def test_there_is_a_number_for_each_position(ids: Tensor) -> None:
+    """In memory, too: kernels read them one after another."""
+    routing = Routing(2)
+    shape = torch.Size([ids.shape[0] if ids.ndim else 1, 7])
+    with routing.assign(ids):
+        slots = routing.slots(shape, torch.device("cpu"))
+    assert slots.index.shape == (shape.numel(),)
+    assert slots.index.is_contiguous()
