@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import DECODER, Adapter
+from mtl_lora_cli.adapters.methods.base import Role
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.evaluation.choices import fill_passes
 from mtl_lora_cli.models.host import Dataset, Host, Rows, at_step, examples_in
@@ -19,8 +20,12 @@ def shared_parameters(adapter: Adapter) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in adapter.tensors().items()
-        if not (name.startswith(DECODER) or adapter.role(name).per_task)
+        if not name.startswith(DECODER) and _is_shared(adapter.role(name))
     }
+
+
+def _is_shared(role: Role) -> bool:
+    return role.learned and not role.per_task
 
 
 class TaskGradients:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods.base import Settings
+from mtl_lora_cli.adapters.weight_start import start_from_weights
 from mtl_lora_cli.data.mixture import Place
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.recipe.load import load_recipe
@@ -274,6 +275,7 @@ def small(prepared: Prepared, tmp_path: Path) -> Callable[..., Small]:
             set_seed(settings.seed)
             model = load_model(own.base, dtype=own.dtype, device=own.device)
             handle = inject(model, adapter, [task.name for task in tasks])
+            start_from_weights(handle)
             packed = PackedModel(model, handle)
         if folder is None:
             folder = tmp_path / f"run{next(numbers)}"
