@@ -22,6 +22,8 @@ from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.grouped import grouped, grouped_outer
+from mtl_lora_cli.kernels.mix import mix
+from mtl_lora_cli.kernels.pair_mix import pair_mix_gradient
 
 
 class StackProducts:
@@ -81,8 +83,16 @@ class StackProducts:
         u = self.spread(z, factors, slots)
         dup = self._outer(dy, u, pairs)
         du = self._transposed(dy, factors.up, pairs)
-        unspread = _unmixed if self._gathers(z) else self._inner.unspread
-        dz, dmixing = unspread(du, z, factors, slots)
+        dmixing: Tensor | None
+        if self.each and self._inner.spread_by == "task" and factors.mixing is not None:
+            dmixing = pair_mix_gradient(du, z, slots.index, pairs.ends, factors.mixing.shape[1])
+            dmixing = dmixing.unsqueeze(0)
+            if in_triton(z):
+                dz = mix(du, factors.mixing, slots.index, transposed=True)
+            else:
+                dz = _mixed(du, factors, slots, transposed=True)
+        else:
+            dz, dmixing = self._inner.unspread(du, z, factors, slots)
         if dmixing is not None and self.each:
             dmixing = dmixing.unflatten(1, (factors.down.shape[0], -1))[0]
         return dz, dmixing, dup
@@ -122,27 +132,12 @@ class StackProducts:
         return grouped_outer(a, b, pairs.ends) if self.each else wide_product(a.T, b)
 
 
-def _own(z: Tensor, factors: Factors, slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
-    """M of each pair [S, m, k], its place among all M, and whether it has one [S, 1]."""
+def _mixed(z: Tensor, factors: Factors, slots: Slots, *, transposed: bool = False) -> Tensor:
+    """M z of each pair, or Mᵀ z, with M picked out; 0 without a task."""
     assert factors.mixing is not None
-    place = slots.index.clamp(min=0).long()
-    return factors.mixing[0].to(z.dtype)[place], place, (slots.index >= 0).unsqueeze(1)
-
-
-def _mixed(z: Tensor, factors: Factors, slots: Slots) -> Tensor:
-    own, _, active = _own(z, factors, slots)
-    return torch.where(active, (own @ z.unsqueeze(-1)).squeeze(-1), 0.0)
-
-
-def _unmixed(du: Tensor, z: Tensor, factors: Factors, slots: Slots) -> tuple[Tensor, Tensor]:
-    own, place, active = _own(z, factors, slots)
-    assert factors.mixing is not None
-    du = torch.where(active, du, 0.0)
-    wide = torch.promote_types(z.dtype, torch.float32)
-    each = du.to(wide).unsqueeze(2) * z.to(wide).unsqueeze(1)
-    dmixing = torch.zeros(factors.mixing.shape[1:], dtype=wide, device=z.device)
-    dmixing.index_add_(0, place, each)
-    return (du.unsqueeze(1) @ own).squeeze(1), dmixing.unsqueeze(0)
+    own = factors.mixing[0].to(z.dtype)[slots.index.clamp(min=0).long()]  # [S, m, k]
+    found = (own.mT if transposed else own) @ z.unsqueeze(-1)
+    return torch.where((slots.index >= 0).unsqueeze(1), found.squeeze(-1), 0.0)
 
 
 class AdaptedStack(torch.autograd.Function):

@@ -12,6 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from mtl_lora_cli.kernels.clamped import Clamped
 from mtl_lora_cli.kernels.expert_gate import ExpertActivation, expert_gated, expert_gated_gradient
+from mtl_lora_cli.kernels.pair_mix import pair_mix_gradient
 from mtl_lora_cli.kernels.row_sums import row_sums
 
 CLAMPED = Clamped(alpha=1.702, limit=1.5)
@@ -49,6 +50,22 @@ def test_the_gate_is_transformers(activation: ExpertActivation) -> None:
     torch.testing.assert_close(gradient, wanted, **close)
     torch.testing.assert_close(through, dvalues * values, **close)
     torch.testing.assert_close(again, right.detach(), **close)
+
+
+def test_the_gradient_of_each_experts_mixing() -> None:
+    """An empty expert, pairs without a task, and a task that nobody has."""
+    torch.manual_seed(0)
+    ends, tasks = torch.tensor([70, 70, 75], dtype=torch.int32), 2
+    du, z = torch.randn(75, 5), torch.randn(75, 3)
+    task = torch.randint(-1, 1, (75,))
+    expert = torch.searchsorted(ends, torch.arange(75), right=True)
+    slot = torch.where(task >= 0, expert * tasks + task, -1).to(torch.int32)
+    wanted = torch.zeros(6, 5, 3, dtype=torch.float64)
+    for number, place in enumerate(slot.tolist()):
+        if place >= 0:
+            wanted[place] += torch.outer(du[number], z[number])
+    found = pair_mix_gradient(du, z, slot, ends, 6)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
 def test_rows_are_summed() -> None:
