@@ -56,7 +56,8 @@ def as_table(
     header = ["task", "metric", "base" if base_only else "score", "95 % interval"]
     if not base_only:
         header += [name or "base", "difference", "p"]
-    header += ["majority", "chance"]
+    of_maps = any(result["protocol"] == "maps" for result in results)
+    header += [] if of_maps else ["majority", "chance"]
     rows = []
     for result, other in zip(results, beside, strict=True):
         for number, (metric, measured) in enumerate(result["metrics"].items()):
@@ -65,7 +66,8 @@ def as_table(
             if not base_only:
                 row += _other(metric, other)
             shares = right_or_wrong(metric)
-            row += [_share(result[key]) if shares else "" for key in ("majority", "chance")]
+            if not of_maps:
+                row += [_share(result[key]) if shares else "" for key in ("majority", "chance")]
             rows.append(row)
     lines = [table(header, rows)]
     if means:
@@ -133,7 +135,7 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
     from mtl_lora_cli.evaluation.results import title_in
     from mtl_lora_cli.metrics.guessing import one_sided
 
-    examples = ", ".join(f"{r['task']} {r['examples']:,} {r['split']} rows" for r in results)
+    examples = ", ".join(f"{r['task']} {r['examples']:,} {_rows(r)}" for r in results)
     protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
     notes = [f"{examples}; protocol {protocols}"]
     for result, other in zip(results, beside, strict=True):
@@ -194,6 +196,10 @@ def _several(result: Result) -> str:
         f"scores are means over {how['answers']} answers a row (temperature {how['temperature']:g}, seed "
         f"{how['seed']}); {passed}: the chance that one of k answers is right"
     )
+
+
+def _rows(result: Result) -> str:
+    return f"{result['split']} {'pictures' if result['protocol'] == 'maps' else 'rows'}"
 
 
 def _ends_counted(result: Result) -> str:

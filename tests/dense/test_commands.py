@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +23,6 @@ ROOMS = bundled("data_templates") / "samples" / "rooms"
 TASKS = ("classes", "depth", "normals", "saliency")
 LIMIT = 3
 Call = Callable[..., Ended]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,6 @@ TEMPLATES = {
     "normals": {"objective": "normals"},
     "edges": {"objective": "edges"},
 }
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
-    yield process
-    process.close()
 
 
 def pictures(folder: Path, count: int, generator: np.random.Generator) -> None:
