@@ -354,9 +354,11 @@ def frame_of(file: AdapterFile) -> nn.Module:
         else:
             parent.add_module(name, _sized(sizes["in_features"], sizes["out_features"]))
     if any(name.startswith(WHOLE) for name in file.checksums):
-        for name, tensor in file.tensors.items():
-            if name.startswith(WHOLE):
-                _add_parameter(frame, name.removeprefix(WHOLE), tensor)
+        whole = {n.removeprefix(WHOLE): t for n, t in file.tensors.items() if n.startswith(WHOLE)}
+        for name in sorted(
+            whole, key=lambda name: -whole[name].ndim
+        ):  # a layer is known by its weight
+            _add_parameter(frame, name, whole[name])
     return frame
 
 

@@ -41,7 +41,7 @@ def _explanation(situation: Callable[[], Situation | None], error: BaseException
         return _out_of_memory(known, error)
     return (
         f"out of memory on {memory_in_use(pick_device())}; what would help: fewer training.rows_per_pass, "
-        "a smaller training.row_length"
+        "shorter rows (training.row_length) or smaller pictures (images.size)"
     )
 
 

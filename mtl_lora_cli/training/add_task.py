@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mtl_lora_cli.adapters.inject import DECODER
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run, other_base
@@ -37,7 +38,8 @@ def load_addition(run: RunFolder, path: Path, overrides: Sequence[str] = ()) -> 
     """
     opened = Run(run)
     file = opened.file
-    if not any(role.per_task for role in file.config.all_roles()):
+    decoders = any(name.startswith(DECODER) for name in file.checksums)
+    if not decoders and not any(role.per_task for role in file.config.all_roles()):
         raise UsageError(
             f"run '{run.name}': its method, {file.config.method}, has nothing of a task's own that "
             "could learn alone; train all tasks together"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mtl_lora_cli.adapters.files import read_alone, save_adapter
 from mtl_lora_cli.dense.backbones import load_backbone
 from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.merged import merged_maps
@@ -270,3 +271,17 @@ def test_a_backbone_that_lacks_weights_is_refused(backbones: Backbones, tmp_path
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "lora", "whole_modules": ["*"]}])
+def test_an_adapter_file_is_read_without_its_backbone(
+    backbones: Backbones, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What learns whole and decoders come back, and with full tuning there is no adapted layer at all."""
+    adapter = host_of(backbones("swin"), "swin", (32, 32), **settings).adapter
+    assert bool(adapter.layers) == (not settings)
+    save_adapter(adapter, tmp_path, {"name": "base"})
+    read = read_alone(tmp_path)
+    ours, theirs = adapter.tensors(), read.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name].detach(), theirs[name].detach()) for name in ours)
