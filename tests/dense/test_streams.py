@@ -278,7 +278,8 @@ def test_an_adapter_file_is_read_without_its_backbone(
     backbones: Backbones, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """What learns whole and decoders come back, and with full tuning there is no adapted layer at all."""
-    adapter = host_of(backbones("swin"), "swin", (32, 32), **settings).adapter
+    host = host_of(backbones("swin"), "swin", (32, 32), torch.float32, **settings)
+    adapter = host.adapter
     assert bool(adapter.layers) == (not settings)
     save_adapter(adapter, tmp_path, {"name": "base"})
     read = read_alone(tmp_path)
