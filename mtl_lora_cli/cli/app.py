@@ -23,6 +23,7 @@ from mtl_lora_cli.cli import (
     merge,
     predict,
     report,
+    router,
     runs,
     schema,
     serve,
@@ -43,6 +44,7 @@ train.register(app)
 add_task.register(app)
 evaluate.register(app)
 predict.register(app)
+router.register(app)
 serve.register(app)
 merge.register(app)
 export.register(app)

@@ -33,6 +33,7 @@ from mtl_lora_cli.export.formats import FORMATS, find_format
 if TYPE_CHECKING:
     from mtl_lora_cli.export.comparison import Distance
     from mtl_lora_cli.export.order import WrittenFolder
+    from mtl_lora_cli.runs.folder import RunFolder
 
 
 def register(app: typer.Typer) -> None:
@@ -101,6 +102,8 @@ def export(
         options = Options(rank=rank, limit=limit, tolerance=tolerance, checked=check)
         results = write_tasks(kind, open_run(folder), chosen, options, say)
         push_written(results, push)
+        if output is None:
+            _with_router(folder, results)
         if rank is None:
             emit_written(results, as_json)
         else:
@@ -109,6 +112,18 @@ def export(
             command = vllm_command([(one.task, one.folder) for one in results])
             if command is not None:
                 say(f"vLLM serves them: {command}")
+
+
+def _with_router(folder: RunFolder, results: list[WrittenFolder]) -> None:
+    """The run's router beside the tasks, where it has one."""
+    import shutil
+
+    from mtl_lora_cli.evaluation.router import FOLDER
+
+    router, target = folder.path / FOLDER, results[0].folder.parent / FOLDER
+    if router.is_dir() and not any(result.folder == target for result in results):
+        shutil.copytree(router, target, dirs_exist_ok=True)
+        say(f"the router beside them: {target}")
 
 
 def _emit_reduced(results: list[WrittenFolder], as_json: bool) -> None:

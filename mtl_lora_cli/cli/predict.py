@@ -37,7 +37,8 @@ def predict(
         str | None,
         typer.Option(
             "--task",
-            help="The task that the rows are of; several with commas, or all: each answers each row.",
+            help="The task that the rows are of; several with commas, or all: each answers each row; "
+            "auto: the run's router says which.",
             autocompletion=complete_task,
         ),
     ] = None,
@@ -75,7 +76,7 @@ def predict(
         from mtl_lora_cli.data.streams import read_parts, stream_parts, with_names
         from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
         from mtl_lora_cli.runs.folder import find_run
-        from mtl_lora_cli.tasks.chosen import EVERY, read_tasks
+        from mtl_lora_cli.tasks.chosen import AUTO, EVERY, read_tasks
         from mtl_lora_cli.tasks.maps import MAPS
 
         if form is not None and form not in (*_FORMATS, *FORMATS):
@@ -110,7 +111,7 @@ def predict(
             raise UsageError("--output is for maps; this run's predictions go to stdout")
         if count > 1 and not temperature:
             raise UsageError("--answers: several answers are alike without --temperature above 0")
-        alone = task_column is None and not isinstance(asked, list) and asked != EVERY
+        alone = task_column is None and not isinstance(asked, list) and asked not in (EVERY, AUTO)
         if form == "glue" and not alone:
             raise UsageError("--format glue is a file for one task: use --task")
         if file != "-" and not Path(file).is_file():
@@ -118,11 +119,21 @@ def predict(
         status("loading libraries")
         from mtl_lora_cli.evaluation import glue_submission
         from mtl_lora_cli.evaluation.asked import Sampling
-        from mtl_lora_cli.evaluation.opened import open_run
-        from mtl_lora_cli.evaluation.predict import ROWS, Predictor, require_task, several_tasks
+        from mtl_lora_cli.evaluation.opened import Run, open_run
+        from mtl_lora_cli.evaluation.predict import (
+            ROWS,
+            Predictor,
+            by_router,
+            require_task,
+            several_tasks,
+        )
+        from mtl_lora_cli.evaluation.router import load_router
 
-        several = several_tasks(list(known), asked, task_column)
-        name = require_task(list(known), task, task_column) if several is None else ""
+        auto = by_router(list(known), asked, task_column)
+        several = None if auto else several_tasks(list(known), asked, task_column)
+        name = "" if auto or several else require_task(list(known), task, task_column)
+        if auto:
+            load_router(folder, Run(folder).checkpoint)  # refused before a model is loaded
         glue = glue_submission.require_glue(known[name]) if form == "glue" else None
         status(f"loading run {folder.name}")
         predictor = Predictor(open_run(folder, force=force))

@@ -16,7 +16,8 @@ from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
-from mtl_lora_cli.tasks.chosen import EVERY
+from mtl_lora_cli.evaluation.router import Router, load_router, readable
+from mtl_lora_cli.tasks.chosen import AUTO, EVERY
 from mtl_lora_cli.tasks.messages import Message
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
@@ -93,7 +94,9 @@ class Predictor:
         Args:
             rows: in any number; tasks are answered together.
             task: whose rows they are; may be left out where the run has one task. A list of names, or
-                "all": each row is answered by all of them.
+                "all": each row is answered by all of them. "auto": the run's router says which
+                (`mtl-lora router`), in `task_probability` how likely it is; `task` is None where none is
+                likely enough.
             task_column: the field of each row that names its task, in the place of `task`.
             sampling: draw free answers; None: as the template says.
 
@@ -148,6 +151,8 @@ class Predictor:
         sampling: Sampling | None = None,
     ) -> list[Prediction]:
         """The same for rows with their places, as errors name them, all answered together."""
+        if by_router(self.tasks, task, task_column):
+            return self._routed(part, sampling)
         several = several_tasks(self.tasks, task, task_column)
         if several is not None:
             return self._of_several(part, several, sampling)
@@ -207,6 +212,25 @@ class Predictor:
         for task, examples, places, said in zip(tasks, held, numbers, answers, strict=True):
             found.update(zip(places, self._predictions(task, examples, said), strict=True))
         return (found[number] for number in range(len(part)))
+
+    @cached_property
+    def _router(self) -> Router:
+        return load_router(self._opened.folder, self._opened.checkpoint)
+
+    def _routed(
+        self, part: Sequence[tuple[Row, str]], sampling: Sampling | None
+    ) -> list[Prediction]:
+        """Each row by the task that the router names; where it names none, none answers."""
+        renderers = {name: renderer for name, (_, renderer) in self._tasks.items()}
+        named = [self._router.route(readable(renderers, row)) for row, _ in part]
+        known = [number for number, (name, _) in enumerate(named) if name is not None]
+        names = [name for name, _ in named if name is not None]
+        answers = self._answer([part[number] for number in known], names, sampling)
+        found = dict(zip(known, answers, strict=True)) if known else {}
+        return [
+            {**found.get(number, {"task": None}), "task_probability": likely}
+            for number, (_, likely) in enumerate(named)
+        ]
 
     def _of_several(
         self, part: Sequence[tuple[Row, str]], names: Sequence[str], sampling: Sampling | None
@@ -272,6 +296,21 @@ def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Predic
 
 def _cut(request: Request) -> Prediction:
     return {"truncated": True} if request.truncated else {}
+
+
+def by_router(
+    names: Sequence[str], task: str | Sequence[str] | None, task_column: str | None
+) -> bool:
+    """Whether the run's router says which task a row is of: "auto", where no task is called so.
+
+    Raises:
+        UsageError: a column is given, too.
+    """
+    if task != AUTO or AUTO in names:
+        return False
+    if task_column is not None:
+        raise UsageError("give --task or --task-column, not both")
+    return True
 
 
 def several_tasks(

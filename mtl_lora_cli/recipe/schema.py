@@ -479,6 +479,7 @@ class RunSettings(StrictModel):
     name: Name | None = None  # default: the recipe's stem and the time
     directory: str | None = None  # default: what --runs or MTL_LORA_RUNS says, else `runs`
     trackers: list[Tracker] = []  # who else is told of every step
+    router: bool = False  # learn at the end which task a row is of
     project: Name = "mtl-lora"  # under which they file the run
 
 

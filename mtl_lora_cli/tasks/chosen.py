@@ -12,6 +12,7 @@ from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.task import Task
 
 EVERY = "all"  # in the place of a task's name
+AUTO = "auto"  # likewise: the run's router says which
 
 
 def read_tasks(folder: RunFolder) -> list[Task]:

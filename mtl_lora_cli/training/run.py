@@ -319,6 +319,8 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
             progress.say(f"note: {line}")
         if processes.main:
             _write_adapter(ready, trainer)
+            if recipe.run.router:
+                progress.say(_router(run))
     processes.wait()
 
 
@@ -340,6 +342,23 @@ def _set_start(ready: ReadyRun) -> None:
             recipe.training.seed,
             prepared.processes,
         )
+
+
+def _router(run: RunFolder) -> str:
+    """Learn the run's router; the run is finished, whatever becomes of it."""
+    from mtl_lora_cli.evaluation.opened import Run
+    from mtl_lora_cli.evaluation.router import train_router
+
+    try:
+        found = train_router(Run(run))
+    except MtlLoraError as error:
+        return f"note: no router: {error}"
+    if not found["rows"]:
+        return "router learned; there are no held-out rows to try it on"
+    return (
+        f"router: right on {found['accuracy']:.1%} of {found['rows']:,} held-out rows; it names a task for "
+        f"{found['named']:.1%}"
+    )
 
 
 def _beginning(

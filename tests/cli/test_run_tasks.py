@@ -78,3 +78,21 @@ def test_what_cannot_be(
     (line,) = finished.stderr.splitlines()
     assert said in line
     assert [path.name for path in fresh_run.parent.iterdir() if path.is_dir()] == ["small"]
+
+
+def test_a_router_is_learned_asked_and_exported(
+    fresh_run: Path, invoke: Callable[..., Finished], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"word": "pink"}\n{"word": "teal"}\n{"word": "zzz"}\n')
+    refused = invoke("predict", "--task", "auto", "rows.jsonl")
+    assert refused.returncode == 2
+    assert "mtl-lora router --run runs/small" in refused.stderr
+    learned = invoke("router")
+    assert learned.returncode == 0, learned.stderr
+    assert [line.split()[0] for line in learned.stdout.splitlines()[2:]] == ["warm", "cold", "all"]
+    found = invoke("predict", "--task", "auto", "rows.jsonl")
+    assert found.returncode == 0, found.stderr
+    one, two, three = map(json.loads, found.stdout.splitlines())
+    assert (one["task"], two["task"], three["task"]) == ("warm", "cold", None)
+    assert invoke("export", "--task", "warm", "--no-check").returncode == 0
+    assert (tmp_path / "exported/small/router/router.safetensors").is_file()
