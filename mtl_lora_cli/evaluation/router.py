@@ -173,7 +173,7 @@ def _shares(right: int, named: int, rows: int) -> dict[str, Any]:
 
 def readable(renderers: Mapping[str, Renderer], row: Mapping[str, Any]) -> dict[str, Sequence[str]]:
     """Task → the texts that it would read of a row; of those that can read it."""
-    found = {}
+    found: dict[str, Sequence[str]] = {}
     for name, renderer in renderers.items():
         try:
             found[name] = renderer.render(dict(row), "row", labelled=False).texts
