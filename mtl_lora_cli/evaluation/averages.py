@@ -97,7 +97,7 @@ def averages(
         others: another model's results of the same tasks on the same rows, in the same order.
     """
     found: list[Average] = []
-    if any(result["protocol"] == "maps" for result in results):
+    if any(result.get("protocol") == "maps" for result in results):
         return found  # metres and shares have no mean; see `delta.py`
     told: list[Any] = []
     for name, groups, of in _rules(results):

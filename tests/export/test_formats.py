@@ -25,10 +25,10 @@ def test_declarations_load_nothing_large() -> None:
 
 
 def test_each_format_is_known_by_a_file_of_its_own() -> None:
-    assert list(FORMATS) == ["merged", "peft", "gguf", "gguf-merged"]
+    assert list(FORMATS) == ["merged", "peft", "gguf", "gguf-merged", "onnx"]
     assert len({kind.marker for kind in FORMATS.values()}) == len(FORMATS)
     assert [str(kind().root) for kind in FORMATS.values()] == [
-        *("merged", "exported", "exported/gguf", "exported/gguf-merged")
+        *("merged", "exported", "exported/gguf", "exported/gguf-merged", "exported/onnx")
     ]
     with pytest.raises(UsageError, match="received 'guf'; did you mean 'gguf'"):
         find_format("guf")

@@ -99,7 +99,7 @@ def test_sizes_and_norms_of_factors(form: str) -> None:
         assert entry["norms"]["B"] == pytest.approx([float(b.norm()) for b in ups])
         if form.startswith("mtl-lora"):
             square = layer.task_transform[1]
-            if form.endswith("diagonal"):
+            if form.endswith(("diagonal", "fine")):
                 square = torch.diag(square)
             elif form.endswith("bases"):
                 square = torch.eye(4) + torch.einsum("k,kab->ab", square, layer.transform_basis)
