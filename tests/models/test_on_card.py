@@ -15,6 +15,8 @@ from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.bench.random_model import random_model
 from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.training.passes import Capacity, EagerPasses, GraphedPasses, padded
@@ -196,3 +198,20 @@ def test_eight_bit_floats_stay_near(batch: PackedBatch) -> None:
     print(f"fp8: log-probabilities {logprobs:.3f}, gradients {gradients:.3f}")
     assert logprobs < 0.02
     assert gradients < 0.15
+
+
+def test_answers_grow_on_the_engine_as_in_transformers() -> None:
+    """Its own trial says so, in graphs and without; rows of several tasks, more than there are rows."""
+    model, adapter = build(target_modules=SEVEN)
+    packed = PackedModel(model, adapter).eval()
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in LENGTHS * 3]
+    requests = [
+        Request(task, prompt, [[]]) for prompt, task in zip(prompts, TASKS * 3, strict=True)
+    ]
+    settings: dict[str, Any] = {"ends": [], "new_tokens": [40] * len(requests), "device": CARD}
+    found = generate(packed, requests, tokens_per_pass=1500, **settings)
+    assert all(len(answer) == 40 for answer in found)
+    assert set(packed.rows_agree.values()) == {True}
+    assert packed.kept_rows is not None and packed.kept_rows.graphed
+    assert generate(packed, requests, tokens_per_pass=1500, **settings) == found
