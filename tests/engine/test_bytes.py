@@ -36,7 +36,7 @@ def longer(changes: dict[str, Any]) -> dict[str, Any]:
 
 AGAIN = Recompute(attended=True, qkv=2, gate_up=3)
 # A longrope's factors are as many as half of a head has columns, which are more here.
-EACH = [(name, False) for name in KINDS if not name.endswith("longrope")]
+EACH = [(name, False) for name in KINDS if not name.endswith(("longrope", "no attention"))]
 SOME = (
     "llama",
     "mixtral window",

@@ -201,7 +201,7 @@ def test_a_window_hides_what_lies_before_it(window: int, split: bool) -> None:
     assert_as_naive(case, run(case, launch, launch, launch))
 
 
-SINKS = torch.tensor([0.5, -1.0, 4.0, -9.0], device=DEVICE)  # shares from none to nearly all
+SINKS = torch.tensor([0.5, 4.0, -1.0, -9.0], device=DEVICE)  # shares from none to nearly all
 
 
 def kinds(case: Case, window: int | None, cap: float | None, sinks: bool) -> Case:
@@ -216,7 +216,7 @@ def kinds(case: Case, window: int | None, cap: float | None, sinks: bool) -> Cas
 def test_windows_caps_and_sinks_go_together(
     window: int | None, cap: float | None, sinks: bool
 ) -> None:
-    case = kinds(draw([50, 9], heads=4, key_heads=2), window, cap, sinks)
+    case = kinds(draw([37, 5]), window, cap, sinks)
     launch = Launch(32, 16, split=sinks == (window is None))
     assert_as_naive(case, run(case, launch, launch, launch))
 
@@ -247,7 +247,7 @@ def test_the_default_shapes_are_right(dim: int) -> None:
 def test_heads_of_512_are_right() -> None:
     """On a card in half precision alone: a float32 of each does not fit in its shared memory."""
     half = DEVICE == "cuda"
-    case = draw([34, 3], dim=512, turn=False, dtype=torch.bfloat16 if half else torch.float32)
+    case = draw([17, 3], dim=512, turn=False, dtype=torch.bfloat16 if half else torch.float32)
     found = run(case, FORWARD[512], QUERY_BACKWARD[512], KEY_BACKWARD[512])
     assert_as_naive(case, found, 2e-2 if half else 1e-5)
 
@@ -330,13 +330,13 @@ def test_a_position_of_a_tree_sees_its_ancestors(tile: int, step: int, split: bo
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 9, 21])
+@pytest.mark.parametrize("window", [None, 9])
 def test_in_a_tree_a_window_counts_ancestors(
     window: int | None, cap: float | None, sinks: bool
 ) -> None:
-    reach = tree(*[58] * 20, *[44] * 7, *[36] * 9, *[44] * 8, *[58] * 14, *[75] * 17)
-    case = kinds(draw([58, 17], heads=4, key_heads=2), window, cap, sinks)
-    depth = Segments.build([58, 17], reach).depth
+    reach = tree(*[38] * 14, *[29] * 4, *[24] * 6, *[29] * 5, *[38] * 9, *[43] * 5)
+    case = kinds(draw([38, 5]), window, cap, sinks)
+    depth = Segments.build([38, 5], reach).depth
     found = attention_forward(
         case.qkv, table(case, 16), reach=reach, depth=depth, sinks=case.sinks, launch=SMALL,
         **case.sizes,
