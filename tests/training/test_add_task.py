@@ -178,7 +178,9 @@ def held_out_loss(run: RunFolder, task: str, *, base_only: bool = False) -> floa
     return -float(sum(right)) / len(right)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*(k for k in KINDS if k != "fine"), pytest.param("fine", marks=pytest.mark.long)]
+)
 def test_the_old_tasks_stay_to_the_last_bit_and_the_new_one_learns(
     kind: str, place: Place, runs: Callable[[str], tuple[RunFolder, RunFolder]]
 ) -> None:
