@@ -177,6 +177,7 @@ def test_a_template_that_cannot_be_taken_apart_is_not() -> None:
     assert find_pieces(renderer(numbered)) is None
 
 
+@pytest.mark.long
 def test_public_templates() -> None:
     """As trl ships them: taken apart exactly, or not at all."""
     trl = importlib.util.find_spec("trl")
