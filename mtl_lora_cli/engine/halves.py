@@ -258,14 +258,19 @@ class Layer:
         def norm(one: NormPlan | None) -> Norm | None:
             return None if one is None else norm_of(module.get_submodule(one.path), one)
 
+        def kept(one: NormPlan | None) -> Norm | None:
+            """With a weight of its own: the next layer reads it, when this one's may have been taken away."""
+            found = norm(one)
+            return None if found is None else found._replace(weight=found.weight.detach().clone())
+
         first, second = plan.attention, plan.mlp
         qkv, o = (group(paths) for paths in first.groups)
         scale = 1.0 if plan.scale is None else float(cast(Tensor, getattr(module, plan.scale)))
         first_begin = Begin(norm(first.before), end)
-        first_end = End(After(norm(first.after), first.multiplier), o)
+        first_end = End(After(kept(first.after), first.multiplier), o)
         begin, after = (
             Begin(norm(second.before), first_end),
-            After(norm(second.after), second.multiplier * scale),
+            After(kept(second.after), second.multiplier * scale),
         )
         if isinstance(second, ExpertsPlan):
             shared = None if second.shared is None else _shared(second.shared, group)

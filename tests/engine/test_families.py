@@ -204,3 +204,32 @@ def test_the_self_test_keeps_it_on_the_fused_engine(model_type: str) -> None:
     model = tiny(model_type, **changes).to(torch.bfloat16)
     packed = PackedModel(model).eval()
     assert settle(packed).way is None, packed.not_fused
+
+
+@pytest.mark.parametrize("model_type", ["glm4", "olmo2", "gemma3_text"])
+def test_no_layer_reads_what_another_ones_module_holds(model_type: str) -> None:
+    """A norm behind a block is computed by who adds its output: under ZeRO-3 the block's weights are gone then."""
+    packed, batch = PackedModel(tiny(model_type), engine="fused"), packed_row(examples())
+    assert packed.decoder is not None
+    calls = packed.decoder.layer_calls
+
+    def alone_there(number: int) -> Any:
+        own, call = list(packed.decoder.modules[number].parameters()), calls[number]
+        weights = [one.data for one in own]
+        for one in own:
+            one.data = one.data.new_empty(0)
+
+        def run(*arguments: Any) -> Any:
+            for one, weight in zip(own, weights, strict=True):
+                one.data = weight
+            found = call(*arguments)
+            for one in own:
+                one.data = one.data.new_empty(0)
+            return found
+
+        return run
+
+    with torch.no_grad(), packed.routed(batch):
+        right = packed(batch)
+        packed.decoder.layer_calls = [alone_there(number) for number in range(len(calls))]
+        assert torch.equal(packed(batch), right)
