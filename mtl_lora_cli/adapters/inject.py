@@ -275,6 +275,11 @@ def _stacks_of(config: Settings, modules: Mapping[str, nn.Module]) -> dict[str, 
     """
     if config.experts == "none":
         return {}
+    if config.from_weight:
+        raise UsageError(
+            f"adapter.experts: {config.experts}: method {config.method} starts from the weight of a linear "
+            "layer, and experts are stacks; leave the key out, or take another method"
+        )
     found = dict(expert_modules(modules))
     others = [path for path in modules if path.endswith(".experts") and path not in found]
     if others and not found:

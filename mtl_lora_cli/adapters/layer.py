@@ -61,11 +61,6 @@ class TaskLayer(nn.Module):
         self._shared = dict(shared or {})
         roles = config.roles(Sizes(*sides, self.rank, routing.tasks))
         if units is not None:
-            if config.from_weight:
-                raise UsageError(
-                    f"adapter.experts: {config.method} starts from each weight of its own, and experts' "
-                    "weights are stacked; use another method for them"
-                )
             roles = tuple(role.of_each(units) for role in roles)
         self.roles = {role.name: role for role in roles}
         self.roles_of_model = {role.name: role for role in config.roles_of_model(routing.tasks)}

@@ -68,7 +68,10 @@ def _misplaced(plan: Plan, model: Any, adapter: Adapter) -> str | None:
         if isinstance(layer.mlp, ExpertsPlan):
             stack = module.get_submodule(layer.mlp.stack)
             for one in stack.children():
-                paths.pop(id(one), None)
+                path = paths.pop(id(one), None)
+                # The block weighs an expert's activation before its down-projection, which a gate would see.
+                if path is not None and cast(TaskLayer, one).config.spread == "token":
+                    mixed = f"an adapter on experts whose gate reads the token ({path})"
         for group in layer.groups:
             projections = [module.get_submodule(path) for path in group]
             adapted = [one for one in projections if paths.pop(id(one), None) is not None]

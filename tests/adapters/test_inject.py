@@ -268,6 +268,17 @@ def test_experts_that_are_not_there_are_refused(model: nn.Module, message: str) 
     assert not any(isinstance(module, MultiTaskLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+@pytest.mark.parametrize("experts", ["shared", "each"])
+def test_methods_that_start_from_the_weight_are_not_for_experts(method: str, experts: str) -> None:
+    stacks = StackFrame(transposed=False)
+    stacks.add("gate_up_proj", 3, 8, 4)
+    stacks.add("down_proj", 3, 4, 4)
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "experts": stacks})
+    with pytest.raises(UsageError, match=f"experts: {experts}: method {method} starts from"):
+        inject(model, configure(method, experts=experts, target_modules=["q_proj"]), ["one"])
+
+
 def test_a_target_that_names_experts_says_which_key_adapts_them() -> None:
     experts = StackFrame(transposed=False)
     experts.add("gate_up_proj", 3, 8, 4)

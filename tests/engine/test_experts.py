@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.saved import Keep
-from mtl_lora_cli.models.packed import Engine
+from mtl_lora_cli.models.packed import Engine, PackedModel
 
 from .double import adapt_all, tiny
 from .peaks import peaks
@@ -54,3 +56,13 @@ def test_predicted_is_measured(name: str, experts: str, recompute: bool) -> None
         tensor.data = tensor.data.float()
     estimate, measured = peaks(model, adapter, recompute)
     assert estimate == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("experts", ["shared", "each"])
+def test_a_gate_that_reads_the_token_is_not_fused(experts: str) -> None:
+    """The fused block would show it an activation that is weighed already."""
+    model = tiny("qwen3_moe", **KINDS["qwen3_moe some dense"][1])
+    config = configure("hydralora", experts=experts, target_modules=["q_proj"])
+    packed = PackedModel(model, inject(model, config, ["one"]))
+    assert packed.decoder is None
+    assert "whose gate reads the token" in str(packed.not_fused)
