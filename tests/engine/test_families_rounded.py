@@ -38,6 +38,7 @@ KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes
 DENSE = (
     "llama", "llama biases, tied", "mistral window", "ministral window", "ministral3 scaled queries",
     "phi3 longrope", "phi3 part", "qwen2", "qwen3", "gemma", "gemma2 caps", "gemma3_text", "smollm3",
+    "gemma4_text", "gemma4_unified_text k = v", "qwen3_5_text delta nets", "lfm2 convolutions",
     "glm part, pairs", "glm4 pairs", "exaone4 window", "cwm window", "olmo2", "olmo3 window", "granite",
 )  # fmt: skip
 # Rows of 64 and more: of shorter ones bitsandbytes' own dequantisation on a CPU is wrong.
