@@ -52,11 +52,7 @@ def merged_maps(trunk: Any, stages: Stages, adapter: Adapter, tasks: Sequence[st
         UsageError: each of several tasks has a trunk of its own.
     """
     way = way_of(adapter)
-    if way == "tasks" and len(tasks) > 1:
-        raise UsageError(
-            "without adapter.streams each task has a whole trunk of its own, and one folder holds one: "
-            "merge one task at a time"
-        )
+    require_one_trunk(adapter, tasks)
     for name, value in adapter.whole.items():
         _set(trunk.get_parameter(name), value)
     blocks = [copy.deepcopy(trunk.get_submodule(path)) for path in stages.blocks]
@@ -71,6 +67,19 @@ def merged_maps(trunk: Any, stages: Stages, adapter: Adapter, tasks: Sequence[st
         for name, value in adapter.decoders[task].named_parameters():
             found[f"{task}.decoder.{name}"] = value.detach().clone()
     return MergedMaps(trunk, found)
+
+
+def require_one_trunk(adapter: Adapter, tasks: Sequence[str]) -> None:
+    """Refuse several tasks that have no trunk in common.
+
+    Raises:
+        UsageError: naming what would do.
+    """
+    if way_of(adapter) == "tasks" and len(tasks) > 1:
+        raise UsageError(
+            "without adapter.streams each task has a whole trunk of its own, and one folder holds one: "
+            "merge one task at a time"
+        )
 
 
 def _own_blocks(

@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModel, SwinConfig
 
 from ..forks import Ended, Forks
 from .conftest import TARGETS, WHOLE, Backbones
@@ -229,3 +230,30 @@ def test_memory_is_planned_before_the_first_step(forks: Forks, place: Path) -> N
     recipe = yaml.safe_load((place / "runs" / "planned" / "recipe.yaml").read_text())
     assert recipe["training"]["memory"] == "manual" and recipe["training"]["rows_per_pass"] == 3
     assert all(tensor.dtype == torch.float32 for tensor in adapter_of(place, "planned").values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_two_processes_learn_what_one_does(forks: Forks, place: Path, quantization: str) -> None:
+    """At stages 0, 2 and 3; each has one picture of a step, so now and then one of them has no depth."""
+    wide = place / "wide"
+    if not wide.is_dir():  # 4-bit blocks are of 64 values
+        config = SwinConfig(
+            image_size=64, embed_dim=64, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4
+        )
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(wide)
+    step = ("training.rows_per_step=2", "training.rows_per_pass=1", "training.max_steps=5")
+    base = ("base_model=wide", f"quantization={quantization}", *step)
+    losses = {}
+    for processes, stage in ((1, 0), (2, 0), (2, 2), (2, 3)):
+        name = f"{quantization}-{processes}-{stage}"
+        call = ("train", "recipe.yaml", f"run.name={name}", f"distributed.zero_stage={stage}")
+        more = () if processes == 1 else ("--num-processes", "2")
+        done(forks.run(*call, *base, *more, cwd=place))
+        lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line) for line in lines]
+        losses[processes, stage] = [e["loss"] for e in events if e["event"] == "step"]
+        shutil.rmtree(place / "runs" / name)
+    for found in losses.values():
+        assert found == pytest.approx(losses[1, 0], rel=1e-6)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtl_lora_cli.dense.backbones import family_of, load_backbone
 from mtl_lora_cli.dense.host import way_of
-from mtl_lora_cli.dense.merged import MergedMaps, merged_maps
+from mtl_lora_cli.dense.merged import MergedMaps, merged_maps, require_one_trunk
 from mtl_lora_cli.dense.plain_code import SPEC, TENSORS, described, plain_code
 from mtl_lora_cli.errors import CheckError, MtlLoraError
 from mtl_lora_cli.export.card import licence_text
@@ -80,6 +80,7 @@ def written(
         UsageError, CheckError: as `merge_maps`.
     """
     require_empty(order.folder)
+    require_one_trunk(order.run.adapter, [task.name for task in order.tasks])
     if order.checked:
         order.pictures  # noqa: B018 - that there are any is known before the work
     require_space(_size(order), order.folder)
