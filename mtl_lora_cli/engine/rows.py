@@ -17,10 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.routing import Slots, slots_of
+from mtl_lora_cli.adapters.routing import slots_of
 from mtl_lora_cli.engine.attention import kernels_know
 from mtl_lora_cli.engine.decoder import FusedDecoder
-from mtl_lora_cli.engine.group import Group
 from mtl_lora_cli.engine.halves import AttentionHalf, Begin, Layer, MlpHalf
 from mtl_lora_cli.engine.plan import (
     AttentionPlan,
@@ -32,10 +31,10 @@ from mtl_lora_cli.engine.plan import (
 )
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.step_group import StepGroup
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.one_token import (
     Added,
-    Ups,
     activated,
     attend,
     normed,
@@ -94,92 +93,13 @@ def _unknown(part: Any) -> Iterator[str]:
             yield from _unknown(getattr(part, field.name))
 
 
-class _StepGroup:
-    """A group's products for N rows of one token: y and what has yet to be added to it.
-
-    Args:
-        group: of a layer.
-    """
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-        self._frozen = group.frozen
-        self._matrix = group.frozen.in_memory()
-        self._stacked = group.frozen.above_down() if group.adapted else None
-        self._bias = group.frozen.bias()
-        self._down: Tensor | None = None
-        self._ups: Ups | None = None
-        if self._stacked is not None and self._bias is not None:
-            zeros = self._bias.new_zeros(len(self._stacked) - len(self._bias))
-            self._bias = torch.cat([self._bias, zeros])
-
-    def learn(self, mixing: Tensor | None, slots: Slots, dtype: torch.dtype) -> None:
-        """Make A and U of the adapters' tensors as they are now, in their places of the last time."""
-        products, count = self._group.products, len(self._group.adapted)
-        if products is None or slots.count == 0:
-            return
-        tensors = cast(list[Tensor], self._group.tensors(mixing, slots)[1:])
-        downs, ups = tensors[:count], tensors[count:]
-        factors = products.factors(self._frozen, dtype, downs, ups, mixing)
-        if self._stacked is None:
-            self._down = _kept(self._down, factors.down)
-        each = [_ups_of_tasks(up, products, mixing, number) for number, up in enumerate(ups)]
-        width, out = each[0].shape[1], self._frozen.shape[0]
-        matrix = torch.zeros(slots.count, width, out, dtype=dtype, device=each[0].device)
-        starts = torch.zeros(out, dtype=torch.int32, device=matrix.device)
-        for number, ((start, stop), own) in enumerate(zip(products.spans, each, strict=True)):
-            matrix[:, :, start:stop] = own
-            starts[start:stop] = number * width
-        if self._ups is None:
-            self._ups = Ups(matrix, products.spans, starts)
-        else:
-            self._ups.matrix.copy_(matrix)
-
-    def __call__(self, h: Tensor, slot: Tensor) -> Added:
-        out = self._frozen.shape[0]
-        if self._stacked is not None:
-            both = product(h, self._stacked, self._bias)
-            return Added(both[:, :out], both[:, out:], self._ups, slot)
-        if self._matrix is not None and self._matrix.dtype == h.dtype:
-            y = product(h, self._matrix, self._bias)
-        else:
-            y = self._frozen.product(h, self._frozen.weights())
-        z = None if self._down is None else h @ self._down.T
-        return Added(y, z, self._ups, slot)
-
-
-def _kept(place: Tensor | None, value: Tensor) -> Tensor:
-    """A value at the place of the last time, where it fits: graphs read it there."""
-    if place is None or place.shape != value.shape:
-        return value.clone()
-    return place.copy_(value)
-
-
-def _ups_of_tasks(up: Tensor, products: Any, mixing: Tensor | None, number: int) -> Tensor:
-    """Uᵀ = (s B M_t)ᵀ of one projection for each task present, [P, k, out]."""
-    block = up.permute(1, 0, 2).flatten(1) * products.scale  # [out, m]
-    if mixing is None:
-        return block.T[None]  # the same for all
-    own = mixing[number]
-    if products.spread_by == "own":
-        return block.T[None] * own[:, :, None]
-    return torch.einsum("om,pmk->pko", block, own.to(block.dtype))
-
-
 @dataclass(frozen=True)
 class _StepLayer:
     """A layer's halves with its groups' products."""
 
     layer: Layer
-    groups: tuple[_StepGroup, ...]
+    groups: tuple[StepGroup, ...]
     turned: Turn | None
-
-
-def ups_bytes(decoder: FusedDecoder, dtype: torch.dtype) -> int:
-    """What U of one task takes."""
-    groups = [group for layer in decoder.layers for group in layer.groups if group.adapted]
-    sizes = [group.adapted[0].rank * group.frozen.shape[0] for group in groups]
-    return dtype.itemsize * sum(sizes)
 
 
 class KeptRows:
@@ -217,7 +137,7 @@ class KeptRows:
         self._keys, self._values = self._memory()
         angles = self._angles()
         self._layers = [
-            _StepLayer(layer, tuple(map(_StepGroup, layer.groups)), angles[plan.rotary])
+            _StepLayer(layer, tuple(map(StepGroup, layer.groups)), angles[plan.rotary])
             for layer, plan in zip(decoder.layers, plans, strict=True)
         ]
         self._learned: list[tuple[int, int]] | None = None

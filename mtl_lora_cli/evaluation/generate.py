@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
-from mtl_lora_cli.engine.rows import KeptRows, obstacle_to_rows, ups_bytes
+from mtl_lora_cli.engine.rows import KeptRows, obstacle_to_rows
+from mtl_lora_cli.engine.step_group import ups_bytes
 from mtl_lora_cli.evaluation.asked import Ask, Sampling, Stopped, asks_of, pick
 from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
 from mtl_lora_cli.evaluation.continuing import (
