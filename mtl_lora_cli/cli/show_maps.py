@@ -54,9 +54,10 @@ def show_maps(prepared: Prepared, tasks: Sequence[Task], count: int, folder: Pat
                 parts += [one.pixels, _over(one.pixels, one.maps[task.id], spec)]
             path = folder / f"{number:04d}-{task.name}.png"
             write_bytes(path, side_by_side([np.ascontiguousarray(p) for p in parts], _HEIGHT))
-            emit(
-                f"{path}: {every.where(entry, number)}: {', '.join(_told(whole.maps[task.id], spec))}"
+            said = ": ".join(
+                [str(path), every.where(entry, number), ", ".join(_told(whole.maps[task.id], spec))]
             )
+            emit(said.removesuffix(": "))
 
 
 def _over(pixels: np.ndarray, values: np.ndarray, spec: MapSpec) -> np.ndarray:
