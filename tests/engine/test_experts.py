@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.saved import Keep
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import Engine, PackedModel
 
-from .double import adapt_all, tiny
+from .double import adapt_all, linear_layers, tiny
 from .peaks import peaks
 from .test_bytes import longer
 from .test_families import CASES, CLOSE, furthest
+from .test_families_rounded import WHOLE_BLOCKS, adapted_as, learned
 
 KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
 AGAIN = Keep(gate_up=False)
@@ -66,3 +71,41 @@ def test_a_gate_that_reads_the_token_is_not_fused(experts: str) -> None:
     packed = PackedModel(model, inject(model, config, ["one"]))
     assert packed.decoder is None
     assert "whose gate reads the token" in str(packed.not_fused)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral window",
+        "qwen2_moe some dense",
+        "qwen3_moe some dense",
+        "olmoe",
+        "glm4_moe",
+        "gpt_oss",
+    ],
+)
+def test_mixtures_on_four_bit_weights(name: str, tmp_path: Path) -> None:
+    """Beside transformers with what bitsandbytes itself expands, of linear layers and of experts."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    kind, changes = KINDS[name]
+    sides = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    bare: Any = tiny(kind, **{**changes, **WHOLE_BLOCKS, **sides}).float()
+    bare.save_pretrained(tmp_path)
+    base = find_base_model(str(tmp_path))
+    model: Any = load_model(
+        base, dtype=torch.float32, device=torch.device("cpu"), quantization="nf4"
+    )
+    rounded = 0
+    for path, weight in model.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            exact = bare.get_parameter(path)
+            whole = functional.dequantize_4bit(weight.data, state).float()
+            rounded += int(not torch.equal(whole, exact))
+            exact.data = whole
+    stacks = 2 * sum(path.endswith("experts.down_proj") for path, _ in model.named_parameters())
+    assert rounded == len(linear_layers(bare)) + stacks > stacks > 0
+    adapter = adapted_as(model, bare)
+    packed = PackedModel(model, adapter, engine="fused").train()
+    assert max(learned(bare, packed, adapter)) < 1e-4
