@@ -59,12 +59,13 @@ def require_sources(kind: str) -> Path:
     )
 
 
-def require_convertible(config: Any, folder: Path) -> None:
+def require_convertible(config: Any, folder: Path, *, whole: bool = True) -> None:
     """Refuse a model that the converter does not take, before anything is written.
 
     Args:
         config: of the model.
         folder: where it lies, with its tokenizer.
+        whole: the model itself will be written, and not an adapter alone, which needs no tokenizer.
 
     Raises:
         UsageError: there is no converter, it refuses, or llama.cpp would compute something else.
@@ -77,6 +78,8 @@ def require_convertible(config: Any, folder: Path) -> None:
             f"attention in a sliding window ({window} tokens) of a model of type '{text.model_type}' cannot be "
             "exported to GGUF: llama.cpp sees all tokens there"
         )
+    if not whole:
+        return
     with TemporaryDirectory() as scratch:
         _run(MODELS, "--dry-run", "--outfile", f"{scratch}/model.gguf", str(folder))
 

@@ -55,7 +55,7 @@ class GgufAdapter(Format):
         order.updates  # noqa: B018 - the method may be no LoRA for any task
         config = load_config(order.run.base)
         if not is_known(config):
-            require_convertible(config, order.run.base.folder)
+            require_convertible(config, order.run.base.folder, whole=order.options.checked)
             return
         if any(down.ndim == 3 for down, _, _ in order.updates.values()):
             raise UsageError(
