@@ -131,8 +131,9 @@ def device_of(model: Any) -> torch.device:
 
 
 def dtype_of(model: Any) -> torch.dtype:
-    """In what the model computes."""
+    """In what the model computes: its embeddings' dtype, for an adapter beside it is float32 in any run."""
+    embeddings = model.get_input_embeddings()
+    weights = [*embeddings.parameters(), *model.parameters()]
     return next(
-        (p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.numel()),
-        torch.float32,
+        (p.dtype for p in weights if p.dtype.is_floating_point and p.numel()), torch.float32
     )

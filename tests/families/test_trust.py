@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.families import llama
 from mtl_lora_cli.engine.segments import EVERYTHING
 from mtl_lora_cli.errors import UsageError
@@ -18,6 +20,7 @@ from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import Engine, PackedModel
 from mtl_lora_cli.models.plain import Way
+from mtl_lora_cli.models.stand_in import dtype_of
 
 from .models import MODELS
 
@@ -139,6 +142,18 @@ def test_what_is_taken_away_is_missed(
     take_away(monkeypatch)
     with pytest.raises(UsageError, match=r"differ by|must not be seen"):
         trust.settle(model)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_rounding_is_the_models_whatever_dtype_the_adapter_has(
+    engine: Engine, folder_of: Callable[..., Path]
+) -> None:
+    """A task embedding is one float32 tensor of the whole model, and stands before its weights."""
+    model = loaded("llama", folder_of, torch.bfloat16, engine).model
+    adapter = inject(model, configure(gate="embedding", target_modules=("q_proj",)), ("one", "two"))
+    assert next(model.parameters()).dtype == torch.float32
+    assert dtype_of(model) == torch.bfloat16
+    trust.settle(PackedModel(model, adapter, engine=engine))
 
 
 def test_the_fused_engine_is_tested_like_the_other(
