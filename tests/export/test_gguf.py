@@ -252,7 +252,10 @@ def test_a_method_that_reads_the_token_is_refused(
 # What llama.cpp makes of them.
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(f, marks=pytest.mark.long) if f == "pissa" else f for f in FORMS],
+)
 def test_llama_cpp_gives_the_runs_own_log_probabilities(
     llama_cpp: Any,
     trained: Callable[[str], Run],

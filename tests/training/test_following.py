@@ -71,7 +71,10 @@ def told(run: Small) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["excess_loss", pytest.param("progress", marks=pytest.mark.long), "stages"],
+)
 def test_a_stopped_run_goes_on_to_the_last_bit(built: Callable[..., Small], kind: str) -> None:
     """Stopped inside a block and behind a decision that no row was drawn by yet."""
     whole = built(*KINDS[kind]).train()
