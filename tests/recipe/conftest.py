@@ -88,7 +88,7 @@ training:
   validation: {every: 20, examples: 30, metric: true, best: macro, patience: 3}
   seed: 7
 distributed: {zero_stage: 2, offload: optimizer, deepspeed: ds.json}
-run: {name: here, directory: there, trackers: [tensorboard], project: mine}
+run: {name: here, directory: there, trackers: [tensorboard], project: mine, router: true}
 extensions: []
 """
 
