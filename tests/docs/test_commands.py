@@ -37,6 +37,12 @@ NOT_RUN = {
     ".venv/bin/pip install --constraint constraints.txt .": INDEX,
     "pip install mtl-lora[lm-eval]": INDEX,
     "pip install llama-cpp-python": INDEX,
+    "pip install sentencepiece": INDEX,
+    "git clone --depth 1 https://github.com/ggml-org/llama.cpp": "reads a repository of somebody else's",
+    "export MTL_LORA_LLAMA_CPP=$PWD/llama.cpp": "goes with the line above it",
+    "ollama create animals -f exported/gguf-merged/quick/animals/Modelfile": (
+        "Ollama is not installed; tests/export/test_ollama.py reads Modelfiles"
+    ),
     "make benchmark": "measures; tests/benchmarks/test_speed.py is what it runs",
     "mtl-lora bench --case yardstick --steps 10 --warmup 4 --json": MEASURES,
     "python tests/benchmarks/loss_curves.py OUT real-small base_model=… training.epochs=30 "
