@@ -108,8 +108,8 @@ def test_nf4(tiny: Case, measuring: Measuring) -> None:
 
 
 def test_what_is_not_known_here_is_said(tiny: Case, measuring: Measuring) -> None:
-    with pytest.raises(UsageError, match="--method: unknown method 'dora'"):
-        adapter_of_case("dora", 8)
+    with pytest.raises(UsageError, match="--method: unknown method 'loha'"):
+        adapter_of_case("loha", 8)
     with pytest.raises(UsageError, match="'foo' matches no linear layer"):
         run_case(replace(tiny, adapter={**tiny.adapter, "target_modules": ("foo",)}), measuring)
     with pytest.raises(UsageError, match="too many for a CPU"):

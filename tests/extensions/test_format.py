@@ -185,5 +185,5 @@ def test_without_its_file_it_is_not_known(place: Path, warm: Forks) -> None:
     ended = warm.run("export", "--task", "uses", "--format", "deltas", cwd=place)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines() == [
-        "error: --format: expected merged, peft, gguf, gguf-merged, received 'deltas'"
+        "error: --format: expected merged, peft, gguf, gguf-merged, onnx, received 'deltas'"
     ]
