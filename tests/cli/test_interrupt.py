@@ -37,6 +37,7 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_adapter(
     small_recipe: Callable[[], Path],
     command: Callable[..., Finished],

@@ -358,6 +358,7 @@ def answers(stored: dict[str, Any], split: str) -> dict[str, Any] | None:
     return entries and {name: (one["predicted"], one["metrics"]) for name, one in entries.items()}
 
 
+@pytest.mark.long
 def test_side_by_side_the_results_are_the_same(swept: Path, plan: Plan, tmp_path: Path) -> None:
     """Two processes, through both phases: learning, and scoring the chosen settings on test."""
     said: list[str] = []
@@ -401,6 +402,7 @@ def learning(folder: Path, name: str) -> bool:
     return metrics.is_file() and "\n" in metrics.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_takes_only_its_run_with_it_and_ctrl_c_stops_all(
     plan: Plan, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def predicted(place: Path, call: Call) -> Path:
     return place / "maps"
 
 
+@pytest.mark.long
 def test_eval_is_what_others_compute_of_the_predictions(call: Call, predicted: Path) -> None:
     said = call("eval", "--run", "one", "--task", "all", "--limit", str(LIMIT), "--json").stdout
     found = {one["task"]: one for one in json.loads(said)["results"]}

@@ -179,6 +179,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_run(place: Path, forks: Forks) -> None:
     trained = forks.run("train", "recipe.yaml", "run.name=whole", cwd=place)
     assert trained.returncode == 0, trained.stderr

@@ -346,6 +346,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_two_processes_then_one_then_two(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another number, and with another stage, a run goes on to the same losses."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

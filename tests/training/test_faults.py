@@ -409,7 +409,7 @@ def test_two_processes_leave_at_once_at_a_second_signal(story: Story) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "torchrun"), [pytest.param(1, False, marks=pytest.mark.long), (0, True)]
+    ("rank", "torchrun"), [(1, False), pytest.param(0, True, marks=pytest.mark.long)]
 )
 def test_a_killed_process_is_named_by_the_others(story: Story, rank: int, torchrun: bool) -> None:
     before = story.newest
