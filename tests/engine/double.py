@@ -94,9 +94,16 @@ def tiny(model_type: str, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def adapt_all(model: Any, **more: Any) -> Adapter:
-    """An adapter of three tasks on every linear layer but the head, far from its start; `more` settings."""
-    targets = {path.rpartition(".")[2] for path in linear_layers(model)}
+def adapt_all(
+    model: Any, *, bare: Any = None, dtype: torch.dtype = torch.float64, **more: Any
+) -> Adapter:
+    """An adapter of three tasks on every linear layer but the head, far from its start; `more` settings.
+
+    Args:
+        bare: whose linear layers are meant, where the model's own are wrapped or of another class.
+        dtype: of the adapter's tensors.
+    """
+    targets = {path.rpartition(".")[2] for path in linear_layers(model if bare is None else bare)}
     config = configure(
         rank=RANK,
         alpha=SCALE * RANK,
@@ -110,7 +117,7 @@ def adapt_all(model: Any, **more: Any) -> Adapter:
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
-            tensor.data = tensor.data.double()
+            tensor.data = tensor.data.to(dtype)
     return adapter
 
 

@@ -19,7 +19,7 @@ from .double import adapt_all, linear_layers, tiny
 from .peaks import peaks
 from .test_bytes import longer
 from .test_families import CASES, CLOSE, furthest
-from .test_families_rounded import WHOLE_BLOCKS, adapted_as, learned
+from .test_families_rounded import WHOLE_BLOCKS, learned
 
 KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes in CASES}
 AGAIN = Keep(gate_up=False)
@@ -106,6 +106,6 @@ def test_mixtures_on_four_bit_weights(name: str, tmp_path: Path) -> None:
             exact.data = whole
     stacks = 2 * sum(path.endswith("experts.down_proj") for path, _ in model.named_parameters())
     assert rounded == len(linear_layers(bare)) + stacks > stacks > 0
-    adapter = adapted_as(model, bare)
+    adapter = adapt_all(model, bare=bare, dtype=torch.float32)
     packed = PackedModel(model, adapter, engine="fused").train()
     assert max(learned(bare, packed, adapter)) < 1e-4

@@ -14,18 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.inject import Adapter, inject
-from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
 
 from .double import (
-    RANK,
-    SCALE,
-    TASKS,
-    TEMPERATURE,
-    UPS,
+    adapt_all,
     alone,
     examples,
     linear_layers,
@@ -47,25 +42,6 @@ IN_CI = ("gemma3_text", "phi3 part")
 NAMES = [
     pytest.param(name, marks=[] if name in IN_CI else [pytest.mark.long], id=name) for name in DENSE
 ]
-
-
-def adapted_as(model: Any, bare: Any) -> Adapter:
-    """The adapter of `double.adapt_all` on the layers that the bare model has, in float32."""
-    targets = {path.rpartition(".")[2] for path in linear_layers(bare)}
-    config = configure(
-        rank=RANK,
-        alpha=SCALE * RANK,
-        up_projections=UPS,
-        temperature=TEMPERATURE,
-        target_modules=tuple(sorted(targets)),
-    )
-    adapter = inject(model, config, TASKS)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapter.tensors().values():
-            tensor.data = tensor.data.float()
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-    return adapter
 
 
 def learned(bare: Any, packed: PackedModel, adapter: Adapter) -> tuple[float, float]:
@@ -108,7 +84,7 @@ def test_on_four_bit_weights(name: str, tmp_path: Path) -> None:
         layer.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state).float()
         rounded += int(not torch.equal(layer.weight, exact))
     assert rounded == len(linear_layers(bare))
-    adapter = adapted_as(model, bare)
+    adapter = adapt_all(model, bare=bare, dtype=torch.float32)
     packed = PackedModel(model, adapter, engine="fused").train()
     assert max(learned(bare, packed, adapter)) < 1e-4
 
@@ -165,7 +141,7 @@ def test_in_eight_bit_products(name: str) -> None:
     model: Any = tiny(kind, **changes).float()
     bare, exact = copy.deepcopy(model), copy.deepcopy(model)
     multiply_in_eight_bits(bare)
-    adapter = adapted_as(model, bare)
+    adapter = adapt_all(model, bare=bare, dtype=torch.float32)
     packed = PackedModel(model, adapter, engine="fused", base_compute="fp8").train()
     near = learned(bare, packed, adapter)
     for tensor in adapter.tensors().values():
