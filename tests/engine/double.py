@@ -166,16 +166,18 @@ def alone(
     """log p of the same questions, each example by itself through transformers' model without adapters."""
     found = []
     for tokens, task in some:
+        tokens = tokens.to(next(model.parameters()).device)
         weights = adapted(model, tensors, task)
         out = functional_call(model, weights, (), {"input_ids": tokens[None], "use_cache": False})
         places = torch.arange(0, len(tokens) - 1, every)
-        logprobs = out.logits[0].log_softmax(-1)
+        wide = torch.promote_types(out.logits.dtype, torch.float32)
+        logprobs = out.logits[0].to(wide).log_softmax(-1)
         found.append(logprobs[places, tokens[places + 1]])
     return torch.cat(found)
 
 
 def adapted(model: Any, tensors: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
-    """W_t = W + s Σ_i g_{t,i} B_i Λ_t A of every adapted layer, under its weight's name."""
+    """W_t = W + s Σ_i g_{t,i} B_i Λ_t A of every adapted layer, under its weight's name and in its dtype."""
     if task < 0:
         return {}
     parameters = dict(model.named_parameters())
@@ -200,10 +202,11 @@ def adapted(model: Any, tensors: Mapping[str, Tensor], task: int) -> dict[str, T
                 )
                 change = update(*own)
                 changes.append(change.T if transposed else change)
-            weights[path] = weight + SCALE * torch.stack(changes)
+            weights[path] = (weight + SCALE * torch.stack(changes)).to(weight.dtype)
         else:
+            weight = parameters[f"{path}.weight"]
             change = update(down, ups, transforms[task], gates[task])
-            weights[f"{path}.weight"] = parameters[f"{path}.weight"] + SCALE * change
+            weights[f"{path}.weight"] = (weight + SCALE * change).to(weight.dtype)
     return weights
 
 
