@@ -3,7 +3,8 @@
 The same packed rows as ours, filled up to one size; adapters in the base model's 16 bits; attention of
 variable length, torch's own; the head only where something is asked; fused AdamW; and either Liger's
 kernels or `torch.compile` a layer. One and two rows a pass are tried. Tokens that fill a row up are
-never counted.
+never counted. Windows are kept. torch's attention knows no sinks: a model that has some is measured without
+them, which is less work, and its entries say so.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from mtl_lora_cli.bench.cases import Case
 from mtl_lora_cli.bench.rival import STEPS, WARMUP, attempts, mark_best, peft_model, timed
 from mtl_lora_cli.bench.shapes import find_config
 from mtl_lora_cli.bench.yardstick import Yardstick
+from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.plan import NotPlanned
+from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.cards import pick_dtype, release
 
 ROWS = (1, 2)  # a pass
@@ -97,21 +101,31 @@ def attention(
     scaling: float | None = None,
     bounds: Tensor | None = None,
     longest: int = 0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within examples, [1, heads, N, d] → [1, N, heads, d]: torch's varlen kernel.
 
     Where there is no card, torch's `scaled_dot_product_attention` for each example.
+
+    Raises:
+        MtlLoraError: the layer has a window, and torch's kernel none.
     """
     assert bounds is not None
+    window = sliding_window if sliding_window and sliding_window < longest else None
     if query.device.type != "cuda":
-        return _one_by_one(query, key, value, bounds, scaling), None
+        return _one_by_one(query, key, value, bounds, scaling, window), None
     from torch.nn.attention.varlen import varlen_attn
 
     known = signature(varlen_attn).parameters
     repeat = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {"scale": scaling} if "scale" in known else {}
-    options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is not None:
+        raise MtlLoraError("this torch's varlen attention knows no window")
+    else:
+        options["is_causal"] = True
     if "enable_gqa" in known:
         options["enable_gqa"] = repeat > 1
     elif repeat > 1:
@@ -122,18 +136,31 @@ def attention(
 
 
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     attend: Any = partial(
-        nn.functional.scaled_dot_product_attention, is_causal=True, scale=scaling, enable_gqa=True
+        nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True
     )
     places = bounds.tolist()
     parts = [
-        attend(*(x[:, :, start:end] for x in (query, key, value)))
+        attend(
+            *(x[:, :, start:end] for x in (query, key, value)), attn_mask=_seen(end - start, window)
+        )
         for start, end in pairwise(places)
         if end > start
     ]
     return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _seen(length: int, window: int | None) -> Tensor:
+    """Which positions each sees: bool [length, length]."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def _register() -> None:
@@ -184,7 +211,8 @@ def _entry(case: Case, measuring: Measuring, kind: str, rows: int) -> dict[str, 
     short = {"bfloat16": "bf16"}.get(dtype, dtype)
     weights = short if case.quantization == "none" else case.quantization
     return {
-        "name": f"{case.shape} packed peft {kind} {weights}, {rows} {'row' if rows == 1 else 'rows'}",
+        "name": f"{case.shape} packed peft {kind} {weights}, {rows} {'row' if rows == 1 else 'rows'}"
+        + (", without its sinks" if _has_sinks(case.shape) else ""),
         "baseline": "packed",
         "best": False,
         "shape": case.shape,
@@ -196,6 +224,13 @@ def _entry(case: Case, measuring: Measuring, kind: str, rows: int) -> dict[str, 
         "status": "done",
         "reason": None,
     }
+
+
+def _has_sinks(shape: str) -> bool:
+    try:
+        return any(half.sinks is not None for half in plan_of(find_config(shape)).attentions)
+    except NotPlanned:
+        return False
 
 
 def _model(case: Case, measuring: Measuring, kind: str) -> Any:

@@ -12,6 +12,7 @@ from mtl_lora_cli.bench.case import Measuring
 from mtl_lora_cli.bench.cases import Case
 from mtl_lora_cli.bench.packed_baseline import mean_loss, packed_rows
 from mtl_lora_cli.bench.rival import peft_model
+from mtl_lora_cli.bench.shapes import SHAPES
 from mtl_lora_cli.bench.yardstick import Yardstick
 
 pytest.importorskip("peft")
@@ -33,7 +34,13 @@ def test_it_trains_on_every_token_of_our_rows(tiny: Case, measuring: Measuring) 
     assert [entry["best"] for entry in entries].count(True) == 1
 
 
-def test_packed_is_as_each_example_alone(tiny: Case, measuring: Measuring) -> None:
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_is_as_each_example_alone(
+    window: int | None, tiny: Case, measuring: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if window is not None:
+        sizes = SHAPES["tiny"] | {"model_type": "mistral", "sliding_window": window}
+        monkeypatch.setitem(SHAPES, "tiny", sizes)
     packed_baseline._register()
     model = peft_model(
         tiny, measuring, "none", checkpointing=False, attention=packed_baseline.NAME, narrow=True
@@ -60,3 +67,9 @@ def test_packed_is_as_each_example_alone(tiny: Case, measuring: Measuring) -> No
         if one.requires_grad:
             assert one.grad is not None and other.grad is not None, name
             assert torch.allclose(one.grad, other.grad, atol=1e-6, rtol=1e-4), name
+
+
+def test_a_rival_without_sinks_says_so(measuring: Measuring) -> None:
+    case = Case("gpt-oss-20b", "gpt-oss-20b", {"method": "lora"})
+    name = packed_baseline._entry(case, measuring, "compile", 2)["name"]
+    assert name.endswith("2 rows, without its sinks")
