@@ -12,6 +12,7 @@ from mtl_lora_cli import extensions
 from mtl_lora_cli.cli import (
     add_task,
     bench,
+    cache,
     compare,
     data,
     doctor,
@@ -51,6 +52,7 @@ export.register(app)
 inspect.register(app)
 report.register(app)
 runs.register(app)
+cache.register(app)
 validate.register(app)
 tasks.register(app)
 data.register(app)

@@ -11,6 +11,7 @@ import typer
 from mtl_lora_cli.cli.completion import complete_run
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunsOption
+from mtl_lora_cli.cli.table import age, binary_size
 
 if TYPE_CHECKING:
     from mtl_lora_cli.runs.listing import Summary
@@ -72,8 +73,8 @@ def _row(one: Summary) -> tuple[str, ...]:
         str(len(one.tasks)),
         _mean(one),
         "–" if one.best is None else f"{one.best['value']:.3f} at {one.best['step']:,}",
-        _size(one.bytes),
-        _age(one.changed),
+        binary_size(one.bytes),
+        age(one.changed),
     )
 
 
@@ -138,7 +139,7 @@ def _details(one: Summary, recipe: dict[str, Any], files: list[tuple[str, int]])
     adapter, training = recipe.get("adapter") or {}, recipe.get("training") or {}
     facts = [
         ("run", str(one.path)),
-        ("status", f"{one.status}, {_steps(one)} steps done, changed {_age(one.changed)} ago"),
+        ("status", f"{one.status}, {_steps(one)} steps done, changed {age(one.changed)} ago"),
         ("base model", str(recipe.get("base_model"))),
         ("adapter", f"{adapter.get('method')}, rank {adapter.get('rank')}"),
         (
@@ -158,8 +159,10 @@ def _details(one: Summary, recipe: dict[str, Any], files: list[tuple[str, int]])
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     if one.tasks:
         lines += ["", table(("task", "metric", "score", "examples"), _task_rows(one))]
-    sizes = [(name, _size(size)) for name, size in files]
-    return "\n".join([*lines, "", table(("file", "size"), [*sizes, ("all", _size(one.bytes))])])
+    sizes = [(name, binary_size(size)) for name, size in files]
+    return "\n".join(
+        [*lines, "", table(("file", "size"), [*sizes, ("all", binary_size(one.bytes))])]
+    )
 
 
 def _task_rows(one: Summary) -> list[tuple[str, ...]]:
@@ -198,30 +201,9 @@ def remove(
                 raise UsageError("runs rm asks, and there is no terminal; say --yes instead")
             for run in found:
                 one = summary(run)
-                say(f"{run.path}: {one.status}, {_steps(one)} steps, {_size(one.bytes)}")
+                say(f"{run.path}: {one.status}, {_steps(one)} steps, {binary_size(one.bytes)}")
             if not typer.confirm("remove for good?", err=True):
                 raise MtlLoraError("nothing was removed")
         for run in found:
             remove_run(run)
             say(f"removed: {run.path}")
-
-
-def _size(count: int) -> str:
-    """1,536 → `1.5 KiB`."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def _age(changed: float) -> str:
-    """Since then, in the largest unit that has passed: `3 min`."""
-    import time
-
-    seconds = max(0.0, time.time() - changed)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

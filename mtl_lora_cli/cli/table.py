@@ -21,3 +21,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = 
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([shown(lines[0]), rule, *(shown(line) for line in lines[1:])])
+
+
+def binary_size(count: int) -> str:
+    """1,536 → `1.5 KiB`."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def age(changed: float) -> str:
+    """Since then, in the largest unit that has passed: `3 min`."""
+    import time
+
+    seconds = max(0.0, time.time() - changed)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

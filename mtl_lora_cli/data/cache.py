@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.runs import kept
 from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
 from mtl_lora_cli.visible import tell
 
@@ -46,9 +48,20 @@ def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
             )
             known = [name for name in file.keys() if name.startswith(_TRACES)]  # noqa: SIM118
             traces = {name.removeprefix(_TRACES): file.get_tensor(name) for name in known}
+        kept.mark_used(path)
         return encoded, Audit.from_json(about["audit"]), traces
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def claimed(key: str, task: str) -> AbstractContextManager[None]:
+    """Only one process encodes what belongs under the key; who waited looks for it again, see `kept.claimed`."""
+
+    def waiting() -> None:
+        tell(f"task '{task}': another process is encoding it; waiting for that")
+
+    kept.limit()  # a fault in it is said before the work
+    return kept.claimed(_path(key), waiting)
 
 
 def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None:
@@ -63,7 +76,7 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         save_file(tensors, temporary, metadata={"about": about})
         Path(temporary).replace(path)
@@ -71,6 +84,13 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         _tell_once(str(path.parent), getattr(error, "strerror", None) or str(error))
+        return
+    left = kept.keep_to_limit()
+    if left:
+        tell(
+            f"note: {len(left)} encoded task(s) that were not used for longest left the cache "
+            f"({sum(one.bytes for one in left) / 2**20:.1f} MiB); {kept.LIMIT} says how much it keeps"
+        )
 
 
 @cache

@@ -483,8 +483,19 @@ def _prepare_task(
         subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,
     )
     stored = cache.load(key)
-    if stored is not None:
-        return bound, *stored
+    if stored is None:
+        with cache.claimed(key, task.name):
+            stored = cache.load(key)
+            if stored is None:
+                stored = _encode_task(task, recipe, encoder, limit)
+                cache.store(key, *stored)
+    return bound, *stored
+
+
+def _encode_task(
+    task: Task, recipe: Recipe, encoder: Encoder, limit: int
+) -> tuple[EncodedSplit, Audit, cache.Traces]:
+    training = recipe.training
     examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
     assert examples is not None  # it has a fingerprint
     held = held_out_examples(task)
@@ -517,5 +528,4 @@ def _prepare_task(
         turns=encoded.turns,
         notes=[*encoder.notes_on(task, marked), *(note for one in read for note in one.notes)],
     )
-    cache.store(key, encoded, noticed, seen)
-    return bound, encoded, noticed, seen
+    return encoded, noticed, seen

@@ -16,6 +16,7 @@ from typing import Any
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.runs.atomic import new_folder
+from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
@@ -55,6 +56,7 @@ def encoder_folder(alias: str, distribution: str, package: str) -> Path:
         require_cache(folder.parent)
         tell(f"converting {path.name} to safetensors (once; seconds)")
         _convert(path, folder)
+    mark_used(folder)
     return folder
 
 

@@ -14,6 +14,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
 from mtl_lora_cli.pointers import require_content
 from mtl_lora_cli.runs.atomic import new_folder
+from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
@@ -42,6 +43,7 @@ def converted_folder(path: Path) -> Path:
         require_cache(folder.parent)
         tell(f"converting {path.name} to safetensors (once; seconds to minutes)")
         _convert(path, folder)
+    mark_used(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.stand_in import device_of, dtype_of
 from mtl_lora_cli.models.trust import Difference, Trust, settle
 from mtl_lora_cli.runs.atomic import write_json
+from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder
 
 _ROOMS = ("models", "engine", "adapters", "kernels")  # what decides what our path computes
@@ -82,6 +83,7 @@ def _read(path: Path) -> Trust | None:
     try:
         kept: dict[str, Any] = json.loads(path.read_text())
         way = kept["way"]
+        mark_used(path)
         return Trust(
             way=None if way is None else Way(**way),
             difference=Difference(**kept["difference"]),
