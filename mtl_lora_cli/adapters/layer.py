@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.function import AdaptedProjections, AdapterProducts
 from mtl_lora_cli.adapters.methods.base import Role, Settings, Sizes
 from mtl_lora_cli.adapters.routing import Routing, Slots
+from mtl_lora_cli.adapters.streams import AdaptedStreams, Streams
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.extensions import origin
 
@@ -264,43 +264,14 @@ class MultiTaskLinear(TaskLayer):
         slots: Slots,
         mask: Tensor | None,
     ) -> Tensor:
-        """x [N, in], one piece a task, and one of what they share, → [N, out].
-
-        The own parts are multiplied piece by piece, not as rows of one z: that is less work, and nothing
-        of a task, not even what is no number, gets into another's piece.
-        """
+        """x [N, in], one piece a task, and one of what they share, → [N, out]."""
         down, up = self.factors(slots.tasks)
-        common = down.shape[1] - len(slots.tasks) * self.config.own_rows
-        y = AdaptedProjections.apply(
-            x,
-            frozen,
-            replace(products, spread_by="same"),
-            slots,
-            mask,
-            None,
-            *frozen.weights(),
-            down[:, :common].contiguous(),
-            up[:, :, :common].contiguous(),
-        )
-        kept = x if mask is None else x * mask / (1 - products.dropout)
-        return _with_own_parts(
-            cast(Tensor, y), kept, down[0, common:], up[0, :, common:], products, slots
-        )
-
-
-def _with_own_parts(
-    y: Tensor, x: Tensor, down: Tensor, up: Tensor, products: AdapterProducts, slots: Slots
-) -> Tensor:
-    """y + s B_t A_t x in the piece of each task t: y [N, out], x [N, in], A [P r', in], B [out, P r']."""
-    tasks = len(slots.tasks)
-    if tasks == 0:
-        return y
-    low = down.view(tasks, -1, down.shape[1]).to(x.dtype)
-    high = (products.scale * up.T).view(tasks, -1, up.shape[0]).to(x.dtype)
-    pieces, rows = x.view(slots.streams, -1, x.shape[1]), y.view(slots.streams, -1, y.shape[1])
-    z = torch.bmm(pieces[:tasks], low.mT)
-    own = torch.baddbmm(rows[:tasks], z, high)
-    return torch.cat([own, rows[tasks:]]).view_as(y) if slots.shared else own.view_as(y)
+        tasks = len(slots.tasks)
+        common = down.shape[1] - tasks * self.config.own_rows
+        streams = Streams(slots.streams, tasks, common)
+        (weight,) = frozen.weights()
+        found = AdaptedStreams.apply(x, frozen, products, streams, mask, weight, down[0], up[0])
+        return cast(Tensor, found)
 
 
 def mixing_of(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BASE_ONLY = -1  # the id of activations that get the base model alone
+_KEPT = 16  # assignments of windows, whose slots are kept
 
 # Beside the tasks' ids 0 … T − 1 there may be one more, T: of activations that get what all tasks share,
 # and of no task's own part.
@@ -83,6 +84,7 @@ class Routing:
         self.tasks = tasks
         self.shared = tasks if shared else None
         self._current: _Assignment | None = None
+        self._kept: dict[bytes, _Assignment] = {}
 
     @contextmanager
     def assign(self, ids: Tensor | Sequence[int], *, windows: bool = False) -> Iterator[None]:
@@ -107,12 +109,22 @@ class Routing:
                 raise ValueError(
                     f"task ids must lie in [-1, {self.tasks}), received {low} to {high}"
                 )
-        assignment = _Assignment(tensor, self.shared, windows)
+        assignment = self._of_windows(tensor) if windows else _Assignment(tensor, self.shared)
         previous, self._current = self._current, assignment
         try:
             yield
         finally:
             self._current = previous
+
+    def _of_windows(self, ids: Tensor) -> _Assignment:
+        """The assignment that the same ids had before, where there was one: step for step pictures have the same
+        streams, and to bring slots to a card once more would wait for all that it is busy with."""
+        key = ids.numpy().tobytes()
+        found = self._kept.pop(key, None) or _Assignment(ids, self.shared, windows=True)
+        self._kept[key] = found  # the latest is last
+        if len(self._kept) > _KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        return found
 
     @contextmanager
     def select(self, index: Tensor) -> Iterator[None]:
@@ -161,7 +173,8 @@ class Routing:
         key = (shape, device)
         if key not in current.cache:
             ids = _windowed(current.ids, shape) if current.windows else current.ids
-            current.cache[key] = _slots(ids, shape, device, current.shared)
+            with torch.inference_mode(False):  # they may be kept for a pass that learns
+                current.cache[key] = _slots(ids, shape, device, current.shared)
         return current.cache[key]
 
     def _require(self) -> _Assignment:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtl_lora_cli.dense.resize import resized, summed
 from mtl_lora_cli.tasks.maps import MapSpec
 
 WIDTH = 128
@@ -42,20 +43,13 @@ class Decoder(nn.Module):
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """x_i [N, h_i, w_i, C_i] of each stage → [N, C, H, W] float32 (float64 of such), see `formed`."""
         fused = (-(-size[0] // _FUSED), -(-size[1] // _FUSED))
-        parts = [
-            resized(project(norm(x)).permute(0, 3, 1, 2), fused)
+        projected = [
+            project(norm(x)).permute(0, 3, 1, 2)
             for x, norm, project in zip(maps, self.norms, self.projections, strict=True)
         ]
-        y = self.out(F.gelu(self.conv(F.gelu(torch.stack(parts).sum(0)))))
+        y = self.out(F.gelu(self.conv(F.gelu(summed(projected, fused)))))
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
         return formed(resized(y, size).to(wide), self.spec)
-
-
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N, C, h, w] → [N, C, H, W], bilinear."""
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def formed(y: Tensor, spec: MapSpec) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from copy import deepcopy
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class DenseHost(ModuleHost):
         device = next(trunk.parameters()).device
         made = [Decoder(self.stages.channels, spec).to(device, wide) for spec in specs]
         self.decoders = nn.ModuleList(made)
+        self._copies: dict[int, Decoder] = {}
         adapter.decoders = dict(zip(adapter.tasks, made, strict=True))
 
     def _tapped(self, path: str) -> Tap:
@@ -98,10 +100,10 @@ class DenseHost(ModuleHost):
         found, places = [], []
         for number, task in enumerate(tasks):
             rows = batch.present[:, task].nonzero().flatten()
-            own = [stage[self._stream(number)] for stage in maps]
+            own = maps[self._stream(number)]
             target = batch.targets[task]
             if len(rows) < len(batch.pixels):
-                chosen = rows.to(target.device)
+                chosen = without_waiting(rows, target.device)
                 own, target = [stage[chosen] for stage in own], target[chosen]
             answers = self._decoded(task, own, _size(batch.pixels))
             found.append(map_losses(answers, target, self.specs[task]))
@@ -109,7 +111,7 @@ class DenseHost(ModuleHost):
         if not found:
             return batch.pixels.new_zeros(0)
         order = torch.cat(places).argsort()
-        return torch.cat(found)[order.to(batch.pixels.device)].float()
+        return torch.cat(found)[without_waiting(order, batch.pixels.device)].float()
 
     def answers(self, batch: MapBatch, tasks: Sequence[int]) -> dict[int, Tensor]:
         """Task id → what its decoder gives for every picture, float32 [I, C, H, W]: logits of classes, edges
@@ -117,17 +119,15 @@ class DenseHost(ModuleHost):
         rising = sorted(set(tasks))
         maps = self._features(batch.pixels, rising)
         return {
-            task: self._decoded(
-                task, [stage[self._stream(number)] for stage in maps], _size(batch.pixels)
-            )
+            task: self._decoded(task, maps[self._stream(number)], _size(batch.pixels))
             for number, task in enumerate(rising)
         }
 
     def _stream(self, number: int) -> int:
         return 0 if self.way == "one" else number
 
-    def _features(self, pixels: Tensor, tasks: Sequence[int]) -> list[Tensor]:
-        """[P, I, h, w, C] of each stage: a stream of each task, or P = 1."""
+    def _features(self, pixels: Tensor, tasks: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Of each stream, of which there is one a task or one alone, [I, h, w, C] of each stage."""
         routing = self._adapter.routing
         pictures, size = len(pixels), _size(pixels)
         ids = torch.zeros(pictures, dtype=torch.long)
@@ -142,18 +142,33 @@ class DenseHost(ModuleHost):
                 cast(Fork, tap).tasks = tasks
         with routing.assign(ids, windows=True):
             self.family.run(self.model, x)
-        return [
-            self.family.to_map(self.model, tap.taken(), stage, size).unflatten(0, (-1, pictures))
+        stages = [
+            self.family.to_map(self.model, tap.taken(), stage, size).split(pictures)
             for stage, tap in enumerate(self.taps)
         ]
+        return list(zip(*stages, strict=True))
 
     def _decoded(self, task: int, maps: Sequence[Tensor], size: Size) -> Tensor:
         """By the task's decoder, in the backbone's dtype; it learns in float32."""
-        decoder = self.decoders[task]
+        decoder = cast(Decoder, self.decoders[task])
         if self.dtype in (torch.float32, torch.float64):
             return cast(Tensor, decoder(maps, size))
+        if not (self.training or torch.is_grad_enabled()):
+            return cast(Tensor, self._narrowed(task, decoder)(maps, size))
         narrow = {name: own.to(self.dtype) for name, own in decoder.named_parameters()}
         return cast(Tensor, functional_call(decoder, narrow, (maps, size)))
+
+    def _narrowed(self, task: int, decoder: Decoder) -> Decoder:
+        """A copy in the backbone's dtype, until `train` is called again."""
+        if task not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[task] = deepcopy(decoder).to(self.dtype).requires_grad_(False)
+        return self._copies[task]
+
+    def train(self, mode: bool = True) -> Self:
+        """See `ModuleHost`; what decoders learned until now counts from here on."""
+        self._copies.clear()
+        return super().train(mode)
 
     def counts(self) -> Mapping[str, int]:
         """Values that learn, by what they are."""
@@ -189,6 +204,12 @@ class DenseHost(ModuleHost):
                 "adapter.streams: stages (mtlora) runs it once"
             )
         return lines
+
+
+def without_waiting(index: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a card that is busy takes it in its turn, and nobody waits."""
+    pinned = index.pin_memory() if device.type == "cuda" else index
+    return pinned.to(device, non_blocking=True)
 
 
 def _size(pixels: Tensor) -> Size:

@@ -32,8 +32,11 @@ def map_losses(answers: Tensor, target: Tensor, spec: MapSpec) -> Tensor:
 
 
 def _classes(logits: Tensor, target: Tensor) -> Tensor:
-    values = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
-    return _mean(values, target != IGNORED)
+    rows = logits.movedim(1, -1).flatten(
+        0, -2
+    )  # no copy where channels are last, as decoders have them
+    values = F.cross_entropy(rows, target.flatten(), ignore_index=IGNORED, reduction="none")
+    return _mean(values.view_as(target), target != IGNORED)
 
 
 def _normals(normals: Tensor, target: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
     python tests/benchmarks/dense_cost.py --out OUT
 
-Every arm has the same decoders. Steps are timed one by one on the card's own clock, arms in turn, and the median
-is told. `plain LoRA` is one stream with four decoders; `single` is the sum of four steps of one task each.
+Every arm has the same decoders. Steps are timed one by one on the card's own clock, and the median is told.
+`plain LoRA` is one stream with four decoders; `single` is the sum of four steps of one task each. The memory of each
+step stands beside what `memory/maps.py` says of it beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -38,14 +40,16 @@ def host_of(
 ) -> Any:
     from mtl_lora_cli.adapters.inject import inject
     from mtl_lora_cli.adapters.methods import configure
-    from mtl_lora_cli.dense.backbones import family_of, load_backbone
+    from mtl_lora_cli.dense.backbones import backbone_skeleton, family_of, load_backbone
     from mtl_lora_cli.dense.host import DenseHost
     from mtl_lora_cli.models.base import find_base_model
-    from mtl_lora_cli.tasks.maps import MapSpec
 
     base = find_base_model(str(folder))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    trunk = load_backbone(base, size=(size, size), dtype=dtype, device=device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "meta":
+        trunk = backbone_skeleton(base, (size, size)).to(dtype).requires_grad_(False).eval()
+    else:
+        trunk = load_backbone(base, size=(size, size), dtype=dtype, device=device)
     known = {
         name.rpartition(".")[2]
         for name, m in trunk.named_modules()
@@ -66,15 +70,35 @@ def host_of(
         within=("embeddings", "encoder"),
         own_in=stages.blocks if streams else None,
     )
+    return DenseHost(trunk, family_of(base, trunk.config), adapter, specs_of(names), dtype).train(
+        True
+    )
+
+
+def specs_of(names: tuple[str, ...]) -> list[Any]:
+    from mtl_lora_cli.tasks.maps import MapSpec
+
     specs = {
         "segmentation": MapSpec("segmentation", CLASSES, tuple(map(str, range(CLASSES)))),
         "depth": MapSpec("depth", 1, low=0.7, high=10.0, scale="log"),
         "normals": MapSpec("normals", 3),
         "edges": MapSpec("edges", 1),
     }
-    return DenseHost(
-        trunk, family_of(base, trunk.config), adapter, [specs[n] for n in names], dtype
-    ).train(True)
+    return [specs[name] for name in names]
+
+
+def estimated(
+    folder: Path, names: tuple[str, ...], streams: bool, size: int, pictures: int
+) -> float:
+    """GiB of a step's tensors, as they are said before anything is learned."""
+    from mtl_lora_cli.memory import maps
+
+    host = host_of(folder, names, size, streams=streams, device=torch.device("meta"))
+    fixed, passing = (
+        maps._fixed(host, "none"),
+        maps._passing(host, specs_of(names), (size, size), pictures),
+    )
+    return maps.MapsMemory(fixed, passing).peak / 2**30
 
 
 def batch_of(names: tuple[str, ...], pictures: int, size: int, device: torch.device) -> Any:
@@ -148,6 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--arms", nargs="*", help="some of them alone")
     parser.add_argument(
         "--profile", action="store_true", help="where a step of streams goes, and nothing else"
     )
@@ -166,6 +191,8 @@ def main() -> None:
     arms = {"plain LoRA": (OBJECTIVES, False), "streams": (OBJECTIVES, True)}
     arms |= {f"single {name}": ((name,), False) for name in OBJECTIVES}
     for name, (tasks, streams) in arms.items():
+        if arguments.arms and name not in arguments.arms:
+            continue
         try:
             found[name] = measured(
                 folder, tasks, streams, size, pictures, device, clock, arguments.steps
@@ -185,6 +212,7 @@ def measured(
     device: torch.device, clock: Clock, steps: int,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds of a step, of answers to all pictures, and of the trunk alone; the most memory of a step."""
+    gc.collect()  # what a host is made of points at itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -197,6 +225,8 @@ def measured(
     found = {"step": statistics.median(clock(stepping.step) for _ in range(steps))}
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    found["said_gib"] = estimated(folder, tasks, streams, size, pictures)
+    stepping.host.train(False)
     stepping.answer()
     found["answers"] = statistics.median(clock(stepping.answer) for _ in range(steps))
     found["trunk"] = statistics.median(clock(stepping.forked) for _ in range(steps))
@@ -234,7 +264,7 @@ def profiled(folder: Path, size: int, pictures: int, device: torch.device) -> No
 def told(found: dict[str, dict[str, float]]) -> str:
     """The figures that the issue asks for."""
     lines = []
-    if "step" in found["streams"] and "step" in found["plain LoRA"]:
+    if all("step" in one for one in found.values()) and len(found) > len(OBJECTIVES):
         streams, plain = found["streams"]["step"], found["plain LoRA"]["step"]
         lines.append(
             f"streams / plain LoRA step: {streams / plain:.2f} ({streams * 1e3:.1f} / {plain * 1e3:.1f} ms)"
@@ -244,6 +274,10 @@ def told(found: dict[str, dict[str, float]]) -> str:
         lines.append(
             f"all answers / trunk and forks: {found['streams']['answers'] / found['streams']['trunk']:.2f}"
         )
+    for name, one in found.items():
+        if "peak_gib" in one:
+            share = one["said_gib"] / one["peak_gib"] - 1
+            lines.append(f"memory of {name}: {one['peak_gib']:.2f} GiB, said {share:+.1%}")
     return "\n".join(lines)
 
 

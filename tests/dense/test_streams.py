@@ -126,7 +126,7 @@ def test_which_streams_run(backbones: Backbones, settings: dict[str, Any], strea
     """Without `streams` tasks that differ run through the whole trunk; merged, it is a trunk of each."""
     base, size = backbones("convnext"), (32, 32)
     host, batch = host_of(base, "convnext", size, **settings), batch_of(size)
-    assert all(len(stage) == streams for stage in host._features(batch.pixels, [0, 1, 2]))
+    assert len(host._features(batch.pixels, [0, 1, 2])) == streams
     if settings["streams" if "streams" in settings else "method"] == "stages":
         return
     trunk = load_backbone(base, size=size, dtype=torch.float64, device=torch.device("cpu"))
@@ -135,7 +135,7 @@ def test_which_streams_run(backbones: Backbones, settings: dict[str, Any], strea
     for path in host.stages.blocks:
         merged.trunk.get_submodule(path).register_forward_hook(lambda m, a, x: plain.append(x))
     merged.trunk(batch.pixels)
-    ours = [stage[0].permute(0, 3, 1, 2) for stage in host._features(batch.pixels, [1])]
+    ours = [stage.permute(0, 3, 1, 2) for stage in host._features(batch.pixels, [1])[0]]
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 

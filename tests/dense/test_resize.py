@@ -1,0 +1,39 @@
+"""Products that resize maps, against torch's interpolation and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtl_lora_cli.dense import resize
+
+
+@pytest.mark.parametrize("channels", [1, 3, 24])
+@pytest.mark.parametrize("onto", [False, True])
+def test_products_are_the_interpolation(channels: int, onto: bool) -> None:
+    size = (20, 28)
+    maps = [
+        torch.randn(2, channels, *sides, dtype=torch.float64, requires_grad=True)
+        for sides in ((10, 14), (5, 7), (3, 28))
+    ]
+    below = torch.randn(2, channels, *size, dtype=torch.float64) if onto else None
+    weights = [resize.weights_of(one, size) for one in maps]
+    found = resize.by_products(maps, [one for one in weights if one is not None], below)
+    expected = sum(F.interpolate(one, size=size, mode="bilinear") for one in maps)
+    expected = expected if below is None else expected + below
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(found)
+    mine, theirs = (torch.autograd.grad(y, maps, upstream) for y in (found, expected))
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    assert (
+        torch.equal(resize.summed(maps, size), expected if below is None else expected - below)
+        or onto
+    )
+
+
+def test_half_precision_takes_what_it_can_hold() -> None:
+    x = torch.zeros(1, 3, 14, 16, dtype=torch.bfloat16)
+    assert resize.weights_of(x, (56, 128)) is not None
+    assert resize.weights_of(x, (49, 128)) is None
