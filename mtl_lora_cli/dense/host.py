@@ -100,7 +100,7 @@ class DenseHost(ModuleHost):
         found, places = [], []
         for number, task in enumerate(tasks):
             rows = batch.present[:, task].nonzero().flatten()
-            own = maps[self._stream(number)]
+            own: Sequence[Tensor] = maps[self._stream(number)]
             target = batch.targets[task]
             if len(rows) < len(batch.pixels):
                 chosen = without_waiting(rows, target.device)
