@@ -1,21 +1,18 @@
-"""What a person gets who tunes nothing: what `init` writes, unchanged, beside LoRA's best of three rates; by hand:
+"""What a person gets who tunes nothing: what `init` writes, beside LoRA's best of three rates; by hand:
 
     python tests/benchmarks/untuned.py BASE_MODEL OUTPUT [--mixtures 5] [--seeds 0] [--limit 500] [--jobs 4]
-        [--arms A,…] [--minutes M] [--steps N] [--hardware gpu-80]
-        [--data FOLDER]
+        [--arms A,…] [--minutes M] [--steps N] [--hardware gpu-80] [--data FOLDER] [--report-only]
 
 Five mixtures of three tasks each are drawn from the seventeen of real-17 by `DRAWN_BY`, which was written down
 before the defaults of `init` were chosen; those were chosen by docs/study.md, on all seventeen together and on
-unbalanced-3. Each mixture is learned by
+unbalanced-3. Each mixture is learned by the arms of `arms`; the best LoRA is chosen by the mean of the test scores,
+which favours it. Looks and checkpoints are left out: they change nothing that is learned.
 
-    init      the recipe that `mtl-lora init` writes
-    before    the recipe that it wrote for a card until then: attention only, rank 8, n = 3, 3e-4, 16,384 tokens a step
-    lora@R    init's recipe with method lora and the rate R for all parts, R of `RATES`; the best is chosen by the
-              mean of the test scores, which favours LoRA
-
-A call that was stopped goes on: OUTPUT keeps a file a run. The table says of each task its score with the 95 %
-interval, the score of the majority answer, and whether it lies above that and at most two points below LoRA.
-`MTL_LORA_DATA`, or `--data`, names the folder of the data.
+It is a queue: OUTPUT keeps a file a run, what is there is not done again, and each of `--jobs` processes takes the
+next run until `--minutes` are over. A run is begun only where the longest one so far would still end; whatever
+goes on then is given up. On a card MPS lets small models compute side by side (docs/comparing.md). The table
+says of each task its score with the 95 % interval, the score of the majority answer, and whether it lies above that
+and at most two points below LoRA. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
 """
 
 from __future__ import annotations
@@ -27,8 +24,11 @@ import random
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,6 +44,12 @@ TASKS = {
     "qqp": "glue/qqp", "mnli": "glue/mnli", "qnli": "glue/qnli", "rte": "glue/rte",
     "home_depot": "ads/home_depot", "amazon_google": "ads/amazon_google",
 }  # fmt: skip
+SEVEN = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+LORA = f"adapter={{method: lora, rank: 16, alpha: 32, target_modules: {SEVEN}}}"
+DIAGONAL = (
+    "adapter={method: mtl-lora, rank: 16, alpha: 32, up_projections: 1, transform: diagonal, "
+    f"target_modules: {SEVEN}}}"
+)
 BEFORE = (
     "adapter={method: mtl-lora, rank: 8, alpha: 16, up_projections: 3, dropout: 0.05}",
     "training.epochs=3",
@@ -55,6 +61,8 @@ BEFORE = (
     "training.row_length=2048",
     "training.rows_per_step=8",
 )
+READY = "ready"  # beside the results: the base model and the recipes are there
+CLAIMED = ".claimed"
 
 
 def mixtures(count: int) -> list[tuple[str, ...]]:
@@ -63,12 +71,34 @@ def mixtures(count: int) -> list[tuple[str, ...]]:
     return [tuple(sorted(draw.sample(sorted(TASKS), 3))) for _ in range(count)]
 
 
-def arms() -> dict[str, tuple[str, ...]]:
-    """Arm → what it changes of init's recipe."""
-    own = {"init": (), "before": BEFORE}
-    plain = "adapter={method: lora, rank: 16, alpha: 32, target_modules: [q_proj, k_proj, v_proj, "
-    lora = (plain + "o_proj, gate_proj, up_proj, down_proj]}", "training.parts={}")
-    return own | {f"lora@{rate}": (*lora, f"training.learning_rate={rate}") for rate in RATES}
+def arms(rate: float) -> dict[str, tuple[str, ...]]:
+    """Arm → what it changes of the recipe that `init` writes, whose rate is given.
+
+    diagonal      MTL-LoRA with one up-projection and a vector of factors for each task, factors at ten times the rate
+    lora          plain LoRA, B at four times the rate
+    …-clipped     the same with clipping by each tensor's own history
+    lora@R        LoRA with one rate R for all parts, R of `RATES`
+    before        what `init` wrote for a card until 2026-11: attention only, rank 8, n = 3, 3e-4, 16,384 tokens a step
+    """
+    up = f"up: {{learning_rate: {4 * rate:.2g}}}"
+    plain = (LORA, f"training.parts={{{up}}}")
+    diagonal = (
+        DIAGONAL,
+        f"training.parts={{{up}, transform: {{learning_rate: {10 * rate:.2g}}}}}",
+    )
+    off, on = ("training.clipping=null",), ("training.clipping=true",)
+    single = {
+        f"lora@{one}": (LORA, "training.parts={}", f"training.learning_rate={one}", *off)
+        for one in RATES
+    }
+    return {
+        "lora": plain + off,
+        "lora-clipped": plain + on,
+        "diagonal": diagonal + off,
+        "diagonal-clipped": diagonal + on,
+        **single,
+        "before": BEFORE,
+    }
 
 
 def family(task: str) -> str:
@@ -89,29 +119,48 @@ def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path, steps: in
     """One run, and its result file."""
     from mtl_lora_cli.evaluation.evaluate import Setting, evaluate, find_rows
     from mtl_lora_cli.evaluation.opened import open_run
+    from mtl_lora_cli.machine.cards import pick_device, release
     from mtl_lora_cli.recipe.load import load_recipe
     from mtl_lora_cli.training.prepare import prepare
     from mtl_lora_cli.training.run import start
-    from mtl_lora_cli.training.signs import signs
     from mtl_lora_cli.training.spikes import spikes
 
-    began = time.monotonic()
-    changes = [*arms()[arm], f"training.seed={seed}", "training.checkpoint_every=null"]
+    times = [time.monotonic()]
+    rate = load_recipe(recipe).recipe.training.learning_rate
+    changes = [*arms(rate)[arm], f"training.seed={seed}"]
+    changes += ["training.checkpoint_every=null", "training.validation=null"]
     changes += [] if steps is None else [f"training.max_steps={steps}"]
     prepared = prepare(load_recipe(recipe, changes))
+    times.append(time.monotonic())
     run = start(prepared, output.with_suffix(".run") / f"{time.time_ns()}")
+    times.append(time.monotonic())
+    release(pick_device())
     opened, setting = open_run(run), Setting(limit=limit)
-    results = evaluate(
-        opened, opened.tasks, setting, lambda *_: None, rows=find_rows(opened.tasks, setting, None)
-    )
+    rows = find_rows(opened.tasks, setting, None)
+    results = evaluate(opened, opened.tasks, setting, lambda *_: None, rows=rows)
+    times.append(time.monotonic())
+    release(pick_device())
     events = list(run.events())
-    steps = [event for event in events if event["event"] == "step"]
+    taken = [event for event in events if event["event"] == "step"]
+    norms = sorted(event["gradient_norm"] for event in taken)
+    around = json.loads(run.environment.read_text(encoding="utf-8"))
     found = {
-        "steps": len(steps),
-        "seconds": round(time.monotonic() - began, 1),
-        "last_loss": fmean(event["loss"] for event in steps[-max(1, len(steps) // 10) :]),
+        "steps": len(taken),
+        "tokens": sum(event["tokens"] for event in taken),
+        "seconds": dict(
+            zip(
+                ("prepare", "learn", "score"),
+                (round(after - before, 1) for before, after in pairwise(times)),
+                strict=True,
+            )
+        ),
+        "stepping": round(sum(event["seconds"] for event in taken), 1),
+        "last_loss": fmean(event["loss"] for event in taken[-max(1, len(taken) // 10) :]),
         "spikes": len(spikes(events)),
-        "signs": signs(events),
+        "norms": [norms[len(norms) // 2], norms[-1]],
+        "parameters": opened.adapter.parameter_count(),
+        "device": around["device"],
+        "git_revision": around["git_revision"],
         "tasks": {
             task.name: scored(result, task.template.metrics[0])
             for task, result in zip(opened.tasks, results, strict=True)
@@ -156,20 +205,20 @@ def report(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
     for number, tasks in enumerate(mixtures(count)):
         for seed in seeds:
             there = {}
-            for arm in arms():
+            for arm in arms(1.0):
                 file = result_file(folder, number, arm, seed)
                 if file.is_file():
                     there[arm] = json.loads(file.read_text(encoding="utf-8"))
-            loras = {arm: one for arm, one in there.items() if arm.startswith("lora")}
+            loras = {arm: one for arm, one in there.items() if arm.startswith("lora@")}
             best = max(loras, key=lambda arm: mean(loras[arm]), default=None)
             for arm, one in there.items():
-                head = f"{number} {seed} {arm:9} {one['steps']:5} {one['spikes']:3} {one['last_loss']:.3f}"
+                head = f"{number} {seed} {arm:16} {one['steps']:5} {one['spikes']:3} {one['last_loss']:.3f}"
                 yield f"{head} | mean {mean(one):.3f}" + (" best LoRA" if arm == best else "")
-            for arm in ("before", "init"):
-                for task in tasks if arm in there else ():
+            for arm in (arm for arm in there if not arm.startswith("lora@")):
+                for task in tasks:
                     own = there[arm]["tasks"][task]
                     lora = None if best is None else loras[best]["tasks"][task]["value"]
-                    yield f"  {arm:6} {line_of(task, own, lora)}"
+                    yield f"  {arm:16} {line_of(task, own, lora)}"
 
 
 def mean(result: Mapping[str, Any]) -> float:
@@ -190,6 +239,49 @@ def line_of(task: str, own: Mapping[str, Any], lora: float | None) -> str:
     return f"{task:14} {own['metric']:9} {own['value']:.3f} {interval} {own['majority']:.3f} {above}{beside}"
 
 
+Run = tuple[int, str, int]  # mixture, arm, seed
+
+
+def queue(options: argparse.Namespace) -> list[Run]:
+    """All runs in their order: whole mixtures of a seed one after another."""
+    return [
+        (number, arm, int(seed))
+        for seed in options.seeds.split(",")
+        for number in range(options.mixtures)
+        for arm in options.arms.split(",")
+    ]
+
+
+def work(options: argparse.Namespace) -> None:
+    """Take runs that nobody has taken, until there is none or no time."""
+    # What is slow to load is loaded while the parent prepares.
+    for name in ("evaluation.evaluate", "evaluation.opened", "training.prepare", "training.run"):
+        import_module(f"mtl_lora_cli.{name}")
+    import torch
+
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+    while not (options.output / READY).is_file():
+        time.sleep(0.1)
+    longest = 0.0
+    for number, arm, seed in queue(options):
+        file = result_file(options.output, number, arm, seed)
+        if file.is_file() or time.time() + longest > options.until:
+            continue
+        try:
+            file.with_suffix(CLAIMED).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            recipe = options.output / f"{number}.yaml"
+            learn(recipe, arm, seed, options.limit, file, options.steps)
+            took = json.loads(file.read_text(encoding="utf-8"))
+            # The first run waits for kernels, too: its steps say what the next one takes.
+            longest = max(longest, took["stepping"] + took["seconds"]["score"])
+        except Exception:
+            print(number, arm, seed, traceback.format_exc(), file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base_model")
@@ -199,49 +291,50 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--arms", default=",".join(arms()))
+    parser.add_argument("--arms", default=",".join(arms(1.0)))
     parser.add_argument("--steps", type=int, help="only so many, to try this script")
     parser.add_argument("--hardware", default="gpu-80")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MTL_LORA_DATA", ".")))
-    parser.add_argument("--one", nargs=3, metavar=("MIXTURE", "ARM", "SEED"))
+    parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # for a process of the queue
     options = parser.parse_args()
     options.data = options.data.resolve()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    until = time.monotonic() + 60 * options.minutes
-    if options.one:
-        number, arm, seed = int(options.one[0]), options.one[1], int(options.one[2])
-        recipe = options.output / f"{number}.yaml"
-        file = result_file(options.output, number, arm, seed)
-        learn(recipe, arm, seed, options.limit, file, options.steps)
+    if options.until:
+        work(options)
         return
-    options.output.mkdir(parents=True, exist_ok=True)
-    for number, tasks in enumerate(mixtures(options.mixtures)):
-        write_recipe(tasks, options.output / f"{number}.yaml", options)
-
-    def one(job: tuple[int, str, int]) -> None:
-        left = until - time.monotonic()
-        if result_file(options.output, *job).is_file() or left < 5:
-            return
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", *map(str, job)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=min(left, 1e6), check=False
-            )
-        except subprocess.TimeoutExpired:
-            print(*job, "no time was left", file=sys.stderr)
-            return
-        if done.returncode:
-            print(*job, "\n".join(done.stderr.splitlines()[-6:]), file=sys.stderr)
-
-    jobs = [
-        (n, arm, seed)
-        for n in range(options.mixtures)
-        for seed in seeds
-        for arm in options.arms.split(",")
-    ]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(one, jobs))
+    if not options.report_only:
+        run_queue(options, time.time() + 60 * options.minutes)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
     print("\n".join(report(options.output, options.mixtures, seeds)))
+
+
+def run_queue(options: argparse.Namespace, until: float) -> None:
+    """Have the runs done by so many processes; they load their libraries while the base model is found."""
+    output = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    for old in (*output.glob(f"*{CLAIMED}"), *output.glob(READY)):
+        old.unlink()
+    around = {"MTL_LORA_SHARING": str(options.jobs), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--until", str(until)]
+    # What a run shows while it learns is nothing here.
+    processes = [
+        subprocess.Popen(command, env={**around, **os.environ}, stdout=subprocess.DEVNULL)
+        for _ in range(options.jobs)
+    ]
+    try:
+        for number, tasks in enumerate(mixtures(options.mixtures)):
+            if not (output / f"{number}.yaml").is_file():
+                write_recipe(tasks, output / f"{number}.yaml", options)
+        from mtl_lora_cli.models.base import find_base_model
+
+        find_base_model(options.base_model)
+        (output / READY).touch()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.time()))
+    finally:
+        for process in processes:
+            process.kill()
 
 
 if __name__ == "__main__":
