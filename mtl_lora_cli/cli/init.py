@@ -110,7 +110,10 @@ def init(
         write_text(output, starter_recipe(base_model, found, hardware, choice, output))
         emit(str(output))
         if choice.hours is not None:
-            say(f"training takes about {max(1, round(60 * choice.hours))} minutes on this CPU")
+            say(
+                f"training takes about {max(1, round(60 * choice.hours))} minutes, as quick as this CPU is "
+                "now"
+            )
         say(f"next: mtl-lora validate {output}; mtl-lora train {output}")
 
 
@@ -125,9 +128,16 @@ def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choi
     return choose(
         parameters_of(base_model),
         mixture,
+        cores=_cores() if on_cpu else None,
         flops=_flops() if on_cpu else None,
         held_out=held_out(sources),
     )
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _flops() -> float:

@@ -20,6 +20,10 @@ _EPOCHS = 3
 _SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
 _HOUR = 3600.0
 _FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
+# Of a CPU's core, operations a second: two thirds of what the recorded quickstart reached on an AMD EPYC.
+# What is written depends on this and never on how busy the machine is just now.
+_CORE = 60e9
+_ROUND = 50  # steps that an hour allows are rounded down to a multiple
 # Tokens of a step that the rates are for, and those that a mixture may have instead.
 _MEASURED_AT = 8_192
 _TOKENS = {"cpu": (128, 256, 512), "small": (2_048, 4_096, 8_192), "large": (4_096, 8_192, 16_384)}
@@ -49,7 +53,7 @@ class Choice:
         epochs: over the rows.
         max_steps: where the mixture is small; None: as many as the epochs have.
         why: of the steps, in words.
-        hours: that it takes on this CPU, about; None on a card.
+        hours: that it takes on this CPU, about, as quick as it was just now; None where nothing says so.
         looked_at: held-out rows of each task at a look, at most; None: there are none.
     """
 
@@ -71,6 +75,7 @@ def choose(
     parameters: int | None,
     mixture: Mixture | None,
     *,
+    cores: int | None = None,
     flops: float | None = None,
     held_out: bool = False,
 ) -> Choice:
@@ -79,22 +84,27 @@ def choose(
     Args:
         parameters: of the base model; None: not known, and taken for large.
         mixture: None: its rows are not at hand.
-        flops: of this CPU's matrix products a second; None: there is a card.
+        cores: of the CPU that learns; None: there is a card.
+        flops: that the CPU's matrix products reach a second; it says what is told, not what is written.
         held_out: some task has a validation split.
     """
     size = parameters or 7 * 10**9
-    kind = "cpu" if flops else "small" if size < _SMALL else "large"
-    tokens, max_steps, epochs, why = _steps(_TOKENS[kind], mixture)
-    hours = None
-    if flops:
-        least = max_steps or STEPS
-        hours = _FLOP * size * tokens * least / flops / _HOUR
-        if hours > 1 and max_steps:
-            max_steps = max(FEW, int(max_steps / hours))
-            why = f"{max_steps:,} steps: more would take longer than an hour on this CPU."
-            hours = _FLOP * size * tokens * max_steps / flops / _HOUR
-    rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens)
+    kind = "cpu" if cores else "small" if size < _SMALL else "large"
+    sizes = _TOKENS[kind]
+    in_an_hour = {each: _affordable(size, each, mixture, cores) for each in sizes}
+    sizes = tuple(each for each in sizes if in_an_hour[each] >= STEPS) or sizes[:1]
+    tokens, max_steps, epochs, why = _steps(sizes, mixture)
     row = _row(tokens, mixture)
+    step = row * max(1, tokens // row)
+    if mixture is not None and in_an_hour[tokens] < (max_steps or epochs * mixture.tokens / step):
+        max_steps = max(FEW, int(in_an_hour[tokens]) // _ROUND * _ROUND)
+        most = "as many as an hour allows" if max_steps <= in_an_hour[tokens] else "the fewest"
+        why = f"{max_steps:,} steps: {most} on {cores} CPU core{'s' * (cores != 1)}."
+    hours = None
+    if flops and mixture is not None:
+        steps = max_steps or epochs * mixture.tokens / step
+        hours = _FLOP * size * step * steps / flops / _HOUR
+    rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens)
     return Choice(
         rank=16,
         alpha=32,
@@ -107,8 +117,14 @@ def choose(
         max_steps=max_steps,
         why=why,
         hours=hours,
-        looked_at=(40 if flops else 200) if held_out else None,
+        looked_at=(40 if cores else 200) if held_out else None,
     )
+
+
+def _affordable(size: int, tokens: int, mixture: Mixture | None, cores: int | None) -> float:
+    """Steps of so many tokens, or of a whole row, that an hour of the cores allows."""
+    step = max(tokens, _row(tokens, mixture))
+    return _HOUR * cores * _CORE / (_FLOP * size * step) if cores else math.inf
 
 
 def _steps(sizes: tuple[int, ...], mixture: Mixture | None) -> tuple[int, int | None, int, str]:
