@@ -28,7 +28,7 @@ from mtl_lora_cli.errors import MtlLoraError, did_you_mean
 
 CONFIG_FILE = "mtl_lora_config.json"
 TENSOR_FILE = "mtl_lora.safetensors"
-FORMAT_VERSION = 6  # since 5 the method's own keys alone
+FORMAT_VERSION = 7  # since 5 the method's own keys alone
 _OLDEST = 3
 # Formats 3 and 4 had the keys of every method, whether it reads them or not.
 _OF_ALL_METHODS = (
@@ -47,7 +47,9 @@ _OF_ALL_METHODS = (
 _SINCE = {
     4: ("transform_start", "transform_bases", "task_modules"),
     6: ("whole_modules", "streams", "experts", "gate_form"),
+    7: ("tied",),
 }
+_BEFORE = {"mtl-lora-fine": {"tied"}}  # keys that a method had from its beginning
 _PARTS = ("tasks", "base_model", "modules", "checksums")
 
 
@@ -211,7 +213,7 @@ def _config(path: Path, content: Mapping[str, Any], version: int) -> Settings:
         written = {*Settings.model_fields, *_OF_ALL_METHODS}
     for since, keys in _SINCE.items():
         if version < since:
-            written.difference_update(keys)
+            written -= set(keys) - _BEFORE.get(method, set())
     _require_keys(path, content, {*written, "format_version", "checksum", *_PARTS}, others=False)
     try:
         return METHODS[method](**{name: content[name] for name in names & written})

@@ -592,6 +592,12 @@ class Recipe(StrictModel):
                 f"adapter.method: {self.adapter.method} starts from the weights as they are, received "
                 f"quantization: {self.quantization}; use none, or another method"
             )
+        if self.training.shuffled_tasks and not self.adapter.per_task:
+            tied = " with tied: true" if getattr(self.adapter, "tied", False) else ""
+            raise ValueError(
+                f"training.shuffled_tasks: adapter.method: {self.adapter.method}{tied} has no part of a task's "
+                "own, so shuffled ids change nothing; leave it out"
+            )
         if balance is not None and balance.method == "pcgrad" and stage:
             raise ValueError(
                 f"training.balance: pcgrad does not go with zero_stage: {stage}: DeepSpeed sums gradients "

@@ -239,8 +239,21 @@ def test_fine_groups_may_have_any_size(make_layer: MakeLayer) -> None:
         torch.testing.assert_close(down, layer.lora_A[0].detach(), rtol=0, atol=0)
 
 
-def test_tied_a_fine_method_knows_no_tasks(make_layer: MakeLayer) -> None:
-    layer = build(make_layer, "mtl-lora-fine", tied=True)
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("mtl-lora-fine", {}),
+        ("moelora", {}),
+        ("mtl-lora", {}),
+        ("mtl-lora", {"transform": "diagonal", "gate": "embedding", "transform_start": 0.5}),
+        ("mtl-lora", {"transform": "bases"}),
+    ],
+)
+def test_tied_a_method_knows_no_tasks(
+    make_layer: MakeLayer, method: str, own: dict[str, Any]
+) -> None:
+    layer = build(make_layer, method, tied=True, **own)
+    assert layer.config.mixing(layer.tensors(None)).shape[:2] == (1, 4)
     updates = [layer.task_update(task) for task in range(4)]
     assert all(torch.equal(up, updates[0][1]) for _, up in updates)
     x = torch.randn(4, 7, dtype=torch.float64)
@@ -248,8 +261,12 @@ def test_tied_a_fine_method_knows_no_tasks(make_layer: MakeLayer) -> None:
         found = layer(x)
     with torch.no_grad(), layer.routing.assign(torch.zeros(4, dtype=torch.long)):
         torch.testing.assert_close(found, layer(x), rtol=1e-13, atol=1e-13)
-    (own,) = {role.name for role in layer.roles.values() if role.per_task} or {None}
-    assert own is None
+    assert not layer.config.per_task
+    apart = build(make_layer, method, **own)
+    assert not torch.equal(apart.task_update(0)[1], apart.task_update(1)[1])
+    gates = layer.config.gates(layer.tensors(None))
+    assert gates.shape[:2] == (1, 4)
+    assert all(one.shape[:2] == (1, 4) for one in layer.config.own(layer.tensors(None)).values())
 
 
 def test_a_group_is_no_larger_than_a_layers_rank() -> None:

@@ -177,10 +177,10 @@ def test_other_task_names_or_another_order(saved: Path, tasks: tuple[str, ...]) 
     assert line.endswith(f"tasks are boolq, rte, sst2; expected {', '.join(tasks)}")
 
 
-@pytest.mark.parametrize("version", [7, 2, 1, 0, "4", None, True])
+@pytest.mark.parametrize("version", [8, 2, 1, 0, "4", None, True])
 def test_another_format_version(saved: Path, version: Any) -> None:
     edit_config(saved, lambda content: content.update(format_version=version))
-    assert f"format_version {version!r} is not known; this release reads 3 to 6" in fault(saved)
+    assert f"format_version {version!r} is not known; this release reads 3 to 7" in fault(saved)
 
 
 # What formats 3 and 4 said beside the keys that every method reads, as releases before wrote it.
@@ -198,9 +198,10 @@ ALL_METHODS = {
 }  # fmt: skip
 SINCE_4 = ("transform_start", "transform_bases", "task_modules")
 SINCE_6 = ("whole_modules", "streams", "experts", "gate_form")
+SINCE_7 = ("tied",)
 
 
-@pytest.mark.parametrize("version", [3, 4, 5])
+@pytest.mark.parametrize("version", [3, 4, 5, 6])
 @pytest.mark.parametrize("method", BEFORE)
 def test_the_formats_before_this_one_are_read(tmp_path: Path, method: str, version: int) -> None:
     """3 and 4 had the keys of all methods; each says nothing of what came later, and means the defaults."""
@@ -211,7 +212,8 @@ def test_the_formats_before_this_one_are_read(tmp_path: Path, method: str, versi
         content.update(format_version=version)
         if version < 5:
             content.update(**BEFORE[method], **ALL_METHODS)
-        for key in (*SINCE_6, *(SINCE_4 if version == 3 else ())):
+        since_6 = SINCE_6 if version < 6 else ()
+        for key in (*SINCE_7, *since_6, *(SINCE_4 if version == 3 else ())):
             content.pop(key, None)  # not every method has all of them
 
     edit_config(tmp_path, as_before)
@@ -224,6 +226,14 @@ def test_the_formats_before_this_one_are_read(tmp_path: Path, method: str, versi
         edit_config(tmp_path, lambda content: content.update(transform_start=0.5))
         line = fault(tmp_path, adapter)
         assert line.endswith(f"{CONFIG_FILE}: unknown key 'transform_start'")
+
+
+def test_a_fine_methods_file_always_said_whether_it_is_tied(tmp_path: Path) -> None:
+    save_adapter(fresh(0, method="mtl-lora-fine", tied=True), tmp_path, {"name": "base"})
+    edit_config(tmp_path, lambda content: content.update(format_version=6))
+    adapter = fresh(1, method="mtl-lora-fine", tied=True)
+    load_adapter(adapter, tmp_path)
+    assert read_adapter_file(tmp_path).config == adapter.config
 
 
 def test_parts_of_tasks_own_in_some_layers_come_back(tmp_path: Path) -> None:

@@ -126,6 +126,21 @@ CASES = [
         files=recipe("template:", "templat:"),
     ),
     Bad(
+        "shuffled ids of a method that knows no tasks",
+        (
+            "recipe.yaml:1: training.shuffled_tasks: adapter.method: moelora with tied: true has no part of a "
+            "task's own, so shuffled ids change nothing; leave it out",
+        ),
+        files=more(
+            "training: {shuffled_tasks: true}\nadapter: {method: moelora, tied: true}\n"
+        ),
+    ),
+    Bad(
+        "a control that the method does not have",
+        ("recipe.yaml:10: adapter.tied: 'tied' is not read by method: multilora, only by…",),
+        files=more("adapter:\n  method: multilora\n  tied: true\n"),
+    ),
+    Bad(
         "unknown part of the adapter",
         ("recipe.yaml:10: training.parts.gates: unknown key; did you mean 'gate'?",),
         files=more("training:\n  parts:\n    gates: {learning_rate: 1.0e-3}\n"),

@@ -49,6 +49,7 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
             "gate": st.sampled_from(["weights", "embedding"]),
             "gate_start": AMOUNTS,
             "embedding_size": st.integers(1, 99),
+            "tied": st.booleans(),
         },
         "mtl-lora-fine": {
             "up_rank": st.just(1),
@@ -76,6 +77,7 @@ def adapters() -> st.SearchStrategy[dict[str, Any]]:
             **common,
             temperature=AMOUNTS,
             gate_form=st.sampled_from(["softmax", "mean_one"]),
+            tied=st.booleans(),
         )
         | some(
             {"method": st.just("mtl-lora"), "transform": st.just("bases")},

@@ -44,6 +44,7 @@ class MoeLora(Settings):
         "softmax", description="The gates' sum is 1, or their mean: n softmax(G e / τ)."
     )
     embedding_size: Positive = Field(64, description="d of the task embedding.")
+    tied: bool = Field(False, description="A control: all tasks have one gate. Then it knows no tasks.")
 
     @classmethod
     def rank_step(cls, keys: Mapping[str, Any]) -> int:
@@ -69,10 +70,11 @@ class MoeLora(Settings):
         )
 
     def roles_of_model(self, tasks: int) -> tuple[Role, ...]:
-        """e [T, d] and G [n, d]."""
+        """e [T, d], with `tied` [1, d], and G [n, d]."""
         size = self.embedding_size
+        shape, own = (1 if self.tied else tasks, size), not self.tied
         return (
-            Role("task_embedding", (tasks, size), normal(), "embedding", per_task=True),
+            Role("task_embedding", shape, normal(), "embedding", per_task=own),
             Role("gate_projection", (self.up_projections, size), kaiming, "gate"),
         )
 
@@ -83,6 +85,6 @@ class MoeLora(Settings):
 
     def gates(self, p: Tensors) -> Tensor:
         """g [L, P, n], the same in each layer."""
-        logits = (p["task_embedding"] @ p["gate_projection"].T).expand(p.layers, -1, -1)
+        logits = (p["task_embedding"] @ p["gate_projection"].T).expand(p.layers, p.tasks, -1)
         gates = (logits / self.temperature).softmax(-1)
         return gates if self.gate_form == "softmax" else self.up_projections * gates

@@ -2,7 +2,7 @@
 
     ΔW_t x = s Σ_i g_{t,i} B_i Λ_t A x        g_t = softmax(w_t / τ)        M_t = [g_{t,1} Λ_t; …; g_{t,n} Λ_t]
 
-The start is B_i = 0 and Λ_t = I. w_t is learned as it stands, or is G e_t with one e_t for the whole
+With `tied` all tasks have one g and one Λ. The start is B_i = 0 and Λ_t = I. w_t is learned as it stands, or is G e_t with one e_t for the whole
 model. Λ_t is a matrix, or a diagonal, which may start beside I; or I + Σ_k c_{t,k} S_k, which starts with
 S = 0 and c ~ N(0, 1).
 """
@@ -59,6 +59,9 @@ class MtlLora(Settings):
         2.0, description="Standard deviation of the gate's logits w_t / τ at the start."
     )
     embedding_size: Positive = Field(16, description="d of the task embedding.")
+    tied: bool = Field(
+        False, description="A control: all tasks have one gate and one Λ. Then it knows no tasks."
+    )
 
     @model_validator(mode="after")
     def _reads_what_is_said(self) -> Self:
@@ -70,30 +73,36 @@ class MtlLora(Settings):
 
     def roles(self, sizes: Sizes) -> tuple[Role, ...]:
         """A, B, then Λ and the gate."""
-        return (*super().roles(sizes), *self._of_transform(sizes), self._of_gate(sizes.tasks))
+        own = self._own(sizes.tasks)
+        return (*super().roles(sizes), *self._of_transform(sizes.rank, own), self._of_gate(own))
 
     def roles_of_model(self, tasks: int) -> tuple[Role, ...]:
         """e [T, d], with `gate: embedding`."""
         if self.gate == "weights":
             return ()
-        shape = (tasks, self.embedding_size)
-        return (Role("task_embedding", shape, normal(), "embedding", per_task=True),)
+        shape = (self._own(tasks), self.embedding_size)
+        return (Role("task_embedding", shape, normal(), "embedding", per_task=not self.tied),)
 
-    def _of_transform(self, sizes: Sizes) -> tuple[Role, ...]:
-        r, tasks, bases = sizes.rank, sizes.tasks, self.transform_bases
+    def _own(self, tasks: int) -> int:
+        """Rows of what each task has of its own."""
+        return 1 if self.tied else tasks
+
+    def _of_transform(self, r: int, tasks: int) -> tuple[Role, ...]:
+        bases, own = self.transform_bases, not self.tied
         if self.transform == "bases":
             return (
-                Role("task_transform", (tasks, bases), normal(), "transform", per_task=True),
+                Role("task_transform", (tasks, bases), normal(), "transform", per_task=own),
                 Role("transform_basis", (bases, r, r), zeros, "transform"),
             )
         shape = (tasks, r, r) if self.transform == "full" else (tasks, r)
         start = beside_one(self.transform_start)
-        return (Role("task_transform", shape, start, "transform", per_task=True),)
+        return (Role("task_transform", shape, start, "transform", per_task=own),)
 
     def _of_gate(self, tasks: int) -> Role:
         n, deviation = self.up_projections, self.gate_start * self.temperature
         if self.gate == "weights":
-            return Role("task_gate", (tasks, n), normal(deviation), "gate", per_task=True)
+            own = not self.tied
+            return Role("task_gate", (tasks, n), normal(deviation), "gate", per_task=own)
         size = self.embedding_size
         return Role("gate_projection", (n, size), normal(deviation / math.sqrt(size)), "gate")
 
@@ -107,10 +116,15 @@ class MtlLora(Settings):
             logits = p["task_gate"]
         else:
             logits = p["task_embedding"] @ p["gate_projection"].mT
-        return (logits / self.temperature).softmax(-1)
+        gates: Tensor = (logits / self.temperature).softmax(-1)
+        return gates.expand(-1, p.tasks, -1)
 
     def transforms(self, p: Tensors) -> Tensor:
         """Λ [L, P, r, r]."""
+        return self._transforms(p).expand(-1, p.tasks, -1, -1)
+
+    def _transforms(self, p: Tensors) -> Tensor:
+        """As many as there are."""
         own = p["task_transform"]
         match self.transform:
             case "full":
