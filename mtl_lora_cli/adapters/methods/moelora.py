@@ -44,7 +44,9 @@ class MoeLora(Settings):
         "softmax", description="The gates' sum is 1, or their mean: n softmax(G e / τ)."
     )
     embedding_size: Positive = Field(64, description="d of the task embedding.")
-    tied: bool = Field(False, description="A control: all tasks have one gate. Then it knows no tasks.")
+    tied: bool = Field(
+        False, description="A control: all tasks have one gate. Then it knows no tasks."
+    )
 
     @classmethod
     def rank_step(cls, keys: Mapping[str, Any]) -> int:
