@@ -90,7 +90,7 @@ def choose(
     """
     size = parameters or 7 * 10**9
     kind = "cpu" if cores else "small" if size < _SMALL else "large"
-    sizes = _TOKENS[kind]
+    sizes: tuple[int, ...] = _TOKENS[kind]
     in_an_hour = {each: _affordable(size, each, mixture, cores) for each in sizes}
     sizes = tuple(each for each in sizes if in_an_hour[each] >= STEPS) or sizes[:1]
     tokens, max_steps, epochs, why = _steps(sizes, mixture)
