@@ -108,14 +108,21 @@ class FrozenWeights:
 
         What lies outside the blocks of s B is zero and stays so.
         """
-        (out, width), room = self.shape, self.room
-        if self._together is not None and room == (columns, rows) and room.columns:
-            return self._together[:out, width:], self._together[out:, :width]
+        (out, width), margins = self.shape, self.margins()
+        if margins is not None and self.room == (columns, rows):
+            return margins
         device = self.layers[0].weight.device
         return (
             torch.zeros(out, columns, dtype=dtype, device=device),
             torch.empty(rows, width, dtype=dtype, device=device),
         )
+
+    def margins(self) -> tuple[Tensor, Tensor] | None:
+        """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W; None: it has none."""
+        out, width = self.shape
+        if self._together is None or not self.room.columns:
+            return None
+        return self._together[:out, width:], self._together[out:, :width]
 
     def above_down(self) -> Tensor | None:
         """[W; A] [Σ out_j + rows, in], where A has its place in the margin; None: it has none."""

@@ -27,6 +27,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.methods.base import Spread
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.mix import mix, mix_gradient
+from mtl_lora_cli.kernels.place import Place, place_each
 
 
 class Factors(NamedTuple):
@@ -77,17 +78,58 @@ class AdapterProducts:
 
         They may stand in the margins of the frozen weights, and then hold until the next call.
         """
+        found = self._space(frozen, dtype, downs, ups)
+        place_each(self._places(found, downs, ups))
+        return Factors(*found, None if mixing is None else mixing.detach())
+
+    def in_margins(self, frozen: FrozenWeights, mixing: Tensor | None) -> Factors | None:
+        """The factors that stand in the margins already, or None where there are no margins."""
+        margins = frozen.margins()
+        if margins is None:
+            return None
+        return Factors(margins[1], margins[0], None if mixing is None else mixing.detach())
+
+    def margin_places(
+        self, frozen: FrozenWeights, downs: Sequence[Tensor], ups: Sequence[Tensor]
+    ) -> list[Place]:
+        """Which parameters go where in the margins; nothing where there are none."""
+        found = self.in_margins(frozen, None)
+        return [] if found is None else self._places((found.down, found.up), downs, ups)
+
+    def _space(
+        self,
+        frozen: FrozenWeights,
+        dtype: torch.dtype,
+        downs: Sequence[Tensor],
+        ups: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        columns = sum(up.shape[0] * up.shape[2] for up in ups)
+        rows = sum(down.shape[0] * down.shape[1] for down in downs)
+        block, below = frozen.factor_space(columns, rows, dtype)
+        return below, block
+
+    def _places(
+        self, found: tuple[Tensor, Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor]
+    ) -> list[Place]:
+        """Where A and s B of each projection stand in [A_1; …] and the block-diagonal s B."""
+        below, block = found
         rows = [down.shape[0] * down.shape[1] for down in downs]
         widths = [up.shape[0] * up.shape[2] for up in ups]
-        block, below = frozen.factor_space(sum(widths), sum(rows), dtype)
-        for part, down in zip(below.split(rows), downs, strict=True):
-            part.copy_(down.detach().view_as(part))
-        for (start, stop), part, up in zip(
-            self.spans, block.split(widths, dim=1), ups, strict=True
-        ):
-            place = part[start:stop].unflatten(1, (up.shape[0], up.shape[2]))
-            torch.mul(up.detach().permute(1, 0, 2), self.scale, out=place)
-        return Factors(below, block, None if mixing is None else mixing.detach())
+        lower = [
+            Place(down.detach().view(1, *part.shape), part.unsqueeze(0), 1.0)
+            for part, down in zip(below.split(rows), downs, strict=True)
+        ]
+        right = [
+            Place(
+                up.detach(),
+                part[start:stop].unflatten(1, (up.shape[0], up.shape[2])).permute(1, 0, 2),
+                self.scale,
+            )
+            for (start, stop), part, up in zip(
+                self.spans, block.split(widths, dim=1), ups, strict=True
+            )
+        ]
+        return lower + right
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Which features dropout keeps, bool like x; None without dropout."""
@@ -196,9 +238,8 @@ class AdapterProducts:
             weight: w [in].
             mask: of dropout, or None.
         """
-        scaled = (dz * inverse[:, None]).to(dz.dtype)
-        found = wide_product(scaled.T, self.dropped(x, mask))
-        return found.mul_(weight.to(found.dtype))
+        scaled = torch.mul(dz, inverse[:, None], out=torch.empty_like(dz))
+        return wide_product(scaled.T, self.dropped(x, mask)).mul_(weight)
 
     def parameter_gradients(
         self,

@@ -35,6 +35,8 @@ def _llama(
     }
 
 
+_GRANITE = {"model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128_256, theta=500_000.0),
     "llama3.2-3b": _llama(3072, 8192, 28, 24, 8, 128_256, theta=500_000.0, tied=True),
@@ -87,6 +89,81 @@ SHAPES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
         },
+    },
+    "gemma2-2b": {
+        **_llama(2304, 9216, 26, 8, 4, 256_000, tied=True),
+        "model_type": "gemma2",
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
+    },
+    "smollm3-3b": {
+        **_llama(2048, 11008, 36, 16, 4, 128_256, theta=5_000_000.0, tied=True),
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "rms_norm_eps": 1e-6,
+    },
+    "olmo3-7b": {
+        **_llama(4096, 11008, 32, 32, 32, 100_278, theta=500_000.0),
+        "model_type": "olmo3",
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
+    },
+    "phi4-mini": {
+        **_llama(3072, 8192, 32, 24, 8, 200_064, tied=True),
+        "model_type": "phi3",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.75,
+        },
+        "pad_token_id": 0,
+    },
+    "granite-2b": {
+        **_llama(2048, 8192, 40, 32, 8, 49_155, theta=10_000_000.0, tied=True),
+        **_GRANITE,
+        "attention_multiplier": 0.015625,
+        "logits_scaling": 8.0,
+    },
+    "granite-8b": {
+        **_llama(4096, 12800, 40, 32, 8, 49_155, theta=10_000_000.0, tied=True),
+        **_GRANITE,
+        "attention_multiplier": 0.0078125,
+        "logits_scaling": 16.0,
+    },
+    "glm4-9b": {
+        **_llama(4096, 13696, 40, 32, 2, 151_552),
+        "model_type": "glm4",
+        "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "pad_token_id": 0,
+    },
+    "ministral3-8b": {
+        **_llama(4096, 14336, 34, 32, 8, 131_072, theta=1_000_000.0),
+        "model_type": "ministral3",
+        "head_dim": 128,
+        "max_position_embeddings": 262_144,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16_384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "qwen2.5-7b": {
+        **_llama(3584, 18944, 28, 28, 4, 152_064, theta=1_000_000.0),
+        "model_type": "qwen2",
+        "rms_norm_eps": 1e-6,
     },
     "tiny": _llama(64, 128, 2, 4, 2, 256),
 }

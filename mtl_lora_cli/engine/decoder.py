@@ -25,6 +25,7 @@ from mtl_lora_cli.engine.attention_block import AttentionBlock
 from mtl_lora_cli.engine.experts_block import ExpertsBlock
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.halves import Begin, ExpertsHalf, Layer, MixerHalf, norm_of
+from mtl_lora_cli.engine.margins import Margins
 from mtl_lora_cli.engine.mixer_block import MixerBlock
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
@@ -109,6 +110,7 @@ class FusedDecoder:
             self.layers.append(Layer.of(module, plan, end, resident=resident))
             end = self.layers[-1].mlp.end
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
+        self._margins = Margins([group for layer in self.layers for group in layer.groups])
         self._kinds = list(self.plan.attentions)
         self.angles = {plan: Angles(self._base, plan) for plan in self.plan.rotaries}
         last = norm_of(self._base.get_submodule(self.plan.norm.path), self.plan.norm)
@@ -185,6 +187,7 @@ class FusedDecoder:
         learn = torch.is_grad_enabled()
         packings = self._packings(x, position_ids, segments)
         out = None
+        self._margins.write()
         mixings = self.mixings(slots, chosen_slots)
         for number in range(len(self.layers)):
             last = number + 1 == len(self.layers)

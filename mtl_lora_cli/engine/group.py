@@ -13,6 +13,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
 from mtl_lora_cli.adapters.function import AdapterProducts, Factors
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.place import Place
 
 _MOST_OWN_ROWS = 128
 Norm = tuple[Tensor, Tensor]  # r [N] and w [d] of h = w ⊙ (r x)
@@ -31,6 +32,7 @@ class Group:
 
     Attributes:
         all_tasks: z holds the own rows of all tasks, present or not.
+        written: the factors stand in their margins, for one forward pass (`margins.py`).
     """
 
     def __init__(self, *layers: torch.nn.Module, resident: bool = True, roomy: bool = True) -> None:
@@ -41,6 +43,7 @@ class Group:
         self.adapted = [layer for layer in layers if isinstance(layer, MultiTaskLinear)]
         self.products: AdapterProducts | None = None
         self.all_tasks = False
+        self.written = False
         wanted = Room()
         if self.adapted:
             spans = tuple(
@@ -84,16 +87,29 @@ class Group:
         each = [layer.factors(self.wanted(slots)) for layer in self.adapted]
         return [mixing, *(down for down, _ in each), *(up for _, up in each)]
 
+    def margin_places(self) -> list[Place]:
+        """Which parameters go where in the margins, where A and B are parameters and there are margins."""
+        if self.products is None or self.frozen.margins() is None:
+            return []
+        each = [layer.factors(None) for layer in self.adapted]
+        if not all(isinstance(one, torch.nn.Parameter) for factors in each for one in factors):
+            return []  # made of several
+        downs, ups = zip(*each, strict=True)
+        return self.products.margin_places(self.frozen, downs, ups)
+
     def forward(
         self, wide: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
     ) -> tuple[Tensor, Tape | None]:
         """y from [x | room], and what the backward pass needs of the adapters."""
-        x = self.input(wide)
+        x, written, self.written = self.input(wide), self.written, False
         if self.products is None or slots.count == 0:
             return self.frozen.product(x, self.frozen.weights()), None
         mixing, rest = tensors[0], tensors[1:]
         count = len(self.adapted)
-        factors = self.products.factors(self.frozen, x.dtype, rest[:count], rest[count:], mixing)
+        factors = self.products.in_margins(self.frozen, mixing) if written else None
+        if factors is None:
+            downs, ups = rest[:count], rest[count:]
+            factors = self.products.factors(self.frozen, x.dtype, downs, ups, mixing)
         mask = self.products.mask(x) if training else None
         z = self.products.narrow(x, mask, factors)
         tape = Tape(factors, z, mask, tuple(like.shape for like in rest))

@@ -162,7 +162,7 @@ class Update:
         """
         set_learning_rates(self.optimizer, factor)
         self._steps += 1
-        _gradients(self._parameters)  # AdamW would keep no moments of what has none
+        gradients_of(self._parameters)  # AdamW would keep no moments of what has none
         if self._processes.count > 1:
             self._sum_gradients()
         if not self._graphed or self._steps <= _WARM_UP:
@@ -178,7 +178,7 @@ class Update:
 
     def _sum_gradients(self) -> None:
         """One collective for all of them: they are few beside the base model."""
-        gradients = _gradients(self._parameters)
+        gradients = gradients_of(self._parameters)
         flat = self._processes.sum_(torch.cat([gradient.view(-1) for gradient in gradients]))
         sizes = [gradient.numel() for gradient in gradients]
         parts = [part.view_as(g) for part, g in zip(flat.split(sizes), gradients, strict=True)]
@@ -188,7 +188,7 @@ class Update:
         if self._clipping is None:
             norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         else:
-            norm = self._clipping.clip(_gradients(self._parameters))
+            norm = self._clipping.clip(gradients_of(self._parameters))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self._graphed)
         return norm
@@ -221,7 +221,7 @@ class Update:
                 self.optimizer.state[tensor][key] = value.to(device, copy=True)
 
 
-def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Of all of them; of one that no row of this process reached zeros."""
     for parameter in parameters:
         if parameter.grad is None:

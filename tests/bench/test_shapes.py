@@ -27,6 +27,14 @@ WEIGHTS = {  # all weights of the published models
     "qwen3-8b": 8_190_735_360,
     "qwen3-30b-a3b": 30_532_122_624,
     "gpt-oss-20b": 20_914_757_184,
+    "gemma2-2b": 2_614_341_888,
+    "smollm3-3b": 3_075_098_624,
+    "olmo3-7b": 7_298_011_136,
+    "phi4-mini": 3_836_021_760,
+    "granite-2b": 2_533_531_648,
+    "granite-8b": 8_170_848_256,
+    "glm4-9b": 9_400_279_040,
+    "qwen2.5-7b": 7_615_616_512,
     "gemma3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,  # without what sees and its projector
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mtl_lora_cli.kernels import fp8, gated, logprob, mix, nf4, norm
 from mtl_lora_cli.kernels.grouped import grouped
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
+from mtl_lora_cli.kernels.place import Place, at_once, place_each
 from mtl_lora_cli.kernels.rotary import Turn, rotate_
 from mtl_lora_cli.kernels.stream import After, Norm, enter, enter_gradient
 
@@ -152,6 +153,33 @@ def test_mixing_keeps_one_tasks_infinities_from_the_others() -> None:
     z[slot == 1] = float("inf")
     gradient = mix.mix_gradient(before, z, slot, 3, 1)
     assert gradient[:, [0, 2]].isfinite().all()
+
+
+def test_placing_many_matrices_is_placing_each() -> None:
+    """Bit by bit, scaled by no power of two, into margins of a matrix in 16 bits; the rest stays as it is."""
+    from mtl_lora_cli.kernels.triton_place import Table
+
+    half = (
+        torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    )  # the interpreter cuts bfloat16 off
+    down, up = normal(1, 8, 1500), normal(3, 40, 8, seed=1)
+
+    def places(together: Tensor) -> list[Place]:
+        below, beside = together[40:48, :1500], together[:40, 1500:1524]
+        own = beside.unflatten(1, (3, 8)).permute(1, 0, 2)
+        return [Place(down, below.unsqueeze(0), 1.0), Place(up, own, 0.3)]
+
+    one, two = (normal(48, 1600, seed=2).to(half)[:, :1524] for _ in range(2))
+    place_each(places(one))
+    assert at_once(places(two))
+    table = Table(places(two))
+    table.write()
+    assert torch.equal(one, two)
+    assert torch.equal(one[40:, :1500], down[0].to(half))
+    assert torch.equal(one[:40, 1508:1516], (0.3 * up[1]).to(half))
+    up.mul_(2)  # as they are when it is called
+    table.write()
+    assert torch.equal(two[:40, 1508:1516], (0.3 * up[1]).to(half))
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (32, 128), (6, 96)])
