@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.choices import Request
 
 
+GELU_TABLE = 1e-2  # in log-probabilities; 1.6e-3 and less were seen of eighteen layers
+
+
+def table_tolerance(config: Any) -> float:
+    """How far llama.cpp may be from a model's own float32: ggml reads GELU from a table of 16-bit floats.
+
+    Args:
+        config: transformers' configuration.
+
+    Returns:
+        0 where the model has another activation.
+    """
+    text = config.get_text_config()
+    names = (getattr(text, key, None) for key in ("hidden_act", "hidden_activation"))
+    return GELU_TABLE if any("gelu" in str(name) for name in names) else 0.0
+
+
 def require_llama_cpp() -> None:
     """Refuse to go on where llama.cpp is not there to run what is written.
 

@@ -251,8 +251,9 @@ def add_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> None:
         parameters: all that is trained; each has a gradient already.
     """
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = [(p.grad, new) for p, new in zip(parameters, found, strict=True) if new is not None]
-    torch._foreach_add_([own for own, _ in pairs], [new for _, new in pairs])
+    own = gradients_of(parameters)
+    pairs = [(one, new) for one, new in zip(own, found, strict=True) if new is not None]
+    torch._foreach_add_([one for one, _ in pairs], [new for _, new in pairs])
 
 
 # What a graph reads, in the order of `_contents`; the tile tables follow.

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export import llama_converter
 from mtl_lora_cli.export.llama_converter import VARIABLE, convert_adapter, convert_model
+from mtl_lora_cli.export.llama_scores import table_tolerance
 from mtl_lora_cli.models.base import find_base_model
 
 from ..engine.double import linear_layers
@@ -178,6 +179,13 @@ def llama_logprobs(model: Path, lora: Path | None, ids: list[int]) -> Tensor:
         return torch.from_numpy(opened.scores[: len(ids)].copy()).double().log_softmax(-1)
     finally:
         opened.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"), [("gemma2", 1e-2), ("gemma3_text", 1e-2), ("gemma3", 1e-2), ("qwen3", 0.0)]
+)
+def test_gelu_is_allowed_what_its_table_costs(kind: str, allowed: float) -> None:
+    assert table_tolerance(AutoConfig.for_model(kind)) == allowed
 
 
 @pytest.mark.long

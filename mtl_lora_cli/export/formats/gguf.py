@@ -9,6 +9,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, export_format
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.gguf_model import Dialect
     from mtl_lora_cli.export.order import Order
@@ -98,6 +99,14 @@ class GgufAdapter(Format):
             base, folder / ADAPTER, questions.requests
         ) as opened:  # fmt: skip
             return questions.answers(score(opened, questions.requests))
+
+    def tolerance(self, run: Run) -> float | None:
+        """By the run's dtype; llama.cpp may be coarser."""
+        from mtl_lora_cli.export.check import TOLERANCE
+        from mtl_lora_cli.export.llama_scores import table_tolerance
+        from mtl_lora_cli.models.load import load_config
+
+        return max(TOLERANCE.get(run.dtype, 0.0), table_tolerance(load_config(run.base)))
 
     def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
         from mtl_lora_cli.export.card import model_card

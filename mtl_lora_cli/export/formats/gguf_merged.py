@@ -84,11 +84,14 @@ class GgufMerged(Format):
             return questions.answers(score(opened, questions.requests))
 
     def tolerance(self, run: Run) -> float | None:
-        """The file is as coarse as the base model's own, whatever the run is."""
+        """The file is as coarse as the base model's own, whatever the run is; llama.cpp may be coarser."""
         from mtl_lora_cli.export.check import TOLERANCE
         from mtl_lora_cli.export.gguf_model import stored_dtypes
+        from mtl_lora_cli.export.llama_scores import table_tolerance
+        from mtl_lora_cli.models.load import load_config
 
-        return max(TOLERANCE[dtype] for dtype in {run.dtype, *stored_dtypes(run.base.folder)})
+        stored = max(TOLERANCE[dtype] for dtype in {run.dtype, *stored_dtypes(run.base.folder)})
+        return max(stored, table_tolerance(load_config(run.base)))
 
     def card(self, order: Order, folder: Path, comparison: Comparison | None) -> str:
         from mtl_lora_cli.export.card import model_card
