@@ -6,21 +6,19 @@ first task, and a picture's units are the maps that it has. A map that is missin
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.mixture import generator_of
+from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
+from mtl_lora_cli.data.mixture import Place, generator_of
 from mtl_lora_cli.data.picture_rows import Source, read_map_rows
 from mtl_lora_cli.models.host import Rows
 from mtl_lora_cli.pictures.augment import (
@@ -42,43 +40,6 @@ _AHEAD = 4  # steps whose pictures are asked for before their time
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """What a backbone expects of pixels: (v / 255 − mean) / std of each channel."""
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    @classmethod
-    def of(cls, folder: Path) -> Normalisation:
-        """As the model's preprocessor_config.json says; ImageNet's where there is none."""
-        path = folder / "preprocessor_config.json"
-        if not path.is_file():
-            return cls()
-        said = json.loads(path.read_text(encoding="utf-8"))
-        if said.get("do_normalize") is False:
-            return cls((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        mean, std = (said.get(key) for key in ("image_mean", "image_std"))
-        return cls(tuple(mean), tuple(std)) if mean and std else cls()
-
-    @property
-    def fill(self) -> tuple[int, int, int]:
-        """The colour of what lies outside of a picture: 0 after normalisation."""
-        red, green, blue = (round(255 * value) for value in self.mean)
-        return red, green, blue
-
-    @cached_property
-    def table(self) -> np.ndarray:
-        """float32 [3, 256], the number that stands for each byte of each channel."""
-        values = np.arange(256, dtype=np.float64)[None] / 255
-        mean, std = (np.array(one)[:, None] for one in (self.mean, self.std))
-        return ((values - mean) / std).astype(np.float32)
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] → float32 [3, h, w]."""
-        return np.stack([self.table[channel].take(pixels[:, :, channel]) for channel in range(3)])
-
-
-@dataclass(frozen=True)
 class Shown:
     """One picture and its maps as they are learned.
 
@@ -91,33 +52,12 @@ class Shown:
     maps: Mapping[int, np.ndarray]
 
 
-@dataclass
-class MapBatch:
-    """I pictures and their maps, on the CPU until they are moved; owners and presence stay there.
+class _Asked(NamedTuple):
+    """A picture that is being decoded: where it comes to, and who says when it is there; None: it is."""
 
-    Attributes:
-        pixels: float32 [I, 3, H, W], normalised by the backbone's mean and deviation.
-        targets: task id → classes int64 [I, H, W] (−100: ignored); depth, edges and saliency float32
-            [I, H, W], normals float32 [I, 3, H, W] (NaN: not known). Of a picture that has no such map nothing is
-            known. A task that no picture has a map of is not there.
-        present: bool [I, T], which maps each picture has.
-        owners: int64 [S], the task of each unit (picture, task), picture by picture in the tasks' order.
-        task_ids: int64 [tasks of the batch], those that some picture has a map of, rising.
-    """
-
-    pixels: Tensor
-    targets: dict[int, Tensor]
-    present: Tensor
-    owners: Tensor
-    task_ids: Tensor
-
-    def to(self, device: torch.device) -> Self:
-        """The batch on a device."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=True),
-            targets={task: one.to(device, non_blocking=True) for task, one in self.targets.items()},
-        )
+    room: Room
+    at: int
+    filled: Future[None] | None
 
 
 class MapDataset:
@@ -167,7 +107,7 @@ class MapDataset:
         self.entries = [first.get(task, task) for task in range(len(tasks))]
         self._moment = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
-        self._asked: dict[tuple[int, int, int, int], Future[tuple[Shown, np.ndarray]]] = {}
+        self._asked: dict[tuple[int, int, int, int], _Asked] = {}
 
     @classmethod
     def read(
@@ -260,39 +200,40 @@ class MapDataset:
     def ahead(self, rows: Rows) -> None:
         """Begin to decode what `collate` will be asked for at this moment."""
         assert self._pool is not None, "at() comes first"
-        for row in rows:
-            for entry, number in row:
-                key = (*self._moment, entry, number)
-                if key not in self._asked:
-                    self._asked[key] = self._pool.submit(self._ready, entry, number)
+        self._ask([place for row in rows for place in row])
 
-    def collate(self, rows: Rows) -> MapBatch:
-        """See `MapBatch`."""
+    def collate(self, rows: Rows) -> SeenBatch:
+        """See `SeenBatch`."""
         places = [place for row in rows for place in row]
-        if self._pool is not None:
-            self.ahead(rows)
-        shown, pixels = zip(*(self._found(entry, number) for entry, number in places), strict=True)
+        self._ask(places)
+        asked = {place: self._asked.pop((*self._moment, *place)) for place in dict.fromkeys(places)}
+        for one in asked.values():
+            if one.filled is not None:
+                one.filled.result()
         present = np.stack([self._sources[entry].present[number] for entry, number in places])
-        tasks = [int(task) for task in np.flatnonzero(present.any(0))]
-        return MapBatch(
-            pixels=torch.from_numpy(np.stack(pixels)),
-            targets={
-                task: _target([one.maps.get(task) for one in shown], self._specs[task])
-                for task in tasks
-            },
-            present=torch.from_numpy(present),
-            owners=torch.from_numpy(np.nonzero(present)[1].astype(np.int64)),
-            task_ids=torch.tensor(tasks, dtype=torch.long),
-        )
+        where = [(asked[place].room, asked[place].at) for place in places]
+        return SeenBatch.of(where, present, self._normalise)
 
-    def _found(self, entry: int, number: int) -> tuple[Shown, np.ndarray]:
-        asked = self._asked.pop((*self._moment, entry, number), None)
-        return self._ready(entry, number) if asked is None else asked.result()
+    def _ask(self, places: Sequence[Place]) -> None:
+        """Let those that nobody asked for be decoded into a room of their own: by threads, where there are some."""
+        new = [p for p in dict.fromkeys(places) if (*self._moment, *p) not in self._asked]
+        if not new:
+            return
+        tasks = sorted(task for rows in self._sources.values() for task in rows.targets)
+        specs = {task: self._specs[task] for task in tasks}
+        pinned = self._pool is not None and torch.cuda.is_initialized()  # steps on a card
+        room = Room(len(new), self.size_of_pictures, specs, pinned=pinned)
+        for at, (entry, number) in enumerate(new):
+            filled = None
+            if self._pool is None:
+                self._fill(room, at, entry, number)
+            else:
+                filled = self._pool.submit(self._fill, room, at, entry, number)
+            self._asked[(*self._moment, entry, number)] = _Asked(room, at, filled)
 
-    def _ready(self, entry: int, number: int) -> tuple[Shown, np.ndarray]:
-        """One picture with its maps, and its pixels as the backbone expects them."""
+    def _fill(self, room: Room, at: int, entry: int, number: int) -> None:
         shown = self.show(entry, number)
-        return shown, self._normalise(shown.pixels)
+        room.put(at, shown.pixels, shown.maps)
 
 
 def seen_target(values: np.ndarray, spec: MapSpec, view: View, size: tuple[int, int]) -> np.ndarray:
@@ -309,15 +250,3 @@ def seen_target(values: np.ndarray, spec: MapSpec, view: View, size: tuple[int, 
     if view.flip and spec.objective == "normals":
         return mirrored_normals(found)
     return mirrored_classes(found, spec.left_right) if view.flip and spec.left_right else found
-
-
-def _target(maps: Sequence[np.ndarray | None], spec: MapSpec) -> Tensor:
-    """The maps of a batch; nothing is known of what is not there."""
-    shape = next(one.shape for one in maps if one is not None)
-    kind: Any = np.int64 if spec.of_classes else np.float32
-    found = np.full((len(maps), *shape), -100 if spec.of_classes else np.nan, dtype=kind)
-    for place, one in enumerate(maps):
-        if one is not None:
-            found[place] = one
-    tensor = torch.from_numpy(found)
-    return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.data.maps import MapBatch
+from mtl_lora_cli.data.map_batch import MapBatch
 from mtl_lora_cli.dense.backbones import Family, Size, Stages
 from mtl_lora_cli.dense.decoders import Decoder
 from mtl_lora_cli.dense.losses import map_losses

@@ -9,7 +9,8 @@ import torch
 
 from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter, inject, whole_parameters
-from mtl_lora_cli.data.maps import MapDataset, Normalisation
+from mtl_lora_cli.data.map_batch import Normalisation
+from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.dense.backbones import (
     Size,
     backbone_skeleton,

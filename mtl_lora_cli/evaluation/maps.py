@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mtl_lora_cli.data.maps import MapBatch, Normalisation
+from mtl_lora_cli.data.map_batch import MapBatch, Normalisation
 from mtl_lora_cli.data.picture_rows import MapRows, read_map_rows, split_print
 from mtl_lora_cli.errors import LeftOutError, UsageError
 from mtl_lora_cli.evaluation.opened import Run

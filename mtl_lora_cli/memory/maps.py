@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mtl_lora_cli.data.maps import MapBatch
+from mtl_lora_cli.data.map_batch import MapBatch
 from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.objective import DenseObjective
 from mtl_lora_cli.engine.memory import CONTEXT, FRAGMENTATION, GIB

@@ -41,7 +41,7 @@ class Batch(Protocol):
     def owners(self) -> Tensor:
         """int64 [S], the task of each unit, example by example in the order of the rows."""
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
 
 

@@ -125,13 +125,21 @@ def as_normals(raw: np.ndarray, ignore: float | None, fault: Fault) -> np.ndarra
     if raw.dtype.kind in "ui":
         if raw.dtype.itemsize > 1:
             raise fault(f"received {raw.dtype.itemsize * 8} bits, expected 8 bits a channel")
-        values = raw.astype(np.float32) * (2 / 255) - 1
+        values = raw.astype(np.float32)
+        values *= np.float32(2 / 255)
+        values -= 1
     else:
         values = np.array(raw, dtype=np.float32)
         finite = values[np.isfinite(values)]
         if finite.size and np.abs(finite).max() > 1.01:
             raise fault(f"received {np.abs(finite).max():g}, expected -1 to 1")
-    length = np.linalg.norm(values, axis=2, keepdims=True)
-    unknown = ~(length >= 0.5) | _ignored(raw, ignore).all(axis=2, keepdims=True)
+    length = np.sqrt(
+        sum(values[..., axis] ** 2 for axis in range(3))
+    )  # of three, faster than a norm
+    unknown = ~(length >= 0.5)
+    if ignore is not None:
+        unknown |= _ignored(raw, ignore).all(axis=2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(unknown, np.float32(np.nan), values / length)
+        values /= length[..., None]
+    values[unknown] = np.nan
+    return values

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mtl_lora_cli.data.maps import MapBatch
+from mtl_lora_cli.data.map_batch import SeenBatch
 from mtl_lora_cli.evaluation.maps import MapHost, at_size, outcome_of_tallies
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics.declare import find
@@ -39,7 +39,7 @@ def map_values(
     """
     specs = [spec_of(task.template) for task in tasks]
     own: list[list[np.ndarray]] = [[] for _ in tasks]
-    for batch in cast(Sequence[MapBatch], batches):
+    for batch in cast(Sequence[SeenBatch], batches):
         for place, tally in _tallies(host, batch, specs, device):
             own[place].append(tally)
     every: list[list[np.ndarray]] = [[] for _ in tasks]
@@ -55,13 +55,13 @@ def map_values(
 
 
 def _tallies(
-    host: Host, batch: MapBatch, specs: Sequence[MapSpec], device: torch.device
+    host: Host, batch: SeenBatch, specs: Sequence[MapSpec], device: torch.device
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Task and tally of each map of a batch."""
-    tasks = batch.task_ids.tolist()
+    tasks, right = batch.task_ids.tolist(), batch.to(torch.device("cpu")).targets
     answers: Any = cast(MapHost, host).answers(batch.to(device), tasks)
     for task in tasks:
-        spec, target = specs[task], batch.targets[task].numpy()
+        spec, target = specs[task], right[task].numpy()
         count = tally_of(spec.objective, spec.channels)
         for picture in batch.present[:, task].nonzero().flatten().tolist():
             truth = target[picture]

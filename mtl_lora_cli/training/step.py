@@ -187,7 +187,7 @@ class Stepper(Generic[P]):
         values = []
         for ready, owner in zip(prepared.passes, prepared.planned.owners, strict=True):
             values.append(self.passes.run(ready).double())
-            losses.index_add_(0, owner.to(losses.device), values[-1])
+            losses.index_add_(0, owner.to(losses.device, non_blocking=True), values[-1])
             if self._surgery is not None:
                 self._surgery.take(int(owner[0]))
         for ready in prepared.idle:

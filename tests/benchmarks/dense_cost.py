@@ -102,7 +102,7 @@ def estimated(
 
 
 def batch_of(names: tuple[str, ...], pictures: int, size: int, device: torch.device) -> Any:
-    from mtl_lora_cli.data.maps import MapBatch
+    from mtl_lora_cli.data.map_batch import MapBatch
 
     torch.manual_seed(0)
     shape = (pictures, size, size)

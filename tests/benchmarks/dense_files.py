@@ -55,7 +55,8 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def dataset_of(folder: Path, size: int) -> Any:
-    from mtl_lora_cli.data.maps import MapDataset, Normalisation
+    from mtl_lora_cli.data.map_batch import Normalisation
+    from mtl_lora_cli.data.maps import MapDataset
     from mtl_lora_cli.recipe.schema import Augment, Images, Source
     from mtl_lora_cli.tasks.maps import spec_of
     from mtl_lora_cli.tasks.task import Task

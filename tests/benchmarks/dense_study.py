@@ -233,7 +233,7 @@ class Data:
         self, numbers: np.ndarray, tasks: Sequence[str], flips: np.ndarray | None = None
     ) -> Any:
         """Some pictures and their maps; `flips` says which are mirrored."""
-        from mtl_lora_cli.data.maps import MapBatch
+        from mtl_lora_cli.data.map_batch import MapBatch
 
         at = torch.from_numpy(numbers).to(self.device)
         pixels = (self.pixels[at].permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std

@@ -12,7 +12,7 @@ import torch
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.data.maps import MapBatch
+from mtl_lora_cli.data.map_batch import MapBatch
 from mtl_lora_cli.dense.backbones import family_of, load_backbone
 from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.objective import LEARNING

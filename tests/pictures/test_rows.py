@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from mtl_lora_cli.data.collate import ChosenDataset
-from mtl_lora_cli.data.maps import MapBatch, MapDataset, Normalisation
+from mtl_lora_cli.data.map_batch import Normalisation, SeenBatch
+from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.data.mixture import Mixture
 from mtl_lora_cli.data.picture_rows import leaks, map_print
 from mtl_lora_cli.data.prepare import bind_tasks
@@ -27,6 +28,7 @@ from mtl_lora_cli.tasks.task import Task
 
 from .test_bad_files import TEMPLATES, whole
 
+CPU = torch.device("cpu")
 IMAGES = Images(size=[20, 28], augment=Augment(flip=True, scale=[0.7, 1.6]))
 
 
@@ -58,7 +60,8 @@ def read(tasks: list[Task], images: Images = IMAGES, seed: int = 0) -> MapDatase
     return found
 
 
-def same(one: MapBatch, other: MapBatch) -> bool:
+def same(first: SeenBatch, second: SeenBatch) -> bool:
+    one, other = first.to(CPU), second.to(CPU)
     return torch.equal(one.pixels, other.pixels) and all(
         torch.equal(one.targets[task].nan_to_num(-9), other.targets[task].nan_to_num(-9))
         if one.targets[task].is_floating_point()
@@ -72,7 +75,7 @@ def test_a_batch_is_the_port_s(tasks: list[Task]) -> None:
     assert [len(own) for own in data.lengths] == [3, 0, 0, 0]
     assert (data.entries, data.examples) == ([0, 0, 0, 0], [3, 2, 3, 3])
     rows = [[(0, 0)], [(0, 1)], [(0, 2)]]
-    batch = data.collate(rows)
+    batch = data.collate(rows).to(CPU)
     assert batch.pixels.shape == (3, 3, 20, 28)
     assert batch.owners.tolist() == [0, 1, 2, 3, 0, 2, 3, 0, 1, 2, 3]
     assert torch.equal(data.units(rows), torch.bincount(batch.owners))
@@ -85,7 +88,7 @@ def test_a_batch_is_the_port_s(tasks: list[Task]) -> None:
 
 def test_pixels_are_normalised(tasks: list[Task]) -> None:
     plain = sized([12, 16])
-    batch, where = read(tasks, plain).collate([[(0, 0)]]), Path(tasks[0].source.path or "")
+    batch, where = read(tasks, plain).collate([[(0, 0)]]).to(CPU), Path(tasks[0].source.path or "")
     pixels = np.asarray(Image.open(where / "0.jpg").convert("RGB")) / 255
     expected = (pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     assert batch.pixels[0].numpy() == pytest.approx(expected.transpose(2, 0, 1), abs=1e-5)
@@ -97,14 +100,28 @@ def test_views_follow_from_seed_epoch_step_and_picture(tasks: list[Task]) -> Non
     first = data.at(1, 7).collate(rows)
     assert same(first, again.at(1, 7).collate(rows))
     # Alone, on another process, behind other steps, or decoded ahead: it is the same.
-    assert torch.equal(again.at(1, 7).collate(rows[1:]).pixels[0], first.pixels[1])
+    assert torch.equal(again.at(1, 7).collate(rows[1:]).seen[0], first.seen[1])
     ahead = read(tasks).at(1, 7)
     ahead.ahead(rows)
     assert same(ahead.collate(rows), first)
     others = [data.at(1, 8), data.at(2, 7), read(tasks, seed=1).at(1, 7)]
-    assert not any(torch.equal(one.collate(rows).pixels, first.pixels) for one in others)
+    assert not any(torch.equal(one.collate(rows).seen, first.seen) for one in others)
     held = MapDataset(tasks, specs(tasks), [], IMAGES, Normalisation())
     assert not held._augmented
+
+
+def test_pictures_come_from_wherever_they_were_decoded(tasks: list[Task]) -> None:
+    """Some ahead, some not, one of them twice, the second without depth; a second pass begins behind the first."""
+    data = read(tasks).at(0, 1)
+    data.ahead([[(0, 0)], [(0, 1)]])
+    mixed = data.collate([[(0, 2)], [(0, 0)], [(0, 0)]]).to(CPU)
+    rest = data.collate([[(0, 1)]])
+    assert not data._asked
+    for place, number in enumerate((2, 0, 0)):
+        alone = read(tasks).at(0, 1).collate([[(0, number)]]).to(CPU)
+        assert torch.equal(mixed.pixels[place], alone.pixels[0])
+        assert torch.equal(mixed.targets[0][place], alone.targets[0][0])
+    assert same(rest, read(tasks).at(0, 1).collate([[(0, 1)]]))
 
 
 def test_some_pictures_are_chosen(tasks: list[Task]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.maps import MapBatch, Normalisation
+from mtl_lora_cli.data.map_batch import MapBatch, Normalisation
 from mtl_lora_cli.dense.backbones import Size
 from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.objective import DenseObjective
@@ -100,7 +100,9 @@ class MapsOrder:
             ][: self.limit]
             if places:
                 parts = [places[i : i + _TOGETHER] for i in range(0, len(places), _TOGETHER)]
-                return torch.cat([dataset.collate([part]).pixels for part in parts])
+                return torch.cat(
+                    [dataset.collate([part]).to(torch.device("cpu")).pixels for part in parts]
+                )
         names = ", ".join(task.name for task in self.tasks)
         raise UsageError(
             f"task '{names}': its source has no validation or test split; --no-check writes without comparing"
