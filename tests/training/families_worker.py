@@ -25,6 +25,8 @@ COMMON = (
     "training.warmup=0",
     "training.checkpoint_every=2",
 )
+# Of mixtures, whose experts learn, too.
+EXPERTS = {"gpt_oss": "each", "mixtral-window": "shared", "qwen3_5_moe_text-delta-nets": "shared"}
 # A file beside the recipe: what lets DeepSpeed cut so small a model at all.
 CUT = ("distributed.zero_stage=3", "distributed.deepspeed=small.json")
 
@@ -33,7 +35,8 @@ def overrides(folder: Path, name: str) -> list[str]:
     """Of the run of one family: its model lies in FOLDER/model-NAME."""
     model = folder / f"model-{name}"
     targets = ", ".join(plan_of(AutoConfig.from_pretrained(model)).projections)
-    return [*COMMON, f"base_model={model}", f"adapter.target_modules=[{targets}]"]
+    experts = f"adapter.experts={EXPERTS.get(name, 'none')}"
+    return [*COMMON, f"base_model={model}", f"adapter.target_modules=[{targets}]", experts]
 
 
 def main(recipe: Path, folder: Path, names: list[str]) -> None:
