@@ -116,7 +116,7 @@ def adapt_all(
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in adapter.tensors().values():
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor))
             tensor.data = tensor.data.to(dtype)
     return adapter
 
@@ -169,7 +169,7 @@ def alone(
         tokens = tokens.to(next(model.parameters()).device)
         weights = adapted(model, tensors, task)
         out = functional_call(model, weights, (), {"input_ids": tokens[None], "use_cache": False})
-        places = torch.arange(0, len(tokens) - 1, every)
+        places = torch.arange(0, len(tokens) - 1, every, device=tokens.device)
         wide = torch.promote_types(out.logits.dtype, torch.float32)
         logprobs = out.logits[0].to(wide).log_softmax(-1)
         found.append(logprobs[places, tokens[places + 1]])
