@@ -133,7 +133,7 @@ def _digits(metric: str) -> int:
 
 def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
     from mtl_lora_cli.evaluation.results import title_in
-    from mtl_lora_cli.metrics.guessing import one_sided
+    from mtl_lora_cli.metrics.guessing import guessed, one_sided
 
     examples = ", ".join(f"{r['task']} {r['examples']:,} {_rows(r)}" for r in results)
     protocols = " and ".join(dict.fromkeys(_protocol(result) for result in results))
@@ -148,6 +148,8 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
             notes.append(f"{task}: {_ends_counted(result)}")
         if result.get("one_answer"):
             notes.append(f"{task}: {one_sided(result['one_answer'])}")
+        elif result.get("guess") and result["model"] == "adapter":
+            notes.append(f"{task}: {guessed(result['guess'])}")
         if result.get("pass_at"):
             notes.append(f"{task}: {_several(result)}")
         if result["unparsable"]:

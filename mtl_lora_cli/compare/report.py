@@ -189,16 +189,26 @@ def _not_learned(
     own: Mapping[str, Sequence[Mapping[str, Any]]],
     seeds: Sequence[int],
 ) -> Iterator[str]:
-    """A line for each method and task that gives one answer to nearly all rows; then what the runs' own
-    looks showed (`training.signs`), and where gradients spiked. Older results know neither."""
+    """A line for each method and task that gives one answer to nearly all rows, or answers that cannot be told from
+    a guess; then what the runs' own looks showed (`training.signs`), and where gradients spiked. Older results know
+    the first alone."""
     for method, each in scored.items():
         for name in each[0] if method != UNTRAINED else ():
             outcomes = [unpack(one[name]) for one in each]
-            found = [one for one in outcomes if one_answer(one.gold, one.predicted) is not None]
-            if found:
+            same = [one_answer(one.gold, one.predicted) is not None for one in outcomes]
+            if any(same):
                 yield (
-                    f"{name}: {method} gives one answer to nearly all rows with {len(found)} of "
+                    f"{name}: {method} gives one answer to nearly all rows with {sum(same)} of "
                     f"{len(each)} seeds"
+                )
+            guessed = [
+                bool(one[name].get("guess")) and not alike
+                for one, alike in zip(each, same, strict=True)
+            ]
+            if any(guessed):
+                yield (
+                    f"{name}: answers of {method} cannot be told from a guess by how often each is right with "
+                    f"{sum(guessed)} of {len(each)} seeds"
                 )
     for method, runs in own.items():
         for seed, run in zip(seeds, runs, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find
+from mtl_lora_cli.metrics.guessing import no_better
 from mtl_lora_cli.metrics.outcome import OF_EACH_ROW
 from mtl_lora_cli.runs.folder import read_json
 from mtl_lora_cli.tasks.task import Task
@@ -22,8 +24,20 @@ RESULTS = "results"
 DONE, FAILED = "done", "failed"
 
 
-def pack(task: Task, examples: Examples, outcome: Outcome) -> dict[str, Any]:
-    """One task's answers: every metric, and of each example what metrics are made of."""
+def pack(
+    task: Task,
+    examples: Examples,
+    outcome: Outcome,
+    scores: Sequence[np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """One task's answers: every metric, and of each example what metrics are made of.
+
+    Args:
+        task, examples: which.
+        outcome: what was answered.
+        scores: log-probabilities of each example's choices, where such were asked for.
+    """
+    guess = None if scores is None else no_better(outcome.gold, outcome.predicted, scores)
     entry: dict[str, Any] = {
         "split": examples.split,
         "examples": len(outcome.gold),
@@ -32,6 +46,7 @@ def pack(task: Task, examples: Examples, outcome: Outcome) -> dict[str, Any]:
         "title": task.template.title(task.template.metrics[0]),
         "metrics": {name: find(name).value(outcome) for name in task.template.metrics},
         "positive": outcome.positive,
+        "guess": None if guess is None else asdict(guess),
     }
     values = {name: getattr(outcome, name) for name in OF_EACH_ROW}
     return entry | {name: _packed(own) for name, own in values.items() if own is not None}

@@ -14,7 +14,8 @@ from mtl_lora_cli.compare.rows import report_rows, validation_rows
 from mtl_lora_cli.compare.study import PlannedRun, Study
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.evaluate import Setting, predict
+from mtl_lora_cli.evaluation.answers import answer
+from mtl_lora_cli.evaluation.evaluate import Setting
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.machine.cards import pick_device, release, reset_peak, sharing
 from mtl_lora_cli.report.events import training_facts
@@ -151,10 +152,10 @@ class Work:
         self, opened: Run, rows: list[Examples], *, base_only: bool = False
     ) -> dict[str, Any]:
         tasks = self.study.tasks
-        answers = predict(opened, tasks, rows, Setting(base_only=base_only))
+        answers = answer(opened, tasks, rows, Setting(base_only=base_only))
         return {
-            task.name: pack(task, examples, outcome)
-            for task, examples, (_, outcome) in zip(tasks, rows, answers, strict=True)
+            task.name: pack(task, examples, own.outcome, own.scores)
+            for task, examples, own in zip(tasks, rows, answers, strict=True)
         }
 
 

@@ -44,7 +44,7 @@ from mtl_lora_cli.evaluation.results import (
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import find
-from mtl_lora_cli.metrics.guessing import one_answer
+from mtl_lora_cli.metrics.guessing import no_better, one_answer
 from mtl_lora_cli.metrics.intervals import Measured, measure
 from mtl_lora_cli.metrics.paired import paired
 from mtl_lora_cli.metrics.several import measure_mean, pass_at
@@ -225,6 +225,7 @@ def _by_ourselves(
             "unreadable": own.unreadable,
             "ties": None if own.scores is None else own.ties,
             "one_answer": _one_answer(task, outcome) if has_choices else None,
+            "guess": _guess(own) if has_choices else None,
             "ends_counted": 0 if own.scores is None else sum(one.ends > 0 for one in own.requests),
             "tokens": sum(request.cost for request in own.requests),
             "majority": Counter(gold).most_common(1)[0][1] / len(gold) if has_choices else None,
@@ -320,6 +321,13 @@ def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:
     if found is None:
         return None
     return {**dataclasses.asdict(found), "choice": task.template.choice_name(found.choice)}
+
+
+def _guess(answers: Answers) -> dict[str, Any] | None:
+    """The losses of answers that cannot be told from a guess; None where they can, or were generated."""
+    outcome, scores = answers.outcome, answers.scores
+    found = None if scores is None else no_better(outcome.gold, outcome.predicted, scores)
+    return None if found is None else dataclasses.asdict(found)
 
 
 _ALWAYS_THERE = ("gold", "predicted", "gold_value", "predicted_value", "positive_score")

@@ -86,3 +86,34 @@ def beside_a_guess(gold: Sequence[int] | Array, scores: Sequence[Array]) -> Gues
     error = float(losses.std(ddof=1)) / len(losses) ** 0.5 if len(losses) > 1 else np.inf
     mean = float(losses.mean())
     return Guess(mean, guess, better=bool(mean + SURE * error < guess))
+
+
+def no_better(
+    gold: Sequence[int] | Array, predicted: Sequence[int] | Array, scores: Sequence[Array]
+) -> Guess | None:
+    """The comparison where answers cannot be told from a guess; None where they can, or rows are few.
+
+    Neither the loss lies below that of a guess, nor the share of right answers above that of the answer that is right
+    most often, by more than two standard errors. The second is asked, too: who learned rows by heart may be sure and
+    wrong so often that only the loss is bad.
+
+    Args:
+        gold, scores: as of `beside_a_guess`.
+        predicted: index of the given answer, [E].
+    """
+    rows = len(gold)
+    if rows < FEWEST or not all(np.isfinite(row).all() for row in scores):
+        return None
+    found = beside_a_guess(gold, scores)
+    right = float(np.mean(np.asarray(gold) == np.asarray(predicted)))
+    most = float(np.unique(np.asarray(gold), return_counts=True)[1].max()) / rows
+    above = right - SURE * (right * (1 - right) / rows) ** 0.5 > most
+    return None if found.better or above or most == 1 else found
+
+
+def guessed(found: Mapping[str, Any]) -> str:
+    """A stored `Guess` of `no_better` in words."""
+    return (
+        "its answers cannot be told from a guess by how often each is right "
+        f"({found['loss']:.3f} nats a row, the guess {found['guess']:.3f})"
+    )

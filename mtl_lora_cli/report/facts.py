@@ -10,7 +10,7 @@ from typing import Any
 
 from mtl_lora_cli.adapters.files import read_alone
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.metrics.guessing import one_sided
+from mtl_lora_cli.metrics.guessing import guessed, one_sided
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.report.adapter import inspect_adapter
@@ -87,6 +87,11 @@ def _facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         f"{one['task']}: {one_sided(one['one_answer'])}"
         for one in found.results
         if one.get("one_answer")
+    ]
+    notes += [
+        f"{one['task']}: {guessed(one['guess'])}"
+        for one in found.results
+        if one.get("guess") and not one.get("one_answer") and one["model"] != "base"
     ]
     learned = list(plan.get("examples", names))
     return {

@@ -118,9 +118,13 @@ def test_what_was_not_learned_is_told(folder: Path) -> None:
             )
             change(folder, f"{method}-{point}-seed{seed}", other)
     change(folder, "mtl-lora-z-seed0", lambda c: c["test"]["a"].update(predicted=gold))
+    guess = {"loss": 0.7, "guess": 0.69, "better": False}
+    for name in ("lora-x-seed0", "mtl-lora-z-seed0"):  # the first gives one answer, which is said
+        change(folder, name, lambda c: c["test"]["a"].update(guess=guess))
     report = build_report(folder)
     assert report["not_learned"] == [
         "a: lora gives one answer to nearly all rows with 1 of 2 seeds",
+        "a: answers of mtl-lora cannot be told from a guess by how often each is right with 1 of 2 seeds",
         "lora, seed 0: a: it was not learned",
         "lora: 3 of 8 steps had a gradient more than 5 times the usual",
         "mtl-lora, seed 0: a: it was not learned",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from mtl_lora_cli.metrics.guessing import beside_a_guess, one_answer
+from mtl_lora_cli.metrics.guessing import beside_a_guess, no_better, one_answer
 
 BALANCED = [0, 1] * 50
 
@@ -62,3 +62,28 @@ def test_a_chance_hit_on_few_rows_is_not() -> None:
         for _ in range(200)
     ]
     assert np.mean(called) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("strength", "sharpness", "flagged"),
+    [
+        (0.0, 1.0, True),  # nothing to do with the rows
+        (2.0, 1.0, False),
+        (2.0, 40.0, False),  # sure of itself and often wrong: a bad loss, and yet it has learned
+        (-2.0, 1.0, True),
+    ],
+)
+def test_answers_like_a_guess_are_called_so(
+    strength: float, sharpness: float, flagged: bool
+) -> None:
+    generator = np.random.default_rng(0)
+    gold = generator.integers(2, size=400)
+    hints = strength * np.stack([gold == 0, gold == 1], axis=1) + generator.normal(0, 1, (400, 2))
+    scores = list(sharpness * hints)
+    predicted = [int(row.argmax()) for row in scores]
+    found = no_better(gold, predicted, scores)
+    assert (found is not None) == flagged
+    if sharpness > 1:
+        assert not beside_a_guess(gold, scores).better
+    assert no_better(gold[:19], predicted[:19], scores[:19]) is None
+    assert no_better(np.zeros(400, int), predicted, scores) is None  # nothing to be told apart
