@@ -1,12 +1,14 @@
 """The next study (docs/study.md): 300 runs in five stages, a result file a run, going on where it stopped; by hand:
 
-    python tests/benchmarks/next_study.py OUTPUT STAGE [--jobs 3] [--dry-run]       STAGE 0 to 4, or status
+    python tests/benchmarks/next_study.py OUTPUT STAGE [--jobs 3] [--dry-run] [--runs N] [--base-model FILE]
+                                                       STAGE 0 to 4, or status
 
 Arms, spaces, seeds and mixtures stand here and were committed before the first run. A stage is one comparison or
 several in OUTPUT/STAGE…, each a queue of its own: what has a result is passed over. A later stage reads what the
 one before chose: 0 the spike control, on LoRA alone; 1 the rates of each arm, by the mean validation score of
 two seeds. All runs of a study are of one revision and one type of card: another one is refused, unless
-`--mixed` says that it is known. `MTL_LORA_DATA` names the data.
+`--mixed` says that it is known. `--runs` stops after so many more. `MTL_LORA_DATA` names the data; it, OUTPUT and the
+file of `--base-model` stay where they are from session to session, for they stand in the plan.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 from mtl_lora_cli.compare.grid import TEST, VALIDATION, Variant
 from mtl_lora_cli.compare.results import average, is_done, read_result
 from mtl_lora_cli.compare.run import run_study
-from mtl_lora_cli.compare.study import Study, StudyOptions, plan_study
+from mtl_lora_cli.compare.study import Study, StudyOptions, checked_plan, plan_study, store_plan
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
@@ -136,11 +138,10 @@ def _recipe(name: str, *changes: str) -> LoadedRecipe:
     return load_recipe(find_recipe(name), ["training.parts={}", *changes])
 
 
-def _of_three(tasks: Sequence[str]) -> LoadedRecipe:
+def _of_three(tasks: Sequence[str], *changes: str) -> LoadedRecipe:
     """Three of the seventeen, a thousand steps."""
-    loaded = _recipe(
-        "real-17", "training.epochs=50", "training.max_steps=1000", "training.rows_per_step=1"
-    )
+    small = ("training.epochs=50", "training.max_steps=1000", "training.rows_per_step=1")
+    loaded = _recipe("real-17", *small, *changes)
     kept = [task for task in loaded.recipe.tasks if task.name in tasks]
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"tasks": kept}))
 
@@ -160,9 +161,9 @@ def planned(
     return plan_study(loaded, folder, options)
 
 
-def studies(stage: str, output: Path) -> Iterator[Study]:
-    """The comparisons of a stage."""
-    whole, seeds = _recipe("real-17"), SEEDS[stage]
+def studies(stage: str, output: Path, *changes: str) -> Iterator[Study]:
+    """The comparisons of a stage, with these changes of all recipes."""
+    whole, seeds = _recipe("real-17", *changes), SEEDS[stage]
     if stage == "0":
         arm = ARMS["A"]
         variants = {
@@ -201,8 +202,8 @@ def studies(stage: str, output: Path) -> Iterator[Study]:
     elif stage == "3":
         yield planned(whole, output / "3", arms("ABC", 0.5, 2), seeds, TEST)
     else:
-        loaded = [_recipe("unbalanced-3", "training.clipping=null")]
-        loaded += [_of_three(tasks) for tasks in mixtures()]
+        loaded = [_recipe("unbalanced-3", "training.clipping=null", *changes)]
+        loaded += [_of_three(tasks, *changes) for tasks in mixtures()]
         for number, one in enumerate(loaded):
             yield planned(one, output / f"4-{number}", arms("ABC", 1), seeds, TEST)
 
@@ -277,6 +278,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--runs", type=int)
+    parser.add_argument("--base-model", help="where the recipes' alias is not installed: its file")
     options = parser.parse_args()
     if options.stage == "status":
         there = status(options.output)
@@ -285,7 +288,8 @@ def main() -> None:
         )
         print(f"{sum(there.values())} of {sum(RUNS.values())} runs are in")
         return
-    for study in studies(options.stage, options.output):
+    changes = [f"base_model={options.base_model}"] if options.base_model else []
+    for study in studies(options.stage, options.output, *changes):
         if options.dry_run:
             for run in study.runs:
                 print(json.dumps(run.to_json()))
@@ -297,7 +301,10 @@ def main() -> None:
             device = pick_device()
             dtype = pick_dtype(study.loaded.recipe.dtype, device)
             require_one_kind(options.output, describe(device, dtype, ALONE))
-        run_study(study, lambda text: print(text, file=sys.stderr), options.jobs)
+        missing = [run for run in study.runs if run.id not in results(study.folder)]
+        part = replace(study, runs=missing[: options.runs])
+        run_study(part, lambda text: print(text, file=sys.stderr), options.jobs)
+        store_plan(study.folder, checked_plan(study))  # of all runs
 
 
 if __name__ == "__main__":
