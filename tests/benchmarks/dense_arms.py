@@ -95,7 +95,8 @@ class Probe(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(count, spec.channels) for count in channels)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        from mtl_lora_cli.dense.decoders import formed, resized
+        from mtl_lora_cli.dense.decoders import formed
+        from mtl_lora_cli.dense.resize import resized
 
         quarter = (-(-size[0] // 4), -(-size[1] // 4))
         parts = [

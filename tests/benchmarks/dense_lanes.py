@@ -69,7 +69,8 @@ class Lane:
     ) -> None:
         self.kind, self._data, self._batch = kind, data, batch
         self.chosen: dict[str, Any] | None = None
-        self.host = builder.host(kind)
+        # Nothing is dropped in any case; otherwise the host would keep decoders as they are when it is first asked.
+        self.host = builder.host(kind).train(True)
         card = data.device.type == "cuda"
         self._stream = torch.cuda.Stream() if card else None
         self._waiting: deque[Any] = deque()
@@ -174,7 +175,6 @@ class Lane:
             for tensor, value in zip(self._peaks, peaks, strict=False):
                 tensor.fill_(value)
             self._count.zero_()
-        self.host.train(True)
 
     def run(self, job: Job, into: list[dict[str, Any]]) -> Run:
         """Learn and evaluate; the answer is put into a list. At each `yield` others may go on."""
@@ -182,7 +182,6 @@ class Lane:
         for _ in range(job.steps):
             yield from self._again(self._train)
         numbers = self._data.held if job.held_out else self._data.test
-        self.host.train(False)
         with self._on_stream():
             self._asked.view(-1)[: len(numbers)].copy_(torch.from_numpy(numbers))
             self._count.zero_()
@@ -238,7 +237,6 @@ class Lane:
                 self._learn()
             plain = float(self.loss)
         self._train = self._captured(self._learn)
-        self.host.train(False)
         with self._on_stream():
             self._count.zero_()
             self._evaluate()
