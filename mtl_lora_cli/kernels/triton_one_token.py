@@ -1,17 +1,21 @@
 """Triton kernels of `one_token.py`.
 
 A step of few rows is bound by reading the weights, and then by the number of launches: what a task adds
-to a product is computed by the kernel that reads the product anyway.
+to a product is computed by the kernel that reads the product anyway. On cards that can (compute capability 9),
+a kernel is launched while the one before it ends (programmatic dependent launch): it waits before it reads what
+that one wrote.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mtl_lora_cli.kernels.gated import CUBE, ROOT, Activation
 from mtl_lora_cli.kernels.one_token import Added, Ups
@@ -22,27 +26,39 @@ _KEYS = 64  # taken into the running softmax at once
 _OUTPUTS = 2  # of a single row's product, in one program
 _PROGRAMS = 264  # two for each multiprocessor of a large card
 LOG2_E = 1.4426950408889634
+EARLY = True  # kernels are launched early, where the card can
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may be launched; this one goes on when all that ran before it has ended."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
 def _raised(  # type: ignore[no-untyped-def]
     z, first, ups, slot, width, at, inside, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Σ_j z[first + j] U[slot, j, at], float32; 0 where the slot is −1."""
+    """Σ_j z[first + j] U[slot, j, at], float32; 0 where the slot is −1. Eight rows of U are asked for at once."""
     total = tl.zeros([BLOCK], tl.float32)
     if slot >= 0:
         own = ups + slot.to(tl.int64) * K * width
-        for j in range(K):
-            low = tl.load(z + first + j).to(tl.float32)
-            total += low * tl.load(own + j * width + at, mask=inside, other=0.0).to(tl.float32)
+        for start in range(0, K, 8):
+            j = start + tl.arange(0, 8)[:, None]
+            up = tl.load(own + j * width + at, mask=(j < K) & inside[None, :], other=0.0)
+            low = tl.load(z + (first + j), mask=j < K, other=0.0)
+            total += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=0)
     return total
 
 
 @triton.jit
 def _whole(  # type: ignore[no-untyped-def]
     y, z, ups, starts, slots, out, width, y_stride, z_stride,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -59,7 +75,7 @@ def whole(y: Tensor, z: Tensor, ups: Ups, slot: Tensor) -> Tensor:
     rows, width = y.shape
     _whole[(rows, triton.cdiv(width, _BLOCK))](
         y, z, ups.matrix, ups.starts, slot, out, width, y.stride(0), z.stride(0),
-        K=ups.matrix.shape[1], BLOCK=_BLOCK,
+        K=ups.matrix.shape[1], BLOCK=_BLOCK, **_launch(y.device),
     )  # fmt: skip
     return out
 
@@ -67,23 +83,27 @@ def whole(y: Tensor, z: Tensor, ups: Ups, slot: Tensor) -> Tensor:
 @triton.jit
 def _normed(  # type: ignore[no-untyped-def]
     x, y, z, ups, starts, slots, weight, total, out, width, y_stride, z_stride, eps,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(y + row * y_stride + at, mask=inside, other=0.0)
+    before = tl.load(x + row * width + at, mask=inside, other=0.0)
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if K:
         wide = value.to(tl.float32)
-        first = tl.load(starts + at, mask=inside, other=0)
         slot = tl.load(slots + row)
+        first = 0
+        if not ONE:
+            first = tl.load(starts + at, mask=inside, other=0)
         wide += _raised(z + row * z_stride, first, ups, slot, width, at, inside, K, BLOCK)
         value = wide.to(y.dtype.element_ty)
-    value += tl.load(x + row * width + at, mask=inside, other=0.0)
+    value += before
     tl.store(total + row * width + at, value, mask=inside)
     value = value.to(tl.float32)
     factor = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + at, (value * factor * scale).to(out.dtype.element_ty), mask=inside)
 
 
@@ -95,7 +115,8 @@ def normed(x: Tensor, added: Added, weight: Tensor, eps: float) -> tuple[Tensor,
     _normed[(rows,)](
         x, added.y, *_more(added), weight, total, out, width, added.y.stride(0),
         0 if added.z is None else added.z.stride(0), eps,
-        K=_lows(added), BLOCK=block, num_warps=min(16, max(1, block // 256)),
+        K=_lows(added), ONE=added.ups is None or len(added.ups.spans) == 1,
+        BLOCK=block, num_warps=min(16, max(1, block // 256)), **_launch(x.device),
     )  # fmt: skip
     return total, out
 
@@ -104,8 +125,9 @@ def normed(x: Tensor, added: Added, weight: Tensor, eps: float) -> tuple[Tensor,
 def _activated(  # type: ignore[no-untyped-def]
     y, z, ups, starts, slots, out, half, y_stride, z_stride,
     K: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, ROOT: tl.constexpr,
-    CUBE: tl.constexpr,
+    CUBE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < half
@@ -131,6 +153,7 @@ def activated(added: Added, activation: Activation) -> Tensor:
         added.y, *_more(added), out, half, added.y.stride(0),
         0 if added.z is None else added.z.stride(0),
         K=_lows(added), GELU=activation == "gelu_tanh", BLOCK=_BLOCK, ROOT=ROOT, CUBE=CUBE,
+        **_launch(out.device),
     )  # fmt: skip
     return out
 
@@ -156,8 +179,9 @@ def _put_by(  # type: ignore[no-untyped-def]
     y, z, ups, starts, slots, cos, sin, places, queries, keys, values,
     y_stride, z_stride, width, heads, key_heads, row_stride, head_stride,
     K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.arange(0, BLOCK)
@@ -213,7 +237,7 @@ def put_by(
         heads, key_heads, keys.stride(0), keys.stride(1),
         K=_lows(added), DIM=dim, BLOCK=triton.next_power_of_2(dim),
         HALF=0 if turned is None else turned.cos.shape[1],
-        PAIRS=turned is not None and turned.pairs, num_warps=1,
+        PAIRS=turned is not None and turned.pairs, num_warps=1, **_launch(queries.device),
     )  # fmt: skip
     return queries
 
@@ -223,9 +247,10 @@ def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, places, out, part, lse, row_stride, head_stride, scale, cap, window,
     GROUP: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     STEP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    LOG2_E: tl.constexpr,
+    LOG2_E: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Queries of one group of heads over one part of what a row keeps."""
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     group, groups = tl.program_id(1), tl.num_programs(1)
     split = tl.program_id(2)
@@ -250,6 +275,7 @@ def _attend(  # type: ignore[no-untyped-def]
         at = first + tl.arange(0, STEP)
         there = (at[:, None] < end) & (column < DIM)
         k = tl.load(keys + at[:, None] * DIM + column, mask=there, other=0.0)
+        v = tl.load(values + at[:, None] * DIM + column, mask=there, other=0.0)
         score = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         if CAP:
             score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)
@@ -258,7 +284,6 @@ def _attend(  # type: ignore[no-untyped-def]
         p = tl.exp2(score - top[:, None])
         shrink = tl.exp2(peak - top)
         norm = norm * shrink + tl.sum(p, axis=1)
-        v = tl.load(values + at[:, None] * DIM + column, mask=there, other=0.0)
         total = total * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         peak = top
     if SPLITS == 1:
@@ -278,8 +303,10 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _joined(  # type: ignore[no-untyped-def]
-    part, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
-):
+    part, lse, out, SPLITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    _begin(EARLY)
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, WIDTH)
@@ -294,7 +321,7 @@ def _joined(  # type: ignore[no-untyped-def]
 
 def splits_for(programs: int, length: int) -> int:
     """Into how many parts, a power of two, what each row keeps is cut, so that the card is busy."""
-    most = min(64, triton.next_power_of_2(triton.cdiv(length, 2 * _KEYS)))
+    most = min(64, triton.next_power_of_2(triton.cdiv(length, _KEYS)))
     return max(1, min(most, triton.next_power_of_2(triton.cdiv(_PROGRAMS, programs))))
 
 
@@ -322,30 +349,33 @@ def attend(
         scaling, softcap or 0.0, window or 0,
         GROUP=heads // groups, PADDED=max(16, triton.next_power_of_2(heads // groups)),
         DIM=dim, WIDTH=max(16, triton.next_power_of_2(dim)), STEP=_KEYS, SPLITS=splits,
-        WINDOW=window is not None, CAP=softcap is not None, LOG2_E=LOG2_E,
+        WINDOW=window is not None, CAP=softcap is not None, LOG2_E=LOG2_E, **_launch(q.device),
     )  # fmt: skip
     if splits > 1:
         _joined[(rows * heads,)](
-            part, lse, out, SPLITS=splits, DIM=dim, WIDTH=triton.next_power_of_2(dim), num_warps=2
-        )
+            part, lse, out, SPLITS=splits, DIM=dim, WIDTH=triton.next_power_of_2(dim), num_warps=2,
+            **_launch(q.device),
+        )  # fmt: skip
     return out
 
 
 @triton.jit
 def _row_product(  # type: ignore[no-untyped-def]
     h, weight, bias, out, rows, width, stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     own = weight + row.to(tl.int64)[:, None] * stride
+    at = tl.arange(0, BLOCK)
+    w = tl.load(own + at[None, :], mask=there[:, None] & (at < width)[None, :], other=0.0)
+    _begin(EARLY)  # W is nobody's output
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        inside = at < width
-        x = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(own + at[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        x = tl.load(h + first + at, mask=first + at < width, other=0.0).to(tl.float32)
         total += w.to(tl.float32) * x[None, :]
+        later = first + BLOCK + at
+        w = tl.load(own + later[None, :], mask=there[:, None] & (later < width)[None, :], other=0.0)
     value = tl.sum(total, axis=1)
     if BIAS:
         value += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
@@ -359,9 +389,24 @@ def row_product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     block, warps = (2048, 2) if width >= 1024 else (1024, 4)
     _row_product[(triton.cdiv(rows, _OUTPUTS),)](
         h, weight, weight if bias is None else bias, out, rows, width, weight.stride(0),
-        ROWS=_OUTPUTS, BLOCK=block, BIAS=bias is not None, num_warps=warps,
+        ROWS=_OUTPUTS, BLOCK=block, BIAS=bias is not None, num_warps=warps, **_launch(h.device),
     )  # fmt: skip
     return out
+
+
+def _launch(device: torch.device) -> dict[str, bool]:
+    """How a kernel is launched; see the module."""
+    early = EARLY and _can_be_early(device)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
+def _can_be_early(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] >= 9
+    )
 
 
 def _lows(added: Added) -> int:
