@@ -90,7 +90,8 @@ def answer_all(
     own = {number: asks[number] for number in processes.share([ask.cost for ask in asks])}
     answers: dict[int, list[int]] = {}
     training = packed.training
-    packed.eval()
+    if training:
+        packed.eval()
     try:
         with torch.inference_mode():
             here = _on_the_engine(packed, own, device)
@@ -100,7 +101,8 @@ def answer_all(
             if rest:
                 answers |= _by_transformers(packed, rest, ends, device, tokens_per_pass, advance)
     finally:
-        packed.train(training)
+        if training:
+            packed.train()
     return processes.collect(answers)
 
 

@@ -39,17 +39,15 @@ def _begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _raised(  # type: ignore[no-untyped-def]
-    z, first, ups, slot, width, at, inside, K: tl.constexpr, BLOCK: tl.constexpr
+    z, first, own, width, at, inside, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Σ_j z[first + j] U[slot, j, at], float32; 0 where the slot is −1. Eight rows of U are asked for at once."""
+    """Σ_j z[first + j] U[j, at], float32; eight rows of U are asked for at once."""
     total = tl.zeros([BLOCK], tl.float32)
-    if slot >= 0:
-        own = ups + slot.to(tl.int64) * K * width
-        for start in range(0, K, 8):
-            j = start + tl.arange(0, 8)[:, None]
-            up = tl.load(own + j * width + at, mask=(j < K) & inside[None, :], other=0.0)
-            low = tl.load(z + (first + j), mask=j < K, other=0.0)
-            total += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=0)
+    for start in range(0, K, 8):
+        j = start + tl.arange(0, 8)[:, None]
+        up = tl.load(own + j * width + at, mask=(j < K) & inside[None, :], other=0.0)
+        low = tl.load(z + (first + j), mask=j < K, other=0.0)
+        total += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=0)
     return total
 
 
@@ -64,8 +62,10 @@ def _whole(  # type: ignore[no-untyped-def]
     inside = at < width
     value = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(starts + at, mask=inside, other=0)
-    slot = tl.load(slots + row)
-    value += _raised(z + row * z_stride, first, ups, slot, width, at, inside, K, BLOCK)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot >= 0:
+        own = ups + slot * K * width
+        value += _raised(z + row * z_stride, first, own, width, at, inside, K, BLOCK)
     tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -93,13 +93,14 @@ def _normed(  # type: ignore[no-untyped-def]
     before = tl.load(x + row * width + at, mask=inside, other=0.0)
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if K:
-        wide = value.to(tl.float32)
-        slot = tl.load(slots + row)
-        first = 0
-        if not ONE:
-            first = tl.load(starts + at, mask=inside, other=0)
-        wide += _raised(z + row * z_stride, first, ups, slot, width, at, inside, K, BLOCK)
-        value = wide.to(y.dtype.element_ty)
+        slot = tl.load(slots + row).to(tl.int64)
+        if slot >= 0:
+            first = 0
+            if not ONE:
+                first = tl.load(starts + at, mask=inside, other=0)
+            own = ups + slot * K * width
+            wide = _raised(z + row * z_stride, first, own, width, at, inside, K, BLOCK)
+            value = (value.to(tl.float32) + wide).to(y.dtype.element_ty)
     value += before
     tl.store(total + row * width + at, value, mask=inside)
     value = value.to(tl.float32)
@@ -134,10 +135,12 @@ def _activated(  # type: ignore[no-untyped-def]
     gate = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(y + row * y_stride + half + at, mask=inside, other=0.0).to(tl.float32)
     if K:
-        slot = tl.load(slots + row)
-        own, width = z + row * z_stride, 2 * half
-        gate += _raised(own, tl.load(starts), ups, slot, width, at, inside, K, BLOCK)
-        up += _raised(own, tl.load(starts + half), ups, slot, width, half + at, inside, K, BLOCK)
+        slot = tl.load(slots + row).to(tl.int64)
+        first, second = tl.load(starts), tl.load(starts + half)
+        if slot >= 0:
+            z, own, width = z + row * z_stride, ups + slot * K * 2 * half, 2 * half
+            gate += _raised(z, first, own, width, at, inside, K, BLOCK)
+            up += _raised(z, second, own, width, half + at, inside, K, BLOCK)
     if GELU:  # ½ (1 + tanh t) = σ(2t)
         value = gate * tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * gate * gate)) * up
     else:
@@ -149,29 +152,14 @@ def activated(added: Added, activation: Activation) -> Tensor:
     """See `one_token.activated`."""
     rows, half = len(added.y), added.y.shape[1] // 2
     out = added.y.new_empty(rows, half)
-    _activated[(rows, triton.cdiv(half, _BLOCK))](
+    block = 128 if rows * half <= 2**15 else _BLOCK
+    _activated[(rows, triton.cdiv(half, block))](
         added.y, *_more(added), out, half, added.y.stride(0),
         0 if added.z is None else added.z.stride(0),
-        K=_lows(added), GELU=activation == "gelu_tanh", BLOCK=_BLOCK, ROOT=ROOT, CUBE=CUBE,
-        **_launch(out.device),
+        K=_lows(added), GELU=activation == "gelu_tanh", BLOCK=block, ROOT=ROOT, CUBE=CUBE,
+        num_warps=1 if block == 128 else 4, **_launch(out.device),
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _head(  # type: ignore[no-untyped-def]
-    y, z, ups, starts, slot, width, head, column, inside,
-    K: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Some columns of one head, rounded as memory would have them."""
-    at = head * DIM + column
-    value = tl.load(y + at, mask=inside, other=0.0)
-    if K:
-        wide = value.to(tl.float32)
-        first = tl.load(starts + head * DIM)
-        wide += _raised(z, first, ups, slot, width, at, inside, K, BLOCK)
-        value = wide.to(y.dtype.element_ty)
-    return value.to(tl.float32)
 
 
 @triton.jit
@@ -188,23 +176,36 @@ def _put_by(  # type: ignore[no-untyped-def]
     inside = column < DIM
     y += row * y_stride
     z += row * z_stride
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row).to(tl.int64)
     place = tl.load(places + row).to(tl.int64)
-    value = _head(y, z, ups, starts, slot, width, head, column, inside, K, DIM, BLOCK)
-    if HALF:  # noqa: SIM102 - known when it is compiled
-        if head < heads + key_heads:
-            turns = column < 2 * HALF
-            if PAIRS:
-                partner, angle, first = column ^ 1, column // 2, column % 2 == 0
-            else:
-                first = column < HALF
-                partner = tl.where(first, column + HALF, column - HALF)
-                angle = tl.where(first, column, column - HALF)
-            partner = tl.where(turns, partner, column)
-            other = _head(y, z, ups, starts, slot, width, head, partner, inside, K, DIM, BLOCK)
-            c = tl.load(cos + place * HALF + angle, mask=turns, other=1.0)
-            s = tl.load(sin + place * HALF + angle, mask=turns, other=0.0)
-            value = value * c + tl.where(first, -other, other) * s
+    at = head * DIM + column
+    value = tl.load(y + at, mask=inside, other=0.0)
+    other, partner, first = value, column, column < HALF
+    if HALF:
+        if PAIRS:
+            partner, angle, first = column ^ 1, column // 2, column % 2 == 0
+        else:
+            partner = tl.where(first, column + HALF, column - HALF)
+            angle = tl.where(first, column, column - HALF)
+        turns = column < tl.where(head < heads + key_heads, 2 * HALF, 0)
+        partner = tl.where(turns, partner, column)
+        other = tl.load(y + head * DIM + partner, mask=inside, other=0.0)
+        c = tl.load(cos + place * HALF + angle, mask=turns, other=1.0)
+        s = tl.load(sin + place * HALF + angle, mask=turns, other=0.0)
+    if K:  # rounded as memory would have them
+        low = tl.load(starts + head * DIM)
+        if slot >= 0:
+            own = ups + slot * K * width
+            wide = _raised(z, low, own, width, at, inside, K, BLOCK)
+            value = (value.to(tl.float32) + wide).to(y.dtype.element_ty)
+            if HALF:
+                beside = head * DIM + partner
+                wide = _raised(z, low, own, width, beside, inside, K, BLOCK)
+                other = (other.to(tl.float32) + wide).to(y.dtype.element_ty)
+    value = value.to(tl.float32)
+    if HALF:
+        other = other.to(tl.float32)
+        value = value * c + tl.where(first, -other, other) * s
     if head < heads:
         target = queries + row * heads * DIM + head * DIM
         tl.store(target + column, value.to(queries.dtype.element_ty), mask=inside)
@@ -373,9 +374,12 @@ def _row_product(  # type: ignore[no-untyped-def]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         x = tl.load(h + first + at, mask=first + at < width, other=0.0).to(tl.float32)
-        total += w.to(tl.float32) * x[None, :]
         later = first + BLOCK + at
-        w = tl.load(own + later[None, :], mask=there[:, None] & (later < width)[None, :], other=0.0)
+        next_w = tl.load(
+            own + later[None, :], mask=there[:, None] & (later < width)[None, :], other=0.0
+        )
+        total += w.to(tl.float32) * x[None, :]
+        w = next_w
     value = tl.sum(total, axis=1)
     if BIAS:
         value += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)

@@ -4,9 +4,10 @@
 
 BASE is a base model with a chat template, an alias, a folder or a GGUF file; DATA the folder of docs/real-data.md;
 INSTRUCT holds `alpaca_en_demo.json` and `v1_sft_demo.jsonl` of LLaMA-Factory's source archive. Printed are each task's
-held-out loss before the first step and at the end, the scores of the classification tasks in both runs with their
-paired difference on the same rows, and how many of some held-out conversations the exported PEFT folder answers in
-transformers, token by token in float32, as `predict` does.
+held-out loss before the first step and at the end, the scores of the classification tasks in both runs, which see
+the same examples of them, with their paired difference on the same rows, and how many of some held-out conversations
+the exported PEFT folder answers as `predict` does, both in float32, in a process that has transformers and PEFT alone
+(`peft_answers.py`). Where they part, how far apart the two tokens were there is printed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 
-HELD_OUT = 64
-ASKED = 8
+from mtl_lora_cli.models.base import find_base_model
+
+ASKED = 32
+NEW_TOKENS = 64
 TALKS = {
     "alpaca": ("alpaca_en_demo.json", "instruct/alpaca"),
     "talks": ("v1_sft_demo.jsonl", "instruct/messages"),
@@ -35,18 +38,31 @@ CLASSES = {
 }
 
 
-def command(place: Path, *arguments: str) -> str:
+def started(place: Path, *arguments: str) -> subprocess.Popen[str]:
     """A command of mtl-lora, as a process of its own."""
     print("$ mtl-lora", *arguments, flush=True)
-    started = time.perf_counter()
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments],
-        cwd=place, capture_output=True, text=True,
+        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: {done.returncode}\n{done.stderr[-3000:]}")
-    print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-    return done.stdout
+
+
+def ended(process: subprocess.Popen[str], began: float) -> str:
+    """What it printed."""
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{process.args}: {process.returncode}\n{errors[-3000:]}")
+    print(f"  {time.perf_counter() - began:.0f} s", flush=True)
+    return output
+
+
+def commands(place: Path, *several: tuple[str, ...]) -> list[str]:
+    """Some at once where there is a card, one after the other where there is none."""
+    began = time.perf_counter()
+    if torch.cuda.is_available():
+        running = [started(place, *one) for one in several]
+        return [ended(one, began) for one in running]
+    return [ended(started(place, *one), began) for one in several]
 
 
 def write_rows(wanted: argparse.Namespace, place: Path) -> None:
@@ -57,9 +73,9 @@ def write_rows(wanted: argparse.Namespace, place: Path) -> None:
         random.Random(0).shuffle(rows)
         (place / name).mkdir(exist_ok=True)
         for split, some in (
-            ("test", rows[:HELD_OUT]),
-            ("validation", rows[:HELD_OUT]),
-            ("train", rows[HELD_OUT:]),
+            ("test", rows[: wanted.held_out]),
+            ("validation", rows[: wanted.held_out]),
+            ("train", rows[wanted.held_out :]),
         ):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
             (place / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
@@ -95,7 +111,12 @@ def recipe(wanted: argparse.Namespace, place: Path, name: str, *, talks: bool) -
             "row_length": 1024,
             "rows_per_step": 4,
             "on_overflow": "drop",
-            "validation": {"every": 10_000, "before": True, "examples": 200, "metric": False},
+            "validation": {
+                "every": 10_000,
+                "before": True,
+                "examples": wanted.looked_at,
+                "metric": False,
+            },
         },
         "run": {"name": name},
     }
@@ -117,42 +138,34 @@ def losses(run: Path) -> dict[str, tuple[float, float]]:
     return {task: (first[task], last[task]) for task in first}
 
 
-def same_answers(wanted: argparse.Namespace, place: Path) -> tuple[int, int]:
-    """Answers of `predict` in float32 that transformers' generate gives with the exported adapter, of how many."""
-    import peft
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def same_answers(wanted: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """How many answers of `predict` in float32 transformers and PEFT give with the exported adapter."""
     from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.evaluation.predict import Predictor
     from mtl_lora_cli.runs.folder import find_run
 
-    command(
-        place, "export", "--run", "both", "--task", "talks", "--format", "peft", "--output", "out"
-    )
     opened = open_run(find_run("both", place / "runs")).but(in_float32=True)
     predictor: Any = Predictor(opened)
-    base = opened.base.folder
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
-    model = peft.PeftModel.from_pretrained(model, place / "out").eval()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    lines = (place / "talks" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:ASKED]
-    right = 0
-    for row in map(json.loads, lines):
-        said = predictor.predict([row], task="talks")[0]
-        ids = tokenizer.apply_chat_template(
-            said["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"].to(device)
-        with torch.no_grad():
-            whole = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
-                do_sample=False, pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        theirs = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        right += said["answer"] == theirs
-        if said["answer"] != theirs:
-            print("differs:", repr(said["answer"])[:200], repr(theirs)[:200], flush=True)
-    return right, len(lines)
+    rows = []
+    for task in TALKS:
+        lines = (place / task / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        rows += [{**json.loads(line), "of": task} for line in lines[: ASKED // len(TALKS)]]
+    said = predictor.predict(rows, task_column="of")
+    found: dict[str, Any] = {}
+    for task in TALKS:
+        own = [one for one in said if one["task"] == task]
+        asked = [{"messages": one["messages"][:-1], "answer": one["answer"]} for one in own]
+        (place / f"{task}-asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        program = Path(__file__).with_name("peft_answers.py")
+        done = subprocess.run(
+            [sys.executable, str(program), str(opened.base.folder), str(place / f"out-{task}"),
+             str(place / f"{task}-asked.json"), str(NEW_TOKENS)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(f"{program.name}: {done.stderr[-3000:]}")
+        found[task] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
@@ -162,6 +175,8 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--examples", type=int, default=1500, help="of each classification task")
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--held-out", type=int, default=64, help="conversations of each set")
+    parser.add_argument("--looked-at", type=int, default=200, help="held-out rows of a loss")
     parser.add_argument("--limit", type=int, default=800, help="held-out rows that are scored")
     wanted = parser.parse_args()
     place: Path = wanted.out
@@ -169,12 +184,18 @@ def main() -> None:
     if Path(wanted.base).exists():
         wanted.base = str(Path(wanted.base).resolve())
     write_rows(wanted, place)
-    command(place, "train", recipe(wanted, place, "both", talks=True))
+    find_base_model(wanted.base)  # a GGUF file is converted once
+    both = recipe(wanted, place, "both", talks=True)
+    commands(place, ("train", both), ("train", recipe(wanted, place, "classes", talks=False)))
     found: dict[str, Any] = {"loss": losses(place / "runs" / "both")}
     print(json.dumps(found), flush=True)
-    command(place, "train", recipe(wanted, place, "classes", talks=False))
-    asked = ("--task", "all", "--limit", str(wanted.limit), "--json")
-    told = json.loads(command(place, "eval", "--run", "both", *asked, "--baseline", "classes"))
+    asked = ("--task", "all", "--limit", str(wanted.limit), "--json", "--baseline", "classes")
+    exports = [
+        ("export", "--run", "both", "--task", task, "--format", "peft", "--output", f"out-{task}")
+        for task in TALKS
+    ]
+    output, *_ = commands(place, ("eval", "--run", "both", *asked), *exports)
+    told = json.loads(output)
     for one in told["results"]:
         if one["task"] not in CLASSES:
             continue
@@ -203,7 +224,12 @@ def main() -> None:
                 f"{own['difference'][0]:+.3f} ({low:+.3f} – {high:+.3f})",
             ]
         print(f"| {task} | {' | '.join(cells)} |")
-    print("the same answers in transformers:", "{} of {}".format(*found["same_answers"]))
+    for task, one in found["same_answers"].items():
+        print(
+            f"{task}: {one['same']} of {one['of']} the same answers in transformers and PEFT; parted:"
+        )
+        for other in one["parted"]:
+            print("  ", json.dumps(other, ensure_ascii=False))
 
 
 if __name__ == "__main__":

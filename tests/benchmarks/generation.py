@@ -10,8 +10,8 @@ comes, `graphs` the same with CUDA graphs. Every way answers the same prompts, g
 
 Every way is a process of its own, for compiling costs minutes and needs no card: all get ready at once, each by
 running everything, and wait; then one after the other is timed, and ends, while the others sleep. Seconds are of a
-whole call, prompts included, the median of some. A *step* is a further token of each row: in ours the difference of two runs,
-in `generate` the mean between its steps. At batch 1 the share of what reading the weights allows is
+whole call, prompts included, the median of some. A *step* is a further token of each row, the mean between the
+16th and the last token of a call. At batch 1 the share of what reading the weights allows is
 2 bytes × values of the layers and the head / bandwidth / step.
 """
 
@@ -40,7 +40,7 @@ from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models.packed import PackedModel
 
 TASKS = ("one", "two", "three")
-SHORT = 16  # new tokens of the shorter of two runs
+SHORT = 16  # tokens before steps are timed
 PROMPT = (64, 192)
 NOMINAL = 4.8e12  # bytes a second that an H200 is said to read
 Row = dict[str, Any]
@@ -92,28 +92,32 @@ def ours(packed: PackedModel, rows: list[list[int]], new: int, device: torch.dev
     """Rows of three tasks in one batch."""
     requests = [Request(number % len(TASKS), row, [[]]) for number, row in enumerate(rows)]
     length = max(map(len, rows)) + new
+    steps: list[float] = []
 
-    def run(tokens: int) -> list[list[int]]:
-        return generate(
-            packed, requests, ends=[], new_tokens=[tokens] * len(rows), device=device,
-            tokens_per_pass=len(rows) * length,
+    def run() -> None:
+        times: dict[int, float] = {}
+
+        def told(answer: list[int]) -> bool:
+            times.setdefault(len(answer), time.perf_counter())
+            return False
+
+        answers = generate(
+            packed, requests, ends=[], new_tokens=[new] * len(rows), device=device,
+            tokens_per_pass=len(rows) * length, stopped=told,
         )  # fmt: skip
+        assert all(len(answer) == new for answer in answers)
+        steps.append((times[new - 1] - times[SHORT]) / (new - 1 - SHORT))
 
     def measured() -> Row:
         packed.kept_rows = None  # of another batch
-        assert all(len(answer) == new for answer in run(new))
-        run(SHORT)
-        whole, short = timed(lambda: run(new), device), timed(lambda: run(SHORT), device)
-        step = 1000 * (whole - short) / (new - SHORT)
+        run()
+        steps.clear()
+        seconds = timed(run, device, 5)
         on = packed.kept_rows is not None
-        return {
-            "seconds": whole,
-            "step_ms": step,
-            "fused": on,
-            "agrees": [*packed.rows_agree.values()],
-        }
+        agrees = [*packed.rows_agree.values()]
+        return {"seconds": seconds, "step_ms": 1000 * median(steps), "fused": on, "agrees": agrees}
 
-    run(new)
+    run()
     return measured
 
 
