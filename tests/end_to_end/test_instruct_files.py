@@ -1,4 +1,4 @@
-"""Real instruction files train and evaluate as they are, without a template file.
+"""Real instruction files, and rows as odd as their forms allow, train and evaluate as they are, without a template file.
 
 They are those of LLaMA-Factory's source archive on PyPI: MTL_LORA_INSTRUCT names the folder that holds them, or
 pip fetches the archive (5 MB).
@@ -35,7 +35,35 @@ TASKS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glaive": ("sharegpt", "glaive_toolcall_en_demo.json", {}),
     "web": ("completion", "c4_demo.jsonl", {}),
     "marked": ("messages", "v1_sft_demo.jsonl", {"learn": {"field": "loss_weight"}}),
+    "odd": ("messages", "odd.jsonl", {}),
+    "share": ("sharegpt", "share.jsonl", {}),
 }
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": function}]}
+
+
+Q, A = {"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "It is."}
+TOLD = {"role": "tool", "content": '{"red": 1}'}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ODD: dict[str, list[dict[str, Any]]] = {
+    "odd.jsonl": [
+        {"messages": [Q, Q, A]},  # two questions, no system message
+        {"messages": [{"from": "human", "value": "And a cat?"}, A, Q, {"from": "gpt", "value": "No."}]},
+        {"messages": [Q, call('{"a": 1}'), TOLD, A], "tools": [TOOL]},  # arguments as text, no content
+        {"messages": [Q, call({"a": 1}), TOLD, A], "tools": [TOOL]},  # as an object
+        {"messages": [Q, call({"a": 1})], "tools": [TOOL]},  # nothing but a call is answered
+    ],
+    "share.jsonl": [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"conversations": [Q, {"from": "gpt", "value": "No."}], "system": "", "tools": None},
+        {"conversations": [Q, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                           {"from": "observation", "value": "1"}, A], "tools": [TOOL]},
+    ],
+    "empty.jsonl": [{"messages": [Q, A]}, {"messages": [Q, {**A, "content": ""}, Q, A]}],
+}  # fmt: skip
 
 
 def task(name: str) -> dict[str, Any]:
@@ -85,27 +113,44 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_model: Path, instruct:
     for file in small_model.iterdir():
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     (folder / "model" / "chat_template.jinja").write_text(CHAT)
+    for name, rows in ODD.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _, name, _ in TASKS.values():
-        (folder / name).write_bytes((instruct / name).read_bytes())
+        if name not in ODD:
+            (folder / name).write_bytes((instruct / name).read_bytes())
     (folder / "recipe.yaml").write_text(json.dumps(RECIPE))
     return folder
 
 
 def test_they_train_and_evaluate(place: Path, warm: Forks) -> None:
-    def call(*arguments: str) -> Any:
+    def run(*arguments: str) -> Any:
         ended = warm.run(*arguments, cwd=place, seconds=600)
         assert ended.returncode == 0, ended.stderr
         return ended
 
-    call("train", "recipe.yaml")
+    run("train", "recipe.yaml")
     lines = (place / "runs" / "files" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert all(step["loss"] > 0 for step in steps if step["event"] == "step")
     found = json.loads(
-        call("eval", "--task", "all", "--limit", "3", "--temperature", "0", "--json").stdout
+        run("eval", "--task", "all", "--limit", "3", "--temperature", "0", "--json").stdout
     )
     results = {one["task"]: one for one in found["results"]}
-    for task in ("alpaca", "identity", "glaive", "marked"):
+    for task in ("alpaca", "identity", "glaive", "marked", "share"):
         assert results[task]["examples"] == 3
         assert results[task]["metrics"]["rouge_l"]["value"] is not None
     assert "web" in found["left_out"], "plain text asks nothing"
+    (odd,) = json.loads(run("eval", "--task", "odd", "--json").stdout)["results"]
+    assert odd["examples"] == len(ODD["odd.jsonl"])
+    assert odd["metrics"]["rouge_l"]["value"] is not None
+
+
+def test_an_empty_answer_is_refused_with_file_line_and_field(place: Path, warm: Forks) -> None:
+    made = {"name": "t", "template": "instruct/messages", "source": "empty.jsonl"}
+    (place / "empty.yaml").write_text(
+        json.dumps({**RECIPE, "tasks": [made], "run": {"name": "empty"}})
+    )
+    ended = warm.run("train", "empty.yaml", cwd=place, seconds=100)
+    assert ended.returncode == 2
+    expected = "empty.jsonl:2: task 't': conversation: messages[1].content: is empty, expected a text to learn"
+    assert ended.stderr.rstrip().endswith(expected)
