@@ -119,6 +119,7 @@ def inject(
     *,
     within: Sequence[str] = ("",),
     own_in: Sequence[str] | None = None,
+    whole_in: Sequence[str] | None = None,
 ) -> Adapter:
     """Freeze the model and wrap every layer that a target names.
 
@@ -132,6 +133,7 @@ def inject(
         tasks: names in the order of their ids.
         within: paths of the modules whose layers may be adapted; by default all.
         own_in: paths of the modules in whose layers tasks may have parts of their own; None: in all.
+        whole_in: paths of the modules in which something may learn whole; None: those of `within`.
 
     Raises:
         UsageError: a target matches nothing, something that is no linear layer, or a tied weight.
@@ -150,7 +152,7 @@ def inject(
             raise UsageError(_no_match(target, modules, linear))
         few.append(_few_of(target, matched, modules))
         paths.update((path, linear[path]) for path in matched)
-    whole = whole_parameters(model, config, within)
+    whole = whole_parameters(model, config, within if whole_in is None else whole_in)
     paths = {path: layer for path, layer in paths.items() if f"{path}.weight" not in whole}
     stacks = _stacks_of(config, modules)
     adapted = [*paths, *(f"{path}.{name}" for path in stacks for name in STACKS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,6 +119,14 @@ def _marked(prepared: Prepared, task: int, number: int) -> str:
     # By what each token adds: some tokenizers lose a space when a token is decoded alone.
     whole = [prepared.tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
     texts = [visible(longer[len(shorter) :]) for shorter, longer in pairwise(whole)]
-    return "|".join(
-        f"{before}{text}{after}" if place in learned else text for place, text in enumerate(texts)
-    )
+    parts: list[str] = []
+    for token, some in groupby(enumerate(tokens), key=lambda one: one[1]):
+        places = [place for place, _ in some]
+        if token == split.picture_token:  # never learned
+            parts.append(f"{texts[places[0]].strip()} × {len(places)}")
+            continue
+        parts += [
+            f"{before}{texts[place]}{after}" if place in learned else texts[place]
+            for place in places
+        ]
+    return "|".join(parts)

@@ -221,6 +221,8 @@ def _protocol(result: Result) -> str:
     if result.get("harness_task"):
         task = result["harness_task"]
         return f"{result['protocol']} ({task['task']}, lm_eval {task['lm_eval']})"
+    if result.get("blind"):
+        return f"{result['protocol']} (pictures {result['blind']})"
     if result["normalisation"] not in (None, "sum"):
         return f"{result['protocol']} (per {result['normalisation']})"
     return str(result["protocol"])

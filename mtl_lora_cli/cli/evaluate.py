@@ -100,6 +100,13 @@ def evaluate(
         Path | None,
         typer.Option("--against", metavar="FOLDER", help="What merge or export wrote, beside it."),
     ] = None,
+    blind: Annotated[
+        str | None,
+        typer.Option(
+            "--blind",
+            help="grey or swapped: a control that sees no pictures, or those of other rows.",
+        ),
+    ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option("--predictions", metavar="FILE", help="Write every example as JSON lines."),
@@ -130,6 +137,8 @@ def evaluate(
             raise UsageError(f"--baseline {baseline}: is the run itself")
         if source is not None and (baseline is not None or against is not None or task == "all"):
             raise UsageError("--source goes with one --task, and without --baseline and --against")
+        if blind is not None and against is not None:
+            raise UsageError("--blind goes without --against")
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
@@ -138,6 +147,7 @@ def evaluate(
         from mtl_lora_cli.evaluation.asked import Sampling
         from mtl_lora_cli.evaluation.predictions import Predictions, require_writable
         from mtl_lora_cli.evaluation.protocols import (
+            BLIND,
             NORMALISATIONS,
             PROTOCOLS,
             require_generated,
@@ -150,6 +160,7 @@ def evaluate(
         for option, value, known in (
             ("--protocol", protocol, PROTOCOLS),
             ("--normalisation", normalisation, NORMALISATIONS),
+            ("--blind", blind, BLIND),
         ):
             if value is not None and value not in known:
                 raise UsageError(
@@ -158,7 +169,7 @@ def evaluate(
                 )
         sampling = None if temperature is None else Sampling(temperature, seed, count)
         setting = room.Setting(
-            split, limit, base_only, protocol, normalisation, harness_task, sampling, source
+            split, limit, base_only, protocol, normalisation, harness_task, sampling, source, blind
         )
         with joined() as processes:
             chosen = select_tasks(read_tasks(folder), task)

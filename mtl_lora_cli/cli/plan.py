@@ -101,8 +101,9 @@ def tasks_table(prepared: Prepared) -> str:
     what = "tokens" if of_text else "places"
     per_step = training.rows_per_step
     per_row = f"row{'s' * (per_step > 1)} of {training.row_length:,} {what}"
-    if prepared.recipe.images is not None:
-        height, width = prepared.recipe.images.size
+    images = prepared.recipe.images
+    if images is not None and images.size is not None:
+        height, width = images.shape
         per_row = f"picture{'s' * (per_step > 1)} of {height} x {width}"
     steps = (
         f"{prepared.total_steps:,} optimiser steps of {per_step} {per_row}, {str(prepared.dtype).removeprefix('torch.')} "

@@ -136,7 +136,8 @@ def predict(
             load_router(folder, Run(folder).checkpoint)  # refused before a model is loaded
         glue = glue_submission.require_glue(known[name]) if form == "glue" else None
         status(f"loading run {folder.name}")
-        predictor = Predictor(open_run(folder, force=force))
+        root = Path() if file == "-" else Path(file).parent
+        predictor = Predictor(open_run(folder, force=force), root)
         written = [known[one] for one in several or ([name] if name else [])]
         layout, names = layout_of_new_rows(_source(written))
         if file == "-":

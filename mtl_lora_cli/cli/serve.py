@@ -64,6 +64,11 @@ def serve(
         opened = open_run(folder, force=force)
         if opened.of_maps:
             raise UsageError(f"run '{folder.name}': serve answers texts; its answers are maps")
+        shows = [one.name for one in opened.tasks if one.template.images]
+        if shows:
+            raise UsageError(
+                f"run '{folder.name}': serve answers texts; task '{shows[0]}' shows pictures"
+            )
         service = Service(
             Predictor(opened), folder.name, Limits(max_bytes, max_rows, max_waiting), token
         )

@@ -52,6 +52,12 @@ def train(
             help="Try five learning rates in short runs, show which is best, and stop.",
         ),
     ] = False,
+    blind: Annotated[
+        bool,
+        typer.Option(
+            "--blind", help="A control: grey in the place of pictures (images.blind=true)."
+        ),
+    ] = False,
     num_processes: ProcessesOption = None,
     run: RunOption = None,
     runs: RunsOption = RUNS,
@@ -63,6 +69,10 @@ def train(
 
         if resume and recipe is not None and "=" in recipe:
             overrides, recipe = [recipe, *(overrides or ())], None
+        if blind:
+            if resume:
+                raise UsageError("--blind is for a new run; what goes on is as blind as it was")
+            overrides = [*(overrides or ()), "images.blind=true"]
         if recipe is None and not resume:
             raise UsageError("a recipe is missing: mtl-lora train RECIPE")
         if run is not None and not resume:

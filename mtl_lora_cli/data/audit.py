@@ -139,13 +139,13 @@ def audit(
     notes: Sequence[str] = (),
 ) -> Audit:
     """Compare a task's training rows with each other, and put together what else was found."""
-    pairs = Counter((example.prompt, example.answer) for example in train)
-    answers = Counter(prompt for prompt, _ in pairs)
+    pairs = Counter((_asked(example), example.answer) for example in train)
+    answers = Counter(asked for asked, _ in pairs)
     return Audit(
         rows=len(train),
         repeated=len(train) - len(pairs),
         # Plain text has no prompt.
-        contradictory=sum(answers[one.prompt] > 1 for one in train if one.prompt),
+        contradictory=sum(answers[_asked(one)] > 1 for one in train if one.prompt),
         leaks=tuple(leak for leak in leaks if leak.found),
         held_out=len(held_out),
         held_out_split=held_out_split,
@@ -156,6 +156,11 @@ def audit(
         constant=_constant(train, held_out),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _asked(example: Example) -> tuple[Any, ...]:
+    """What an example asks: its prompt, and which pictures it shows, whatever they are called."""
+    return (example.prompt, *(picture.digest() for picture in example.images))
 
 
 def blank_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> Blank | None:

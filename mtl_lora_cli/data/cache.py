@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.runs import kept
 from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
 from mtl_lora_cli.visible import tell
@@ -44,6 +45,8 @@ def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
                 starts=file.get_tensor("starts"),
                 prompt_lengths=file.get_tensor("prompt_lengths"),
                 mask=file.get_tensor("mask") if "mask" in file.keys() else None,  # noqa: SIM118
+                pictures=_pictures(about.get("pictures")),
+                picture_token=about.get("picture_token"),
                 **about["counts"],
             )
             known = [name for name in file.keys() if name.startswith(_TRACES)]  # noqa: SIM118
@@ -67,7 +70,8 @@ def claimed(key: str, task: str) -> AbstractContextManager[None]:
 def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None:
     """Keep an encoding; a cache that cannot be written is no reason to stop."""
     counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows", "turns")}
-    about = json.dumps({"counts": counts, "audit": audit.to_json()})
+    shown = {} if encoded.pictures is None else _shown(encoded)
+    about = json.dumps({"counts": counts, "audit": audit.to_json(), **shown})
     tensors = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
     if encoded.mask is not None:
         tensors["mask"] = encoded.mask
@@ -91,6 +95,18 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
             f"note: {len(left)} encoded task(s) that were not used for longest left the cache "
             f"({sum(one.bytes for one in left) / 2**20:.1f} MiB); {kept.LIMIT} says how much it keeps"
         )
+
+
+def _shown(encoded: EncodedSplit) -> dict[str, Any]:
+    assert encoded.pictures is not None
+    pictures = [[one.to_json() for one in some] for some in encoded.pictures]
+    return {"pictures": pictures, "picture_token": encoded.picture_token}
+
+
+def _pictures(content: Any) -> tuple[tuple[Picture, ...], ...] | None:
+    if content is None:
+        return None
+    return tuple(tuple(map(Picture.from_json, some)) for some in content)
 
 
 @cache

@@ -11,9 +11,12 @@ import torch
 
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.mixture import Place, all_positions, positions_of
+from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.batch import PackedBatch, Pictures
 from mtl_lora_cli.models.host import Batch, Dataset, Rows, at_step
+from mtl_lora_cli.models.sight import pictures_in
+from mtl_lora_cli.pictures.shown import Picture
 
 
 class TextDataset:
@@ -22,18 +25,21 @@ class TextDataset:
     Args:
         splits: of each task.
         loss_on: see `training_batch`.
+        eyes: what the model sees of rows' pictures; None: they show none.
 
     Attributes:
         lengths: of each task int [examples], the positions that each example takes.
     """
 
-    def __init__(self, splits: Sequence[EncodedSplit], loss_on: str) -> None:
-        self._splits, self._loss_on = splits, loss_on
+    def __init__(
+        self, splits: Sequence[EncodedSplit], loss_on: str, eyes: Eyes | None = None
+    ) -> None:
+        self._splits, self._loss_on, self._eyes = splits, loss_on, eyes
         self.lengths = [all_positions(split.lengths) for split in splits]
 
     def collate(self, rows: Rows) -> PackedBatch:
         """See `training_batch`."""
-        return training_batch(rows, self._splits, loss_on=self._loss_on)
+        return training_batch(rows, self._splits, loss_on=self._loss_on, eyes=self._eyes)
 
     def units(self, rows: Rows) -> torch.Tensor:
         """See `supervised_tokens`."""
@@ -94,7 +100,11 @@ class ChosenDataset:
 
 
 def training_batch(
-    rows: Sequence[Sequence[Place]], splits: Sequence[EncodedSplit], *, loss_on: str
+    rows: Sequence[Sequence[Place]],
+    splits: Sequence[EncodedSplit],
+    *,
+    loss_on: str,
+    eyes: Eyes | None = None,
 ) -> PackedBatch:
     """Lay rows behind each other and ask for every supervised token.
 
@@ -104,7 +114,9 @@ def training_batch(
     Args:
         rows: packed rows, as task id and example number.
         splits: encoded examples of each task.
-        loss_on: `answer` supervises answer and end token; `all` every token but the first.
+        loss_on: `answer` supervises answer and end token; `all` every token but the first and those of
+            pictures.
+        eyes: what the model sees of rows' pictures; None: they show none.
     """
     places = [place for row in rows for place in row]
     parts = [splits[task].example(number) for task, number in places]
@@ -119,15 +131,41 @@ def training_batch(
     asked = np.concatenate(positions)
     task_ids = np.repeat([task for task, _ in places], lengths)
     position_ids = np.concatenate([np.arange(length) for length in lengths])
+    input_ids = torch.from_numpy(np.concatenate(inputs).astype(np.int64)).unsqueeze(0)
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(inputs).astype(np.int64)).unsqueeze(0),
+        input_ids=input_ids,
         position_ids=torch.from_numpy(position_ids).unsqueeze(0),
         task_ids=torch.from_numpy(task_ids.astype(np.int64)).unsqueeze(0),
         segments=Segments.build(lengths),
         positions=torch.from_numpy(asked),
         owner=torch.arange(len(asked)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        pictures=shown_in(
+            input_ids, [_shown(splits[task], number) for task, number in places], eyes
+        ),
     )
+
+
+def _shown(split: EncodedSplit, number: int) -> Sequence[Picture]:
+    """The pictures of one example."""
+    return () if split.pictures is None else split.pictures[number]
+
+
+def shown_in(
+    input_ids: torch.Tensor, shown: Sequence[Sequence[Picture]], eyes: Eyes | None
+) -> Pictures | None:
+    """The pictures of a pass; None: there are none.
+
+    Args:
+        input_ids: int64 [1, N].
+        shown: of each of its examples, in their order.
+        eyes: what the model sees of them.
+    """
+    pictures = [picture for some in shown for picture in some]
+    if eyes is None or not pictures:
+        return None
+    seen, counts = eyes.seen(pictures), eyes.counts(pictures)
+    return pictures_in(input_ids, seen, counts, eyes.vision.token_id)
 
 
 def supervised_tokens(

@@ -18,6 +18,7 @@ from typing import Any
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.written import Turn, Written
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.tasks.pictured import MARK
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
 
@@ -104,12 +105,15 @@ class ControlTokens:
             token: next((n for n, line in enumerate(lines, start=1) if token in line), None)
             for token in found
         }
+        if template.images:
+            places.pop(MARK, None)  # where a picture stands
         return {token: file if line is None else f"{file}:{line}" for token, line in places.items()}
 
     def _again(self, renderer: Renderer, example: Example, row: Any, where: str) -> Example:
         """The same example from a row with marks; its label is known already."""
         labelled = not example.choices and bool(example.answer)
-        marked = renderer.render(self.marked(row), where, labelled=labelled)
+        own = renderer.template.images and MARK  # in such rows it stands for a picture
+        marked = renderer.render(self.marked(row, own or ""), where, labelled=labelled)
         answer = (
             marked.choices[example.gold] if example.choices and example.gold >= 0 else marked.answer
         )
@@ -121,14 +125,16 @@ class ControlTokens:
             dialogue=marked.dialogue,
         )
 
-    def marked(self, value: Any) -> Any:
-        """A field of a row, marks in every control token in it."""
+    def marked(self, value: Any, but: str = "") -> Any:
+        """A field of a row, marks in every control token in it but one."""
         if isinstance(value, str):
-            return self._found.sub(lambda match: _MARK.join(match[0]), value)
+            return self._found.sub(
+                lambda match: match[0] if match[0] == but else _MARK.join(match[0]), value
+            )
         if isinstance(value, Mapping):
-            return {key: self.marked(one) for key, one in value.items()}
+            return {key: self.marked(one, but) for key, one in value.items()}
         if isinstance(value, list | tuple):
-            return [self.marked(one) for one in value]
+            return [self.marked(one, but) for one in value]
         return value
 
     def _brought(self, example: Example) -> str:

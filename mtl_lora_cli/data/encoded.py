@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from mtl_lora_cli.data.conversation import Conversation, Prompt
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 
@@ -30,6 +31,8 @@ class EncodedSplit:
         rows: rows of the source.
         mask: bool, of each of `tokens` whether it is learned; None: all behind the prompts are.
         turns: of conversations, turns left out for want of room.
+        pictures: of each example those that it shows, in the order of their tokens; None: none does.
+        picture_token: that stands for a part of one, and is never learned.
     """
 
     tokens: np.ndarray
@@ -40,6 +43,8 @@ class EncodedSplit:
     rows: int
     mask: np.ndarray | None = None
     turns: int = 0
+    pictures: tuple[tuple[Picture, ...], ...] | None = None
+    picture_token: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -64,7 +69,10 @@ class EncodedSplit:
         """Which tokens of one example are learned, int64, never its first: nothing stands before it."""
         length = int(self.starts[number + 1] - self.starts[number])
         if loss_on == "all":
-            return np.arange(1, length)
+            every = np.arange(1, length)
+            if self.picture_token is None:
+                return every
+            return every[self.example(number)[1:] != self.picture_token]
         if self.mask is None:
             return np.arange(max(1, int(self.prompt_lengths[number])), length)
         own = self.mask[self.starts[number] : self.starts[number + 1]]
@@ -72,12 +80,12 @@ class EncodedSplit:
 
     def learned_counts(self, loss_on: str = "answer") -> np.ndarray:
         """How many tokens of each example are learned, int64 [E]."""
-        if loss_on == "all":
+        if loss_on == "all" and self.picture_token is None:
             return self.lengths - 1
-        if self.mask is None:
+        if self.mask is None and loss_on != "all":
             return self.lengths - np.maximum(1, self.prompt_lengths)
         return np.asarray(
-            [len(self.learned(number)) for number in range(len(self))], dtype=np.int64
+            [len(self.learned(number, loss_on)) for number in range(len(self))], dtype=np.int64
         )
 
     def take(self, numbers: np.ndarray) -> EncodedSplit:
@@ -97,6 +105,8 @@ class EncodedSplit:
             rows=self.rows,
             mask=None if self.mask is None else part(self.mask),
             turns=self.turns,
+            pictures=None if self.pictures is None else tuple(self.pictures[n] for n in numbers),
+            picture_token=self.picture_token,
         )
 
 
@@ -106,16 +116,18 @@ class _Kept:
 
     tokens: list[list[int]] = field(default_factory=list)
     masks: list[list[bool]] = field(default_factory=list)
+    pictures: list[tuple[Picture, ...]] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
     turns: int = 0
     too_long: list[tuple[int, int]] = field(default_factory=list)  # number and length
 
-    def add(self, tokens: list[int], mask: list[bool]) -> None:
+    def add(self, tokens: list[int], mask: list[bool], pictures: tuple[Picture, ...] = ()) -> None:
         self.tokens.append(tokens)
         self.masks.append(mask)
+        self.pictures.append(pictures)
 
-    def split(self, rows: int, *, masked: bool) -> EncodedSplit:
+    def split(self, rows: int, *, masked: bool, token: int | None) -> EncodedSplit:
         lengths = [len(part) for part in self.tokens]
         return EncodedSplit(
             tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in self.tokens]),
@@ -128,6 +140,8 @@ class _Kept:
             if masked
             else None,
             turns=self.turns,
+            pictures=None if token is None else tuple(self.pictures),
+            picture_token=token,
         )
 
 
@@ -155,6 +169,9 @@ def encode_split(
         UsageError: an example is too long and `on_overflow` is `error`, or an answer alone is too
             long, or is cut to nothing; or no example is left.
     """
+    eyes = encoder.eyes if any(one.images for one in examples) else None
+    if eyes is not None:
+        examples = [eyes.written(one, where) for one, where in zip(examples, wheres, strict=True)]
     talks = [
         one.dialogue.up_to_last() if one.dialogue else one_turn(one.prompt, one.answer)
         for one in examples
@@ -162,6 +179,10 @@ def encode_split(
     kept = _Kept()
     for number, one in enumerate(encoder.conversations(talks, wheres=wheres, task=task)):
         place = f"{wheres[number]}: task '{task}'"
+        shown = examples[number].images
+        if eyes is not None:
+            eyes.require_all(one.tokens, shown, place)
+            one = replace(one, own=eyes.behind(one.tokens, one.own))
         for turn in one.turns:
             if turn.close == turn.text and examples[number].dialogue is None:
                 raise UsageError(f"{place}: the answer has no token of its own")
@@ -169,7 +190,7 @@ def encode_split(
         if not any(mask[1:]):
             raise UsageError(f"{place}: nothing is left to be learned")
         if len(one.tokens) <= limit:
-            kept.add(one.tokens, mask)
+            kept.add(one.tokens, mask, shown)
         elif on_overflow == "drop":
             kept.dropped += 1
         elif on_overflow == "error":
@@ -179,7 +200,7 @@ def encode_split(
             if isinstance(talk, Dialogue):
                 _add_shortened(kept, talk, encoder, limit)
             else:
-                _add_cut(kept, one, limit, place)
+                _add_cut(kept, one, limit, place, shown)
     if kept.too_long:
         number, length = kept.too_long[0]
         raise UsageError(
@@ -189,10 +210,13 @@ def encode_split(
         )
     if not kept.tokens:
         raise UsageError(f"task '{task}': no example is left of {len(examples)}")
-    return kept.split(len(examples), masked=any(one.dialogue for one in examples))
+    token = None if eyes is None else eyes.vision.token_id
+    return kept.split(len(examples), masked=any(one.dialogue for one in examples), token=token)
 
 
-def _add_cut(kept: _Kept, one: Conversation, limit: int, place: str) -> None:
+def _add_cut(
+    kept: _Kept, one: Conversation, limit: int, place: str, shown: tuple[Picture, ...]
+) -> None:
     """Keep an example whose prompt loses its beginning.
 
     Raises:
@@ -202,13 +226,18 @@ def _add_cut(kept: _Kept, one: Conversation, limit: int, place: str) -> None:
     prompt, answer = Prompt(one.tokens[: turn.begin], one.own), one.tokens[turn.begin :]
     room = limit - len(answer)
     if room < max(1, prompt.fixed):
+        if shown:
+            raise UsageError(
+                f"{place}: its {len(shown)} pictures and what stands around them have "
+                f"{len(answer) + prompt.fixed} tokens, which are not cut; rows hold {limit}"
+            )
         raise UsageError(
             f"{place}: the answer alone has {turn.close - turn.text} tokens, "
             f"{len(answer) + prompt.fixed} with what stands around it; rows hold {limit}"
         )
     short = prompt.shortened(room)
     kept.truncated += 1
-    kept.add([*short, *answer], [False] * len(short) + [True] * len(answer))
+    kept.add([*short, *answer], [False] * len(short) + [True] * len(answer), shown)
 
 
 def _add_shortened(kept: _Kept, talk: Dialogue, encoder: Encoder, limit: int) -> None:

@@ -20,6 +20,7 @@ from mtl_lora_cli.data.chat import ChatTemplate, templates_of
 from mtl_lora_cli.data.chat_variables import DEFAULT, WITH_TOOLS
 from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
+from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat, Recipe
@@ -40,6 +41,7 @@ class Encoder:
         chat: how the chat template is used.
         control_tokens: what becomes of control tokens in rows' text, see `ControlTokens`.
         lenient: see `ChatTemplate`.
+        blind: grey stands in the place of every picture.
 
     Raises:
         UsageError: `chat` with a tokenizer whose chat template is missing or cannot be used, or a
@@ -54,12 +56,13 @@ class Encoder:
         *,
         control_tokens: str = "text",
         lenient: bool = False,
+        blind: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
         self._tokenizer = tokenizer
         self.beyond = getattr(tokenizer, "beyond", None)  # from `load_tokenizer`
-        self._format = prompt_format
+        self._format, self._blind = prompt_format, blind
         self._chat: ChatTemplate | None = None
         self._with_tools: ChatTemplate | None = None
         if prompt_format == "chat":
@@ -83,7 +86,17 @@ class Encoder:
             recipe.chat,
             control_tokens=recipe.control_tokens,
             lenient=lenient,
+            blind=recipe.images is not None and recipe.images.blind,
         )
+
+    @cached_property
+    def eyes(self) -> Eyes:
+        """What the base model sees of rows' pictures.
+
+        Raises:
+            UsageError: it reads none.
+        """
+        return Eyes(self._tokenizer.vision(), blind=self._blind)
 
     @property
     def notes(self) -> list[str]:

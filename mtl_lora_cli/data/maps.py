@@ -94,7 +94,7 @@ class MapDataset:
         self._tasks, self._specs, self._images = tasks, specs, images
         self._normalise, self._seed, self._augmented = normalisation, seed, augmented
         self._sources = {source.entry: source.rows for source in sources}
-        self.size_of_pictures = (images.size[0], images.size[1])
+        self.size_of_pictures = images.shape
         none = np.zeros(0, dtype=np.int64)
         self.lengths = [
             np.ones(len(self._sources[task].pictures), dtype=np.int64)

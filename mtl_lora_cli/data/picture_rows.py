@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mtl_lora_cli.data.sources import read_split, root_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.decode import Site, locate, read_map, read_picture
 from mtl_lora_cli.pictures.derive import normals_from_depth
+from mtl_lora_cli.pictures.shown import file_digest
 from mtl_lora_cli.pictures.values import as_classes, as_depth, as_normals, as_share
 from mtl_lora_cli.tasks.jinja import Expression, explain
 from mtl_lora_cli.tasks.maps import MapSpec, spec_of
@@ -273,17 +273,10 @@ def _digests(rows: MapRows, key: str, addresses: Sequence[str | None]) -> list[b
         path = locate(rows.root, address, Site(rows.wheres[number], key))
         state = path.stat()
         inside = address.partition("#")[2].encode()
-        return _digest(str(path), state.st_size, state.st_mtime_ns) + inside
+        return file_digest(str(path), state.st_size, state.st_mtime_ns) + inside
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(of, range(len(addresses))))
-
-
-@lru_cache(maxsize=2**17)
-def _digest(path: str, size: int, changed: int) -> bytes:
-    """Of a file's bytes; tasks share pictures, and splits are looked at several times."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()[:16]
 
 
 def picture_address(task: Task, row: Mapping[str, Any], where: str) -> str:

@@ -20,6 +20,15 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
 from mtl_lora_cli.data.picture_rows import map_print
+from mtl_lora_cli.data.pictured import (
+    Eyes,
+    in_files,
+    joined_print,
+    picture_root,
+    require_readable,
+    shown_twice,
+    split_print,
+)
 from mtl_lora_cli.data.sources import (
     Rows,
     read_split,
@@ -63,6 +72,7 @@ class TrainingData:
         mixture: the stream of rows.
         notes: what is good to know of all tasks, a line each.
         others: the examples where they are no text; then there are no splits and no audits.
+        eyes: what the model sees of rows' pictures; None: they show none.
     """
 
     tasks: list[Task]
@@ -71,12 +81,13 @@ class TrainingData:
     mixture: Mixture
     notes: tuple[str, ...] = ()
     others: Dataset | None = None
+    eyes: Eyes | None = None
 
     def dataset(self, loss_on: str) -> Dataset:
         """The examples as rows are made of them; `loss_on` says what of a text is learned."""
         from mtl_lora_cli.data.collate import TextDataset  # loads torch
 
-        return TextDataset(self.splits, loss_on) if self.others is None else self.others
+        return TextDataset(self.splits, loss_on, self.eyes) if self.others is None else self.others
 
     @property
     def entries(self) -> list[int]:
@@ -213,7 +224,7 @@ def read_examples(
     if found is None:
         return None
     rows, wheres, source = found
-    renderer = Renderer(task.template, task.name)
+    renderer = _renderer(task)
     try:
         examples = [
             renderer.render(row, where, labelled=labelled)
@@ -221,7 +232,16 @@ def read_examples(
         ]
     except LabelError as error:
         raise with_cure(error, task, split, renderer, source.rows) from None
-    return Examples(split, examples, wheres, rows, source.fingerprint, source.notes)
+    printed = source.fingerprint
+    if task.template.images:
+        examples = list(map(in_files, examples))
+        printed = joined_print(printed, (one.images for one in examples))
+    return Examples(split, examples, wheres, rows, printed, source.notes)
+
+
+def _renderer(task: Task) -> Renderer:
+    root = picture_root(task) if task.template.images else Path()
+    return Renderer(task.template, task.name, root)
 
 
 def untrained(tasks: Sequence[Task]) -> dict[str, str]:
@@ -277,7 +297,8 @@ def prepare_training(
     if encoder.beyond is not None:
         encoder.beyond.require_known(encoder.answer_end)  # it ends every answer
     mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
-    return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes))
+    eyes = encoder.eyes if any(task.template.images for task in tasks) else None
+    return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes), eyes=eyes)
 
 
 def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
@@ -464,7 +485,10 @@ def with_fingerprints(task: Task) -> Task:
 
 
 def _row_print(task: Task, split: str) -> str | None:
-    return split_fingerprint(task.source, split, base=Path(), task=task.name)
+    found = split_fingerprint(task.source, split, base=Path(), task=task.name)
+    if found is None or not task.template.images:
+        return found
+    return split_print(task, split, found)
 
 
 def _prepare_task(
@@ -481,6 +505,7 @@ def _prepare_task(
         limit=limit,
         on_overflow=training.on_overflow,
         subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,
+        **({"pictures": encoder.eyes.settings} if task.template.images else {}),
     )
     stored = cache.load(key)
     if stored is None:
@@ -503,6 +528,7 @@ def _encode_task(
     beside = (
         read_examples(task, "validation", labelled=False) if held and held.split == "test" else None
     )
+    require_readable(one for some in (examples, held) if some is not None for one in some.examples)
     for some in (examples, held):
         if some is not None:
             require_answers(task, some.examples, some.wheres, encoder)
@@ -526,6 +552,10 @@ def _encode_task(
         cut_prompts=encoded.truncated,
         dropped=encoded.dropped,
         turns=encoded.turns,
-        notes=[*encoder.notes_on(task, marked), *(note for one in read for note in one.notes)],
+        notes=[
+            *encoder.notes_on(task, marked),
+            *(note for one in read for note in one.notes),
+            *shown_twice(read),
+        ],
     )
     return encoded, noticed, seen

@@ -14,7 +14,7 @@ _FEWEST_WORDS = 3  # of texts by which rows of two tasks are called the same
 
 
 def traces(examples: Sequence[Example]) -> np.ndarray:
-    """For each example a number of 64 bits for its prompt, and one for the texts in it.
+    """For each example a number of 64 bits for its prompt, and one for the texts in it; pictures count with both.
 
     Two rows with the same texts in other words around them have the same second number; it is 0
     where the texts have too few words to tell one row from another.
@@ -22,14 +22,23 @@ def traces(examples: Sequence[Example]) -> np.ndarray:
     Returns:
         uint64, [examples, 2].
     """
-    found = [(_number(_plain(one.prompt)), _of_texts(one.texts)) for one in examples]
+    found = [(_number(_asked(one)), _of_texts(one)) for one in examples]
     return np.array(found, dtype=np.uint64).reshape(-1, 2)
 
 
-def _of_texts(texts: Sequence[str]) -> int:
-    plain = sorted(filter(None, map(_plain, texts)))
+def _asked(example: Example) -> str:
+    """Its prompt, and which pictures it shows."""
+    return "\0".join([_plain(example.prompt), *_shown(example)])
+
+
+def _shown(example: Example) -> list[str]:
+    return [picture.digest().hex() for picture in example.images]
+
+
+def _of_texts(example: Example) -> int:
+    plain = sorted(filter(None, map(_plain, example.texts)))
     words = sum(text.count(" ") + 1 for text in plain)
-    return _number("\0".join(plain)) if words >= _FEWEST_WORDS else 0
+    return _number("\0".join(plain + _shown(example))) if words >= _FEWEST_WORDS else 0
 
 
 def _plain(text: str) -> str:

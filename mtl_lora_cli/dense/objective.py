@@ -37,14 +37,15 @@ class DenseObjective:
     beyond: ClassVar = ("quantization", "training.memory", "distributed.zero_stage")
 
     def __init__(self, base: BaseModel, recipe: Recipe, tasks: Sequence[Task]) -> None:
-        if recipe.images is None:
+        images = recipe.images
+        if images is None or images.size is None:
             raise UsageError(
                 f"images: is required with objective {tasks[0].objective}: images: {{size: [224, 224]}}"
             )
         self._base, self._recipe, self._tasks = base, recipe, tasks
         self.specs = [spec_of(task.template) for task in tasks]
         self.quantization = recipe.quantization
-        self.size: Size = (recipe.images.size[0], recipe.images.size[1])
+        self.size: Size = images.shape
         require_size(base, load_config(base), self.size)
         skeleton = backbone_skeleton(base)
         whole = whole_parameters(skeleton, recipe.adapter, LEARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.pictured import blinded
 from mtl_lora_cli.evaluation.asked import Sampling, Stopped, asks_of
 from mtl_lora_cli.evaluation.choices import (
     Advance,
@@ -101,9 +103,24 @@ def answer(
         one_row: each task's examples are of the same rows, in the same order: what their prompts share is
             computed once, where the adapter does the same for the tasks.
     """
+    with opened.packed.untouched() if setting.base_only else nullcontext():
+        return _answer(opened, tasks, held, setting, advance, sampling, one_row)
+
+
+def _answer(
+    opened: Run,
+    tasks: Sequence[Task],
+    held: Sequence[Examples],
+    setting: Setting,
+    advance: Progress,
+    sampling: Sampling | None,
+    one_row: bool,
+) -> list[Answers]:
     if sampling is None:
         sampling = setting.sampling
     encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
+    if setting.blind is not None:
+        held = [blinded(examples, encoder.eyes, setting.blind) for examples in held]
     requests: list[list[Request]] = []
     for task, examples in zip(tasks, held, strict=True):
         number = -1 if setting.base_only else task.id
@@ -193,7 +210,7 @@ def _generated(
     how = [sampling_of(task) if sampling is None else sampling for task, _, _ in parts]
     asks = [
         asks_of(
-            [(request.prompt, request.task) for request in requests],
+            requests,
             answer_limits(task, requests),
             stop_of(task, encoder, opened.tokenizer),
             drawn,

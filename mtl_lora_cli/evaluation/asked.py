@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mtl_lora_cli.data.pictured import Eyes
+from mtl_lora_cli.pictures.shown import Picture
 
 Stopped = Callable[[list[int]], bool]
 
@@ -55,6 +58,7 @@ class Ask:
         stopped: whether an answer is complete as it stands.
         temperature: 0: the likeliest tokens.
         uniforms: numbers in [0, 1) that tokens are drawn by, where there is a temperature.
+        pictures, eyes: what stands in the prompt, and what the model sees of it.
     """
 
     prompt: list[int]
@@ -63,6 +67,8 @@ class Ask:
     stopped: Stopped = lambda answer: False
     temperature: float = 0.0
     uniforms: Iterator[float] | None = None
+    pictures: tuple[Picture, ...] = ()
+    eyes: Eyes | None = None
 
     @property
     def cost(self) -> int:
@@ -70,22 +76,40 @@ class Ask:
         return len(self.prompt) + self.limit
 
 
+class Prompted(Protocol):
+    """What has a prompt to be answered, such as a `choices.Request`."""
+
+    @property
+    def prompt(self) -> list[int]: ...
+
+    @property
+    def task(self) -> int: ...
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]: ...
+
+    @property
+    def eyes(self) -> Eyes | None: ...
+
+
 def asks_of(
-    prompts: Sequence[tuple[list[int], int]],
+    requests: Sequence[Prompted],
     limits: Sequence[int],
     stopped: Stopped,
     sampling: Sampling | None,
 ) -> list[Ask]:
     """What is asked of prompts with their tasks; of several answers each prompt's stand together."""
+    likeliest = [
+        Ask(one.prompt, one.task, limit, stopped, pictures=one.pictures, eyes=one.eyes)
+        for one, limit in zip(requests, limits, strict=True)
+    ]
     if sampling is None or not sampling.temperature:
-        return [
-            Ask(prompt, task, limit, stopped)
-            for (prompt, task), limit in zip(prompts, limits, strict=True)
-        ]
+        return likeliest
+    warm, count = sampling.temperature, sampling.answers
     return [
-        Ask(prompt, task, limit, stopped, sampling.temperature, sampling.uniforms(number, answer))
-        for number, ((prompt, task), limit) in enumerate(zip(prompts, limits, strict=True))
-        for answer in range(sampling.answers)
+        replace(ask, temperature=warm, uniforms=sampling.uniforms(number, answer))
+        for number, ask in enumerate(likeliest)
+        for answer in range(count)
     ]
 
 

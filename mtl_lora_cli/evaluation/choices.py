@@ -11,23 +11,26 @@ likelier than `1`. There every candidate of the row ends with the end token, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.answers import require_apart
+from mtl_lora_cli.data.collate import shown_in
 from mtl_lora_cli.data.conversation import Prompt
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
@@ -116,6 +119,8 @@ class Request:
         passed: how many tokens at the beginning of each candidate are no part of it, but of the prompt that
             it alone has behind the common one; None: none of any.
         room: of a conversation, the most tokens that an answer to it may have; 0: it is none.
+        pictures: that stand in the prompt, in the order of their tokens.
+        eyes: what the model sees of them.
     """
 
     task: int
@@ -125,6 +130,8 @@ class Request:
     ends: int = 0
     passed: list[int] | None = None
     room: int = 0
+    pictures: tuple[Picture, ...] = ()
+    eyes: Eyes | None = field(default=None, compare=False, repr=False)
 
     @property
     def with_open(self) -> Request:
@@ -181,6 +188,13 @@ def build_requests(
         return _of_dialogues(
             dialogues, task, encoder, limit, new_tokens, generated=generated, wheres=wheres
         )
+    eyes = encoder.eyes if any(example.images for example in examples) else None
+    places = _places(wheres, len(examples))
+    if eyes is not None:
+        examples = [
+            eyes.written(example, where.removesuffix(": "))
+            for example, where in zip(examples, places, strict=True)
+        ]
     prompts, answers = encoder.continuations(
         [example.prompt for example in examples],
         [example.choices or (example.answer,) for example in examples],
@@ -192,15 +206,30 @@ def build_requests(
         )
     end = list(encoder.answer_end)
     requests = []
-    places = _places(wheres, len(prompts))
-    for prompt, choices, where in zip(prompts, answers, places, strict=True):
+    for prompt, choices, where, example in zip(prompts, answers, places, examples, strict=True):
+        if eyes is not None:
+            prompt = _with_pictures(prompt, choices, example, eyes, where)
         counts = one_begins_another(choices)
         asked = [[*choice, *end] for choice in choices] if counts else choices
         room = limit - max(new_tokens, *(len(choice) for choice in asked))
         short = _shortened(prompt, room, limit, where)
         cut = len(short) < len(prompt)
-        requests.append(Request(task, short, asked, cut, len(end) if counts else 0))
+        own = Request(task, short, asked, cut, len(end) if counts else 0)
+        requests.append(replace(own, pictures=example.images, eyes=eyes))
     return requests
+
+
+def _with_pictures(
+    prompt: Prompt, choices: Sequence[list[int]], example: Example, eyes: Eyes, where: str
+) -> Prompt:
+    """A prompt of which nothing is cut up to its last picture's end.
+
+    Raises:
+        UsageError: other picture tokens stand in it or in an answer than those of its pictures.
+    """
+    every = [*prompt.tokens, *chain.from_iterable(choices)]
+    eyes.require_all(every, example.images, where.removesuffix(": "))
+    return replace(prompt, own=eyes.behind(prompt.tokens, prompt.own))
 
 
 def _places(wheres: Sequence[str] | None, count: int) -> list[str]:
@@ -413,8 +442,10 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
     def row(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
+    input_ids = row([tree.tokens for tree in trees])[None]
+    eyes = next((request.eyes for request in requests if request.eyes is not None), None)
     return PackedBatch(
-        input_ids=row([tree.tokens for tree in trees])[None],
+        input_ids=input_ids,
         position_ids=row([tree.places for tree in trees])[None],
         task_ids=torch.from_numpy(tasks)[None],
         segments=Segments.build(
@@ -423,6 +454,7 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
         positions=torch.from_numpy(positions.astype(np.int64)),
         owner=torch.from_numpy(owner),
         targets=row([tree.targets for tree in trees]),
+        pictures=shown_in(input_ids, [request.pictures for request in requests], eyes),
     )
 
 

@@ -10,7 +10,7 @@ tried on the longest prompts, for three steps, and taken where it says the same;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,7 @@ from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.evaluation.asked import Ask
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Layout
+from mtl_lora_cli.models.sight import tower_dtype
 from mtl_lora_cli.models.stand_in import dtype_of
 from mtl_lora_cli.models.trust import ROUNDING, Difference
 from mtl_lora_cli.visible import tell
@@ -63,7 +64,7 @@ class ContinuedRows:
 
     Args:
         model: transformers' own.
-        prompts: tokens of each; those that are shorter are filled up on the left.
+        asks: prompts; those that are shorter are filled up on the left. One with pictures is alone.
         device: the model's.
         cached: use the model's cache.
 
@@ -72,8 +73,9 @@ class ContinuedRows:
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[list[int]], device: torch.device, *, cached: bool
+        self, model: Any, asks: Sequence[Ask], device: torch.device, *, cached: bool
     ) -> None:
+        prompts = [ask.prompt for ask in asks]
         longest = max(len(prompt) for prompt in prompts)
         gaps = [longest - len(prompt) for prompt in prompts]
         rows = [[0] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
@@ -86,6 +88,8 @@ class ContinuedRows:
         self._cache_name = next((name for name in _CACHES if name in self._known), _CACHES[0])
         self._cache: Any = None
         self._cached = cached
+        self._shows = next((ask for ask in asks if ask.pictures), None)
+        assert self._shows is None or len(asks) == 1, "pictures go with their own prompt alone"
 
     def logits(self) -> Tensor:
         """Behind each row as it stands, [B, V]."""
@@ -96,6 +100,7 @@ class ContinuedRows:
             wanted["attention_mask"] = self._mask
         if self._cached:
             wanted[self._cache_name] = self._cache
+        wanted.update(self._pictures())
         out = self._model(
             input_ids=self._ids,
             use_cache=self._cached,
@@ -104,6 +109,17 @@ class ContinuedRows:
         if self._cached:
             self._cache = getattr(out, self._cache_name)
         return cast(Tensor, out.logits[:, -1])
+
+    def _pictures(self) -> dict[str, Tensor]:
+        """What the model takes of them; what a cache keeps of the prompt is not given again."""
+        if self._shows is None or self._cache is not None:
+            return {}
+        eyes = self._shows.eyes
+        assert eyes is not None, "who shows pictures says how they are seen"
+        seen = eyes.seen(self._shows.pictures)
+        given = eyes.vision.alone(seen, self._ids.cpu() == eyes.vision.token_id)
+        on, wide = self._ids.device, tower_dtype(self._model)
+        return {n: v.to(on, wide if v.is_floating_point() else None) for n, v in given.items()}
 
     def add(self, tokens: Tensor) -> None:
         """One token, int64 [B], at the end of each row."""
@@ -136,8 +152,7 @@ class _Routed:
         self._tasks: Any = (
             tasks.pop() if len(tasks) == 1 else torch.tensor([ask.task for ask in asks])
         )
-        prompts = [ask.prompt for ask in asks]
-        self._rows = ContinuedRows(packed.model, prompts, device, cached=cached)
+        self._rows = ContinuedRows(packed.model, asks, device, cached=cached)
 
     def logits(self) -> Tensor:
         with self._packed.over_rows(self._tasks):
@@ -175,6 +190,8 @@ class _OnTheEngine:
 def find_manner(packed: PackedModel, asks: Sequence[Ask], device: torch.device) -> Manner:
     """The fastest manner that says of the longest prompts what each says by itself."""
     layout: Layout = "packed" if packed.plain is None else packed.plain.way.layout
+    if asks[0].pictures:
+        layout = "single"
     *faster, slowest = _SLOWER[layout]
     for manner in faster:
         tried = _tried(asks, manner)
@@ -206,6 +223,8 @@ def fused_agrees(packed: PackedModel, asks: Sequence[Ask], device: torch.device)
 def _tried(asks: Sequence[Ask], manner: Manner) -> list[Ask]:
     """Prompts that go together in this manner: of two lengths, of one, or one alone."""
     longest = max(asks, key=lambda ask: len(ask.prompt))
+    if longest.pictures:
+        return [replace(longest, limit=_STEPS)]
     prompt, task = longest.prompt, longest.task
     if manner.mixed:
         task = next((ask.task for ask in asks if ask.task != task), task)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.pictured import require_readable
 from mtl_lora_cli.data.prepare import held_out_examples
 from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import (
@@ -86,6 +87,9 @@ def held_out(task: Task, setting: Setting) -> Examples:
         rows=examples.rows[:end],
     )
     require_fit(task, examples, setting.protocol_of(task))
+    require_readable(examples.examples)
+    if setting.blind is not None and not task.template.images:
+        raise LeftOutError(task.name, f"--blind {setting.blind}: its prompts show no pictures")
     return examples
 
 
@@ -196,6 +200,7 @@ def _setting_of(opened: Run, task: Task, setting: Setting) -> dict[str, Any]:
         else opened.packed.engine_line(),
         "limit": setting.limit,
         "source": setting.source,
+        **({} if setting.blind is None else {"blind": setting.blind}),
     }
 
 
@@ -280,7 +285,7 @@ def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, A
             "tokens": None,
             "majority": None,
             "chance": None,
-            "size": list(opened.recipe.images.size) if opened.recipe.images else None,
+            "size": list(opened.recipe.images.shape) if opened.recipe.images else None,
             "metrics": {
                 name: dataclasses.asdict(measure(name, outcome)) for name in template.metrics
             },

@@ -64,10 +64,9 @@ def generate(
     Returns:
         Tokens of each answer.
     """
-    prompts = [(request.prompt, request.task) for request in requests]
     return answer_all(
         packed,
-        asks_of(prompts, new_tokens, stopped, sampling),
+        asks_of(requests, new_tokens, stopped, sampling),
         ends=ends,
         device=device,
         tokens_per_pass=tokens_per_pass,
@@ -109,7 +108,8 @@ def answer_all(
 def _on_the_engine(
     packed: PackedModel, asks: Mapping[int, Ask], device: torch.device
 ) -> dict[int, Ask]:
-    """Those that the fused engine answers: all that are short enough for its rotary embedding, or none."""
+    """Those that the fused engine answers: all without pictures that are short enough for its rotary embedding,
+    or none."""
     if (
         not asks
         or packed.decoder is None
@@ -117,7 +117,11 @@ def _on_the_engine(
     ):
         return {}
     limit = packed.together
-    found = {n: ask for n, ask in asks.items() if limit is None or ask.cost <= limit}
+    found = {
+        n: ask
+        for n, ask in asks.items()
+        if not ask.pictures and (limit is None or ask.cost <= limit)
+    }
     return found if found and fused_agrees(packed, list(found.values()), device) else {}
 
 
@@ -178,17 +182,25 @@ def _by_transformers(
     advance: Advance,
 ) -> dict[int, list[int]]:
     answers: dict[int, list[int]] = {}
-    manner = find_manner(packed, list(asks.values()), device)
-    for numbers, how in _passes(packed, manner, asks, tokens_per_pass):
-        some = [asks[number] for number in numbers]
-        prompts = [ask.prompt for ask in some]
-        tasks = [ask.task for ask in some]
-        with packed.over_rows(torch.tensor(tasks) if how.mixed else tasks[0]) as model:
-            rows = ContinuedRows(model, prompts, device, cached=how.cached)
-            found = _continued(rows, some, ends)
-        answers.update(zip(numbers, found, strict=True))
-        advance(len(numbers))
+    for part in _by_sight(asks):
+        manner = find_manner(packed, list(part.values()), device)
+        for numbers, how in _passes(packed, manner, part, tokens_per_pass):
+            some = [asks[number] for number in numbers]
+            tasks = [ask.task for ask in some]
+            with packed.over_rows(torch.tensor(tasks) if how.mixed else tasks[0]) as model:
+                rows = ContinuedRows(model, some, device, cached=how.cached)
+                found = _continued(rows, some, ends)
+            answers.update(zip(numbers, found, strict=True))
+            advance(len(numbers))
     return answers
+
+
+def _by_sight(asks: Mapping[int, Ask]) -> list[dict[int, Ask]]:
+    """Those without pictures, and those with some, as far as there are any."""
+    parts: tuple[dict[int, Ask], dict[int, Ask]] = {}, {}
+    for number, ask in asks.items():
+        parts[bool(ask.pictures)][number] = ask
+    return [part for part in parts if part]
 
 
 def _passes(

@@ -93,6 +93,11 @@ def harness_tasks(tasks: Sequence[Task], wanted: str | None) -> Callable[[Task],
         LeftOutError: from the function; the harness has no task of that name or template.
     """
     require_harness()
+    for task in tasks:
+        if task.template.images:
+            raise UsageError(
+                f"task '{task.name}': lm-evaluation-harness is asked texts; it shows pictures"
+            )
     if wanted is not None and len(tasks) > 1:
         raise UsageError(f"--harness-task {wanted} stands for one task; name it with --task")
     from lm_eval.tasks import TaskManager

@@ -125,7 +125,7 @@ class Answering:
 
     def __init__(self, opened: Run) -> None:
         assert opened.recipe.images is not None, "a run of maps has a size"
-        height, width = opened.recipe.images.size
+        height, width = opened.recipe.images.shape
         self.size = (height, width)
         self._host = cast(MapHost, opened.host)
         self._normalise = Normalisation.of(opened.base.folder)

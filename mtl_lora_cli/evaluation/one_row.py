@@ -10,13 +10,14 @@ stay as they are and go through the model together, packed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.pictures.shown import Picture
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ def of_one_row(requests: Sequence[Request], rows: Sequence[int], same: Sequence[
         rows: the row of each.
         same: the first task that the adapter does the same for, by task id.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, int, tuple[Picture, ...]], list[int]] = {}
     for number, (request, row) in enumerate(zip(requests, rows, strict=True)):
         kind = same[request.task] if request.task >= 0 else -1
-        groups.setdefault((row, kind), []).append(number)
+        groups.setdefault((row, kind, request.pictures), []).append(number)
     held: list[list[int]] = []
     for numbers in groups.values():
-        if len(numbers) > 1 and _common([requests[number].prompt for number in numbers]):
+        if len(numbers) > 1 and _shares([requests[number] for number in numbers]):
             held.append(numbers)
         else:
             held += [[number] for number in numbers]
@@ -95,6 +96,15 @@ def _common(prompts: Sequence[list[int]]) -> int:
     )
 
 
+def _shares(requests: Sequence[Request]) -> bool:
+    """Whether their prompts begin alike; of prompts with pictures, up to behind the last one."""
+    common = _common([request.prompt for request in requests])
+    eyes = requests[0].eyes
+    if eyes is None or not requests[0].pictures:
+        return common > 0
+    return all(eyes.vision.token_id not in request.prompt[common:] for request in requests)
+
+
 def _joined(requests: Sequence[Request]) -> Request:
     """One tree of requests whose prompts begin alike."""
     if len(requests) == 1:
@@ -106,4 +116,5 @@ def _joined(requests: Sequence[Request]) -> Request:
         choices += [own + choice for choice in request.choices]
         passed += [len(own)] * len(request.choices)
     first = requests[0]
-    return Request(first.task, first.prompt[:common], choices, passed=passed)
+    made = Request(first.task, first.prompt[:common], choices, passed=passed)
+    return replace(made, pictures=first.pictures, eyes=first.eyes)

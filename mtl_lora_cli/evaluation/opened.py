@@ -195,6 +195,16 @@ class Run:
         """Whether its tasks answer with maps of pictures."""
         return any(task.objective in MAPS for task in self.tasks)
 
+    @property
+    def vision(self) -> Any:
+        """How its base model reads pictures; None: its tasks show none.
+
+        Raises:
+            UsageError: the base model reads none.
+        """
+        shows = any(task.template.images for task in self.tasks)
+        return self.tokenizer.vision() if shows else None
+
     @cached_property
     def packed(self) -> PackedModel:
         """The base model with the adapter, ready to be asked; of texts alone."""
@@ -206,9 +216,11 @@ class Run:
             tensors = self.file.tensors
         model = self.load()
         adapter = adapt(model, self.file.config, self.file.tasks)
+        first = {name: tensor.detach().clone() for name, tensor in adapter.whole.items()}
         with _as_usage():
             load_tensors(adapter, tensors, self.file.folder)
-        packed = PackedModel(model, adapter).eval()
+        packed = PackedModel(model, adapter, vision=self.vision).eval()
+        packed.base_whole = first
         settled(packed, self.base, quantization=self.quantization or self.recipe.quantization)
         return packed
 

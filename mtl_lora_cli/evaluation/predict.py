@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.pictured import in_files
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
@@ -62,17 +64,19 @@ class Predictor:
 
     Args:
         opened: the run with its model.
+        root: the folder that paths of pictures in rows are relative to; None: the working directory.
     """
 
-    def __init__(self, opened: Run) -> None:
+    def __init__(self, opened: Run, root: Path | None = None) -> None:
         opened.packed  # noqa: B018 - what cannot be loaded is told now, not at the first row
         self._opened = opened
         self._setting = Setting()
+        self._root = root or Path()
 
     @cached_property
     def _tasks(self) -> dict[str, tuple[Task, Renderer]]:
         return {
-            task.name: (_with_room(task), Renderer(task.template, task.name))
+            task.name: (_with_room(task), Renderer(task.template, task.name, self._root))
             for task in self._opened.tasks
         }
 
@@ -249,7 +253,7 @@ class Predictor:
         """Rows with their places as a task asks them."""
         renderer = self._tasks[name][1]
         rows, wheres = [row for row, _ in part], [where for _, where in part]
-        rendered = [renderer.render(row, where, labelled=False) for row, where in part]
+        rendered = [in_files(renderer.render(row, where, labelled=False)) for row, where in part]
         return Examples("", rendered, wheres, rows, "")
 
     def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:

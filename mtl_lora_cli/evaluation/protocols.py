@@ -23,6 +23,7 @@ CHOICES = "choices"
 GENERATE = "generate"
 LM_EVAL = "lm-eval"
 PROTOCOLS = (CHOICES, GENERATE, LM_EVAL)
+BLIND = ("grey", "swapped")
 NORMALISATIONS = get_args(Normalisation)
 
 
@@ -39,6 +40,7 @@ class Setting:
         harness_task: of `lm-eval`; None: the harness's task of the same name.
         sampling: of `generate`: how answers are drawn; None: as the template says.
         source: other rows than the task's own, in words; None: its own.
+        blind: `grey`: a control that sees grey in the place of pictures; `swapped`: those of other rows.
     """
 
     split: str | None = None
@@ -49,6 +51,7 @@ class Setting:
     harness_task: str | None = None
     sampling: Sampling | None = None
     source: str | None = None
+    blind: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for what does not go together."""
@@ -60,6 +63,8 @@ class Setting:
             raise UsageError(f"--harness-task goes with --protocol {LM_EVAL}")
         if self.protocol not in (None, CHOICES) and self.normalisation is not None:
             raise UsageError(f"--normalisation goes with --protocol {CHOICES}")
+        if self.blind is not None and self.protocol == LM_EVAL:
+            raise UsageError(f"--blind goes without --protocol {LM_EVAL}, which shows no pictures")
         if self.sampling is not None and self.protocol not in (None, GENERATE):
             raise UsageError(f"--temperature goes with --protocol {GENERATE}")
 

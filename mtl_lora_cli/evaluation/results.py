@@ -35,6 +35,7 @@ _ASKED = (
     "sampling",
     "harness_task",
     "limit",
+    "blind",
     "rows_fingerprint",
     "ends_counted",  # older results have none, and counted none
     "positive",
@@ -59,6 +60,7 @@ _NAMED = (
     "checkpoint",
     "limit",
     "source",
+    "blind",
 )
 OUTCOME = OF_EACH_ROW  # keys of what stands for each row; those that no metric reads may be missing
 # What lm-evaluation-harness calls it, and what it is.

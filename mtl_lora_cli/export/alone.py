@@ -9,7 +9,7 @@ that differ in it alone cost one row together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,10 @@ def generate_alone(
         )
         with torch.inference_mode():
             (whole,) = model.generate(
-                ids, attention_mask=torch.ones_like(ids), stopping_criteria=[complete]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                stopping_criteria=[complete],
+                **_pictures(model, request, ids),
             )
         answer = whole[start:].tolist()
         answers.append(answer[:-1] if answer and answer[-1] in ends else answer)
@@ -169,9 +172,12 @@ def _leave_logits_unrounded(model: Any) -> None:
 @torch.inference_mode()
 def _score_one(model: Any, request: Request) -> np.ndarray:
     sums = np.zeros(len(request.choices))
-    for inner in _passes(request, _TOKENS_PER_PASS[model.device.type]):
+    # Pictures go with one row.
+    together = 0 if request.pictures else _TOKENS_PER_PASS[model.device.type]
+    for inner in _passes(request, together):
         ids = torch.tensor([[*request.prompt, *tokens] for tokens in inner], device=model.device)
-        logprobs = _last_logits(model, ids, len(inner[0]) + 1).double().log_softmax(-1)
+        others = _pictures(model, request, ids)
+        logprobs = _last_logits(model, ids, len(inner[0]) + 1, others).double().log_softmax(-1)
         for number, choice in enumerate(request.choices):
             if tuple(choice[:-1]) in inner:
                 row = logprobs[inner.index(tuple(choice[:-1]))]
@@ -195,10 +201,24 @@ def _passes(request: Request, tokens: int) -> Iterator[list[tuple[int, ...]]]:
     yield current
 
 
-def _last_logits(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+def _pictures(model: Any, request: Request, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What transformers' forward pass takes beside the tokens of one row, int64 [1, L]."""
+    eyes = request.eyes
+    if eyes is None or not request.pictures:
+        return {}
+    seen = eyes.seen(request.pictures)
+    given = eyes.vision.alone(seen, ids.cpu() == eyes.vision.token_id)
+    wide = next(model.parameters()).dtype
+    on = ids.device
+    return {n: v.to(on, wide if v.is_floating_point() else None) for n, v in given.items()}
+
+
+def _last_logits(
+    model: Any, ids: torch.Tensor, count: int, others: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """Logits at the last positions, [B, count, V]."""
     own = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath PEFT's
     asked = inspect.signature(own.forward).parameters
     keep = {"logits_to_keep": count} if "logits_to_keep" in asked else {}
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **keep).logits
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **keep, **others).logits
     return logits[:, -count:]

@@ -133,6 +133,7 @@ def ask_at(questions: Questions, rank: int, quantization: str | None = None) -> 
         alpha=rank,
         rank_pattern=own,
         target_modules=run.adapter.config.target_modules,
+        whole_modules=run.adapter.config.whole_modules,
     )
     model = run.load(quantization)
     adapter = adapt(model, config, run.adapter.tasks)
@@ -141,6 +142,8 @@ def ask_at(questions: Questions, rank: int, quantization: str | None = None) -> 
             down, up, scale = updates[f"{path}.weight"]
             layer.lora_A[0].copy_(down)
             layer.lora_B[0].copy_(up * (scale / config.scale(layer.rank)))
-    packed = PackedModel(model, adapter)
+        for name, tensor in run.adapter.whole.items():
+            adapter.whole[name].copy_(tensor)
+    packed = PackedModel(model, adapter, vision=run.vision)
     settled(packed, run.base, quantization=quantization)
     return questions.ask(packed)

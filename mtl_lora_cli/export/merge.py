@@ -136,6 +136,7 @@ def plan_merge(
     updates: Mapping[str, Update],
     how: Quantised | None = None,
     lengths: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> MergePlan:
     """Decide what becomes of every file and tensor of the base model; write nothing.
 
@@ -144,6 +145,7 @@ def plan_merge(
         updates: weight of the model → its update; every one must be found in the files.
         how: merge into the weights as this rounds them.
         lengths: weight → m [out] where its rows get lengths of their own: W' = m ∘ V / ‖V‖ with V = W + s B' A'.
+        whole: weight → what stands in its place.
 
     Raises:
         UsageError: no update changes anything; a weight is missing from the base model, or has another
@@ -152,8 +154,9 @@ def plan_merge(
     names = weight_names(base)
     left = _by_tensor(names, updates)
     rows = {names.tensor(weight): length for weight, length in (lengths or {}).items()}
+    learned = {names.tensor(weight): value for weight, value in (whole or {}).items()}
     changing = {name for name, update in left.items() if name in rows or _is_any(update)}
-    if len(left) < len(updates) or not changing:
+    if len(left) < len(updates) or not (changing or learned):
         raise UsageError(
             f"{len(updates)} adapted weights would change {len(changing)} tensors of {base.folder}: "
             "there is nothing to merge"
@@ -164,7 +167,10 @@ def plan_merge(
     changed: set[str] = set()
     for path, (stored, metadata) in files.items():
         planned = [
-            _planned(one, left.get(one.name), how, changed, rows.get(one.name)) for one in stored
+            _replaced(one, learned[one.name], changing, changed, how)
+            if one.name in learned
+            else _planned(one, left.get(one.name), how, changed, rows.get(one.name))
+            for one in stored
         ]
         if all(after is None for after in planned):
             kept.append(path)
@@ -261,6 +267,36 @@ def _planned(
     if FLOATS[stored.dtype] == dtype:
         return None
     return _with(stored, dtype, partial(_cast, stored, dtype))
+
+
+def _replaced(
+    stored: Stored, value: Tensor, changing: set[str], changed: set[str], how: Quantised | None
+) -> Planned | None:
+    """A tensor that learned whole; None where it is as it was.
+
+    Raises:
+        UsageError: it has another shape, or is stored as no float.
+    """
+    if stored.dtype not in FLOATS or tuple(stored.shape) != tuple(value.shape):
+        raise UsageError(
+            f"{stored.file}: weight '{stored.name}' is {stored.dtype} {list(stored.shape)}, what was learned in "
+            f"its place is {list(value.shape)}"
+        )
+    dtype = FLOATS[stored.dtype] if how is None else how.dtype
+    new = value.detach().cpu().to(dtype)
+    if torch.equal(new.reshape(-1), stored.whole().to(dtype).reshape(-1)):
+        return (
+            None
+            if FLOATS[stored.dtype] == dtype
+            else _with(stored, dtype, partial(_cast, stored, dtype))
+        )
+    changing.add(stored.name)
+
+    def blocks() -> Iterator[np.ndarray]:
+        changed.add(stored.name)
+        yield as_bytes(new.reshape(stored.shape))
+
+    return _with(stored, dtype, blocks)
 
 
 def _with(

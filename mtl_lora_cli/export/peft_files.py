@@ -7,7 +7,7 @@ goes into B, so that PEFT's lora_alpha / r is 1 whatever the method's own scale 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.merge import Update
 from mtl_lora_cli.export.peft_names import PREFIX, PeftNames
 
@@ -28,6 +29,7 @@ def write_peft(
     base_model: str,
     folder: Path,
     lengths: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> None:
     """`adapter_config.json` and `adapter_model.safetensors`, float32, into an existing folder.
 
@@ -37,6 +39,7 @@ def write_peft(
         base_model: what transformers finds the base model by.
         folder: where to.
         lengths: weight → m [out], where rows get lengths of their own: PEFT's DoRA.
+        whole: parameter → what it learned to be: PEFT's `modules_to_save`.
     """
     tensors, ranks = {}, {}
     for weight, (down, up, scale) in updates.items():
@@ -54,6 +57,8 @@ def write_peft(
             ranks[path] = down.shape[0]
             if lengths:
                 tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = lengths[weight].clone()
+    for weight, value in (whole or {}).items():
+        tensors[f"{PREFIX}{weight}"] = value.detach().float().cpu().clone()
     rank = max(ranks.values())
     others = {path: own for path, own in ranks.items() if own != rank}
     config: dict[str, Any] = {
@@ -71,7 +76,7 @@ def write_peft(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": modules_of(whole) if whole else None,
         "target_modules": list(names.targets),
         "exclude_modules": names.excluded,
         **({"target_parameters": list(names.parameters)} if names.parameters else {}),
@@ -102,3 +107,26 @@ def targets_of(adapter: Adapter) -> list[str]:
     given = set(adapter.config.target_modules)
     plain = all("*" not in target and "?" not in target for target in given)
     return sorted(names) if plain and names <= given - above else linear
+
+
+def modules_of(whole: Iterable[str]) -> list[str]:
+    """The modules whose parameters these are, by their paths."""
+    return sorted({name.rpartition(".")[0] for name in whole})
+
+
+def saved_modules(model: Any, whole: Iterable[str]) -> list[str]:
+    """The same, each learned whole: PEFT saves modules and no part of one.
+
+    Raises:
+        UsageError: of a module a parameter alone learned.
+    """
+    names = set(whole)
+    paths = modules_of(names)
+    for path in paths:
+        for own, _ in model.get_submodule(path).named_parameters(path):
+            if own not in names:
+                raise UsageError(
+                    f"export --format peft: PEFT saves whole modules, and of '{path}' {own} did not learn; "
+                    "mtl-lora merge writes it"
+                )
+    return paths

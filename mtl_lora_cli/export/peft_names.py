@@ -152,7 +152,8 @@ def require_named(base: BaseModel, folder: Path) -> None:
         expected = {
             name
             for name in names
-            if name.removeprefix(PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
+            if ".lora_" not in name  # a module that is saved whole
+            or name.removeprefix(PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
             in paths
         }
         reason = _misread(model, folder, expected)
@@ -176,7 +177,11 @@ def _misread(model: Any, folder: Path, expected: set[str]) -> str | None:
         return " ".join(str(error).split())[:300]
 
     def as_written(names: Iterable[str]) -> set[str]:
-        plain = (name.replace(".default.", ".") for name in names if ".lora_" in name)
+        plain = (
+            name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+            for name in names
+            if ".lora_" in name or ".modules_to_save." in name
+        )
         return {name.replace("_magnitude_vector.weight", "_magnitude_vector") for name in plain}
 
     made = as_written(wrapped.state_dict())

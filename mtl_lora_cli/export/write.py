@@ -14,6 +14,7 @@ from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.export.formats import Format, blamed, find_format
 from mtl_lora_cli.export.order import Options, Order, Say, WrittenFolder
+from mtl_lora_cli.models.load import load_config
 from mtl_lora_cli.runs.atomic import new_folder, write_text
 from mtl_lora_cli.runs.paths import existing, require_writable
 from mtl_lora_cli.tasks.task import Task
@@ -49,6 +50,7 @@ def write_tasks(
     form = find_format(kind)
     if options.rank is not None and not form.reducible:
         raise UsageError("--rank is for adapters; a merged model has none")
+    _require_sight(form, run)
     stays, scratch = 0, 0
     for task, folder in targets:
         order = Order(run, task, folder, options, say)
@@ -63,6 +65,20 @@ def write_tasks(
         form.require_reader()
     require_space(stays + scratch, targets[0][1])
     return [_written(form, Order(run, task, folder, options, say)) for task, folder in targets]
+
+
+def _require_sight(form: Format, run: Run) -> None:
+    """Refuse a format that holds no model of pictures for a run with some.
+
+    Raises:
+        UsageError: it does not.
+    """
+    shows = [task.name for task in run.tasks if task.template.images]
+    if (shows or run.adapter.whole) and not form.pictures:
+        raise UsageError(
+            f"export --format {form.name}: a model of type '{load_config(run.base).model_type}' that reads pictures "
+            "cannot be written so; merge and export --format peft can"
+        )
 
 
 def _written(form: Format, order: Order) -> WrittenFolder:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.segments import Segments
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a pass.
+
+    Attributes:
+        seen: of each what the tower takes, by the names of its arguments.
+        counts: of each how many tokens it has.
+        places: int64 [K], the positions of their tokens, in the same order.
+    """
+
+    seen: Sequence[Mapping[str, Tensor]]
+    counts: Sequence[int]
+    places: Tensor
+
+    def to(self, device: torch.device) -> Pictures:
+        """On a device."""
+        moved = [
+            {name: value.to(device, non_blocking=True) for name, value in one.items()}
+            for one in self.seen
+        ]
+        return replace(self, seen=moved, places=self.places.to(device, non_blocking=True))
+
+    def within(self, positions: Tensor) -> list[Mapping[str, Tensor]]:
+        """Those whose tokens stand among these positions, int64 [P] on the CPU."""
+        inside = torch.isin(self.places.cpu(), positions)
+        starts = torch.tensor([0, *self.counts]).cumsum(0)[:-1]
+        return [one for one, held in zip(self.seen, inside[starts].tolist(), strict=True) if held]
 
 
 @dataclass(frozen=True)
@@ -21,6 +51,7 @@ class PackedBatch:
         positions: int64 [U], where the head is applied.
         owner: int64 [S], for each question the index in `positions` that answers it.
         targets: int64 [S], the token whose log-probability is asked.
+        pictures: what stands in the places of picture tokens; None: there are none.
     """
 
     input_ids: Tensor
@@ -30,6 +61,7 @@ class PackedBatch:
     positions: Tensor
     owner: Tensor
     targets: Tensor
+    pictures: Pictures | None = None
 
     @property
     def owners(self) -> Tensor:
@@ -44,4 +76,5 @@ class PackedBatch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "owner", "targets")
         }
-        return replace(self, segments=self.segments.to(device), **moved)
+        shown = None if self.pictures is None else self.pictures.to(device)
+        return replace(self, segments=self.segments.to(device), pictures=shown, **moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -141,7 +142,14 @@ def load_tokenizer(base: BaseModel) -> Any:
     # What does not fit is counted and handled where it shows, not warned of in passing.
     tokenizer.model_max_length = 10**9
     tokenizer.beyond = Beyond(tokenizer.get_vocab(), config)
+    tokenizer.vision = cache(partial(_vision, base, config, tokenizer))
     return tokenizer
+
+
+def _vision(base: BaseModel, config: Any, tokenizer: Any) -> Any:
+    from mtl_lora_cli.models.vision import find_vision
+
+    return find_vision(base, config, tokenizer)
 
 
 class Beyond:
@@ -296,9 +304,21 @@ def language_part(model: Any) -> tuple[str, ...]:
 
 
 def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
-    """Put an adapter into the part of a model that reads text.
+    """Put an adapter into the part of a model that reads text; what learns whole lies beside it.
 
     Raises:
         UsageError: as `inject`.
     """
-    return inject(model, config, tasks, within=language_part(model))
+    within = language_part(model)
+    if not config.whole_modules:
+        return inject(model, config, tasks, within=within)
+    beside = _beside(model, within)
+    return inject(model, config, tasks, within=within, whole_in=beside)
+
+
+def _beside(model: Any, within: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the modules beside the part that reads text: a tower and its projector."""
+    body = within[0].rpartition(".")[0]
+    around = model.get_submodule(body)
+    paths = [f"{body}.{name}" if body else name for name, _ in around.named_children()]
+    return tuple(path for path in paths if path not in within)

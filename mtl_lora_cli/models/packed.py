@@ -23,8 +23,17 @@ from mtl_lora_cli.kernels import fp8
 from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
 from mtl_lora_cli.machine.rate import Floor, floor_of
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.plain import PlainEngine, Way, own_attention, use_attention
+from mtl_lora_cli.models.plain import (
+    LAYOUTS,
+    Layout,
+    PlainEngine,
+    Way,
+    own_attention,
+    use_attention,
+)
 from mtl_lora_cli.models.registered import NotHonoured
+from mtl_lora_cli.models.sight import embeddings
+from mtl_lora_cli.models.vision import Vision
 
 Engine = Literal["auto", "fused", "plain"]
 BaseCompute = Literal["dtype", "fp8"]
@@ -65,6 +74,7 @@ class PackedModel(nn.Module):
         base_compute: `dtype` multiplies with the frozen weights as they are; `fp8` in 8-bit floats,
             which the fused engine alone can do.
         resident: the base model's weights stay in memory; see `FusedDecoder`.
+        vision: how it reads pictures, where it is shown some.
 
     Attributes:
         decoder: the fused engine; None where transformers' own layers run.
@@ -87,6 +97,7 @@ class PackedModel(nn.Module):
         keep: Keep | Sequence[Keep] | None = None,
         base_compute: BaseCompute = "dtype",
         resident: bool = True,
+        vision: Vision | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -97,8 +108,10 @@ class PackedModel(nn.Module):
         self.must_fuse = engine == "fused" or base_compute == "fp8"
         self.trust: Any = None  # a `trust.Trust`, once the self-test has run
         self.kept_rows: Any = None  # `engine.rows.KeptRows` of the last generated answers
+        self.base_whole: dict[str, Tensor] = {}  # what stood where something learned whole
         self.rows_agree: dict[int, bool] = {}  # see `evaluation.continuing.fused_agrees`
-        self.not_fused = "engine: plain" if engine == "plain" else obstacle(model, adapter)
+        self.vision = vision
+        self.not_fused = "engine: plain" if engine == "plain" else self._obstacle()
         if self.not_fused is None:
             self.decoder = FusedDecoder(model, resident=resident)
             one = Keep() if keep is None else keep
@@ -107,7 +120,7 @@ class PackedModel(nn.Module):
         elif engine == "fused":
             raise UsageError(f"engine: fused does not know this model: {self.not_fused}")
         else:
-            self.plain = _first_way(model, adapter)
+            self.plain = _first_way(model, adapter, self.ways[0])
         multiply_ourselves(model)
         multiply_stacks(model)
         if base_compute == "fp8":
@@ -120,6 +133,16 @@ class PackedModel(nn.Module):
                     f"{torch.cuda.get_device_name(device)}"
                 )
             self.decoder.round_to_fp8()
+
+    def _obstacle(self) -> str | None:
+        if self.vision is not None and not self.vision.packs:
+            return f"pictures of a {self.model.config.model_type}"
+        return obstacle(self.model, self._adapter)
+
+    @property
+    def ways(self) -> tuple[Layout, ...]:
+        """Layouts that may be right, the fastest first."""
+        return LAYOUTS if self.vision is None or self.vision.packs else ("single",)
 
     def go(self, way: Way) -> None:
         """Ask transformers' own layers from now on, in this way.
@@ -192,6 +215,19 @@ class PackedModel(nn.Module):
         else:
             with self._adapter.routing.assign(batch.task_ids):
                 yield
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Inside the block what learned whole is as the base model has it."""
+        learned = {} if self._adapter is None else self._adapter.whole
+        kept = {name: learned[name].data for name in self.base_whole}
+        try:
+            for name, value in self.base_whole.items():
+                learned[name].data = value
+            yield
+        finally:
+            for name, value in kept.items():
+                learned[name].data = value
 
     @contextmanager
     def over_rows(self, tasks: int | Tensor) -> Iterator[Any]:
@@ -302,8 +338,10 @@ class PackedModel(nn.Module):
         """Normed hidden states at the positions asked for, [U, d], by the fused engine."""
         assert self.decoder is not None
         every, chosen = slots or self._slots(batch)
+        embed = self.decoder.embed
+        shown = batch.pictures is not None
         return self.decoder.forward(
-            self.decoder.embed(batch.input_ids),
+            embeddings(self.model, batch, embed) if shown else embed(batch.input_ids),
             batch.position_ids,
             batch.segments,
             batch.positions.to(batch.input_ids.device),
@@ -325,10 +363,10 @@ class PackedModel(nn.Module):
             return every, routing.slots(batch.positions.shape, device)
 
 
-def _first_way(model: Any, adapter: Adapter | None) -> PlainEngine:
-    """Packed rows where the model's attention can be ours; what is right is for `trust.settle` to say."""
+def _first_way(model: Any, adapter: Adapter | None, first: Layout) -> PlainEngine:
+    """The first layout, packed rows where the model's attention can be ours; what is right is for `trust.settle` to say."""
     try:
-        return PlainEngine(model, adapter, Way())
+        return PlainEngine(model, adapter, Way(first))
     except NotHonoured:
         return PlainEngine(model, adapter, Way("rows"))
 

@@ -13,9 +13,9 @@ the sequence, examples beyond its limit run one by one in every layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal, cast
 
@@ -28,6 +28,8 @@ from mtl_lora_cli.engine.segments import Segments, alike
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.quiet import quiet_warnings
+from mtl_lora_cli.models.sight import embeddings, tower_dtype
+from mtl_lora_cli.models.vision import vision_class
 
 Layout = Literal["packed", "rows", "single"]
 LAYOUTS: tuple[Layout, ...] = ("packed", "rows", "single")
@@ -64,10 +66,13 @@ class _Piece:
 
     Attributes:
         input_ids: int64 [B, L].
+        embeddings: [B, L, d], in their place where the pass has pictures and our attention keeps examples apart.
+        others: what else the model takes: the pictures of examples that go through it as they are.
         position_ids, segments: for packed sequences; None where each row is one example.
         task_ids: int64 [B, L], on the CPU.
         row, column: int64 [K], the asked positions.
         asked: int64 [K], their places among the batch's `positions`.
+        places: int64 [B, L], where the tokens stand in the batch, on the CPU.
     """
 
     input_ids: Tensor
@@ -77,6 +82,16 @@ class _Piece:
     row: Tensor
     column: Tensor
     asked: Tensor
+    places: Tensor
+    embeddings: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the model reads."""
+        if self.embeddings is not None:
+            return {"inputs_embeds": self.embeddings}
+        return {"input_ids": self.input_ids, **self.others}
 
 
 class PlainEngine:
@@ -115,7 +130,9 @@ class PlainEngine:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Hidden states [U, d] of the positions asked for where the head is bare, else logits [U, V]."""
         found, order = [], []
-        for piece in self._pieces(batch):
+        made = self._embedded(batch)
+        for whole in self._pieces(batch):
+            piece = self._with_pictures(whole, batch, made)
             found.append(self._run(piece))
             order.append(piece.asked)
         asked = torch.cat(order)
@@ -123,6 +140,30 @@ class PlainEngine:
         if bool((asked[1:] > asked[:-1]).all()):
             return answers
         return answers.index_select(0, asked.argsort().to(answers.device))
+
+    def _embedded(self, batch: PackedBatch) -> Tensor | None:
+        """[N, d] with pictures in their places, where our attention keeps examples apart; else None."""
+        if batch.pictures is None or self.way.layout != "packed":
+            return None
+        table = self._model.get_input_embeddings()
+        return embeddings(self._model, batch, lambda ids: cast(Tensor, table(ids)[0]))
+
+    def _with_pictures(self, piece: _Piece, batch: PackedBatch, made: Tensor | None) -> _Piece:
+        """A piece with the pictures of its examples."""
+        if batch.pictures is None:
+            return piece
+        if made is not None:
+            return replace(piece, embeddings=made[piece.places.to(made.device)])
+        own = batch.pictures.within(piece.places[0])
+        if not own:
+            return piece
+        kind = vision_class(self._model.config)
+        assert kind is not None
+        shown = torch.isin(piece.places, batch.pictures.places.cpu()).to(piece.input_ids.device)
+        wide = tower_dtype(self._model)
+        given = kind.alone(own, shown).items()
+        others = {name: v.to(wide) if v.is_floating_point() else v for name, v in given}
+        return replace(piece, others=others)
 
     def _run(self, piece: _Piece) -> Tensor:
         extra = {}
@@ -137,15 +178,13 @@ class PlainEngine:
             forget_lengths(self._model)
         with routed:
             if self.way.bare_head:
-                out = text_body(self._model)(input_ids=piece.input_ids, use_cache=False, **extra)
+                out = text_body(self._model)(**piece.given, use_cache=False, **extra)
                 return cast(Tensor, out.last_hidden_state[row, column])
             if not self._some_logits:
-                out = self._model(input_ids=piece.input_ids, use_cache=False, **extra)
+                out = self._model(**piece.given, use_cache=False, **extra)
                 return cast(Tensor, out.logits[row, column])
             columns, place = column.unique(return_inverse=True)
-            out = self._model(
-                input_ids=piece.input_ids, use_cache=False, logits_to_keep=columns, **extra
-            )
+            out = self._model(**piece.given, use_cache=False, logits_to_keep=columns, **extra)
             return cast(Tensor, out.logits[row, place])
 
     def _pieces(self, batch: PackedBatch) -> Iterator[_Piece]:
@@ -160,10 +199,10 @@ class PlainEngine:
         owner = _owners(batch, paths)
         if self.way.layout == "packed" and others:
             yield _packed(batch, others, owner)
-        elif self.way.layout == "rows":
+        elif self.way.layout == "rows" and batch.pictures is None:
             for group in _similar(others):
                 yield _filled_up(batch, group, owner)
-        elif self.way.layout == "single":
+        elif self.way.layout != "packed":  # pictures go with their own example alone
             lone = paths
         one = _packed if self.way.layout == "packed" else _filled_up
         for path in lone:
@@ -180,6 +219,7 @@ def _whole(batch: PackedBatch) -> _Piece:
         row=torch.zeros_like(places),
         column=places,
         asked=torch.arange(len(places)),
+        places=torch.arange(batch.input_ids.shape[1])[None],
     )
 
 
@@ -221,6 +261,7 @@ def _packed(batch: PackedBatch, paths: Sequence[Tensor], owner: Tensor) -> _Piec
         row=torch.zeros_like(column),
         column=column,
         asked=torch.cat(asked),
+        places=places[None],
     )
 
 
@@ -254,6 +295,7 @@ def _filled_up(batch: PackedBatch, paths: Sequence[Tensor], owner: Tensor) -> _P
         row=torch.cat(row),
         column=torch.cat(column),
         asked=torch.cat(asked),
+        places=rows,
     )
 
 
@@ -291,12 +333,16 @@ def own_attention(model: Any) -> str:
 
 
 def use_attention(model: Any, name: str) -> bool:
-    """Let the model's layers attend in another way; False: they go on as they did."""
+    """Let the layers that read text attend in another way; False: they go on as they did.
+
+    A tower beside them keeps transformers' own attention.
+    """
     if model.config.get_text_config()._attn_implementation == name:
         return True
+    whole = vision_class(model.config) is None
     try:
         with quiet_warnings():
-            model.set_attn_implementation(name)
+            (model if whole else cast(Any, text_body(model))).set_attn_implementation(name)
     except (ValueError, ImportError, KeyError):
         return False
     return bool(model.config.get_text_config()._attn_implementation == name)

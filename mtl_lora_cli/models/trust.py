@@ -17,7 +17,7 @@ log-probability. Isolation: one example's tokens change nothing in another.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -30,6 +30,7 @@ from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.noise import Shown, draw, drawn_pictures
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import LAYOUTS, Way, forget_lengths, use_attention
 from mtl_lora_cli.models.stand_in import (
@@ -172,7 +173,8 @@ def _settled(packed: PackedModel) -> Trust:
     ways: list[Way | None] = [None] if packed.decoder is not None else []
     bare = head_is_bare(packed, examples[-1])
     if not packed.must_fuse:
-        ways += [Way(layout, bare, limit) for layout in LAYOUTS]
+        bare = bare and packed.ways == LAYOUTS  # pictures go through the model's own forward pass
+        ways += [Way(layout, bare, limit) for layout in packed.ways]
     tried: list[str] = []
     for way in ways:
         name = "the fused engine" if way is None else str(way)
@@ -240,7 +242,30 @@ def _measured(
     unseen = _between([ours[0][:kept], *ours[1:]], [again[0][:kept], *again[1:]])
     if not unseen.within(dtype, UNSEEN):
         raise UsageError(f"tokens that must not be seen change log-probabilities by {unseen}")
+    if packed.vision is not None:
+        _require_seen(packed)
     return difference
+
+
+def _require_seen(packed: PackedModel) -> None:
+    """Refuse a path on which pictures come out otherwise than in transformers, or reach another example.
+
+    Raises:
+        UsageError: by how much.
+    """
+    assert packed.vision is not None
+    dtype, shown = dtype_of(packed.model), drawn_pictures(packed.vision)
+    examples = shown.examples
+    expected = alone(packed, examples, shown)
+    right = [one.logprobs for one in expected]
+    ours = together(packed, examples, expected, shown)
+    difference = _between(right, ours)
+    if not difference.within(dtype, ROUNDING):
+        raise UsageError(f"with pictures, log-probabilities differ by {difference}")
+    again = together(packed, examples, expected, shown.with_another_last())
+    unseen = _between(ours[:1], again[:1])
+    if not unseen.within(dtype, UNSEEN):
+        raise UsageError(f"another example's picture changes log-probabilities by {unseen}")
 
 
 def _with_another_end(examples: Sequence[Tensor]) -> tuple[list[Tensor], int]:
@@ -268,9 +293,12 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def together(
-    packed: PackedModel, examples: Sequence[Tensor], questions: Sequence[Asked]
+    packed: PackedModel,
+    examples: Sequence[Tensor],
+    questions: Sequence[Asked],
+    shown: Shown | None = None,
 ) -> list[Tensor]:
-    """log p of the same tokens by our path, float32 [asked, LIKELIEST] each."""
+    """log p of the same tokens by our path, float32 [asked, LIKELIEST] each; with a picture in each."""
     lengths = [len(example) - 1 for example in examples]
     asked = [len(question.tokens) for question in questions]
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -278,22 +306,31 @@ def together(
         [torch.arange(end - count, end) for end, count in zip(ends, asked, strict=True)]
     )
     targets = torch.cat([question.tokens for question in questions]).cpu()
+    ids = torch.cat([example[:-1] for example in examples])[None]
     batch = PackedBatch(
-        input_ids=torch.cat([example[:-1] for example in examples])[None],
+        input_ids=ids,
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         task_ids=torch.full((1, ends[-1]), -1),
         segments=Segments.build(lengths),
         positions=positions,
         owner=torch.arange(len(positions)).repeat_interleave(targets.shape[1]),
         targets=targets.flatten(),
+        pictures=None if shown is None else shown.of(ids),
     ).to(device_of(packed.model))
     exactly = nullcontext() if packed.decoder is None else packed.decoder.exactly()
     with packed.routed(batch), exactly:  # what 8-bit floats cost is told elsewhere (`rounding`)
         return list(packed(batch).float().view(targets.shape).split(asked))
 
 
-def alone(packed: PackedModel, examples: Sequence[Tensor]) -> list[Asked]:
+def alone(
+    packed: PackedModel, examples: Sequence[Tensor], shown: Shown | None = None
+) -> list[Asked]:
     """What transformers says: each example by itself, eager attention, no layer of ours.
+
+    Args:
+        packed: the model.
+        examples: int64 [length] each.
+        shown: a picture in each; None: there are none.
 
     Raises:
         UsageError: transformers cannot do that.
@@ -302,9 +339,10 @@ def alone(packed: PackedModel, examples: Sequence[Tensor]) -> list[Asked]:
     with _untouched(packed):
         try:
             found = []
-            for example in examples:
+            for number, example in enumerate(examples):
                 forget_lengths(model)
-                found.append(_alone(model, example.to(device_of(model))))
+                others = {} if shown is None else shown.alone(number, model)
+                found.append(_alone(model, example.to(device_of(model)), others))
             return found
         except torch.OutOfMemoryError:
             raise
@@ -315,11 +353,12 @@ def alone(packed: PackedModel, examples: Sequence[Tensor]) -> list[Asked]:
             ) from error
 
 
-def _alone(model: Any, example: Tensor) -> Asked:
+def _alone(model: Any, example: Tensor, others: Mapping[str, Tensor]) -> Asked:
     asked = min(len(example) - 1, MOST_ASKED)
     few = "logits_to_keep" in signature(model.forward).parameters
     keep = {"logits_to_keep": asked} if few else {}
-    logits = model(input_ids=example[None, :-1], use_cache=False, **keep).logits[0, -asked:]
+    out = model(input_ids=example[None, :-1], use_cache=False, **keep, **others)
+    logits = out.logits[0, -asked:]
     logprobs, tokens = torch.log_softmax(logits.float(), dim=-1).topk(LIKELIEST, dim=-1)
     return Asked(tokens, logprobs)
 
@@ -381,26 +420,6 @@ def _require_called(packed: PackedModel) -> None:
             f"adapter.target_modules: '{never[0]}' is never called as a layer in a model of type "
             f"'{packed.model.config.model_type}': an adapter there would do nothing"
         )
-
-
-def draw(lengths: Sequence[int], config: Any) -> list[Tensor]:
-    """Random tokens, int64 [length] each, none of them one that the model's code looks for."""
-    words = config.get_text_config().vocab_size
-    special = _special(config, words)
-    usable = torch.tensor([token for token in range(words) if token not in special])
-    generator = torch.Generator().manual_seed(0)
-    return [
-        usable[torch.randint(len(usable), (length,), generator=generator)] for length in lengths
-    ]
-
-
-def _special(config: Any, words: int) -> set[int]:
-    found: set[int] = set()
-    for one in (config, config.get_text_config()):
-        for name, value in one.to_dict().items():
-            if name.endswith(("_token_id", "_token_index", "_token_ids")):
-                found.update(v for v in (value if isinstance(value, list) else [value]) if v)
-    return {int(token) for token in found if 0 <= int(token) < words}
 
 
 def affordable(model: Any) -> tuple[list[int], list[int]]:

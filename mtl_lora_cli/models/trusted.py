@@ -62,6 +62,7 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "quantization": quantization,
         "base_compute": base_compute,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        **({} if packed.vision is None else {"vision": packed.vision.settings}),
         "versions": [version(name) for name in ("torch", "transformers")],
         "code": _code(),
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -67,7 +67,7 @@ def locate(root: Path, address: Any, site: Site) -> Path:
 
 
 @contextmanager
-def _told(site: Site, path: Path) -> Iterator[None]:
+def _told(site: Site, name: str) -> Iterator[None]:
     """What libraries raise of a damaged file is one line.
 
     Raises:
@@ -79,35 +79,40 @@ def _told(site: Site, path: Path) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise site.fault(
-            f"{path.name}: is no picture that is known; expected JPEG, PNG and the like"
+            f"{name}: is no picture that is known; expected JPEG, PNG and the like"
         ) from None
     except (Image.DecompressionBombError, MemoryError):
-        raise site.fault(
-            f"{path.name}: too large; expected {MOST_PIXELS:,} pixels at most"
-        ) from None
+        raise site.fault(f"{name}: too large; expected {MOST_PIXELS:,} pixels at most") from None
     except _BROKEN as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise site.fault(f"{path.name}: broken or cut off: {said:.120}") from None
+        raise site.fault(f"{name}: broken or cut off: {said:.120}") from None
 
 
 @contextmanager
 def _opened(path: Path, site: Site) -> Iterator[Image.Image]:
-    with _told(site, path):
+    with _told(site, path.name):
         with path.open("rb") as file:
             head = file.read(512)
         if not head:
             raise site.fault(f"{path.name}: is empty")
         require_content(path, head)
         with Image.open(path) as image:
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                raise site.fault(
-                    f"{path.name}: {width} x {height} pixels, expected {MOST_PIXELS:,} at most"
-                )
-            if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO",):
-                frames = image.n_frames  # type: ignore[attr-defined]
-                raise site.fault(f"{path.name}: has {frames} frames, expected one picture")
+            _require_one(image, path.name, site)
             yield image
+
+
+def _require_one(image: Image.Image, name: str, site: Site) -> None:
+    """Refuse by its head what is too large, or several pictures.
+
+    Raises:
+        UsageError: it is.
+    """
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise site.fault(f"{name}: {width} x {height} pixels, expected {MOST_PIXELS:,} at most")
+    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO",):
+        frames = image.n_frames  # type: ignore[attr-defined]
+        raise site.fault(f"{name}: has {frames} frames, expected one picture")
 
 
 def read_picture(root: Path, address: str, site: Site) -> Image.Image:
@@ -120,16 +125,37 @@ def read_picture(root: Path, address: str, site: Site) -> Image.Image:
     """
     path = locate(root, address, site)
     if "#" in address or path.suffix == ".npy":
-        return Image.fromarray(_as_picture(_array(path, address, site), path, site))
+        return Image.fromarray(_as_picture(_array(path, address, site), path.name, site))
     with _opened(path, site) as image:
-        image.load()
-        upright = ImageOps.exif_transpose(image) or image
-        if upright.mode in _DEEP or upright.mode in ("I", "F"):
-            upright = Image.fromarray(_as_picture(np.asarray(upright), path, site))
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            clear = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
-        return upright.convert("RGB")
+        return _upright(image, path.name, site)
+
+
+def decoded(file: IO[bytes], name: str, site: Site) -> Image.Image:
+    """The same of bytes.
+
+    Args:
+        file: of the bytes.
+        name: that errors call it by.
+        site: for errors.
+
+    Raises:
+        UsageError: they are broken, too large, or no picture.
+    """
+    with _told(site, name), Image.open(file) as image:
+        _require_one(image, name, site)
+        return _upright(image, name, site)
+
+
+def _upright(image: Image.Image, name: str, site: Site) -> Image.Image:
+    """As its EXIF turns it, in RGB, over black."""
+    image.load()
+    upright = ImageOps.exif_transpose(image) or image
+    if upright.mode in _DEEP or upright.mode in ("I", "F"):
+        upright = Image.fromarray(_as_picture(np.asarray(upright), name, site))
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        clear = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
+    return upright.convert("RGB")
 
 
 def picture_size(root: Path, address: str, site: Site) -> tuple[int, int]:
@@ -140,7 +166,7 @@ def picture_size(root: Path, address: str, site: Site) -> tuple[int, int]:
     """
     path = locate(root, address, site)
     if "#" in address or path.suffix == ".npy":
-        height, width = _as_picture(_array(path, address, site), path, site).shape[:2]
+        height, width = _as_picture(_array(path, address, site), path.name, site).shape[:2]
         return height, width
     with _opened(path, site) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # orientation: a quarter turn
@@ -148,7 +174,7 @@ def picture_size(root: Path, address: str, site: Site) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def _as_picture(array: np.ndarray, path: Path, site: Site) -> np.ndarray:
+def _as_picture(array: np.ndarray, name: str, site: Site) -> np.ndarray:
     """An array as 8-bit RGB [H, W, 3].
 
     Raises:
@@ -158,11 +184,11 @@ def _as_picture(array: np.ndarray, path: Path, site: Site) -> np.ndarray:
         array = np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind not in "ui":
         raise site.fault(
-            f"{path.name}: an array of {array.dtype} {list(array.shape)}, expected 8 or 16 bits [H, W, 3]"
+            f"{name}: an array of {array.dtype} {list(array.shape)}, expected 8 or 16 bits [H, W, 3]"
         )
     if array.dtype.itemsize > 1:
         if array.size and not 0 <= array.min() <= array.max() < 2**16:
-            raise site.fault(f"{path.name}: values up to {array.max()}, expected 16 bits at most")
+            raise site.fault(f"{name}: values up to {array.max()}, expected 16 bits at most")
         array = array // 257
     return array.astype(np.uint8)
 
@@ -207,7 +233,7 @@ def read_map(root: Path, address: str, site: Site, *, exact: bool, colours: bool
 def _array(path: Path, address: str, site: Site) -> np.ndarray:
     """What a .npy or .mat file holds at an address."""
     inside = address.partition("#")[2]
-    with _told(site, path):
+    with _told(site, path.name):
         if path.suffix == ".mat":
             return read_mat(path, inside, site.fault)
         if path.suffix != ".npy":

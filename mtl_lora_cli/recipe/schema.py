@@ -209,12 +209,22 @@ class Augment(StrictModel):
         return scale
 
 
-class Images(StrictModel):
-    """The size at which pictures are learned."""
+Side = Annotated[int, Field(ge=16, le=4096)]
 
-    # Height and width; each picture is resized to it, whatever its own sides are.
-    size: Annotated[list[Annotated[int, Field(ge=16, le=4096)]], Field(min_length=2, max_length=2)]
-    augment: Augment | None = None
+
+class Images(StrictModel):
+    """How pictures are seen."""
+
+    # Of maps: height and width; each picture is resized to it, whatever its own sides are.
+    size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    augment: Augment | None = None  # of maps
+    blind: bool = False  # in prompts: a control that sees grey in the place of every picture
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width; of maps, which have them."""
+        assert self.size is not None, "a run of maps has a size"
+        return self.size[0], self.size[1]
 
 
 class Recompute(StrictModel):
@@ -530,7 +540,7 @@ class Recipe(StrictModel):
     control_tokens: Literal["text", "token", "error"] = "text"  # what those in rows' text become
     blank_fields: Literal["note", "error"] = "note"  # a row whose prompt prints an empty field
     adapter: Adapter = Field(default_factory=configure)
-    images: Images | None = None  # of tasks whose answers are maps
+    images: Images | None = None  # of tasks with pictures; size is required where answers are maps
     tasks: Annotated[list[TaskSettings], Field(min_length=1)]
     mixing: Mixing = "proportional"
     training: Training = Training()

@@ -10,6 +10,7 @@ from typing import Any
 from mtl_lora_cli.data.sources import Rows, read_split
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.protocols import LM_EVAL
+from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.rendering import Renderer
 from mtl_lora_cli.tasks.task import Task
 
@@ -92,7 +93,7 @@ def _row(renderer: Renderer, rows: Rows, index: int, predicted: int) -> dict[str
         said = example.answer if predicted == 0 else None
     return {
         "where": Path(rows.where(index)).name,
-        "prompt": _clipped(example.prompt),
+        "prompt": _clipped(unplaced(example.prompt)),
         "answer": _clipped(example.answer),
         "predicted": None if said is None else _clipped(said),
     }

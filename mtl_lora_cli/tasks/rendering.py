@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_at
 from mtl_lora_cli.tasks.messages import Dialogue, plain_text, texts_of
+from mtl_lora_cli.tasks.pictured import Shows, placed
 from mtl_lora_cli.tasks.printing import NotPrintableError, printable
 from mtl_lora_cli.tasks.talk import Talk
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
@@ -32,6 +35,9 @@ class Example:
     # What the audit looks at: the row's texts that the prompt may read, and which that it prints are
     # empty or blank.
     dialogue: Dialogue | None = None  # the whole conversation, where the task has such
+    images: tuple[
+        Picture, ...
+    ] = ()  # in the order of their places in the prompt (`pictured.PLACE`)
     texts: tuple[str, ...] = field(default=(), compare=False, repr=False)
     blank: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -41,9 +47,15 @@ class LabelError(UsageError):
 
 
 class Renderer:
-    """Renders the rows of one task; compiles the template once."""
+    """Renders the rows of one task; compiles the template once.
 
-    def __init__(self, template: Template, task: str) -> None:
+    Args:
+        template: of the task.
+        task: its name, for errors.
+        root: the folder that paths of pictures are relative to.
+    """
+
+    def __init__(self, template: Template, task: str, root: Path = Path()) -> None:
         self.template = template
         self.task = task
         self._fields = [(name, Expression(text)) for name, text in template.fields.items()]
@@ -52,6 +64,7 @@ class Renderer:
         self._label = Expression(template.label or "none")
         self._answer = Text(template.answer)
         self._candidates = _candidates(template)
+        self._shows = Shows(template.images, root) if template.images else None
         # Most rows wrap the same few choices, and Jinja is the slowest thing here.
         printed = set(self._prompt.printed)
         self._looked_at = [
@@ -84,8 +97,30 @@ class Renderer:
         prompt = self._get("prompt", self._prompt, variables, where).rstrip()
         if not prompt:
             raise self._error(where, "prompt", "is empty for this row")
+        images: tuple[Picture, ...] = ()
+        if self._shows is not None:
+            images = self.pictures(row, where, variables)
+            own = prompt
+            prompt = self._get("prompt", lambda _: placed(own, len(images)), variables, where)
         answer, choices, gold, value = self._answered(variables, where, labelled)
-        return Example(prompt, answer, choices, gold, value, None, *self._noticed(variables))
+        texts, blank = self._noticed(variables)
+        return Example(prompt, answer, choices, gold, value, None, images, texts, blank)
+
+    def pictures(
+        self, row: Mapping[str, Any], where: str, variables: Variables | None = None
+    ) -> tuple[Picture, ...]:
+        """The pictures of a row; no file is looked at.
+
+        Raises:
+            UsageError: something else stands where they should, or it shows none.
+        """
+        if self._shows is None:
+            return ()
+        shows, known = self._shows, self._variables(row, where) if variables is None else variables
+        found = self._get("images", lambda own: shows.of(own, where), known, where)
+        if not found:
+            raise self._error(where, "images", "the row shows no picture")
+        return found
 
     def _talk(self, talk: Talk, variables: Variables, where: str, labelled: bool) -> Example:
         """A row as a conversation."""
@@ -96,7 +131,7 @@ class Renderer:
         texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
         answer = dialogue.answer.strip() if labelled else ""
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
-        return Example(prompt, answer, (), -1, None, dialogue, texts)
+        return Example(prompt, answer, (), -1, None, dialogue, texts=texts)
 
     def talk(self, messages: list[Any], tools: list[Any], where: str) -> Example:
         """Messages that stand in no row, to be answered.

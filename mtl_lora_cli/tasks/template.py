@@ -143,6 +143,8 @@ class Template(MapKeys):
     objective: Name = "causal_lm"
     # With `objective: conversation`: rows give a list of messages, and no prompt and answer.
     conversation: ConversationSettings | None = Field(default=None, validate_default=True)
+    # Expressions that give the paths of a row's pictures; `<image>` in the prompt is where each stands.
+    images: list[JinjaExpression] = Field(default=[])
     prompt: JinjaText = Field(default="", validate_default=True)
     choices: Choices | None = None  # none: a free answer
     # The value that picks the gold choice: a key of the mapping, or the index in the list.
@@ -207,6 +209,13 @@ class Template(MapKeys):
             conversation = conversation or ConversationSettings()
             require_expressions(conversation)
         return conversation
+
+    @field_validator("images")
+    @classmethod
+    def _pictures_go_with_prompts(cls, images: list[str], info: ValidationInfo) -> list[str]:
+        if images and info.data.get("objective", TEXTS[0]) != TEXTS[0]:
+            raise ValueError(f"goes with prompts, not with objective {info.data['objective']}")
+        return images
 
     @field_validator("prompt")
     @classmethod

@@ -189,6 +189,7 @@ class Prepared:
             ),
             base_compute=self.recipe.base_compute,
             resident=not cut,
+            vision=None if self.data.eyes is None else self.data.eyes.vision,
         )
         settled(
             packed,
@@ -261,7 +262,7 @@ class Prepared:
         assert self.validation is not None
         if self.objective is None:
             splits = [cast(EncodedSplit, one.split) for one in self.validation]
-            return TextDataset(splits, self.recipe.training.loss_on)
+            return TextDataset(splits, self.recipe.training.loss_on, self.data.eyes)
         assert self.held is not None
         return self.held
 
@@ -289,7 +290,8 @@ class ReadyRun:
         data, training = self.prepared.data, self.prepared.recipe.training
         row = data.mixture.step(0)[1][:1]
         assert isinstance(self.host, PackedModel), "text alone is computed in 8 bits"
-        return self.host.rounding(training_batch(row, data.splits, loss_on=training.loss_on))
+        batch = training_batch(row, data.splits, loss_on=training.loss_on, eyes=data.eyes)
+        return self.host.rounding(batch)
 
 
 def require_fit(prepared: Prepared) -> None:
@@ -378,7 +380,8 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     kind = objective_of({task.name: task.objective for task in tasks})
     if kind is not None:
         return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
-    _require_no_dense_keys(loaded)
+    shows = any(task.template.images for task in tasks)
+    _require_text_keys(loaded, shows=shows)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -412,17 +415,34 @@ _OF_TEXT = {
 }
 
 
-def _require_no_dense_keys(loaded: LoadedRecipe) -> None:
-    """Refuse what only maps of pictures are learned with.
+def _require_text_keys(loaded: LoadedRecipe, *, shows: bool) -> None:
+    """Refuse what only maps of pictures are learned with, or prompts that show some.
+
+    Args:
+        loaded: the recipe.
+        shows: a task's prompts show pictures.
 
     Raises:
         ProblemsError: naming the key.
     """
-    for key in ("whole_modules", "streams"):
-        if getattr(loaded.recipe.adapter, key):
-            raise loaded.problem(
-                ("adapter", key), f"is for maps of pictures ({', '.join(MAPS)}), not for text"
-            )
+    recipe, images = loaded.recipe, loaded.recipe.images
+    of_maps = f"is for maps of pictures ({', '.join(MAPS)}), not for text"
+    if recipe.adapter.streams:
+        raise loaded.problem(("adapter", "streams"), of_maps)
+    if recipe.adapter.whole_modules and not shows:
+        why = "is for tasks with pictures: maps, or prompts that show some (images, in a template)"
+        raise loaded.problem(("adapter", "whole_modules"), why)
+    for key in ("size", "augment"):
+        if images is not None and getattr(images, key) is not None:
+            raise loaded.problem(("images", key), of_maps)
+    if images is not None and images.blind and not shows:
+        raise loaded.problem(("images", "blind"), "no task's prompts show pictures")
+    if shows and recipe.quantization != "none":
+        why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"
+        raise loaded.problem(("quantization",), why)
+    if shows and recipe.training.memory == "auto":
+        why = "auto does not go with pictures in prompts yet: a tower's memory is not estimated; use manual"
+        raise loaded.problem(("training", "memory"), why)
 
 
 def _prepare_others(

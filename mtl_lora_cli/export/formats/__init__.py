@@ -60,6 +60,7 @@ class Format:
         weights: the base weights that it goes with: the `original` ones, or the run's `own`, which may be
             quantised.
         reducible: whether the update's rank can be lowered.
+        pictures: whether it holds a model that is shown pictures, and what of it learned whole.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Format:
     differs: ClassVar[str] = "what was written differs from the run's adapter"
     weights: ClassVar[Literal["original", "own"]] = "original"
     reducible: ClassVar[bool] = True
+    pictures: ClassVar[bool] = False
 
     @property
     def root(self) -> Path:

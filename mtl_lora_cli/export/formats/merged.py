@@ -42,6 +42,7 @@ class Merged(Format):
     marker = "config.json"
     differs = "the merged model differs from the adapted one"
     reducible = False
+    pictures = True
 
     _rounding: WeightRounding | None = None
 
@@ -115,7 +116,7 @@ class Merged(Format):
 
         how = self._quantised(order) if order.options.base == "dequantized" else None
         updates, lengths = order.parts
-        return plan_merge(order.run.base, updates, how, lengths)
+        return plan_merge(order.run.base, updates, how, lengths, order.run.adapter.whole)
 
     def _quantised(self, order: Order) -> Quantised | None:
         """How the run saw the base weights; None: as they are."""

@@ -43,6 +43,7 @@ class Peft(Format):
     marker = "adapter_config.json"
     differs = "the exported adapter differs from the run's"
     weights = "own"
+    pictures = True
 
     def __init__(self) -> None:
         # Many tasks of a run have the same layers: what PEFT makes of these is found out once.
@@ -61,18 +62,26 @@ class Peft(Format):
             )
 
     def refuses(self, order: Order) -> None:
+        from mtl_lora_cli.export.peft_files import saved_modules
+        from mtl_lora_cli.models.load import skeleton
+
         self._names(order)
+        if order.run.adapter.whole:
+            saved_modules(skeleton(order.run.base), order.run.adapter.whole)
 
     def size(self, order: Order) -> int:
         values = sum(down.numel() + up.numel() for down, up, _ in order.parts[0].values())
-        return 4 * values * (1 + bool(self._names(order).also))
+        whole = sum(value.numel() for value in order.run.adapter.whole.values())
+        return 4 * (values * (1 + bool(self._names(order).also)) + whole)
 
     def write(self, order: Order, folder: Path) -> None:
         from mtl_lora_cli.export.peft_files import write_peft
         from mtl_lora_cli.export.peft_names import require_named
 
         updates, lengths = order.parts
-        write_peft(updates, self._names(order), _loadable(order.run.base), folder, lengths)
+        whole = order.run.adapter.whole
+        base = _loadable(order.run.base)
+        write_peft(updates, self._names(order), base, folder, lengths, whole)
         ranks = tuple((weight, len(down)) for weight, (down, _, _) in updates.items())
         if ranks not in self._asked:
             require_named(order.run.base, folder)

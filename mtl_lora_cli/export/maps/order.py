@@ -59,7 +59,7 @@ class MapsOrder:
         """Height and width that were learned."""
         images = self.run.recipe.images
         assert images is not None, "a run of maps has images"
-        return images.size[0], images.size[1]
+        return images.shape
 
     @cached_property
     def normalisation(self) -> Normalisation:

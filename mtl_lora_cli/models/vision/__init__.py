@@ -1,0 +1,184 @@
+"""Models that read pictures, a family a file: how a picture is written in a text, and how it becomes numbers.
+
+A processor of transformers does both at once, and some cannot be built without torchvision, since they read videos,
+too. So tokenizer and image processor are taken apart here (the image processor works with Pillow alone),
+and each family writes a picture's tokens as its processor would:
+
+    @vision("llava")
+    class Llava(Vision): ...
+
+The language part reads embeddings: those of text, and in the places of picture tokens what the model's own
+`get_image_features` (tower and projector) makes of the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.models.base import BaseModel
+
+Seen = Mapping[str, Tensor]  # what a model's tower takes, by the names of its arguments
+
+
+class Vision:
+    """How one base model reads pictures.
+
+    Args:
+        base: the base model.
+        config: its configuration.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        packs: pictures may stand in packed rows. Otherwise their tokens see each other, or have positions of their
+            own, and each example goes through the model by itself.
+        beside: last parts of the paths of what stands beside the language part: tower and projector.
+        token_id: of the token that stands for a part of a picture.
+        behind: tokens that follow a picture's last one and belong to it.
+
+    Raises:
+        UsageError: the folder has no image processor, or the tokenizer no token for pictures.
+    """
+
+    packs: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+
+    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
+        self.base, self.config, self.tokenizer = base, config, tokenizer
+        self.token_id = image_token_id(config)
+        token = tokenizer.convert_ids_to_tokens(self.token_id)
+        if token is None:
+            raise UsageError(
+                f"base_model: '{base.name}': its tokenizer has no token {self.token_id}, which stands for "
+                "pictures in its config.json"
+            )
+        self.token = str(token)
+        self.processor = _image_processor(base)
+
+    def text(self, height: int, width: int) -> str:
+        """What stands in a text for a picture of this size, as the model's own processor writes it."""
+        return self.token * self.count(height, width)
+
+    def count(self, height: int, width: int) -> int:
+        """Picture tokens of a picture of this size."""
+        raise NotImplementedError
+
+    @cached_property
+    def behind(self) -> int:
+        """See the class."""
+        end = self.text(64, 64).rpartition(self.token)[2]
+        return len(self.tokenizer(end, add_special_tokens=False)["input_ids"]) if end else 0
+
+    def look(self, picture: Image.Image) -> dict[str, Tensor]:
+        """One picture as the tower takes it."""
+        return dict(self.processor(images=[picture], return_tensors="pt"))
+
+    @staticmethod
+    def join(many: Sequence[Seen]) -> dict[str, Tensor]:
+        """Several of them, one behind the other."""
+        return {name: torch.cat([one[name] for one in many]) for name in many[0]}
+
+    @classmethod
+    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+        """What transformers' own forward pass takes beside the tokens of rows.
+
+        Args:
+            many: their pictures.
+            shown: bool [B, L], which of their tokens are pictures'.
+        """
+        return cls.join(many)
+
+    @property
+    def settings(self) -> str:
+        """All that decides how pictures become numbers, for fingerprints."""
+        return f"{type(self).__name__} {self.processor.to_json_string()}"
+
+
+_KINDS: dict[str, type[Vision]] = {}
+Declared = TypeVar("Declared", bound=type[Vision])
+
+
+def vision(*model_types: str) -> Callable[[Declared], Declared]:
+    """Declare how models of these types read pictures."""
+
+    def declare(kind: Declared) -> Declared:
+        _KINDS.update(dict.fromkeys(model_types, kind))
+        return kind
+
+    return declare
+
+
+@cache
+def _load() -> None:
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+
+
+def vision_class(config: Any) -> type[Vision] | None:
+    """The family of a model; None: it reads no pictures, or none as they are read here."""
+    _load()
+    return _KINDS.get(config.model_type)
+
+
+def find_vision(base: BaseModel, config: Any, tokenizer: Any) -> Vision:
+    """How a base model reads pictures.
+
+    Raises:
+        UsageError: it does not, or its type is not known.
+    """
+    kind = vision_class(config)
+    if kind is None:
+        raise UsageError(
+            f"base_model: '{base.name}': pictures in prompts are not supported for models of type "
+            f"'{config.model_type}'{did_you_mean(config.model_type, _KINDS)}; known: {', '.join(sorted(_KINDS))}"
+        )
+    return kind(base, config, tokenizer)
+
+
+def image_token_id(config: Any) -> int:
+    """The token that stands for a part of a picture."""
+    names = ("image_token_id", "image_token_index")
+    return int(next(getattr(config, name) for name in names if hasattr(config, name)))
+
+
+def features(model: Any, seen: Seen, dtype: torch.dtype) -> Tensor:
+    """What takes the places of picture tokens, [K, d], in the order of the pictures.
+
+    A tower that learns nothing leaves nothing for the backward pass: autograd records from the first parameter on
+    that learns.
+
+    Args:
+        model: transformers' own.
+        seen: of all pictures, on the model's device.
+        dtype: of the pixels.
+    """
+    wide = {n: v.to(dtype) if v.is_floating_point() else v for n, v in seen.items()}
+    body = model if hasattr(model, "get_image_features") else model.model
+    found = body.get_image_features(**wide)
+    found = getattr(found, "pooler_output", found)
+    if not isinstance(found, Tensor):
+        found = torch.cat([one.flatten(0, -2) for one in found])
+    return found.flatten(0, -2)
+
+
+def _image_processor(base: BaseModel) -> Any:
+    from transformers import AutoImageProcessor
+
+    from mtl_lora_cli.models.quiet import quiet_loading
+
+    try:
+        with quiet_loading():
+            return AutoImageProcessor.from_pretrained(
+                base.folder, backend="pil", trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(f"base_model: '{base.name}': no image processor: {said}") from None

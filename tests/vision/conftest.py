@@ -1,0 +1,57 @@
+"""A small LLaVA, adapted, and rows with pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.load import adapt, load_model, load_tokenizer
+from mtl_lora_cli.models.packed import PackedModel
+
+from ..forks import Forks
+from ..sights import tiny_llava, write_squares
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> BaseModel:
+    return find_base_model(str(tiny_llava(small_model, tmp_path_factory.mktemp("llava"))))
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("squares")
+    return write_squares(folder, {"train": 48, "validation": 8, "test": 12})
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands as processes of their own, which have the libraries."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
+    yield process
+    process.close()
+
+
+def packed_of(base: BaseModel, engine: Any = "auto") -> PackedModel:
+    """With an adapter of two tasks that is far from its start, and a projector that learns."""
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    config = configure(
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank=4,
+        whole_modules=["multi_modal_projector"],
+    )
+    torch.manual_seed(1)
+    adapter = adapt(model, config, ("one", "two"))
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    vision = load_tokenizer(base).vision()
+    return PackedModel(model, adapter, engine=engine, vision=vision).eval()

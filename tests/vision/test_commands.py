@@ -1,0 +1,201 @@
+"""Whole commands on a run whose prompts show pictures, and what is refused in a line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mtl_lora_cli.models.base import BaseModel
+
+from ..forks import Ended, Forks
+
+pytestmark = pytest.mark.slow
+
+TEMPLATES = {
+    "colour": {
+        "description": "Which colour?",
+        "images": ["image"],
+        "prompt": "<image> The colour is",
+        "choices": {"red": "red", "green": "green", "blue": "blue"},
+        "label": "colour",
+    },
+    "caption": {
+        "description": "What is there?",
+        "images": ["image"],
+        "prompt": "Say what is there:",
+        "answer": "{{ caption }}",
+    },
+    "side": {
+        "description": "Text alone.",
+        "prompt": "{{ caption }} The side is",
+        "choices": {"left": "left", "right": "right"},
+        "label": "side",
+    },
+}
+Call = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def place(forks: Forks, llava: BaseModel, squares: Path, tmp_path_factory: Any) -> Path:
+    """A run `one` of two tasks with pictures and one of text alone."""
+    folder = Path(tmp_path_factory.mktemp("seen"))
+    shutil.copytree(squares, folder / "squares")
+    for name, template in TEMPLATES.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(template))
+    recipe = {
+        "base_model": str(llava.folder),
+        "adapter": {
+            "method": "mtl-lora",
+            "rank": 8,
+            "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+            "whole_modules": ["multi_modal_projector"],
+        },
+        "tasks": [
+            {"name": name, "template": f"{name}.yaml", "source": "squares"} for name in TEMPLATES
+        ],
+        "training": {
+            "epochs": 4,
+            "rows_per_step": 4,
+            "row_length": 200,
+            "learning_rate": 4e-3,
+            "checkpoint_every": 10,
+            "validation": {"every": 20, "examples": 8},
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    ended = forks.run("train", "recipe.yaml", "run.name=one", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def call(forks: Forks, place: Path) -> Call:
+    def run(*arguments: str, code: int = 0) -> Ended:
+        ended = forks.run(*arguments, cwd=place)
+        assert ended.returncode == code, ended.stderr
+        return ended
+
+    return run
+
+
+def test_colours_are_learned_and_seen_by_who_sees(call: Call) -> None:
+    scores = {}
+    for blind in ((), ("--blind", "grey"), ("--blind", "swapped")):
+        (found,) = json.loads(call("eval", "--task", "colour", "--json", *blind).stdout)["results"]
+        assert found.get("blind") == (blind[1] if blind else None)
+        scores["".join(blind)] = found["metrics"]["accuracy"]["value"]
+    assert scores[""] >= 0.9
+    assert max(scores["--blindgrey"], scores["--blindswapped"]) <= 0.7
+
+
+def test_the_base_model_beside_it_has_its_own_projector(
+    call: Call, place: Path, llava: BaseModel
+) -> None:
+    """Against transformers alone: what learned whole takes no part in --base-only."""
+    from transformers import LlavaForConditionalGeneration
+
+    from mtl_lora_cli.models.load import load_tokenizer
+
+    call("eval", "--task", "colour", "--base-only", "--limit", "3", "--predictions", "base.jsonl")
+    lines = [json.loads(line) for line in (place / "base.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(llava)
+    vision = tokenizer.vision()
+    model = LlavaForConditionalGeneration.from_pretrained(llava.folder).eval()
+    rows = [json.loads(line) for line in (place / "squares/test.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, rows, strict=False):
+        seen = vision.look(Image.open(place / "squares" / row["image"]).convert("RGB"))
+        prompt = f"{vision.token * 16} The colour is"
+        sums = []
+        for choice in sorted(TEMPLATES["colour"]["choices"]):  # as YAML has them
+            ids = torch.tensor([tokenizer(f"{prompt} {choice}")["input_ids"]])
+            start = len(tokenizer(prompt)["input_ids"])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids, **seen).logits[0].log_softmax(-1)
+            sums.append(float(logprobs[start - 1 : -1].gather(1, ids[0, start:, None]).sum()))
+        assert line["log_probabilities"] == pytest.approx(sums, abs=1e-3)
+
+
+def test_a_merged_folder_is_transformers_own_and_says_the_same(call: Call) -> None:
+    (found,) = json.loads(call("merge", "--task", "colour", "--limit", "6", "--json").stdout)
+    assert found["largest_difference"] < 1e-4
+    assert found["equal_answers"] == 1.0
+
+
+@pytest.mark.long
+def test_peft_reads_what_learned_whole_and_answers_are_generated_alike(call: Call) -> None:
+    for arguments in (
+        ("export", "--format", "peft", "--task", "colour"),
+        ("merge", "--task", "caption", "--limit", "4"),
+    ):
+        (found,) = json.loads(call(*arguments, "--json").stdout)
+        assert found["largest_difference"] < 1e-4
+        assert found["equal_answers"] == 1.0
+
+
+def test_predict_reads_pictures_beside_its_file(call: Call, place: Path) -> None:
+    rows = (place / "squares/test.jsonl").read_text().splitlines()[:3]
+    (place / "squares/new.jsonl").write_text("\n".join(rows) + "\n")
+    lines = call("predict", "--task", "all", "squares/new.jsonl").stdout.splitlines()
+    for line, row in zip(map(json.loads, lines), map(json.loads, rows), strict=True):
+        assert line["colour"]["label"] == row["colour"]
+        assert set(line) == set(TEMPLATES)
+
+
+def test_show_counts_picture_tokens_instead_of_repeating_them(call: Call) -> None:
+    shown = call("data", "show", "recipe.yaml", "--task", "colour", "--count", "1").stdout
+    assert "<image> × 16" in shown
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_what_learned_whole(call: Call, place: Path) -> None:
+    from safetensors.torch import load_file
+
+    ends = []
+    for name, steps in (("through", ()), ("on", ("training.max_steps=6",))):
+        call("train", "recipe.yaml", f"run.name={name}", "training.max_steps=12", *steps,
+             "training.checkpoint_every=3", "training.validation=null", "training.schedule=constant",
+             "training.warmup=0")  # fmt: skip
+        ends.append(place / "runs" / name / "adapter" / "mtl_lora.safetensors")
+    shutil.rmtree(place / "runs/on/adapter")
+    text = (place / "runs/on/recipe.yaml").read_text().replace("max_steps: 6", "max_steps: 12")
+    (place / "runs/on/recipe.yaml").write_text(text)
+    call("train", "--resume", "--run", "on")
+    through, on = map(load_file, ends)
+    assert any(name.startswith("whole:") for name in through)
+    for name, tensor in through.items():
+        assert torch.equal(tensor, on[name]), name
+
+
+REFUSED = {
+    "quantization=nf4": "nf4 does not go with pictures in prompts yet",
+    "training.memory=auto": "auto does not go with pictures in prompts yet",
+    "images.size=[32,32]": "is for maps of pictures",
+    "adapter.whole_modules=[nothing]": "'nothing' matches no module or parameter",
+    "adapter.target_modules=[k_proj,fc1]": "'fc1' matches no linear layer",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_does_not_go_with_pictures_is_one_line(call: Call, change: str) -> None:
+    said = call("train", "recipe.yaml", change, "run.name=refused", code=2).stderr
+    assert REFUSED[change] in said
+    assert len([line for line in said.splitlines() if "error" in line]) == 1
+
+
+def test_models_that_read_no_pictures_and_formats_that_hold_none_say_so(
+    call: Call, small_model: Path
+) -> None:
+    said = call("train", "recipe.yaml", f"base_model={small_model}", code=2).stderr
+    assert "pictures in prompts are not supported for models of type 'llama'" in said
+    said = call("export", "--format", "gguf", "--task", "colour", code=2).stderr
+    assert "a model of type 'llava' that reads pictures cannot be written so" in said
+    said = call("eval", "--task", "side", "--blind", "grey", code=2).stderr
+    assert "its prompts show no pictures" in said

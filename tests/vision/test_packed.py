@@ -1,0 +1,162 @@
+"""Packed rows with pictures, against transformers' own model on each example alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.sight import pictures_in
+from mtl_lora_cli.models.trust import settle
+
+from .conftest import packed_of
+
+SIDES = ((40, 60), (33, 29), (64, 64))
+# Of each example the words before and behind each of its pictures, and which pictures: two, none, one.
+EXAMPLES = ((0, [3, 4, 5, 6], (0, 1)), (1, [7, 8, 9, 10], ()), (1, [11, 12, 13], (2,)))
+
+
+def picture(number: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed + number).integers(0, 256, (*SIDES[number], 3))
+    return Image.fromarray(noise.astype(np.uint8))
+
+
+def tokens(packed: PackedModel, words: Sequence[int], shown: Sequence[int]) -> list[int]:
+    vision: Any = packed.vision
+    ids = [words[0]]
+    for number in shown:
+        ids += [vision.token_id] * vision.count(*SIDES[number]) + [words[1]]
+    return [*ids, *words[2:]]
+
+
+def batch_of(packed: PackedModel, pictures: Sequence[Image.Image]) -> PackedBatch:
+    vision: Any = packed.vision
+    rows = [tokens(packed, words, shown) for _, words, shown in EXAMPLES]
+    lengths = [len(row) for row in rows]
+    ends = np.cumsum([0, *lengths])
+    asked = [n for start, end in pairwise(ends) for n in range(start, end - 1)]
+    flat = torch.tensor([token for row in rows for token in row])
+    positions = torch.tensor([n for n in asked if flat[n + 1] != vision.token_id])
+    ids = flat[None]
+    seen = [vision.look(one) for one in pictures]
+    counts = [vision.count(*sides) for sides in SIDES]
+    return PackedBatch(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        task_ids=torch.repeat_interleave(
+            torch.tensor([task for task, _, _ in EXAMPLES]), torch.tensor(lengths)
+        )[None],
+        segments=Segments.build(lengths),
+        positions=positions,
+        owner=torch.arange(len(positions)),
+        targets=flat[positions + 1],
+        pictures=pictures_in(ids, seen, counts, vision.token_id),
+    )
+
+
+def alone(packed: PackedModel, pictures: Sequence[Image.Image]) -> Tensor:
+    """By transformers' own forward pass: its tower, its merging, its attention."""
+    found = []
+    vision: Any = packed.vision
+    for task, words, shown in EXAMPLES:
+        ids = torch.tensor([tokens(packed, words, shown)])
+        seen = (
+            vision.processor(images=[pictures[n] for n in shown], return_tensors="pt")
+            if shown
+            else {}
+        )
+        with packed.over_rows(task) as model:
+            logits = model(input_ids=ids, use_cache=False, **seen).logits
+        logprobs = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(logprobs[ids[0, 1:] != vision.token_id])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_packed_equals_alone_and_so_do_gradients(llava: BaseModel, engine: str) -> None:
+    packed = packed_of(llava, engine)
+    settle(packed)
+    pictures = [picture(number) for number in range(3)]
+    batch = batch_of(packed, pictures)
+    learning: Any = packed.adapter.trained()  # type: ignore[union-attr]
+    with packed.routed(batch):
+        ours = packed(batch)
+        ours.sum().backward()
+    first = {name: tensor.grad.clone() for name, tensor in learning.items()}
+    for tensor in learning.values():
+        tensor.grad = None
+    theirs = alone(packed, pictures)
+    theirs.sum().backward()
+    assert (ours - theirs).abs().max() < 5e-5
+    assert any(name.startswith("whole:") and grad.abs().max() > 0 for name, grad in first.items())
+    for name, tensor in learning.items():
+        scale = tensor.grad.abs().max()
+        assert (first[name] - tensor.grad).abs().max() <= 5e-5 * max(1.0, float(scale)), name
+    frozen = [p for n, p in packed.model.named_parameters() if "vision_tower" in n]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_another_picture_changes_no_bit_of_other_examples(llava: BaseModel, engine: str) -> None:
+    packed = packed_of(llava, engine)
+    pictures = [picture(number) for number in range(3)]
+    before, other = (
+        batch_of(packed, [*pictures[:2], last]) for last in (pictures[2], picture(2, seed=9))
+    )
+    with torch.no_grad(), packed.routed(before):
+        first, second = packed(before), packed(other)
+    own = sum(len(tokens(packed, words, ())) - 1 for _, words, _ in EXAMPLES[2:])
+    own += len(EXAMPLES[2][2])
+    others = len(first) - own
+    assert torch.equal(first[:others], second[:others])
+    assert not torch.equal(first[others:], second[others:])
+
+
+def test_a_path_that_mixes_pictures_up_is_found_out(
+    llava: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-test: pictures in each other's places."""
+    from mtl_lora_cli.errors import UsageError
+    from mtl_lora_cli.models import noise
+
+    real = noise.pictures_in
+
+    def mixed(*given: Any) -> Any:
+        found = real(*given)
+        return replace(found, seen=list(found.seen)[::-1])
+
+    monkeypatch.setattr(noise, "pictures_in", mixed)
+    with pytest.raises(UsageError, match="with pictures, log-probabilities differ"):
+        settle(packed_of(llava))
+
+
+def test_tokens_and_pixels_are_those_of_the_model_s_own_processor(llava: BaseModel) -> None:
+    from transformers import LlavaProcessor
+
+    from mtl_lora_cli.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(llava)
+    vision = tokenizer.vision()
+    own = LlavaProcessor(
+        image_processor=vision.processor,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    image = picture(0)
+    theirs = own(images=[image], text="one <image> two", return_tensors="pt")
+    text = f"one {vision.text(*SIDES[0])} two"
+    assert tokenizer(text)["input_ids"] == theirs["input_ids"][0].tolist()
+    assert torch.equal(vision.look(image)["pixel_values"], theirs["pixel_values"])
