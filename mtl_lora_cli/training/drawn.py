@@ -14,7 +14,7 @@ from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.host import Batch, at_step, examples_in
+from mtl_lora_cli.models.host import Batch, Dataset, at_step, examples_in, row_length_of
 from mtl_lora_cli.recipe.schema import Training
 from mtl_lora_cli.training.balance import Factors
 from mtl_lora_cli.training.shuffled import ShuffledTasks
@@ -80,8 +80,7 @@ class Draw:
         mine = self._processes.mine(rows)
         self._ahead(number)
         dataset = at_step(self._dataset, epoch, number)
-        passes = self._by_task(mine) if self._apart else self._together(mine)
-        batches = [dataset.collate(some) for some in passes]
+        passes, batches = self._passes(mine, dataset)
         owners = [batch.owners for batch in batches]
         if self._data.others is not None:
             self._require_agreement(mine, owners)
@@ -114,6 +113,22 @@ class Draw:
         """Of the tasks' losses at a step, float32 [T]."""
         return self.weights if self._balance is None else self.weights * self._balance.at(number)
 
+    def _passes(
+        self, rows: list[list[Place]], dataset: Dataset
+    ) -> tuple[list[list[list[Place]]], list[Batch]]:
+        """The rows of each pass, and what becomes of them."""
+        if not self._apart:
+            passes = self._together(rows)
+            return passes, [dataset.collate(some) for some in passes]
+        if not hasattr(dataset, "entries"):
+            passes = self._by_task(rows)
+            return passes, [dataset.collate(some) for some in passes]
+        found = []  # tasks learn from the same examples: each has a pass over all of them
+        for some in self._together(rows):
+            whole: Any = dataset.collate(some)
+            found += [(some, part) for part in whole.by_task()]
+        return [some for some, _ in found], [part for _, part in found]
+
     def _together(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
         """The rows of each pass."""
         size = self._settings.rows_per_pass
@@ -129,7 +144,7 @@ class Draw:
         for task in sorted(places):
             own = places[task]
             lengths = [int(self._dataset.lengths[t][number]) for t, number in own]
-            packed = pack(lengths, self._settings.row_length)
+            packed = pack(lengths, row_length_of(self._dataset, self._settings.row_length))
             passes += self._together([[own[i] for i in row] for row in packed])
         return passes
 
@@ -137,8 +152,11 @@ class Draw:
         """Let examples be read before their steps, where the dataset can: decoding takes long."""
         for step in range(number, number + getattr(self._dataset, "steps_ahead", 0)):
             if step >= self._asked:
+                try:
+                    epoch, rows = self._data.mixture.step(step)
+                except LookupError:  # beyond the last stage, or of shares that are not decided yet
+                    return
                 self._asked = step + 1
-                epoch, rows = self._data.mixture.step(step)
                 mine: Any = at_step(self._dataset, epoch, step)
                 mine.ahead(self._processes.mine(rows))
 
@@ -171,7 +189,7 @@ class Draw:
         """So many passes more has the process with the most rows."""
         most = -(-len(rows) // self._processes.count)
         missing = -(-most // self._settings.rows_per_pass) - passes
-        return [self.batch(rows[:1])] * missing if missing else []
+        return [self.batch(rows[:1])] * missing if missing > 0 else []
 
 
 def _places(passes: list[list[list[Place]]]) -> list[list[Place]]:

@@ -54,8 +54,9 @@ def no_number(
 def _poisoned(drawn: Drawn, values: Sequence[Tensor], draw: Draw) -> list[Place]:
     """This process's examples with a loss that is no number."""
     found = []
-    for places, own in zip(drawn.places, values, strict=True):
-        counts = [int(draw.supervised([[place]]).sum()) for place in places]
+    for places, own, owners in zip(drawn.places, values, drawn.owners, strict=True):
+        tasks = owners.unique()  # of maps a pass may hold some of the places' tasks
+        counts = [int(draw.supervised([[place]])[tasks].sum()) for place in places]
         for place, part in zip(places, own.cpu().split(counts), strict=True):
             if not part.isfinite().all():
                 found.append(place)

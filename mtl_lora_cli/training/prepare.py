@@ -18,7 +18,9 @@ from mtl_lora_cli.adapters.weight_start import start_from_weights
 from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.collate import ChosenDataset, TextDataset, training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.data.mixture import subset
+from mtl_lora_cli.data.one_map import OneMapDataset
 from mtl_lora_cli.data.picture_rows import leaks
 from mtl_lora_cli.data.prepare import (
     TrainingData,
@@ -472,11 +474,13 @@ def _prepare_others(
         made = kind(base, recipe, bound)
         train = made.dataset("train")
     assert train is not None, "every task has a train split"
+    if isinstance(train, MapDataset) and recipe.training.rows == "one_task":
+        train = OneMapDataset(train)
     most = [task.max_examples for task in tasks]
     train = _drawn_of(train, tasks, most, recipe.training.seed)
     row_length = row_length_of(train, recipe.training.row_length)
-    if hasattr(train, "entries"):
-        _require_shared(loaded, name)
+    if name in MAPS:
+        _require_maps(loaded, name)
     mixture = mixture_over(recipe, tasks, train.lengths, row_length)
     notes = leaks(bound, [spec_of(one.template) for one in bound]) if name in MAPS else []
     data = TrainingData(bound, [], [], mixture, tuple(notes), others=train)
@@ -511,8 +515,8 @@ def _prepare_others(
     )
 
 
-def _require_shared(loaded: LoadedRecipe, name: str) -> None:
-    """Refuse what needs rows of each task alone, where tasks learn from the same examples.
+def _require_maps(loaded: LoadedRecipe, name: str) -> None:
+    """Refuse what needs rows of each task alone, where tasks learn from the same pictures; and what maps have not.
 
     Raises:
         ProblemsError: naming the key.
@@ -521,13 +525,13 @@ def _require_shared(loaded: LoadedRecipe, name: str) -> None:
     asked = {
         ("mixing",): isinstance(loaded.recipe.mixing, DynamicMixing),
         ("training", "stages"): bool(training.stages),
-        ("training", "rows"): training.rows == "one_task",
-        ("training", "balance"): training.balance is not None
-        and training.balance.method == "pcgrad",
     }
     for key, wrong in asked.items():
-        if wrong:
-            why = f"needs rows of one task alone; tasks with objective {name} learn from the same pictures"
+        if wrong and training.rows != "one_task":
+            why = (
+                f"needs rows of one task alone, and tasks with objective {name} learn from the same "
+                "pictures; training.rows: one_task shows each picture for one task at a time"
+            )
             raise loaded.problem(key, why)
     if training.row_length != Training.model_fields["row_length"].default:
         why = f"is for text; tasks with objective {name} go without it"
