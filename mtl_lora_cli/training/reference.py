@@ -43,7 +43,8 @@ def with_reference(loaded: LoadedRecipe) -> LoadedRecipe:
 
 
 def losses_of(run: RunFolder) -> dict[str, float]:
-    """Loss of each task: of the run's last look at held-out examples, else the mean of its last tenth of steps."""
+    """Loss of each task: of the run's last look at held-out examples, else the mean of its last tenth of steps; of a
+    task that none of these has, its last one."""
     steps: list[Mapping[str, Any]] = []
     looks: list[Mapping[str, Any]] = []
     for event in run.events():
@@ -56,4 +57,8 @@ def losses_of(run: RunFolder) -> dict[str, float]:
         for name, value in own.items():
             if value is not None:
                 seen.setdefault(name, []).append(value)
+    for own in () if looks else reversed(steps):
+        for name, value in own.items():
+            if value is not None:
+                seen.setdefault(name, [value])
     return {name: fmean(values) for name, values in seen.items()}

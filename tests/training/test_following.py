@@ -298,6 +298,9 @@ def test_what_does_not_go_together_is_refused(
 def test_a_run_as_the_reference(built: Callable[..., Small], recipe_file: Path) -> None:
     run = built().train()
     losses = losses_of(run.run)
-    assert set(losses) <= {"sst2", "rte", "cola", "home_depot"}
-    last = [event for event in run.events if event["event"] == "step"][-1]
-    assert losses == last["task_loss"]
+    steps = [event["task_loss"] for event in run.events if event["event"] == "step"]
+    known = {name: value for step in steps for name, value in step.items() if value is not None}
+    assert (
+        losses == known
+    )  # the last one of each: a tenth of six steps is the last, and has not all tasks
+    assert set(known) > {name for name, value in steps[-1].items() if value is not None}
