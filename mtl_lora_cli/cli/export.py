@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,11 @@ from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.maps_outputs import export_maps_of, of_maps
 from mtl_lora_cli.cli.options import (
     RUNS,
-    CheckOption,
     CompareLimitOption,
+    EngineOption,
+    EnginePythonOption,
     JsonOption,
+    NoCheckOption,
     PushOption,
     RunOption,
     RunsOption,
@@ -69,7 +72,9 @@ def export(
     ] = None,
     limit: CompareLimitOption = 32,
     tolerance: ToleranceOption = None,
-    check: CheckOption = True,
+    engine: EngineOption = None,
+    engine_python: EnginePythonOption = None,
+    no_check: NoCheckOption = False,
     push: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,12 +84,17 @@ def export(
         from mtl_lora_cli.recipe.load import load_extensions_of
         from mtl_lora_cli.runs.folder import find_run
 
+        check = not no_check
+        if engine is not None and no_check:
+            raise UsageError(f"--check {engine} does not go with --no-check")
         folder = find_run(run, runs)
         load_extensions_of(folder.recipe)
         form = find_format(kind)
         if of_maps(folder):
             if rank is not None:
                 raise UsageError("--rank is for adapters; an ONNX file has none")
+            if engine is not None:
+                raise UsageError(f"--check {engine} is for texts")
             export_maps_of(
                 folder, kind, task, output, limit=limit, check=check, push=push, as_json=as_json
             )
@@ -93,25 +103,46 @@ def export(
             raise UsageError("--rank is for adapters; a merged model has none")
         status("loading libraries")
         from mtl_lora_cli.evaluation.opened import open_run
-        from mtl_lora_cli.export.engines import vllm_command
+        from mtl_lora_cli.export.engine_check import check_by_engine, require_engine
         from mtl_lora_cli.export.order import Options
         from mtl_lora_cli.export.write import write_tasks
 
         chosen = outputs_of(folder, task, output, form.root, verb="export")
         require_pushable(push, chosen, check)
         options = Options(rank=rank, limit=limit, tolerance=tolerance, checked=check)
-        results = write_tasks(kind, open_run(folder), chosen, options, say)
+        opened = open_run(folder)
+        python = None if engine is None else require_engine(engine, kind, engine_python, opened)
+        results = write_tasks(kind, opened, chosen, options, say)
+        said = None if python is None else check_by_engine(opened, python, results, options, say)
         push_written(results, push)
         if output is None:
             _with_router(folder, results)
+        engines = {} if said is None else said.to_json()
         if rank is None:
-            emit_written(results, as_json)
+            emit_written(results, as_json, engines)
         else:
-            _emit_reduced(results, as_json)
-        if kind == "peft" and push is None:
-            command = vllm_command([(one.task, one.folder) for one in results])
-            if command is not None:
-                say(f"vLLM serves them: {command}")
+            _emit_reduced(results, as_json, engines)
+        if said is not None:
+            say("\n".join(said.lines()))
+        if push is None:
+            _tell_commands(kind, [(one.task, one.folder) for one in results])
+
+
+def _tell_commands(kind: str, folders: list[tuple[str, Path]]) -> None:
+    """How servers take what was written."""
+    from mtl_lora_cli.export import engines
+
+    if kind == "peft":
+        command = engines.vllm_command(folders)
+        if command is not None:
+            say(f"vLLM serves them: {command}")
+            if len({folder.parent for _, folder in folders}) == 1:
+                say(f"or finds them by name: {engines.vllm_resolver(folders[0][1].parent)}")
+        say(f"SGLang: {engines.sglang_command(folders)}")
+    elif kind == "gguf":
+        say(f"llama.cpp serves them: {engines.llama_server_command(folders)}")
+    if kind in ("gguf", "gguf-merged"):
+        say(f"Ollama: {engines.ollama_command(folders)}")
 
 
 def _with_router(folder: RunFolder, results: list[WrittenFolder]) -> None:
@@ -126,10 +157,17 @@ def _with_router(folder: RunFolder, results: list[WrittenFolder]) -> None:
         say(f"the router beside them: {target}")
 
 
-def _emit_reduced(results: list[WrittenFolder], as_json: bool) -> None:
+def _emit_reduced(
+    results: list[WrittenFolder], as_json: bool, engines: Mapping[str, Mapping[str, Any]]
+) -> None:
     """What was written where, how it compared, and what the lower rank costs."""
     if as_json:
-        emit_json([{**written_as_json(result), "reduced": _reduced(result)} for result in results])
+        emit_json(
+            [
+                {**written_as_json(one), **engines.get(one.task, {}), "reduced": _reduced(one)}
+                for one in results
+            ]
+        )
         return
     for result in results:
         emit(f"{written_as_line(result)}\n{result.truncation}")

@@ -36,6 +36,26 @@ CheckOption = Annotated[
     bool,
     typer.Option("--check/--no-check", help="Load what was written again and compare it."),
 ]
+NoCheckOption = Annotated[
+    bool,
+    typer.Option("--no-check", help="Do not load what was written again and compare it."),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="ENGINE",
+        help="vllm: let the engine itself answer, too, all tasks in one batch (see --engine-python).",
+    ),
+]
+EnginePythonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--engine-python",
+        envvar="MTL_LORA_VLLM_PYTHON",
+        help="The interpreter of the environment that vLLM is installed in.",
+    ),
+]
 PushOption = Annotated[
     str | None,
     typer.Option("--push", metavar="OWNER/NAME", help="Then upload it to the Hugging Face hub."),

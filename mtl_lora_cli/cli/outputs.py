@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +63,15 @@ def push_written(results: Sequence[WrittenFolder], repository: str | None) -> No
         say(f"pushed to {push(results[0].folder, repository)}")
 
 
-def emit_written(results: Sequence[WrittenFolder], as_json: bool) -> None:
-    """What was written where, and how it compared."""
+def emit_written(
+    results: Sequence[WrittenFolder],
+    as_json: bool,
+    engines: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """What was written where, and how it compared; by task what an engine said besides."""
     if as_json:
-        emit_json([written_as_json(result) for result in results])
+        more = engines or {}
+        emit_json([{**written_as_json(one), **more.get(one.task, {})} for one in results])
         return
     for result in results:
         emit(written_as_line(result))

@@ -19,6 +19,7 @@ from mtl_lora_cli.evaluation.answers import (
     read_generated,
     stop_of,
 )
+from mtl_lora_cli.evaluation.asked import Stopped
 from mtl_lora_cli.evaluation.choices import Request, build_requests, score
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.opened import Run
@@ -109,19 +110,41 @@ class Questions:
     def ask_alone(self, model: Any) -> Scored:
         """Put them to a model of transformers', or of PEFT's on it, and to none of our own code."""
         scores = score_alone(model, self.requests)
-        if self.setting.protocol_of(self.task) == CHOICES:
+        if not self.free:
             return self.answers(scores)
-        room = self.task.template.generate.max_new_tokens or 0
-        requests = self._requests(room)
         answers = generate_alone(
             model,
-            requests,
+            self.prompts,
             ends=self.encoder.stops,
-            new_tokens=answer_limits(self.task, requests),
-            stopped=stop_of(self.task, self.encoder, self.run.tokenizer),
+            new_tokens=self.limits,
+            stopped=self.stopped,
         )
+        return self.read(scores, answers)
+
+    @property
+    def free(self) -> bool:
+        """Whether answers are generated."""
+        return self.setting.protocol_of(self.task) != CHOICES
+
+    @cached_property
+    def prompts(self) -> list[Request]:
+        """Where answers are free: the rows with room for one."""
+        return self._requests(self.task.template.generate.max_new_tokens or 0)
+
+    @property
+    def limits(self) -> list[int]:
+        """The most tokens of each free answer."""
+        return answer_limits(self.task, self.prompts)
+
+    @property
+    def stopped(self) -> Stopped:
+        """Whether a free answer is complete as it stands."""
+        return stop_of(self.task, self.encoder, self.run.tokenizer)
+
+    def read(self, scores: list[np.ndarray], answers: list[list[int]]) -> Scored:
+        """What free answers say, beside the log-probabilities of the right ones."""
         said = read_generated(
-            self.run.tokenizer, self.encoder, self.task, self.examples, requests, answers
+            self.run.tokenizer, self.encoder, self.task, self.examples, self.prompts, answers
         )
         return Scored(scores, said.outcome)
 

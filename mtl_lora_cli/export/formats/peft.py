@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.export.engines import VLLM_RANKS
 from mtl_lora_cli.export.formats import Format, export_format
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ With vLLM, beside other tasks on the same base model:
 vllm serve {base} --enable-lora --max-lora-rank {room} --lora-modules {task}=THIS_FOLDER
 ```
 """
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
 @export_format
@@ -121,7 +121,7 @@ class Peft(Format):
         base = run.base.name if run.base.revision is not None else "BASE_MODEL"
         updates, lengths = order.parts
         rank = max(ranks_of(updates).values())
-        room = next((room for room in _VLLM_RANKS if room >= rank), rank)
+        room = next((room for room in VLLM_RANKS if room >= rank), rank)
         return model_card(
             run,
             task,

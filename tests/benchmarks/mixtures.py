@@ -1,0 +1,219 @@
+"""All mixtures beside proportional on the seventeen tasks of real-17, a result file a run; by hand:
+
+    python tests/benchmarks/mixtures.py BASE_MODEL OUTPUT [--seeds 3] [--steps 150] [--limit 100] [--jobs 2]
+        [--examples 3000] [--seconds S] [--arms A,…]
+
+Libraries are loaded, the base model is converted and rows are encoded once, then every run is a fork of that process.
+Where `proportional` of a seed is done, `excess_loss` of it takes its losses as the reference; otherwise it has none, and
+the table says so. `pcgrad` has rows of one task each, so `one_task` is what it stands beside. A call that was
+stopped goes on. `MTL_LORA_DATA` names the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+REASONING = "boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa"
+OTHERS = "cola, sst2, mrpc, qqp, mnli, qnli, rte, home_depot, amazon_google"
+ARMS: dict[str, list[str]] = {
+    "pcgrad": ["training.balance=pcgrad", "training.rows=one_task"],
+    "gradnorm": ["training.balance={method: gradnorm, every: 10}"],
+    "proportional": [],
+    "uncertainty": ["training.balance=uncertainty"],
+    "progress": ["mixing={dynamic: progress, every: 10}"],
+    "excess_loss": ["mixing={dynamic: excess_loss, every: 10}"],
+    "one_task": ["training.rows=one_task"],
+    "uniform": ["mixing=uniform"],
+    "temperature": ["mixing={temperature: 2}"],
+    "stages": [],  # a third of the steps for the first eight tasks, see `changes`
+}
+
+
+def changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """Of the recipe real-17."""
+    found = [
+        f"base_model={options.base}", "training.epochs=9", f"training.max_steps={options.steps}",
+        "training.row_length=512", "training.rows_per_step=4", "training.rows_per_pass=4",
+        "training.memory=manual", "training.checkpoint_every=null", f"training.seed={seed}",
+        *(f"tasks.{name}.max_examples={options.examples}" for name in f"{REASONING}, {OTHERS}".split(", ")),
+        *ARMS[arm],
+    ]  # fmt: skip
+    reference = options.output / f"proportional-{seed}.run"
+    if arm == "excess_loss" and (options.output / f"proportional-{seed}.json").is_file():
+        found[-1] = f"mixing={{dynamic: excess_loss, every: 10, reference_run: {reference}}}"
+    if arm == "stages":
+        found.append("training.epochs=1")
+        found.append(
+            f"training.stages=[{{tasks: [{REASONING}], epochs: {options.first:.4f}}}, "
+            f"{{tasks: [{REASONING}, {OTHERS}], epochs: 9}}]"
+        )
+    return found
+
+
+def learn(arm: str, seed: int, options: argparse.Namespace) -> None:
+    """One run, and its result file."""
+    from mtl_lora_cli.evaluation.evaluate import Setting, evaluate, find_rows
+    from mtl_lora_cli.evaluation.opened import open_run
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+    from mtl_lora_cli.training.prepare import prepare
+    from mtl_lora_cli.training.run import start
+
+    began = time.monotonic()
+    words = changes(arm, seed, options)
+    prepared = prepare(load_recipe(find_recipe("real-17"), words))
+    run = start(prepared, options.output / f"{arm}-{seed}.run")
+    trained = time.monotonic() - began
+    opened, setting = open_run(run), Setting(limit=options.limit)
+    rows = find_rows(opened.tasks, setting, None)
+    results = evaluate(opened, opened.tasks, setting, lambda *_: None, rows=rows)
+    events = [event for event in run.events() if event["event"] == "step"]
+    found = {
+        "arm": arm, "seed": seed, "steps": len(events), "trained": round(trained, 1),
+        "loss": fmean(event["loss"] for event in events[-10:]),
+        "step": sorted(event["seconds"] for event in events)[len(events) // 2],
+        "reference": "reference_run" in str(words),
+        "tasks": {
+            task.name: result["metrics"][task.template.metrics[0]]["value"] or 0.0
+            for task, result in zip(opened.tasks, results, strict=True)
+        },
+    }  # fmt: skip
+    partial = options.output / f"{arm}-{seed}.partial"
+    partial.write_text(json.dumps(found, indent=1))
+    partial.rename(options.output / f"{arm}-{seed}.json")
+
+
+def forked(work: Any, log: Path) -> int:
+    """The id of a process that does this alone; parents of processes with a card must not have touched it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def warm(options: argparse.Namespace) -> None:
+    """What all runs have in common: the converted base model, encoded rows, and how long the first stage is."""
+    from mtl_lora_cli.data.mixture import positions_of
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+    from mtl_lora_cli.training.prepare import prepare
+
+    prepared = prepare(load_recipe(find_recipe("real-17"), changes("proportional", 0, options)))
+    names = REASONING.split(", ")
+    pairs = zip(prepared.data.tasks, prepared.data.splits, strict=True)
+    own = [split for task, split in pairs if task.name in names]
+    positions = sum(positions_of(int(length)) for split in own for length in split.lengths)
+    (options.output / "first.txt").write_text(str(options.steps / 3 * 4 * 512 / positions))
+
+
+def report(folder: Path) -> str:
+    """Each arm's mean over tasks, by seed, and how far it is from proportional of the same seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        one = json.loads(file.read_text())
+        found.setdefault(one["arm"], {})[one["seed"]] = one
+    score = {
+        a: {s: 100 * fmean(o["tasks"].values()) for s, o in own.items()} for a, own in found.items()
+    }
+    lines = ["| mixture | score, by seed | mean | over proportional (SD over seeds) | tasks better, worse | s a step |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for arm in (name for name in ARMS if name in found):
+        beside = score.get("proportional", {})
+        apart = [value - beside[seed] for seed, value in score[arm].items() if seed in beside]
+        tasks = [
+            fmean(o["tasks"][t] - found["proportional"][s]["tasks"][t] for s, o in found[arm].items() if s in beside)
+            for t in next(iter(found[arm].values()))["tasks"]
+        ] if apart else []  # fmt: skip
+        spread = f" ({stdev(apart):.2f})" if len(apart) > 1 else ""
+        name = arm + (
+            " (no reference)"
+            if arm == "excess_loss" and not all(o["reference"] for o in found[arm].values())
+            else ""
+        )
+        lines.append(
+            f"| {name} | {', '.join(f'{v:.2f}' for _, v in sorted(score[arm].items()))} | {fmean(score[arm].values()):.2f} "
+            f"| {fmean(apart) if apart else float('nan'):+.2f}{spread} | {sum(t > 0 for t in tasks)}, {sum(t < 0 for t in tasks)} "
+            f"| {fmean(o['step'] for o in found[arm].values()):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def following(
+    jobs: list[tuple[str, int]], running: dict[int, tuple[str, int]], options: argparse.Namespace
+) -> tuple[str, int] | None:
+    """The next one; one that takes another's losses waits for it, if that is there."""
+    for arm, seed in jobs:
+        other = ("proportional", seed)
+        if arm != "excess_loss" or (other not in jobs and other not in running.values()):
+            return arm, seed
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--examples", type=int, default=3000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--cards", type=int, default=0, help="deal the runs out to so many cards")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    options = parser.parse_args()
+    began = time.monotonic()
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for module in ("evaluation.evaluate", "training.run", "models.packed", "engine.decoder"):
+        import_module(f"mtl_lora_cli.{module}")
+    os.waitpid(forked(lambda: warm(options), options.output / "warm.log"), 0)
+    options.first = float((options.output / "first.txt").read_text())
+    print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+    jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms.split(",")]
+    jobs = [job for job in jobs if not (options.output / f"{job[0]}-{job[1]}.json").is_file()]
+    running: dict[int, tuple[str, int]] = {}
+    started = 0
+    while (jobs or running) and time.monotonic() - began < options.seconds:
+        while len(running) < options.jobs and (job := following(jobs, running, options)):
+            jobs.remove(job)
+            if options.cards:
+                os.environ["CUDA_VISIBLE_DEVICES"] = str(started % options.cards)
+            started += 1
+            log = options.output / f"{job[0]}-{job[1]}.log"
+            running[forked(lambda job=job: learn(*job, options), log)] = job
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            job = running.pop(pid)
+            print(
+                f"{time.monotonic() - began:5.0f} s: {job[0]} {job[1]}, code {status >> 8}",
+                flush=True,
+            )
+        else:
+            time.sleep(0.05)
+    for pid, job in running.items():
+        os.kill(pid, 9)
+        print("not finished:", *job)
+    print(report(options.output))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
