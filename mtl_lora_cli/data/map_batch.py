@@ -184,6 +184,27 @@ class SeenBatch:
             tensor.record_stream(current)
         return found
 
+    def only(self, wanted: Tensor) -> Self:
+        """The same pictures with some of their maps.
+
+        Args:
+            wanted: bool [I, T]; what a picture has no map of stays out.
+        """
+        present = self.present & wanted
+        ids = present.any(0).nonzero().flatten()
+        return replace(
+            self,
+            maps={task: self.maps[task] for task in ids.tolist()},
+            present=present,
+            owners=present.nonzero()[:, 1],
+            task_ids=ids,
+        )
+
+    def by_task(self) -> list[Self]:
+        """A batch of each task: all pictures, and its maps alone."""
+        tasks = torch.arange(self.present.shape[1])
+        return [self.only((tasks == task)[None]) for task in self.task_ids]
+
     def _numbers(self, seen: Tensor, maps: Mapping[int, Tensor]) -> MapBatch:
         return MapBatch(
             self.normalisation.together(seen),

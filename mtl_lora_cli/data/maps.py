@@ -59,27 +59,6 @@ class _Asked(NamedTuple):
     at: int
     filled: Future[None] | None
 
-    def only(self, wanted: Tensor) -> Self:
-        """The same pictures with some of their maps.
-
-        Args:
-            wanted: bool [I, T]; what a picture has no map of stays out.
-        """
-        present = self.present & wanted
-        ids = present.any(0).nonzero().flatten()
-        return replace(
-            self,
-            targets={task: self.targets[task] for task in ids.tolist()},
-            present=present,
-            owners=present.nonzero()[:, 1],
-            task_ids=ids,
-        )
-
-    def by_task(self) -> list[Self]:
-        """A batch of each task: all pictures, and its maps alone."""
-        tasks = torch.arange(self.present.shape[1])
-        return [self.only((tasks == task)[None]) for task in self.task_ids]
-
 
 class MapDataset:
     """Pictures with maps, as the port has them.

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.maps import MapBatch, MapDataset
+from mtl_lora_cli.data.map_batch import SeenBatch
+from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.models.host import Rows
 
 
@@ -57,8 +58,8 @@ class OneMapDataset:
         """Pictures."""
         return self._every.size(rows)
 
-    def collate(self, rows: Rows) -> MapBatch:
-        """Of each place its task's map alone; see `MapBatch`."""
+    def collate(self, rows: Rows) -> SeenBatch:
+        """Of each place its task's map alone; see `SeenBatch`."""
         tasks = torch.tensor([task for row in rows for task, _ in row])
         batch = self._every.collate(self._there(rows))
         return batch.only(tasks[:, None] == torch.arange(len(self.lengths)))

@@ -116,7 +116,7 @@ def test_projected_gradients_of_maps_are_the_papers(built: Built, rows: str) -> 
     got = torch.cat([learning[name].grad.reshape(-1) for name in shared]).double().numpy()
     own = {name: t.grad for name, t in learning.items() if name not in shared}
     dataset = trainer.data.dataset("answer").at(0, 0)
-    batch = dataset.collate(planned.rows)
+    batch = dataset.collate(planned.rows).to(torch.device("cpu"))
     losses = trainer.host.losses(batch)
     assert len(losses) == planned.count and set(batch.owners.tolist()) == set(planned.tasks)
     each = []
@@ -151,5 +151,5 @@ def test_rows_of_one_task_are_all_pairs_of_picture_and_map(built: Built) -> None
     assert len(met) == len(set(met)) == 25
     batch = dataset.at(0, 0).collate([[(1, 0)], [(3, 2)]])
     assert batch.present.tolist() == [[t == "depth" for t in TASKS], [t == "edges" for t in TASKS]]
-    assert batch.owners.tolist() == [1, 3] and set(batch.targets) == {1, 3}
+    assert batch.owners.tolist() == [1, 3] and set(batch.maps) == {1, 3}
     assert dataset.where(1, 0).endswith("train.jsonl:2")  # the first picture has no depth
