@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW = 8  # channels below which maps lie one below the other, not side by side
-Weights = tuple[Tensor, Tensor]  # R_h [H, h] and R_w [W, w]
+Weights = tuple[
+    Tensor, tuple[Tensor, ...]
+]  # [R_h1 | R_h2 | …] [H, Σ h_i], and of each map R_wi [W, w_i]
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -30,36 +32,27 @@ def summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     Products are used on a card, where their weights are what the dtype can hold: of bfloat16 at twice, four and
     eight times the size.
     """
-    found, smaller, weights = None, [], []
-    for one in maps:
-        if tuple(one.shape[-2:]) == tuple(size):
-            found = one if found is None else found + one
-        elif one.is_cuda and (own := weights_of(one, size)) is not None:
-            smaller.append(one)
-            weights.append(own)
-        else:
-            large = F.interpolate(one, size=size, mode="bilinear", align_corners=False)
-            found = large if found is None else found + large
-    if smaller:
-        found = by_products(smaller, weights, found)
-    assert found is not None, "one map at least"
-    return found
+    large = [one for one in maps if tuple(one.shape[-2:]) == tuple(size)]
+    small = [one for one in maps if tuple(one.shape[-2:]) != tuple(size)]
+    if small and small[0].is_cuda:
+        weights = weights_of(small, size)
+        if weights is not None:
+            return by_products(small, weights, sum(large[1:], large[0]) if large else None)
+    large += [F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in small]
+    return sum(large[1:], large[0])
 
 
-def by_products(
-    maps: Sequence[Tensor], weights: Sequence[Weights], onto: Tensor | None = None
-) -> Tensor:
+def by_products(maps: Sequence[Tensor], weights: Weights, onto: Tensor | None = None) -> Tensor:
     """onto + Σ_i R_hi X_i R_wiᵀ, [N, C, H, W], of X_i [N, C, h_i, w_i].
 
     First each row is made as wide as it will be; then one product makes all of them, below each other, as tall.
     With many channels the result lies in memory as [N, H, W, C].
     """
-    tall = torch.cat([own for own, _ in weights], dim=1)
+    tall, wide = weights
     count, channels = maps[0].shape[:2]
     side_by_side = channels >= _FEW
-    rows = torch.cat(
-        [_widened(x, wide, side_by_side) for x, (_, wide) in zip(maps, weights, strict=True)], dim=1
-    )
+    widened = [_widened(x, own, side_by_side) for x, own in zip(maps, wide, strict=True)]
+    rows = widened[0] if len(widened) == 1 else torch.cat(widened, dim=1)
     each = tall.expand(len(rows), -1, -1)
     if onto is None:
         found = torch.bmm(each, rows)
@@ -80,21 +73,33 @@ def _widened(x: Tensor, wide: Tensor, side_by_side: bool) -> Tensor:
     return torch.bmm(wide.expand(len(rows), -1, -1), rows).view(count, height, -1)
 
 
-def weights_of(x: Tensor, size: tuple[int, int]) -> Weights | None:
-    """R_h and R_w for x [N, C, h, w]; None where its dtype cannot hold them."""
-    tall, wide = (
-        _weights(*sides, x.dtype, x.device) for sides in zip(x.shape[-2:], size, strict=True)
-    )
-    return None if tall is None or wide is None else (tall, wide)
+def weights_of(maps: Sequence[Tensor], size: tuple[int, int]) -> Weights | None:
+    """[R_h1 | R_h2 | …] and each R_wi for maps [N, C, h_i, w_i]; None where their dtype cannot hold them."""
+    sides = tuple((int(one.shape[-2]), int(one.shape[-1])) for one in maps)
+    return _weights(sides, (size[0], size[1]), maps[0].dtype, maps[0].device)
 
 
-@lru_cache(maxsize=64)
-def _weights(before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """R [after, before]; None where a dtype of half precision cannot hold it exactly."""
+@lru_cache(maxsize=32)
+def _weights(
+    sides: tuple[tuple[int, int], ...],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Weights | None:
     with torch.inference_mode(False):
-        one = torch.eye(before, dtype=torch.float64)[:, None]
-        exact = F.interpolate(one, size=after, mode="linear", align_corners=False)[:, 0].T
-        found = exact.to(dtype)
-        if dtype not in (torch.float32, torch.float64) and not torch.equal(found.double(), exact):
+        exact = [torch.cat([_exact(height, size[0]) for height, _ in sides], dim=1)]
+        exact += [_exact(width, size[1]) for _, width in sides]
+        found = [one.to(dtype) for one in exact]
+        wide_enough = dtype in (torch.float32, torch.float64)
+        if not wide_enough and any(
+            not torch.equal(one.double(), right) for one, right in zip(found, exact, strict=True)
+        ):
             return None
-        return found.contiguous().to(device)
+        tall, *wide = (one.contiguous().to(device) for one in found)
+        return tall, tuple(wide)
+
+
+def _exact(before: int, after: int) -> Tensor:
+    """R [after, before]: what interpolation makes of each unit vector."""
+    one = torch.eye(before, dtype=torch.float64)[:, None]
+    return F.interpolate(one, size=after, mode="linear", align_corners=False)[:, 0].T

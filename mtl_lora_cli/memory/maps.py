@@ -7,11 +7,13 @@ pictures as the recipe says, while every piece of memory that comes and goes is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +29,7 @@ from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.tasks.maps import MapSpec
 
 _OPTIMISER = 3  # of what learns, in its own size: gradients, and AdamW's two moments
+_MASK_ROW = 8  # values of a mask's row
 _BITS = 0.53  # bytes a value that is kept in 4 bits, scales included
 
 
@@ -113,7 +116,7 @@ def _passing(
     host: DenseHost, specs: Sequence[MapSpec], size: tuple[int, int], pictures: int
 ) -> int:
     host.train(True)
-    with _Live() as live:
+    with _attention_of_cards(), _Live() as live:
         batch = _empty_batch(specs, size, pictures)
         losses = host.losses(batch)
         (losses * torch.ones(len(losses), device="meta")).sum().backward()
@@ -121,6 +124,37 @@ def _passing(
             t.grad.nbytes for t in host.adapter.trained().values() if t.grad is not None
         )
     return max(0, live.most - gradients)  # those are counted as fixed
+
+
+@contextmanager
+def _attention_of_cards() -> Iterator[None]:
+    """Attention as cards' kernels have it: they keep no probabilities, where the meta device would.
+
+    Of a mask they want rows that begin at 16 bytes, so it is filled up to them. They take [N, heads, length,
+    features]; of anything else (Hiera's windows) torch makes products on a card as well.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def kernels(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        if query.ndim != 4:
+            return usual(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        if attn_mask is not None:
+            length = attn_mask.shape[-1]
+            mask = F.pad(attn_mask.to(query.dtype), (0, -length % _MASK_ROW))[..., :length]
+            attn_mask = mask.expand(*query.shape[:3], length)
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )
+        return cast(Tensor, found[0])
+
+    F.scaled_dot_product_attention = kernels
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 def _empty_batch(specs: Sequence[MapSpec], size: tuple[int, int], pictures: int) -> MapBatch:

@@ -18,8 +18,9 @@ def test_products_are_the_interpolation(channels: int, onto: bool) -> None:
         for sides in ((10, 14), (5, 7), (3, 28))
     ]
     below = torch.randn(2, channels, *size, dtype=torch.float64) if onto else None
-    weights = [resize.weights_of(one, size) for one in maps]
-    found = resize.by_products(maps, [one for one in weights if one is not None], below)
+    weights = resize.weights_of(maps, size)
+    assert weights is not None
+    found = resize.by_products(maps, weights, below)
     expected = sum(F.interpolate(one, size=size, mode="bilinear") for one in maps)
     expected = expected if below is None else expected + below
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
@@ -31,5 +32,5 @@ def test_products_are_the_interpolation(channels: int, onto: bool) -> None:
 
 def test_half_precision_takes_what_it_can_hold() -> None:
     x = torch.zeros(1, 3, 14, 16, dtype=torch.bfloat16)
-    assert resize.weights_of(x, (56, 128)) is not None
-    assert resize.weights_of(x, (49, 128)) is None
+    assert resize.weights_of([x], (56, 128)) is not None
+    assert resize.weights_of([x], (49, 128)) is None

@@ -99,6 +99,20 @@ def test_a_task_that_is_no_number_changes_no_bit_of_another(backbones: Backbones
     assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
 
 
+@torch.no_grad()
+def test_decoders_answer_in_half_precision_as_they_learn(backbones: Backbones) -> None:
+    """Copies in half precision last until the host learns or answers anew."""
+    size = (32, 32)
+    host = host_of(backbones("convnext"), "convnext", size, torch.bfloat16, method="lora")
+    batch = batch_of(size, torch.float32)
+    learning = host.train(True).answers(batch, [0, 1])
+    answered = host.train(False).answers(batch, [0, 1])
+    assert all(torch.equal(learning[task], answered[task]) for task in (0, 1))
+    host.decoders[0].out.bias += 1
+    again = host.train(False).answers(batch, [0, 1])
+    assert torch.equal(again[1], answered[1]) and not torch.equal(again[0], answered[0])
+
+
 def test_a_missing_map_gives_its_task_no_gradient(backbones: Backbones) -> None:
     """And losses and gradients of the others are what they are without that task."""
     size = ODD["dinov2"]
