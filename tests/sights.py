@@ -94,3 +94,126 @@ def write_squares(folder: Path, counts: dict[str, int]) -> Path:
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+TOKENS = {
+    "idefics3": ["<image>", "<fake_token_around_image>", "<global-img>"]
+    + [f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)],
+    "internvl": ["<IMG_CONTEXT>", "<img>", "</img>"],
+    "gemma3": ["<image_soft_token>", "<start_of_image>", "<end_of_image>"],
+    "qwen2_5_vl": ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
+    "qwen3_vl": ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
+}
+TOKENS["smolvlm"] = TOKENS["idefics3"]
+
+
+def tiny_model(kind: str, language: Path, folder: Path) -> Path:
+    """A model of one of `TOKENS`, of random weights; its tokenizer is that of a small language model."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer.add_special_tokens({"additional_special_tokens": TOKENS[kind]})
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in TOKENS[kind]]
+    torch.manual_seed(3)
+    model = AutoModelForImageTextToText.from_config(_config(kind, ids, len(tokenizer)))
+    for tensor in model.parameters():
+        tensor.data += 0.02 * torch.randn_like(tensor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _processor(kind).save_pretrained(folder)
+    return folder
+
+
+def _language(kind: str, words: int, **others: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "vocab_size": words,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+        **others,
+    }
+
+
+def _config(kind: str, ids: Sequence[int], words: int) -> Any:
+    import transformers as t
+
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+    }
+    if kind in ("idefics3", "smolvlm"):
+        made = t.Idefics3Config if kind == "idefics3" else t.SmolVLMConfig
+        return made(
+            vision_config=small,
+            text_config=_language("llama", words),
+            image_token_id=ids[0],
+            scale_factor=2,
+            tie_word_embeddings=True,
+        )
+    if kind == "internvl":
+        return t.InternVLConfig(
+            vision_config={**small, "image_size": [32, 32], "patch_size": [8, 8]},
+            text_config=_language("qwen2", words),
+            image_token_id=ids[0],
+            image_seq_length=4,
+        )
+    if kind == "gemma3":
+        return t.Gemma3Config(
+            vision_config=small,
+            text_config=_language("gemma3_text", words, sliding_window=16),
+            image_token_index=ids[0],
+            boi_token_index=ids[1],
+            eoi_token_index=ids[2],
+            mm_tokens_per_image=4,
+        )
+    places = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    shared = {
+        "image_token_id": ids[0],
+        "vision_start_token_id": ids[1],
+        "vision_end_token_id": ids[2],
+        "video_token_id": ids[3],
+        "tie_word_embeddings": True,
+    }
+    tower = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 32,
+    }
+    if kind == "qwen2_5_vl":
+        language = _language("qwen2_5_vl_text", words, rope_parameters=places)
+        seen = {**tower, "window_size": 32, "fullatt_block_indexes": [1]}
+        return t.Qwen2_5_VLConfig(vision_config=seen, text_config=language, **shared)
+    assert kind == "qwen3_vl", kind
+    language = _language("qwen3_vl_text", words, rope_parameters=places)
+    seen = {**tower, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    return t.Qwen3VLConfig(vision_config=seen, text_config=language, **shared)
+
+
+def _processor(kind: str) -> Any:
+    import transformers as t
+
+    square = {"height": 32, "width": 32}
+    if kind in ("idefics3", "smolvlm"):
+        made = t.Idefics3ImageProcessorPil if kind == "idefics3" else t.SmolVLMImageProcessorPil
+        return made(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    if kind == "internvl":
+        return t.GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=4)
+    if kind == "gemma3":
+        return t.Gemma3ImageProcessorPil(size=square)
+    sizes = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    return t.Qwen2VLImageProcessorPil(size=sizes, patch_size=8, merge_size=2)

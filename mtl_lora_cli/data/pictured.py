@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.sources import read_split, root_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _KEPT = 2**28  # bytes of pictures as numbers that stay in memory
 _THREADS = 8
+Found = TypeVar("Found")
 
 
 def picture_root(task: Task) -> Path:
@@ -144,7 +145,7 @@ class Eyes:
         parts = example.prompt.split(PLACE)
         if len(parts) != len(example.images) + 1:
             raise UsageError(f"{where}: {len(parts) - 1} places for {len(example.images)} pictures")
-        texts = [self.vision.text(*picture.size()) for picture in example.images]
+        texts = [self._sized(picture, self.vision.text) for picture in example.images]
         prompt = "".join(f"{part}{text}" for part, text in zip(parts, [*texts, ""], strict=True))
         return replace(example, prompt=prompt)
 
@@ -170,7 +171,22 @@ class Eyes:
 
     def counts(self, pictures: Iterable[Picture]) -> list[int]:
         """Tokens of each."""
-        return [self.vision.count(*picture.size()) for picture in pictures]
+        return [self._sized(picture, self.vision.count) for picture in pictures]
+
+    def _sized(self, picture: Picture, of: Callable[[int, int], Found]) -> Found:
+        """What follows from a picture's height and width.
+
+        Raises:
+            UsageError: it cannot be read, or the model's own processor takes none of such sides.
+        """
+        height, width = picture.size()
+        try:
+            return of(height, width)
+        except ValueError as error:
+            said = " ".join(str(error).split())[:200]
+            raise picture.site.fault(
+                f"{picture.address}: {height} x {width} pixels: {said}"
+            ) from None
 
     def seen(self, pictures: Sequence[Picture]) -> list[Seen]:
         """Each as the tower takes it.

@@ -45,8 +45,8 @@ def test_a_wrong_file_is_noticed_and_lies_aside(
 ) -> None:
     right = peft_files.write_peft
 
-    def wrong(updates: Any, names: Any, base: str, folder: Path, lengths: Any) -> None:
-        right(updates, names, base, folder, lengths)
+    def wrong(updates: Any, names: Any, base: str, folder: Path, *others: Any) -> None:
+        right(updates, names, base, folder, *others)
         file = folder / "adapter_model.safetensors"
         save_file({n: 1.5 * t for n, t in load_file(file).items()}, file)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mtl_lora_cli.models.load import adapt, load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
 
 from ..forks import Forks
-from ..sights import tiny_llava, write_squares
+from ..sights import tiny_llava, tiny_model, write_squares
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +40,36 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     process.close()
 
 
-def packed_of(base: BaseModel, engine: Any = "auto") -> PackedModel:
+@pytest.fixture(scope="session")
+def models(
+    tmp_path_factory: pytest.TempPathFactory, small_model: Path
+) -> Callable[[str], BaseModel]:
+    """Model type → a small one of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def made(kind: str) -> BaseModel:
+        if not (folder / kind).is_dir():
+            tiny_model(kind, small_model, folder / kind)
+        return find_base_model(str(folder / kind))
+
+    return made
+
+
+CONNECTORS = {
+    "idefics3": "connector",
+    "smolvlm": "connector",
+    "qwen2_5_vl": "merger",
+    "qwen3_vl": "merger",
+}
+
+
+def packed_of(base: BaseModel, engine: Any = "auto", kind: str = "") -> PackedModel:
     """With an adapter of two tasks that is far from its start, and a projector that learns."""
     model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     config = configure(
         target_modules=["q_proj", "v_proj", "down_proj"],
         rank=4,
-        whole_modules=["multi_modal_projector"],
+        whole_modules=[CONNECTORS.get(kind, "multi_modal_projector")],
     )
     torch.manual_seed(1)
     adapter = adapt(model, config, ("one", "two"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,9 +17,11 @@ from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.sight import pictures_in
 from mtl_lora_cli.models.trust import settle
 
+from ..sights import TOKENS
 from .conftest import packed_of
 
 SIDES = ((40, 60), (33, 29), (64, 64))
@@ -36,7 +38,8 @@ def tokens(packed: PackedModel, words: Sequence[int], shown: Sequence[int]) -> l
     vision: Any = packed.vision
     ids = [words[0]]
     for number in shown:
-        ids += [vision.token_id] * vision.count(*SIDES[number]) + [words[1]]
+        own = vision.tokenizer(vision.text(*SIDES[number]), add_special_tokens=False)["input_ids"]
+        ids += [*own, words[1]]
     return [*ids, *words[2:]]
 
 
@@ -71,11 +74,8 @@ def alone(packed: PackedModel, pictures: Sequence[Image.Image]) -> Tensor:
     vision: Any = packed.vision
     for task, words, shown in EXAMPLES:
         ids = torch.tensor([tokens(packed, words, shown)])
-        seen = (
-            vision.processor(images=[pictures[n] for n in shown], return_tensors="pt")
-            if shown
-            else {}
-        )
+        looked = [vision.look(pictures[number]) for number in shown]
+        seen = vision.alone(looked, ids == vision.token_id) if shown else {}
         with packed.over_rows(task) as model:
             logits = model(input_ids=ids, use_cache=False, **seen).logits
         logprobs = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
@@ -105,6 +105,81 @@ def test_packed_equals_alone_and_so_do_gradients(llava: BaseModel, engine: str) 
         assert (first[name] - tensor.grad).abs().max() <= 5e-5 * max(1.0, float(scale)), name
     frozen = [p for n, p in packed.model.named_parameters() if "vision_tower" in n]
     assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
+    models: Callable[[str], BaseModel], kind: str
+) -> None:
+    packed = packed_of(models(kind), kind=kind)
+    assert settle(packed).way == (None if packed.vision.packs else Way("single"))  # type: ignore[union-attr]
+    pictures = [picture(number) for number in range(3)]
+    batch = batch_of(packed, pictures)
+    learning: Any = packed.adapter.trained()  # type: ignore[union-attr]
+    with packed.routed(batch):
+        ours = packed(batch)
+        ours.sum().backward()
+    first = {name: tensor.grad.clone() for name, tensor in learning.items()}
+    for tensor in learning.values():
+        tensor.grad = None
+    theirs = alone(packed, pictures)
+    theirs.sum().backward()
+    assert (ours - theirs).abs().max() < 5e-5
+    for name, tensor in learning.items():
+        scale = max(1.0, float(tensor.grad.abs().max()))
+        assert (first[name] - tensor.grad).abs().max() <= 5e-5 * scale, name
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_tokens_and_pixels_are_those_of_auto_processor(
+    models: Callable[[str], BaseModel], kind: str
+) -> None:
+    """Where it can be built: some want torchvision, for videos."""
+    from mtl_lora_cli.models.load import load_tokenizer
+
+    if kind not in ("idefics3", "gemma3"):
+        pytest.importorskip("torchvision")
+    tokenizer = load_tokenizer(models(kind))
+    vision, own = tokenizer.vision(), processor_of(kind, tokenizer)
+    for sides in ((90, 120), (33, 29), (64, 200)):
+        noise = np.random.default_rng(1).integers(0, 256, (*sides, 3)).astype(np.uint8)
+        mark = getattr(own, "boi_token", own.image_token)
+        theirs = own(text=[f"one {mark} two"], images=[Image.fromarray(noise)], return_tensors="pt")
+        text = vision.text(*sides)
+        if kind.startswith("qwen"):  # the chat template writes what stands around a picture
+            text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+        ids = tokenizer(f"one {text} two")["input_ids"]
+        assert ids == theirs["input_ids"][0].tolist()
+        for name, value in vision.join([vision.look(Image.fromarray(noise))]).items():
+            assert torch.equal(value, theirs[name]), name
+
+
+def processor_of(kind: str, tokenizer: Any) -> Any:
+    """The model's own."""
+    import transformers as t
+
+    vision = tokenizer.vision()
+    if kind == "idefics3":
+        seen = {"image_processor": vision.processor, "tokenizer": tokenizer, "image_seq_len": 4}
+        return t.Idefics3Processor(**seen)
+    if kind == "gemma3":
+        tokenizer.boi_token, tokenizer.eoi_token = "<start_of_image>", "<end_of_image>"
+        tokenizer.image_token, tokenizer.boi_token_id = "<image_soft_token>", 513
+        tokenizer.image_token_id = vision.token_id
+        return t.Gemma3Processor(vision.processor, tokenizer, image_seq_length=4)
+    made = {
+        "smolvlm": (t.SmolVLMProcessor, t.SmolVLMVideoProcessor, {"image_seq_len": 4}),
+        "internvl": (t.InternVLProcessor, t.InternVLVideoProcessor, {"image_seq_length": 4}),
+        "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor, {}),
+        "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor, {}),
+    }
+    processor, video, others = made[kind]
+    if kind == "internvl":
+        tokenizer.start_image_token, tokenizer.end_image_token = "<img>", "</img>"
+        tokenizer.context_image_token, tokenizer.video_token = "<IMG_CONTEXT>", "<img>"
+        tokenizer.start_image_token_id, tokenizer.end_image_token_id = 513, 514
+        tokenizer.context_image_token_id = 512
+    return processor(vision.processor, tokenizer, video_processor=video(), **others)
 
 
 @pytest.mark.parametrize("engine", ["fused", "plain"])

@@ -40,7 +40,6 @@ class Vision:
     Attributes:
         packs: pictures may stand in packed rows. Otherwise their tokens see each other, or have positions of their
             own, and each example goes through the model by itself.
-        beside: last parts of the paths of what stands beside the language part: tower and projector.
         token_id: of the token that stands for a part of a picture.
         behind: tokens that follow a picture's last one and belong to it.
 
@@ -49,7 +48,6 @@ class Vision:
     """
 
     packs: ClassVar[bool] = True
-    beside: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
 
     def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
         self.base, self.config, self.tokenizer = base, config, tokenizer

@@ -1,0 +1,50 @@
+"""Gemma 3: every picture at one size, 256 tokens that see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.vision import Seen, Vision, vision
+
+
+@vision("gemma3")
+class Gemma3(Vision):
+    """See the module and `Vision`."""
+
+    packs: ClassVar = False
+
+    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
+        super().__init__(base, config, tokenizer)
+        if getattr(self.processor, "do_pan_and_scan", False):
+            raise UsageError(
+                f"base_model: '{base.name}': do_pan_and_scan, pictures in crops, is not supported; set it to false in "
+                "preprocessor_config.json"
+            )
+        self._begin, self._end = (
+            tokenizer.convert_ids_to_tokens(number)
+            for number in (config.boi_token_index, config.eoi_token_index)
+        )
+
+    def count(self, height: int, width: int) -> int:
+        """See `Vision`."""
+        return int(self.config.mm_tokens_per_image)
+
+    def text(self, height: int, width: int) -> str:
+        """See `Vision`."""
+        return f"\n\n{self._begin}{super().text(height, width)}{self._end}\n\n"
+
+    def look(self, picture: Image.Image) -> dict[str, Tensor]:
+        """See `Vision`."""
+        found = self.processor(images=[picture], return_tensors="pt")
+        return {"pixel_values": found["pixel_values"]}
+
+    @classmethod
+    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+        """See `Vision`."""
+        return {**cls.join(many), "token_type_ids": shown.long()}

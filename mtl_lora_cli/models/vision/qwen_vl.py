@@ -1,0 +1,43 @@
+"""Qwen2.5-VL and Qwen3-VL: pictures in their own proportions, whose tokens have places in two dimensions.
+
+Their rotary embedding has three parts, and features of Qwen3-VL's tower enter several layers (DeepStack): examples with
+pictures go through the model's own forward pass, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.vision import Seen, Vision, vision
+
+
+@vision("qwen2_5_vl", "qwen3_vl")
+class QwenVL(Vision):
+    """See the module and `Vision`."""
+
+    packs: ClassVar = False
+
+    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
+        super().__init__(base, config, tokenizer)
+        self._begin, self._end = (
+            tokenizer.convert_ids_to_tokens(number)
+            for number in (config.vision_start_token_id, config.vision_end_token_id)
+        )
+
+    def count(self, height: int, width: int) -> int:
+        """See `Vision`: a token is a square of patches."""
+        patches = self.processor.get_number_of_image_patches(height, width)
+        return int(patches) // int(self.processor.merge_size) ** 2
+
+    def text(self, height: int, width: int) -> str:
+        """See `Vision`."""
+        return f"{self._begin}{super().text(height, width)}{self._end}"
+
+    @classmethod
+    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+        """See `Vision`."""
+        return {**cls.join(many), "mm_token_type_ids": shown.int()}
