@@ -214,8 +214,6 @@ def _training(choice: Choice, hardware: Hardware) -> Iterator[str]:
     yield f"    transform: {{learning_rate: {choice.transform_rate:.2g}}}"
     yield "  # Share of the steps in which the rate rises."
     yield "  warmup: 0.05"
-    yield "  # Each tensor's gradient is held to its own history: one bad row does not spoil what was learned."
-    yield "  clipping: true"
     yield "  # Tokens in a packed row."
     yield f"  row_length: {choice.row_length}"
     yield "  # Rows in an optimiser step, over all processes."

@@ -11,8 +11,7 @@ which favours it. Looks and checkpoints are left out: they change nothing that i
 It is a queue: OUTPUT keeps a file a run, what is there is not done again, and each of `--jobs` processes takes the
 next run until `--minutes` are over. A run is begun only where the longest one so far would still end; whatever
 goes on then is given up. On a card MPS lets small models compute side by side (docs/comparing.md). The table
-says of each task its score with the 95 % interval, the score of the majority answer, and whether it lies above that
-and at most two points below LoRA. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
+is that of docs/study.md. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
 """
 
 from __future__ import annotations
@@ -199,9 +198,19 @@ def result_file(folder: Path, mixture: int, arm: str, seed: int) -> Path:
     return folder / f"{mixture}-{arm.replace('@', '_')}-seed{seed}.json"
 
 
+COLUMNS = ("before", "diagonal", "diagonal-clipped", "lora", "lora-clipped")
+WRITTEN = "diagonal"  # what `init` writes
+
+
 def report(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
-    """The table, of what is there."""
-    yield "mixture seed arm steps spikes loss | task metric score (interval) majority above? | LoRA's best, within 2?"
+    """The table, of what is there: a row for each task of a mixture and seed that an arm has learned, and their mean.
+
+    The last two columns are LoRA's best of three rates, by the mean, and what is so of what `init` writes: its interval
+    lies above the majority answer's score or not; it is at most two points below that LoRA or not; and *apart*
+    where none of the three rates left the majority answer either.
+    """
+    yield f"| mixture, seed | task | majority | {' | '.join(COLUMNS)} | LoRA's best | {WRITTEN} |"
+    yield "| --- | --- | --- |" + " --- |" * (len(COLUMNS) + 2)
     for number, tasks in enumerate(mixtures(count)):
         for seed in seeds:
             there = {}
@@ -209,16 +218,24 @@ def report(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
                 file = result_file(folder, number, arm, seed)
                 if file.is_file():
                     there[arm] = json.loads(file.read_text(encoding="utf-8"))
-            loras = {arm: one for arm, one in there.items() if arm.startswith("lora@")}
-            best = max(loras, key=lambda arm: mean(loras[arm]), default=None)
-            for arm, one in there.items():
-                head = f"{number} {seed} {arm:16} {one['steps']:5} {one['spikes']:3} {one['last_loss']:.3f}"
-                yield f"{head} | mean {mean(one):.3f}" + (" best LoRA" if arm == best else "")
-            for arm in (arm for arm in there if not arm.startswith("lora@")):
-                for task in tasks:
-                    own = there[arm]["tasks"][task]
-                    lora = None if best is None else loras[best]["tasks"][task]["value"]
-                    yield f"  {arm:16} {line_of(task, own, lora)}"
+            if there:
+                yield from _rows(f"{number}, {seed}", tasks, there)
+
+
+def _rows(head: str, tasks: Sequence[str], there: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    loras = {arm: one for arm, one in there.items() if arm.startswith("lora@")}
+    best = max(loras, key=lambda arm: mean(loras[arm]), default=None)
+    for task in tasks:
+        own = {arm: one["tasks"][task] for arm, one in there.items()}
+        any_ = next(iter(own.values()))
+        cells = [score_of(own[arm]) if arm in own else "" for arm in (*COLUMNS, best)]
+        searched = [own[arm] for arm in loras]
+        said = verdict(own.get(WRITTEN), searched, None if best is None else own[best])
+        majority = (own.get(WRITTEN) or any_)["majority"]
+        yield f"| {head} | {task}, {any_['metric']} | {majority:.3f} | {' | '.join([*cells, said])} |"
+    means = [f"{mean(there[arm]):.3f}" if arm in there else "" for arm in (*COLUMNS, best)]
+    rate = "" if best is None else f" ({best.partition('@')[2]})"
+    yield f"| {head} | mean | | {' | '.join(means)}{rate} | |"
 
 
 def mean(result: Mapping[str, Any]) -> float:
@@ -226,17 +243,28 @@ def mean(result: Mapping[str, Any]) -> float:
     return fmean(task["value"] for task in result["tasks"].values())
 
 
-def line_of(task: str, own: Mapping[str, Any], lora: float | None) -> str:
-    """One task of one run."""
-    low = own["low"] if own["low"] is not None else own["value"]
-    above = "above" if low > own["majority"] else "NOT ABOVE"
-    beside = (
-        ""
-        if lora is None
-        else f" | {lora:.3f} {'ok' if own['value'] >= lora - WITHIN else 'BELOW'}"
-    )
-    interval = f"({low:.3f} to {own['high'] or own['value']:.3f})"
-    return f"{task:14} {own['metric']:9} {own['value']:.3f} {interval} {own['majority']:.3f} {above}{beside}"
+def score_of(own: Mapping[str, Any]) -> str:
+    """With its interval."""
+    return f"{own['value']:.3f} ({own['low']:.3f} to {own['high']:.3f})"
+
+
+def is_above(own: Mapping[str, Any]) -> bool:
+    """The interval lies above the majority answer's score."""
+    return bool(own["low"] > own["majority"])
+
+
+def verdict(
+    own: Mapping[str, Any] | None,
+    searched: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any] | None,
+) -> str:
+    """What is so of a task's score beside those of LoRA's three rates."""
+    if own is None or best is None:
+        return ""
+    if not any(is_above(one) for one in searched):
+        return "apart" + (", above" if is_above(own) else "")
+    near = "near" if own["value"] >= best["value"] - WITHIN else "BELOW"
+    return f"{'above' if is_above(own) else 'NOT ABOVE'}, {near}"
 
 
 Run = tuple[int, str, int]  # mixture, arm, seed

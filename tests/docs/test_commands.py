@@ -101,6 +101,12 @@ NOT_RUN = {
         )
     },
     "bash docs/study/run.sh single": "trains for minutes on a card",
+    "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --report-only": (
+        "reads the files of this repository; tests/docs/test_next_study.py does it"
+    ),
+    "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --jobs 6": (
+        "trains for minutes on a card"
+    ),
     "# rotated.py": "tests/extensions/test_method.py trains it, in processes of its own",
     "python docs/study/answers.py unpack comparisons/study": (
         "reads the files of this repository; tests/docs/test_study.py does it"

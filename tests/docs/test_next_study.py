@@ -22,16 +22,21 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def plan() -> Any:
-    path = ROOT / "tests" / "benchmarks" / "next_study.py"
-    spec = importlib.util.spec_from_file_location("next_study", path)
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / "tests" / "benchmarks" / f"{name}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["next_study"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def plan() -> Any:
+    return benchmark("next_study")
 
 
 def config(arm: Any) -> Settings:
@@ -82,3 +87,10 @@ def test_a_later_stage_waits_for_the_one_before(plan: Any, tmp_path: Path) -> No
     with pytest.raises(plan.UsageError, match="stage 0 has 0 of 12 runs; finish it first"):
         plan.chosen_control(tmp_path)
     assert plan.status(tmp_path) == dict.fromkeys("01234", 0)
+
+
+def test_the_table_of_who_tunes_nothing_is_made_of_its_result_files() -> None:
+    untuned = benchmark("untuned")
+    lines = list(untuned.report(ROOT / "docs" / "study" / "untuned", 5, range(10)))
+    assert len(lines) > 2
+    assert "\n".join(lines) in PAGE
