@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +150,11 @@ def _attention_of_cards() -> Iterator[None]:
         )
         return cast(Tensor, found[0])
 
-    with patch.object(F, "scaled_dot_product_attention", kernels):
+    F.scaled_dot_product_attention = kernels  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 def _empty_batch(specs: Sequence[MapSpec], size: tuple[int, int], pictures: int) -> MapBatch:
