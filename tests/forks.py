@@ -58,7 +58,7 @@ class Forks:
         )
 
     def run(
-        self, *arguments: str, cwd: Path, heavy: Sequence[str] = (), seconds: int = 300
+        self, *arguments: str, cwd: Path, heavy: Sequence[str] = (), seconds: float = 300
     ) -> Ended:
         """`mtl-lora` with these arguments, to its end; killed after so many seconds."""
         request = {
@@ -81,7 +81,7 @@ def _child(request: dict[str, Any], stdout: TextIO, stderr: TextIO, loaded: Text
     """In the fork: the command's exit code."""
     from mtl_lora_cli.cli.main import main
 
-    signal.alarm(request["seconds"])
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # nobody handles it: it ends at once
     os.setpgid(0, 0)
     os.chdir(request["cwd"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
