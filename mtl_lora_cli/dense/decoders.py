@@ -48,8 +48,7 @@ class Decoder(nn.Module):
             for x, norm, project in zip(maps, self.norms, self.projections, strict=True)
         ]
         y = self.out(F.gelu(self.conv(F.gelu(summed(projected, fused)))))
-        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        return formed(resized(y, size).to(wide), self.spec)
+        return formed(resized(y, size), self.spec)
 
 
 def formed(y: Tensor, spec: MapSpec) -> Tensor:

@@ -22,46 +22,65 @@ Weights = tuple[
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[N, C, h, w] → [N, C, H, W], bilinear."""
-    return summed([x], size)
+    """[N, C, h, w] → [N, C, H, W], bilinear; float32 of half precision."""
+    found = summed([x], size, wide=True)
+    return found if found.dtype == torch.float64 else found.float()
 
 
-def summed(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def summed(maps: Sequence[Tensor], size: tuple[int, int], *, wide: bool = False) -> Tensor:
     """Σ_i of maps [N, C, h_i, w_i], each resized to [N, C, H, W], bilinear.
 
     Products are used on a card, where their weights are what the dtype can hold: of bfloat16 at twice, four and
     eight times the size.
+
+    Args:
+        maps: where nothing is learned, the sum may be written over one of them that has the size already.
+        size: H and W.
+        wide: it may be given in float32.
     """
     large = [one for one in maps if tuple(one.shape[-2:]) == tuple(size)]
     small = [one for one in maps if tuple(one.shape[-2:]) != tuple(size)]
     if small and small[0].is_cuda:
         weights = weights_of(small, size)
         if weights is not None:
-            return by_products(small, weights, sum(large[1:], large[0]) if large else None)
+            onto = sum(large[1:], large[0]) if large else None
+            return by_products(small, weights, onto, wide=wide)
     large += [F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in small]
     return sum(large[1:], large[0])
 
 
-def by_products(maps: Sequence[Tensor], weights: Weights, onto: Tensor | None = None) -> Tensor:
+def by_products(
+    maps: Sequence[Tensor], weights: Weights, onto: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
     """onto + Σ_i R_hi X_i R_wiᵀ, [N, C, H, W], of X_i [N, C, h_i, w_i].
 
     First each row is made as wide as it will be; then one product makes all of them, below each other, as tall.
-    With many channels the result lies in memory as [N, H, W, C].
+    With many channels the result lies in memory as [N, H, W, C]. See `summed` for `wide` and what becomes of `onto`.
     """
-    tall, wide = weights
+    tall, across = weights
     count, channels = maps[0].shape[:2]
     side_by_side = channels >= _FEW
-    widened = [_widened(x, own, side_by_side) for x, own in zip(maps, wide, strict=True)]
+    widened = [_widened(x, own, side_by_side) for x, own in zip(maps, across, strict=True)]
     rows = widened[0] if len(widened) == 1 else torch.cat(widened, dim=1)
     each = tall.expand(len(rows), -1, -1)
-    if onto is None:
-        found = torch.bmm(each, rows)
-    else:
+    below = None
+    if onto is not None:
         below = onto.permute(0, 2, 3, 1) if side_by_side else onto.flatten(0, 1)
-        found = torch.baddbmm(below.reshape(len(rows), len(tall), -1), each, rows)
+        below = below.reshape(len(rows), len(tall), -1)
+    found = _product(each, rows, below, wide=wide)
     if not side_by_side:
         return found.unflatten(0, (count, channels))
     return found.view(count, len(tall), -1, channels).permute(0, 3, 1, 2)
+
+
+def _product(a: Tensor, b: Tensor, onto: Tensor | None, *, wide: bool) -> Tensor:
+    """onto + a b of each; where nothing is learned without a copy of what is large."""
+    learned = torch.is_grad_enabled()
+    if onto is not None:
+        return torch.baddbmm(onto, a, b) if learned else onto.baddbmm_(a, b)
+    if wide and not learned and b.is_cuda and b.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
 
 
 def _widened(x: Tensor, wide: Tensor, side_by_side: bool) -> Tensor:

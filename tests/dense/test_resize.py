@@ -30,6 +30,18 @@ def test_products_are_the_interpolation(channels: int, onto: bool) -> None:
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_without_gradients_the_sum_is_written_over_the_map_of_its_size() -> None:
+    maps = [torch.randn(2, 16, *sides, dtype=torch.float64) for sides in ((10, 14), (5, 7))]
+    maps = [one.to(memory_format=torch.channels_last) for one in maps]
+    expected = maps[0] + F.interpolate(maps[1], size=(10, 14), mode="bilinear")
+    weights = resize.weights_of(maps[1:], (10, 14))
+    assert weights is not None
+    found = resize.by_products(maps[1:], weights, maps[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    assert found.data_ptr() == maps[0].data_ptr()
+
+
 def test_half_precision_takes_what_it_can_hold() -> None:
     x = torch.zeros(1, 3, 14, 16, dtype=torch.bfloat16)
     assert resize.weights_of([x], (56, 128)) is not None
