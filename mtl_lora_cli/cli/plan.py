@@ -102,7 +102,7 @@ def tasks_table(prepared: Prepared) -> str:
     per_step = training.rows_per_step
     per_row = f"row{'s' * (per_step > 1)} of {training.row_length:,} {what}"
     images = prepared.recipe.images
-    if images is not None and images.size is not None:
+    if not of_text and images is not None:
         height, width = images.shape
         per_row = f"picture{'s' * (per_step > 1)} of {height} x {width}"
     steps = (

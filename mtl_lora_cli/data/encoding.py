@@ -23,7 +23,7 @@ from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, 
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Chat, Recipe
+from mtl_lora_cli.recipe.schema import Chat, Images, Recipe
 from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
 
@@ -41,7 +41,7 @@ class Encoder:
         chat: how the chat template is used.
         control_tokens: what becomes of control tokens in rows' text, see `ControlTokens`.
         lenient: see `ChatTemplate`.
-        blind: grey stands in the place of every picture.
+        images: how pictures are seen; None: as the base model's image processor says.
 
     Raises:
         UsageError: `chat` with a tokenizer whose chat template is missing or cannot be used, or a
@@ -56,13 +56,13 @@ class Encoder:
         *,
         control_tokens: str = "text",
         lenient: bool = False,
-        blind: bool = False,
+        images: Images | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no end-of-text token")
         self._tokenizer = tokenizer
         self.beyond = getattr(tokenizer, "beyond", None)  # from `load_tokenizer`
-        self._format, self._blind = prompt_format, blind
+        self._format, self._images = prompt_format, images
         self._chat: ChatTemplate | None = None
         self._with_tools: ChatTemplate | None = None
         if prompt_format == "chat":
@@ -86,7 +86,7 @@ class Encoder:
             recipe.chat,
             control_tokens=recipe.control_tokens,
             lenient=lenient,
-            blind=recipe.images is not None and recipe.images.blind,
+            images=recipe.images,
         )
 
     @cached_property
@@ -96,7 +96,9 @@ class Encoder:
         Raises:
             UsageError: it reads none.
         """
-        return Eyes(self._tokenizer.vision(), blind=self._blind)
+        own = self._images or Images()
+        size = None if own.size is None else own.shape
+        return Eyes(self._tokenizer.vision(size), blind=own.blind)
 
     @property
     def notes(self) -> list[str]:

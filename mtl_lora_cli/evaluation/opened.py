@@ -203,7 +203,9 @@ class Run:
             UsageError: the base model reads none.
         """
         shows = any(task.template.images for task in self.tasks)
-        return self.tokenizer.vision() if shows else None
+        images = self.recipe.images
+        size = None if images is None or images.size is None else images.shape
+        return self.tokenizer.vision(size) if shows else None
 
     @cached_property
     def packed(self) -> PackedModel:

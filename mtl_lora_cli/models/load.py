@@ -146,10 +146,12 @@ def load_tokenizer(base: BaseModel) -> Any:
     return tokenizer
 
 
-def _vision(base: BaseModel, config: Any, tokenizer: Any) -> Any:
+def _vision(
+    base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+) -> Any:
     from mtl_lora_cli.models.vision import find_vision
 
-    return find_vision(base, config, tokenizer)
+    return find_vision(base, config, tokenizer, size)
 
 
 class Beyond:

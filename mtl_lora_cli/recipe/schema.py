@@ -215,7 +215,8 @@ Side = Annotated[int, Field(ge=16, le=4096)]
 class Images(StrictModel):
     """How pictures are seen."""
 
-    # Of maps: height and width; each picture is resized to it, whatever its own sides are.
+    # Height and width; each picture is resized to it, whatever its own sides are. Maps need it; in prompts
+    # null is what the base model's image processor says.
     size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     augment: Augment | None = None  # of maps
     blind: bool = False  # in prompts: a control that sees grey in the place of every picture

@@ -434,11 +434,10 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool) -> None:
     if recipe.adapter.whole_modules and not shows:
         why = "is for tasks with pictures: maps, or prompts that show some (images, in a template)"
         raise loaded.problem(("adapter", "whole_modules"), why)
-    for key in ("size", "augment"):
-        if images is not None and getattr(images, key) is not None:
-            raise loaded.problem(("images", key), of_maps)
-    if images is not None and images.blind and not shows:
-        raise loaded.problem(("images", "blind"), "no task's prompts show pictures")
+    if images is not None and images.augment is not None:
+        raise loaded.problem(("images", "augment"), of_maps)
+    if images is not None and not shows:
+        raise loaded.problem(("images",), "no task's prompts show pictures")
     if shows and recipe.quantization != "none":
         why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"
         raise loaded.problem(("quantization",), why)

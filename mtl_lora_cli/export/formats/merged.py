@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, Reference, export_format
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.merge import MergePlan
     from mtl_lora_cli.export.order import Order
@@ -116,7 +118,8 @@ class Merged(Format):
 
         how = self._quantised(order) if order.options.base == "dequantized" else None
         updates, lengths = order.parts
-        return plan_merge(order.run.base, updates, how, lengths, order.run.adapter.whole)
+        whole, sight = order.run.adapter.whole, _sight(order.run)
+        return plan_merge(order.run.base, updates, how, lengths, whole, sight)
 
     def _quantised(self, order: Order) -> Quantised | None:
         """How the run saw the base weights; None: as they are."""
@@ -149,6 +152,21 @@ class Merged(Format):
             f"{rounding.matrices} matrices, {rounding.largest:.4f} at most (`{rounding.where}`)."
             f"{effect}"
         ]
+
+
+def _sight(run: Run) -> dict[str, str]:
+    """The image processor's file, where the run's pictures have another size than the base model's."""
+    images = run.recipe.images
+    if images is None or images.size is None or run.vision is None:
+        return {}
+    own = json.loads(run.vision.processor.to_json_string())
+    found = {"preprocessor_config.json": own}
+    nested = run.base.folder / "processor_config.json"
+    if nested.is_file():
+        whole = json.loads(nested.read_text(encoding="utf-8"))
+        if "image_processor" in whole:
+            found["processor_config.json"] = {**whole, "image_processor": own}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in found.items()}
 
 
 def _linked(folder: Path) -> list[str]:

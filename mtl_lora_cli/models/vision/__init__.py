@@ -36,6 +36,7 @@ class Vision:
         base: the base model.
         config: its configuration.
         tokenizer: its tokenizer.
+        size: height and width that pictures get; None: what its image processor says.
 
     Attributes:
         packs: pictures may stand in packed rows. Otherwise their tokens see each other, or have positions of their
@@ -49,7 +50,9 @@ class Vision:
 
     packs: ClassVar[bool] = True
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
         self.base, self.config, self.tokenizer = base, config, tokenizer
         self.token_id = image_token_id(config)
         token = tokenizer.convert_ids_to_tokens(self.token_id)
@@ -60,6 +63,18 @@ class Vision:
             )
         self.token = str(token)
         self.processor = _image_processor(base)
+        if size is not None:
+            self.resize(*size)
+
+    def resize(self, height: int, width: int) -> None:
+        """Give pictures another size than the image processor says.
+
+        Raises:
+            UsageError: the model's pictures have no size of their own.
+        """
+        raise UsageError(
+            f"images.size: the pictures of a {self.config.model_type} have the size that its image processor says"
+        )
 
     def text(self, height: int, width: int) -> str:
         """What stands in a text for a picture of this size, as the model's own processor writes it."""
@@ -126,8 +141,10 @@ def vision_class(config: Any) -> type[Vision] | None:
     return _KINDS.get(config.model_type)
 
 
-def find_vision(base: BaseModel, config: Any, tokenizer: Any) -> Vision:
-    """How a base model reads pictures.
+def find_vision(
+    base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+) -> Vision:
+    """How a base model reads pictures; the arguments are those of `Vision`.
 
     Raises:
         UsageError: it does not, or its type is not known.
@@ -138,7 +155,7 @@ def find_vision(base: BaseModel, config: Any, tokenizer: Any) -> Vision:
             f"base_model: '{base.name}': pictures in prompts are not supported for models of type "
             f"'{config.model_type}'{did_you_mean(config.model_type, _KINDS)}; known: {', '.join(sorted(_KINDS))}"
         )
-    return kind(base, config, tokenizer)
+    return kind(base, config, tokenizer, size)
 
 
 def image_token_id(config: Any) -> int:

@@ -19,8 +19,10 @@ class Gemma3(Vision):
 
     packs: ClassVar = False
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
-        super().__init__(base, config, tokenizer)
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(base, config, tokenizer, size)
         if getattr(self.processor, "do_pan_and_scan", False):
             raise UsageError(
                 f"base_model: '{base.name}': do_pan_and_scan, pictures in crops, is not supported; set it to false in "

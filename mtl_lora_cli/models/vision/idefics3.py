@@ -21,8 +21,10 @@ class Idefics3(Vision):
     A tile has (S / patch)² / factor² tokens, S its side; behind the tiles stands the whole picture at that side.
     """
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
-        super().__init__(base, config, tokenizer)
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(base, config, tokenizer, size)
         side = int(self.processor.max_image_size["longest_edge"])
         patches = (side // config.vision_config.patch_size) ** 2
         self._tile = int(patches / config.scale_factor**2)

@@ -17,8 +17,10 @@ from mtl_lora_cli.models.vision.llava import fixed_size, tokens_at
 class InternVL(Vision):
     """See the module and `Vision`."""
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
-        super().__init__(base, config, tokenizer)
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(base, config, tokenizer, size)
         self._begin = getattr(tokenizer, "start_image_token", "<img>")
         self._end = getattr(tokenizer, "end_image_token", "</img>")
 

@@ -16,9 +16,25 @@ from mtl_lora_cli.models.vision import Vision, features, vision
 class Llava(Vision):
     """See the module and `Vision`."""
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
-        super().__init__(base, config, tokenizer)
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(base, config, tokenizer, size)
         self._sides = fixed_size(self)
+
+    def resize(self, height: int, width: int) -> None:
+        """See `Vision`: all of a picture at this size.
+
+        Raises:
+            UsageError: the tower takes pictures of its own size alone.
+        """
+        self.processor.size = {"height": height, "width": width}
+        self.processor.do_center_crop = False
+        try:
+            tokens_at(self.base, (height, width))
+        except (ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UsageError(f"images.size: {height} x {width}: {said}") from None
 
     @cached_property
     def _tokens(self) -> int:

@@ -21,8 +21,10 @@ class QwenVL(Vision):
 
     packs: ClassVar = False
 
-    def __init__(self, base: BaseModel, config: Any, tokenizer: Any) -> None:
-        super().__init__(base, config, tokenizer)
+    def __init__(
+        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(base, config, tokenizer, size)
         self._begin, self._end = (
             tokenizer.convert_ids_to_tokens(number)
             for number in (config.vision_start_token_id, config.vision_end_token_id)
