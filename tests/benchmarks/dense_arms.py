@@ -56,8 +56,12 @@ class Kind:
         return f"{self.arm}: {'+'.join(self.tasks)}"
 
     @property
+    def learns_decoders_alone(self) -> bool:
+        return self.arm.startswith(("frozen", PROBE))
+
+    @property
     def rates(self) -> tuple[float, ...]:
-        if self.arm.startswith(("frozen", PROBE)):  # there only decoders learn
+        if self.learns_decoders_alone:
             return FROZEN_RATES
         return FULL_RATES if self.arm.endswith("full") else ADAPTER_RATES
 
@@ -181,7 +185,7 @@ class Builder:
         if kind.arm == "authors' form":
             for fork in host.taps:
                 as_the_authors_have_it(fork)
-        _freeze(adapter, kind.arm)
+        _freeze(adapter, kind)
         return host
 
     @staticmethod
@@ -193,6 +197,8 @@ class Builder:
         linear -= {"reduction"}
         settings: dict[str, Any] = {"target_modules": sorted(linear)}
         ranks = {"both": (16, 4), "task only": (16, 20), "authors' form": (16, 6)}.get(kind.arm)
+        if kind.learns_decoders_alone:  # an adapter has to be somewhere, and stays at zero
+            settings["target_modules"] = sorted(linear)[:1]
         if ranks is None:
             whole = ["*"] if kind.arm.endswith("full") else []
             settings |= {"method": "lora", "rank": kind.rank, "alpha": 2.0 * kind.rank}
@@ -219,11 +225,11 @@ def _spec(task: str) -> Any:
     return MapSpec(task, 3 if task == "normals" else 1)
 
 
-def _freeze(adapter: Any, arm: str) -> None:
+def _freeze(adapter: Any, kind: Kind) -> None:
     for name, tensor in adapter.tensors().items():
         role = name.rpartition(".")[2]
-        only_decoders = arm.startswith(("frozen", PROBE)) and not name.startswith("decoder:")
-        not_own = arm == "task only" and role in ("lora_A", "lora_B")
+        only_decoders = kind.learns_decoders_alone and not name.startswith("decoder:")
+        not_own = kind.arm == "task only" and role in ("lora_A", "lora_B")
         unread = name == "whole:embeddings.mask_token"
         if only_decoders or not_own or unread:
             tensor.requires_grad_(False)
