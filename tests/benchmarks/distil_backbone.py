@@ -264,6 +264,7 @@ def distil(a: argparse.Namespace) -> None:
     student.model.requires_grad_(True)
     views = Views(pictures, a.side, a.batch, min(a.steps, 2000), a.seed)
     learning = Distillation(teacher, student, views, a.rate)
+    learning.rate.fill_(a.rate / 100)  # of the steps by which the graph is made and timed
     again = learning.repeatable()
     steps = a.steps if a.seconds is None else min(a.steps, steps_in(a.seconds, again))
     began = time.monotonic()
