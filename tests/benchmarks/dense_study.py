@@ -4,7 +4,8 @@
 
 FILES is what `dense_data.py pack` makes; `--encoder` and `--maps` name folders that lie there already. Tasks: segmentation
 (39 classes), depth, and normals derived from depth. Arms, all with the same decoders, batches and steps; r is the
-rank, and equal values are exact on a DINOv2, within half a percent on a Swin of 2, 2, 6 and 2 blocks:
+rank, and equal values are exact on a DINOv2; on a Swin of 2, 2, 6 and 2 blocks they are within half a percent, and of
+`task only` within 3:
 
 | arm | encoder | runs |
 | --- | --- | --- |
