@@ -30,6 +30,8 @@ MODELS, ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # Whose windows llama.cpp knows, too; of others it would see all keys.
 _WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "olmo3", "gpt_oss")
+# Whose files may hold a head that drafts tokens, which transformers does not load: it is left out.
+_DRAFTING = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def find_sources() -> Path | None:
@@ -81,7 +83,8 @@ def require_convertible(config: Any, folder: Path, *, whole: bool = True) -> Non
     if not whole:
         return
     with TemporaryDirectory() as scratch:
-        _run(MODELS, "--dry-run", "--outfile", f"{scratch}/model.gguf", str(folder))
+        file = f"{scratch}/model.gguf"
+        _run(MODELS, "--dry-run", "--outfile", file, *_without_draft(config), str(folder))
 
 
 def convert_model(folder: Path, path: Path, *, title: str, dtype: torch.dtype) -> None:
@@ -97,7 +100,8 @@ def convert_model(folder: Path, path: Path, *, title: str, dtype: torch.dtype) -
         UsageError: the converter refuses, and its last words.
     """
     kind = _TYPES.get(dtype, "auto")
-    _run(MODELS, "--outfile", str(path), "--outtype", kind, "--model-name", title, str(folder))
+    options = ("--outtype", kind, "--model-name", title, *_without_draft(_config(folder)))
+    _run(MODELS, "--outfile", str(path), *options, str(folder))
 
 
 def convert_adapter(updates: Mapping[str, Update], base: Path, path: Path) -> None:
@@ -113,13 +117,35 @@ def convert_adapter(updates: Mapping[str, Update], base: Path, path: Path) -> No
     """
     with TemporaryDirectory(dir=path.parent) as scratch:
         _write_lora(updates, Path(scratch))
-        _run(ADAPTERS, "--base", str(base), "--outfile", str(path), "--outtype", "f32", scratch)
+        found = _drafting(base, Path(scratch)) if _without_draft(_config(base)) else base
+        _run(ADAPTERS, "--base", str(found), "--outfile", str(path), "--outtype", "f32", scratch)
     kind = GGUFReader(path).fields["general.type"].contents()
     if kind != "adapter":  # of some types it writes a file that llama.cpp crashes on
         raise UsageError(
             f"llama.cpp's converter cannot write an adapter for this model (it wrote a file of type '{kind}'); "
             "--format gguf-merged writes the whole model"
         )
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def _without_draft(config: Any) -> tuple[str, ...]:
+    return ("--no-mtp",) if config.get_text_config().model_type in _DRAFTING else ()
+
+
+def _drafting(base: Path, scratch: Path) -> Path:
+    """A folder with the base's configuration and a head that drafts: to write an adapter, the converter insists."""
+    folder = scratch / "base"
+    folder.mkdir()
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    text["mtp_num_hidden_layers"] = text.get("mtp_num_hidden_layers") or 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def _write_lora(updates: Mapping[str, Update], folder: Path) -> None:
@@ -157,4 +183,5 @@ def _run(program: str, *arguments: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
-        raise UsageError(f"llama.cpp's converter ({program}) refuses this model: {reason}")
+        advice = "; --format gguf-merged writes the whole model" if program == ADAPTERS else ""
+        raise UsageError(f"llama.cpp's converter ({program}) refuses this model: {reason}{advice}")
