@@ -27,11 +27,13 @@ from mtl_lora_cli.export.merge import Update
 
 VARIABLE = "MTL_LORA_LLAMA_CPP"
 MODELS, ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+_WHOLE = "--format gguf-merged writes the whole model"
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # Whose windows llama.cpp knows, too; of others it would see all keys.
 _WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "olmo3", "gpt_oss")
 # Whose files may hold a head that drafts tokens, which transformers does not load: it is left out.
 _DRAFTING = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_UNADAPTED = "per_layer_model_projection.weight"  # llama.cpp multiplies with it without an adapter
 
 
 def find_sources() -> Path | None:
@@ -113,8 +115,13 @@ def convert_adapter(updates: Mapping[str, Update], base: Path, path: Path) -> No
         path: the file.
 
     Raises:
-        UsageError: as `convert_model`; or what it wrote is no adapter.
+        UsageError: as `convert_model`; or what it wrote is no adapter; or llama.cpp would leave a part of it out.
     """
+    left_out = next((weight for weight in updates if weight.endswith(_UNADAPTED)), None)
+    if left_out is not None:
+        raise UsageError(
+            f"llama.cpp leaves the adapter of '{left_out.removesuffix('.weight')}' out; {_WHOLE}"
+        )
     with TemporaryDirectory(dir=path.parent) as scratch:
         _write_lora(updates, Path(scratch))
         found = _drafting(base, Path(scratch)) if _without_draft(_config(base)) else base
@@ -123,7 +130,7 @@ def convert_adapter(updates: Mapping[str, Update], base: Path, path: Path) -> No
     if kind != "adapter":  # of some types it writes a file that llama.cpp crashes on
         raise UsageError(
             f"llama.cpp's converter cannot write an adapter for this model (it wrote a file of type '{kind}'); "
-            "--format gguf-merged writes the whole model"
+            f"{_WHOLE}"
         )
 
 
@@ -183,5 +190,5 @@ def _run(program: str, *arguments: str) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
-        advice = "; --format gguf-merged writes the whole model" if program == ADAPTERS else ""
+        advice = f"; {_WHOLE}" if program == ADAPTERS else ""
         raise UsageError(f"llama.cpp's converter ({program}) refuses this model: {reason}{advice}")

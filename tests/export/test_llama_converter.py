@@ -296,11 +296,19 @@ def any_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(folder))
 
 
+def test_an_adapter_that_llama_cpp_leaves_out_is_refused(here: Path) -> None:
+    update = (torch.zeros(2, 8), torch.zeros(8, 2), 1.0)
+    with pytest.raises(
+        UsageError, match=r"adapter of '.*per_layer_model_projection' out; --format"
+    ):
+        convert_adapter({"model.per_layer_model_projection.weight": update}, here, here / "x.gguf")
+
+
 def random_updates(model: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     """For every linear layer, of two ranks."""
     found = {}
     for number, (path, layer) in enumerate(linear_layers(model).items()):
-        if path.endswith(("gate", "router")):
+        if path.endswith(("mlp.gate", "router", "per_layer_model_projection")):
             continue
         rank = 2 + number % 2
         down = 0.2 * torch.randn(rank, layer.in_features)
