@@ -7,7 +7,8 @@ that is not is refused: attention that drops one computes another model.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,12 @@ class NotHonoured(UsageError):
     """A layer asks its attention for something that packed attention does not do."""
 
 
-class Local(NamedTuple):
+@dataclass(frozen=True)
+class Local:
     """What stands for a mask where transformers would build one: how far its layers see.
+
+    Of a mask a model may take the rows of some positions, as Gemma 4 does where layers share keys. This stays what
+    it is; `packed_attention` asks that no position went.
 
     Attributes:
         window, chunk: as in `Rule`.
@@ -37,6 +42,9 @@ class Local(NamedTuple):
 
     window: int | None
     chunk: int | None
+
+    def __getitem__(self, _: Any) -> Local:
+        return self
 
 
 def packed_attention(

@@ -321,7 +321,6 @@ MODELS: tuple[Tiny, ...] = (
         hidden_size_per_layer_input=16,
         final_logit_softcapping=5.0,
         **WINDOWED,
-        quick=True,
     ),
     tiny("gemma4_text", "dense", global_head_dim=16, hidden_size_per_layer_input=0, **WINDOWED),
     tiny(
@@ -335,6 +334,7 @@ MODELS: tuple[Tiny, ...] = (
         use_double_wide_mlp=True,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * 2,
+        quick=True,
     ),
     tiny(
         "gemma4_text",

@@ -67,6 +67,7 @@ class Row:
     variant: str
     refused: bool
     numbers: tuple[float, ...] = ()
+    engine: str = ""
 
 
 def rendered(
@@ -144,5 +145,6 @@ def rows() -> list[Row]:
         refused = len(cells) == 3
         variant = "" if cells[1] == "–" else cells[1]
         numbers = () if refused else tuple(float(cell) for cell in cells[3:6])
-        found.append(Row(cells[0].strip("`"), variant, refused, numbers))
+        engine = "" if refused else cells[2]
+        found.append(Row(cells[0].strip("`"), variant, refused, numbers, engine))
     return found

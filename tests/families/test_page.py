@@ -6,7 +6,11 @@ import re
 
 import transformers
 
-from .models import MODELS
+from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.plan import NotPlanned
+
+from .build import configuration
+from .models import MODELS, Tiny
 from .page import PAGE, rows
 from .results import ENOUGH
 
@@ -15,6 +19,22 @@ def test_the_page_has_the_models_of_the_table() -> None:
     listed = [(row.model_type, row.variant, row.refused) for row in rows()]
     declared = [(model.model_type, model.variant, bool(model.refused)) for model in MODELS]
     assert sorted(listed) == sorted(declared), "make families writes the page anew"
+
+
+def test_it_names_the_engine_that_has_a_plan() -> None:
+    engines = {(row.model_type, row.variant): row.engine for row in rows() if not row.refused}
+    for model in MODELS:
+        if not model.refused:
+            named = engines[model.model_type, model.variant]
+            assert (named == "fused") == planned(model), f"{model}: {named}"
+
+
+def planned(model: Tiny) -> bool:
+    """Whether the fused engine knows it."""
+    try:
+        return bool(plan_of(configuration(model)))
+    except NotPlanned:
+        return False
 
 
 def test_what_it_calls_right_is_near_enough() -> None:
