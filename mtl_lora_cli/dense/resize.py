@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CARDS = ("cuda", "meta")  # what is counted without numbers is a card's
 _FEW = 8  # channels below which maps lie one below the other, not side by side
 Weights = tuple[
     Tensor, tuple[Tensor, ...]
@@ -40,7 +41,7 @@ def summed(maps: Sequence[Tensor], size: tuple[int, int], *, wide: bool = False)
     """
     large = [one for one in maps if tuple(one.shape[-2:]) == tuple(size)]
     small = [one for one in maps if tuple(one.shape[-2:]) != tuple(size)]
-    if small and small[0].is_cuda:
+    if small and small[0].device.type in _CARDS:
         weights = weights_of(small, size)
         if weights is not None:
             onto = sum(large[1:], large[0]) if large else None
