@@ -23,6 +23,7 @@ from mtl_lora_cli.cli import interrupts
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
 from mtl_lora_cli.visible import tell, visible, visible_json
 
+_LONG = 2**20  # characters of JSON: with line ends it takes ten times as long to write
 _debug = False
 _stdout: int | None = None  # the real stdout while a frame is open
 
@@ -116,8 +117,9 @@ def emit(text: str, *, styled: bool = False) -> None:
 
 
 def emit_json(content: Any) -> None:
-    """Write a result as one JSON document."""
-    emit(as_json(content, indent=1))
+    """Write a result as one JSON document; one that nobody would read stands on one line."""
+    text = as_json(content)
+    emit(text if len(text) > _LONG else as_json(content, indent=1))
 
 
 def as_json(content: Any, indent: int | None = None) -> str:

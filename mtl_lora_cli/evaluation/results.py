@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,19 @@ OUTCOME = OF_EACH_ROW  # keys of what stands for each row; those that no metric 
 _METRIC = {"acc": "accuracy"}
 
 
-def compare_with_base(folder: RunFolder, result: Mapping[str, Any]) -> dict[str, Any] | None:
+def compare_with_base(
+    folder: RunFolder,
+    result: Mapping[str, Any],
+    known: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """The untouched base model's stored result on the same rows, see `beside`; None: none yet.
 
-    Where rows were answered several times, none: what is stored of each row is its first answer.
+    Where rows were answered several times, none: what is stored of each row is its first answer. `known` are
+    the run's results, where they have been read.
     """
     if result.get("pass_at"):
         return None
-    for entry in reversed(stored(folder)):
+    for entry in reversed(stored(folder) if known is None else known):
         if entry["model"] == "base" and not _differences(entry, result, (*_ASKED, *_AROUND)):
             return beside(entry, result)
     return None

@@ -20,6 +20,7 @@ from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.prequantised import method_of
 from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.task import Task
 
 _SHOWN = 30  # tasks in a card's table
@@ -138,7 +139,7 @@ def shown_name(base: BaseModel) -> str:
 
 def _method(run: Run) -> str:
     config = run.adapter.config
-    steps = [event["step"] for event in run.folder.events() if event.get("event") == "step"]
+    steps = _steps(run)
     rows = {
         "base model": f"{shown_name(run.base)}, "
         + (f"revision `{run.base.revision}`, " if run.base.revision else "")
@@ -147,10 +148,17 @@ def _method(run: Run) -> str:
         "rank, alpha, up-projections": f"{config.rank}, {config.alpha:g}, {config.ups}",
         "adapted": f"{', '.join(config.target_modules)}: {len(run.adapter.layers)} layers",
         "trained values": f"{run.adapter.parameter_count():,}, for {len(run.tasks)} tasks",
-        "optimiser steps": f"{steps[-1]:,}" if steps else "not recorded",
+        "optimiser steps": f"{steps:,}" if steps else "not recorded",
         "base weights in training": _base_weights(run),
     }
     return _table([["", ""], *([key, value] for key, value in rows.items())])
+
+
+@lru_cache(maxsize=1)
+def _steps(run: Run) -> int:
+    """That the run took; 0: not recorded."""
+    steps = [event["step"] for event in run.folder.events() if event.get("event") == "step"]
+    return steps[-1] if steps else 0
 
 
 def _base_weights(run: Run) -> str:
@@ -223,7 +231,7 @@ def _source(source: Source) -> str:
 
 def _evaluation(run: Run, task: Task) -> dict[str, Any] | None:
     """The newest evaluation of this adapter on this task."""
-    for result in reversed(stored(run.folder)):
+    for result in reversed(_results(run)):
         if (result["task"], result["model"]) == (task.name, "adapter") and result[
             "checkpoint"
         ] == run.checkpoint:
@@ -231,10 +239,21 @@ def _evaluation(run: Run, task: Task) -> dict[str, Any] | None:
     return None
 
 
+def _results(run: Run) -> list[dict[str, Any]]:
+    """All results of the run, read once for all of its tasks."""
+    index = run.folder.evaluations / "index.json"
+    return _stored(run.folder.path, index.stat().st_mtime_ns) if index.is_file() else []
+
+
+@lru_cache(maxsize=1)
+def _stored(run: Path, stamp: int) -> list[dict[str, Any]]:
+    return stored(RunFolder(run))
+
+
 def _scores(run: Run, result: Mapping[str, Any] | None) -> str:
     if result is None:
         return "The run has no evaluation of this task; see *Check* for the rows compared there."
-    beside = compare_with_base(run.folder, dict(result))
+    beside = compare_with_base(run.folder, dict(result), _results(run))
     metrics = list(result["metrics"])
     rows = [["model", *(title_in(result, name) for name in metrics)]]
     found = {"the run's adapter": result["metrics"]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from mtl_lora_cli.errors import UsageError
@@ -138,6 +138,7 @@ def _pieces(
     ]
 
 
+@cache
 def wrapper_class(base: BaseModel) -> Any:
     """transformers' class for images and text, where the base model loads as one for text; else None.
 

@@ -95,7 +95,7 @@ def _written(form: Format, order: Order) -> WrittenFolder:
             comparison = _compared(form, order, temporary) if order.options.checked else None
             with blamed(form):
                 readme = form.card(order, temporary, comparison)
-            write_text(temporary / "README.md", readme)
+            (temporary / "README.md").write_text(readme, encoding="utf-8")
     except OSError as error:
         raise MtlLoraError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return WrittenFolder(order.task.name, folder, comparison, order.truncation)

@@ -10,6 +10,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.task import Task
+from mtl_lora_cli.tasks.template import Template
 
 EVERY = "all"  # in the place of a task's name
 AUTO = "auto"  # likewise: the run's router says which
@@ -23,8 +24,9 @@ def read_tasks(folder: RunFolder) -> list[Task]:
     """
     if folder.recipe.is_file():
         load_extensions_of(folder.recipe)
+    templates: dict[tuple[str, str], Template] = {}
     try:
-        return [Task.from_json(entry) for entry in read_json(folder.tasks)["tasks"]]
+        return [Task.from_json(entry, templates) for entry in read_json(folder.tasks)["tasks"]]
     except (KeyError, TypeError, ValidationError) as error:
         raise MtlLoraError(f"{folder.tasks}: damaged: {type(error).__name__} {error}") from None
 

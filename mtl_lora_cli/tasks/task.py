@@ -147,8 +147,14 @@ class Task:
         )
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Task:
+    def from_json(
+        cls, content: Mapping[str, Any], known: dict[tuple[str, str], Template] | None = None
+    ) -> Task:
         """The inverse of `to_json`.
+
+        Args:
+            content: what it gave.
+            known: templates by name and text that need not be read again; what is read is added.
 
         Raises:
             KeyError, TypeError, ValidationError: something is missing, or what it cannot be.
@@ -156,11 +162,15 @@ class Task:
         if not NAME.fullmatch(content["name"]):  # it names folders, when it is merged
             raise TypeError(f"'{content['name']}' cannot be a task's name")
         template = content["template"]
-        document = parse_document(template["text"], f"template {template['name']}")
+        read = {} if known is None else known
+        key = (template["name"], template["text"])
+        if key not in read:
+            document = parse_document(template["text"], f"template {template['name']}")
+            read[key] = validate_document(document, Template)
         given = content.get("conversation")
         conversation = None if given is None else ConversationSettings.model_validate(given)
         metrics = content.get("metrics_of_recipe")
-        whole = measured_by(validate_document(document, Template), metrics)
+        whole = measured_by(read[key], metrics)
         return cls(
             name=content["name"],
             id=content["id"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ def _loadable(base: BaseModel) -> str:
     return base.name if base.revision is not None else str(base.folder)
 
 
+@cache
 def _loaded_as(base: BaseModel) -> str:
     """The class of transformers that loads it."""
     from mtl_lora_cli.models.load import load_config, model_class
