@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from textwrap import wrap
 
 from mtl_lora_cli.visible import visible_line
 
@@ -21,6 +23,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = 
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([shown(lines[0]), rule, *(shown(line) for line in lines[1:])])
+
+
+def in_lines(rows: Sequence[Sequence[str]], most: Mapping[int, int]) -> list[list[str]]:
+    """Rows whose long cells go on below themselves.
+
+    Args:
+        rows: of cells.
+        most: column → characters that its cells have at most, between words.
+    """
+    found: list[list[str]] = []
+    for row in rows:
+        parts = [wrap(cell, most[n]) if n in most else [cell] for n, cell in enumerate(row)]
+        found += [list(line) for line in zip_longest(*parts, fillvalue="")]
+    return found
 
 
 def binary_size(count: int) -> str:

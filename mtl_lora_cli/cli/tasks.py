@@ -34,7 +34,7 @@ def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
     with framed():
-        from mtl_lora_cli.cli.table import table
+        from mtl_lora_cli.cli.table import in_lines, table
         from mtl_lora_cli.tasks.registry import installed_templates, template_names
         from mtl_lora_cli.tasks.template import read_template
 
@@ -60,7 +60,8 @@ def list_tasks(context: typer.Context, as_json: JsonOption = False) -> None:
             (name, ", ".join(template.metrics), template.description)
             for name, template in templates.items()
         ]
-        emit(table(("template", "metrics", "description"), rows, left=True))
+        columns = ("template", "metrics", "description")
+        emit(table(columns, in_lines(rows, {1: 27, 2: 41}), left=True))
 
 
 def show(

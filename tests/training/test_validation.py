@@ -18,6 +18,7 @@ from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import ValidationSettings as Settings
+from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.prepare import Prepared, prepare
 from mtl_lora_cli.training.progress import TrainingProgress
@@ -35,15 +36,11 @@ def held_out(prepared: Prepared, examples: int = 8, **training: Any) -> list[Enc
     return [one.split for one in held]
 
 
-@pytest.mark.parametrize("loss_on", ["answer", "all"])
-def test_the_untrained_loss_is_the_plain_models(
-    small: Callable[..., Any], prepared: Prepared, stories_folder: Path, loss_on: str
-) -> None:
+def plain_losses(prepared: Prepared, folder: Path, loss_on: str = "answer") -> dict[str, float]:
+    """Of transformers alone, example by example."""
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(stories_folder, attn_implementation="eager").eval()
-    run = small(validation=Settings(examples=8), loss_on=loss_on)
-    (observer,) = run.trainer._observers
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     expected = {}
     for task, split in zip(prepared.data.tasks, held_out(prepared), strict=True):
         losses = []
@@ -58,7 +55,34 @@ def test_the_untrained_loss_is_the_plain_models(
         if losses:
             expected[task.name] = sum(losses) / len(losses)
     assert list(expected) == WITH_SPLIT
+    return expected
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_the_untrained_loss_is_the_plain_models(
+    small: Callable[..., Any], prepared: Prepared, stories_folder: Path, loss_on: str
+) -> None:
+    run = small(validation=Settings(examples=8), loss_on=loss_on)
+    (observer,) = run.trainer._observers
+    expected = plain_losses(prepared, stories_folder, loss_on)
     assert observer.losses() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_look_before_the_first_step_is_the_plain_models_and_never_the_best(
+    small: Callable[..., Any], prepared: Prepared, stories_folder: Path
+) -> None:
+    """And a run that goes on does not look again."""
+    looking = {"validation": Settings(every=2, examples=8, before=True, best="macro")}
+    more = {"checkpoint_every": 2}
+    run = small(steps=4, **looking, **more)
+    run.train(stop_after=2)
+    again = small(steps=4, folder=run.run.path, **looking, **more)
+    again.trainer.resume(newest_checkpoint(run.run.checkpoints))
+    again.train()
+    looks = [event for event in again.events if event["event"] == "validation"]
+    assert [event["step"] for event in looks] == [0, 2, 4]
+    assert looks[0]["loss"] == pytest.approx(plain_losses(prepared, stories_folder), abs=1e-4)
+    assert next(event["step"] for event in again.events if event["event"] == "best") == 2
 
 
 def test_the_trained_loss_is_that_of_each_example_alone(
