@@ -84,7 +84,8 @@ def _joined(text: Any, tower: Any, token: int) -> Any:
 def _processor() -> Any:
     import transformers
 
-    made = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    pillow = hasattr(transformers, "CLIPImageProcessorPil")
+    made = transformers.CLIPImageProcessorPil if pillow else transformers.CLIPImageProcessor
     return made(
         size={"height": _SIDE, "width": _SIDE},
         do_center_crop=False,
