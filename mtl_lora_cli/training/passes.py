@@ -139,7 +139,7 @@ class EagerPasses:
 class GraphedPasses:
     """The same, replayed as CUDA graphs, one for each `Capacity` that turns up.
 
-    The first passes run as they are; nothing differs but the padding. So do those with an example beyond
+    The first passes run as they are; nothing differs but the padding. So do those with pictures, those with an example beyond
     the positions from which on a rotary embedding is another one, and, where memory does not suffice for a
     graph, all.
 
@@ -166,6 +166,8 @@ class GraphedPasses:
     def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """See `EagerPasses.prepare`."""
         assert isinstance(batch, PackedBatch), "graphs are the text host's"
+        if batch.pictures is not None:  # towers are run as they come
+            return self._eager.prepare(batch, weights)
         if self._limit is not None and max(batch.segments.longest, _SEGMENT) > self._limit:
             return self._eager.prepare(batch, weights)
         count = len(batch.targets)

@@ -62,6 +62,7 @@ from mtl_lora_cli.models.load import (
 from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
+from mtl_lora_cli.models.vision import vision_class
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
 from mtl_lora_cli.resources import expanded
@@ -383,7 +384,7 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     if kind is not None:
         return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
     shows = any(task.template.images for task in tasks)
-    _require_text_keys(loaded, shows=shows)
+    _require_text_keys(loaded, shows=shows, reads=vision_class(load_config(base)) is not None)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -417,12 +418,13 @@ _OF_TEXT = {
 }
 
 
-def _require_text_keys(loaded: LoadedRecipe, *, shows: bool) -> None:
+def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> None:
     """Refuse what only maps of pictures are learned with, or prompts that show some.
 
     Args:
         loaded: the recipe.
         shows: a task's prompts show pictures.
+        reads: the base model reads some.
 
     Raises:
         ProblemsError: naming the key.
@@ -431,13 +433,13 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool) -> None:
     of_maps = f"is for maps of pictures ({', '.join(MAPS)}), not for text"
     if recipe.adapter.streams:
         raise loaded.problem(("adapter", "streams"), of_maps)
-    if recipe.adapter.whole_modules and not shows:
-        why = "is for tasks with pictures: maps, or prompts that show some (images, in a template)"
+    if recipe.adapter.whole_modules and not reads:
+        why = "is for models that see pictures: maps, or prompts that show some (images, in a template)"
         raise loaded.problem(("adapter", "whole_modules"), why)
     if images is not None and images.augment is not None:
         raise loaded.problem(("images", "augment"), of_maps)
-    if images is not None and not shows:
-        raise loaded.problem(("images",), "no task's prompts show pictures")
+    if images is not None and not reads:
+        raise loaded.problem(("images",), "is for pictures, and the base model reads none")
     if shows and recipe.quantization != "none":
         why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"
         raise loaded.problem(("quantization",), why)
