@@ -551,9 +551,11 @@ MODELS: tuple[Tiny, ...] = (
     ),
     tiny(
         "gemma4",
-        "window, cap",
+        "cap, shared keys",
         text={
-            **WINDOWED,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
             "global_head_dim": 16,
             "vocab_size_per_layer_input": VOCABULARY,
             "hidden_size_per_layer_input": 16,
