@@ -7,6 +7,9 @@ text before the byte-level step. `tokenizer.ggml.pre` names that rule; SmolLM's 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +51,28 @@ def converted_folder(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    import gguf
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_deepspeed()
     try:
-        pre = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-        with quiet_loading():
+        with _read_once(), quiet_loading():
+            pre = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32
             )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # The weights are ordinary numbers now; transformers would refuse to save a quantised model.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise UsageError(f"{path}: cannot be converted: {' '.join(str(error).split())}") from None
+    if (
+        "local_files_only" in tokenizer.init_kwargs
+    ):  # of this process: the folder is the same without a network
+        tokenizer.init_kwargs["local_files_only"] = False
     _restore_pre_tokenizer(tokenizer, pre.contents() if pre else "default", path)
     try:
         with new_folder(folder) as temporary:
@@ -74,6 +81,19 @@ def _convert(path: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():  # another process may have been faster
             raise
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once: transformers does it four times, each as long as the vocabulary is large."""
+    import gguf
+
+    usual = gguf.GGUFReader
+    gguf.GGUFReader = cache(usual)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
 
 
 def pre_tokenizer(rule: str) -> Any:

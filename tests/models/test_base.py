@@ -167,3 +167,19 @@ def test_everything_loaded_is_frozen(stories_folder: Path) -> None:
     model = load(stories_folder)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_a_conversion_parses_its_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often transformers asks; a vocabulary of 262 thousand takes seconds each time."""
+    import gguf
+
+    from mtl_lora_cli.models.gguf import _read_once
+
+    parsed: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    usual = gguf.GGUFReader
+    with pytest.raises(ZeroDivisionError), _read_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+        raise ZeroDivisionError
+    assert parsed == ["a"]
+    assert gguf.GGUFReader is usual
