@@ -109,6 +109,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model_type": "olmo3",
         "sliding_window": 4096,
         "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 500_000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
     },
     "phi4-mini": {
         **_llama(3072, 8192, 32, 24, 8, 200_064, tied=True),
