@@ -6,7 +6,7 @@ import re
 
 import transformers
 
-from mtl_lora_cli.engine.families import plan_of
+from mtl_lora_cli.engine.families import known_types, plan_of
 from mtl_lora_cli.engine.plan import NotPlanned
 
 from .build import configuration
@@ -30,7 +30,9 @@ def test_it_names_the_engine_that_has_a_plan() -> None:
 
 
 def planned(model: Tiny) -> bool:
-    """Whether the fused engine knows it."""
+    """Whether the fused engine knows it; a wrapper's text part has a type of its own."""
+    if model.model_type not in known_types() and model.text is None:
+        return False
     try:
         return bool(plan_of(configuration(model)))
     except NotPlanned:
