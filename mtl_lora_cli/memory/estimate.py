@@ -178,6 +178,9 @@ def _read(
         return None, Check("recipe", Verdict.FAIL, text, _validate(loaded))
     count = len(data.tasks)
     text = f"{count} task{'s' * (count > 1)} can be read, base model in {base.folder}"
+    if data.eyes is not None:
+        text += "; prompts show pictures, and what their tower takes is not counted"
+        return data, Check("recipe", Verdict.WARN, text, _validate(loaded))
     if weights:
         return data, ok("recipe", text)
     remedy = f"hf download {base.name}" if base.revision else None

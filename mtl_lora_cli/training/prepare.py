@@ -433,12 +433,13 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> Non
     of_maps = f"is for maps of pictures ({', '.join(MAPS)}), not for text"
     if recipe.adapter.streams:
         raise loaded.problem(("adapter", "streams"), of_maps)
-    if recipe.adapter.whole_modules and not reads:
+    neither = not (reads or shows)
+    if recipe.adapter.whole_modules and neither:
         why = "is for models that see pictures: maps, or prompts that show some (images, in a template)"
         raise loaded.problem(("adapter", "whole_modules"), why)
     if images is not None and images.augment is not None:
         raise loaded.problem(("images", "augment"), of_maps)
-    if images is not None and not reads:
+    if images is not None and neither:
         raise loaded.problem(("images",), "is for pictures, and the base model reads none")
     if shows and recipe.quantization != "none":
         why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"

@@ -177,7 +177,8 @@ def test_a_run_goes_on_with_what_learned_whole(call: Call, place: Path) -> None:
 REFUSED = {
     "quantization=nf4": "nf4 does not go with pictures in prompts yet",
     "training.memory=auto": "auto does not go with pictures in prompts yet",
-    "images.size=[32,32]": "is for maps of pictures",
+    "images.size=[48,48]": "images.size: 48 x 48: Input image size (48*48) doesn't match",
+    "images.augment.flip=true": "is for maps of pictures",
     "adapter.whole_modules=[nothing]": "'nothing' matches no module or parameter",
     "adapter.target_modules=[k_proj,fc1]": "'fc1' matches no linear layer",
 }
