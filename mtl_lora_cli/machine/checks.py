@@ -234,6 +234,9 @@ def _cards() -> Iterator[Check]:
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             yield from isolated(f"card {number}", partial(_card, number))
+    elif torch.backends.mps.is_available():
+        why = "sums over tasks are float64, which it has not"
+        yield ok("cards", f"Apple's (mps) is not used: {why}; models run on the CPU")
     elif torch.version.cuda is None or not _card_is_here():
         yield ok("cards", "none: models run on the CPU")
     elif hidden in ("", "-1"):

@@ -1,7 +1,10 @@
 """All mixtures beside proportional on the seventeen tasks of real-17, a result file a run; by hand:
 
     python tests/benchmarks/mixtures.py BASE_MODEL OUTPUT [--seeds 3] [--steps 150] [--limit 100] [--jobs 2]
-        [--examples 3000] [--seconds S] [--arms A,…]
+        [--examples 3000] [--seconds S] [--arms A,…] [--maps FOLDER]
+
+With `--maps` the three tasks of NYU Depth V2 in FOLDER are learned, classes, depth and normals, each beside runs of that task
+alone, and the table is Δm: the mean over tasks of how much better the metric is than its own run's, in percent.
 
 Libraries are loaded, the base model is converted and rows are encoded once, then every run is a fork of that process.
 Where `proportional` of a seed is done, `excess_loss` of it takes its losses as the reference; otherwise it has none, and
@@ -17,6 +20,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
@@ -36,6 +40,116 @@ ARMS: dict[str, list[str]] = {
     "temperature": ["mixing={temperature: 2}"],
     "stages": [],  # a third of the steps for the first eight tasks, see `changes`
 }
+
+
+MAPS = ("segmentation", "depth", "normals")
+SMALLER = ("depth", "normals")  # is better: metres and degrees
+ONE = [
+    "training.rows=one_task",
+    "mixing=uniform",
+    "training.rows_per_step=24",
+]  # as many maps a step
+MAP_ARMS: dict[str, list[str]] = {
+    **{f"single_{task}": [] for task in MAPS},
+    "proportional": [],
+    "uncertainty": ["training.balance=uncertainty"],
+    "gradnorm": ["training.balance={method: gradnorm, every: 10}"],
+    "pcgrad": ["training.balance=pcgrad"],
+    "one_task": ONE,
+    "progress": [*ONE, "mixing={dynamic: progress, every: 10, start: uniform}"],
+    "excess_loss": [*ONE, "mixing={dynamic: excess_loss, every: 10, start: uniform}"],
+    "stages": [
+        *ONE,
+        "training.epochs=1",
+        "training.stages=[{tasks: [depth, normals], epochs: 0.5}, {tasks: [segmentation, depth, normals], epochs: 9}]",
+    ],
+}
+
+
+def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """Of the recipe nyuv2, without its edges, which its classes hold already."""
+    weights = {"segmentation": 1, "depth": 1, "normals": 10}
+    names = [arm.removeprefix("single_")] if arm.startswith("single") else MAPS
+    tasks = ", ".join(
+        f"{{name: {name}, template: nyuv2/{name}, source: {options.maps.resolve()}, loss_weight: {weights[name]}}}"
+        for name in names
+    )
+    found = [
+        f"base_model={options.base}", f"tasks=[{tasks}]", "training.epochs=99", f"training.max_steps={options.steps}",
+        "training.rows_per_step=8", "training.rows_per_pass=8", "training.checkpoint_every=null",
+        f"training.seed={seed}", f"images.size={options.size}", *MAP_ARMS[arm],
+    ]  # fmt: skip
+    reference = options.output / f"proportional-{seed}.run"
+    if arm == "excess_loss" and (options.output / f"proportional-{seed}.json").is_file():
+        found[-1] = found[-1].replace("every: 10", f"every: 10, reference_run: {reference}")
+    return found
+
+
+def learn_maps(arm: str, seed: int, options: argparse.Namespace) -> None:
+    """One run, and its result file."""
+    from mtl_lora_cli.cli.main import main as command
+    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
+    from mtl_lora_cli.training.prepare import prepare
+    from mtl_lora_cli.training.run import start
+
+    words = map_changes(arm, seed, options)
+    prepared = prepare(load_recipe(find_recipe("nyuv2"), words))
+    run = start(prepared, options.output / f"{arm}-{seed}.run")
+    events = [event for event in run.events() if event["event"] == "step"]
+    said = options.output / f"{arm}-{seed}.said"
+    sys.argv = [
+        "mtl-lora",
+        "eval",
+        "--run",
+        str(run.path),
+        "--task",
+        "all",
+        "--limit",
+        str(options.limit),
+        "--json",
+    ]
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        with suppress(SystemExit):
+            command()
+    results = json.loads(said.read_text())["results"]
+    found = {
+        "arm": arm, "seed": seed, "steps": len(events),
+        "step": sorted(event["seconds"] for event in events)[len(events) // 2],
+        "reference": "reference_run" in str(words),
+        "tasks": {one["task"]: next(iter(one["metrics"].values()))["value"] for one in results},
+    }  # fmt: skip
+    (options.output / f"{arm}-{seed}.json").write_text(json.dumps(found, indent=1))
+
+
+def map_report(folder: Path) -> str:
+    """Each arm's metrics, means over seeds, and Δm by seed against the runs of one task of the same seed."""
+    found = {
+        (one["arm"], one["seed"]): one
+        for one in (json.loads(f.read_text()) for f in sorted(folder.glob("*.json")))
+    }
+    lines = [
+        f"| mixture | {' | '.join(MAPS)} | Δm by seed, % | mean | s a step |",
+        "|" + " --- |" * 7,
+    ]
+    for arm in (name for name in MAP_ARMS if not name.startswith("single")):
+        own = {seed: one for (name, seed), one in found.items() if name == arm}
+        deltas = [
+            fmean(
+                (-1 if task in SMALLER else 1) * 100
+                * (one["tasks"][task] / found[f"single_{task}", seed]["tasks"][task] - 1)
+                for task in MAPS
+            )
+            for seed, one in sorted(own.items())
+            if all((f"single_{task}", seed) in found for task in MAPS)
+        ]  # fmt: skip
+        if own:
+            means = [f"{fmean(one['tasks'][task] for one in own.values()):.4f}" for task in MAPS]
+            shown = f"{fmean(deltas):+.2f}" if deltas else "–"
+            by_seed = ", ".join(f"{delta:+.2f}" for delta in deltas)
+            step = fmean(one["step"] for one in own.values())
+            lines.append(f"| {arm} | {' | '.join(means)} | {by_seed} | {shown} | {step:.3f} |")
+    return "\n".join(lines)
 
 
 def changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
@@ -178,15 +292,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--cards", type=int, default=0, help="deal the runs out to so many cards")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--maps", type=Path, help="a folder of NYU Depth V2")
+    parser.add_argument("--size", default="[168, 224]", help="of pictures")
+    parser.add_argument("--arms")
     options = parser.parse_args()
+    options.arms = options.arms or ",".join(ARMS if options.maps is None else MAP_ARMS)
+    work = learn if options.maps is None else learn_maps
     began = time.monotonic()
     options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     for module in ("evaluation.evaluate", "training.run", "models.packed", "engine.decoder"):
         import_module(f"mtl_lora_cli.{module}")
-    os.waitpid(forked(lambda: warm(options), options.output / "warm.log"), 0)
-    options.first = float((options.output / "first.txt").read_text())
+    if options.maps is None:
+        os.waitpid(forked(lambda: warm(options), options.output / "warm.log"), 0)
+        options.first = float((options.output / "first.txt").read_text())
     print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
     jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms.split(",")]
     jobs = [job for job in jobs if not (options.output / f"{job[0]}-{job[1]}.json").is_file()]
@@ -199,7 +318,7 @@ def main() -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = str(started % options.cards)
             started += 1
             log = options.output / f"{job[0]}-{job[1]}.log"
-            running[forked(lambda job=job: learn(*job, options), log)] = job
+            running[forked(lambda job=job: work(*job, options), log)] = job
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             job = running.pop(pid)
@@ -212,7 +331,7 @@ def main() -> None:
     for pid, job in running.items():
         os.kill(pid, 9)
         print("not finished:", *job)
-    print(report(options.output))
+    print((report if options.maps is None else map_report)(options.output))
 
 
 if __name__ == "__main__":

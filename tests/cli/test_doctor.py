@@ -234,6 +234,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_device_that_is_there_and_not_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    (check,) = isolated("cards", room._cards)
+    assert check.verdict == Verdict.OK
+    assert "(mps) is not used: sums over tasks are float64" in check.finding
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_card_is_told() -> None:
