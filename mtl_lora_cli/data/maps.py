@@ -6,9 +6,9 @@ first task, and a picture's units are the maps that it has. A map that is missin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.decoding import THREADS, Block, Decoding, possible
 from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
 from mtl_lora_cli.data.mixture import Place, generator_of
 from mtl_lora_cli.data.picture_rows import Source, read_map_rows
-from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.models.host import Rows
 from mtl_lora_cli.pictures.augment import (
     WHOLE,
@@ -37,6 +35,7 @@ from mtl_lora_cli.recipe.schema import Images
 from mtl_lora_cli.tasks.maps import MapSpec
 from mtl_lora_cli.tasks.task import Task
 
+_THREADS = max(2, min(16, os.cpu_count() or 2))  # most of decoding happens outside of Python's lock
 _AHEAD = 4  # steps whose pictures are asked for before their time
 
 
@@ -59,24 +58,6 @@ class _Asked(NamedTuple):
     room: Room
     at: int
     filled: Future[None] | None
-
-
-def _wait_for(asked: _Asked) -> None:
-    """Until the picture is there.
-
-    Raises:
-        UsageError: a file is missing or wrong.
-        MtlLoraError: the process that decodes is gone.
-    """
-    if asked.filled is None:
-        return
-    try:
-        asked.filled.result()
-    except BrokenProcessPool:
-        raise MtlLoraError(
-            "the process that decodes pictures ended; often memory did not suffice: free some, and go on with "
-            "mtl-lora train --resume"
-        ) from None
 
 
 class MapDataset:
@@ -126,7 +107,6 @@ class MapDataset:
         self.entries = [first.get(task, task) for task in range(len(tasks))]
         self._moment = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
-        self._decoding: Decoding | None = None
         self._asked: dict[tuple[int, int, int, int], _Asked] = {}
 
     @classmethod
@@ -162,8 +142,7 @@ class MapDataset:
     def at(self, epoch: int, step: int) -> MapDataset:
         """The same pictures, in the views of a step: they follow from seed, epoch, step and picture alone."""
         if self._pool is None:  # one for all steps
-            self._decoding = Decoding.of(self.fill_memory) if possible() else None
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
         other = copy(self)
         other._moment = (epoch, step)
         return other
@@ -229,7 +208,8 @@ class MapDataset:
         self._ask(places)
         asked = {place: self._asked.pop((*self._moment, *place)) for place in dict.fromkeys(places)}
         for one in asked.values():
-            _wait_for(one)
+            if one.filled is not None:
+                one.filled.result()
         present = np.stack([self._sources[entry].present[number] for entry, number in places])
         where = [(asked[place].room, asked[place].at) for place in places]
         return SeenBatch.of(where, present, self._normalise)
@@ -239,56 +219,21 @@ class MapDataset:
         new = [p for p in dict.fromkeys(places) if (*self._moment, *p) not in self._asked]
         if not new:
             return
-        size = Room.bytes_of(len(new), self.size_of_pictures, self._learned)
-        filled: Sequence[Future[None] | None]
-        if self._decoding is not None and self._decoding.ready:
-            block = self._decoding.block(size)
-            room = self._room(len(new), block.memory, block)
-            self._decoding.lend(block, room)
-            filled = [self._decoding.ask(block, self._moment, new)] * len(new)
-        else:
-            pinned = self._pool is not None and torch.cuda.is_initialized()  # steps on a card
-            room = self._room(len(new), torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
-            filled = self._fill(room, new, self._pool)
-        for at, place in enumerate(new):
-            self._asked[(*self._moment, *place)] = _Asked(room, at, filled[at])
-
-    def _room(self, count: int, memory: Tensor, block: Block | None = None) -> Room:
-        return Room(count, self.size_of_pictures, self._learned, memory, block)
-
-    @property
-    def _learned(self) -> dict[int, MapSpec]:
         tasks = sorted(task for rows in self._sources.values() for task in rows.targets)
-        return {task: self._specs[task] for task in tasks}
+        specs = {task: self._specs[task] for task in tasks}
+        pinned = self._pool is not None and torch.cuda.is_initialized()  # steps on a card
+        room = Room(len(new), self.size_of_pictures, specs, pinned=pinned)
+        for at, (entry, number) in enumerate(new):
+            filled = None
+            if self._pool is None:
+                self._fill(room, at, entry, number)
+            else:
+                filled = self._pool.submit(self._fill, room, at, entry, number)
+            self._asked[(*self._moment, entry, number)] = _Asked(room, at, filled)
 
-    def _fill(
-        self, room: Room, places: Sequence[Place], threads: ThreadPoolExecutor | None
-    ) -> Sequence[Future[None] | None]:
-        """Decode pictures into a room, now, or by threads, which are not waited for."""
-
-        def one(at: int, entry: int, number: int) -> None:
-            shown = self.show(entry, number)
-            room.put(at, shown.pixels, shown.maps)
-
-        if threads is not None:
-            return [threads.submit(one, at, *place) for at, place in enumerate(places)]
-        for at, place in enumerate(places):
-            one(at, *place)
-        return [None] * len(places)
-
-    def fill_memory(
-        self,
-        memory: Tensor,
-        moment: tuple[int, int],
-        places: Sequence[Place],
-        threads: ThreadPoolExecutor,
-    ) -> None:
-        """See `decoding.Fill`: what another process does."""
-        other = copy(self)
-        other._moment = moment
-        for one in other._fill(other._room(len(places), memory), places, threads):
-            if one is not None:
-                one.result()
+    def _fill(self, room: Room, at: int, entry: int, number: int) -> None:
+        shown = self.show(entry, number)
+        room.put(at, shown.pixels, shown.maps)
 
 
 def seen_target(values: np.ndarray, spec: MapSpec, view: View, size: tuple[int, int]) -> np.ndarray:
