@@ -17,7 +17,7 @@ from mtl_lora_cli.models.base import BaseModel
 
 from ..forks import Ended, Forks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # test_run.py has a run in one process
 
 TEMPLATES = {
     "colour": {
@@ -129,7 +129,6 @@ def test_a_merged_folder_is_transformers_own_and_says_the_same(call: Call) -> No
     assert found["equal_answers"] == 1.0
 
 
-@pytest.mark.long
 def test_peft_reads_what_learned_whole_and_answers_are_generated_alike(call: Call) -> None:
     for arguments in (
         ("export", "--format", "peft", "--task", "colour"),
@@ -154,7 +153,6 @@ def test_show_counts_picture_tokens_instead_of_repeating_them(call: Call) -> Non
     assert "<image> × 16" in shown
 
 
-@pytest.mark.long
 def test_a_run_goes_on_with_what_learned_whole(call: Call, place: Path) -> None:
     from safetensors.torch import load_file
 
@@ -172,23 +170,6 @@ def test_a_run_goes_on_with_what_learned_whole(call: Call, place: Path) -> None:
     assert any(name.startswith("whole:") for name in through)
     for name, tensor in through.items():
         assert torch.equal(tensor, on[name]), name
-
-
-REFUSED = {
-    "quantization=nf4": "nf4 does not go with pictures in prompts yet",
-    "training.memory=auto": "auto does not go with pictures in prompts yet",
-    "images.size=[48,48]": "images.size: 48 x 48: Input image size (48*48) doesn't match",
-    "images.augment.flip=true": "is for maps of pictures",
-    "adapter.whole_modules=[nothing]": "'nothing' matches no module or parameter",
-    "adapter.target_modules=[k_proj,fc1]": "'fc1' matches no linear layer",
-}
-
-
-@pytest.mark.parametrize("change", REFUSED)
-def test_what_does_not_go_with_pictures_is_one_line(call: Call, change: str) -> None:
-    said = call("train", "recipe.yaml", change, "run.name=refused", code=2).stderr
-    assert REFUSED[change] in said
-    assert len([line for line in said.splitlines() if "error" in line]) == 1
 
 
 def test_models_that_read_no_pictures_and_formats_that_hold_none_say_so(

@@ -1,0 +1,148 @@
+"""A short run in this process: learned, asked, predicted and merged; its merged folder is asked by transformers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.evaluation.answers import answer
+from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.opened import Run
+from mtl_lora_cli.evaluation.predict import Predictor
+from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.export.order import Options
+from mtl_lora_cli.export.write import write_tasks
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
+from mtl_lora_cli.training.prepare import prepare, require_fit
+from mtl_lora_cli.training.run import start
+
+TEMPLATE = {
+    "description": "Which colour?",
+    "images": ["image"],
+    "prompt": "<image> The colour is",
+    "choices": {"red": "red", "green": "green", "blue": "blue"},
+    "label": "colour",
+}
+ADAPTER = {
+    "method": "mtl-lora",
+    "rank": 4,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "whole_modules": ["multi_modal_projector"],
+}
+Load = Callable[..., LoadedRecipe]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory, llava: BaseModel, squares: Path) -> Load:
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "colour.yaml").write_text(yaml.safe_dump(TEMPLATE))
+    recipe = {
+        "base_model": str(llava.folder),
+        "adapter": ADAPTER,
+        "tasks": [{"name": "colour", "template": "colour.yaml", "source": str(squares)}],
+        "training": {
+            "max_steps": 10,
+            "rows_per_step": 3,
+            "row_length": 128,
+            "learning_rate": 5e-3,
+            "checkpoint_every": None,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return lambda *changes: load_recipe(folder / "recipe.yaml", changes)
+
+
+@pytest.fixture(scope="module")
+def run(load: Load, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MTL_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return Run(start(prepare(load()), tmp_path_factory.mktemp("runs") / "one"))
+
+
+def test_a_merged_folder_says_by_transformers_alone_what_the_run_says(
+    run: Run, squares: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
+
+    (task,) = run.tasks
+    setting = Setting(limit=4)
+    (said,) = answer(run, [task], [held_out(task, setting)], setting)
+    assert said.scores is not None
+    write_tasks("merged", run, [(task, tmp_path / "out")], Options(checked=False))
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path / "out")
+    rows = [json.loads(line) for line in (squares / "test.jsonl").read_text().splitlines()]
+    for scores, row in zip(said.scores, rows, strict=False):
+        shown = processor(images=[Image.open(squares / row["image"])], return_tensors="pt")
+        prompt = f"{'<image>' * 16} The colour is"
+        start = len(tokenizer(prompt)["input_ids"])
+        for score, choice in zip(scores, sorted(TEMPLATE["choices"]), strict=True):  # type: ignore[type-var]
+            ids = torch.tensor([tokenizer(f"{prompt} {choice}")["input_ids"]])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids, **shown).logits[0].log_softmax(-1)
+            right = logprobs[start - 1 : -1].gather(1, ids[0, start:, None]).sum()
+            assert score == pytest.approx(float(right), abs=1e-4)
+
+
+def test_predictions_read_pictures_from_their_root_and_a_blind_control_does_not(
+    run: Run, squares: Path
+) -> None:
+    rows = [json.loads(line) for line in (squares / "test.jsonl").read_text().splitlines()[:3]]
+    found = Predictor(run, squares).predict(rows)
+    assert len({json.dumps(one["probabilities"]) for one in found}) > 1
+    setting = Setting(limit=3, blind="grey")
+    (blind,) = answer(run, run.tasks, [held_out(run.tasks[0], setting)], setting)
+    assert blind.scores is not None
+    first, *others = (scores.tolist() for scores in blind.scores)
+    assert all(scores == pytest.approx(first, abs=1e-5) for scores in others)
+
+
+def test_the_base_model_alone_has_its_own_projector(run: Run) -> None:
+    learned = run.packed.adapter.whole  # type: ignore[union-attr]
+    kept = {name: tensor.detach().clone() for name, tensor in learned.items()}
+    assert any(not torch.equal(kept[name], first) for name, first in run.packed.base_whole.items())
+    with run.packed.untouched():
+        for name, first in run.packed.base_whole.items():
+            assert torch.equal(learned[name], first)
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in kept.items())
+
+
+REFUSED = {
+    "quantization=nf4": "nf4 does not go with pictures in prompts yet",
+    "training.memory=auto": "auto does not go with pictures in prompts yet",
+    "images.size=[48,48]": "images.size: 48 x 48: Input image size (48*48) doesn't match",
+    "images.augment.flip=true": "is for maps of pictures",
+    "adapter.whole_modules=[nothing]": "'nothing' matches no module or parameter",
+    "adapter.target_modules=[k_proj,fc1]": "'fc1' matches no linear layer",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_does_not_go_with_pictures_is_one_line(load: Load, change: str) -> None:
+    with pytest.raises(MtlLoraError) as caught:
+        require_fit(prepare(load(change)))
+    (line,) = caught.value.lines
+    assert REFUSED[change] in line
+
+
+def test_a_model_that_reads_no_pictures_is_named(load: Load, small_model: Path) -> None:
+    with pytest.raises(MtlLoraError, match="not supported for models of type 'llama'"):
+        prepare(load(f"base_model={small_model}"))
+
+
+def test_a_blind_run_learns_from_grey(load: Load) -> None:
+    data: Any = prepare(load("images.blind=true")).data
+    batch = data.dataset("answer").collate([[(0, 0), (0, 1)]])
+    first, second = (one["pixel_values"] for one in batch.pictures.seen)
+    assert torch.equal(first, second)
+    assert first.std(dim=(2, 3)).max() < 1e-6
