@@ -27,12 +27,36 @@ def _vision_config() -> Any:
     )
 
 
+def tiny_granite(language: Path, folder: Path) -> Path:
+    """A LLaVA whose language part scales its embeddings, those of pictures among them."""
+    from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = _language("granite", len(tokenizer), embedding_multiplier=3.0, residual_multiplier=0.5)
+    torch.manual_seed(3)
+    config = LlavaConfig(
+        vision_config=_vision_config(), text_config=text, image_token_index=len(tokenizer) - 1
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _square().save_pretrained(folder)
+    return folder
+
+
+def _square() -> Any:
+    from transformers import CLIPImageProcessorPil
+
+    sides = {"height": 32, "width": 32}
+    return CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=sides)
+
+
 def tiny_llava(language: Path, folder: Path) -> Path:
     """A LLaVA whose language part is a small trained model; 16 tokens a picture."""
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
-        CLIPImageProcessorPil,
         LlavaConfig,
         LlavaForConditionalGeneration,
     )
@@ -56,11 +80,9 @@ def tiny_llava(language: Path, folder: Path) -> Path:
     for name, tensor in model.named_parameters():
         if "vision_tower" in name or "projector" in name:
             tensor.data += 0.05 * torch.randn_like(tensor)
-    sides = {"height": 32, "width": 32}
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=sides)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    _square().save_pretrained(folder)
     return folder
 
 

@@ -152,7 +152,14 @@ class FusedDecoder:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """What the layers begin with where nothing else is put in its place: int64 [1, N] → [N, d]."""
-        x: Tensor = self._base.get_input_embeddings()(input_ids)[0]
+        return self.scaled(self.looked_up(input_ids))
+
+    def looked_up(self, input_ids: Tensor) -> Tensor:
+        """Rows of the embedding, int64 [1, N] → [N, d]."""
+        return cast(Tensor, self._base.get_input_embeddings()(input_ids)[0])
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """What the layers begin with, of embeddings [N, d] of text and of whatever else."""
         scale = self.plan.embedding_multiplier
         return x if scale == 1.0 else x * scale
 

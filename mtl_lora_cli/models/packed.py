@@ -338,10 +338,12 @@ class PackedModel(nn.Module):
         """Normed hidden states at the positions asked for, [U, d], by the fused engine."""
         assert self.decoder is not None
         every, chosen = slots or self._slots(batch)
-        embed = self.decoder.embed
-        shown = batch.pictures is not None
+        if batch.pictures is None:
+            x = self.decoder.embed(batch.input_ids)
+        else:
+            x = self.decoder.scaled(embeddings(self.model, batch, self.decoder.looked_up))
         return self.decoder.forward(
-            embeddings(self.model, batch, embed) if shown else embed(batch.input_ids),
+            x,
             batch.position_ids,
             batch.segments,
             batch.positions.to(batch.input_ids.device),

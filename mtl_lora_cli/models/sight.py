@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.models.batch import PackedBatch, Pictures
 from mtl_lora_cli.models.vision import Seen, features, vision_class
 
@@ -51,7 +50,6 @@ def pictures_in(
 
 
 def tower_dtype(model: Any) -> torch.dtype:
-    """In which pixels are given to the tower: that of what stands outside of the language part."""
-    inside = {id(one) for one in text_body(model).parameters()}
-    found = (one for one in model.parameters() if id(one) not in inside)
-    return next((one.dtype for one in found if one.is_floating_point()), torch.float32)
+    """In which pixels are given to the tower: that of the model's embeddings, whatever learns wider."""
+    found: torch.dtype = model.get_input_embeddings().weight.dtype
+    return found

@@ -63,9 +63,11 @@ CONNECTORS = {
 }
 
 
-def packed_of(base: BaseModel, engine: Any = "auto", kind: str = "") -> PackedModel:
+def packed_of(
+    base: BaseModel, engine: Any = "auto", kind: str = "", dtype: torch.dtype = torch.float32
+) -> PackedModel:
     """With an adapter of two tasks that is far from its start, and a projector that learns."""
-    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(base, dtype=dtype, device=torch.device("cpu"))
     config = configure(
         target_modules=["q_proj", "v_proj", "down_proj"],
         rank=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.sight import pictures_in
 from mtl_lora_cli.models.trust import settle
 
-from ..sights import TOKENS
+from ..sights import TOKENS, tiny_granite
 from .conftest import packed_of
 
 SIDES = ((40, 60), (33, 29), (64, 64))
@@ -128,6 +129,31 @@ def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
     for name, tensor in learning.items():
         scale = max(1.0, float(tensor.grad.abs().max()))
         assert (first[name] - tensor.grad).abs().max() <= 5e-5 * scale, name
+
+
+def test_embeddings_that_a_language_part_scales_are_scaled_with_pictures_among_them(
+    small_model: Path, tmp_path: Path
+) -> None:
+    packed = packed_of(find_base_model(str(tiny_granite(small_model, tmp_path))))
+    found = settle(packed)
+    assert (found.way, found.tried) == (None, ())
+    pictures = [picture(number) for number in range(3)]
+    batch = batch_of(packed, pictures)
+    with torch.no_grad(), packed.routed(batch):
+        assert (packed(batch) - alone(packed, pictures)).abs().max() < 5e-5
+
+
+def test_in_16_bits_a_projector_learns_in_32(llava: BaseModel) -> None:
+    packed = packed_of(llava, dtype=torch.bfloat16)
+    learning: Any = packed.adapter.whole  # type: ignore[union-attr]
+    assert {tensor.dtype for tensor in learning.values()} == {torch.float32}
+    batch = batch_of(packed, [picture(number) for number in range(3)])
+    with packed.routed(batch):
+        packed(batch).sum().backward()
+    assert all(tensor.grad.abs().max() > 0 for tensor in learning.values())
+    wide = packed_of(llava)
+    with torch.no_grad(), packed.routed(batch), wide.routed(batch):
+        assert (packed(batch) - wide(batch)).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("kind", TOKENS)
