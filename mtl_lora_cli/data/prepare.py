@@ -491,6 +491,11 @@ def _row_print(task: Task, split: str) -> str | None:
     return split_print(task, split, found)
 
 
+def _seen_where(task: Task, encoder: Encoder) -> list[str]:
+    """What of pictures decides an encoding: how they are seen, and where they lie, which is kept with it."""
+    return [encoder.eyes.settings, str(picture_root(task).absolute())]
+
+
 def _prepare_task(
     task: Task, recipe: Recipe, encoder: Encoder, limit: int
 ) -> tuple[Task, EncodedSplit, Audit, cache.Traces]:
@@ -505,7 +510,7 @@ def _prepare_task(
         limit=limit,
         on_overflow=training.on_overflow,
         subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,
-        **({"pictures": encoder.eyes.settings} if task.template.images else {}),
+        **({"pictures": _seen_where(task, encoder)} if task.template.images else {}),
     )
     stored = cache.load(key)
     if stored is None:

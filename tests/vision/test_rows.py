@@ -15,7 +15,7 @@ from PIL import Image
 
 from mtl_lora_cli.data.prepare import bind_tasks, prepare_training, read_examples, with_fingerprints
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.pictured import PLACE, placed
@@ -103,6 +103,23 @@ def test_picture_tokens_stand_where_the_picture_does_and_are_never_learned(
     again = prepared([ROW, {**ROW, "image": "b.png", "label": "no"}])  # from the cache
     assert again.splits[0].pictures == split.pictures
     assert again.splits[0].picture_token == token
+
+
+def test_rows_that_were_moved_are_read_where_they_lie_now(
+    prepared: Prepare, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the cache keeps of the same rows and pictures elsewhere does not count."""
+    data = prepared([ROW])
+    assert data.splits[0].pictures[0][0].read().size == (20, 30)
+    moved = place.rename(place.with_name("moved"))
+    monkeypatch.setenv("MTL_LORA_CACHE", str(moved / "cache"))
+    loaded = load_recipe(moved / "recipe.yaml")
+    again = prepare_training(bind_tasks(loaded), loaded.recipe, load_tokenizer(_base(loaded)), 512)
+    assert again.splits[0].pictures[0][0].read().size == (20, 30)
+
+
+def _base(loaded: Any) -> BaseModel:
+    return find_base_model(loaded.recipe.base_model)
 
 
 def test_room_is_made_behind_pictures_alone(prepared: Prepare) -> None:
