@@ -218,7 +218,7 @@ def batching(
         manager.add_requests(inputs=rows, max_new_tokens=new)
         done = 0
         while done < len(rows):
-            found = manager.get_result(timeout=5)
+            found = manager.get_result(timeout=60)
             if found is None:
                 raise RuntimeError(f"no answer: {manager.background_thread_status.fatal_error}")
             if found.is_finished():
