@@ -25,7 +25,6 @@ import torch
 
 from mtl_lora_cli.models.base import find_base_model
 
-ASKED = 32
 NEW_TOKENS = 64
 TALKS = {
     "alpaca": ("alpaca_en_demo.json", "instruct/alpaca"),
@@ -100,6 +99,7 @@ def recipe(wanted: argparse.Namespace, place: Path, name: str, *, talks: bool) -
     content = {
         "base_model": wanted.base,
         "prompt_format": "chat",
+        "dtype": wanted.dtype,
         "adapter": {
             "rank": 8,
             "target_modules": [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")],
@@ -109,7 +109,7 @@ def recipe(wanted: argparse.Namespace, place: Path, name: str, *, talks: bool) -
             "epochs": wanted.epochs,
             "learning_rate": 2e-3,
             "row_length": 1024,
-            "rows_per_step": 4,
+            "rows_per_step": wanted.rows,
             "on_overflow": "drop",
             "validation": {
                 "every": 10_000,
@@ -149,7 +149,7 @@ def same_answers(wanted: argparse.Namespace, place: Path) -> dict[str, Any]:
     rows = []
     for task in TALKS:
         lines = (place / task / "test.jsonl").read_text(encoding="utf-8").splitlines()
-        rows += [{**json.loads(line), "of": task} for line in lines[: ASKED // len(TALKS)]]
+        rows += [{**json.loads(line), "of": task} for line in lines[: wanted.asked]]
     said = predictor.predict(rows, task_column="of")
     found: dict[str, Any] = {}
     for task in TALKS:
@@ -175,7 +175,12 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--examples", type=int, default=1500, help="of each classification task")
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--rows", type=int, default=4, help="of 1,024 tokens a step")
+    parser.add_argument("--dtype", default="auto", help="bfloat16 is quicker on most CPUs, too")
     parser.add_argument("--held-out", type=int, default=64, help="conversations of each set")
+    parser.add_argument(
+        "--asked", type=int, default=16, help="conversations of each set, answered twice"
+    )
     parser.add_argument("--looked-at", type=int, default=200, help="held-out rows of a loss")
     parser.add_argument("--limit", type=int, default=800, help="held-out rows that are scored")
     wanted = parser.parse_args()
