@@ -199,7 +199,7 @@ def main() -> None:
         ("export", "--run", "both", "--task", task, "--format", "peft", "--output", f"out-{task}")
         for task in TALKS
     ]
-    output, *_ = commands(place, ("eval", "--run", "both", *asked), *exports)
+    (output,) = commands(place, ("eval", "--run", "both", *asked))
     told = json.loads(output)
     for one in told["results"]:
         if one["task"] not in CLASSES:
@@ -213,6 +213,7 @@ def main() -> None:
             "difference": [pair["difference"], pair["low"], pair["high"]],
         }
     print(json.dumps(found), flush=True)
+    commands(place, *exports)
     found["same_answers"] = same_answers(wanted, place)
     (place / "conversation_mixture.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(
