@@ -214,6 +214,25 @@ def test_vllm_in_one_batch(served: Served, engine: Path, written: list[Any]) -> 
 
 
 @pytest.mark.long
+def test_vllm_generates_free_answers(base: Path, engine: Path, tmp_path: Path) -> None:
+    """Beside choices in the same batch: the same tokens, and the right answers' log-probabilities."""
+    template = {"description": "A free answer.", "prompt": "{{ question }}\nAnswer:", "answer": "{{ answer }}",
+                "metrics": ["exact_match"], "generate": {"max_new_tokens": 12}}  # fmt: skip
+    (tmp_path / "free.yaml").write_text(json.dumps(template))
+    tasks = f"[{{name: free, template: {tmp_path / 'free.yaml'}, source: 'sample:animals'}}, {{name: uses, template: samples/uses}}]"
+    changes = [f"base_model={base}", f"tasks={tasks}", "training.max_steps=6", "training.row_length=512",
+               "training.learning_rate=2e-2", "training.checkpoint_every=null"]  # fmt: skip
+    run = open_run(
+        start(prepare(load_recipe(find_recipe("quickstart"), changes)), tmp_path / "run")
+    )
+    targets = [(task, tmp_path / task.name) for task in run.tasks]
+    written = write_tasks("peft", run, targets, Options(checked=False))
+    said = check_by_engine(run, engine, written, Options(limit=12), print)
+    for found in said.comparisons.values():
+        assert (found.examples, found.equal) == (12, 1.0) and found.largest < 1e-3
+
+
+@pytest.mark.long
 def test_vllm_finds_a_wrong_adapter(served: Served, engine: Path, written: list[Any]) -> None:
     """The others stay; what differs lies aside."""
     file = written[1].folder / "adapter_model.safetensors"
