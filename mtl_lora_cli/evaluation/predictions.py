@@ -14,6 +14,7 @@ from mtl_lora_cli.evaluation.answers import Answers, normalised
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, LM_EVAL, Setting
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.paths import require_writable as require_folder
+from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.task import Task
 
 
@@ -74,7 +75,8 @@ def _lines(
             "split": examples.split,
             "row": number,
             "where": examples.wheres[number],
-            "prompt_sha256": hashlib.sha256(example.prompt.encode()).hexdigest(),
+            "prompt_sha256": hashlib.sha256(unplaced(example.prompt).encode()).hexdigest(),
+            **({"pictures": [one.address for one in example.images]} if example.images else {}),
             "truncated": answers.requests[number].truncated,
             "predicted": predicted,
             "gold": gold,
