@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -318,6 +319,7 @@ def main() -> None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = str(started % options.cards)
             started += 1
             log = options.output / f"{job[0]}-{job[1]}.log"
+            shutil.rmtree(log.with_suffix(".run"), ignore_errors=True)  # of a call that was stopped
             running[forked(lambda job=job: work(*job, options), log)] = job
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
