@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.evaluation.choices import Request
 
 
-GELU_TABLE = 1e-2  # in log-probabilities; 1.6e-3 and less were seen of eighteen layers
+GELU_TABLE = 2e-2  # in log-probabilities; up to 6.1e-3 was seen of Gemma 3 270M
 
 
 def table_tolerance(config: Any) -> float:

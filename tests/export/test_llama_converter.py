@@ -331,7 +331,7 @@ def llama_logprobs(model: Path, lora: Path | None, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed"), [("gemma2", 1e-2), ("gemma3_text", 1e-2), ("gemma3", 1e-2), ("qwen3", 0.0)]
+    ("kind", "allowed"), [("gemma2", 2e-2), ("gemma3_text", 2e-2), ("gemma3", 2e-2), ("qwen3", 0.0)]
 )
 def test_gelu_is_allowed_what_its_table_costs(kind: str, allowed: float) -> None:
     assert table_tolerance(AutoConfig.for_model(kind)) == allowed
