@@ -219,6 +219,8 @@ def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
         (("predict", "--run", "one", "--task", "dept", "few.jsonl"), "unknown task 'dept'; did you mean 'depth'?"),
         (("predict", "--run", "one", "few.jsonl"), "give --task"),
         (("data", "show", "recipe.yaml", "--packed"), "--packed is for texts"),
+        (("serve", "one", "--port", "0"), "serve answers texts; its answers are maps"),
+        (("export", "--run", "one", "--task", "all", "--format", "onnx", "--check", "vllm"), "--check vllm is for texts"),
         (("train", "recipe.yaml", "training.row_length=64"), "training.row_length: is for text"),
         (("train", "recipe.yaml", "mixing={dynamic: progress}"), "mixing: needs rows of one task alone, and tasks with objective segmentation learn from the same pictures; training.rows: one_task shows"),
         (("train", "recipe.yaml", "training.validation.best=macro"), "their average says nothing; name a task"),
