@@ -13,7 +13,7 @@ from mtl_lora_cli.cli.show_maps import show_maps
 from mtl_lora_cli.visible import visible
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.training.prepare import Prepared
+    from mtl_lora_cli.training.prepared import Prepared
 
 _SUPERVISED = ("\x1b[1;32m", "\x1b[0m")  # bold green on a terminal
 _PLAIN = ("⟦", "⟧")  # elsewhere

@@ -8,7 +8,7 @@ from mtl_lora_cli.cli.frame import emit, emit_json
 from mtl_lora_cli.cli.table import table
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.training.prepare import Prepared
+    from mtl_lora_cli.training.prepared import Prepared
 
 
 def task_rows(prepared: Prepared) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.maps import MapDataset
     from mtl_lora_cli.tasks.maps import MapSpec
     from mtl_lora_cli.tasks.task import Task
-    from mtl_lora_cli.training.prepare import Prepared
+    from mtl_lora_cli.training.prepared import Prepared
 
 _HEIGHT = 240  # pixels of what is written
 

@@ -202,7 +202,8 @@ def started(
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training import run as training
     from mtl_lora_cli.training.add_task import load_addition
-    from mtl_lora_cli.training.prepare import prepare, require_fit
+    from mtl_lora_cli.training.prepare import prepare
+    from mtl_lora_cli.training.prepared import require_fit
     from mtl_lora_cli.training.warm_start import load_beginning
 
     path = find_recipe(recipe)

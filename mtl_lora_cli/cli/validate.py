@@ -37,7 +37,8 @@ def validate(
         status("loading libraries")
         from mtl_lora_cli.data.map_audit import count_maps
         from mtl_lora_cli.tasks.maps import MAPS
-        from mtl_lora_cli.training.prepare import prepare, require_fit
+        from mtl_lora_cli.training.prepare import prepare
+        from mtl_lora_cli.training.prepared import require_fit
 
         prepared = prepare(loaded)
         require_fit(prepared)

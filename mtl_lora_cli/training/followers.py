@@ -13,7 +13,7 @@ from mtl_lora_cli.training.balance import GradNorm, Uncertainty
 from mtl_lora_cli.training.following import Following, FollowingShares
 from mtl_lora_cli.training.gradients import TaskGradients
 from mtl_lora_cli.training.observers import Observer, pass_length
-from mtl_lora_cli.training.prepare import ReadyRun
+from mtl_lora_cli.training.prepared import ReadyRun
 
 Balancing = (Uncertainty, GradNorm)
 

@@ -34,7 +34,7 @@ from mtl_lora_cli.training.journal import Journal, step_event
 from mtl_lora_cli.training.observers import Observer, due
 from mtl_lora_cli.training.parts import parameter_groups
 from mtl_lora_cli.training.poison import no_number
-from mtl_lora_cli.training.prepare import ReadyRun
+from mtl_lora_cli.training.prepared import ReadyRun
 from mtl_lora_cli.training.schedule import learning_rate_factor
 from mtl_lora_cli.training.step import Running, StepClock, Stepper
 from mtl_lora_cli.training.surgery import Surgery

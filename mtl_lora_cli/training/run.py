@@ -40,7 +40,8 @@ from mtl_lora_cli.training.drawn import Draw
 from mtl_lora_cli.training.gradient_start import start_by_gradient
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared, ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.signs import signs
 from mtl_lora_cli.training.spikes import spikes, told

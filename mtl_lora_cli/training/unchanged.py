@@ -19,7 +19,7 @@ from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 
 # Of what is in environment.json: what may change a number.
 _COUNTING = ("mtl-lora", "torch", "transformers", "tokenizers", "bitsandbytes", "deepspeed")

@@ -32,7 +32,7 @@ from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.training.add_task import require_agreement
 from mtl_lora_cli.training.observers import undisturbed
-from mtl_lora_cli.training.prepare import Prepared, ReadyRun
+from mtl_lora_cli.training.prepared import Prepared, ReadyRun
 
 ROWS = 32  # training rows of a task that say which known task is nearest
 STARTS = "starts.json"  # beside the adapter that a run begins at

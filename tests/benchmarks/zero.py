@@ -39,7 +39,7 @@ from mtl_lora_cli.recipe.schema import Distributed, Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import ReadyRun
+from mtl_lora_cli.training.prepared import ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.zero import deepspeed_config
 

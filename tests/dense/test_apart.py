@@ -17,7 +17,8 @@ from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.gradients import shared_parameters
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import ReadyRun, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import ReadyRun
 
 from ..training.conftest import Small
 from ..training.test_following import naive_pcgrad, told

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 
 
 @pytest.fixture(scope="session")

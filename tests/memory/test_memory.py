@@ -45,7 +45,8 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
 from mtl_lora_cli.recipe.schema import Diagnose, Recompute
 from mtl_lora_cli.training.passes import EagerPasses
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
 # d = 8, H = 2, G = 1, D = 4, F = 16; an adapter of r = 2 and n = 3 on q.

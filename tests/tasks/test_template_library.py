@@ -159,6 +159,13 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
     "instruct/alpaca": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "3"),
     "instruct/completion": ({"prompt": "1 + 2 =", "completion": " 3"}, "3"),
     "ads/click": ({"query": "shoes", "ad": "Shoes!", "click": 0}, "no"),
+    "vision/product_colour": ({"image": "1.jpg", "type": "Caps", "colour": "Red"}, "Red"),
+    "vision/product_type": ({"image": "1.jpg", "type": "Caps"}, "Caps"),
+    "vision/statements": (
+        {"image": "1.png", "sentence": "There is a dog.", "label": "true"},
+        "yes",
+    ),
+    "vision/title_matches": ({"image": "1.jpg", "title": "A red cap", "fits": "no"}, "no"),
 }
 
 # Which of the real files go with a template, and which of their splits is tested.

@@ -32,7 +32,8 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import Prepared, ReadyRun, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared, ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.validation import encode_validation
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from mtl_lora_cli.cli.app import app
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 
 PAGE = 4096  # the smallest piece of a file system in memory
 STEPS = 12

@@ -31,7 +31,8 @@ from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.add_task import load_addition
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
 pytestmark = pytest.mark.slow

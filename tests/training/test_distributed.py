@@ -28,7 +28,8 @@ from mtl_lora_cli.errors import ProblemsError
 from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 from mtl_lora_cli.training.validation import Validation
 

@@ -22,7 +22,8 @@ from mtl_lora_cli.machine.launch import equivalent
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
 from .conftest import Poison

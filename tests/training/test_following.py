@@ -21,7 +21,8 @@ from mtl_lora_cli.training.balance import GradNorm, Uncertainty
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.following import LAG, FollowingShares
 from mtl_lora_cli.training.loop import Trainer
-from mtl_lora_cli.training.prepare import ReadyRun, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import ReadyRun
 from mtl_lora_cli.training.reference import losses_of
 from mtl_lora_cli.training.surgery import projected
 

@@ -17,7 +17,7 @@ from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.training.drawn import Draw
 from mtl_lora_cli.training.gradient_start import STEPS, require_gradients, start_by_gradient
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 
 from ..families.build import build
 from ..families.models import MODELS

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 
 
 def test_the_first_loss_is_the_plain_models_mean_over_answer_tokens(

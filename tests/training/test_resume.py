@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.runs.folder import find_run
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
 pytestmark = pytest.mark.slow

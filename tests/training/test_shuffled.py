@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.training.drawn import Draw
-from mtl_lora_cli.training.prepare import Prepared
+from mtl_lora_cli.training.prepared import Prepared
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import RunSettings, Tracker, ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import trackers
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import start
 
 

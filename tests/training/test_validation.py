@@ -20,7 +20,8 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import ValidationSettings as Settings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.journal import Journal
-from mtl_lora_cli.training.prepare import Prepared, prepare
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.validation import Validation, encode_validation
 

@@ -22,7 +22,8 @@ from mtl_lora_cli.export.order import Options
 from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
-from mtl_lora_cli.training.prepare import prepare, require_fit
+from mtl_lora_cli.training.prepare import prepare
+from mtl_lora_cli.training.prepared import require_fit
 from mtl_lora_cli.training.run import start
 
 TEMPLATE = {
