@@ -12,6 +12,7 @@ from mtl_lora_cli.tasks.message_forms import (
     read_tools,
     without_place,
 )
+from mtl_lora_cli.tasks.message_parts import FormError
 from mtl_lora_cli.tasks.messages import Dialogue
 
 
@@ -55,6 +56,7 @@ class Talk:
         Raises:
             FormError: something in the conversation is not what it should be.
         """
+        _require_text(variables)
         system = "" if self._system is None else self._system(variables).strip()
         value = self._messages(variables)
         messages, marks = read_messages(
@@ -68,3 +70,17 @@ class Talk:
         )
         reasoning = self._settings.reasoning != "unlearned"
         return Dialogue(tuple(map(without_place, messages)), counts, tools, reasoning)
+
+
+def _require_text(variables: dict[str, Any]) -> None:
+    """Refuse rows whose conversation is about pictures: they would be left out, and `<image>` read as text.
+
+    Raises:
+        FormError: naming the field.
+    """
+    for field in ("image", "images"):
+        if variables.get(field):
+            raise FormError(
+                f"the row shows pictures ('{field}'), which conversations do not read yet; "
+                "without the field the text alone is learned"
+            )

@@ -193,3 +193,13 @@ def test_earliest_turns_go_whole_and_the_system_prompt_stays() -> None:
         lengths.append(len(shorter.messages))
         shorter = shorter.without_earliest()
     assert lengths == [10, 8, 3]
+
+
+@pytest.mark.parametrize(("field", "value"), [("image", "1.jpg"), ("images", ["1.jpg", "2.jpg"])])
+def test_a_conversation_about_pictures_is_refused(field: str, value: Any) -> None:
+    """LLaVA's rows: without it the picture would be left out, and its mark learned as text."""
+    asked = {"from": "human", "value": "<image>\nWhat is it?"}
+    row = {"conversations": [asked, {"from": "gpt", "value": "A cat."}]}
+    with pytest.raises(UsageError, match=rf"^rows:1: task 't': .*shows pictures \('{field}'\)"):
+        read("sharegpt", {**row, field: value})
+    assert said(read("sharegpt", {**row, field: type(value)()}))[1] == ("assistant", "A cat.")
