@@ -32,7 +32,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.noise import Shown, draw, drawn_pictures
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.models.plain import LAYOUTS, Way, forget_lengths, use_attention
+from mtl_lora_cli.models.plain import Way, forget_lengths, use_attention
 from mtl_lora_cli.models.stand_in import (
     LONG,
     critical_lengths,
@@ -173,7 +173,8 @@ def _settled(packed: PackedModel) -> Trust:
     ways: list[Way | None] = [None] if packed.decoder is not None else []
     bare = head_is_bare(packed, examples[-1])
     if not packed.must_fuse:
-        bare = bare and packed.ways == LAYOUTS  # pictures go through the model's own forward pass
+        own = packed.vision is not None and not packed.vision.packs
+        bare = bare and not own  # such pictures go through the model's own forward pass
         ways += [Way(layout, bare, limit) for layout in packed.ways]
     tried: list[str] = []
     for way in ways:

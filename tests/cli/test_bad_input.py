@@ -610,7 +610,7 @@ CASES = [
         "unknown alias",
         (
             "base_model: 'smollm2-135' is no alias, folder, .gguf file or hub id; "
-            "did you mean 'smollm2-135m'?; aliases: smollm2-135m, dinov2-small",
+            "did you mean 'smollm2-135m'?; aliases: smollm2-135m, dinov2-small, smollm2-135m-vision",
         ),
         (*TRAIN, "base_model=smollm2-135"),
         early=False,

@@ -28,7 +28,7 @@ from ..families.models import MODELS
 # Wrappers with a part that sees, renamed and fused weights, and a plain one.
 KINDS = (
     "gemma3-window",
-    "gemma4-window-cap",
+    "gemma4-cap-shared-keys",
     "mistral3",
     "qwen3_5",
     "qwen3_5_moe",
@@ -153,7 +153,7 @@ def test_the_hubs_first_gemma3_names_are_found(
 @pytest.mark.parametrize(
     "kind",
     [
-        *("qwen3_5", "llama4-chunks", "gemma3-window", "gemma4-window-cap", "mistral3"),
+        *("qwen3_5", "llama4-chunks", "gemma3-window", "gemma4-cap-shared-keys", "mistral3"),
         *("phimoe", "deepseek_v3", "laguna-window", "qwen2_moe"),
     ],
 )

@@ -15,7 +15,7 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.families import llama
 from mtl_lora_cli.engine.segments import EVERYTHING
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import plain, registered, trust
+from mtl_lora_cli.models import packed, plain, registered, trust
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import Engine, PackedModel
@@ -138,7 +138,7 @@ def test_what_is_taken_away_is_missed(
     found = trust.settle(model)
     assert found.way is not None
     assert (found.way.layout == "packed") == (take_away not in LAYOUT)
-    monkeypatch.setattr(trust, "LAYOUTS", ("packed",))
+    monkeypatch.setattr(packed, "LAYOUTS", ("packed",))
     take_away(monkeypatch)
     with pytest.raises(UsageError, match=r"differ by|must not be seen"):
         trust.settle(model)
