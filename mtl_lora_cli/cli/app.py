@@ -32,6 +32,7 @@ from mtl_lora_cli.cli import (
     train,
     validate,
 )
+from mtl_lora_cli.cli.once import take_each_once
 
 app = typer.Typer(
     help="Train one LoRA adapter for many tasks, evaluate each task, merge any of them.",
@@ -61,6 +62,7 @@ compare.register(app)
 doctor.register(app)
 init.register(app)
 schema.register(app)
+take_each_once(app)
 
 
 def _version(wanted: bool) -> None:
