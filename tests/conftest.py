@@ -15,6 +15,8 @@ from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.export.formats import FORMATS
 from mtl_lora_cli.metrics import METRICS
 
+from .forks import Forks
+
 # Triton reads it when it is imported, which other libraries do, too: without a card its kernels run
 # in the interpreter (tests/kernels).
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -93,3 +95,13 @@ def small_model() -> Path:
 def stories_folder(small_model: Path) -> Path:
     """The same under its first name."""
     return small_model
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands as processes of their own, which have the libraries."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
+    yield process
+    process.close()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,6 @@ from mtl_lora_cli.dense.host import DenseHost
 from mtl_lora_cli.dense.objective import LEARNING
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.tasks.maps import MapSpec
-
-from ..forks import Forks
 
 Backbones = Callable[[str], BaseModel]
 
@@ -67,16 +64,6 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Backbones:
         return find_base_model(str(place))
 
     return made
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Commands as processes of their own, which have the libraries."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
-    yield process
-    process.close()
 
 
 TARGETS = {

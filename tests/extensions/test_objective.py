@@ -8,9 +8,7 @@ here, step by step with AdamW, from the files of the run alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +129,6 @@ TRAINING = {
     "validation": {"every": 3},
     "diagnose": {"every": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

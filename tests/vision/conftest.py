@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import adapt, load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
 
-from ..forks import Forks
 from ..sights import tiny_llava, tiny_model, write_squares
 
 
@@ -28,16 +26,6 @@ def llava(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> BaseMo
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("squares")
     return write_squares(folder, {"train": 48, "validation": 8, "test": 12})
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Commands as processes of their own, which have the libraries."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    environment = {**os.environ, "MTL_LORA_CACHE": cache, "OMP_NUM_THREADS": "1"}
-    process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="session")

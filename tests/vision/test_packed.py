@@ -84,36 +84,8 @@ def alone(packed: PackedModel, pictures: Sequence[Image.Image]) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("engine", ["fused", "plain"])
-def test_packed_equals_alone_and_so_do_gradients(llava: BaseModel, engine: str) -> None:
-    packed = packed_of(llava, engine)
-    settle(packed)
-    pictures = [picture(number) for number in range(3)]
-    batch = batch_of(packed, pictures)
-    learning: Any = packed.adapter.trained()  # type: ignore[union-attr]
-    with packed.routed(batch):
-        ours = packed(batch)
-        ours.sum().backward()
-    first = {name: tensor.grad.clone() for name, tensor in learning.items()}
-    for tensor in learning.values():
-        tensor.grad = None
-    theirs = alone(packed, pictures)
-    theirs.sum().backward()
-    assert (ours - theirs).abs().max() < 5e-5
-    assert any(name.startswith("whole:") and grad.abs().max() > 0 for name, grad in first.items())
-    for name, tensor in learning.items():
-        scale = tensor.grad.abs().max()
-        assert (first[name] - tensor.grad).abs().max() <= 5e-5 * max(1.0, float(scale)), name
-    frozen = [p for n, p in packed.model.named_parameters() if "vision_tower" in n]
-    assert frozen and all(p.grad is None for p in frozen)
-
-
-@pytest.mark.parametrize("kind", TOKENS)
-def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
-    models: Callable[[str], BaseModel], kind: str
-) -> None:
-    packed = packed_of(models(kind), kind=kind)
-    assert settle(packed).way == (None if packed.vision.packs else Way("single"))  # type: ignore[union-attr]
+def gradients_held_to_each_alone(packed: PackedModel) -> dict[str, torch.Tensor]:
+    """The packed row's gradients, after it and they were held to transformers' own, each example alone."""
     pictures = [picture(number) for number in range(3)]
     batch = batch_of(packed, pictures)
     learning: Any = packed.adapter.trained()  # type: ignore[union-attr]
@@ -129,6 +101,26 @@ def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
     for name, tensor in learning.items():
         scale = max(1.0, float(tensor.grad.abs().max()))
         assert (first[name] - tensor.grad).abs().max() <= 5e-5 * scale, name
+    return first
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_packed_equals_alone_and_so_do_gradients(llava: BaseModel, engine: str) -> None:
+    packed = packed_of(llava, engine)
+    settle(packed)
+    first = gradients_held_to_each_alone(packed)
+    assert any(name.startswith("whole:") and grad.abs().max() > 0 for name, grad in first.items())
+    frozen = [p for n, p in packed.model.named_parameters() if "vision_tower" in n]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
+    models: Callable[[str], BaseModel], kind: str
+) -> None:
+    packed = packed_of(models(kind), kind=kind)
+    assert settle(packed).way == (None if packed.vision.packs else Way("single"))  # type: ignore[union-attr]
+    gradients_held_to_each_alone(packed)
 
 
 def test_embeddings_that_a_language_part_scales_are_scaled_with_pictures_among_them(
