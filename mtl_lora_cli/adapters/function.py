@@ -332,7 +332,8 @@ def _split(
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 at least: the sums run over all positions."""
+    """a b in float32 at least, of matrices or of stacks of them: the sums run over all positions."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
+        product = torch.mm if a.dim() == 2 else torch.bmm
+        return product(a, b, out_dtype=torch.float32)
     return (a @ b).to(torch.float64 if a.dtype == torch.float64 else torch.float32)

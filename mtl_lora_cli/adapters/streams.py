@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.adapters.frozen import ALIGNMENT, FrozenWeights
-from mtl_lora_cli.adapters.function import AdapterProducts
+from mtl_lora_cli.adapters.function import AdapterProducts, wide_product
 
 _MOST_PARTS = 64  # of a piece, whose products with its gradients run side by side
 _PART = 512  # positions of a part at least
@@ -121,11 +121,7 @@ def products_of_pieces(a: Tensor, b: Tensor) -> Tensor:
     pieces, length, _ = a.shape
     parts = _parts(length)
     a, b = (one.reshape(pieces * parts, length // parts, -1) for one in (a, b))
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        found = torch.bmm(a.mT, b, out_dtype=torch.float32)
-    else:
-        found = torch.bmm(a.mT, b).to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-    return found.unflatten(0, (pieces, parts)).sum(1)
+    return wide_product(a.mT, b).unflatten(0, (pieces, parts)).sum(1)
 
 
 def _parts(length: int) -> int:
