@@ -31,6 +31,8 @@ class Margins:
 
     def write(self) -> None:
         """Write the factors as the parameters are now, and tell the groups so."""
+        for group in self._groups:
+            group.written = False  # the pass before may not have asked it
         key = self._key()
         if key not in self._known:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
