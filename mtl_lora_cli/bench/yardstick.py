@@ -18,7 +18,7 @@ from mtl_lora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mtl_lora_cli.data.encoded import EncodedSplit
-    from mtl_lora_cli.data.mixture import Place
+    from mtl_lora_cli.data.epoch_rows import Place
     from mtl_lora_cli.models.batch import PackedBatch
 
 

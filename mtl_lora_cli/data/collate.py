@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from mtl_lora_cli.data.encoded import EncodedSplit
-from mtl_lora_cli.data.mixture import Place, all_positions, positions_of
+from mtl_lora_cli.data.epoch_rows import Place
+from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch, Pictures
@@ -35,7 +36,7 @@ class TextDataset:
         self, splits: Sequence[EncodedSplit], loss_on: str, eyes: Eyes | None = None
     ) -> None:
         self._splits, self._loss_on, self._eyes = splits, loss_on, eyes
-        self.lengths = [all_positions(split.lengths) for split in splits]
+        self.lengths = [split.positions for split in splits]
 
     def collate(self, rows: Rows) -> PackedBatch:
         """See `training_batch`."""
@@ -47,7 +48,7 @@ class TextDataset:
 
     def size(self, rows: Rows) -> int:
         """Tokens, each example's last one, which takes no position, included."""
-        return sum(int(self._splits[task].lengths[number]) for row in rows for task, number in row)
+        return sum(self._splits[task].length(number) for row in rows for task, number in row)
 
 
 class ChosenDataset:

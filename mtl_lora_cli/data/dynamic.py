@@ -12,13 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.data.mixture import (
-    Mixture,
-    Place,
-    generator_of,
-    laid_in_rows,
-    shares,
-)
+from mtl_lora_cli.data.epoch_rows import EpochRows, Place
+from mtl_lora_cli.data.mixture import Mixture, generator_of, laid_in_rows, shares
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class DynamicMixture(Mixture):
 
     every: int = 50
     blocks: dict[int, Block] = field(default_factory=dict, init=False)
-    _cache: dict[int, list[list[Place]]] = field(default_factory=dict, init=False, repr=False)
+    _cache: dict[int, EpochRows] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def planned(self) -> Mixture:
@@ -82,11 +77,9 @@ class DynamicMixture(Mixture):
     def decide(self, number: int, wanted: Sequence[float]) -> None:
         """Give a block its shares; the one before it is decided."""
         before = self.block(number - 1)
-        drawn = list(before.drawn)
-        for row in self._rows(number - 1):
-            for task, _ in row:
-                drawn[task] += 1
-        self.blocks[number] = Block(tuple(wanted), tuple(drawn))
+        new = self._rows(number - 1).counts(len(self.names)).tolist()
+        drawn = tuple(map(sum, zip(before.drawn, new, strict=True)))
+        self.blocks[number] = Block(tuple(wanted), drawn)
         for old in [one for one in self.blocks if one < number - 1]:
             del self.blocks[old]
 
@@ -104,7 +97,7 @@ class DynamicMixture(Mixture):
             self.blocks[int(number)] = Block(tuple(one["shares"]), tuple(one["drawn"]))
         self._cache.clear()
 
-    def _rows(self, number: int) -> list[list[Place]]:
+    def _rows(self, number: int) -> EpochRows:
         if number not in self._cache:
             for old in [one for one in self._cache if one < number - 1]:
                 del self._cache[old]
@@ -112,27 +105,26 @@ class DynamicMixture(Mixture):
         return self._cache[number]
 
 
-def _draw(mixture: DynamicMixture, number: int) -> list[list[Place]]:
+def _draw(mixture: DynamicMixture, number: int) -> EpochRows:
     """The rows of a block: as many examples as fill `every` times `rows_per_step` rows, and no more."""
     room = mixture.every * mixture.rows_per_step
     block = mixture.block(number)
     count = _expected(mixture, block, room)
-    places: list[Place] = []
-    rows: list[list[Place]] = []
-    while len(rows) <= room:
-        places = _places(mixture, number, count)
-        rows = laid_in_rows(places, mixture)
+    while True:
+        tasks, numbers = _places(mixture, number, count)
+        rows = laid_in_rows(tasks, numbers, mixture)
+        if len(rows) > room:
+            break
         count += count // 4 + 1
-    fits, exceeds = 0, len(places)
+    fits, exceeds = 0, len(tasks)
     while exceeds - fits > 1:
         middle = (fits + exceeds) // 2
-        if len(laid_in_rows(places[:middle], mixture)) <= room:
+        if len(laid_in_rows(tasks[:middle], numbers[:middle], mixture)) <= room:
             fits = middle
         else:
             exceeds = middle
-    rows = laid_in_rows(places[:fits], mixture)
-    order = generator_of(mixture.seed, "rows", number).permutation(len(rows))
-    return [rows[i] for i in order]
+    rows = laid_in_rows(tasks[:fits], numbers[:fits], mixture)
+    return rows.ordered(generator_of(mixture.seed, "rows", number).permutation(len(rows)))
 
 
 def _expected(mixture: DynamicMixture, block: Block, room: int) -> int:
@@ -142,8 +134,8 @@ def _expected(mixture: DynamicMixture, block: Block, room: int) -> int:
     return int(room * mixture.row_length / max(1.0, mean)) + 1
 
 
-def _places(mixture: DynamicMixture, number: int, count: int) -> list[Place]:
-    """So many examples of a block: of each task what comes next in its passes, the tasks shuffled."""
+def _places(mixture: DynamicMixture, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks and numbers of so many examples of a block: of each task what comes next in its passes, shuffled."""
     block = mixture.block(number)
     exact = np.asarray(block.shares) * count
     whole = np.floor(exact + 1e-9).astype(int)
@@ -151,19 +143,20 @@ def _places(mixture: DynamicMixture, number: int, count: int) -> list[Place]:
     whole[most] += 1
     tasks = np.repeat(np.arange(len(whole)), whole)
     tasks = tasks[generator_of(mixture.seed, "block", number, count).permutation(len(tasks))]
-    numbers = [
-        iter(_next(mixture, task, block.drawn[task], own))
-        for task, own in enumerate(whole.tolist())
-    ]
-    return [(int(task), next(numbers[task])) for task in tasks]
+    numbers = np.empty(len(tasks), dtype=np.int64)
+    numbers[np.argsort(tasks, kind="stable")] = np.concatenate(
+        [_next(mixture, task, block.drawn[task], own) for task, own in enumerate(whole.tolist())]
+    )
+    return tasks, numbers
 
 
-def _next(mixture: DynamicMixture, task: int, drawn: int, count: int) -> list[int]:
-    """The next examples of a task, of whole shuffled passes."""
+def _next(mixture: DynamicMixture, task: int, drawn: int, count: int) -> np.ndarray:
+    """The next examples of a task, of whole shuffled passes, int64 [count]."""
     size = len(mixture.lengths[task])
-    found: list[int] = []
-    while len(found) < count:
+    found: list[np.ndarray] = [np.arange(0)]
+    while count > 0:
         order = generator_of(mixture.seed, "pass", drawn // size, mixture.names[task])
-        found += order.permutation(size)[drawn % size :][: count - len(found)].tolist()
+        found.append(order.permutation(size)[drawn % size :][:count])
+        count -= len(found[-1])
         drawn += size - drawn % size
-    return found
+    return np.concatenate(found)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from mtl_lora_cli.data.conversation import Conversation, Prompt
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.mixture import all_positions
 from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture
@@ -49,10 +51,19 @@ class EncodedSplit:
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, answer and end token included, int64 [E]."""
-        return np.diff(self.starts)
+        """Tokens of each example, answer and end token included, int32 [E]."""
+        return np.diff(self.starts).astype(np.int32)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Places that each example takes in a row (`positions_of`), int32 [E]."""
+        return all_positions(self.lengths)
+
+    def length(self, number: int) -> int:
+        """Tokens of one example."""
+        return int(self.starts[number + 1] - self.starts[number])
 
     @property
     def supervised(self) -> int:
@@ -67,7 +78,7 @@ class EncodedSplit:
 
     def learned(self, number: int, loss_on: str = "answer") -> np.ndarray:
         """Which tokens of one example are learned, int64, never its first: nothing stands before it."""
-        length = int(self.starts[number + 1] - self.starts[number])
+        length = self.length(number)
         if loss_on == "all":
             every = np.arange(1, length)
             if self.picture_token is None:
@@ -84,9 +95,11 @@ class EncodedSplit:
             return self.lengths - 1
         if self.mask is None and loss_on != "all":
             return self.lengths - np.maximum(1, self.prompt_lengths)
-        return np.asarray(
-            [len(self.learned(number, loss_on)) for number in range(len(self))], dtype=np.int64
-        )
+        counted = self.tokens != self.picture_token if loss_on == "all" else self.mask
+        if counted is None or not len(self):
+            return np.zeros(len(self), dtype=np.int64)
+        firsts = self.starts[:-1]  # nothing stands before an example's first token
+        return np.add.reduceat(counted, firsts, dtype=np.int64) - counted[firsts]
 
     def take(self, numbers: np.ndarray) -> EncodedSplit:
         """Some of the examples, in the given order."""

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
-from mtl_lora_cli.data.mixture import Place, generator_of
+from mtl_lora_cli.data.mixture import generator_of
 from mtl_lora_cli.data.picture_rows import Source, read_map_rows
 from mtl_lora_cli.models.host import Rows
 from mtl_lora_cli.pictures.augment import (

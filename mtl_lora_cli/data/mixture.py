@@ -15,9 +15,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from mtl_lora_cli.data.packing import pack
-
-Place = tuple[int, int]  # task id, number of the example in its task
+from mtl_lora_cli.data.epoch_rows import EpochRows, Place, joined, of_examples
+from mtl_lora_cli.data.packing import packed
 
 
 def positions_of(tokens: int) -> int:
@@ -158,11 +157,11 @@ class Mixture:
         every = dict(zip(drawn, found, strict=True))
         return [every.get(number, 0) for number in range(len(sizes))]
 
-    def epoch(self, number: int) -> list[list[Place]]:
+    def epoch(self, number: int) -> EpochRows:
         """The rows of one epoch, in the order in which they are learned."""
         return _epoch(_Identity(self), number)
 
-    def first_rows(self) -> list[list[Place]]:
+    def first_rows(self) -> EpochRows:
         """Rows with all tasks in them, as examples of what will be learned: those of the first epoch."""
         return self.epoch(0)
 
@@ -191,8 +190,28 @@ class Mixture:
         start = (number - firsts[epoch]) * self.rows_per_step
         return epoch, self.epoch(epoch)[start : start + self.rows_per_step]
 
+    def drawn_in(self, steps: int) -> list[int]:
+        """Examples of each task in the first so many steps."""
+        found, epoch = np.zeros(len(self.names), dtype=np.int64), 0
+        while steps > 0:
+            own = self._epoch_steps(epoch)
+            if own <= steps:
+                found += np.asarray(self.planned_counts())
+            else:
+                rows = self.epoch(epoch)
+                found += rows.counts(len(self.names), last=steps * self.rows_per_step)
+            steps, epoch = steps - own, epoch + 1
+        return [int(count) for count in found]
+
     def _epoch_steps(self, number: int) -> int:
-        return _epoch_steps(_Identity(self), number)
+        # How many rows examples fill follows from their lengths alone, whatever their order.
+        return _epoch_steps(_Identity(self), 0 if self._draws_all else number)
+
+    @property
+    def _draws_all(self) -> bool:
+        """Whether every epoch is made of the same examples: of whole passes over each task."""
+        several = zip(self.planned_counts(), self.lengths, strict=True)
+        return all(count % max(1, len(own)) == 0 for count, own in several)
 
 
 class _Identity:
@@ -220,39 +239,51 @@ def _first_steps(identity: _Identity) -> list[int]:
 
 
 @lru_cache(maxsize=2)
-def _epoch(identity: _Identity, number: int) -> list[list[Place]]:
+def _epoch(identity: _Identity, number: int) -> EpochRows:
     mixture = identity.mixture
     number += mixture.epochs_before
-    places: list[Place] = []
-    for task, count in enumerate(mixture.planned_counts()):
-        name = mixture.names[task]
-        drawn = draw(len(mixture.lengths[task]), count, mixture.seed, number, name)
-        places += [(task, int(example)) for example in drawn]
+    counts_ = mixture.planned_counts()
+    tasks = np.repeat(np.arange(len(counts_), dtype=np.int32), counts_)
+    several = zip(mixture.names, mixture.lengths, counts_, strict=True)
+    drawn = [draw(len(own), count, mixture.seed, number, name) for name, own, count in several]
+    numbers = np.concatenate([one.astype(np.int32) for one in drawn])
     order = generator_of(mixture.seed, "order", number)
-    places = [places[i] for i in order.permutation(len(places))]
-    rows = laid_in_rows(places, mixture)
-    return [rows[i] for i in order.permutation(len(rows))]
+    mixed = order.permutation(len(tasks))
+    rows = laid_in_rows(tasks[mixed], numbers[mixed], mixture)
+    return rows.ordered(order.permutation(len(rows)))
 
 
-def laid_in_rows(places: Sequence[Place], mixture: Mixture) -> list[list[Place]]:
-    """Examples packed into rows; with `one_task` those of each task apart from the others."""
-    apart: dict[int, list[Place]] = {}
-    for place in places:
-        apart.setdefault(place[0] if mixture.one_task else 0, []).append(place)
-    rows = []
-    for own in apart.values():
-        lengths = [int(mixture.lengths[task][example]) for task, example in own]
-        rows += [[own[i] for i in row] for row in pack(lengths, mixture.row_length)]
-    return rows
+def laid_in_rows(tasks: np.ndarray, numbers: np.ndarray, mixture: Mixture) -> EpochRows:
+    """Examples packed into rows; with `one_task` those of each task apart from the others.
+
+    Args:
+        tasks, numbers: int [E], the task id and the number of each example.
+        mixture: of which lengths they have.
+    """
+    lengths = of_examples(mixture.lengths, tasks, numbers)
+    groups = _by_task(tasks) if mixture.one_task else [np.arange(len(tasks))]
+    return joined([_packed(tasks, numbers, lengths, own, mixture.row_length) for own in groups])
+
+
+def _packed(
+    tasks: np.ndarray, numbers: np.ndarray, lengths: np.ndarray, own: np.ndarray, row_length: int
+) -> EpochRows:
+    """Some of these examples in rows."""
+    members, starts = packed(lengths[own], row_length)
+    own = own[members]
+    return EpochRows(tasks[own], numbers[own], starts)
+
+
+def _by_task(tasks: np.ndarray) -> list[np.ndarray]:
+    """The places of each task, the tasks in the order in which they come first."""
+    order = np.argsort(tasks, kind="stable")
+    ends = np.flatnonzero(np.diff(tasks[order])) + 1
+    return sorted(np.split(order, ends), key=lambda own: int(own[0]) if len(own) else 0)
 
 
 def planned_epochs(mixture: Mixture, steps: int) -> Mapping[str, float]:
     """How many times `steps` optimiser steps go over each task's examples."""
-    seen, planned = [0] * len(mixture.names), mixture.planned
-    for number in range(steps):
-        for row in planned.step(number)[1]:
-            for task, _ in row:
-                seen[task] += 1
+    seen = mixture.planned.drawn_in(steps)
     return {
         name: seen[task] / max(1, len(mixture.lengths[task]))
         for task, name in enumerate(mixture.names)

@@ -296,7 +296,7 @@ def prepare_training(
     audits = _across(bound, audits, seen)
     if encoder.beyond is not None:
         encoder.beyond.require_known(encoder.answer_end)  # it ends every answer
-    mixture = mixture_of(recipe, tasks, [split.lengths for split in splits])
+    mixture = mixture_over(recipe, tasks, [split.positions for split in splits])
     eyes = encoder.eyes if any(task.template.images for task in tasks) else None
     return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes), eyes=eyes)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from mtl_lora_cli.data.mixture import Mixture, Place
+from mtl_lora_cli.data.epoch_rows import EpochRows, Place, joined
+from mtl_lora_cli.data.mixture import Mixture
 
 T = TypeVar("T")
 
@@ -59,17 +60,27 @@ class StagedMixture(Mixture):
             steps += own.steps_in(part.epochs, left)
         return steps
 
-    def epoch(self, number: int) -> list[list[Place]]:
+    def epoch(self, number: int) -> EpochRows:
         """The rows of one epoch, counted through all stages."""
         for part, own in zip(self.parts, self._mixtures, strict=True):
             count = _whole(part.epochs)
             if number < own.epochs_before + count:
-                return _named(own.epoch(number - own.epochs_before), part.tasks)
+                return own.epoch(number - own.epochs_before).renamed(part.tasks)
         raise IndexError(number)
 
-    def first_rows(self) -> list[list[Place]]:
+    def first_rows(self) -> EpochRows:
         """The rows of each stage's first epoch."""
-        return [row for own in self._mixtures for row in self.epoch(own.epochs_before)]
+        return joined([self.epoch(own.epochs_before) for own in self._mixtures])
+
+    def drawn_in(self, steps: int) -> list[int]:
+        """Examples of each task in the first so many steps."""
+        found = [0] * len(self.names)
+        for part, own in zip(self.parts, self._mixtures, strict=True):
+            taken = min(steps, own.steps_in(part.epochs))
+            for task, count in zip(part.tasks, own.drawn_in(taken), strict=True):
+                found[task] += count
+            steps -= taken
+        return found
 
     def step(self, number: int) -> tuple[int, list[list[Place]]]:
         """The epoch and the rows of optimiser step `number`, counted from 0."""

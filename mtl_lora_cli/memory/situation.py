@@ -142,7 +142,7 @@ def densest(data: TrainingData, row_length: int, loss_on: str) -> int:
     """The most supervised tokens of a row, in the first epoch's packing."""
     asked = [split.learned_counts(loss_on) for split in data.splits]
     rows = replace(data.mixture, row_length=row_length).first_rows()
-    return max(sum(int(asked[task][number]) for task, number in row) for row in rows)
+    return int(rows.sums(asked).max())
 
 
 def longest_of(data: TrainingData) -> int:

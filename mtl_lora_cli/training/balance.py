@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.recipe.schema import Balance
 from mtl_lora_cli.training.following import LAG

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.packing import pack
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.errors import UsageError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import DECODER, Adapter
 from mtl_lora_cli.adapters.methods.base import Role
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.evaluation.choices import fill_passes
 from mtl_lora_cli.models.host import Dataset, Host, Rows, at_step, examples_in
 from mtl_lora_cli.training.observers import undisturbed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.drawn import Draw, Drawn

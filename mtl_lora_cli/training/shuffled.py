@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.models.batch import PackedBatch
 
 _SALT = 23  # another stream than that of the draws

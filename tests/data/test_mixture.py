@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from itertools import chain
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtl_lora_cli.data.dynamic import DynamicMixture
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.mixture import (
     Mixture,
-    Place,
     counts,
     draw,
     planned_epochs,
@@ -38,7 +39,7 @@ def mixture(sizes: tuple[int, ...] = (40, 7, 90), **keys: Any) -> Mixture:
     )
 
 
-def places(rows: list[list[Place]]) -> list[Place]:
+def places(rows: Sequence[list[Place]]) -> list[Place]:
     return list(chain.from_iterable(rows))
 
 

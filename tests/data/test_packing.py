@@ -49,6 +49,33 @@ def test_every_example_stands_where_it_left_the_least_room(case: tuple[int, list
     assert sorted(row_length - sum(lengths[n] for n in row) for row in rows) == sorted(rooms)
 
 
+def one_by_one(lengths: list[int], row_length: int) -> list[list[int]]:
+    """The rows as the version before laid them: a search an example, over stacks of rows by their room."""
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[number]
+        room = next((r for r in range(length, row_length + 1) if by_room[r]), row_length)
+        if by_room[room]:
+            row = by_room[room].pop()
+        else:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(number)
+        if room - length:
+            by_room[room - length].append(row)
+    return [sorted(row) for row in rows]
+
+
+@given(LENGTHS)
+@settings(max_examples=200, deadline=None)
+def test_examples_of_a_length_laid_together_stand_where_they_stood_one_by_one(
+    case: tuple[int, list[int]],
+) -> None:
+    row_length, lengths = case
+    assert pack(lengths, row_length) == one_by_one(lengths, row_length)
+
+
 @given(LENGTHS)
 @settings(max_examples=50, deadline=None)
 def test_the_same_lengths_give_the_same_rows(case: tuple[int, list[int]]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.adapters.weight_start import start_from_weights
-from mtl_lora_cli.data.mixture import Place
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
