@@ -6,7 +6,8 @@
 With `--maps` the three tasks of NYU Depth V2 in FOLDER are learned, classes, depth and normals, each beside runs of that task
 alone, and the table is Δm: the mean over tasks of how much better the metric is than its own run's, in percent.
 
-Libraries are loaded, the base model is converted and rows are encoded once, then every run is a fork of that process.
+Libraries are loaded, the base model is converted and rows are encoded once; `--jobs` forks of that process then take run after run,
+and begin none that would not end in `--seconds`. On a card MPS lets small models compute side by side (docs/comparing.md).
 Where `proportional` of a seed is done, `excess_loss` of it takes its losses as the reference; otherwise it has none, and
 the table says so. `pcgrad` has rows of one task each, so `one_task` is what it stands beside. A call that was
 stopped goes on. `MTL_LORA_DATA` names the data.
@@ -18,11 +19,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -86,43 +89,6 @@ def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     return found
 
 
-def learn_maps(arm: str, seed: int, options: argparse.Namespace) -> None:
-    """One run, and its result file."""
-    from mtl_lora_cli.cli.main import main as command
-    from mtl_lora_cli.recipe.load import find_recipe, load_recipe
-    from mtl_lora_cli.training.prepare import prepare
-    from mtl_lora_cli.training.run import start
-
-    words = map_changes(arm, seed, options)
-    prepared = prepare(load_recipe(find_recipe("nyuv2"), words))
-    run = start(prepared, options.output / f"{arm}-{seed}.run")
-    events = [event for event in run.events() if event["event"] == "step"]
-    said = options.output / f"{arm}-{seed}.said"
-    sys.argv = [
-        "mtl-lora",
-        "eval",
-        "--run",
-        str(run.path),
-        "--task",
-        "all",
-        "--limit",
-        str(options.limit),
-        "--json",
-    ]
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        with suppress(SystemExit):
-            command()
-    results = json.loads(said.read_text())["results"]
-    found = {
-        "arm": arm, "seed": seed, "steps": len(events),
-        "step": sorted(event["seconds"] for event in events)[len(events) // 2],
-        "reference": "reference_run" in str(words),
-        "tasks": {one["task"]: next(iter(one["metrics"].values()))["value"] for one in results},
-    }  # fmt: skip
-    (options.output / f"{arm}-{seed}.json").write_text(json.dumps(found, indent=1))
-
-
 def map_report(folder: Path) -> str:
     """Each arm's metrics, means over seeds, and Δm by seed against the runs of one task of the same seed."""
     found = {
@@ -178,21 +144,26 @@ def learn(arm: str, seed: int, options: argparse.Namespace) -> None:
     """One run, and its result file."""
     from mtl_lora_cli.evaluation.evaluate import Setting, evaluate, find_rows
     from mtl_lora_cli.evaluation.opened import open_run
+    from mtl_lora_cli.machine.cards import pick_device, release
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training.prepare import prepare
     from mtl_lora_cli.training.run import start
 
     began = time.monotonic()
-    words = changes(arm, seed, options)
-    prepared = prepare(load_recipe(find_recipe("real-17"), words))
+    words = (changes if options.maps is None else map_changes)(arm, seed, options)
+    prepared = prepare(load_recipe(find_recipe(options.recipe), words))
+    ready = time.monotonic()
     run = start(prepared, options.output / f"{arm}-{seed}.run")
-    trained = time.monotonic() - began
+    del prepared
+    release(pick_device())
+    learned = time.monotonic()
     opened, setting = open_run(run), Setting(limit=options.limit)
     rows = find_rows(opened.tasks, setting, None)
     results = evaluate(opened, opened.tasks, setting, lambda *_: None, rows=rows)
     events = [event for event in run.events() if event["event"] == "step"]
     found = {
-        "arm": arm, "seed": seed, "steps": len(events), "trained": round(trained, 1),
+        "arm": arm, "seed": seed, "steps": len(events),
+        "seconds": [round(after - before, 1) for before, after in pairwise((began, ready, learned, time.monotonic()))],
         "loss": fmean(event["loss"] for event in events[-10:]),
         "step": sorted(event["seconds"] for event in events)[len(events) // 2],
         "reference": "reference_run" in str(words),
@@ -239,6 +210,48 @@ def warm(options: argparse.Namespace) -> None:
     (options.output / "first.txt").write_text(str(options.steps / 3 * 4 * 512 / positions))
 
 
+Run = tuple[str, int]  # arm, seed
+
+
+def work(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Take runs that nobody has taken, until there is none, or the longest one so far would not end in time."""
+    longest = 0.0
+    while open_runs := [run for run in runs if not claim_of(run, options).exists()]:
+        arm_and_seed = following(open_runs, options)
+        if arm_and_seed is None:  # it waits for another's losses
+            time.sleep(0.2)
+            continue
+        if time.monotonic() + longest > options.until:
+            return
+        try:
+            claim_of(arm_and_seed, options).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        began = time.monotonic()
+        try:
+            learn(*arm_and_seed, options)
+        except Exception:
+            claim_of(arm_and_seed, options).with_suffix(".failed").touch()
+            print(*arm_and_seed, traceback.format_exc(), file=sys.stderr, flush=True)
+        longest = max(longest, time.monotonic() - began)
+
+
+def claim_of(run: Run, options: argparse.Namespace) -> Path:
+    """The file that says that a process has taken this run."""
+    return Path(options.output / f"{run[0]}-{run[1]}.claimed")
+
+
+def following(runs: Sequence[Run], options: argparse.Namespace) -> Run | None:
+    """The next one; one that takes another's losses waits for it, while that is to come."""
+    for arm, seed in runs:
+        other = options.output / f"proportional-{seed}.json"
+        asked = "proportional" in options.arms.split(",")
+        over = other.is_file() or other.with_suffix(".failed").is_file()
+        if arm != "excess_loss" or not asked or over:
+            return arm, seed
+    return None
+
+
 def report(folder: Path) -> str:
     """Each arm's mean over tasks, by seed, and how far it is from proportional of the same seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -271,17 +284,6 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def following(
-    jobs: list[tuple[str, int]], running: dict[int, tuple[str, int]], options: argparse.Namespace
-) -> tuple[str, int] | None:
-    """The next one; one that takes another's losses waits for it, if that is there."""
-    for arm, seed in jobs:
-        other = ("proportional", seed)
-        if arm != "excess_loss" or (other not in jobs and other not in running.values()):
-            return arm, seed
-    return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base")
@@ -292,14 +294,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9)
-    parser.add_argument("--cards", type=int, default=0, help="deal the runs out to so many cards")
     parser.add_argument("--maps", type=Path, help="a folder of NYU Depth V2")
     parser.add_argument("--size", default="[168, 224]", help="of pictures")
     parser.add_argument("--arms")
     options = parser.parse_args()
     options.arms = options.arms or ",".join(ARMS if options.maps is None else MAP_ARMS)
-    work = learn if options.maps is None else learn_maps
+    options.recipe = "real-17" if options.maps is None else "nyuv2"
     began = time.monotonic()
+    options.until = began + options.seconds
     options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)
     for module in ("evaluation.evaluate", "training.run", "models.packed", "engine.decoder"):
@@ -308,32 +310,35 @@ def main() -> None:
         os.waitpid(forked(lambda: warm(options), options.output / "warm.log"), 0)
         options.first = float((options.output / "first.txt").read_text())
     print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
-    jobs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms.split(",")]
-    jobs = [job for job in jobs if not (options.output / f"{job[0]}-{job[1]}.json").is_file()]
-    running: dict[int, tuple[str, int]] = {}
-    started = 0
-    while (jobs or running) and time.monotonic() - began < options.seconds:
-        while len(running) < options.jobs and (job := following(jobs, running, options)):
-            jobs.remove(job)
-            if options.cards:
-                os.environ["CUDA_VISIBLE_DEVICES"] = str(started % options.cards)
-            started += 1
-            log = options.output / f"{job[0]}-{job[1]}.log"
-            shutil.rmtree(log.with_suffix(".run"), ignore_errors=True)  # of a call that was stopped
-            running[forked(lambda job=job: work(*job, options), log)] = job
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            job = running.pop(pid)
-            print(
-                f"{time.monotonic() - began:5.0f} s: {job[0]} {job[1]}, code {status >> 8}",
-                flush=True,
-            )
-        else:
-            time.sleep(0.05)
-    for pid, job in running.items():
-        os.kill(pid, 9)
-        print("not finished:", *job)
+    runs = [(arm, seed) for seed in range(options.seeds) for arm in options.arms.split(",")]
+    runs = [run for run in runs if not (options.output / f"{run[0]}-{run[1]}.json").is_file()]
+    for old in (*options.output.glob("*.claimed"), *options.output.glob("*.failed")):
+        old.unlink()  # of a call that was stopped
+    for arm, seed in runs:
+        shutil.rmtree(options.output / f"{arm}-{seed}.run", ignore_errors=True)
+    workers = [
+        forked(lambda: work(runs, options), options.output / f"worker-{number}.log")
+        for number in range(options.jobs)
+    ]
+    watch(workers, runs, options)
     print((report if options.maps is None else map_report)(options.output))
+
+
+def watch(workers: Sequence[int], runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Tell of every run that ends, until all have or time is up."""
+    began, left, alive = options.until - options.seconds, list(runs), set(workers)
+    while alive and time.monotonic() < options.until:
+        for run in [one for one in left if (options.output / f"{one[0]}-{one[1]}.json").is_file()]:
+            left.remove(run)
+            found = json.loads((options.output / f"{run[0]}-{run[1]}.json").read_text())
+            print(f"{time.monotonic() - began:5.0f} s: {run[0]} {run[1]}, {found['seconds']} s to begin, "
+                  f"learn and score, loss {found['loss']:.4f}, mean {fmean(found['tasks'].values()):.4f}", flush=True)  # fmt: skip
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        alive.discard(pid)
+        time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    print("not finished:", *(f"{arm} {seed}," for arm, seed in left)) if left else None
 
 
 if __name__ == "__main__":
