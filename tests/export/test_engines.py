@@ -1,18 +1,26 @@
 """Three tasks of a run in the engines that serve them, rows mixed: the answers are those that `predict` gives.
 
-vLLM runs in an environment of its own, whose interpreter MTL_LORA_VLLM_PYTHON names; without it its tests are left out.
+vLLM runs in an environment of its own, whose interpreter MTL_LORA_VLLM_PYTHON names; llama.cpp's server is the program that
+MTL_LORA_LLAMA_SERVER names, or `llama-server` on the PATH. Without them their tests are left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -32,6 +40,7 @@ from mtl_lora_cli.export.engines import (
     vllm_command,
 )
 from mtl_lora_cli.export.gguf_files import base_file
+from mtl_lora_cli.export.gguf_model import write_model
 from mtl_lora_cli.export.order import Options
 from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.export.write import write_tasks
@@ -43,6 +52,7 @@ TASKS = ("animals", "uses", "search_ads")
 ROWS = 200  # of each
 VLLM = os.environ.get("MTL_LORA_VLLM_PYTHON", "")
 TEXTS = 48  # sequences that PEFT is given together
+SLOTS = 4  # requests that llama.cpp's server answers at once
 
 Asked = Sequence[tuple[str, Request]]
 
@@ -188,6 +198,81 @@ def set_adapter(llama_cpp: Any, model: Any, adapter: Any) -> None:
 
     one = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
     assert llama_cpp.llama_set_adapters_lora(model.ctx, one, 1, (ctypes.c_float * 1)(1.0)) == 0
+
+
+@pytest.fixture(scope="module")
+def llama_server(served: Served) -> Iterator[str]:
+    """Its address: the exported adapters on the base model, started by the words that `export` says."""
+    program = os.environ.get("MTL_LORA_LLAMA_SERVER") or shutil.which("llama-server")
+    if not program:
+        pytest.skip("no llama-server: MTL_LORA_LLAMA_SERVER names none, and none is on the PATH")
+    gguf = [(task, served.folder / "gguf" / task) for task in TASKS]
+    name, *words = shlex.split(llama_server_command(gguf))
+    assert name == "llama-server"
+    model = served.folder / "base.gguf"
+    write_model(served.run.base.folder, model, title="base", tokenizer=served.run.tokenizer)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words[words.index("BASE_MODEL.gguf")] = str(model)
+    words += ["--host", "127.0.0.1", "--port", port, "--parallel", str(SLOTS), "-c", str(512 * SLOTS)]  # fmt: skip
+    words += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--threads", "2"]  # fmt: skip
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(Path(program).resolve().parent)}
+    log = served.folder / "llama-server.log"
+    with log.open("w") as said:
+        process = subprocess.Popen([program, *words], env=environment, stdout=said, stderr=said)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + 60
+        while not healthy(address):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def healthy(address: str) -> bool:
+    """503 while it loads."""
+    with suppress(OSError), urlopen(f"{address}/health", timeout=5):
+        return True
+    return False
+
+
+@pytest.mark.long
+def test_llama_server_over_http(served: Served, llama_server: str) -> None:
+    """Rows of three tasks at once, a request naming its adapter by its place. It says the log-probabilities of all tokens that
+    may come next, before any bias; and none at all where what it writes is an end or a part of a character."""
+    plain = served.run.tokenizer("a")["input_ids"][-1]
+
+    def next_tokens(task: str, tokens: Sequence[int]) -> dict[int, float]:
+        lora = [{"id": n, "scale": float(name == task)} for n, name in enumerate(TASKS)]
+        asked = {"prompt": list(tokens), "n_predict": 1, "n_probs": 512, "lora": lora, "logit_bias": [[plain, 100]]}  # fmt: skip
+        request = HttpRequest(
+            f"{llama_server}/completion",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request, timeout=60) as answer:
+            found = json.load(answer)["completion_probabilities"][0]["top_logprobs"]
+        return {one["id"]: one["logprob"] for one in found}
+
+    def scores(one: tuple[str, Request]) -> np.ndarray:
+        task, request = one
+        inner = {
+            tuple(choice[:length]) for choice in request.choices for length in range(len(choice))
+        }
+        after = {own: next_tokens(task, [*request.prompt, *own]) for own in inner}
+        return np.array(
+            [
+                sum(after[tuple(choice[:n])][token] for n, token in enumerate(choice))
+                for choice in request.choices
+            ]
+        )
+
+    with ThreadPoolExecutor(SLOTS) as pool:
+        agree(served, list(pool.map(scores, served.asked)), 1e-4)
 
 
 @pytest.fixture(scope="module")
