@@ -34,10 +34,27 @@ def serve(
         ),
     ] = None,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Of a request.")] = 256,
-    max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Of a request.")] = 2**20,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            "--max-bytes",
+            min=1,
+            help="Of a request; default: 1 MiB, 16 MiB where tasks show pictures.",
+            show_default=False,
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option("--max-waiting", min=1, help="Rows that may wait; more get 429.")
     ] = 4096,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--pictures",
+            metavar="FOLDER",
+            help="Rows may name pictures by paths below it; others bring them as base64.",
+        ),
+    ] = None,
+    max_pixels: Annotated[int, typer.Option("--max-pixels", min=1, help="Of a picture.")] = 2**24,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although the base model has changed.")
     ] = False,
@@ -50,6 +67,7 @@ def serve(
         folder = find_run(run, runs)
         status("loading libraries")
         try:
+            from mtl_lora_cli.serving.pictures import Gallery
             from mtl_lora_cli.serving.server import Server, bound, read_token, require_private
             from mtl_lora_cli.serving.service import Limits, Service
         except ModuleNotFoundError as error:
@@ -57,6 +75,8 @@ def serve(
         from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.evaluation.predict import Predictor
 
+        if pictures is not None and not pictures.is_dir():
+            raise UsageError(f"--pictures {pictures}: no such folder")
         token = read_token(token_file)
         require_private(host, token)
         place = bound(host, port)
@@ -64,13 +84,16 @@ def serve(
         opened = open_run(folder, force=force)
         if opened.of_maps:
             raise UsageError(f"run '{folder.name}': serve answers texts; its answers are maps")
-        shows = [one.name for one in opened.tasks if one.template.images]
-        if shows:
-            raise UsageError(
-                f"run '{folder.name}': serve answers texts; task '{shows[0]}' shows pictures"
-            )
+        shows = any(one.template.images for one in opened.tasks)
+        if pictures is not None and not shows:
+            raise UsageError(f"--pictures: no task of run '{folder.name}' shows pictures")
+        most = max_bytes or (2**24 if shows else 2**20)
         service = Service(
-            Predictor(opened), folder.name, Limits(max_bytes, max_rows, max_waiting), token
+            Predictor(opened, pictures),
+            folder.name,
+            Limits(most, max_rows, max_waiting),
+            token,
+            Gallery(pictures, max_pixels),
         )
         server = Server(service)
         shown = f"[{host}]" if ":" in host else host

@@ -209,10 +209,9 @@ class Eyes:
 
     def _keep(self, picture: Picture, seen: Seen) -> None:
         self._kept[picture] = seen
-        self._bytes += _size(seen)
+        self._bytes += _size(picture, seen)
         while self._bytes > _KEPT and len(self._kept) > 1:
-            _, gone = self._kept.popitem(last=False)
-            self._bytes -= _size(gone)
+            self._bytes -= _size(*self._kept.popitem(last=False))
 
 
 def blinded(examples: Examples, eyes: Eyes, how: str) -> Examples:
@@ -234,5 +233,6 @@ def blinded(examples: Examples, eyes: Eyes, how: str) -> Examples:
     return replace(examples, examples=found)
 
 
-def _size(seen: Seen) -> int:
-    return sum(value.numel() * value.element_size() for value in seen.values())
+def _size(picture: Picture, seen: Seen) -> int:
+    numbers = sum(value.numel() * value.element_size() for value in seen.values())
+    return numbers + len(picture.content or b"")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.data.pictured import in_files
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
 from mtl_lora_cli.evaluation.answers import answer as ask
@@ -19,6 +18,7 @@ from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.evaluation.router import Router, load_router, readable
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.chosen import AUTO, EVERY
 from mtl_lora_cli.tasks.messages import Message
 from mtl_lora_cli.tasks.reading import reading_of
@@ -39,10 +39,12 @@ class Rendered:
     Attributes:
         part: rows with their places.
         names: of each row's task.
+        pictures: that they show; none of them has been looked at.
     """
 
     part: list[tuple[Row, str]]
     names: list[str]
+    pictures: list[Picture]
 
 
 class Predictor:
@@ -182,9 +184,9 @@ class Predictor:
             chosen if task_column is None else self._named(row, task_column, where)
             for row, where in part
         ]
-        for row, name in zip(part, names, strict=True):
-            self._rendered(name, [row])
-        return Rendered(part, names)
+        read = [self._rendered(name, [row]) for row, name in zip(part, names, strict=True)]
+        pictures = [picture for one in read for picture in one.examples[0].images]
+        return Rendered(part, names, list(dict.fromkeys(pictures)))
 
     def answer_all(self, many: Sequence[Rendered]) -> list[list[Prediction]]:
         """Predictions of each, all answered together."""
@@ -253,7 +255,7 @@ class Predictor:
         """Rows with their places as a task asks them."""
         renderer = self._tasks[name][1]
         rows, wheres = [row for row, _ in part], [where for _, where in part]
-        rendered = [in_files(renderer.render(row, where, labelled=False)) for row, where in part]
+        rendered = [renderer.render(row, where, labelled=False) for row, where in part]
         return Examples("", rendered, wheres, rows, "")
 
     def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:

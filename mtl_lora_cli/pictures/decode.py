@@ -169,9 +169,21 @@ def picture_size(root: Path, address: str, site: Site) -> tuple[int, int]:
         height, width = _as_picture(_array(path, address, site), path.name, site).shape[:2]
         return height, width
     with _opened(path, site) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientation: a quarter turn
-        width, height = image.size
-        return (width, height) if turned else (height, width)
+        return _turned(image)
+
+
+def decoded_size(file: IO[bytes], name: str, site: Site) -> tuple[int, int]:
+    """The same of bytes, see `decoded`."""
+    with _told(site, name), Image.open(file) as image:
+        _require_one(image, name, site)
+        return _turned(image)
+
+
+def _turned(image: Image.Image) -> tuple[int, int]:
+    """Height and width as its EXIF turns it."""
+    width, height = image.size
+    quarter = image.getexif().get(0x0112, 1) >= 5
+    return (width, height) if quarter else (height, width)
 
 
 def _as_picture(array: np.ndarray, name: str, site: Site) -> np.ndarray:

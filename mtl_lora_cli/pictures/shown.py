@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
 from dataclasses import dataclass, field
@@ -12,7 +14,14 @@ from typing import Any
 from PIL import Image
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.pictures.decode import Site, decoded, locate, picture_size, read_picture
+from mtl_lora_cli.pictures.decode import (
+    Site,
+    decoded,
+    decoded_size,
+    locate,
+    picture_size,
+    read_picture,
+)
 
 GREY = (127, 127, 127)
 
@@ -35,13 +44,15 @@ class Picture:
 
     @classmethod
     def of(cls, value: Any, root: Path, where: str) -> Picture:
-        """From what a row holds: a path, or bytes with a name as a hub's `Image` column has them.
+        """From what a row holds: a path, bytes with a name as a hub's `Image` column has them, or `{"base64": "…"}`.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is none of these.
         """
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return cls(root, str(value.get("path") or "bytes"), value["bytes"], where)
+        if isinstance(value, dict) and isinstance(value.get("base64"), str):
+            return cls(root, "base64", _from_base64(value["base64"]), where)
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]
         if not isinstance(value, str) or not value:
@@ -64,14 +75,13 @@ class Picture:
         return read_picture(self.root, self.address, self.site)
 
     def size(self) -> tuple[int, int]:
-        """Height and width; of a file only its head is read.
+        """Height and width; only the head is read.
 
         Raises:
             UsageError: as `read`, as far as the head says it.
         """
         if self.content is not None:
-            whole = self.read()
-            return whole.height, whole.width
+            return decoded_size(io.BytesIO(self.content), self.address, self.site)
         return picture_size(self.root, self.address, self.site)
 
     def digest(self) -> bytes:
@@ -102,6 +112,20 @@ class Picture:
         """The inverse of `to_json`."""
         root, address, where = content
         return cls(Path(root), address, None, where)
+
+
+def _from_base64(text: str) -> bytes:
+    """
+    Raises:
+        ValueError: it is no base64, or nothing.
+    """
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
+        raise ValueError(f"base64: expected a picture's bytes, received {text!r:.40}") from None
+    if not content:
+        raise ValueError("base64: expected a picture's bytes, received nothing")
+    return content
 
 
 def grey_like(picture: Image.Image) -> Image.Image:

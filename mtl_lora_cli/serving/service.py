@@ -8,7 +8,7 @@
 | `GET /metrics` | counters in Prometheus' text format |
 
 What is wrong is one line, `{"error": "…"}`: 400 the body is no JSON of this form, or a row cannot be read; 401 no token; 404
-no such route or task; 405 another method; 413 too large; 415 no JSON; 422 more rows than a request may have; 429
+no such route or task; 405 another method; 413 too large, also a picture; 415 no JSON; 422 more rows than a request may have; 429
 too many rows wait; 503 it ends.
 """
 
@@ -28,8 +28,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.exceptions import HTTPException
 
 from mtl_lora_cli.errors import UsageError, did_you_mean
-from mtl_lora_cli.evaluation.predict import Predictor
+from mtl_lora_cli.evaluation.predict import Predictor, Rendered
 from mtl_lora_cli.serving.batches import Batches, Full
+from mtl_lora_cli.serving.pictures import Gallery, TooLarge
 from mtl_lora_cli.visible import visible_line
 
 _KEYS = ("task", "task_column", "rows")
@@ -43,11 +44,13 @@ class Limits:
         body: bytes of a request.
         rows: of a request.
         waiting: rows that may wait.
+        held: bytes of all requests that are not answered yet.
     """
 
     body: int = 2**20
     rows: int = 256
     waiting: int = 4096
+    held: int = 2**28
 
 
 class Wrong(Exception):
@@ -88,15 +91,23 @@ class Service:
         name: of the run.
         limits: what is taken.
         token: that a request has to bring; None: none.
+        gallery: which pictures are taken.
 
     Attributes:
         app: for an ASGI server.
     """
 
     def __init__(
-        self, predictor: Predictor, name: str, limits: Limits, token: str | None = None
+        self,
+        predictor: Predictor,
+        name: str,
+        limits: Limits,
+        token: str | None = None,
+        gallery: Gallery | None = None,
     ) -> None:
         self._predictor, self._name, self._limits, self._token = predictor, name, limits, token
+        self._gallery = gallery or Gallery()
+        self._held = 0
         self._counters = Counters()
         self._batches = Batches(predictor, limits.waiting, self._counters.tell)
         self._counters.waiting.set_function(lambda: self._batches.waiting)
@@ -143,17 +154,23 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         came = time.monotonic()
-        asked = self._read(await self._body(request))
+        body = await self._body(request)
+        self._held += len(body)
+        try:
+            if self._held > max(self._limits.held, len(body)):
+                return self._full(f"{self._limits.held:,} bytes of requests wait already")
+            return await self._answered(body, came)
+        finally:
+            self._held -= len(body)
+
+    async def _answered(self, body: bytes, came: float) -> Response:
+        asked = self._read(body)
+        if asked.pictures:  # other requests are read meanwhile
+            await asyncio.to_thread(self._look, asked)
         try:
             future = self._batches.put(asked)
         except Full:
-            why = (
-                "the server ends" if self._ending else f"{self._limits.waiting:,} rows wait already"
-            )
-            status = 503 if self._ending else 429
-            response = _error(status, f"{why}: ask again later")
-            response.headers["Retry-After"] = "1"
-            return response
+            return self._full(f"{self._limits.waiting:,} rows wait already")
         try:
             answered = await asyncio.wrap_future(future)
         except UsageError as error:
@@ -167,6 +184,24 @@ class Service:
             "rows_together": answered.rows,
         }
         return JSONResponse({"predictions": answered.predictions, "timing": timing})
+
+    def _full(self, why: str) -> Response:
+        """Not now."""
+        response = _error(
+            503 if self._ending else 429,
+            f"{'the server ends' if self._ending else why}: ask again later",
+        )
+        response.headers["Retry-After"] = "1"
+        return response
+
+    def _look(self, asked: Rendered) -> None:
+        """Every picture of a request, before it waits with others."""
+        try:
+            self._gallery.require(asked.pictures)
+        except TooLarge as error:
+            raise Wrong(413, str(error)) from None
+        except UsageError as error:
+            raise Wrong(400, str(error)) from None
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -183,7 +218,7 @@ class Service:
                 raise too_large
         return found
 
-    def _read(self, body: bytes) -> Any:
+    def _read(self, body: bytes) -> Rendered:
         """The rows of a request, rendered."""
         content = _parsed(body)
         for key in content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from mtl_lora_cli.pictures.decode import Site, picture_size, read_map, read_picture
+from mtl_lora_cli.pictures.decode import (
+    Site,
+    decoded,
+    decoded_size,
+    picture_size,
+    read_map,
+    read_picture,
+)
 from mtl_lora_cli.pictures.values import as_classes, as_depth, as_normals, as_share
 from mtl_lora_cli.pictures.written import depth_codes, normal_bytes
 
@@ -21,6 +29,10 @@ def picture(folder: Path, name: str) -> np.ndarray:
     found = read_picture(folder, name, SITE)
     assert found.mode == "RGB"
     assert picture_size(folder, name, SITE) == (found.height, found.width)
+    if "#" not in name and not name.endswith(".npy"):
+        content = (folder / name).read_bytes()
+        assert decoded(io.BytesIO(content), name, SITE) == found
+        assert decoded_size(io.BytesIO(content), name, SITE) == (found.height, found.width)
     return np.asarray(found)
 
 
