@@ -3,8 +3,8 @@
 The same packed rows as ours, filled up to one size; adapters in the base model's 16 bits; attention of
 variable length, torch's own; the head only where something is asked; fused AdamW; and either Liger's
 kernels or `torch.compile` a layer. One and two rows a pass are tried. Tokens that fill a row up are
-never counted. Windows are kept. torch's attention knows no sinks: a model that has some is measured without
-them, which is less work, and its entries say so.
+never counted. Windows are kept. torch's attention knows no sinks and no soft caps: a model that has some is measured
+without them, which is less work, and its entries say so.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _entry(case: Case, measuring: Measuring, kind: str, rows: int) -> dict[str, 
     weights = short if case.quantization == "none" else case.quantization
     return {
         "name": f"{case.shape} packed peft {kind} {weights}, {rows} {'row' if rows == 1 else 'rows'}"
-        + (", without its sinks" if _has_sinks(case.shape) else ""),
+        + "".join(f", without its {what}" for what in _left_out(case.shape)),
         "baseline": "packed",
         "best": False,
         "shape": case.shape,
@@ -226,11 +226,17 @@ def _entry(case: Case, measuring: Measuring, kind: str, rows: int) -> dict[str, 
     }
 
 
-def _has_sinks(shape: str) -> bool:
+def _left_out(shape: str) -> list[str]:
+    """What of the model's attention torch's kernel does not know."""
     try:
-        return any(half.sinks is not None for half in plan_of(find_config(shape)).attentions)
+        halves = list(plan_of(find_config(shape)).attentions)
     except NotPlanned:
-        return False
+        return []
+    has = {
+        "sinks": any(half.sinks is not None for half in halves),
+        "soft caps": any(half.softcap is not None for half in halves),
+    }
+    return [what for what, there in has.items() if there]
 
 
 def _model(case: Case, measuring: Measuring, kind: str) -> Any:

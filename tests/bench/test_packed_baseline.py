@@ -69,7 +69,15 @@ def test_packed_is_as_each_example_alone(
             assert torch.allclose(one.grad, other.grad, atol=1e-6, rtol=1e-4), name
 
 
-def test_a_rival_without_sinks_says_so(measuring: Measuring) -> None:
-    case = Case("gpt-oss-20b", "gpt-oss-20b", {"method": "lora"})
+@pytest.mark.parametrize(
+    ("shape", "what"),
+    [
+        ("gpt-oss-20b", ", without its sinks"),
+        ("gemma2-2b", ", without its soft caps"),
+        ("llama3-8b", ""),
+    ],
+)
+def test_a_rival_names_what_it_leaves_out(measuring: Measuring, shape: str, what: str) -> None:
+    case = Case(shape, shape, {"method": "lora"})
     name = packed_baseline._entry(case, measuring, "compile", 2)["name"]
-    assert name.endswith("2 rows, without its sinks")
+    assert name.endswith(f"2 rows{what}")

@@ -94,6 +94,16 @@ def tiny(model_type: str, **changes: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def in_dtype(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """The model's weights in that dtype; its rotary frequencies stay float32, as loading leaves them."""
+    kept = {n: b.clone() for n, b in model.named_buffers() if n.endswith("inv_freq")}
+    model.to(device=device, dtype=dtype)
+    for name, buffer in kept.items():
+        path, _, own = name.rpartition(".")
+        model.get_submodule(path).register_buffer(own, buffer.to(device), persistent=False)
+    return model
+
+
 def adapt_all(
     model: Any, *, bare: Any = None, dtype: torch.dtype = torch.float64, **more: Any
 ) -> Adapter:

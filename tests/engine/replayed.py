@@ -19,7 +19,7 @@ from torch import Tensor
 from mtl_lora_cli.engine import experts_block
 from mtl_lora_cli.models.packed import PackedModel
 
-from .double import alone, examples, in_double, packed_row
+from .double import alone, examples, in_double, in_dtype, packed_row
 
 Gradients = dict[str, Tensor]
 
@@ -105,7 +105,7 @@ def distances(packed: PackedModel, tensors: Mapping[str, Tensor], bare: Any) -> 
     lengths = [len(tokens) for tokens, _ in some]
 
     def right(dtype: torch.dtype, *, replay: bool) -> Gradients:
-        model = bare.to(dtype)
+        model = in_dtype(bare, dtype)
         wide = torch.promote_types(dtype, torch.float32)
         leaves = {k: t.detach().to(wide).requires_grad_() for k, t in tensors.items()}
         again = choices.asked_again(lengths, batch.positions) if replay else nullcontext()
