@@ -27,8 +27,13 @@ FIXTURES = REPOSITORY / "tests" / "fixtures"
 SLOW = {"small_run", "fresh_run", "command", "started", "train", "trained", "four_bit_run"}
 
 
-def pytest_configure() -> None:
-    """A shell that runs the tests in the background has made Ctrl-C ignored: tests send it, and wait."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, as `make test` has it, but for what is timed.
+
+    A shell that runs the tests in the background has made Ctrl-C ignored: tests send it, and wait.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not any("benchmarks" in one for one in config.args):
+        torch.set_num_threads(1)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

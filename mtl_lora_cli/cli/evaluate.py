@@ -304,6 +304,7 @@ def _evaluated(
 
     from mtl_lora_cli.evaluation.evaluate import evaluate
     from mtl_lora_cli.evaluation.opened import open_run
+    from mtl_lora_cli.machine import threads
 
     status(f"loading run {folder.name}")
     opened = open_run(folder, force=force)
@@ -314,7 +315,7 @@ def _evaluated(
     console = Console(stderr=True, quiet=not processes.main)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("scoring", total=None)
-        return evaluate(
+        results = evaluate(
             opened,
             tasks,
             setting,
@@ -322,6 +323,10 @@ def _evaluated(
             rows=rows,
             told=told,
         )
+    yielded = threads.note()
+    if yielded is not None and processes.main:
+        say(f"note: {yielded}")
+    return results
 
 
 def _beside_runs(

@@ -27,6 +27,7 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
@@ -379,6 +380,7 @@ def ask(
         running: tuple[list[int], Tensor] | None = None
         for some in fill_passes([requests[number].cost for number in own], tokens_per_pass):
             numbers = [own[place] for place in some]
+            threads.look(device)
             # On a card the pass before is still running while the next one is put together.
             moved = _batch([requests[number] for number in numbers]).to(device)
             with torch.inference_mode(), packed.routed(moved):

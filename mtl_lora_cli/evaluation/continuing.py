@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.evaluation.asked import Ask
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Layout
 from mtl_lora_cli.models.sight import tower_dtype
@@ -153,8 +154,10 @@ class _Routed:
             tasks.pop() if len(tasks) == 1 else torch.tensor([ask.task for ask in asks])
         )
         self._rows = ContinuedRows(packed.model, asks, device, cached=cached)
+        self._device = device
 
     def logits(self) -> Tensor:
+        threads.look(self._device)
         with self._packed.over_rows(self._tasks):
             return self._rows.logits()
 

@@ -18,6 +18,7 @@ from mtl_lora_cli.data.picture_rows import MapRows, read_map_rows, split_print
 from mtl_lora_cli.errors import LeftOutError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.tallies import tally_of
 from mtl_lora_cli.pictures.augment import WHOLE, seen_picture
@@ -141,6 +142,7 @@ class Answering:
     @torch.inference_mode()
     def raw(self, pixels: Sequence[np.ndarray], tasks: Sequence[int]) -> dict[int, Tensor]:
         """Task id → [I, C, h, w], as the host gives it."""
+        threads.look(self._device)
         batch = MapBatch(
             pixels=torch.from_numpy(np.stack(pixels)),
             targets={},

@@ -18,6 +18,7 @@ from torch import Tensor
 from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.evaluation.asked import Ask, pick
 from mtl_lora_cli.evaluation.choices import Advance
+from mtl_lora_cli.machine import threads
 
 _MOST_ROWS = {"cuda": 256, "cpu": 64}
 _SPREAD = 4  # within a class the longest request is so many times as long as the shortest
@@ -148,6 +149,7 @@ class _Course:
 
     def _step(self) -> _Told:
         """Another token of each row."""
+        threads.look(self._kept.device)
         asked = list(self._rows)
         logits = self._kept.step(len(asked), often=self._often)
         picked = pick(logits, [row.ask for row in asked])

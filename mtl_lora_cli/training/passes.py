@@ -20,6 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import ROOM
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Host, at_fault, require_losses
 from mtl_lora_cli.models.packed import PackedModel
@@ -126,6 +127,7 @@ class EagerPasses:
         Returns:
             ℓ [S], on the device.
         """
+        threads.look(self._device)
         moved = ready.batch.to(self._device)
         weights = ready.weights.to(self._device, non_blocking=True)
         with self._host.routed(moved):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from mtl_lora_cli.adapters.extend import save_beside
 from mtl_lora_cli.adapters.files import CONFIG_FILE, load_adapter, save_adapter
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
@@ -318,6 +319,8 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
         clipped = recipe.training.clipping is not None
         for line in (*signs(events), *told(found, trainer.position.step, clipped=clipped)):
             progress.say(f"note: {line}")
+        if (yielded := threads.note()) is not None:
+            progress.say(f"note: {yielded}")
         if processes.main:
             _write_adapter(ready, trainer)
             if recipe.run.router:

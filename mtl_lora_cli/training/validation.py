@@ -27,6 +27,7 @@ from mtl_lora_cli.evaluation.choices import (
     require_different,
 )
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find
@@ -272,6 +273,7 @@ class Validation:
         sums = torch.zeros(len(self._held), dtype=torch.float64, device=device)
         with undisturbed(self._host, self._adapter):
             for batch in self._batches:
+                threads.look(device)
                 moved = batch.to(device)
                 with self._host.routed(moved):
                     sums.index_add_(0, batch.owners.to(device), self._host.losses(moved).double())
