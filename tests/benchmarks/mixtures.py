@@ -1,4 +1,4 @@
-"""All mixtures beside proportional on the seventeen tasks of real-17, a result file a run; by hand:
+"""All mixtures, and LoRA and DoRA, beside proportional on the seventeen tasks of real-17, a result file a run; by hand:
 
     python tests/benchmarks/mixtures.py BASE_MODEL OUTPUT [--seeds 3] [--steps 150] [--limit 100] [--jobs 2]
         [--examples 3000] [--seconds S] [--arms A,…] [--maps FOLDER]
@@ -32,7 +32,17 @@ from typing import Any
 
 REASONING = "boolq, piqa, social_i_qa, hellaswag, winogrande, ARC-Easy, ARC-Challenge, openbookqa"
 OTHERS = "cola, sst2, mrpc, qqp, mnli, qnli, rte, home_depot, amazon_google"
+SEVEN = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+# LoRA and DoRA in the place of MTL-LoRA, all else alike; what learns at a rate of its own in both is B.
+METHODS = {
+    method: [
+        f"adapter={{method: {method}, rank: 16, alpha: 32, target_modules: {SEVEN}}}",
+        "training.parts={up: {learning_rate: 4.0e-3}}",
+    ]
+    for method in ("dora", "lora")
+}
 ARMS: dict[str, list[str]] = {
+    **METHODS,
     "pcgrad": ["training.balance=pcgrad", "training.rows=one_task"],
     "gradnorm": ["training.balance={method: gradnorm, every: 10}"],
     "proportional": [],
