@@ -235,8 +235,8 @@ def _cards() -> Iterator[Check]:
         for number in range(torch.cuda.device_count()):
             yield from isolated(f"card {number}", partial(_card, number))
     elif torch.backends.mps.is_available():
-        why = "sums over tasks are float64, which it has not"
-        yield ok("cards", f"Apple's (mps) is not used: {why}; models run on the CPU")
+        why = "losses are summed in float64, which it has not"
+        yield ok("cards", f"Apple's (mps) is not supported: {why}; models run on the CPU")
     elif torch.version.cuda is None or not _card_is_here():
         yield ok("cards", "none: models run on the CPU")
     elif hidden in ("", "-1"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -528,6 +528,11 @@ class Chat(StrictModel):
 
 class Recipe(StrictModel):
     """A whole recipe."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "device": "models run on the CUDA cards that CUDA_VISIBLE_DEVICES shows, or on the CPU; Apple's mps is "
+        "not supported, for losses are summed in float64, which it has not"
+    }
 
     # Python files that add methods, metrics, …: `recipe.load` runs them before all else is checked
     extensions: list[str] = []

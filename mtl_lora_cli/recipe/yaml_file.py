@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,9 +27,14 @@ def spelled(path: KeyPath) -> Spelled:
 
 
 class StrictModel(BaseModel):
-    """Base of everything read from YAML: unknown keys and wrong types are errors."""
+    """Base of everything read from YAML: unknown keys and wrong types are errors.
+
+    Attributes:
+        elsewhere: keys that are none here, but that people look for → what is so instead.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    elsewhere: ClassVar[Mapping[str, str]] = {}
 
 
 _MOST_LINES = 200_000
@@ -244,12 +249,15 @@ def read_model(path: str | Path, model: type[ModelT], what: str = "recipe") -> M
     return validate_document(read_document(path, what), model)
 
 
-def _problem(document: Document, model: type[BaseModel], detail: Any) -> Problem:
+def _problem(document: Document, model: type[StrictModel], detail: Any) -> Problem:
     path = _data_path(document.data, detail["loc"])
     file, line = document.where(path)
     key = ".".join(str(part) for part in path)
     kind = detail["type"]
-    if kind == "extra_forbidden":
+    elsewhere = model.elsewhere if len(path) == 1 else {}
+    if kind == "extra_forbidden" and key in elsewhere:
+        message = f"is no key: {elsewhere[key]}"
+    elif kind == "extra_forbidden":
         known = _fields_at(model, path[:-1])
         message = f"unknown key{did_you_mean(str(path[-1]), known)}"
         if "did you mean" not in message and known:

@@ -263,6 +263,14 @@ CASES = [
         (*TRAIN, "training.sed=1"),
     ),
     Bad(
+        "override of a key that others have",
+        (
+            "command line: device: is no key: models run on the CUDA cards that CUDA_VISIBLE_DEVICES shows, or "
+            "on the CPU; Apple's mps is not supported, for losses are summed in float64, which it has not",
+        ),
+        (*TRAIN, "device=mps"),
+    ),
+    Bad(
         "override of an unknown key with keys below it",
         ("command line: trainin: unknown key; did you mean 'training'?",),
         (*TRAIN, "trainin.seed=1"),

@@ -18,6 +18,7 @@ import torch
 from packaging.requirements import Requirement
 
 from mtl_lora_cli.machine import checks as room
+from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.machine.checks import Check, Verdict, isolated
 
 Finished = subprocess.CompletedProcess[str]
@@ -88,6 +89,17 @@ def test_broken_libraries_are_findings(command: Callable[..., Finished], tmp_pat
         assert checks[name]["verdict"] == verdict, checks[name]
         assert finding in str(checks[name]["finding"])
         assert remedy in str(checks[name]["remedy"])
+
+
+def test_apples_card_is_said_not_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    (check,) = room._cards()
+    assert (check.verdict, check.finding) == (
+        Verdict.OK,
+        "Apple's (mps) is not supported: losses are summed in float64, which it has not; models run on the CPU",
+    )
+    assert pick_device() == torch.device("cpu")
 
 
 def test_without_torch_the_rest_is_still_told(
