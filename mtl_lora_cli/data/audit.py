@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +12,18 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.rendering import Example
 
 _TELLING = 10  # held-out rows that all have one answer, from which on that is said
+
+
+class Rows(Protocol):
+    """Rows that were rendered, counted (`seen.Seen`)."""
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The first answer, and the first other one."""
 
 
 class Blank(NamedTuple):
@@ -127,8 +138,10 @@ class Audit:
 
 
 def audit(
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    train: Rows,
+    asked: np.ndarray,
+    said: np.ndarray,
+    held_out: Rows | None,
     held_out_split: str | None,
     *,
     leaks: Sequence[Leak],
@@ -138,29 +151,32 @@ def audit(
     turns: int = 0,
     notes: Sequence[str] = (),
 ) -> Audit:
-    """Compare a task's training rows with each other, and put together what else was found."""
-    pairs = Counter((_asked(example), example.answer) for example in train)
-    answers = Counter(asked for asked, _ in pairs)
+    """Compare a task's training rows with each other, and put together what else was found.
+
+    Args:
+        train: the training rows, counted.
+        asked, said: uint64 [rows], hashes of what each asks, 0 for nothing, and of that and its answer.
+        held_out: the rows that evaluation will use.
+        held_out_split: whose they are.
+        leaks, blank, cut_prompts, dropped, turns, notes: as of `Audit`.
+    """
+    pairs, firsts = np.unique(said, return_index=True)
+    prompts, answers = np.unique(asked[firsts], return_counts=True)
+    several = prompts[(answers > 1) & (prompts != 0)]  # plain text has no prompt
     return Audit(
-        rows=len(train),
-        repeated=len(train) - len(pairs),
-        # Plain text has no prompt.
-        contradictory=sum(answers[_asked(one)] > 1 for one in train if one.prompt),
+        rows=train.rows,
+        repeated=train.rows - len(pairs),
+        contradictory=int(np.isin(asked, several).sum()) if len(several) else 0,
         leaks=tuple(leak for leak in leaks if leak.found),
-        held_out=len(held_out),
+        held_out=0 if held_out is None else held_out.rows,
         held_out_split=held_out_split,
         cut_prompts=cut_prompts,
         dropped=dropped,
         turns=turns,
         blank=tuple(found for found in blank if found is not None),
-        constant=_constant(train, held_out),
+        constant=None if held_out is None else _constant(train, held_out),
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _asked(example: Example) -> tuple[Any, ...]:
-    """What an example asks: its prompt, and which pictures it shows, whatever they are called."""
-    return (example.prompt, *(picture.digest() for picture in example.images))
 
 
 def blank_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> Blank | None:
@@ -186,21 +202,34 @@ def require_no_blank(task: str, found: Sequence[Blank]) -> None:
         )
 
 
-def leaked(split: str, held_out: np.ndarray, train: np.ndarray, task: str = "") -> Leak:
-    """How many of a split's rows stand in training rows; both as `traces.traces` gives them.
+def leaked(split: str, held_out: np.ndarray, train: Sequence[np.ndarray], task: str = "") -> Leak:
+    """How many of a split's rows stand in training rows.
 
     Within a task two rows are the same by their prompts; rows of two tasks also by the texts that
     their prompts read.
+
+    Args:
+        split: its name.
+        held_out: its rows' traces, uint64 [rows, 2].
+        train: both columns of the training rows' traces, each sorted, none of them 0.
+        task: whose training rows they are; "": the split's own task's.
     """
-    columns = [0, 1] if task else [0]
     hits = np.zeros(len(held_out), dtype=bool)
-    for column in columns:
-        hits |= np.isin(held_out[:, column], train[:, column]) & (held_out[:, column] != 0)
+    for column in (0, 1) if task else (0,):
+        hits |= among(held_out[:, column], train[column])
     return Leak(split, int(hits.sum()), len(held_out), task)
 
 
-def _constant(train: Sequence[Example], held_out: Sequence[Example]) -> str | None:
-    answers = {example.answer for example in held_out}
-    if len(held_out) < _TELLING or len(answers) > 1 or len({e.answer for e in train}) < 2:
+def among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of some values are among sorted ones: of these only a few pages are looked at."""
+    places = np.searchsorted(known, values)
+    inside = places < len(known)
+    found = np.zeros(len(values), dtype=bool)
+    found[inside] = known[places[inside]] == values[inside]
+    return found
+
+
+def _constant(train: Rows, held_out: Rows) -> str | None:
+    if held_out.rows < _TELLING or len(held_out.answers) > 1 or len(train.answers) < 2:
         return None
-    return answers.pop()
+    return held_out.answers[0]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from mtl_lora_cli.data import parts
 from mtl_lora_cli.data.audit import Audit
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.pictures.shown import Picture
@@ -22,9 +20,26 @@ from mtl_lora_cli.runs import kept
 from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
 from mtl_lora_cli.visible import tell
 
-FORMAT = 4  # raise it when encoding or auditing gives another result than before
+FORMAT = (
+    5  # raise it when encoding or auditing gives another result than before, or is kept otherwise
+)
 
-Traces = dict[str, np.ndarray]  # of each split, see traces.py
+
+@dataclass(frozen=True)
+class Traces:
+    """Rows as they are known again, see traces.py.
+
+    Attributes:
+        train: both columns of the training rows' numbers, each sorted, every number once, without 0.
+        held: of each held-out split uint64 [rows, 2].
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    held: dict[str, np.ndarray]
+
+
+Stored = tuple[EncodedSplit, Audit, Traces]
+_ARRAYS = ("tokens", "starts", "prompt_lengths")
 _TRACES = "traces."
 
 
@@ -34,26 +49,31 @@ def key_of(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def load(key: str) -> tuple[EncodedSplit, Audit, Traces] | None:
-    """What was stored under the key; None where there is nothing, or nothing readable."""
+def load(key: str) -> Stored | None:
+    """What was stored under the key; None where there is nothing, or nothing readable.
+
+    Large arrays are maps of the file: all processes of a host that load the same share its pages.
+    """
     path = _path(key)
     try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads(file.metadata()["about"])
-            encoded = EncodedSplit(
-                tokens=file.get_tensor("tokens"),
-                starts=file.get_tensor("starts"),
-                prompt_lengths=file.get_tensor("prompt_lengths"),
-                mask=file.get_tensor("mask") if "mask" in file.keys() else None,  # noqa: SIM118
-                pictures=_pictures(about.get("pictures")),
-                picture_token=about.get("picture_token"),
-                **about["counts"],
-            )
-            known = [name for name in file.keys() if name.startswith(_TRACES)]  # noqa: SIM118
-            traces = {name.removeprefix(_TRACES): file.get_tensor(name) for name in known}
+        text, arrays = parts.read(path)
+        about = json.loads(text)
+        encoded = EncodedSplit(
+            **{name: arrays[name] for name in _ARRAYS},
+            mask=arrays.get("mask"),
+            pictures=_pictures(about.get("pictures")),
+            picture_token=about.get("picture_token"),
+            **about["counts"],
+        )
+        held = {
+            name.removeprefix(_TRACES): values
+            for name, values in arrays.items()
+            if name.startswith(_TRACES)
+        }
+        train = (held.pop("train.0"), held.pop("train.1"))
         kept.mark_used(path)
-        return encoded, Audit.from_json(about["audit"]), traces
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return encoded, Audit.from_json(about["audit"]), Traces(train, held)
+    except (OSError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -72,22 +92,16 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
     counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows", "turns")}
     shown = {} if encoded.pictures is None else _shown(encoded)
     about = json.dumps({"counts": counts, "audit": audit.to_json(), **shown})
-    tensors = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
+    arrays = {name: getattr(encoded, name) for name in _ARRAYS}
     if encoded.mask is not None:
-        tensors["mask"] = encoded.mask
-    tensors |= {f"{_TRACES}{split}": numbers for split, numbers in traces.items()}
+        arrays["mask"] = encoded.mask
+    arrays |= {f"{_TRACES}train.{n}": numbers for n, numbers in enumerate(traces.train)}
+    arrays |= {f"{_TRACES}{split}": numbers for split, numbers in traces.held.items()}
     path = _path(key)
-    temporary = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata={"about": about})
-        Path(temporary).replace(path)
-    except (OSError, SafetensorError) as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        _tell_once(str(path.parent), getattr(error, "strerror", None) or str(error))
+        parts.write(path, arrays, about)
+    except OSError as error:
+        _tell_once(str(path.parent), error.strerror or str(error))
         return
     left = kept.keep_to_limit()
     if left:
@@ -110,9 +124,14 @@ def _pictures(content: Any) -> tuple[tuple[Picture, ...], ...] | None:
 
 
 @cache
-def _tell_once(folder: str, why: str) -> None:
-    tell(f"note: {folder} cannot be written ({why}): encoded data are not kept; {ANOTHER_CACHE}")
+def _tell_once(where: str, why: str) -> None:
+    tell(f"note: {where} cannot be written ({why}): encoded data are not kept; {ANOTHER_CACHE}")
+
+
+def folder() -> Path:
+    """Where encoded data are kept."""
+    return cache_folder() / "encoded"
 
 
 def _path(key: str) -> Path:
-    return cache_folder() / "encoded" / f"{key}.safetensors"
+    return folder() / f"{key}.safetensors"

@@ -42,6 +42,34 @@ class Marked:
     first: str = ""
 
 
+@dataclass(frozen=True)
+class Brought:
+    """What is good to know of rows that are encoded; of pieces of them it can be added up.
+
+    Attributes:
+        rows: how many.
+        tokens: those that hold a control token.
+        first, where: that of the first of them, and its place.
+        drops_reasoning: the chat template leaves out the reasoning of earlier answers.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    first: str = ""
+    where: str = ""
+    drops_reasoning: bool = False
+
+    def __add__(self, other: Brought) -> Brought:
+        early = self if self.tokens else other
+        return Brought(
+            self.rows + other.rows,
+            self.tokens + other.tokens,
+            early.first,
+            early.where,
+            self.drops_reasoning or other.drops_reasoning,
+        )
+
+
 class ControlTokens:
     """The control tokens of a tokenizer.
 

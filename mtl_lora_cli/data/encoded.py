@@ -124,38 +124,71 @@ class EncodedSplit:
 
 
 @dataclass
-class _Kept:
-    """What is kept of the examples, and what is left out, while they are read."""
+class Piece:
+    """Some rows of a split as tokens: what is kept of them, and what is left out.
 
-    tokens: list[list[int]] = field(default_factory=list)
-    masks: list[list[bool]] = field(default_factory=list)
+    Attributes:
+        rows: how many there were.
+        tokens, mask: of each example that is kept.
+        pictures: that it shows.
+        dropped, truncated, turns: see `EncodedSplit`.
+        too_long: those that are an error: where, and tokens.
+    """
+
+    rows: int
+    tokens: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
     pictures: list[tuple[Picture, ...]] = field(default_factory=list)
     dropped: int = 0
     truncated: int = 0
     turns: int = 0
-    too_long: list[tuple[int, int]] = field(default_factory=list)  # number and length
+    too_long: list[tuple[str, int]] = field(default_factory=list)
 
     def add(self, tokens: list[int], mask: list[bool], pictures: tuple[Picture, ...] = ()) -> None:
-        self.tokens.append(tokens)
-        self.masks.append(mask)
+        self.tokens.append(np.asarray(tokens, dtype=np.int32))
+        self.masks.append(np.asarray(mask, dtype=bool))
         self.pictures.append(pictures)
 
-    def split(self, rows: int, *, masked: bool, token: int | None) -> EncodedSplit:
-        lengths = [len(part) for part in self.tokens]
-        return EncodedSplit(
-            tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in self.tokens]),
-            starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            prompt_lengths=np.asarray([mask.index(True) for mask in self.masks], dtype=np.int32),
-            dropped=self.dropped,
-            truncated=self.truncated,
-            rows=rows,
-            mask=np.concatenate([np.asarray(one, dtype=bool) for one in self.masks])
-            if masked
-            else None,
-            turns=self.turns,
-            pictures=None if token is None else tuple(self.pictures),
-            picture_token=token,
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Tokens and mask, one example behind the other; the lengths of examples and prompts."""
+        return {
+            "tokens": np.concatenate([np.empty(0, np.int32), *self.tokens]),
+            "mask": np.concatenate([np.empty(0, bool), *self.masks]),
+            "lengths": np.asarray([len(one) for one in self.tokens], dtype=np.int32),
+            "prompt_lengths": np.asarray([one.argmax() for one in self.masks], dtype=np.int32),
+        }
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each example begins, int64 [E + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def require_kept(
+    task: str, limit: int, *, rows: int, kept: int, too_long: int, first: tuple[str, int] | None
+) -> None:
+    """Refuse examples that no row holds, and a task of which none is left.
+
+    Args:
+        task: the task's name.
+        limit: tokens that an example may have.
+        rows: examples that there were.
+        kept: and are left.
+        too_long: those that are an error.
+        first: where the first of them stands, and its tokens.
+
+    Raises:
+        UsageError: naming the first one, or the task.
+    """
+    if first is not None:
+        where, length = first
+        raise UsageError(
+            f"{where}: task '{task}': the example has {length} tokens, rows hold {limit} "
+            f"({too_long} of {rows} examples are too long); raise training.row_length, "
+            "or set training.on_overflow to drop or truncate_prompt"
         )
+    if not kept:
+        raise UsageError(f"task '{task}': no example is left of {rows}")
 
 
 def encode_split(
@@ -167,6 +200,41 @@ def encode_split(
     limit: int,
     on_overflow: Overflow,
 ) -> EncodedSplit:
+    """All of a split's examples at once: see `encode_piece`.
+
+    Raises:
+        UsageError: likewise; an example is too long and `on_overflow` is `error`; or no example is left.
+    """
+    piece = encode_piece(examples, wheres, encoder, task=task, limit=limit, on_overflow=on_overflow)
+    first = piece.too_long[0] if piece.too_long else None
+    many = len(piece.too_long)
+    require_kept(task, limit, rows=piece.rows, kept=len(piece.tokens), too_long=many, first=first)
+    found = piece.arrays()
+    masked = any(one.dialogue for one in examples)
+    shows = any(one.images for one in examples)
+    return EncodedSplit(
+        tokens=found["tokens"],
+        starts=starts_of(found["lengths"]),
+        prompt_lengths=found["prompt_lengths"],
+        dropped=piece.dropped,
+        truncated=piece.truncated,
+        rows=piece.rows,
+        mask=found["mask"] if masked else None,
+        turns=piece.turns,
+        pictures=tuple(piece.pictures) if shows else None,
+        picture_token=encoder.eyes.vision.token_id if shows else None,
+    )
+
+
+def encode_piece(
+    examples: Sequence[Example],
+    wheres: Sequence[str],
+    encoder: Encoder,
+    *,
+    task: str,
+    limit: int,
+    on_overflow: Overflow,
+) -> Piece:
     """Encode examples for training: prompt, answer, end token; or conversations of several turns.
 
     Args:
@@ -179,8 +247,7 @@ def encode_split(
             its text, and a conversation its earliest turns, whole.
 
     Raises:
-        UsageError: an example is too long and `on_overflow` is `error`, or an answer alone is too
-            long, or is cut to nothing; or no example is left.
+        UsageError: an answer alone is too long, or is cut to nothing.
     """
     eyes = encoder.eyes if any(one.images for one in examples) else None
     if eyes is not None:
@@ -189,7 +256,7 @@ def encode_split(
         one.dialogue.up_to_last() if one.dialogue else one_turn(one.prompt, one.answer)
         for one in examples
     ]
-    kept = _Kept()
+    kept = Piece(len(examples))
     for number, one in enumerate(encoder.conversations(talks, wheres=wheres, task=task)):
         place = f"{wheres[number]}: task '{task}'"
         shown = examples[number].images
@@ -207,28 +274,18 @@ def encode_split(
         elif on_overflow == "drop":
             kept.dropped += 1
         elif on_overflow == "error":
-            kept.too_long.append((number, len(one.tokens)))
+            kept.too_long.append((wheres[number], len(one.tokens)))
         else:
             talk = talks[number]
             if isinstance(talk, Dialogue):
                 _add_shortened(kept, talk, encoder, limit)
             else:
                 _add_cut(kept, one, limit, place, shown)
-    if kept.too_long:
-        number, length = kept.too_long[0]
-        raise UsageError(
-            f"{wheres[number]}: task '{task}': the example has {length} tokens, rows hold {limit} "
-            f"({len(kept.too_long)} of {len(examples)} examples are too long); raise training.row_length, "
-            "or set training.on_overflow to drop or truncate_prompt"
-        )
-    if not kept.tokens:
-        raise UsageError(f"task '{task}': no example is left of {len(examples)}")
-    token = None if eyes is None else eyes.vision.token_id
-    return kept.split(len(examples), masked=any(one.dialogue for one in examples), token=token)
+    return kept
 
 
 def _add_cut(
-    kept: _Kept, one: Conversation, limit: int, place: str, shown: tuple[Picture, ...]
+    kept: Piece, one: Conversation, limit: int, place: str, shown: tuple[Picture, ...]
 ) -> None:
     """Keep an example whose prompt loses its beginning.
 
@@ -253,7 +310,7 @@ def _add_cut(
     kept.add([*short, *answer], [False] * len(short) + [True] * len(answer), shown)
 
 
-def _add_shortened(kept: _Kept, talk: Dialogue, encoder: Encoder, limit: int) -> None:
+def _add_shortened(kept: Piece, talk: Dialogue, encoder: Encoder, limit: int) -> None:
     """Keep a conversation without its earliest turns; one whose last turn alone is too long is left out."""
     shorter = talk.without_earliest()
     while shorter is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mtl_lora_cli.data.chat import ChatTemplate, templates_of
 from mtl_lora_cli.data.chat_variables import DEFAULT, WITH_TOOLS
-from mtl_lora_cli.data.control_tokens import ControlTokens, Marked
+from mtl_lora_cli.data.control_tokens import Brought, ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
@@ -28,6 +28,7 @@ from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
 
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
+_CHARACTERS = 2**22  # of them
 _LOOKED_AT = 200  # conversations, for what is good to know of them
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
 
@@ -110,7 +111,16 @@ class Encoder:
             )
         return notes
 
-    def notes_on(self, task: Task, marked: Marked) -> list[str]:
+    def brought(self, marked: Marked) -> Brought:
+        """What is good to know of rows' control tokens and reasoning."""
+        drops = self._chat is not None and any(
+            one.dialogue is not None and self._writer(one.dialogue).drops_reasoning(one.dialogue)
+            for one in islice(marked.examples, _LOOKED_AT)
+        )
+        first = (marked.first, marked.places[0]) if marked.places else ("", "")
+        return Brought(len(marked.examples), len(marked.places), *first, drops)
+
+    def notes_on(self, task: Task, brought: Brought) -> list[str]:
         """What is good to know of a task's control tokens, a line each."""
         own = self.control_tokens.written_by(task)
         if self._chat is None:
@@ -119,15 +129,12 @@ class Encoder:
         listed = ", ".join(f"{token} ({where})" for token, where in own.items())
         beside = "it is not set twice" if self._chat is None else "the chat template writes its own"
         notes = [f"the template itself writes {listed}; {beside}"] if own else []
-        if marked.places:
+        if brought.tokens:
             notes.append(
-                f"{len(marked.places):,} of {len(marked.examples):,} training rows hold a control token "
-                f"of the tokenizer, which is read as text: {marked.first}, {marked.places[0]}"
+                f"{brought.tokens:,} of {brought.rows:,} training rows hold a control token "
+                f"of the tokenizer, which is read as text: {brought.first}, {brought.where}"
             )
-        if self._chat is not None and any(
-            one.dialogue is not None and self._writer(one.dialogue).drops_reasoning(one.dialogue)
-            for one in islice(marked.examples, _LOOKED_AT)
-        ):
+        if brought.drops_reasoning:
             notes.append(
                 "the chat template leaves out the reasoning of earlier answers: they are learned without it; "
                 "conversation.learn: last learns the last one"
@@ -323,13 +330,12 @@ class Encoder:
 
         The tokenizer runs outside Python's lock, so the next chunk costs the reader no time.
         """
-        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+        chunks = _chunks(texts)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = deque(pool.submit(self._encode, chunk) for chunk in chunks[:2])
-            for following in [*chunks[2:], None, None][: len(chunks)]:
+            ahead = deque(pool.submit(self._encode, chunk) for chunk in islice(chunks, 2))
+            while ahead:
                 yield from ahead.popleft().result()
-                if following is not None:
-                    ahead.append(pool.submit(self._encode, following))
+                ahead.extend(pool.submit(self._encode, chunk) for chunk in islice(chunks, 1))
 
     def _encode(self, texts: Sequence[Written]) -> list[Any]:
         found = self._backend.encode_batch([one.text for one in texts], add_special_tokens=False)
@@ -340,6 +346,20 @@ class Encoder:
         if self.beyond is not None and self.beyond.tokens:
             self.beyond.require_known(number for one in found for number in one.ids)
         return list(found)
+
+
+def _chunks(texts: Sequence[Written]) -> Iterator[list[Written]]:
+    """A few thousand texts at a time, and fewer long ones: what the tokenizer says of them is large."""
+    chunk: list[Written] = []
+    characters = 0
+    for text in texts:
+        chunk.append(text)
+        characters += len(text.text)
+        if len(chunk) == _CHUNK or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _as_text(dialogue: Dialogue) -> Written:

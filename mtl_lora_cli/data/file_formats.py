@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout, Table, unique_columns
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.pointers import require_content
@@ -36,6 +38,10 @@ class Rows:
     def where(self, index: int) -> str:
         """`path/file.jsonl:12`; `path/file.parquet, row 12` where there are no lines."""
         return self.places[index]
+
+    def some(self, numbers: np.ndarray) -> list[Mapping[str, Any]]:
+        """Those of these numbers, ascending."""
+        return [self.rows[number] for number in numbers.tolist()]
 
 
 _Numbered = Iterator[tuple[Any, int]]  # rows, each with the line on which it begins, or 0

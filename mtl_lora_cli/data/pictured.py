@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -98,22 +98,18 @@ def _decode(picture: Picture) -> None:
     picture.read()
 
 
-def shown_twice(read: Sequence[Examples]) -> list[str]:
+def shown_twice(train: Set[bytes], held: Mapping[str, Set[bytes]]) -> list[str]:
     """A line for each held-out split that shows pictures of training rows, whatever is asked of them.
 
     Args:
-        read: the training examples, and those of the held-out splits.
+        train: digests of the pictures that training rows show.
+        held: of each held-out split those of its rows.
     """
-    train, *held = read
-    known = {one.digest() for example in train.examples for one in example.images}
-    lines = []
-    for one in held if known else ():
-        shown = {picture.digest() for example in one.examples for picture in example.images}
-        if shown & known:
-            lines.append(
-                f"{len(shown & known):,} of {len(shown):,} {one.split} pictures are shown in train, too"
-            )
-    return lines
+    return [
+        f"{len(shown & train):,} of {len(shown):,} {split} pictures are shown in train, too"
+        for split, shown in held.items()
+        if shown & train
+    ]
 
 
 class Eyes:

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_lora_cli.data import cache
-from mtl_lora_cli.data.answers import require_answers
-from mtl_lora_cli.data.audit import Audit, audit, blank_fields, leaked, require_no_blank
+from mtl_lora_cli.data.across import across
+from mtl_lora_cli.data.audit import Audit, require_no_blank
 from mtl_lora_cli.data.dynamic import DynamicMixture
-from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
+from mtl_lora_cli.data.encode_task import encode_task
+from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
 from mtl_lora_cli.data.picture_rows import map_print
 from mtl_lora_cli.data.pictured import (
     Eyes,
-    in_files,
     joined_print,
     picture_root,
-    require_readable,
-    shown_twice,
     split_print,
 )
 from mtl_lora_cli.data.sources import (
@@ -38,8 +36,7 @@ from mtl_lora_cli.data.sources import (
     untrained_in,
 )
 from mtl_lora_cli.data.stages import Part, StagedMixture
-from mtl_lora_cli.data.traces import traces
-from mtl_lora_cli.data.unlabelled import with_cure
+from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import (
@@ -52,13 +49,12 @@ from mtl_lora_cli.recipe.schema import (
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.registry import find_template
-from mtl_lora_cli.tasks.rendering import LabelError, Renderer
-from mtl_lora_cli.tasks.task import Task, measured_by, overlaid, require_text
+from mtl_lora_cli.tasks.task import Task, measured_by, overlaid
 
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
 
-_MOST_DRAWN = 2**28  # examples an epoch: each takes some hundred bytes while rows are packed
+_MOST_DRAWN = 2**28  # examples an epoch: each takes some bytes, and forty while rows are packed
 
 
 @dataclass(frozen=True)
@@ -207,11 +203,7 @@ def read_examples(
     """Read and render one split of a task.
 
     Args:
-        task: bound to its source.
-        split: `train`, `validation` or `test`.
-        at_most: keep so many rows, drawn by `seed` and the task's name.
-        seed: of that draw.
-        labelled: False: what is right is not even looked at.
+        task, split, at_most, seed, labelled: as of `task_rows`.
 
     Returns:
         The examples, or None where the source has no such split.
@@ -219,29 +211,18 @@ def read_examples(
     Raises:
         UsageError: a file, a row, or a label is wrong.
     """
-    require_text(task.name, task.objective)
-    found = read_rows(task, split, at_most=at_most, seed=seed)
-    if found is None:
+    return _rendered(task_rows(task, split, at_most=at_most, seed=seed, labelled=labelled))
+
+
+def _rendered(rows: TaskRows | None) -> Examples | None:
+    """All of them at once."""
+    if rows is None:
         return None
-    rows, wheres, source = found
-    renderer = _renderer(task)
-    try:
-        examples = [
-            renderer.render(row, where, labelled=labelled)
-            for row, where in zip(rows, wheres, strict=True)
-        ]
-    except LabelError as error:
-        raise with_cure(error, task, split, renderer, source.rows) from None
-    printed = source.fingerprint
-    if task.template.images:
-        examples = list(map(in_files, examples))
-        printed = joined_print(printed, (one.images for one in examples))
-    return Examples(split, examples, wheres, rows, printed, source.notes)
-
-
-def _renderer(task: Task) -> Renderer:
-    root = picture_root(task) if task.template.images else Path()
-    return Renderer(task.template, task.name, root)
+    found = rows.piece()
+    if not rows.task.template.images:
+        return found
+    shown = (one.images for one in found.examples)
+    return replace(found, fingerprint=joined_print(found.fingerprint, shown))
 
 
 def untrained(tasks: Sequence[Task]) -> dict[str, str]:
@@ -259,11 +240,7 @@ def untrained(tasks: Sequence[Task]) -> dict[str, str]:
 
 def held_out_examples(task: Task, split: str | None = None) -> Examples | None:
     """The rows that a task is evaluated on: test, or validation where there is no test split."""
-    for name in [split] if split else ["test", "validation"]:
-        examples = read_examples(task, name)
-        if examples is not None:
-            return examples
-    return None
+    return _rendered(held_out_rows(task, split))
 
 
 def prepare_training(
@@ -293,7 +270,7 @@ def prepare_training(
         splits.append(encoded)
         audits.append(found)
         seen.append(rows)
-    audits = _across(bound, audits, seen)
+    audits = across([task.name for task in bound], audits, seen)
     if encoder.beyond is not None:
         encoder.beyond.require_known(encoder.answer_end)  # it ends every answer
     mixture = mixture_over(recipe, tasks, [split.positions for split in splits])
@@ -427,49 +404,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _across(
-    tasks: Sequence[Task], audits: Sequence[Audit], seen: Sequence[cache.Traces]
-) -> list[Audit]:
-    """The audits with held-out rows of each task that stand in the training rows of another one."""
-    train = [rows["train"] for rows in seen]
-    whole, owners = np.concatenate(train), np.repeat(np.arange(len(train)), [len(t) for t in train])
-    orders = [np.argsort(column, kind="stable") for column in whole.T]
-    found = []
-    for number, (own, rows) in enumerate(zip(audits, seen, strict=True)):
-        leaks = []
-        for split in ("test", "validation"):
-            if split in rows:
-                others = _owners(rows[split], whole, owners, orders) - {number}
-                leaks += [
-                    leaked(split, rows[split], train[other], tasks[other].name)
-                    for other in sorted(others)
-                ]
-        more = tuple(leak for leak in leaks if leak.found)
-        found.append(replace(own, leaks=own.leaks + more))
-    return found
-
-
-def _owners(
-    held_out: np.ndarray, train: np.ndarray, owners: np.ndarray, orders: Sequence[np.ndarray]
-) -> set[int]:
-    """The tasks of which a training row may be one of these rows.
-
-    Args:
-        held_out, train: traces, [rows, 2].
-        owners: the task of each training row.
-        orders: that sort the columns of `train`.
-    """
-    found: set[int] = set()
-    for column, order in enumerate(orders):
-        values = np.unique(held_out[:, column])
-        values = values[values != 0]
-        ordered = train[order, column]
-        starts, ends = np.searchsorted(ordered, values), np.searchsorted(ordered, values, "right")
-        for start, end in zip(starts, ends, strict=True):
-            found.update(owners[order[start:end]].tolist())
-    return found
-
-
 def with_fingerprints(task: Task) -> Task:
     """The task with the hash of each of its splits.
 
@@ -517,50 +451,7 @@ def _prepare_task(
         with cache.claimed(key, task.name):
             stored = cache.load(key)
             if stored is None:
-                stored = _encode_task(task, recipe, encoder, limit)
+                stored = encode_task(task, recipe, encoder, limit)
                 cache.store(key, *stored)
+                stored = cache.load(key) or stored  # mapped, and shared
     return bound, *stored
-
-
-def _encode_task(
-    task: Task, recipe: Recipe, encoder: Encoder, limit: int
-) -> tuple[EncodedSplit, Audit, cache.Traces]:
-    training = recipe.training
-    examples = read_examples(task, "train", at_most=task.max_examples, seed=training.seed)
-    assert examples is not None  # it has a fingerprint
-    held = held_out_examples(task)
-    # Looked at for leaks, too: `training.validation.best` picks by its rows.
-    beside = (
-        read_examples(task, "validation", labelled=False) if held and held.split == "test" else None
-    )
-    require_readable(one for some in (examples, held) if some is not None for one in some.examples)
-    for some in (examples, held):
-        if some is not None:
-            require_answers(task, some.examples, some.wheres, encoder)
-    marked = encoder.control_tokens.mark(task, examples)
-    encoded = encode_split(
-        marked.examples,
-        examples.wheres,
-        encoder,
-        task=task.name,
-        limit=limit,
-        on_overflow=training.on_overflow,
-    )
-    read = [one for one in (examples, held, beside) if one is not None]
-    seen = {one.split: traces(one.examples) for one in read}
-    noticed = audit(
-        examples.examples,
-        held.examples if held else [],
-        held.split if held else None,
-        leaks=[leaked(one.split, seen[one.split], seen["train"]) for one in read[1:]],
-        blank=[blank_fields(one.split, one.examples, one.wheres) for one in read],
-        cut_prompts=encoded.truncated,
-        dropped=encoded.dropped,
-        turns=encoded.turns,
-        notes=[
-            *encoder.notes_on(task, marked),
-            *(note for one in read for note in one.notes),
-            *shown_twice(read),
-        ],
-    )
-    return encoded, noticed, seen

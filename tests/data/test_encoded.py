@@ -179,5 +179,6 @@ def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_told(
     example = Example("p", "a", (), -1, dialogue=Dialogue.of(messages))
     name, path, template = find_template("instruct/messages", None)
     task = Task("t", 0, name, path.read_text(), template, Source(path="x"), "conversation")
-    notes = Encoder(tokenizer, "chat").notes_on(task, Marked([example], []))
+    encoder = Encoder(tokenizer, "chat")
+    notes = encoder.notes_on(task, encoder.brought(Marked([example], [])))
     assert any("leaves out the reasoning of earlier answers" in note for note in notes) is told

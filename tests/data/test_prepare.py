@@ -90,7 +90,7 @@ def test_the_second_start_is_served_by_the_cache_and_equal(
     tasks = "- {name: own, template: own.yaml, source: d}\n"
     first = prepare(folder, stories_folder, tasks)
     monkeypatch.setattr(
-        "mtl_lora_cli.data.prepare.read_examples", lambda *a, **k: pytest.fail("read again")
+        "mtl_lora_cli.data.prepare.encode_task", lambda *a, **k: pytest.fail("encoded again")
     )
     second = prepare(folder, stories_folder, tasks)
     np.testing.assert_array_equal(first.splits[0].tokens, second.splits[0].tokens)
