@@ -39,7 +39,6 @@ class Traces:
 
 
 Stored = tuple[EncodedSplit, Audit, Traces]
-_ARRAYS = ("tokens", "starts", "prompt_lengths")
 _TRACES = "traces."
 
 
@@ -59,7 +58,9 @@ def load(key: str) -> Stored | None:
         text, arrays = parts.read(path)
         about = json.loads(text)
         encoded = EncodedSplit(
-            **{name: arrays[name] for name in _ARRAYS},
+            tokens=arrays["tokens"],
+            starts=arrays["starts"],
+            prompt_lengths=arrays["prompt_lengths"],
             mask=arrays.get("mask"),
             pictures=_pictures(about.get("pictures")),
             picture_token=about.get("picture_token"),
@@ -92,7 +93,7 @@ def store(key: str, encoded: EncodedSplit, audit: Audit, traces: Traces) -> None
     counts = {name: getattr(encoded, name) for name in ("dropped", "truncated", "rows", "turns")}
     shown = {} if encoded.pictures is None else _shown(encoded)
     about = json.dumps({"counts": counts, "audit": audit.to_json(), **shown})
-    arrays = {name: getattr(encoded, name) for name in _ARRAYS}
+    arrays = {name: getattr(encoded, name) for name in ("tokens", "starts", "prompt_lengths")}
     if encoded.mask is not None:
         arrays["mask"] = encoded.mask
     arrays |= {f"{_TRACES}train.{n}": numbers for n, numbers in enumerate(traces.train)}

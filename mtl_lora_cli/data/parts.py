@@ -48,7 +48,7 @@ class Parts:
         """
         if name not in self._files:
             self._kinds[name], self._sizes[name] = values.dtype, 0
-            place = self._place()
+            place = str(self._place() or tempfile.gettempdir())
             self._files[name] = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=place)  # noqa: SIM115 - it stays open
         try:
             self._files[name].write(np.ascontiguousarray(values).data)

@@ -56,11 +56,12 @@ def together(several: Sequence[Seen]) -> Seen:
     found = several[0]
     for one in several[1:]:
         found = counted(found, one)
-    joined = {
-        name: np.concatenate([getattr(one, name) for one in several])
-        for name in ("traces", "asked", "said")
-    }
-    return replace(found, **joined)
+    return replace(
+        found,
+        traces=np.concatenate([one.traces for one in several]),
+        asked=np.concatenate([one.asked for one in several]),
+        said=np.concatenate([one.said for one in several]),
+    )
 
 
 def counted(one: Seen, other: Seen) -> Seen:
