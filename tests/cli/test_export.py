@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,15 +56,14 @@ def test_at_its_own_rank_nothing_is_lost(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_the_command_for_vllm_names_all_tasks(
+def test_the_commands_of_servers_name_all_tasks(
     small_run: tuple[Path, Finished], invoke: Callable[..., Finished], tmp_path: Path
 ) -> None:
     """And nothing of it stands on stdout; ranks are those that vLLM takes."""
     run = str(small_run[0])
     ended = invoke("export", "--task", "all", "--run", run, "--no-check", "--json")
     assert [one["task"] for one in json.loads(ended.stdout)] == ["warm", "cold"]
-    (line,) = [one for one in ended.stderr.splitlines() if "vLLM" in one]
-    words = shlex.split(line.partition(": ")[2])
+    words = said(ended, "vLLM serves them")
     named = dict(word.split("=") for word in words[words.index("--lora-modules") + 1 :])
     assert list(named) == ["warm", "cold"]
     ranks = []
@@ -73,3 +73,25 @@ def test_the_command_for_vllm_names_all_tasks(
         ranks.append(config["r"])
     assert int(words[words.index("--max-lora-rank") + 1]) >= max(ranks)
     assert int(words[words.index("--max-loras") + 1]) == 2
+    others = said(ended, "SGLang")
+    assert others[:3] == ["python", "-m", "sglang.launch_server"]
+    assert others[others.index("--model-path") + 1] == words[2]
+    assert dict(word.split("=") for word in others[others.index("--lora-paths") + 1 :]) == named
+    assert int(others[others.index("--max-lora-rank") + 1]) == max(ranks)
+
+    ended = invoke("export", "--task", "all", "--run", run, "--no-check", "--format", "gguf")
+    words = said(ended, "llama.cpp serves them")
+    files = [word for before, word in pairwise(words) if before == "--lora"]
+    assert words[0] == "llama-server" and "--lora-init-without-apply" in words
+    assert [(tmp_path / file).parent.name for file in files] == ["warm", "cold"]
+    assert all((tmp_path / file).is_file() for file in files)
+    words = said(ended, "Ollama")
+    assert [words[n + 1] for n, word in enumerate(words) if word == "create"] == ["warm", "cold"]
+    made = [word.removesuffix(";") for before, word in pairwise(words) if before == "-f"]
+    assert len(made) == 2 and all((tmp_path / file).is_file() for file in made)
+
+
+def said(ended: Finished, who: str) -> list[str]:
+    """The words of a command that stderr says for a server."""
+    (line,) = [one for one in ended.stderr.splitlines() if one.startswith(f"{who}: ")]
+    return shlex.split(line.partition(": ")[2])
