@@ -159,6 +159,19 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
     "instruct/alpaca": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "3"),
     "instruct/completion": ({"prompt": "1 + 2 =", "completion": " 3"}, "3"),
     "ads/click": ({"query": "shoes", "ad": "Shoes!", "click": 0}, "no"),
+    "vision/box_counts": ({"image": "1.png", "thing": "blue item", "count": 2}, "2"),
+    **{
+        f"vision/easy_vqa_{kind}": (
+            {"image": "1.png", "question": "what is it?", "answer": answer},
+            answer,
+        )
+        for kind, answer in (("colour", "teal"), ("shape", "circle"), ("yes_no", "no"))
+    },
+    "vision/product_title": ({"image": "1.jpg", "title": "A red cap"}, "A red cap"),
+    "vision/statements_boxes": (
+        {"boxes": ["1.png", "2.png", "3.png"], "sentence": "All are blue.", "label": "false"},
+        "no",
+    ),
     "vision/product_colour": ({"image": "1.jpg", "type": "Caps", "colour": "Red"}, "Red"),
     "vision/product_type": ({"image": "1.jpg", "type": "Caps"}, "Caps"),
     "vision/statements": (
