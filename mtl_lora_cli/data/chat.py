@@ -17,6 +17,7 @@ from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 from mtl_lora_cli.tasks.messages import THOUGHT, Dialogue, Message
+from mtl_lora_cli.tasks.pictured import PLACE
 
 
 @dataclass(frozen=True)
@@ -367,8 +368,9 @@ class ChatTemplate(Rendering):
         content, shape = messages[asked[-1]]["content"], self._shape
         start, close = len(shape.head), len(before) - len(shape.foot)
         if not before.startswith(shape.head) or bare(before[start:close]) != bare(content):
-            start = before.rfind(content.strip())
-            close = start + len(content.strip())
+            own = content.rpartition(PLACE)[2].strip()  # a template may write pictures elsewhere
+            start = before.rfind(own)
+            close = start + len(own)
         return (start, close) if start >= 0 and close <= begin else (begin, begin)
 
 

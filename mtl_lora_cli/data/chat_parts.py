@@ -13,6 +13,7 @@ from typing import Any
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.tasks.messages import THOUGHT, Dialogue, Message, texts_of
+from mtl_lora_cli.tasks.pictured import PLACE
 
 _NAME, _KEY, _VALUE = "f7391846250", "k2850614937", "v6120398475"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -94,7 +95,8 @@ def missing_part(whole: str, dialogue: Dialogue) -> str | None:
     text = bare(whole)
     for number, message in enumerate(dialogue.messages):
         content = message["content"]
-        if not _holds(text, content) and not _without_thought(text, content):
+        said = content.split(PLACE)
+        if not all(_holds(text, one) or _without_thought(text, one) for one in said):
             return f"the text of a message of {message['role']}: {content[:60]!r}"
         thought = message.get("reasoning_content", "")
         learned = dialogue.counts[number] and number == dialogue.last

@@ -14,6 +14,7 @@ from mtl_lora_cli.data.chat_variables import template_arguments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Chat
 from mtl_lora_cli.tasks.messages import Dialogue, Message
+from mtl_lora_cli.tasks.pictured import PLACE, in_parts, places
 
 # Two texts whose places are looked for: no template writes them itself or changes their letters.
 USER, ANSWER = "7391846250", "2850614937"
@@ -29,6 +30,7 @@ _SOME_TOOL = {
         },
     },
 }
+_PICTURE, _TEXT = {"type": "image"}, {"type": "text", "text": USER}
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -66,18 +68,80 @@ class Rendering:
         form: ToolForm | None = None,
     ) -> str:
         form = form or self._form(messages)
+        shown = places(messages)
+        taken = self._taken(messages, form, as_parts=bool(shown))
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [form.taken(message) for message in messages],
-                tools=list(tools or self._tools) or None,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.arguments,
-            )
+            text = self._asked_for(taken, tools, generation_prompt=generation_prompt)
         except Exception as error:  # a template may raise whatever Python can
             said = " ".join(str(error).split()) or type(error).__name__
             raise self._refused(f"refuses {last_of(messages)}: {said}; use plain") from None
+        return self._with_places(text, shown) if shown and self._writes_pictures else text
+
+    def _asked_for(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        *,
+        generation_prompt: bool = False,
+    ) -> str:
+        """What the template itself writes; it may raise whatever Python can."""
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools or self._tools) or None,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **self.arguments,
+        )
         return text
+
+    def _taken(
+        self, messages: Sequence[Message], form: ToolForm, *, as_parts: bool
+    ) -> list[dict[str, Any]]:
+        """Messages as the template takes them: with pictures, or where it reads nothing else, in parts."""
+        taken = [form.taken(message) for message in messages]
+        return (
+            in_parts(taken) if self._needs_parts or (as_parts and self._writes_pictures) else taken
+        )
+
+    @cached_property
+    def _needs_parts(self) -> bool:
+        """Whether it drops a message whose content is a text and no list of parts, as some with pictures do."""
+        return not self._holds_user(USER) and self._holds_user([_TEXT])
+
+    @cached_property
+    def _writes_pictures(self) -> bool:
+        """Whether it writes a picture among a message's parts. Otherwise a place stands in the text itself."""
+        if not self._holds_user([_TEXT]) or not self._holds_user([_PICTURE, _TEXT]):
+            return False
+        return self._of_user([_PICTURE, _TEXT]) != self._of_user([_TEXT])
+
+    def _holds_user(self, content: Any) -> bool:
+        try:
+            text = self._of_user(content)
+        except Exception:  # a template may raise whatever Python can
+            return False
+        return USER in text and "'type'" not in text  # and not the list as Python writes it
+
+    def _of_user(self, content: Any) -> str:
+        return self._asked_for([{"role": "user", "content": content}])
+
+    def _with_places(self, text: str, shown: int) -> str:
+        """A text with places where the template wrote its own mark of a picture.
+
+        Raises:
+            UsageError: it wrote another number of them.
+        """
+        mark = self._mark
+        if text.count(mark) != shown:
+            raise self._refused(
+                f"writes {mark} {text.count(mark)} times for {shown} pictures, expected as many"
+            )
+        return text.replace(mark, PLACE)
+
+    @cached_property
+    def _mark(self) -> str:
+        """What the template writes for a picture."""
+        return str(self._tokenizer.vision(None).mark)
 
     def _form(self, messages: Sequence[Message]) -> ToolForm:
         """How the template takes tool calls; found out where there are some."""
@@ -101,10 +165,10 @@ class Rendering:
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        form = self._form(dialogue.messages)
+        form, shown = self._form(dialogue.messages), places(dialogue.messages)
         given = {name: value for name, value in self.arguments.items() if name != "chat_template"}
-        _, found = render_jinja_template(
-            conversations=[[form.taken(message) for message in dialogue.messages]],
+        (text,), found = render_jinja_template(
+            conversations=[self._taken(dialogue.messages, form, as_parts=bool(shown))],
             tools=list(dialogue.tools) or None,
             chat_template=self.arguments["chat_template"],
             return_assistant_tokens_mask=True,
@@ -113,6 +177,13 @@ class Rendering:
         roles = [message["role"] for message in dialogue.messages]
         answers = [number for number, role in enumerate(roles) if role == "assistant"]
         spans = [(int(begin), int(end)) for begin, end in found[0]]
+        if shown and self._writes_pictures:
+            mark = self._mark
+            less = len(mark) - len(PLACE)
+            spans = [
+                (begin - less * text[:begin].count(mark), end - less * text[:end].count(mark))
+                for begin, end in spans
+            ]
         return dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else None
 
     def _asked(self, messages: Sequence[Message], tools: Sequence[Any]) -> str | None:

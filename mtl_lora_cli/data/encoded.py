@@ -16,6 +16,7 @@ from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.messages import Dialogue
+from mtl_lora_cli.tasks.pictured import places
 from mtl_lora_cli.tasks.rendering import Example
 
 Overflow = Literal["error", "drop", "truncate_prompt"]
@@ -250,16 +251,17 @@ def encode_piece(
         UsageError: an answer alone is too long, or is cut to nothing.
     """
     eyes = encoder.eyes if any(one.images for one in examples) else None
-    if eyes is not None:
-        examples = [eyes.written(one, where) for one, where in zip(examples, wheres, strict=True)]
     talks = [
         one.dialogue.up_to_last() if one.dialogue else one_turn(one.prompt, one.answer)
         for one in examples
     ]
+    every = [shown_by(one) for one in examples]
     kept = Piece(len(examples))
-    for number, one in enumerate(encoder.conversations(talks, wheres=wheres, task=task)):
-        place = f"{wheres[number]}: task '{task}'"
-        shown = examples[number].images
+    found = encoder.conversations(
+        talks, wheres=wheres, task=task, shown=None if eyes is None else every
+    )
+    for number, one in enumerate(found):
+        place, shown = f"{wheres[number]}: task '{task}'", every[number]
         if eyes is not None:
             eyes.require_all(one.tokens, shown, place)
             one = replace(one, own=eyes.behind(one.tokens, one.own))
@@ -278,10 +280,22 @@ def encode_piece(
         else:
             talk = talks[number]
             if isinstance(talk, Dialogue):
-                _add_shortened(kept, talk, encoder, limit)
+                _add_shortened(kept, talk, encoder, limit, shown)
             else:
                 _add_cut(kept, one, limit, place, shown)
     return kept
+
+
+def shown_by(example: Example) -> tuple[Picture, ...]:
+    """The pictures that an example shows before its last answer: what follows that is not read."""
+    if example.dialogue is None or not example.images:
+        return example.images
+    return example.images[: places(example.dialogue.up_to_last().messages)]
+
+
+def latest(shorter: Dialogue, shown: tuple[Picture, ...]) -> tuple[Picture, ...]:
+    """The pictures of a conversation that lost its earliest turns; a system message shows none."""
+    return shown[len(shown) - places(shorter.messages) :]
 
 
 def _add_cut(
@@ -310,13 +324,17 @@ def _add_cut(
     kept.add([*short, *answer], [False] * len(short) + [True] * len(answer), shown)
 
 
-def _add_shortened(kept: Piece, talk: Dialogue, encoder: Encoder, limit: int) -> None:
-    """Keep a conversation without its earliest turns; one whose last turn alone is too long is left out."""
+def _add_shortened(
+    kept: Piece, talk: Dialogue, encoder: Encoder, limit: int, shown: tuple[Picture, ...]
+) -> None:
+    """Keep a conversation without its earliest turns, and their pictures; one whose last turn alone is too long is
+    left out."""
     shorter = talk.without_earliest()
     while shorter is not None:
-        (one,) = encoder.conversations([shorter])
+        shown = latest(shorter, shown)
+        (one,) = encoder.conversations([shorter], shown=[shown])
         if len(one.tokens) <= limit:
-            kept.add(one.tokens, one.mask)
+            kept.add(one.tokens, one.mask, shown)
             kept.truncated += 1
             kept.turns += len(talk.messages) - len(shorter.messages)
             return

@@ -23,6 +23,7 @@ from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, 
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.recipe.schema import Chat, Images, Recipe
 from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
@@ -191,6 +192,7 @@ class Encoder:
         wheres: Sequence[str] | None = None,
         task: str = "",
         marked: bool = True,
+        shown: Sequence[Sequence[Picture]] | None = None,
     ) -> Iterator[Conversation]:
         """Tokens of conversations, and which of them are learned.
 
@@ -203,15 +205,19 @@ class Encoder:
             counts: for each message of a list whether it is learned; None: every answer is.
             wheres, task: where each came from, and the task's name, for errors.
             marked: False: where the generation prompt ends is looked at, whatever the template marks.
+            shown: the pictures of each, in the order of their places; None: they show none.
 
         Raises:
-            UsageError: the chat template cannot write one of them.
+            UsageError: the chat template cannot write one of them, or a picture cannot be read.
         """
         written = []
         for number, one in enumerate(many):
             try:
                 own = None if counts is None else counts[number]
-                written.append(self._written(one, own, marked=marked))
+                text = self._written(one, own, marked=marked)
+                if shown is not None and shown[number]:
+                    text = self.eyes.written(text, shown[number])
+                written.append(text)
             except UsageError as error:
                 if wheres is None:
                     raise
@@ -242,7 +248,12 @@ class Encoder:
         return self._with_tools if dialogue.tools and self._with_tools is not None else self._chat
 
     def continuations(
-        self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        *,
+        wheres: Sequence[str] | None = None,
+        shown: Sequence[Sequence[Picture]] | None = None,
     ) -> tuple[list[Prompt], list[list[list[int]]]]:
         """Tokens of each prompt, and of each of its answers as they follow it, without their ends.
 
@@ -254,6 +265,8 @@ class Encoder:
             prompts: rendered prompts.
             answers: for each prompt one or more answers, without a leading space; "" for one that is not
                 known.
+            wheres: where each prompt came from, for errors.
+            shown: the pictures of each prompt; None: they show none.
 
         Returns:
             The prompts, and for each prompt its answers' tokens.
@@ -263,7 +276,12 @@ class Encoder:
             for prompt, several in zip(prompts, answers, strict=True)
             for answer in several
         ]
-        found = self.conversations(pairs)
+        owners = [number for number, several in enumerate(answers) for _ in several]
+        found = self.conversations(
+            pairs,
+            wheres=None if wheres is None else [wheres[number] for number in owners],
+            shown=None if shown is None else [shown[number] for number in owners],
+        )
         first, following = [], []
         for several in answers:
             whole = [next(found) for _ in several]
@@ -279,7 +297,11 @@ class Encoder:
         return first, following
 
     def asked(
-        self, dialogues: Sequence[Dialogue], *, known: bool
+        self,
+        dialogues: Sequence[Dialogue],
+        *,
+        known: bool,
+        shown: Sequence[Sequence[Picture]] | None = None,
     ) -> tuple[list[Prompt], list[list[int]]]:
         """Tokens of conversations up to where their last answer begins, and of that answer, without its end.
 
@@ -289,6 +311,7 @@ class Encoder:
         Args:
             dialogues: conversations.
             known: False: the answers are not looked at, and are nothing.
+            shown: the pictures of each, up to its last answer; None: they show none.
         """
         # A text's tokens before an answer are its own alone; what a chat template writes is the same.
         unknown = ["" if one.is_text else _UNKNOWN for one in dialogues]
@@ -297,7 +320,7 @@ class Encoder:
             for one, other in zip(dialogues, unknown, strict=True)
         ]
         prompts, answers = [], []
-        for one in self.conversations(whole, marked=False):
+        for one in self.conversations(whole, marked=False, shown=shown):
             turn = one.turns[-1]
             begin, end = one.own
             cut = turn.begin

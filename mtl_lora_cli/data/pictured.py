@@ -7,11 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.sources import read_split, root_of
+from mtl_lora_cli.data.written import Turn, Written
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture, grey_like
 from mtl_lora_cli.runs.atomic import write_bytes
@@ -130,20 +132,32 @@ class Eyes:
         """All that decides how many tokens pictures have, and what is in their place."""
         return f"{self.vision.settings} {self.blind}"
 
-    def written(self, example: Example, where: str = "") -> Example:
-        """An example with its pictures as the model's tokens in the prompt.
+    def written(self, text: Written, pictures: Sequence[Picture]) -> Written:
+        """A text with its pictures as the model's tokens in their places.
+
+        Args:
+            text: with a place for each picture.
+            pictures: in the order of their places.
 
         Raises:
-            UsageError: a picture cannot be read; or the text has places of its own.
+            UsageError: a picture cannot be read; or there are other places than those of pictures.
         """
-        if not example.images:
-            return example
-        parts = example.prompt.split(PLACE)
-        if len(parts) != len(example.images) + 1:
-            raise UsageError(f"{where}: {len(parts) - 1} places for {len(example.images)} pictures")
-        texts = [self._sized(picture, self.vision.text) for picture in example.images]
-        prompt = "".join(f"{part}{text}" for part, text in zip(parts, [*texts, ""], strict=True))
-        return replace(example, prompt=prompt)
+        parts = text.text.split(PLACE)
+        if len(parts) != len(pictures) + 1:
+            raise UsageError(f"{len(parts) - 1} places for {len(pictures)} pictures")
+        texts = [self._sized(picture, self.vision.text) for picture in pictures]
+        ends = list(accumulate(len(part) + len(PLACE) for part in parts[:-1]))
+        more = [len(one) - len(PLACE) for one in texts]
+        whole = "".join(f"{part}{one}" for part, one in zip(parts, [*texts, ""], strict=True))
+
+        def moved(place: int) -> int:
+            return place + sum(n for end, n in zip(ends, more, strict=True) if end <= place)
+
+        turns = tuple(
+            Turn(moved(one.begin), moved(one.text), moved(one.close), moved(one.end))
+            for one in text.turns
+        )
+        return replace(text, text=whole, turns=turns, own=(moved(text.own[0]), moved(text.own[1])))
 
     def require_all(self, tokens: Sequence[int], pictures: Sequence[Picture], where: str) -> None:
         """Refuse tokens in which other picture tokens stand than those of the row's pictures.

@@ -22,6 +22,7 @@ from torch import Tensor
 from mtl_lora_cli.data.answers import require_apart
 from mtl_lora_cli.data.collate import shown_in
 from mtl_lora_cli.data.conversation import Prompt
+from mtl_lora_cli.data.encoded import latest, shown_by
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import Eyes
@@ -32,7 +33,6 @@ from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.pictures.shown import Picture
-from mtl_lora_cli.tasks.messages import Dialogue
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 
@@ -184,32 +184,29 @@ def build_requests(
     Raises:
         UsageError: there is no room even without the row's own text.
     """
-    dialogues = [example.dialogue for example in examples if example.dialogue is not None]
-    if dialogues:
+    if any(example.dialogue is not None for example in examples):
         return _of_dialogues(
-            dialogues, task, encoder, limit, new_tokens, generated=generated, wheres=wheres
+            examples, task, encoder, limit, new_tokens, generated=generated, wheres=wheres
         )
     eyes = encoder.eyes if any(example.images for example in examples) else None
     places = _places(wheres, len(examples))
-    if eyes is not None:
-        examples = [
-            eyes.written(example, where.removesuffix(": "))
-            for example, where in zip(examples, places, strict=True)
-        ]
+    texts = [example.prompt for example in examples]
+    shown = None if eyes is None else [example.images for example in examples]
     prompts, answers = encoder.continuations(
-        [example.prompt for example in examples],
+        texts,
         [example.choices or (example.answer,) for example in examples],
+        wheres=wheres,
+        shown=shown,
     )
     if generated and not all(example.choices for example in examples):
         prompts, _ = encoder.continuations(
-            [example.prompt for example in examples],
-            [example.choices or ("",) for example in examples],
+            texts, [example.choices or ("",) for example in examples], wheres=wheres, shown=shown
         )
     end = list(encoder.answer_end)
     requests = []
     for prompt, choices, where, example in zip(prompts, answers, places, examples, strict=True):
         if eyes is not None:
-            prompt = _with_pictures(prompt, choices, example, eyes, where)
+            prompt = _with_pictures(prompt, choices, example.images, eyes, where)
         counts = one_begins_another(choices)
         asked = [[*choice, *end] for choice in choices] if counts else choices
         room = limit - max(new_tokens, *(len(choice) for choice in asked))
@@ -221,7 +218,11 @@ def build_requests(
 
 
 def _with_pictures(
-    prompt: Prompt, choices: Sequence[list[int]], example: Example, eyes: Eyes, where: str
+    prompt: Prompt,
+    choices: Sequence[list[int]],
+    shown: Sequence[Picture],
+    eyes: Eyes,
+    where: str,
 ) -> Prompt:
     """A prompt of which nothing is cut up to its last picture's end.
 
@@ -229,7 +230,7 @@ def _with_pictures(
         UsageError: other picture tokens stand in it or in an answer than those of its pictures.
     """
     every = [*prompt.tokens, *chain.from_iterable(choices)]
-    eyes.require_all(every, example.images, where.removesuffix(": "))
+    eyes.require_all(every, shown, where.removesuffix(": "))
     return replace(prompt, own=eyes.behind(prompt.tokens, prompt.own))
 
 
@@ -258,7 +259,7 @@ def room_for(answer: Sequence[int]) -> int:
 
 
 def _of_dialogues(
-    dialogues: Sequence[Dialogue],
+    examples: Sequence[Example],
     task: int,
     encoder: Encoder,
     limit: int,
@@ -268,25 +269,36 @@ def _of_dialogues(
     wheres: Sequence[str] | None,
 ) -> list[Request]:
     """Conversations to be answered; a longer one loses its earliest turns, whole, and then of its question."""
+    dialogues = [example.dialogue for example in examples if example.dialogue is not None]
     labelled = all(any(one.counts) for one in dialogues)
-    prompts, answers = encoder.asked(dialogues, known=labelled)
+    every = [shown_by(example) for example in examples]
+    eyes = encoder.eyes if any(every) else None
+    prompts, answers = encoder.asked(dialogues, known=labelled, shown=every)
     if generated and labelled:
-        prompts, _ = encoder.asked(dialogues, known=False)
+        prompts, _ = encoder.asked(dialogues, known=False, shown=every)
     requests = []
     places = _places(wheres, len(dialogues))
-    for dialogue, prompt, answer, where in zip(dialogues, prompts, answers, places, strict=True):
+    for dialogue, prompt, answer, shown, where in zip(
+        dialogues, prompts, answers, every, places, strict=True
+    ):
         wanted = max(new_tokens, len(answer))
         if generated:  # the right answer need not fit: it is only compared with what is said
             wanted = min(new_tokens or room_for(answer), max(limit // 2, limit - len(prompt)))
         room = limit - wanted
         whole, shorter = len(prompt), dialogue.without_earliest()
         while len(prompt) > room and shorter is not None:
-            ((prompt,), _) = encoder.asked([shorter], known=labelled and not generated)
+            shown = latest(shorter, shown)
+            ((prompt,), _) = encoder.asked(
+                [shorter], known=labelled and not generated, shown=[shown]
+            )
             shorter = shorter.without_earliest()
+        if eyes is not None:
+            prompt = _with_pictures(prompt, [answer], shown, eyes, where)
         if generated:
             wanted = max(1, min(wanted, limit - prompt.fixed))
         short = _shortened(prompt, limit - wanted, limit, where)
-        requests.append(Request(task, short, [answer], len(short) < whole, room=wanted))
+        own = Request(task, short, [answer], len(short) < whole, room=wanted)
+        requests.append(replace(own, pictures=shown, eyes=eyes))
     return requests
 
 

@@ -57,6 +57,13 @@ class Picture:
             value = value["path"]
         if not isinstance(value, str) or not value:
             raise ValueError(f"expected the path of a picture, received {value!r:.60}")
+        if value.startswith("data:"):
+            return cls(root, "data", _inline(value), where)
+        if value.startswith(("http://", "https://")):
+            raise ValueError(
+                f"expected the path of a picture, received the address {value:.60}: nothing is fetched"
+            )
+        value = value.removeprefix("file://")
         return cls(root, value, None, where)
 
     @property
@@ -126,6 +133,18 @@ def _from_base64(text: str) -> bytes:
     if not content:
         raise ValueError("base64: expected a picture's bytes, received nothing")
     return content
+
+
+def _inline(value: str) -> bytes:
+    """The bytes of a `data:` address (RFC 2397).
+
+    Raises:
+        ValueError: they are not written in base64.
+    """
+    head, comma, body = value.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError(f"expected data:image/…;base64,…, received {value[:40]!r}")
+    return _from_base64(body)
 
 
 def grey_like(picture: Image.Image) -> Image.Image:

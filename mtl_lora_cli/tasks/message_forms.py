@@ -46,7 +46,7 @@ ROLES = {
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 FROM_FIELD = "from_field"  # of a message that a template makes: the row's field, for errors
-_PLACE = "place"  # of a message while it is read
+_PLACE, _SHOWN = "place", "shown"  # of a message while it is read
 _MARKS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -79,6 +79,7 @@ def read_messages(
     *,
     system: str = "",
     answered: bool = True,
+    shows: bool = False,
 ) -> tuple[list[dict[str, Any]], list[bool | None]]:
     """A list of messages in the form that chat templates take, and what each is marked as.
 
@@ -88,6 +89,7 @@ def read_messages(
         place: the list's name, for errors.
         system: the system prompt of a row that brings none.
         answered: False: answers at its end are not even looked at.
+        shows: users may show pictures; see `content_of`.
 
     Returns:
         The messages, and for each whether it is marked to be learned; None: it is not marked.
@@ -98,7 +100,7 @@ def read_messages(
     value = _transposed(parsed(value, place))
     if not isinstance(value, list | tuple):
         raise FormError(f"{place}: expected a list of messages, received {short(value)}")
-    reader = _Reader(settings)
+    reader = _Reader(settings, shows)
     messages: list[dict[str, Any]] = []
     marks: list[bool | None] = []
     listed = list(_each(value, settings, place))
@@ -155,7 +157,12 @@ def learned(
 
 def without_place(message: Mapping[str, Any]) -> Message:
     """A message as chat templates take it."""
-    return {key: value for key, value in message.items() if key != _PLACE}
+    return {key: value for key, value in message.items() if key not in (_PLACE, _SHOWN)}
+
+
+def shown_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What each place of a picture in messages shows, in order; None: the row's next picture."""
+    return [one for message in messages for one in message.get(_SHOWN, ())]
 
 
 def _each(
@@ -176,10 +183,11 @@ class _Reader:
 
     Args:
         settings: of the task.
+        shows: users may show pictures.
     """
 
-    def __init__(self, settings: ConversationSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: ConversationSettings, shows: bool = False) -> None:
+        self._settings, self._shows = settings, shows
         own = {name.casefold(): role for name, role in settings.roles.items()}
         self._roles = {**ROLES, **own}
         mark = settings.learn.field if isinstance(settings.learn, MarkedField) else None
@@ -198,8 +206,12 @@ class _Reader:
         role = self._role(one, place)
         name = self._name_of(self._settings.content, one)
         at = str(one.get(FROM_FIELD) or f"{place}.{name}")
-        content = content_of(one.get(name), at, role)
+        content = content_of(one.get(name), at, role, shows=self._shows)
         message: dict[str, Any] = {"role": role, "content": content.text}
+        if content.pictures and role != "user":
+            raise FormError(f"{at}: a message of {role} shows a picture; only users show some")
+        if content.pictures:
+            message[_SHOWN] = content.pictures
         if role == "call":
             message = {"role": "assistant", "content": "", "tool_calls": called(content.text, at)}
         elif role == "assistant":

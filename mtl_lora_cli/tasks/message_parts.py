@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from mtl_lora_cli.tasks.pictured import MARK, PLACE
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THOUGHT_PARTS = ("reasoning", "thinking")
+_PICTURE_PARTS = ("image", "image_url", "input_image")
 
 
 class FormError(ValueError):
@@ -17,23 +20,52 @@ class FormError(ValueError):
 
 @dataclass(frozen=True)
 class Content:
-    """A message's text, None where it has none; the reasoning and the tool calls that stand in it."""
+    """A message's text, None where it has none; the reasoning and the tool calls that stand in it.
+
+    Attributes:
+        pictures: what each `PLACE` in the text shows: a picture as the part has it; None: the row's next one.
+    """
 
     text: str | None
     reasoning: str = ""
     calls: tuple[dict[str, Any], ...] = ()
+    pictures: tuple[Any, ...] = ()
 
 
-def content_of(value: Any, place: str, role: str) -> Content:
+def content_of(value: Any, place: str, role: str, *, shows: bool = False) -> Content:
     """What a message says.
 
+    Args:
+        value: the message's content.
+        place: for errors.
+        role: whose message it is.
+        shows: the row may show pictures, and `<image>` in a text is where one stands.
+
     Raises:
-        FormError: it is no text, and holds more than texts, reasoning and calls.
+        FormError: it is no text, and holds more than texts, reasoning, calls and pictures.
     """
     if value is None or isinstance(value, str):
-        return Content(value)
-    if isinstance(value, list | tuple) and all(_is_part(part) for part in value):
-        return _parts(value, place)
+        found = Content(value)
+    elif isinstance(value, list | tuple) and all(_is_part(part) for part in value):
+        found = _parts(value, place, shows)
+    else:
+        return _as_json(value, place, role)
+    if not shows or found.text is None:
+        return found
+    shown = (None,) * found.text.count(MARK)
+    if shown and found.pictures:
+        raise FormError(
+            f"{place}: has {MARK} in a text and pictures as parts, expected one of both"
+        )
+    return replace(found, text=found.text.replace(MARK, PLACE), pictures=shown or found.pictures)
+
+
+def _as_json(value: Any, place: str, role: str) -> Content:
+    """What a tool gave back, or a call.
+
+    Raises:
+        FormError: nobody else has such content.
+    """
     kinds = {"tool": Mapping | list | tuple | int | float, "call": Mapping | list | tuple}
     if role in kinds and isinstance(value, kinds[role]):
         return Content(json.dumps(value, ensure_ascii=False))
@@ -46,11 +78,12 @@ def _is_part(part: Any) -> bool:
     )
 
 
-def _parts(value: Sequence[Any], place: str) -> Content:
+def _parts(value: Sequence[Any], place: str, shows: bool) -> Content:
     """Parts of a message in order, each with a type and what it holds."""
     texts: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
+    pictures: list[Any] = []
     for number, part in enumerate(value):
         own = {"type": "text", "text": part} if isinstance(part, str) else part
         held = next((own[key] for key in ("text", "value", "thinking") if key in own), None)
@@ -60,9 +93,21 @@ def _parts(value: Sequence[Any], place: str) -> Content:
             thoughts.append(held)
         elif own["type"] == "tool_call" and held is not None:
             calls += called(held, f"{place}[{number}]")
+        elif shows and own["type"] in _PICTURE_PARTS:
+            texts.append(PLACE)
+            pictures.append(_picture(own))
         else:
             raise FormError(f"{place}[{number}]: a part of type '{own['type']:.40}' is no text")
-    return Content("".join(texts), "\n".join(thoughts), tuple(calls))
+    return Content("".join(texts), "\n".join(thoughts), tuple(calls), tuple(pictures))
+
+
+def _picture(part: Mapping[str, Any]) -> Any:
+    """What a part shows; None: the row's next picture."""
+    names = ("image_url", "image", "url", "path", "file")
+    held = next((part[name] for name in names if part.get(name)), None)
+    if isinstance(held, Mapping) and "url" in held:
+        return held["url"]
+    return held
 
 
 def called(text: Any, place: str) -> list[dict[str, Any]]:

@@ -37,12 +37,23 @@ class Shows:
             ValueError: something else than pictures stands there.
             Exception: whatever an expression raises.
         """
-        found: list[Picture] = []
+        found: list[Any] = []
         for expression in self._expressions:
             value = expression(dict(variables))
             some = value if isinstance(value, list | tuple) else [value]
-            found += [Picture.of(one, self._root, where) for one in some if one not in (None, "")]
-        return tuple(found)
+            found += [one for one in some if one not in (None, "")]
+        return self.pictures(found, where)
+
+    def pictures(self, values: Sequence[Any], where: str) -> tuple[Picture, ...]:
+        """What a row holds as pictures.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        return tuple(
+            one if isinstance(one, Picture) else Picture.of(one, self._root, where)
+            for one in values
+        )
 
 
 def placed(prompt: str, count: int) -> str:
@@ -59,6 +70,35 @@ def placed(prompt: str, count: int) -> str:
             f"{marks} times {MARK} in the prompt and {count} pictures, expected as many"
         )
     return prompt.replace(MARK, PLACE)
+
+
+def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are lists of parts, as chat templates of models that read pictures take them.
+
+    A line break beside a place belongs to it, as rows of LLaVA's form have one: templates write their own.
+    """
+    return [
+        {**one, "content": _parts(one["content"])} if isinstance(one["content"], str) else dict(one)
+        for one in messages
+    ]
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    texts = content.split(PLACE)
+    found: list[dict[str, str]] = []
+    for number, text in enumerate(texts):
+        text = text.removeprefix("\n") if number else text
+        text = text if number == len(texts) - 1 else text.removesuffix("\n")
+        if text or len(texts) == 1:
+            found.append({"type": "text", "text": text})
+        if number < len(texts) - 1:
+            found.append({"type": "image"})
+    return found
+
+
+def places(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many places of pictures are in messages."""
+    return sum(message["content"].count(PLACE) for message in messages)
 
 
 def unplaced(text: str) -> str:

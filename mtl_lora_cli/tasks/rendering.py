@@ -15,7 +15,7 @@ from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_a
 from mtl_lora_cli.tasks.messages import Dialogue, plain_text, texts_of
 from mtl_lora_cli.tasks.pictured import Shows, placed
 from mtl_lora_cli.tasks.printing import NotPrintableError, printable
-from mtl_lora_cli.tasks.talk import Talk
+from mtl_lora_cli.tasks.talk import Talk, with_pictures
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
@@ -60,7 +60,11 @@ class Renderer:
         self.task = task
         self._fields = [(name, Expression(text)) for name, text in template.fields.items()]
         self._prompt = Text(template.prompt)
-        self._conversation = None if template.conversation is None else Talk(template.conversation)
+        self._conversation = (
+            None
+            if template.conversation is None
+            else Talk(template.conversation, shows=bool(template.images))
+        )
         self._label = Expression(template.label or "none")
         self._answer = Text(template.answer)
         self._candidates = _candidates(template)
@@ -93,7 +97,8 @@ class Renderer:
         """
         variables = self._variables(row, where)
         if self._conversation is not None:
-            return self._talk(self._conversation, variables, where, labelled)
+            told = self._told(self._conversation, variables, where, labelled)
+            return self._talk(*told, labelled=labelled)
         prompt = self._get("prompt", self._prompt, variables, where).rstrip()
         if not prompt:
             raise self._error(where, "prompt", "is empty for this row")
@@ -112,26 +117,39 @@ class Renderer:
         """The pictures of a row; no file is looked at.
 
         Raises:
-            UsageError: something else stands where they should, or it shows none.
+            UsageError: something else stands where they should, or a prompt shows none.
         """
         if self._shows is None:
             return ()
         shows, known = self._shows, self._variables(row, where) if variables is None else variables
+        if self._conversation is not None:
+            return self._told(self._conversation, known, where, labelled=False)[1]
         found = self._get("images", lambda own: shows.of(own, where), known, where)
         if not found:
             raise self._error(where, "images", "the row shows no picture")
         return found
 
-    def _talk(self, talk: Talk, variables: Variables, where: str, labelled: bool) -> Example:
-        """A row as a conversation."""
-        dialogue = self._get(
-            "conversation", lambda own: talk(own, labelled=labelled), variables, where
+    def _told(
+        self, talk: Talk, variables: Variables, where: str, labelled: bool
+    ) -> tuple[Dialogue, tuple[Picture, ...]]:
+        """A row as a conversation, and the pictures in it."""
+        told = self._get("conversation", lambda own: talk(own, labelled=labelled), variables, where)
+        shows = self._shows
+        if shows is None:
+            return told.dialogue, ()
+        own = self._get("images", lambda known: shows.of(known, where), variables, where)
+        dialogue, shown = self._get("images", lambda _: with_pictures(told, own), variables, where)
+        return dialogue, self._get(
+            "images", lambda _: shows.pictures(shown, where), variables, where
         )
+
+    def _talk(self, dialogue: Dialogue, images: tuple[Picture, ...], *, labelled: bool) -> Example:
+        """A conversation as an example."""
         said = dialogue.before if labelled else dialogue.messages
         texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
         answer = dialogue.answer.strip() if labelled else ""
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
-        return Example(prompt, answer, (), -1, None, dialogue, texts=texts)
+        return Example(prompt, answer, (), -1, None, dialogue, images, texts)
 
     def talk(self, messages: list[Any], tools: list[Any], where: str) -> Example:
         """Messages that stand in no row, to be answered.

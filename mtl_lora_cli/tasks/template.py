@@ -213,8 +213,10 @@ class Template(MapKeys):
     @field_validator("images")
     @classmethod
     def _pictures_go_with_prompts(cls, images: list[str], info: ValidationInfo) -> list[str]:
-        if images and info.data.get("objective", TEXTS[0]) != TEXTS[0]:
-            raise ValueError(f"goes with prompts, not with objective {info.data['objective']}")
+        if images and not _of_text(info):
+            raise ValueError(
+                f"goes with prompts and conversations, not with objective {info.data['objective']}"
+            )
         return images
 
     @field_validator("prompt")

@@ -156,6 +156,27 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Hello.",
     ),
+    "instruct/llava": (
+        {
+            "id": "1",
+            "image": "1.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A cat."},
+            ],
+        },
+        "A cat.",
+    ),
+    "instruct/messages_images": (
+        {
+            "messages": [
+                {"role": "user", "content": "<image>What is it?"},
+                {"role": "assistant", "content": "A cat."},
+            ],
+            "images": ["1.jpg"],
+        },
+        "A cat.",
+    ),
     "instruct/alpaca": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "3"),
     "instruct/completion": ({"prompt": "1 + 2 =", "completion": " 3"}, "3"),
     "ads/click": ({"query": "shoes", "ad": "Shoes!", "click": 0}, "no"),

@@ -84,6 +84,11 @@ class Vision:
         """Picture tokens of a picture of this size."""
         raise NotImplementedError
 
+    @property
+    def mark(self) -> str:
+        """What the model's own chat template writes for a picture, which a processor makes `text` of."""
+        return str(self.token)
+
     @cached_property
     def behind(self) -> int:
         """See the class."""

@@ -37,6 +37,11 @@ class Gemma3(Vision):
         """See `Vision`."""
         return int(self.config.mm_tokens_per_image)
 
+    @property
+    def mark(self) -> str:
+        """See `Vision`."""
+        return str(self._begin)
+
     def text(self, height: int, width: int) -> str:
         """See `Vision`."""
         return f"\n\n{self._begin}{super().text(height, width)}{self._end}\n\n"

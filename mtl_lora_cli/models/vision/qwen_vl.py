@@ -35,6 +35,11 @@ class QwenVL(Vision):
         patches = self.processor.get_number_of_image_patches(height, width)
         return int(patches) // int(self.processor.merge_size) ** 2
 
+    @property
+    def mark(self) -> str:
+        """See `Vision`."""
+        return f"{self._begin}{self.token}{self._end}"
+
     def text(self, height: int, width: int) -> str:
         """See `Vision`."""
         return f"{self._begin}{super().text(height, width)}{self._end}"
