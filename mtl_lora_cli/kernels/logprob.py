@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.kernels.backend import in_triton
 
 _LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+_ALIGNED = 8  # values of 16 bit in the 16 bytes at which a matrix product wants rows to start
 
 
 def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
@@ -26,6 +27,35 @@ def token_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
         targets: t int64 [S], columns of L.
     """
     return cast(Tensor, _TokenLogprobs.apply(logits, owner, targets))
+
+
+def aligned_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """L = h Wᵀ [U, V], whose rows start at multiples of 16 bytes in 16-bit floats, whatever V is.
+
+    At 100,278 tokens a product that writes rows without a gap, and the one that reads their gradient, take ten times
+    as long.
+
+    Args:
+        hidden: h [U, d].
+        weight: W [V, d], frozen.
+    """
+    return cast(Tensor, _AlignedLogits.apply(hidden, weight))
+
+
+class _AlignedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        count = len(weight)
+        pitch = -(-count // _ALIGNED) * _ALIGNED
+        logits = hidden.new_empty(len(hidden), pitch)[:, :count]
+        return torch.mm(hidden, weight.T, out=logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight, None
 
 
 def exact_logprobs(

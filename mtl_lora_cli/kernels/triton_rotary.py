@@ -25,6 +25,7 @@ def _rotary(
     BACK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    x += row * stride
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
@@ -32,16 +33,24 @@ def _rotary(
     s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
     if BACK:
         s = -s
-    if PAIRS:
-        first = x + row * stride + head * dim + 2 * column
-        second = first + 1
+    if (
+        PAIRS
+    ):  # read and written in one piece: every second value by itself takes many times as long
+        both = tl.arange(0, 2 * HALF)[None, :]
+        place = x + head * dim + both
+        there = (head < heads) & (both < 2 * half)
+        value = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        one, two = tl.split(tl.reshape(value, (HEADS, HALF, 2)))
+        turned = tl.join(one * c - two * s, two * c + one * s)
+        value = tl.reshape(turned, (HEADS, 2 * HALF))
+        tl.store(place, value.to(x.dtype.element_ty), mask=there)
     else:
-        first = x + row * stride + head * dim + column
+        first = x + head * dim + column
         second = first + half
-    one = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(second, mask=inside, other=0.0).to(tl.float32)
-    tl.store(first, (one * c - two * s).to(x.dtype.element_ty), mask=inside)
-    tl.store(second, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
+        one = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(second, mask=inside, other=0.0).to(tl.float32)
+        tl.store(first, (one * c - two * s).to(x.dtype.element_ty), mask=inside)
+        tl.store(second, (two * c + one * s).to(x.dtype.element_ty), mask=inside)
 
 
 def rotate_(qkv: Tensor, turn: Turn, *, heads: int, key_heads: int, back: bool) -> Tensor:

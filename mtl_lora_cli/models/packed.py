@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +21,7 @@ from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
-from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
+from mtl_lora_cli.kernels.logprob import aligned_logits, exact_logprobs, token_logprobs
 from mtl_lora_cli.machine.rate import Floor, floor_of
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.plain import (
@@ -123,6 +124,7 @@ class PackedModel(nn.Module):
             self.plain = _first_way(model, adapter, self.ways[0])
         multiply_ourselves(model)
         multiply_stacks(model)
+        _align(self.head)
         if base_compute == "fp8":
             if self.decoder is None:
                 raise UsageError("base_compute: fp8 needs the fused engine")
@@ -371,6 +373,20 @@ def _first_way(model: Any, adapter: Adapter | None, first: Layout) -> PlainEngin
         return PlainEngine(model, adapter, Way(first))
     except NotHonoured:
         return PlainEngine(model, adapter, Way("rows"))
+
+
+def _align(head: nn.Module) -> None:
+    """Have a frozen output layer on a card write its logits in rows that are aligned, wherever it is called."""
+    if not (_is_plain_half(head) and head.weight.is_cuda) or head.weight.requires_grad:
+        return
+    if len(head.weight) % 8 and not isinstance(head.forward, partial):
+        head.forward = partial(_aligned, head)  # type: ignore[method-assign]
+
+
+def _aligned(head: nn.Linear, hidden: Tensor) -> Tensor:
+    if hidden.ndim != 2 or hidden.dtype != head.weight.dtype:
+        return nn.functional.linear(hidden, head.weight)
+    return aligned_logits(hidden, head.weight)
 
 
 def _is_plain_half(head: nn.Module) -> bool:

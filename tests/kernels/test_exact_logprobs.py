@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.kernels import logprob
-from mtl_lora_cli.kernels.logprob import exact_logprobs, token_logprobs
+from mtl_lora_cli.kernels.logprob import aligned_logits, exact_logprobs, token_logprobs
 
 
 def _asked(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -43,3 +43,19 @@ def test_rounded_logits_are_further_off() -> None:
     rounded = token_logprobs(hidden @ weight.T, owner, targets)
     exact, _ = exact_logprobs(hidden, weight, owner, targets)
     assert (rounded - expected).abs().max() > 100 * (exact - expected).abs().max()
+
+
+def test_aligned_rows_hold_the_same_product() -> None:
+    hidden, weight, owner, targets = (
+        x.double() if x.is_floating_point() else x for x in _asked(torch.float16)
+    )
+    one, other = (hidden.clone().requires_grad_() for _ in range(2))
+    logits = aligned_logits(one, weight)
+    assert logits.shape == (40, 301)
+    assert logits.stride() == (304, 1)
+    wanted = (other @ weight.T).log_softmax(-1)[owner, targets]
+    found = token_logprobs(logits, owner, targets)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-5)
+    for logprobs in (found, wanted):
+        (logprobs * torch.linspace(1, 2, len(owner))).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5)
