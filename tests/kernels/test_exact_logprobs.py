@@ -58,4 +58,4 @@ def test_aligned_rows_hold_the_same_product() -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-5)
     for logprobs in (found, wanted):
         (logprobs * torch.linspace(1, 2, len(owner))).sum().backward()
-    torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-4)

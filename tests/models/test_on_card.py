@@ -69,13 +69,13 @@ def learned(packed: PackedModel, adapter: Adapter, batch: PackedBatch) -> Learne
     for tensor in adapter.tensors().values():
         tensor.grad = None
     weights = torch.linspace(1, 2, len(batch.targets))
-    passes = EagerPasses(packed, packed, CARD)
-    logprobs = passes.run(passes.prepare(batch, weights))
-    return logprobs, {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
+    passes = EagerPasses(packed.losses, packed, CARD)
+    losses = passes.run(passes.prepare(batch, weights))
+    return losses, {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
 
 
 def distances(one: Learned, exact: Learned) -> tuple[float, float]:
-    """Relative error of the log-probabilities, and of all gradients together."""
+    """Relative error of the losses, and of all gradients together."""
     assert one[1].keys() == exact[1].keys()
     flat, true = (torch.cat([g.flatten().float() for g in x[1].values()]) for x in (one, exact))
     assert flat.isfinite().all()
@@ -164,10 +164,10 @@ def test_a_tail_of_padding_changes_only_rounding(batch: PackedBatch) -> None:
         tensor.grad = None
     weights = torch.zeros(capacity.questions)
     weights[: len(batch.targets)] = torch.linspace(1, 2, len(batch.targets))
-    passes = EagerPasses(packed, packed, CARD)
-    logprobs = passes.run(passes.prepare(filled, weights))[: len(batch.targets)]
+    passes = EagerPasses(packed.losses, packed, CARD)
+    losses = passes.run(passes.prepare(filled, weights))[: len(batch.targets)]
     grads = {n: t.grad.clone() for n, t in adapter.tensors().items() if t.grad is not None}
-    for distance in distances((logprobs, grads), alone):
+    for distance in distances((losses, grads), alone):
         assert distance < 0.01
 
 
@@ -175,7 +175,7 @@ def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
     model, adapter = build(target_modules=SEVEN)
     packed = PackedModel(model, adapter, engine="fused").train()
     tensors = adapter.tensors()
-    eager = EagerPasses(packed, packed, CARD)
+    eager = EagerPasses(packed.losses, packed, CARD)
     graphed = GraphedPasses(packed, adapter, 1024, eager)
     kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for number in range(5):
