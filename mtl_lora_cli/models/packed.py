@@ -377,9 +377,9 @@ def _first_way(model: Any, adapter: Adapter | None, first: Layout) -> PlainEngin
 
 def _align(head: nn.Module) -> None:
     """Have a frozen output layer on a card write its logits in rows that are aligned, wherever it is called."""
-    if not (_is_plain_half(head) and head.weight.is_cuda) or head.weight.requires_grad:
+    if not (isinstance(head, nn.Linear) and _is_plain_half(head)) or head.weight.requires_grad:
         return
-    if len(head.weight) % 8 and not isinstance(head.forward, partial):
+    if head.weight.is_cuda and len(head.weight) % 8 and not isinstance(head.forward, partial):
         head.forward = partial(_aligned, head)  # type: ignore[method-assign]
 
 
