@@ -73,6 +73,8 @@ class Table:
         delimiter: between fields.
         quoted: whether quotation marks mean what they mean in CSV.
         layout: what the source says of it.
+        first: the line with which the text begins.
+        names: of the columns, where the text is a later part of a table; else known once `rows` has begun.
         notes: what may have been read wrongly, known once `rows` has ended.
     """
 
@@ -81,6 +83,8 @@ class Table:
     delimiter: str
     quoted: bool
     layout: Layout
+    first: int = 1
+    names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
     def rows(self) -> Iterator[tuple[dict[str, str], int]]:
@@ -89,7 +93,8 @@ class Table:
         Raises:
             UsageError: broken quoting, a header that is none, or a row of another length.
         """
-        header, seen = self.layout.names, False
+        part = self.names is not None
+        header, seen = self.names or self.layout.names, part
         dropped: list[int] = []
         spanning: list[tuple[int, int]] = []
         for record, first, last in self._records():
@@ -99,6 +104,7 @@ class Table:
             if header is None:
                 header = self._header(record, first)
                 continue
+            self.names = header
             if len(record) == len(header):
                 if last > first and self.layout.quoting is None:
                     spanning.append((first, last))
@@ -107,6 +113,8 @@ class Table:
                 dropped.append(first)
             else:
                 raise self._wrong_length(record, header, first)
+        if part:
+            return
         self._note(dropped, "rows left out for another number of fields", "")
         if self.layout.quoting is None:
             self._note(
@@ -123,19 +131,20 @@ class Table:
     def _records(self) -> Iterator[tuple[list[str], int, int]]:
         """The fields of each line that is not empty, with its first and last line."""
         if not self.quoted:
-            for number, text in enumerate(self._lines(), start=1):
+            for number, text in enumerate(self._lines(), start=self.first):
                 if text:
                     yield text.split(self.delimiter), number, number
             return
         csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
         lines = io.StringIO(self.text, newline="")
         reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
-        line = 1
+        before = self.first - 1
+        line = self.first
         try:
             for record in reader:
-                first, line = line, reader.line_num + 1  # a quoted value may span lines
+                first, line = line, before + reader.line_num + 1  # a quoted value may span lines
                 if record:
-                    yield record, first, reader.line_num
+                    yield record, first, line - 1
         except csv.Error as error:
             raise self._broken_quoting(error, line) from None
 
@@ -191,7 +200,11 @@ class Table:
             known = fields[0] in values[0] or fields[-1] in values[1]
             return len(fields) == columns and known
 
-        return [first for first, last in spanning if all(map(is_row, lines[first - 1 : last]))]
+        return [
+            first
+            for first, last in spanning
+            if all(map(is_row, lines[first - self.first : last - self.first + 1]))
+        ]
 
     def _quoted_as_in_csv(self) -> list[int]:
         """Lines of fields in quotation marks whose marks inside are doubled, as a CSV writer does it."""
@@ -200,7 +213,7 @@ class Table:
         quoted = re.compile(r'"[^"]*(?:""[^"]*)+"')
         return [
             number
-            for number, line in enumerate(self._lines(), start=1)
+            for number, line in enumerate(self._lines(), start=self.first)
             if '""' in line
             for value in line.split(self.delimiter)
             if quoted.fullmatch(value)
@@ -238,7 +251,7 @@ class Table:
 
     def _broken_quoting(self, error: csv.Error, line: int) -> UsageError:
         """The line is the one on which the field begins, which may be long before the row's end."""
-        start = sum(map(len, islice(io.StringIO(self.text, newline=""), line - 1)))
+        start = sum(map(len, islice(io.StringIO(self.text, newline=""), line - self.first)))
         delimiter = re.escape(self.delimiter)
         opening = re.compile(rf'(?<![^{delimiter}\r\n])"[^"]*(?:""[^"]*)*("|\Z)')
         after = {"", self.delimiter, "\r", "\n"}

@@ -1,6 +1,6 @@
-"""One file of rows: JSON, JSON lines, CSV, TSV (each also gzipped), Parquet and Arrow.
+"""One file of rows: JSON, JSON lines, CSV, TSV (each also packed by gzip or zstd), Parquet and Arrow.
 
-A file is read whole, and what is wrong with it is an error that names the file and the line: a row
+A file is read whole here (large ones: large_files.py), and what is wrong with it is an error that names the file and the line: a row
 that is quietly dropped or bent would be learned as if it were right.
 """
 
@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout, Table, unique_columns
+from mtl_lora_cli.data.lazy_rows import LazyRows
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.pointers import require_content
 
@@ -41,6 +42,8 @@ class Rows:
 
     def some(self, numbers: np.ndarray) -> list[Mapping[str, Any]]:
         """Those of these numbers, ascending."""
+        if isinstance(self.rows, LazyRows):
+            return self.rows.take(numbers)
         return [self.rows[number] for number in numbers.tolist()]
 
 
@@ -72,18 +75,16 @@ def read_file(path: Path, layout: Layout = BY_ENDING) -> Rows:
     file = str(path)
     known = ending(path)
     if known is None and layout.delimiter is None:
-        expected = f"expected one of {', '.join(ENDINGS)}"
         raise file_problem(
-            file, f"unknown ending, {expected}; a table needs a delimiter in its source"
+            file,
+            f"unknown ending, expected one of {KNOWN}; a table needs a delimiter in its source",
         )
     try:
         data = path.read_bytes()
-        require_content(path, data)
-        plain = gzip.decompress(data) if path.name.lower().endswith(".gz") else data
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise file_problem(file, f"not a whole gzip file: {error}") from None
     except OSError as error:
         raise file_problem(file, f"cannot be read: {error.strerror}") from None
+    require_content(path, data)
+    plain = _unpacked(data, path)
     numbered, notes = _numbered(plain, file, known, layout)
     if not numbered:
         raise file_problem(file, "has no rows, expected at least one")
@@ -102,32 +103,100 @@ def read_file(path: Path, layout: Layout = BY_ENDING) -> Rows:
     return Rows(rows, file, fingerprint(content), places, tuple(notes))
 
 
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """Raises UsageError where a compressed file is damaged."""
+    if path.name.lower().endswith(".gz"):
+        try:
+            return gzip.decompress(data)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise file_problem(path, f"not a whole gzip file: {error}") from None
+    if path.name.lower().endswith(".zst"):
+        import pyarrow
+
+        try:
+            found: bytes = pyarrow.input_stream(pyarrow.BufferReader(data), "zstd").read()
+        except OSError as error:
+            raise file_problem(path, f"not a whole zstd file: {error}") from None
+        return found
+    return data
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A file to be read in pieces; what is packed in it, if it is compressed.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    try:
+        if path.name.lower().endswith(".gz"):
+            return cast(IO[bytes], gzip.open(path))
+        if path.name.lower().endswith(".zst"):
+            import pyarrow
+
+            return cast(IO[bytes], pyarrow.input_stream(str(path), "zstd"))
+        return path.open("rb")
+    except OSError as error:
+        raise file_problem(path, f"cannot be read: {error.strerror}") from None
+
+
+def print_of(path: Path, layout: Layout = BY_ENDING) -> str:
+    """`fingerprint` of a file's bytes and of how they are read, without holding them.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+    if layout != BY_ENDING:
+        found.update(repr(layout).encode())
+    return found.hexdigest()[:16]
+
+
 def _numbered(
     data: bytes, file: str, known: str | None, layout: Layout
 ) -> tuple[list[tuple[Any, int]], list[str]]:
     """The rows with their lines, and what may be wrong with them."""
-    plain = (known or "").removesuffix(".gz")
+    plain = (known or "").removesuffix(".gz").removesuffix(".zst")
     if plain in _READERS:
         if layout.of_tables and not layout.of_new_rows:
             raise file_problem(file, f"{layout.of_tables[0]} goes with CSV, TSV and the like only")
         return list(_READERS[plain](data, file)), []
+    table = Table(text_of(data, file), file, *table_of(known, layout), layout)
+    return list(table.rows()), table.notes
+
+
+def table_of(known: str | None, layout: Layout) -> tuple[str, bool]:
+    """The delimiter of a table as text, and whether quotation marks mean what they mean in CSV.
+
+    Args:
+        known: the file's ending.
+        layout: what the source says of it; without an ending it has a delimiter.
+    """
+    plain = (known or "").removesuffix(".gz").removesuffix(".zst")
     delimiter = layout.delimiter or _DELIMITERS[plain]
     quoted = plain == ".csv" or (plain != ".tsv" and delimiter != "\t")
     if layout.quoting is not None:
         quoted = layout.quoting == "csv"
-    table = Table(_text(data, file), file, delimiter, quoted, layout)
-    return list(table.rows()), table.notes
+    return delimiter, quoted
 
 
-def renamed(rows: list[Any], names: Mapping[str, str], file: str) -> list[Any]:
+def renamed(
+    rows: list[Any], names: Mapping[str, str], file: str, *, all_there: bool = True
+) -> list[Any]:
     """The rows with other names for some of their fields.
+
+    Args:
+        rows: all of a file.
+        names: old name → new one.
+        file: for errors.
+        all_there: False: they are some of a file that has such fields.
 
     Raises:
         UsageError: no row has such a field, or a row has a field of the new name already.
     """
     known = dict.fromkeys(name for row in rows for name in row)
     for old, new in names.items():
-        if old not in known:
+        if all_there and old not in known:
             listed = ", ".join(list(known)[:20])
             message = f"columns: no column '{old}'{did_you_mean(old, known)}; there are: {listed}"
             raise file_problem(file, message)
@@ -136,7 +205,12 @@ def renamed(rows: list[Any], names: Mapping[str, str], file: str) -> list[Any]:
     return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def _text(data: bytes, file: str, first: int = 1) -> str:
+def text_of(data: bytes, file: str, first: int = 1) -> str:
+    """Bytes as text, of which `first` is the first line.
+
+    Raises:
+        UsageError: they are no UTF-8, or hold a null byte.
+    """
     data = data.removeprefix(codecs.BOM_UTF8)  # some editors and spreadsheets write it
     try:
         text = data.decode()
@@ -205,7 +279,7 @@ class _Json(NamedTuple):
 
 def _json_lines(data: bytes, file: str, first: int = 1) -> _Numbered:
     # Not splitlines(): a string may hold U+2028 and other ends of line that are none here.
-    for number, text in enumerate(_text(data, file, first).split("\n"), start=first):
+    for number, text in enumerate(text_of(data, file, first).split("\n"), start=first):
         line = _Json(text, file, number)
         if (start := line.visible(0)) < len(text):
             row, end = line.value(start)
@@ -219,14 +293,25 @@ def json_line(data: bytes, file: str, number: int) -> dict[str, Any] | None:
     Raises:
         UsageError: it is no JSON object, or no text.
     """
-    (row,) = [row for row, _ in _json_lines(data, file, number)] or [None]
-    if row is not None and not isinstance(row, dict):
-        raise UsageError(f"{file}:{number}: expected an object for each row, received {row!r:.60}")
-    return row
+    return next(json_rows(data, file, number), None)
+
+
+def json_rows(data: bytes, file: str, first: int) -> Iterator[dict[str, Any]]:
+    """The rows of some lines of a JSON lines file, of which `first` is the first.
+
+    Raises:
+        UsageError: one of them is no JSON object, or no text.
+    """
+    for row, number in _json_lines(data, file, first):
+        if not isinstance(row, dict):
+            raise UsageError(
+                f"{file}:{number}: expected an object for each row, received {row!r:.60}"
+            )
+        yield row
 
 
 def _json(data: bytes, file: str) -> _Numbered:
-    source = _Json(_text(data, file), file)
+    source = _Json(text_of(data, file), file)
     start = source.visible(0)
     if source.text.startswith("[", start):
         yield from _json_array(source, start)
@@ -273,18 +358,22 @@ def _arrow(data: bytes, file: str) -> _Numbered:
 
 
 def _columns(read: Callable[[], Any], file: str, what: str) -> _Numbered:
-    import pyarrow
-
     try:
         table = read()
         table.validate(full=True)  # else offsets that lead out of a damaged file are followed
         names = unique_columns(table.column_names, file, None)
         columns = [column.to_pylist() for column in table.columns]
-    # pyarrow's own errors are ValueErrors, OSErrors and so on, by no single base class.
-    except (pyarrow.ArrowException, ValueError, OSError, ArithmeticError, MemoryError) as error:
+    except arrow_faults() as error:
         raise file_problem(file, f"not a whole {what} file: {error}") from None
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True)), 0
+
+
+def arrow_faults() -> tuple[type[Exception], ...]:
+    """pyarrow's own errors: by no single base class."""
+    import pyarrow
+
+    return pyarrow.ArrowException, ValueError, OSError, ArithmeticError, MemoryError
 
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -294,5 +383,7 @@ _READERS: dict[str, Callable[[bytes, str], _Numbered]] = {
     ".ndjson": _json_lines,
 }
 _TEXTS = (*_READERS, *_DELIMITERS)
-ENDINGS = (*_TEXTS, *(f"{name}.gz" for name in _TEXTS), ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+ENDINGS = (*_TEXTS, *(f"{name}{how}" for how in PACKED for name in _TEXTS), ".parquet", ".arrow")
+KNOWN = f"{', '.join(_TEXTS)} (each also {' and '.join(PACKED)}), .parquet, .arrow"  # in words
 _READERS |= {".parquet": _parquet, ".arrow": _arrow}

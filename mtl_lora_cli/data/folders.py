@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.data.file_formats import ENDINGS, ending
+from mtl_lora_cli.data.file_formats import KNOWN, ending
 from mtl_lora_cli.errors import file_problem
 from mtl_lora_cli.recipe.schema import SPLITS
 
@@ -43,7 +43,7 @@ def splits_of(folder: Path, key: str) -> Splits:
     if found:
         return found
     names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "an empty folder"
-    expected = f"train.*, validation.* or test.* with the ending {', '.join(ENDINGS)}"
+    expected = f"train.*, validation.* or test.* with the ending {KNOWN}"
     message = f"expected {expected}; received {names}"
     if below:
         several = ", ".join(str(one.relative_to(folder)) for one in below[:5])
@@ -62,7 +62,7 @@ def matching(folder: Path, pattern: str, key: str) -> list[Path]:
     if (folder / pattern).is_dir():
         files = _rows_in(folder / pattern, key)
         if not files:
-            expected = f"with the ending {', '.join(ENDINGS)}"
+            expected = f"with the ending {KNOWN}"
             raise file_problem(folder / pattern, f"holds no files {expected}", key=key)
         return files
     absolute = str(Path(glob.escape(str(folder))) / pattern)  # a pattern may start at the root

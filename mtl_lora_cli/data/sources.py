@@ -12,10 +12,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
-from mtl_lora_cli.data.file_formats import Rows, fingerprint, read_file, renamed
+from mtl_lora_cli.data.file_formats import Rows, fingerprint, print_of, renamed
 from mtl_lora_cli.data.folders import matching, splits_of
+from mtl_lora_cli.data.large_files import LARGE, read_rows, rows_renamed
 from mtl_lora_cli.data.layouts import layout_rows
+from mtl_lora_cli.data.lazy_rows import (
+    ArrowRows,
+    JoinedRows,
+    LazyRows,
+    Places,
+    SelectedPlaces,
+    SelectedRows,
+)
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -59,14 +70,16 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
     if files is None:
         return None
     layout = layout_of(source)
-    parts = [read_file(file, layout) for file in files]
+    parts = [read_rows(file, layout) for file in files]
     if len(parts) == 1:
         return parts[0]
+    lazy = any(isinstance(part.rows, LazyRows) for part in parts)
+    rows, places = [part.rows for part in parts], [part.places for part in parts]
     return Rows(
-        rows=list(chain.from_iterable(part.rows for part in parts)),
+        rows=JoinedRows(rows) if lazy else list(chain.from_iterable(rows)),
         file=f"{files[0]} and {len(files) - 1} more",
         fingerprint=fingerprint(" ".join(part.fingerprint for part in parts).encode()),
-        places=list(chain.from_iterable(part.places for part in parts)),
+        places=SelectedPlaces(places) if lazy else list(chain.from_iterable(places)),
         notes=tuple(chain.from_iterable(part.notes for part in parts)),
     )
 
@@ -122,7 +135,7 @@ def _file_fingerprint(file: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _fingerprint_of(file: Path, changed: int, size: int, number: int) -> str:
-    return fingerprint(file.read_bytes())
+    return print_of(file)
 
 
 def tasks_in(source: Source, *, base: Path, task: str) -> tuple[str, ...]:
@@ -275,11 +288,20 @@ def split_by_column(rows: Rows, column: str, names: Mapping[str, str] | None) ->
 
 
 def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
+    numbers = np.asarray(indices, dtype=np.int64)
     return Rows(
-        rows=[rows.rows[index] for index in indices],
+        rows=(
+            SelectedRows(rows.rows, numbers)
+            if isinstance(rows.rows, LazyRows)
+            else [rows.rows[index] for index in indices]
+        ),
         file=rows.file,
         fingerprint=fingerprint(f"{rows.fingerprint} {task} {indices}".encode()),
-        places=[rows.places[index] for index in indices],
+        places=(
+            SelectedPlaces([rows.places], numbers)
+            if isinstance(rows.rows, LazyRows)
+            else [rows.places[index] for index in indices]
+        ),
         notes=rows.notes,
     )
 
@@ -340,7 +362,12 @@ def _read_hub(source: Source, split: str) -> Rows | None:
     rows = _dataset_rows(dataset, f"hub:{source.hub}{config}/{name}", fingerprint(content.encode()))
     if not isinstance(source.columns, Mapping):
         return rows
-    other = renamed(list(rows.rows), source.columns, rows.file)
+    names = source.columns
+    other = (
+        rows_renamed(rows.rows, names, rows.file)
+        if isinstance(rows.rows, LazyRows)
+        else renamed(list(rows.rows), names, rows.file)
+    )
     return replace(
         rows, rows=other, fingerprint=fingerprint(f"{content} {source.columns}".encode())
     )
@@ -348,6 +375,10 @@ def _read_hub(source: Source, split: str) -> Rows | None:
 
 def _dataset_rows(dataset: Any, file: str, content: str) -> Rows:
     """The rows of a `datasets.Dataset`; class labels stay the numbers that they are stored as."""
+    table = dataset.data.table
+    if table.nbytes > LARGE:
+        rows = ArrowRows(table, table.column_names)
+        return Rows(rows, file, content, Places(file, len(rows)))
     rows = dataset.to_list()
     if not rows:
         raise file_problem(file, "has no rows, expected at least one")
