@@ -164,23 +164,17 @@ def attend(qkv: Tensor, packing: Packing, *, learn: bool, room: int = 0) -> tupl
 
     Returns:
         [N, H·D + room], and what `attend_gradient` needs.
-
-    Raises:
-        ValueError: a gradient of our kernels' attention over trees, which nobody has needed yet.
     """
     width = packing.heads * packing.head_dim
     if packing.way == "triton":
         from mtl_lora_cli.kernels import triton_attention
 
-        if learn and packing.segments.reach is not None:
-            raise ValueError("trees have no backward pass in our kernels; they are for evaluation")
         out = roomy(qkv, qkv.shape[0], width, room)
         _, lse = triton_attention.attention_forward(
             qkv,
             packing.segments.tiles(launch_for(FORWARD, packing.head_dim).tile),
             sinks=packing.sinks,
-            reach=packing.segments.reach,
-            depth=packing.segments.depth if packing.window is not None else None,
+            trees=packing.segments.trees,
             out=out[:, :width],
             **packing.kernel_arguments(len(qkv)),
         )
@@ -217,7 +211,8 @@ def attend_gradient(
             out,
             state,
             packing.segments.tiles(launch_for(QUERY_BACKWARD, packing.head_dim).tile),
-            packing.segments.tiles(launch_for(KEY_BACKWARD, packing.head_dim).tile, of_keys=True),
+            packing.segments.key_tiles(launch_for(KEY_BACKWARD, packing.head_dim).tile),
+            trees=packing.segments.trees,
             dqkv=dqkv[:, :width],
             **packing.kernel_arguments(len(qkv)),
         )

@@ -24,7 +24,7 @@ from mtl_lora_cli.kernels.tiles import (
 
 
 def kernels_take(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule) -> bool:
-    """Whether `attend_in_kernels` computes this: half precision on a card; no gradient over trees.
+    """Whether `attend_in_kernels` computes this: half precision on a card.
 
     Args:
         q, k, v: as there.
@@ -38,10 +38,7 @@ def kernels_take(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule
         return False
     if q.is_cuda and q.dtype == torch.float32:
         return False
-    if rule.chunk is not None and segments.longest > rule.chunk:
-        return False
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return segments.reach is None or not learns
+    return rule.chunk is None or segments.longest <= rule.chunk
 
 
 def attend_in_kernels(
@@ -79,8 +76,7 @@ class _Attend(torch.autograd.Function):
         out, lse = triton_attention.attention_forward(
             buffer,
             segments.tiles(launch_for(FORWARD, dim).tile),
-            reach=segments.reach,
-            depth=segments.depth,
+            trees=segments.trees,
             **arguments,
         )
         ctx.save_for_backward(buffer, out, lse)
@@ -100,7 +96,8 @@ class _Attend(torch.autograd.Function):
             out,
             lse,
             segments.tiles(launch_for(QUERY_BACKWARD, dim).tile),
-            segments.tiles(launch_for(KEY_BACKWARD, dim).tile, of_keys=True),
+            segments.key_tiles(launch_for(KEY_BACKWARD, dim).tile),
+            trees=segments.trees,
             **{name: value for name, value in arguments.items() if name != "sinks"},
         )
         return dbuffer, None, None, None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels.tiles import tile_table
+from mtl_lora_cli.kernels.trees import KeyParts, Trees, key_parts, parents_of
 
 _LEAST_FILLED = 0.8
 _MOST_SCORES = 2**20
@@ -87,14 +88,67 @@ class Segments:
         lengths = [end - start for start, end in self.bounds]
         return tile_table(lengths, block, capacity, of_keys=of_keys)
 
-    def with_tables(self, tables: dict[tuple[int, bool], Tensor]) -> Segments:
-        """The same segments with tables that lie ready."""
-        return replace(self, _made=dict(tables))
+    @property
+    def trees(self) -> Trees | None:
+        """What our kernels are told of trees, on the segments' device; None: there are none."""
+        if self.reach is None:
+            return None
+        if "trees" not in self._made:
+            parents = torch.from_numpy(parents_of(self._reach.numpy(), self.bounds))
+            depth = self.depth
+            assert depth is not None
+            moved = parents.to(self.device, non_blocking=True)
+            self._made["trees"] = Trees(self.reach, moved, depth)
+        return self._made["trees"]
+
+    def key_tiles(self, block: int) -> Tensor | KeyParts:
+        """What the kernel for the gradients of keys and values goes by, on the segments' device."""
+        if self.reach is None:
+            return self.tiles(block, of_keys=True)
+        key = ("parts of keys", block)
+        if key not in self._made:
+            parts, joins, slots = self.key_parts(block)
+            moved = (one.to(self.device, non_blocking=True) for one in (parts, joins))
+            self._made[key] = KeyParts(*moved, slots)
+        return self._made[key]
+
+    def key_parts(self, block: int, segments: int | None = None) -> KeyParts:
+        """The same of trees anew on the CPU; see `kernels.trees.key_parts`."""
+        return key_parts(self.bounds, self._reach.numpy(), block, segments=segments)
+
+    @property
+    def _reach(self) -> Tensor:
+        """`reach` on the CPU, where looking costs no wait if the segments came from there."""
+        assert self.reach is not None
+        if "reach" not in self._made:
+            self._made["reach"] = self.reach.cpu()
+        return self._made["reach"]
+
+    def ready(
+        self,
+        tables: dict[tuple[int, bool], Tensor],
+        trees: Trees | None = None,
+        parts: dict[int, KeyParts] | None = None,
+    ) -> Segments:
+        """The same segments with tables that lie ready on their device.
+
+        Args:
+            tables: by the arguments of `tiles`.
+            trees, parts: of trees, the latter by the arguments of `key_tiles`.
+        """
+        made: dict[Any, Any] = dict(tables)
+        if trees is None:
+            return replace(self, _made=made)
+        made |= {("parts of keys", block): one for block, one in (parts or {}).items()}
+        made |= {"trees": trees, "depth": trees.depth}
+        return replace(self, reach=trees.reach, _made=made)
 
     def to(self, device: torch.device) -> Segments:
         """The same segments for tensors on a device."""
-        reach = None if self.reach is None else self.reach.to(device, non_blocking=True)
-        return Segments(self.bounds, reach, device)
+        if self.reach is None:
+            return Segments(self.bounds, None, device)
+        reach = self.reach.to(device, non_blocking=True)
+        return Segments(self.bounds, reach, device, {"reach": self._reach})
 
     def parts(self, rule: Rule = EVERYTHING, dtype: torch.dtype = torch.bool) -> list[SegmentPart]:
         """Each segment as one call of torch's attention, a tree as two.
@@ -106,7 +160,7 @@ class Segments:
         """
         key = ("parts", rule, dtype)
         if key not in self._made:
-            reach = None if self.reach is None else self.reach.cpu()  # where looking costs no wait
+            reach = None if self.reach is None else self._reach
             self._made[key] = [
                 part if part.seen is None else part._replace(seen=self._mask(part.seen, dtype))
                 for bound in self.bounds

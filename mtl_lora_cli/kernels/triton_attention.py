@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -15,14 +17,20 @@ from mtl_lora_cli.kernels.tiles import (
     check_dim,
     launch_for,
 )
+from mtl_lora_cli.kernels.trees import JOIN_COLUMNS, PART_COLUMNS, KeyParts, Trees
 from mtl_lora_cli.kernels.triton_attention_kernels import (
     attention_backward_keys_kernel,
     attention_backward_queries_kernel,
     attention_forward_kernel,
 )
+from mtl_lora_cli.kernels.triton_tree_attention import (
+    tree_backward_keys_kernel,
+    tree_join_keys_kernel,
+)
 
 LOG2_E = 1.4426950408889634
 Angles = tuple[Tensor, Tensor]
+_NONE = (None, None, None)  # of reach, parent and depth
 
 
 def attention_forward(
@@ -35,8 +43,7 @@ def attention_forward(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    reach: Tensor | None = None,
-    depth: Tensor | None = None,
+    trees: Trees | None = None,
     out: Tensor | None = None,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -49,9 +56,7 @@ def attention_forward(
         window: w, keys that a query sees, its own among them; None: all before it.
         softcap: c; None: scores have none.
         sinks: σ [H], a logit a head; None: there are none.
-        reach: int32 [N], where segments are trees: key j is seen by the queries j ≤ i < reach_j. The
-            first key of a segment reaches its end.
-        depth: int32 [N], the number of each position's ancestors, where trees meet a window.
+        trees: where segments are trees; the first key of a segment reaches its end.
         out: [N, H·D] to write to, in qkv's dtype.
         launch: another shape of programs than `FORWARD` gives for D.
 
@@ -68,15 +73,15 @@ def attention_forward(
         out = torch.empty(count, heads * dim, dtype=qkv.dtype, device=qkv.device)
     _check_rows("out", out, qkv, heads * dim)
     _check_window(window)
-    _check_tree(count, window, reach, depth)
+    _check_trees(count, trees)
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(
             f"sinks must be a logit for each of {heads} heads, not {list(sinks.shape)}"
         )
     lse = torch.empty(heads, count, dtype=torch.float32, device=qkv.device)
     attention_forward_kernel[(len(tiles) * heads,)](
-        qkv, qkv.stride(0), tiles, reach, depth, sinks, out, out.stride(0), lse, count,
-        *_factors(scaling, softcap), TREES=reach is not None, WINDOW=window or 0,
+        qkv, qkv.stride(0), tiles, *(trees or _NONE), sinks, out, out.stride(0), lse, count,
+        *_factors(scaling, softcap), TREES=trees is not None, WINDOW=window or 0,
         CAP=softcap is not None, SINKS=sinks is not None, **_shape(heads, key_heads, dim, launch),
     )  # fmt: skip
     return out, lse
@@ -88,30 +93,32 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     query_tiles: Tensor,
-    key_tiles: Tensor,
+    key_tiles: Tensor | KeyParts,
     *,
     heads: int,
     key_heads: int,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
+    trees: Trees | None = None,
     turn: Angles | None = None,
     dqkv: Tensor | None = None,
     query_launch: Launch | None = None,
     key_launch: Launch | None = None,
 ) -> Tensor:
-    """The gradient of `attention_forward` without trees (FlashAttention-2, algorithm 2), in two kernels.
+    """The gradient of `attention_forward` (FlashAttention-2, algorithm 2), in two kernels.
 
     The first gives dQ and δ, a program a tile of queries and a query head; the second dK and dV, a
-    program a tile of keys and a key head, which adds up its group's query heads.
+    program a tile of keys and a key head, which adds up its group's query heads. In trees a tile of keys may
+    be several programs', and one kernel more adds up what they found.
     Where D is no power of two from 16, `turn` takes a third, which turns every row of dqkv.
 
     Args:
         dout: [N, H·D] in qkv's dtype; rows may lie apart.
-        qkv, scaling, window, softcap: as in the forward pass.
+        qkv, scaling, window, softcap, trees: as in the forward pass.
         out, lse: what it returned; sinks are in lse.
         query_tiles: int32 [T, 3] of `tile_table` for blocks of `query_launch.tile`.
-        key_tiles: the same for `key_launch.tile`, best with `of_keys=True`.
+        key_tiles: the same for `key_launch.tile`, best with `of_keys=True`; of trees their parts for it.
         turn: cos and sin, float32 [N, D / 2], by which q and k were rotated: dqkv is the gradient of
             what they were before, [d₁, d₂] turned back to [d₁ cos + d₂ sin, d₂ cos − d₁ sin]. The
             rows of both may lie apart, in the same way.
@@ -125,8 +132,12 @@ def attention_backward(
         ValueError: sizes, types or strides that do not fit each other.
     """
     dim = _check(qkv, query_tiles, heads, key_heads, scaling)
-    _check_tiles(key_tiles)
+    if isinstance(key_tiles, KeyParts) != (trees is not None):
+        raise ValueError("trees need parts of keys, and nothing else has them")
+    if isinstance(key_tiles, Tensor):
+        _check_tiles(key_tiles)
     _check_window(window)
+    _check_trees(qkv.shape[0], trees)
     query_launch = query_launch or launch_for(QUERY_BACKWARD, dim)
     key_launch = key_launch or launch_for(KEY_BACKWARD, dim)
     count, width = qkv.shape
@@ -149,17 +160,49 @@ def attention_backward(
     results = (terms, dqkv, dqkv.stride(0), count, *_factors(scaling, softcap), scaling)
     kind = {"TURN": inside, "WINDOW": window or 0, "CAP": softcap is not None}
     attention_backward_queries_kernel[(len(query_tiles) * heads,)](
-        *sources, query_tiles, out, out.stride(0), lse, *results,
-        **kind, **_shape(heads, key_heads, dim, query_launch),
+        *sources, query_tiles, *(trees or _NONE), out, out.stride(0), lse, *results,
+        TREES=trees is not None, **kind, **_shape(heads, key_heads, dim, query_launch),
     )  # fmt: skip
-    attention_backward_keys_kernel[(len(key_tiles) * key_heads,)](
-        *sources, key_tiles, *results, **kind, **_shape(heads, key_heads, dim, key_launch)
-    )
+    shape = _shape(heads, key_heads, dim, key_launch)
+    if isinstance(key_tiles, Tensor):
+        attention_backward_keys_kernel[(len(key_tiles) * key_heads,)](
+            *sources, key_tiles, *results, **kind, **shape
+        )
+    else:
+        assert trees is not None
+        _tree_keys(sources, key_tiles, trees, results, kind, shape)
     if cos is not None and sin is not None and not inside:
         from mtl_lora_cli.kernels.rotary import Turn, rotate_
 
         rotate_(dqkv, Turn(cos, sin), heads=heads, key_heads=key_heads, back=True)
     return dqkv
+
+
+def _tree_keys(
+    sources: tuple[Any, ...],
+    keys: KeyParts,
+    trees: Trees,
+    results: tuple[Any, ...],
+    kind: dict[str, Any],
+    shape: dict[str, Any],
+) -> None:
+    """dK and dV where queries stand in trees; the arguments are those of the kernels."""
+    dout, _, _, _, cos, sin, angle_stride = sources
+    terms, dqkv, dqkv_stride, *_, scaling = results
+    groups, turn = shape["KEY_HEADS"], kind["TURN"]
+    size = (keys.slots, groups, 2, shape["TILE"], shape["WIDTH"])
+    sums = torch.empty(size, dtype=torch.float32, device=dout.device)
+    own = {name: value for name, value in shape.items() if name not in ("COLUMNS", "SPLIT")}
+    tree_backward_keys_kernel[(len(keys.parts) * groups,)](
+        *sources, keys.parts, trees.reach, trees.depth, terms, dqkv, dqkv_stride, sums,
+        *results[3:], COLUMNS=PART_COLUMNS, **kind, **own,
+    )  # fmt: skip
+    if len(keys.joins):
+        joined = {name: own[name] for name in ("HEADS", "KEY_HEADS", "TILE", "DIM", "WIDTH")}
+        tree_join_keys_kernel[(len(keys.joins) * groups,)](
+            sums, keys.joins, cos, sin, angle_stride, dqkv, dqkv_stride, scaling,
+            COLUMNS=JOIN_COLUMNS, TURN=turn, **joined,
+        )  # fmt: skip
 
 
 def _factors(scaling: float, softcap: float | None) -> tuple[float, float]:
@@ -218,14 +261,14 @@ def _check_window(window: int | None) -> None:
         raise ValueError(f"a query sees itself at least, received a window of {window}")
 
 
-def _check_tree(count: int, window: int | None, reach: Tensor | None, depth: Tensor | None) -> None:
-    for name, tensor in (("reach", reach), ("depth", depth)):
-        if tensor is not None and (tensor.shape != (count,) or tensor.dtype != torch.int32):
+def _check_trees(count: int, trees: Trees | None) -> None:
+    if trees is None:
+        return
+    for name, tensor in trees._asdict().items():
+        if tensor.shape != (count,) or tensor.dtype != torch.int32:
             raise ValueError(
                 f"{name} must be int32 {[count]}, received {tensor.dtype} {list(tensor.shape)}"
             )
-    if window is not None and reach is not None and depth is None:
-        raise ValueError("in a tree a window counts ancestors: it needs each position's depth")
 
 
 def _check_angles(cos: Tensor, sin: Tensor, count: int, dim: int) -> None:

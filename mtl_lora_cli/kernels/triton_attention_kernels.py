@@ -124,7 +124,7 @@ def _attend(  # type: ignore[no-untyped-def]
         scores = tl.where(own[:, None] - before[None, :] < WINDOW, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     level = new_peak
-    if WINDOW:  # a query may see none of the first keys: −∞ − (−∞) is no number
+    if WINDOW or TREES:  # a query may see none of the first keys: −∞ − (−∞) is no number
         level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores * scale - level[:, None])
     kept = tl.exp2(peak - level)
@@ -142,7 +142,7 @@ def _window_begin(start, first, STEP: tl.constexpr, WINDOW: tl.constexpr):  # ty
 
 @triton.jit(do_not_specialize=["count"])
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv, stride, tiles, reach, depth, sinks, out, out_stride, lse, count, scale, squeeze,
+    qkv, stride, tiles, reach, parent, depth, sinks, out, out_stride, lse, count, scale, squeeze,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
@@ -175,7 +175,9 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         if not TREES:
             begin = _window_begin(start, first, STEP, WINDOW)
     diagonal = begin
-    if SPLIT:
+    if TREES:
+        diagonal = first
+    elif SPLIT:
         diagonal = first
         for at in range(begin, first, STEP):
             total, norm, peak = _attend(
@@ -187,6 +189,15 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             total, norm, peak, q, queries, keys, values, stride, reach, depth, at, end, scale,
             squeeze, STEP, DIM, WIDTH, True, TREES, WINDOW, CAP,
         )  # fmt: skip
+    if TREES:
+        above = tl.load(parent + first)
+        while above >= start:
+            at = start + (above - start) // STEP * STEP
+            total, norm, peak = _attend(
+                total, norm, peak, q, queries, keys, values, stride, reach, depth, at, end, scale,
+                squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
+            )  # fmt: skip
+            above = tl.load(parent + at)
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
     tl.store(lse + head * count + queries, logs, mask=queries < end)
@@ -194,9 +205,10 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _query_gradient(  # type: ignore[no-untyped-def]
-    dq, q, dout, logs, delta, queries, keys, values, stride, first, limit, scale, squeeze,
+    dq, q, dout, logs, delta, queries, keys, values, stride, reach, depth, first, limit, scale,
+    squeeze,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr,
+    TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     k = _load(keys, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
     v = _load(values, first, limit, stride, STEP, DIM, WIDTH, CAUSAL)
@@ -207,8 +219,15 @@ def _query_gradient(  # type: ignore[no-untyped-def]
     positions = first + tl.arange(0, STEP)
     if CAUSAL:
         scores = tl.where(positions[None, :] <= queries[:, None], scores, float("-inf"))
+    if TREES:
+        reaches = tl.load(reach + positions, mask=positions < limit, other=0)
+        scores = tl.where(queries[:, None] < reaches[None, :], scores, float("-inf"))
     if WINDOW:
-        scores = tl.where(queries[:, None] - positions[None, :] < WINDOW, scores, float("-inf"))
+        before, own = positions, queries
+        if TREES:
+            before = tl.load(depth + positions, mask=positions < limit, other=0)
+            own = tl.load(depth + tl.minimum(queries, limit - 1))
+        scores = tl.where(own[:, None] - before[None, :] < WINDOW, scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[:, None])
     slopes = tl.dot(dout, tl.trans(v), input_precision="ieee")
     slopes = weights * (slopes - delta[:, None])
@@ -219,11 +238,11 @@ def _query_gradient(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count"])
 def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
-    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, out, out_stride, lse, terms,
-    dqkv, dqkv_stride, count, scale, squeeze, scaling,
+    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, reach, parent, depth, out,
+    out_stride, lse, terms, dqkv, dqkv_stride, count, scale, squeeze, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
-    TURN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    TURN: tl.constexpr, TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * COLUMNS
@@ -250,21 +269,33 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
     q = _load(qkv + head * DIM, first, end, stride, TILE, DIM, WIDTH, True)
     dq = tl.zeros([TILE, WIDTH], dtype=tl.float32)
     begin = start
-    if WINDOW:
-        begin = _window_begin(start, first, STEP, WINDOW)
+    if WINDOW:  # noqa: SIM102 – as above
+        if not TREES:
+            begin = _window_begin(start, first, STEP, WINDOW)
     diagonal = begin
-    if SPLIT:
+    if TREES:
+        diagonal = first
+    elif SPLIT:
         diagonal = first
         for at in range(begin, first, STEP):
             dq = _query_gradient(
-                dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, squeeze,
-                STEP, DIM, WIDTH, False, WINDOW, CAP,
+                dq, q, do, logs, deltas, queries, keys, values, stride, reach, depth, at, end,
+                scale, squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
             )  # fmt: skip
     for at in range(diagonal, tl.minimum(first + TILE, end), STEP):
         dq = _query_gradient(
-            dq, q, do, logs, deltas, queries, keys, values, stride, at, end, scale, squeeze,
-            STEP, DIM, WIDTH, True, WINDOW, CAP,
+            dq, q, do, logs, deltas, queries, keys, values, stride, reach, depth, at, end, scale,
+            squeeze, STEP, DIM, WIDTH, True, TREES, WINDOW, CAP,
         )  # fmt: skip
+    if TREES:
+        above = tl.load(parent + first)
+        while above >= start:
+            at = start + (above - start) // STEP * STEP
+            dq = _query_gradient(
+                dq, q, do, logs, deltas, queries, keys, values, stride, reach, depth, at, end,
+                scale, squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
+            )  # fmt: skip
+            above = tl.load(parent + at)
     _store_turned_back(
         dqkv + head * DIM, first, end, dqkv_stride, dq * scaling, cos, sin, angle_stride,
         TILE, DIM, WIDTH, TURN,
@@ -273,12 +304,15 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _key_gradient(  # type: ignore[no-untyped-def]
-    dk, dv, k, v, positions, visit, head, first, limit, dout, dout_stride, qkv, stride, terms,
-    count, scale, squeeze,
+    dk, dv, k, v, positions, reaches, before, visit, head, first, limit, dout, dout_stride, qkv,
+    stride, depth, terms, count, scale, squeeze,
     SHARE: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    CAUSAL: tl.constexpr, TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """One query head of the group over one block of queries; scores stand transposed."""
+    """One query head of the group over one block of queries; scores stand transposed.
+
+    `reaches` and `before`, the depths of the keys, are read with TREES.
+    """
     at = first + visit // SHARE * STEP
     head += visit % SHARE
     queries = at + tl.arange(0, STEP)
@@ -293,8 +327,13 @@ def _key_gradient(  # type: ignore[no-untyped-def]
         slope = 1.0 - scores * scores
     if CAUSAL:
         scores = tl.where(positions[:, None] <= queries[None, :], scores, float("-inf"))
+    if TREES:
+        scores = tl.where(queries[None, :] < reaches[:, None], scores, float("-inf"))
     if WINDOW:
-        scores = tl.where(queries[None, :] - positions[:, None] < WINDOW, scores, float("-inf"))
+        own = queries
+        if TREES:
+            own = tl.load(depth + queries, mask=queries < limit, other=0)
+        scores = tl.where(own[None, :] - before[:, None] < WINDOW, scores, float("-inf"))
     weights = tl.exp2(scores * scale - logs[None, :])
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision="ieee")
     slopes = tl.dot(v, tl.trans(do), input_precision="ieee")
@@ -339,14 +378,16 @@ def attention_backward_keys_kernel(  # type: ignore[no-untyped-def]
         masked = tl.minimum(visits, TILE // STEP * SHARE)
     for visit in range(masked):
         dk, dv = _key_gradient(
-            dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-            stride, terms, count, scale, squeeze, SHARE, STEP, DIM, WIDTH, True, WINDOW, CAP,
+            dk, dv, k, v, positions, positions, positions, visit, group * SHARE, first, end, dout,
+            dout_stride, qkv, stride, terms, terms, count, scale, squeeze, SHARE, STEP, DIM, WIDTH,
+            True, False, WINDOW, CAP,
         )  # fmt: skip
     if SPLIT:
         for visit in range(masked, visits):
             dk, dv = _key_gradient(
-                dk, dv, k, v, positions, visit, group * SHARE, first, end, dout, dout_stride, qkv,
-                stride, terms, count, scale, squeeze, SHARE, STEP, DIM, WIDTH, False, WINDOW, CAP,
+                dk, dv, k, v, positions, positions, positions, visit, group * SHARE, first, end,
+                dout, dout_stride, qkv, stride, terms, terms, count, scale, squeeze, SHARE, STEP,
+                DIM, WIDTH, False, False, WINDOW, CAP,
             )  # fmt: skip
     _store(dqkv + value_place, first, end, dqkv_stride, dv, TILE, DIM, WIDTH)
     _store_turned_back(

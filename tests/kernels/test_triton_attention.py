@@ -309,42 +309,6 @@ def tree(*ends: int) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("tile, step", [(16, 16), (32, 16)])
-def test_a_position_of_a_tree_sees_its_ancestors(tile: int, step: int, split: bool) -> None:
-    """A trunk of 20 with two boughs, of which the first forks again; a plain segment; a tiny tree."""
-    reach = tree(
-        *[58] * 20, *[44] * 7, *[36] * 9, *[44] * 8, *[58] * 14,
-        *[75] * 17,
-        *[78] * 1, *[77] * 1, *[78] * 1,
-    )  # fmt: skip
-    case = draw([58, 17, 3], heads=4, key_heads=2)
-    launch = Launch(tile, step, split=split)
-    tiles = table(case, tile)
-    out, lse = attention_forward(case.qkv, tiles, reach=reach, launch=launch, **case.sizes)
-    expected = naive(case, reach)
-    torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-5)
-    assert not torch.allclose(out.double(), naive(case)[0], atol=1e-2)
-
-
-@pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 9])
-def test_in_a_tree_a_window_counts_ancestors(
-    window: int | None, cap: float | None, sinks: bool
-) -> None:
-    reach = tree(*[38] * 14, *[29] * 4, *[24] * 6, *[29] * 5, *[38] * 9, *[43] * 5)
-    case = kinds(draw([38, 5]), window, cap, sinks)
-    depth = Segments.build([38, 5], reach).depth
-    found = attention_forward(
-        case.qkv, table(case, 16), reach=reach, depth=depth, sinks=case.sinks, launch=SMALL,
-        **case.sizes,
-    )  # fmt: skip
-    for ours, theirs in zip(found, naive(case, reach), strict=False):
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("trees", [False, True], ids=["causal", "trees"])
 @pytest.mark.parametrize("window", [None, 9])
 def test_transformers_layers_get_caps_and_sinks_from_the_kernels(
@@ -355,7 +319,7 @@ def test_transformers_layers_get_caps_and_sinks_from_the_kernels(
     reach = tree(*[20] * 6, *[11] * 5, *[20] * 9, *[31] * 11) if trees else None
     segments = Segments.build([20, 11], reach).to(torch.device(DEVICE))
     q, k, v = (
-        torch.randn(1, heads, 31, 16, generator=generator).to(DEVICE).requires_grad_(not trees)
+        torch.randn(1, heads, 31, 16, generator=generator).to(DEVICE).requires_grad_()
         for heads in (4, 2, 2)
     )
     scores, rule = Scores(0.6, softcap=1.5, sinks=SINKS), Rule(window)
@@ -363,27 +327,11 @@ def test_transformers_layers_get_caps_and_sinks_from_the_kernels(
     found = attend_segments(q, k, v, scores, segments, rule)
     right = _in_stacks(q.double(), k.double(), v.double(), scores, segments, rule)
     torch.testing.assert_close(found.double(), right, rtol=0, atol=1e-5)
-    if not trees:
-        dout = torch.randn(found.shape, generator=generator).to(DEVICE)
-        ours = torch.autograd.grad(found, (q, k, v), dout)
-        theirs = torch.autograd.grad(right, (q, k, v), dout.double())
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-def test_in_a_tree_without_branches_every_position_sees_all_before_it() -> None:
-    case = draw([20, 11])
-    tiles, reach = table(case, 16), tree(*[20] * 20, *[31] * 11)
-    found = attention_forward(case.qkv, tiles, reach=reach, launch=SMALL, **case.sizes)
-    expected = attention_forward(case.qkv, tiles, launch=SMALL, **case.sizes)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("reach", [tree(8, 8, 8).long(), tree(8, 8)])
-def test_a_reach_that_does_not_fit_is_refused(reach: Tensor) -> None:
-    case = draw([3])
-    with pytest.raises(ValueError, match=r"reach must be int32 \[3\], received"):
-        attention_forward(case.qkv, table(case, 16), reach=reach, **case.sizes)
+    dout = torch.randn(found.shape, generator=generator).to(DEVICE)
+    ours = torch.autograd.grad(found, (q, k, v), dout)
+    theirs = torch.autograd.grad(right, (q, k, v), dout.double())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("turn", [True, False])
@@ -451,7 +399,6 @@ def test_a_table_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: 
         ({"scaling": 0.0}, "must be positive"),
         ({"softcap": -1.0}, "soft cap must be positive"),
         ({"sinks": torch.zeros(3)}, "a logit for each of 2 heads"),
-        ({"window": 3, "reach": torch.full((8,), 8, dtype=torch.int32)}, "each position's depth"),
         ({"qkv": torch.zeros(8, 64, dtype=torch.float64)}, "received torch.float64"),
         ({"qkv": torch.zeros(8, 4 * 576)}, "at most 512, received 576"),
         ({"qkv": torch.zeros(64, 8).T}, "contiguous last axis"),
