@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.epoch_rows import Place
+from mtl_lora_cli.data.laid import Laid, behind_each_other, in_trees
 from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
@@ -27,20 +29,29 @@ class TextDataset:
         splits: of each task.
         loss_on: see `training_batch`.
         eyes: what the model sees of rows' pictures; None: they show none.
+        share: see `training_batch`.
 
     Attributes:
         lengths: of each task int [examples], the positions that each example takes.
     """
 
     def __init__(
-        self, splits: Sequence[EncodedSplit], loss_on: str, eyes: Eyes | None = None
+        self,
+        splits: Sequence[EncodedSplit],
+        loss_on: str,
+        eyes: Eyes | None = None,
+        *,
+        share: bool = False,
     ) -> None:
         self._splits, self._loss_on, self._eyes = splits, loss_on, eyes
+        self._share = share
         self.lengths = [split.positions for split in splits]
 
     def collate(self, rows: Rows) -> PackedBatch:
         """See `training_batch`."""
-        return training_batch(rows, self._splits, loss_on=self._loss_on, eyes=self._eyes)
+        return training_batch(
+            rows, self._splits, loss_on=self._loss_on, eyes=self._eyes, share=self._share
+        )
 
     def units(self, rows: Rows) -> torch.Tensor:
         """See `supervised_tokens`."""
@@ -106,6 +117,7 @@ def training_batch(
     *,
     loss_on: str,
     eyes: Eyes | None = None,
+    share: bool = False,
 ) -> PackedBatch:
     """Lay rows behind each other and ask for every supervised token.
 
@@ -118,26 +130,27 @@ def training_batch(
         loss_on: `answer` supervises answer and end token; `all` every token but the first and those of
             pictures.
         eyes: what the model sees of rows' pictures; None: they show none.
+        share: examples of a row share the positions of what they begin with (`data/laid.py`). Each asks its
+            own questions, wherever they stand.
     """
     places = [place for row in rows for place in row]
     parts = [splits[task].example(number) for task, number in places]
-    lengths = [positions_of(len(part)) for part in parts]
-    starts = np.cumsum([0, *lengths])
+    inputs = [part[: positions_of(len(part))] for part in parts]
+    tasks = [task for task, _ in places]
+    laid = _in_trees(rows, tasks, inputs) if share else behind_each_other(tasks, inputs)
     positions, targets = [], []
-    for (task, number), part, start in zip(places, parts, starts, strict=False):
+    for (task, number), part, path in zip(places, parts, laid.paths, strict=True):
         learned = splits[task].learned(number, loss_on)
-        positions.append(start + learned - 1)  # the token before
+        positions.append(path[learned - 1])  # the token before
         targets.append(part[learned])
-    inputs = [part[:length] for part, length in zip(parts, lengths, strict=True)]
     asked = np.concatenate(positions)
-    task_ids = np.repeat([task for task, _ in places], lengths)
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
-    input_ids = torch.from_numpy(np.concatenate(inputs).astype(np.int64)).unsqueeze(0)
+    input_ids = torch.from_numpy(laid.tokens.astype(np.int64)).unsqueeze(0)
+    reach = None if laid.reach is None else torch.from_numpy(laid.reach)
     return PackedBatch(
         input_ids=input_ids,
-        position_ids=torch.from_numpy(position_ids).unsqueeze(0),
-        task_ids=torch.from_numpy(task_ids.astype(np.int64)).unsqueeze(0),
-        segments=Segments.build(lengths),
+        position_ids=torch.from_numpy(laid.places).unsqueeze(0),
+        task_ids=torch.from_numpy(laid.tasks.astype(np.int64)).unsqueeze(0),
+        segments=Segments.build(laid.lengths, reach),
         positions=torch.from_numpy(asked),
         owner=torch.arange(len(asked)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
@@ -145,6 +158,14 @@ def training_batch(
             input_ids, [_shown(splits[task], number) for task, number in places], eyes
         ),
     )
+
+
+def _in_trees(
+    rows: Sequence[Sequence[Place]], tasks: Sequence[int], inputs: Sequence[np.ndarray]
+) -> Laid:
+    """Tasks and inputs of all examples, by rows."""
+    ends = np.cumsum([0, *map(len, rows)]).tolist()
+    return in_trees([(tasks[a:b], inputs[a:b]) for a, b in pairwise(ends)])
 
 
 def _shown(split: EncodedSplit, number: int) -> Sequence[Picture]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from mtl_lora_cli.data.beginnings import Beginnings, packed_shared
 from mtl_lora_cli.data.epoch_rows import EpochRows, Place, joined, of_examples
 from mtl_lora_cli.data.packing import packed
 
@@ -117,6 +118,7 @@ class Mixture:
         seed: of every draw.
         one_task: a row holds examples of one task only.
         epochs_before: of stages before this one: draws are counted through all of them.
+        beginnings: of each task, where examples of a row share what they begin with; empty: they share nothing.
     """
 
     names: tuple[str, ...]
@@ -130,6 +132,7 @@ class Mixture:
     seed: int = 0
     one_task: bool = False
     epochs_before: int = 0
+    beginnings: tuple[Beginnings, ...] = ()
 
     @property
     def planned(self) -> Mixture:

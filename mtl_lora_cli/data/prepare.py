@@ -14,12 +14,13 @@ import numpy as np
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.across import across
 from mtl_lora_cli.data.audit import Audit, require_no_blank
+from mtl_lora_cli.data.beginnings import Beginnings
 from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.encode_task import encode_task
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
+from mtl_lora_cli.data.mixture import Mixture, all_positions, positions_of, subset
 from mtl_lora_cli.data.picture_rows import map_print
 from mtl_lora_cli.data.pictured import (
     Eyes,
@@ -83,7 +84,14 @@ class TrainingData:
         """The examples as rows are made of them; `loss_on` says what of a text is learned."""
         from mtl_lora_cli.data.collate import TextDataset  # loads torch
 
-        return TextDataset(self.splits, loss_on, self.eyes) if self.others is None else self.others
+        if self.others is not None:
+            return self.others
+        return TextDataset(self.splits, loss_on, self.eyes, share=self.shares)
+
+    @property
+    def shares(self) -> bool:
+        """Whether examples of a row share what they begin with."""
+        return bool(self.mixture.beginnings)
 
     @property
     def entries(self) -> list[int]:
@@ -274,8 +282,15 @@ def prepare_training(
     if encoder.beyond is not None:
         encoder.beyond.require_known(encoder.answer_end)  # it ends every answer
     mixture = mixture_over(recipe, tasks, [split.positions for split in splits])
+    if training.share_beginnings:
+        mixture = replace(mixture, beginnings=tuple(map(_beginnings_of, splits)))
     eyes = encoder.eyes if any(task.template.images for task in tasks) else None
     return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes), eyes=eyes)
+
+
+def _beginnings_of(split: EncodedSplit) -> Beginnings:
+    parts = [split.example(number) for number in range(len(split))]
+    return Beginnings([part[: positions_of(len(part))] for part in parts])
 
 
 def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:

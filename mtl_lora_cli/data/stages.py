@@ -110,6 +110,7 @@ class StagedMixture(Mixture):
                     seed=self.seed,
                     one_task=self.one_task,
                     epochs_before=before,
+                    beginnings=_of(self.beginnings, part.tasks),
                 )
             )
             before += _whole(part.epochs)

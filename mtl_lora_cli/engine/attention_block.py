@@ -180,7 +180,10 @@ def backward_bytes(
     each = 4 * width + again + 2 * layer.o.inputs + layer.qkv.outputs
     if not _kernels(sizes, layer):  # torch's gradients, part by part
         each += 2 * layer.qkv.outputs + layer.o.inputs
-    found = (each * value + 4 * plan.heads) * load.positions + _scores(sizes, layer, load)
+    sums = 0  # of trees' keys and values, `kernels/trees.py`
+    if load.trees and _kernels(sizes, layer):
+        sums = 2 * plan.key_heads * plan.head_dim
+    found = (each * value + 4 * plan.heads + sums) * load.positions + _scores(sizes, layer, load)
     if not sizes.kernels:  # the norms' gradient is made in float32, term by term
         found = max(found, (4 * width * value + 20 * width) * load.positions)
         if plan.q_norm:

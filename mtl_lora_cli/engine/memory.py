@@ -124,12 +124,14 @@ def head_bytes(sizes: ModelSizes, load: Load) -> int:
 
 
 def batch_bytes(sizes: ModelSizes, load: Load) -> int:
-    """Ids, positions, routing, the rotations' cos and sin, float32 D/2 each, and torch's masks of windows."""
+    """Ids, positions, routing, the rotations' cos and sin, float32 D/2 each, and torch's masks of windows
+    and trees."""
     halves = {layer.plan.attention for layer in sizes.layers}
     plans = [plan for plan in halves if isinstance(plan, AttentionPlan)]
     turned = {plan.rotary: plan.head_dim for plan in plans if plan.rotary is not None}
     windows = {plan.window for plan in plans if plan.window and plan.window < load.segment}
-    seen = 0 if sizes.kernels else len(windows) * load.segment * sizes.value
+    masks = len(windows) + load.trees
+    seen = 0 if sizes.kernels else masks * load.segment * sizes.value
     return load.positions * (4 * sum(turned.values()) + 64 + seen)
 
 

@@ -143,6 +143,15 @@ class Segments:
         made |= {"trees": trees, "depth": trees.depth}
         return replace(self, reach=trees.reach, _made=made)
 
+    def and_more(self, lengths: Sequence[int]) -> Segments:
+        """With further segments behind these, none of them a tree; on the CPU."""
+        own = [end - start for start, end in self.bounds]
+        if self.reach is None:
+            return Segments.build([*own, *lengths])
+        more = torch.tensor(lengths, dtype=torch.long)
+        ends = (more.cumsum(0) + len(self.reach)).repeat_interleave(more)
+        return Segments.build([*own, *lengths], torch.cat([self.reach, ends.to(self.reach.dtype)]))
+
     def to(self, device: torch.device) -> Segments:
         """The same segments for tensors on a device."""
         if self.reach is None:

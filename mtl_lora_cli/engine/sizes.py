@@ -195,12 +195,14 @@ class Load(NamedTuple):
 
     Attributes:
         positions, asked: N, and U of them that are asked for.
-        longest: positions of the longest example; 0: not known, it may be all of them.
+        longest: positions of the longest segment; 0: not known, it may be all of them.
+        trees: examples share what they begin with.
     """
 
     positions: int
     asked: int
     longest: int = 0
+    trees: bool = False
 
     @property
     def segment(self) -> int:

@@ -127,9 +127,7 @@ def _tiles(bounds: Sequence[tuple[int, int]], reach: np.ndarray, block: int) -> 
     return np.stack([first, ends[segment, 1], until], axis=1)
 
 
-def _shared_out(
-    tiles: np.ndarray, shares: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _shared_out(tiles: np.ndarray, shares: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of both tables; the parts with most to do come first."""
     first, end, until = (column.repeat(shares) for column in tiles.T)
     number = np.arange(len(first)) - (shares.cumsum() - shares).repeat(shares)

@@ -12,7 +12,13 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.remedies import settings_that_help
-from mtl_lora_cli.memory.situation import SHORTEST_ROW, Situation, UnknownLayersError, together
+from mtl_lora_cli.memory.situation import (
+    SHORTEST_ROW,
+    Situation,
+    UnknownLayersError,
+    row_load,
+    together,
+)
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 
 
@@ -93,6 +99,7 @@ def choose(
     supervised: Callable[[int], int],
     longest: int,
     processes: int = 1,
+    shares: bool = False,
 ) -> Choice | int:
     """The cheapest way that fits.
 
@@ -106,13 +113,14 @@ def choose(
         supervised: for a row length, the most supervised tokens that a row has.
         longest: tokens of the longest example; no row is shorter.
         processes: among whom a step's rows are dealt out.
+        shares: examples of a row share what they begin with.
 
     Returns:
         The choice, or, where nothing fits, the bytes that would have to be free.
     """
     length, rows, least = row_length, rows_per_step, 0
     while True:
-        each = Load(length, min(length, supervised(length)), longest)
+        each = row_load(length, supervised(length), longest, shares=shares)
         found = _within(sizes, free, each, -(-rows // processes))
         if found is not None:
             count, recompute = found
@@ -221,4 +229,5 @@ def pick(situation: Situation, free: int) -> Choice | int:
         supervised=lambda length: situation.densest(length, training.loss_on),
         longest=situation.longest,
         processes=situation.processes,
+        shares=training.share_beginnings,
     )

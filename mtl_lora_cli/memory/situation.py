@@ -80,8 +80,8 @@ class Situation:
         """
         sizes, training = self.sizes(), self.recipe.training
         length = training.row_length
-        asked = min(length, self.densest(length, training.loss_on))
-        row = Load(length, asked, self.longest)
+        asked = self.densest(length, training.loss_on)
+        row = row_load(length, asked, self.longest, shares=training.share_beginnings)
         rows = min(training.rows_per_pass, -(-training.rows_per_step // self.processes))
         recompute = recompute_of(training.gradient_checkpointing, len(sizes.layers))
         return sizes, recompute, together(sizes, row, rows)
@@ -129,13 +129,28 @@ def situation_of(
     )
 
 
+def row_load(length: int, asked: int, longest: int, *, shares: bool) -> Load:
+    """One row: of a shared position several tokens may be asked, and a tree of examples is one segment.
+
+    Args:
+        length: positions of the row.
+        asked: the most supervised tokens that a row has.
+        longest: tokens of the longest example.
+        shares: examples share what they begin with.
+    """
+    if shares:
+        return Load(length, asked, length, trees=True)
+    return Load(length, min(length, asked), longest)
+
+
 def together(sizes: ModelSizes, row: Load, count: int) -> Load:
     """So many rows in one pass."""
     asked = row.asked * count
     if sizes.kernels:
         asked = -(-asked // ROOM) * ROOM
     positions = row.positions * count
-    return Load(positions, min(asked, positions), row.longest)
+    asked = max(row.asked * count, min(asked, positions))
+    return Load(positions, asked, row.longest, row.trees)
 
 
 def densest(data: TrainingData, row_length: int, loss_on: str) -> int:

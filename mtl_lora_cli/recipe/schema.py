@@ -365,6 +365,9 @@ class Training(StrictModel):
     rows_per_step: Positive = 8  # global: accumulation follows from it and the number of processes
     rows_per_pass: Positive = 1  # rows that go through the model together on one device
     rows: Literal["mixed", "one_task"] = "mixed"  # which examples may stand in one row
+    share_beginnings: bool = (
+        False  # what examples of a task begin with alike is computed once a row
+    )
     on_overflow: Literal["error", "drop", "truncate_prompt"] = "error"
     loss_on: Literal["answer", "all"] = "answer"
     gradient_checkpointing: Recomputation = False  # computed again in the backward pass
@@ -614,6 +617,8 @@ class Recipe(StrictModel):
                 f"training.shuffled_tasks: adapter.method: {self.adapter.method}{tied} has no part of a task's "
                 "own, so shuffled ids change nothing; leave it out"
             )
+        if self.training.share_beginnings:
+            self._shares_exactly()
         if balance is not None and balance.method == "pcgrad" and stage:
             raise ValueError(
                 f"training.balance: pcgrad does not go with zero_stage: {stage}: DeepSpeed sums gradients "
@@ -636,6 +641,19 @@ class Recipe(StrictModel):
                 "mixing.dynamic does not go with training.stages: both say when which task is drawn"
             )
         return self
+
+    def _shares_exactly(self) -> None:
+        """Refuse what would make an example with a shared beginning another one than alone."""
+        if self.adapter.dropout:
+            raise ValueError(
+                "training.share_beginnings does not go with adapter.dropout: examples would share what is "
+                f"dropped, received {self.adapter.dropout:g}; use 0"
+            )
+        if self.training.shuffled_tasks:
+            raise ValueError(
+                "training.share_beginnings does not go with training.shuffled_tasks: examples that begin alike "
+                "would have different task ids"
+            )
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> Recipe:

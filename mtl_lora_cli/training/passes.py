@@ -20,6 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import ROOM
+from mtl_lora_cli.kernels.trees import KeyParts, Trees, slots_of
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Host, at_fault, require_losses
@@ -33,11 +34,12 @@ _WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get
 
 @dataclass(frozen=True)
 class Capacity:
-    """The sizes that one graph serves: positions, questions, segments."""
+    """The sizes that one graph serves: positions, questions, segments; and whether these are trees."""
 
     positions: int
     questions: int
     segments: int
+    trees: bool = False
 
     @classmethod
     def of(cls, batch: PackedBatch, positions: int) -> Capacity:
@@ -47,6 +49,7 @@ class Capacity:
             positions,
             _rounded(len(batch.positions)),
             _rounded(len(batch.segments.bounds) + padding),
+            batch.segments.reach is not None,
         )
 
 
@@ -60,8 +63,7 @@ def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
     Questions are filled up with position 0 and token 0; give them the weight 0.
     """
     missing = capacity.positions - batch.input_ids.numel()
-    lengths = [end - start for start, end in batch.segments.bounds]
-    lengths += [_SEGMENT] * (missing // _SEGMENT)
+    lengths = [_SEGMENT] * (missing // _SEGMENT)
     if missing % _SEGMENT:
         lengths.append(missing % _SEGMENT)
     places = torch.arange(missing) % _SEGMENT
@@ -74,7 +76,7 @@ def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
         task_ids=torch.cat(
             [batch.task_ids, torch.full((1, missing), BASE_ONLY, dtype=torch.long)], dim=1
         ),
-        segments=Segments.build(lengths),
+        segments=batch.segments.and_more(lengths),
         positions=torch.cat([batch.positions, nothing]),
         owner=torch.arange(capacity.questions),
         targets=torch.cat([batch.targets, nothing]),
@@ -218,10 +220,9 @@ class _Graph:
         device = adapter.device
         self._buffers = [value.to(device) for value in ready.staged]
         own = dict(zip(_NAMES, self._buffers, strict=False))
-        tables = dict(zip(keys, self._buffers[len(_NAMES) :], strict=True))
         batch = replace(
             ready.batch.to(device),
-            segments=ready.batch.segments.with_tables(tables),
+            segments=_segments(ready.batch.segments, self._buffers[len(_NAMES) :], keys),
             **{name: own[name] for name in ("input_ids", "position_ids", "positions", "targets")},
         )
         present = torch.arange(len(adapter.tasks), device=device)
@@ -284,10 +285,37 @@ def _contents(
     found = [batch.input_ids, batch.position_ids, batch.positions, batch.targets, weights]
     for own in (ids, ids[batch.positions]):
         found += [own.to(torch.int32), (own >= 0).unsqueeze(1)]
-    for block, of_keys in tables:
-        most = (capacity.positions + capacity.segments * (block - 1)) // block
-        found.append(batch.segments.tile_table(block, of_keys=of_keys, capacity=most))
-    return found
+    return [*found, *_tables(batch.segments, capacity, tables)]
+
+
+def _tables(
+    segments: Segments, capacity: Capacity, keys: Sequence[tuple[int, bool]]
+) -> list[Tensor]:
+    """What says where the segments lie, filled up: `_segments` reads it."""
+    trees, found = segments.trees, []
+    for block, of_keys in keys:
+        if of_keys and trees is not None:
+            found += segments.key_parts(block, capacity.segments)[:2]
+        else:
+            most = (capacity.positions + capacity.segments * (block - 1)) // block
+            found.append(segments.tile_table(block, of_keys=of_keys, capacity=most))
+    return [*found, *(trees or ())]
+
+
+def _segments(
+    segments: Segments, buffers: Sequence[Tensor], keys: Sequence[tuple[int, bool]]
+) -> Segments:
+    """The segments as the buffers of `_tables` say them."""
+    if segments.reach is None:
+        return segments.ready(dict(zip(keys, buffers, strict=True)))
+    left = iter(buffers)
+    tables, parts = {}, {}
+    for block, of_keys in keys:
+        if of_keys:
+            parts[block] = KeyParts(next(left), next(left), slots_of(len(segments.reach)))
+        else:
+            tables[block, of_keys] = next(left)
+    return segments.ready(tables, Trees(*left), parts)
 
 
 def graphs_possible(packed: Host, adapter: Adapter, device: torch.device) -> bool:

@@ -156,6 +156,7 @@ _OF_TEXT = {
     "training.loss_on": "answer",
     "training.gradient_checkpointing": False,
     "training.shuffled_tasks": False,
+    "training.share_beginnings": False,
 }
 
 
@@ -185,6 +186,9 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> Non
     if shows and recipe.quantization != "none":
         why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"
         raise loaded.problem(("quantization",), why)
+    if shows and recipe.training.share_beginnings:
+        why = "does not go with pictures in prompts: equal tokens show different pictures"
+        raise loaded.problem(("training", "share_beginnings"), why)
     if shows and recipe.training.memory == "auto":
         why = "auto does not go with pictures in prompts yet: a tower's memory is not estimated; use manual"
         raise loaded.problem(("training", "memory"), why)

@@ -22,7 +22,7 @@ from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.memory.situation import Situation, situation_of
+from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.host import (
     Dataset,
@@ -166,6 +166,8 @@ class Prepared:
             quantization=self.recipe.quantization,
             base_compute=self.recipe.base_compute,
         )
+        if self.data.shares:
+            _require_shared(packed, longest_of(self.data))
         if cut:
             require_cuttable(packed, self.processes)
         if packed.decoder is None and recompute:  # transformers' layers know all or nothing
@@ -236,6 +238,27 @@ class Prepared:
         return self.held
 
 
+def _require_shared(packed: PackedModel, longest: int) -> None:
+    """Refuse shared beginnings where the model's layers do not keep examples of one tree apart.
+
+    Raises:
+        UsageError: saying what the layers do.
+    """
+    if packed.shares(longest):
+        return
+    limit = packed.together
+    if packed.decoder is not None and packed.decoder.plan.recurrent:
+        why = "layers of this model hand a state from token to token, which a tree of examples does not"
+    elif limit is not None and longest > limit:
+        why = (
+            f"the model's rotary embedding is another one beyond {limit} positions, and the longest example "
+            f"has {longest}"
+        )
+    else:
+        why = f"the model's own layers take {packed.engine_report()['layout']} examples, and no trees of them"
+    raise UsageError(f"training.share_beginnings: {why}; leave it out")
+
+
 @dataclass(frozen=True)
 class ReadyRun:
     """A run whose model is built: what the loop is given.
@@ -259,7 +282,9 @@ class ReadyRun:
         data, training = self.prepared.data, self.prepared.recipe.training
         row = data.mixture.step(0)[1][:1]
         assert isinstance(self.host, PackedModel), "text alone is computed in 8 bits"
-        batch = training_batch(row, data.splits, loss_on=training.loss_on, eyes=data.eyes)
+        batch = training_batch(
+            row, data.splits, loss_on=training.loss_on, eyes=data.eyes, share=data.shares
+        )
         return self.host.rounding(batch)
 
 

@@ -72,6 +72,7 @@ training:
   max_gradient_norm: 1.0
   shuffled_tasks: true
   rows: mixed
+  share_beginnings: false
   balance: {method: gradnorm, rate: 0.01, alpha: 1.0, every: 5}
   stages: []
   clipping: {relative: 1.1, decay: 0.9, after: 10}
