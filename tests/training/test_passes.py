@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.training.passes import add_gradients
+from mtl_lora_cli.data.collate import training_batch
+from mtl_lora_cli.training.passes import Capacity, _segments, _tables, add_gradients, padded
 from mtl_lora_cli.training.update import gradients_of
+
+from ..engine.test_shared_beginnings import of
 
 
 def losses(parameters: list[Tensor], seed: int) -> Tensor:
@@ -28,3 +33,32 @@ def test_added_together_is_added_one_by_one() -> None:
     for theirs, ours in zip(one, two, strict=True):
         assert theirs.grad is not None and ours.grad is not None
         assert torch.equal(theirs.grad, ours.grad)
+
+
+def test_one_graph_serves_any_trees() -> None:
+    """What is copied to a graph's buffers has one size, says where the trees lie, and padding is no part of them."""
+    drawn = random.Random(0)
+    keys, sizes = [(64, False), (64, True)], set()
+    for count in (10, 11):
+        trunk = [drawn.randrange(90) for _ in range(40)]
+        examples = [trunk + [drawn.randrange(90) for _ in range(25)] for _ in range(count)]
+        rows = [[(0, number) for number in range(count)]]
+        batch = training_batch(rows, [of(examples)], loss_on="answer", share=True)
+        capacity = Capacity.of(batch, 1024)
+        filled = padded(batch, capacity)
+        tables = _tables(filled.segments, capacity, keys)
+        sizes.add((capacity, *(tuple(one.shape) for one in tables)))
+        there, whole = _segments(filled.segments, tables, keys), filled.segments
+        assert there.trees is not None and whole.trees is not None
+        assert all(map(torch.equal, there.trees, whole.trees))
+        taken = batch.input_ids.numel()
+        assert taken < 1024 == filled.input_ids.numel()
+        assert torch.equal(filled.segments.trees.reach[:taken], batch.segments.trees.reach)
+        assert there.trees.reach[taken:].unique().tolist() == [*range(taken + 256, 1024, 256), 1024]
+        for ours, alone in (
+            (there.tiles(64), whole.tiles(64)),
+            (there.key_tiles(64).parts, whole.key_tiles(64).parts),
+        ):
+            assert torch.equal(ours[: len(alone)], alone)
+            assert (ours[len(alone) :, 0] == -1).all()
+    assert len(sizes) == 1
