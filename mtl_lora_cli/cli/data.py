@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -94,20 +94,28 @@ def show(
 
 def _show_rows(prepared: Prepared, wanted: set[int], count: int) -> None:
     """The first rows of epoch 0 that hold one of the wanted tasks."""
-    from mtl_lora_cli.data.mixture import positions_of
+    from mtl_lora_cli.data.collate import laid_out
 
     data = prepared.data
     rows = [row for row in data.mixture.first_rows() if any(task in wanted for task, _ in row)]
     for number, row in enumerate(rows[:count]):
-        used = [positions_of(int(data.splits[task].lengths[example])) for task, example in row]
-        length = data.mixture.row_length
-        emit(f"=== row {number}: {len(row)} segments, {sum(used)} of {length} positions")
-        start = 0
-        for (task, example), own in zip(row, used, strict=True):
-            end = start + own
-            emit(f"--- positions {start} to {end - 1}, task id {task} ({data.tasks[task].name})")
+        laid = laid_out([row], data.splits, share=data.shares)
+        what, length = "examples" if data.shares else "segments", data.mixture.row_length
+        emit(f"=== row {number}: {len(row)} {what}, {len(laid.tokens)} of {length} positions")
+        for (task, example), path in zip(row, laid.paths, strict=True):
+            emit(f"--- positions {_runs(path)}, task id {task} ({data.tasks[task].name})")
             emit(_marked(prepared, task, example), styled=True)
-            start = end
+
+
+def _runs(path: Any) -> str:
+    """`0 to 39, 80 to 95`: positions, ascending, as runs without a gap."""
+    runs: list[list[int]] = []
+    for place in path.tolist():
+        if runs and place == runs[-1][1] + 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    return ", ".join(f"{first} to {last}" for first, last in runs)
 
 
 def _marked(prepared: Prepared, task: int, number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from itertools import pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -134,15 +134,12 @@ def training_batch(
             own questions, wherever they stand.
     """
     places = [place for row in rows for place in row]
-    parts = [splits[task].example(number) for task, number in places]
-    inputs = [part[: positions_of(len(part))] for part in parts]
-    tasks = [task for task, _ in places]
-    laid = _in_trees(rows, tasks, inputs) if share else behind_each_other(tasks, inputs)
+    laid = laid_out(rows, splits, share=share)
     positions, targets = [], []
-    for (task, number), part, path in zip(places, parts, laid.paths, strict=True):
+    for (task, number), path in zip(places, laid.paths, strict=True):
         learned = splits[task].learned(number, loss_on)
         positions.append(path[learned - 1])  # the token before
-        targets.append(part[learned])
+        targets.append(splits[task].example(number)[learned])
     asked = np.concatenate(positions)
     input_ids = torch.from_numpy(laid.tokens.astype(np.int64)).unsqueeze(0)
     reach = None if laid.reach is None else torch.from_numpy(laid.reach)
@@ -160,12 +157,16 @@ def training_batch(
     )
 
 
-def _in_trees(
-    rows: Sequence[Sequence[Place]], tasks: Sequence[int], inputs: Sequence[np.ndarray]
+def laid_out(
+    rows: Sequence[Sequence[Place]], splits: Sequence[EncodedSplit], *, share: bool
 ) -> Laid:
-    """Tasks and inputs of all examples, by rows."""
-    ends = np.cumsum([0, *map(len, rows)]).tolist()
-    return in_trees([(tasks[a:b], inputs[a:b]) for a, b in pairwise(ends)])
+    """Where the positions of rows stand; the arguments are those of `training_batch`."""
+    parts = [[splits[task].example(number) for task, number in row] for row in rows]
+    inputs = [[part[: positions_of(len(part))] for part in own] for own in parts]
+    tasks = [[task for task, _ in row] for row in rows]
+    if share:
+        return in_trees(list(zip(tasks, inputs, strict=True)))
+    return behind_each_other(list(chain(*tasks)), list(chain(*inputs)))
 
 
 def _shown(split: EncodedSplit, number: int) -> Sequence[Picture]:

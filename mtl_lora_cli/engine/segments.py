@@ -108,8 +108,8 @@ class Segments:
         key = ("parts of keys", block)
         if key not in self._made:
             parts, joins, slots = self.key_parts(block)
-            moved = (one.to(self.device, non_blocking=True) for one in (parts, joins))
-            self._made[key] = KeyParts(*moved, slots)
+            parts, joins = (one.to(self.device, non_blocking=True) for one in (parts, joins))
+            self._made[key] = KeyParts(parts, joins, slots)
         return self._made[key]
 
     def key_parts(self, block: int, segments: int | None = None) -> KeyParts:

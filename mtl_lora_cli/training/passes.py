@@ -292,7 +292,8 @@ def _tables(
     segments: Segments, capacity: Capacity, keys: Sequence[tuple[int, bool]]
 ) -> list[Tensor]:
     """What says where the segments lie, filled up: `_segments` reads it."""
-    trees, found = segments.trees, []
+    trees = segments.trees
+    found: list[Tensor] = []
     for block, of_keys in keys:
         if of_keys and trees is not None:
             found += segments.key_parts(block, capacity.segments)[:2]
@@ -309,7 +310,8 @@ def _segments(
     if segments.reach is None:
         return segments.ready(dict(zip(keys, buffers, strict=True)))
     left = iter(buffers)
-    tables, parts = {}, {}
+    tables: dict[tuple[int, bool], Tensor] = {}
+    parts: dict[int, KeyParts] = {}
     for block, of_keys in keys:
         if of_keys:
             parts[block] = KeyParts(next(left), next(left), slots_of(len(segments.reach)))
