@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mtl_lora_cli.data.packing import pack
+from mtl_lora_cli.data.packing import packed
 
 LEAST = 8
 """Positions that two examples must have in common to share any: less is not worth a branch."""
@@ -117,30 +117,31 @@ class _Row:
         self.room -= taken
 
 
-def pack_shared(
-    places: Sequence[tuple[int, int]],
-    lengths: Sequence[int],
+def packed_shared(
+    tasks: np.ndarray,
+    numbers: np.ndarray,
+    lengths: np.ndarray,
     row_length: int,
     beginnings: Sequence[Beginnings],
-) -> list[list[int]]:
-    """Rows in which each beginning is counted once; as `pack`, where that needs no more rows.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in which each beginning is counted once; as `packed`, where that needs no more rows.
 
     Each example goes, in the given order, to the first open row that it fits. Long examples in short
-    rows leave less room unused as `pack` lays them.
+    rows leave less room unused as `packed` lays them.
 
     Args:
-        places: task and number of each example.
-        lengths: positions of each.
+        tasks, numbers, lengths: int [E], of each example.
         row_length: positions that a row holds.
         beginnings: of each task.
 
     Returns:
-        For each row the numbers of its examples, in their original order.
+        As `packed`: the numbers of the examples row by row, and where each row begins among them.
     """
-    alone = pack(lengths, row_length)
+    alone = packed(lengths, row_length)
     rows: list[_Row] = []
     unfilled: list[_Row] = []
-    for member, (place, length) in enumerate(zip(places, lengths, strict=True)):
+    places = zip(tasks.tolist(), numbers.tolist(), strict=True)
+    for member, (place, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
         task, number = place
         own = beginnings[task]
         rank, least = own.ranks[number], length - own.most[number]
@@ -156,4 +157,8 @@ def pack_shared(
             if len(unfilled) > _OPEN:
                 unfilled.remove(min(unfilled[:-1], key=lambda one: one.room))
         row.add(member, place, rank, taken)
-    return [row.members for row in rows] if len(rows) < len(alone) else alone
+    if len(rows) >= len(alone[1]) - 1:
+        return alone
+    members = np.asarray([member for row in rows for member in row.members], dtype=np.int64)
+    sizes = [len(row.members) for row in rows]
+    return members, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)

@@ -212,7 +212,10 @@ class Mixture:
 
     @property
     def _draws_all(self) -> bool:
-        """Whether every epoch is made of the same examples: of whole passes over each task."""
+        """Whether every epoch fills as many rows: it is made of the same examples, of whole passes over each
+        task, and what they share, which goes by their order, is not counted."""
+        if self.beginnings:
+            return False
         several = zip(self.planned_counts(), self.lengths, strict=True)
         return all(count % max(1, len(own)) == 0 for count, own in several)
 
@@ -265,16 +268,19 @@ def laid_in_rows(tasks: np.ndarray, numbers: np.ndarray, mixture: Mixture) -> Ep
     """
     lengths = of_examples(mixture.lengths, tasks, numbers)
     groups = _by_task(tasks) if mixture.one_task else [np.arange(len(tasks))]
-    return joined([_packed(tasks, numbers, lengths, own, mixture.row_length) for own in groups])
+    return joined([_packed(tasks[own], numbers[own], lengths[own], mixture) for own in groups])
 
 
 def _packed(
-    tasks: np.ndarray, numbers: np.ndarray, lengths: np.ndarray, own: np.ndarray, row_length: int
+    tasks: np.ndarray, numbers: np.ndarray, lengths: np.ndarray, mixture: Mixture
 ) -> EpochRows:
-    """Some of these examples in rows."""
-    members, starts = packed(lengths[own], row_length)
-    own = own[members]
-    return EpochRows(tasks[own], numbers[own], starts)
+    """These examples in rows."""
+    members, starts = (
+        packed_shared(tasks, numbers, lengths, mixture.row_length, mixture.beginnings)
+        if mixture.beginnings
+        else packed(lengths, mixture.row_length)
+    )
+    return EpochRows(tasks[members], numbers[members], starts)
 
 
 def _by_task(tasks: np.ndarray) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from mtl_lora_cli.data.encode_task import encode_task
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.data.mixture import Mixture, all_positions, positions_of, subset
+from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
 from mtl_lora_cli.data.picture_rows import map_print
 from mtl_lora_cli.data.pictured import (
     Eyes,
@@ -289,8 +289,8 @@ def prepare_training(
 
 
 def _beginnings_of(split: EncodedSplit) -> Beginnings:
-    parts = [split.example(number) for number in range(len(split))]
-    return Beginnings([part[: positions_of(len(part))] for part in parts])
+    taken = split.positions.tolist()
+    return Beginnings([split.example(number)[:count] for number, count in enumerate(taken)])
 
 
 def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels.tiles import tile_table
-from mtl_lora_cli.kernels.trees import KeyParts, Trees, key_parts, parents_of
+from mtl_lora_cli.kernels.trees import KeyParts, Trees, above_of, key_parts
 
 _LEAST_FILLED = 0.8
 _MOST_SCORES = 2**20
@@ -94,10 +94,10 @@ class Segments:
         if self.reach is None:
             return None
         if "trees" not in self._made:
-            parents = torch.from_numpy(parents_of(self._reach.numpy(), self.bounds))
+            above = torch.from_numpy(above_of(self._reach.numpy(), self.bounds))
             depth = self.depth
             assert depth is not None
-            moved = parents.to(self.device, non_blocking=True)
+            moved = above.to(self.device, non_blocking=True)
             self._made["trees"] = Trees(self.reach, moved, depth)
         return self._made["trees"]
 

@@ -3,9 +3,9 @@
 In a tree (`engine/segments.py`) query i sees key j of its segment where j ≤ i < reach_j. Most blocks of a long
 tree hold nothing that a tile sees, so that none may be visited for nothing:
 
-- A tile of *queries* walks up. What any of its queries sees before the tile is an ancestor of its first one,
-  and what lies below a block's first position s of that is an ancestor of s. So the next block is always
-  that of parent_s, the last position before s that s sees.
+- A tile of *queries* walks up. What any of its queries sees before the tile is an ancestor of its first one.
+  From an ancestor, `above` is the last one outside of its block of 16: so blocks that hold no ancestor are
+  passed over, and of a block that does it takes a step or two to leave it.
 - A tile of *keys* is seen by queries from its own first to the largest reach in it. Those of a trunk are
   seen by a whole tree: its queries are shared out among several programs, *parts*, of which each writes a
   sum of its own in float32; a last kernel adds a tile's sums up, always in the same order.
@@ -27,6 +27,9 @@ PART_COLUMNS = 5
 JOIN_COLUMNS = 4
 """first position of the tile, end of its segment, its first slot, how many slots."""
 
+BLOCK = 16
+"""The smallest step of a kernel: larger ones are multiples."""
+
 _PART = 512  # queries of a part, or as many times that as it takes
 _POSITIONS = 256  # a slot; see `slots_of`
 
@@ -36,12 +39,13 @@ class Trees(NamedTuple):
 
     Attributes:
         reach: int32 [N], the first position that no longer sees this one.
-        parent: int32 [N], the last position before this one that it sees; -1: there is none.
+        above: int32 [N], the last position that this one sees in an earlier block of `BLOCK`, counted from the
+            segment's start; -1: there is none.
         depth: int32 [N], how many it sees before itself.
     """
 
     reach: Tensor
-    parent: Tensor
+    above: Tensor
     depth: Tensor
 
 
@@ -82,6 +86,23 @@ def parents_of(reach: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarr
     starts = [start for start, _ in bounds]
     parent[starts] = -1
     return parent
+
+
+def above_of(reach: np.ndarray, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    """`Trees.above`; the arguments are those of `parents_of`."""
+    count, parent = len(reach), parents_of(reach, bounds)
+    starts, ends = np.asarray(bounds).T
+    block = np.arange(count) - (np.arange(count) - np.repeat(starts, ends - starts)) % BLOCK
+    # Where a block begins, or a branch, what is above is found; the positions behind it have the same.
+    heads = np.flatnonzero((block == np.arange(count)) | (parent != np.arange(-1, count - 1)))
+    found = np.empty(len(heads), dtype=np.int32)
+    lengths = np.diff([*heads.tolist(), count])
+    runs = np.repeat(np.arange(len(heads)), lengths)
+    for number, (before, first) in enumerate(
+        zip(parent[heads].tolist(), block[heads].tolist(), strict=True)
+    ):
+        found[number] = before if before < first else found[runs[before]]
+    return np.repeat(found, lengths)
 
 
 def key_parts(

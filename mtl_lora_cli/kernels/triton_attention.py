@@ -30,7 +30,7 @@ from mtl_lora_cli.kernels.triton_tree_attention import (
 
 LOG2_E = 1.4426950408889634
 Angles = tuple[Tensor, Tensor]
-_NONE = (None, None, None)  # of reach, parent and depth
+_NONE = (None, None, None)  # of reach, above and depth
 
 
 def attention_forward(

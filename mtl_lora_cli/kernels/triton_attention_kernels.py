@@ -142,7 +142,7 @@ def _window_begin(start, first, STEP: tl.constexpr, WINDOW: tl.constexpr):  # ty
 
 @triton.jit(do_not_specialize=["count"])
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
-    qkv, stride, tiles, reach, parent, depth, sinks, out, out_stride, lse, count, scale, squeeze,
+    qkv, stride, tiles, reach, above, depth, sinks, out, out_stride, lse, count, scale, squeeze,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     TREES: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
@@ -190,14 +190,15 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
             squeeze, STEP, DIM, WIDTH, True, TREES, WINDOW, CAP,
         )  # fmt: skip
     if TREES:
-        above = tl.load(parent + first)
-        while above >= start:
-            at = start + (above - start) // STEP * STEP
+        ancestor = tl.load(above + first)
+        while ancestor >= start:
+            at = start + (ancestor - start) // STEP * STEP
             total, norm, peak = _attend(
                 total, norm, peak, q, queries, keys, values, stride, reach, depth, at, end, scale,
                 squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
             )  # fmt: skip
-            above = tl.load(parent + at)
+            while ancestor >= at:
+                ancestor = tl.load(above + ancestor)
     _store(out + head * DIM, first, end, out_stride, total / norm[:, None], TILE, DIM, WIDTH)
     logs = (peak + tl.log2(norm)) * 0.6931471805599453  # ln 2
     tl.store(lse + head * count + queries, logs, mask=queries < end)
@@ -238,7 +239,7 @@ def _query_gradient(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["count"])
 def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
-    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, reach, parent, depth, out,
+    dout, dout_stride, qkv, stride, cos, sin, angle_stride, tiles, reach, above, depth, out,
     out_stride, lse, terms, dqkv, dqkv_stride, count, scale, squeeze, scaling,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
@@ -288,14 +289,15 @@ def attention_backward_queries_kernel(  # type: ignore[no-untyped-def]
             squeeze, STEP, DIM, WIDTH, True, TREES, WINDOW, CAP,
         )  # fmt: skip
     if TREES:
-        above = tl.load(parent + first)
-        while above >= start:
-            at = start + (above - start) // STEP * STEP
+        ancestor = tl.load(above + first)
+        while ancestor >= start:
+            at = start + (ancestor - start) // STEP * STEP
             dq = _query_gradient(
                 dq, q, do, logs, deltas, queries, keys, values, stride, reach, depth, at, end,
                 scale, squeeze, STEP, DIM, WIDTH, False, TREES, WINDOW, CAP,
             )  # fmt: skip
-            above = tl.load(parent + at)
+            while ancestor >= at:
+                ancestor = tl.load(above + ancestor)
     _store_turned_back(
         dqkv + head * DIM, first, end, dqkv_stride, dq * scaling, cos, sin, angle_stride,
         TILE, DIM, WIDTH, TURN,

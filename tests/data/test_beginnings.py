@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mtl_lora_cli.data.beginnings import LEAST, Beginnings, pack_shared
+from mtl_lora_cli.data.beginnings import LEAST, Beginnings, packed_shared
 from mtl_lora_cli.data.dynamic import DynamicMixture
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.laid import behind_each_other, in_trees
-from mtl_lora_cli.data.mixture import Mixture, Place
+from mtl_lora_cli.data.mixture import Mixture
 from mtl_lora_cli.data.packing import pack
 from mtl_lora_cli.data.stages import Part, StagedMixture
 
@@ -34,6 +35,17 @@ INPUTS = [drawn(0, 120), drawn(1, 60), drawn(2, 5)]
 BEGINNINGS = tuple(Beginnings(own) for own in INPUTS)
 LENGTHS = tuple(np.asarray([len(one) for one in own]) for own in INPUTS)
 MIXTURE = Mixture(("a", "b", "c"), LENGTHS, 256, 2, beginnings=BEGINNINGS)
+
+
+def pack_shared(
+    places: Sequence[Place],
+    lengths: Sequence[int],
+    row_length: int,
+    beginnings: Sequence[Beginnings],
+) -> list[list[int]]:
+    tasks, numbers = np.asarray(places).T
+    members, starts = packed_shared(tasks, numbers, np.asarray(lengths), row_length, beginnings)
+    return [members[a:b].tolist() for a, b in pairwise(starts.tolist())]
 
 
 def nodes(examples: Sequence[tuple[int, np.ndarray]]) -> int:

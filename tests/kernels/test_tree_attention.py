@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels import trees
 from mtl_lora_cli.kernels.tiles import Launch
-from mtl_lora_cli.kernels.trees import key_parts, parents_of
+from mtl_lora_cli.kernels.trees import BLOCK, above_of, key_parts, parents_of
 from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
 
 from .test_triton_attention import DEVICE, SMALL, Case, draw, kinds, naive, table, tree
@@ -119,11 +119,13 @@ def test_a_reach_that_does_not_fit_is_refused() -> None:
 
 def test_a_parent_is_the_last_position_that_is_seen() -> None:
     reach, bounds = REACH.cpu().numpy(), [(0, 58), (58, 75), (75, 78)]
-    found = parents_of(reach, bounds)
+    found, above = parents_of(reach, bounds), above_of(reach, bounds)
     for start, end in bounds:
         for place in range(start, end):
             seen = [j for j in range(start, place) if reach[j] > place]
             assert found[place] == (max(seen) if seen else -1)
+            block = place - (place - start) % BLOCK
+            assert above[place] == max((j for j in seen if j < block), default=-1)
 
 
 def test_parts_share_out_all_queries_and_no_more_than_there_is_room_for() -> None:
