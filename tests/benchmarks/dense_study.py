@@ -185,7 +185,10 @@ def study(a: argparse.Namespace) -> None:
         steps = max(20, min(steps, fit))
     trials: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    together([life(lane, lanes, steps, a.seeds, trials, answers) for lane in lanes.values()])
+    try:
+        together([life(lane, lanes, steps, a.seeds, trials, answers) for lane in lanes.values()])
+    except KeyboardInterrupt:  # what is there is told all the same
+        clock("stopped")
     clock(f"{len(trials)} trials and {len(answers)} runs of {steps} steps")
     told(a, lanes, trials, answers, steps, clock)
 
@@ -269,7 +272,7 @@ def told(
     found: dict[str, Any] = {"settings": settings, "chosen": chosen}
     texts = []
     for name, tasks in (("three", TASKS), ("with_edges", WITH_EDGES)):
-        found[name] = summary(answers, a.seeds, tasks)
+        found[name] = summary(answers, a.seeds, tasks) if answers else []
         texts.append(table(found[name], tasks))
     found["trials"] = tried
     a.out.mkdir(parents=True, exist_ok=True)
