@@ -120,6 +120,7 @@ def init(
 def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choice:
     """Settings by the size of the model and of the mixture, where both are at hand."""
     from mtl_lora_cli.data.amount import amount, held_out
+    from mtl_lora_cli.machine.cores import cores
     from mtl_lora_cli.tasks.defaults import Mixture, choose, parameters_of
 
     sources = [(task.name, task.rows()) for task in tasks]
@@ -128,16 +129,10 @@ def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choi
     return choose(
         parameters_of(base_model),
         mixture,
-        cores=_cores() if on_cpu else None,
+        cores=cores() if on_cpu else None,
         flops=_flops() if on_cpu else None,
         held_out=held_out(sources),
     )
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _flops() -> float:

@@ -7,6 +7,7 @@ each picture once, nobody copies it again, and a third less bytes travel.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.data.decoding import Block
 from mtl_lora_cli.pictures.values import UNKNOWN
 from mtl_lora_cli.tasks.maps import MapSpec
+
+_ALIGNED = 64  # bytes: where parts of a room begin
 
 
 @dataclass(frozen=True)
@@ -103,19 +107,39 @@ class Room:
         count: pictures.
         size: height and width.
         specs: of the tasks that have maps here, by id.
-        pinned: a card can read it by itself, which takes some time to prepare.
+        memory: uint8, of `Room.bytes_of` at least.
+        block: whose memory it is, where another process writes it.
     """
 
     def __init__(
-        self, count: int, size: tuple[int, int], specs: Mapping[int, MapSpec], *, pinned: bool
+        self,
+        count: int,
+        size: tuple[int, int],
+        specs: Mapping[int, MapSpec],
+        memory: Tensor,
+        block: Block | None = None,
     ) -> None:
-        self.pixels = torch.empty((count, *size, 3), dtype=torch.uint8, pin_memory=pinned)
-        self.maps = {
-            task: torch.empty(
-                (count, *size, *_channels(spec)), dtype=_kind(spec), pin_memory=pinned
-            )
-            for task, spec in specs.items()
-        }
+        self.block, start = block, 0
+        parts: dict[int | None, Tensor] = {}
+        for task, shape, kind in Room._parts(count, size, specs):
+            end = start + math.prod(shape) * kind.itemsize
+            parts[task] = memory[start:end].view(kind).view(shape)
+            start = -(-end // _ALIGNED) * _ALIGNED
+        self.pixels = parts.pop(None)
+        self.maps = {task: part for task, part in parts.items() if task is not None}
+
+    @staticmethod
+    def _parts(
+        count: int, size: tuple[int, int], specs: Mapping[int, MapSpec]
+    ) -> list[tuple[int | None, tuple[int, ...], torch.dtype]]:
+        maps = [(task, (count, *size, *_channels(s)), _kind(s)) for task, s in specs.items()]
+        return [(None, (count, *size, 3), torch.uint8), *maps]
+
+    @staticmethod
+    def bytes_of(count: int, size: tuple[int, int], specs: Mapping[int, MapSpec]) -> int:
+        """Of its memory."""
+        parts = Room._parts(count, size, specs)
+        return sum(math.prod(shape) * kind.itemsize + _ALIGNED for _, shape, kind in parts)
 
     def put(self, place: int, pixels: np.ndarray, maps: Mapping[int, np.ndarray]) -> None:
         """One picture, uint8 [H, W, 3], and its maps; of the others nothing is known."""
@@ -142,6 +166,7 @@ class SeenBatch:
         maps: task id → int16 classes, or float32 with NaN where not known: [I, H, W], normals [I, H, W, 3].
         normalisation: the backbone's.
         present, owners, task_ids: as of `MapBatch`.
+        rooms: where all that lies; it is nobody else's as long as this batch is there.
     """
 
     seen: Tensor
@@ -150,6 +175,7 @@ class SeenBatch:
     present: Tensor
     owners: Tensor
     task_ids: Tensor
+    rooms: tuple[Room, ...] = ()
 
     @classmethod
     def of(
@@ -167,12 +193,15 @@ class SeenBatch:
             present=torch.from_numpy(present),
             owners=torch.from_numpy(np.nonzero(present)[1].astype(np.int64)),
             task_ids=torch.tensor(tasks, dtype=torch.long),
+            rooms=tuple({id(room): room for room, _ in where}.values()),
         )
 
     def to(self, device: torch.device) -> MapBatch:
         """As a host takes it. A card fetches it beside what it is busy with."""
         if device.type != "cuda":
-            return self._numbers(self.seen, self.maps)
+            lent = any(room.block is not None for room in self.rooms)  # others will write there
+            copied = {task: one.clone() for task, one in self.maps.items()} if lent else self.maps
+            return self._numbers(self.seen, copied)
         current, fetching = torch.cuda.current_stream(device), _fetching(device)
         with torch.cuda.stream(fetching):
             found = self._numbers(
@@ -180,6 +209,9 @@ class SeenBatch:
                 {task: one.to(device, non_blocking=True) for task, one in self.maps.items()},
             )
         current.wait_stream(fetching)
+        for room in self.rooms:
+            if room.block is not None:
+                room.block.read = fetching.record_event()
         for tensor in (found.pixels, *found.targets.values()):
             tensor.record_stream(current)
         return found

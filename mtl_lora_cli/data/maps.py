@@ -6,7 +6,6 @@ first task, and a picture's units are the maps that it has. A map that is missin
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -17,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.data.decoding import Block, Decoding, possible
 from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
 from mtl_lora_cli.data.mixture import generator_of
 from mtl_lora_cli.data.picture_rows import Source, read_map_rows
+from mtl_lora_cli.machine.cores import DECODING_THREADS
 from mtl_lora_cli.models.host import Rows
 from mtl_lora_cli.pictures.augment import (
     WHOLE,
@@ -36,7 +37,6 @@ from mtl_lora_cli.recipe.schema import Images
 from mtl_lora_cli.tasks.maps import MapSpec
 from mtl_lora_cli.tasks.task import Task
 
-_THREADS = max(2, min(16, os.cpu_count() or 2))  # most of decoding happens outside of Python's lock
 _AHEAD = 4  # steps whose pictures are asked for before their time
 
 
@@ -108,6 +108,7 @@ class MapDataset:
         self.entries = [first.get(task, task) for task in range(len(tasks))]
         self._moment = (0, 0)
         self._pool: ThreadPoolExecutor | None = None
+        self._decoding: Decoding | None = None
         self._asked: dict[tuple[int, int, int, int], _Asked] = {}
 
     @classmethod
@@ -143,7 +144,8 @@ class MapDataset:
     def at(self, epoch: int, step: int) -> MapDataset:
         """The same pictures, in the views of a step: they follow from seed, epoch, step and picture alone."""
         if self._pool is None:  # one for all steps
-            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="pictures")
+            self._decoding = Decoding.of(self.fill_memory) if possible() else None
+            self._pool = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="pictures")
         other = copy(self)
         other._moment = (epoch, step)
         return other
@@ -220,21 +222,38 @@ class MapDataset:
         new = [p for p in dict.fromkeys(places) if (*self._moment, *p) not in self._asked]
         if not new:
             return
-        tasks = sorted(task for rows in self._sources.values() for task in rows.targets)
-        specs = {task: self._specs[task] for task in tasks}
+        size = Room.bytes_of(len(new), self.size_of_pictures, self._learned)
+        if self._decoding is not None and (block := self._decoding.block(size)) is not None:
+            room = self._room(len(new), block.memory, block)
+            self._decoding.lend(block, room)
+            filled = self._decoding.ask(block, self._moment, new)
+            self._asked |= {(*self._moment, *p): _Asked(room, i, filled) for i, p in enumerate(new)}
+            return
         pinned = self._pool is not None and torch.cuda.is_initialized()  # steps on a card
-        room = Room(len(new), self.size_of_pictures, specs, pinned=pinned)
-        for at, (entry, number) in enumerate(new):
-            filled = None
+        room = self._room(len(new), torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+        for at, place in enumerate(new):
             if self._pool is None:
-                self._fill(room, at, entry, number)
-            else:
-                filled = self._pool.submit(self._fill, room, at, entry, number)
-            self._asked[(*self._moment, entry, number)] = _Asked(room, at, filled)
+                self._fill(room, at, place)
+            one = None if self._pool is None else self._pool.submit(self._fill, room, at, place)
+            self._asked[(*self._moment, *place)] = _Asked(room, at, one)
 
-    def _fill(self, room: Room, at: int, entry: int, number: int) -> None:
-        shown = self.show(entry, number)
+    def _room(self, count: int, memory: Tensor, block: Block | None = None) -> Room:
+        return Room(count, self.size_of_pictures, self._learned, memory, block)
+
+    @property
+    def _learned(self) -> dict[int, MapSpec]:
+        tasks = sorted(task for rows in self._sources.values() for task in rows.targets)
+        return {task: self._specs[task] for task in tasks}
+
+    def _fill(self, room: Room, at: int, place: Place) -> None:
+        shown = self.show(*place)
         room.put(at, shown.pixels, shown.maps)
+
+    def fill_memory(self, memory: Tensor, count: int, at: int, moment: Place, place: Place) -> None:
+        """See `decoding.Fill`: what another process does."""
+        other = copy(self)
+        other._moment = moment
+        other._fill(other._room(count, memory), at, place)
 
 
 def seen_target(values: np.ndarray, spec: MapSpec, view: View, size: tuple[int, int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.machine.cores import cores
 from mtl_lora_cli.runs.listing import files_of
 from mtl_lora_cli.runs.paths import cache_folder
 
@@ -375,8 +376,7 @@ def _memory() -> Iterator[Check]:
     import psutil
 
     found = psutil.virtual_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB free, {cores} cores"
+    text = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB free, {cores()} cores"
     if found.available < _LITTLE_MEMORY:
         yield Check("memory", Verdict.WARN, f"{text}: little for a model", "ps aux --sort=-rss")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from PIL import Image
 from scipy.io import savemat
 
 from mtl_lora_cli.data.collate import ChosenDataset
-from mtl_lora_cli.data.map_batch import Normalisation, SeenBatch
+from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
 from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.data.mixture import Mixture
 from mtl_lora_cli.data.picture_rows import leaks, map_print
 from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import available_splits, read_split
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.schema import Augment, Images, Source
 from mtl_lora_cli.resources import bundled
@@ -122,6 +123,49 @@ def test_pictures_come_from_wherever_they_were_decoded(tasks: list[Task]) -> Non
         assert torch.equal(mixed.pixels[place], alone.pixels[0])
         assert torch.equal(mixed.targets[0][place], alone.targets[0][0])
     assert same(rest, read(tasks).at(0, 1).collate([[(0, 1)]]))
+
+
+def test_what_another_process_calls_is_the_same(tasks: list[Task]) -> None:
+    data, places = read(tasks), [(0, 2), (0, 1)]
+    memory = torch.empty(Room.bytes_of(2, (20, 28), data._learned), dtype=torch.uint8)
+    for at, place in enumerate(places):
+        data.fill_memory(memory, 2, at, (1, 7), place)
+    room, expected = data._room(2, memory), data.at(1, 7).collate([[place] for place in places])
+    assert torch.equal(room.pixels, expected.seen)
+    for task, own in expected.maps.items():
+        torch.testing.assert_close(room.maps[task], own, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.long
+def test_another_process_decodes_the_same(
+    tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for steps on a card; a file that is gone is the same one line, memory is used again, and its end is told."""
+    monkeypatch.setattr("mtl_lora_cli.data.maps.possible", lambda: True)
+    data, rows = read(tasks), [[(0, 0)], [(0, 1)], [(0, 2)]]
+    decoding = data.at(0, 0)._decoding
+    assert decoding is not None
+    decoding._ready.result(60)
+    monkeypatch.undo()
+    data.at(0, 0).ahead(rows)
+    for step in range(3):
+        data.at(0, step + 1).ahead(rows)
+        found = data.at(0, step).collate(rows)
+        assert found.rooms[0].block is not None
+        assert same(found, read(tasks).at(0, step).collate(rows))
+    del found
+    assert len(decoding._returned) == 2
+    data.at(0, 3).collate(rows)
+    (Path(tasks[0].source.path or "") / "0.jpg").unlink()
+    with pytest.raises(UsageError, match=r"train\.jsonl:1: image: no such file: '0\.jpg'"):
+        data.at(0, 9).collate(rows)
+    decoding._process.kill()
+    with pytest.raises(MtlLoraError, match="the process that decodes pictures ended"):
+        data.at(0, 10).collate(rows)
+    process = decoding._process
+    del data, decoding
+    gc.collect()
+    assert process.returncode is not None
 
 
 def test_some_pictures_are_chosen(tasks: list[Task]) -> None:
