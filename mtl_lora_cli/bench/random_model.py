@@ -88,6 +88,8 @@ def empty_model(config: Any, *, dtype: torch.dtype, attention: str = "eager") ->
             )
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
+        if reason.startswith("Unrecognized configuration class"):  # and then all that it knows
+            reason = f"a {config.model_type} is none; bench measures language models"
         raise UsageError(f"--shape: no causal language model can be made of it: {reason}") from None
 
 

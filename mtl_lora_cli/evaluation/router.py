@@ -122,7 +122,7 @@ def train_router(run: Run, *, likely: float = LIKELY) -> dict[str, Any]:
     if len(run.tasks) < 2:
         raise UsageError(f"run '{run.folder.name}' has one task: there is nothing to choose")
     for task in run.tasks:
-        require_text(task.name, task.objective)
+        require_text(task.name, task.objective, "told apart by a router")
     seed = run.recipe.training.seed
     learned = [torch.stack(list(_of_split(task, seed))) for task in run.tasks]
     weight = learn(learned)

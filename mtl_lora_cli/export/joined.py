@@ -100,7 +100,7 @@ def join_tasks(
     """
     chosen = require_tasks(run, names)
     for task in chosen:
-        require_text(task.name, task.objective)
+        require_text(task.name, task.objective, "joined")
     path = path_of(run, name, names)
     factors = joined(
         [_factors(run, task.id) for task in chosen], weights, how=how, density=density, seed=seed

@@ -47,16 +47,21 @@ def measured_by(template: Template, metrics: Sequence[str] | None) -> Template:
     return template.model_copy(update={"metrics": checked.metrics})
 
 
-def require_text(task: str, objective: str) -> None:
+def require_text(
+    task: str, objective: str, done: str = "evaluated, predicted, compared, merged and exported"
+) -> None:
     """Refuse what is done with text alone.
+
+    Args:
+        task, objective: which, and how it is learned.
+        done: what is done with text alone, in words.
 
     Raises:
         UsageError: the task is another host's.
     """
     if objective not in TEXTS:
         raise UsageError(
-            f"task '{task}': is learned by objective {objective}; only text can be evaluated, predicted, "
-            "compared, merged and exported"
+            f"task '{task}': is learned by objective {objective}; only text can be {done}"
         )
 
 

@@ -19,6 +19,7 @@ _PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
 _LIVE_SECONDS = 0.5  # between two pictures where there is one
 _NARROWEST = 60  # columns that the screen needs
 _TOLD = 20  # tasks in a plain line
+_FEW = 10  # below, speed is told with a digit behind the point
 _LINES = 20  # that the screen takes at most
 _COLUMNS = {"task": 19, "loss": 22, "validation": 10, "": 22}  # with two between: 79
 _NAME = _COLUMNS["task"]
@@ -80,6 +81,7 @@ class TrainingProgress:
         console: where to write; by default stderr.
         tasks: names in the order in which they are shown.
         every: what comes every so many steps, and after the last one: `validation` → 100.
+        amount: what speed is told in.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class TrainingProgress:
         *,
         tasks: Sequence[str] = (),
         every: Mapping[str, int | None] | None = None,
+        amount: str = "tokens",
     ) -> None:
+        self._amount = amount
         # Colours can be asked for without a terminal, a screen that is drawn again cannot.
         piped = None if sys.stderr.isatty() else False
         self._console = console or Console(stderr=True, highlight=False, force_terminal=piped)
@@ -168,7 +172,9 @@ class TrainingProgress:
         if not event:
             return []
         share = f" ({event['floor_share']:.0%} of the floor)" if "floor_share" in event else ""
-        found = [f"{event['tokens_per_second']:,.0f} tokens/s{share}"]
+        speed = event["tokens_per_second"]
+        digits = 0 if speed >= _FEW else 1
+        found = [f"{speed:,.{digits}f} {self._amount}/s{share}"]
         if "memory_gib" in event:
             found.append(f"{event['memory_gib']:.1f} GiB")
         return found

@@ -35,6 +35,7 @@ from mtl_lora_cli.runs.folder import (
 )
 from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.tasks.chosen import read_tasks
+from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.training.best import Best
 from mtl_lora_cli.training.checkpoints import checkpoint_of, newest_checkpoint
 from mtl_lora_cli.training.drawn import Draw
@@ -307,6 +308,7 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
             None if processes.main else Console(quiet=True),
             tasks=[task.name for task in prepared.data.tasks],
             every=_every(recipe.training),
+            amount="pictures" if prepared.data.tasks[0].objective in MAPS else "tokens",
         )
         try:
             trainer.train(Journal(run, progress, trackers.tell, writes=processes.main))

@@ -47,6 +47,7 @@ def place(forks: Forks, backbones: Backbones, tmp_path_factory: pytest.TempPathF
     (folder / "alone.yaml").write_text(yaml.safe_dump(alone))
     ended = forks.run("train", "recipe.yaml", "run.name=one", cwd=folder)
     assert ended.returncode == 0, ended.stderr
+    assert " pictures/s  " in ended.stderr
     return folder
 
 
@@ -219,6 +220,8 @@ def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
         (("predict", "--run", "one", "--task", "dept", "few.jsonl"), "unknown task 'dept'; did you mean 'depth'?"),
         (("predict", "--run", "one", "few.jsonl"), "give --task"),
         (("data", "show", "recipe.yaml", "--packed"), "--packed is for texts"),
+        (("bench", "--recipe", "recipe.yaml"), "a swin is none; bench measures language models"),
+        (("router", "--run", "one"), "only text can be told apart by a router"),
         (("serve", "one", "--port", "0"), "serve answers texts; its answers are maps"),
         (("export", "--run", "one", "--task", "all", "--format", "onnx", "--check", "vllm"), "--check vllm is for texts"),
         (("train", "recipe.yaml", "training.row_length=64"), "training.row_length: is for text"),
