@@ -227,7 +227,8 @@ class MapDataset:
             room = self._room(len(new), block.memory, block)
             self._decoding.lend(block, room)
             filled = self._decoding.ask(block, self._moment, new)
-            self._asked |= {(*self._moment, *p): _Asked(room, i, filled) for i, p in enumerate(new)}
+            for at, place in enumerate(new):
+                self._asked[(*self._moment, *place)] = _Asked(room, at, filled[at])
             return
         pinned = self._pool is not None and torch.cuda.is_initialized()  # steps on a card
         room = self._room(len(new), torch.empty(size, dtype=torch.uint8, pin_memory=pinned))

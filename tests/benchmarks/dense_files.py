@@ -4,7 +4,7 @@ lies on the card.
     python tests/benchmarks/dense_files.py --out OUT
 
 Swin-T of random weights at 448 x 448, 32 pictures of 480 x 640 a step, four tasks with maps as PNGs, streams, bfloat16
-(`dense_cost.py` has the same model). Files are decoded by threads, and by a process of its own as training on a card does.
+(`dense_cost.py` has the same model). Files are decoded by threads, and by processes of their own as training on a card does.
 All arms are timed by the wall clock over whole loops, in turn.
 """
 
@@ -153,10 +153,12 @@ class FromFiles:
         return count * self._pictures / (time.monotonic() - start)
 
 
-def arms_of(folder: Path, size: int, pictures: int, device: torch.device) -> dict[str, FromFiles]:
-    """Decoding by threads of this process, and by a process of its own."""
+def arms_of(
+    names: list[str], folder: Path, size: int, pictures: int, device: torch.device
+) -> dict[str, FromFiles]:
+    """Decoding by threads of this process, and by processes of their own."""
     found = {}
-    for name in ("by threads", "by a process"):
+    for name in names:
         dataset = dataset_of(folder, size)
         decoding = dataset.at(0, 0)._decoding
         if name == "by threads":
@@ -164,7 +166,8 @@ def arms_of(folder: Path, size: int, pictures: int, device: torch.device) -> dic
         elif decoding is None:
             continue
         else:
-            decoding._ready.result(90)
+            for one in decoding._begun:
+                one.result(90)
         found[name] = FromFiles(dataset, pictures, device)
     return found
 
@@ -173,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--arms", nargs="+", default=["by threads", "by processes"])
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     clock = Clock()
@@ -196,8 +200,8 @@ def main() -> None:
         clock("files")
         host = host_of(folder / "swin", OBJECTIVES, size, streams=True, device=device)
         clock("the model where it steps")
-        arms = arms_of(folder / "rows", size, pictures, device)
-        clock("datasets; the process has begun")
+        arms = arms_of(arguments.arms, folder / "rows", size, pictures, device)
+        clock("datasets; the processes have begun")
         found: dict[str, Any] = {"decoded": {}, "seconds": {name: [] for name in (CARD, *arms)}}
         for name, arm in arms.items():
             found["decoded"][name] = arm.decoded(0.2)  # memory that a card reads is made

@@ -142,10 +142,11 @@ def test_another_process_decodes_the_same(
 ) -> None:
     """As for steps on a card; a file that is gone is the same one line, memory is used again, and its end is told."""
     monkeypatch.setattr("mtl_lora_cli.data.maps.possible", lambda: True)
+    monkeypatch.setattr("mtl_lora_cli.data.decoding.decoders", lambda: 2)
     data, rows = read(tasks), [[(0, 0)], [(0, 1)], [(0, 2)]]
     decoding = data.at(0, 0)._decoding
     assert decoding is not None
-    decoding._ready.result(60)
+    assert [one.result(60) for one in decoding._begun] == [None, None]
     monkeypatch.undo()
     data.at(0, 0).ahead(rows)
     for step in range(3):
@@ -159,13 +160,13 @@ def test_another_process_decodes_the_same(
     (Path(tasks[0].source.path or "") / "0.jpg").unlink()
     with pytest.raises(UsageError, match=r"train\.jsonl:1: image: no such file: '0\.jpg'"):
         data.at(0, 9).collate(rows)
-    decoding._process.kill()
-    with pytest.raises(MtlLoraError, match="the process that decodes pictures ended"):
+    processes = [one.process for one in decoding._workers]
+    processes[1].kill()
+    with pytest.raises(MtlLoraError, match="a process that decodes pictures ended"):
         data.at(0, 10).collate(rows)
-    process = decoding._process
     del data, decoding
     gc.collect()
-    assert process.returncode is not None
+    assert all(one.returncode is not None for one in processes)
 
 
 def test_some_pictures_are_chosen(tasks: list[Task]) -> None:
