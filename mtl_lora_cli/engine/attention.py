@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.plan import AttentionPlan
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores, attend_again, attend_segments
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,

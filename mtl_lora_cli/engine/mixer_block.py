@@ -29,7 +29,8 @@ from mtl_lora_cli.engine.saved import (
     opened,
     spread_out,
 )
-from mtl_lora_cli.engine.segments import Segments, Stacks, most_places
+from mtl_lora_cli.engine.segment_forms import Stacks, most_places
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
 from mtl_lora_cli.kernels.backend import with_room
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_lora_cli.engine.kernel_attention import attend_in_kernels, kernels_take
-from mtl_lora_cli.engine.segments import EVERYTHING, Rule, Segments
+from mtl_lora_cli.engine.segment_forms import EVERYTHING, Rule
+from mtl_lora_cli.engine.segments import Segments
 
 LARGEST_HEAD = 256  # of torch's variable-length attention
 

@@ -12,10 +12,10 @@ With a soft cap, s_ij = c tanh(scaling · q_i·k_j / c), and dS gets a factor of
 No score leaves the chip: the backward pass computes P again from `lse`. Each program writes its own
 tile of the result and nobody else's, so that sums have one order and every run gives the same bits.
 
-Trees, which evaluation alone has (`engine/segments.py`): key j is seen by the queries j ≤ i < reach_j
-of its segment, one comparison more for each score. So it is with a window of w: i − j < w; blocks that
-lie before it are not visited at all. In a tree a window counts ancestors: depth_i − depth_j < w, and all
-blocks are visited.
+In trees (`engine/segments.py`) key j is seen by the queries j ≤ i < reach_j of its segment, one comparison
+more for each score; which blocks are visited is said in `trees.py`. So it is with a window of w: i - j < w;
+blocks that lie before it are not visited at all. In a tree a window counts ancestors:
+depth_i − depth_j < w.
 
 A program's tile comes from a table (`tiles.tile_table`). Rows of the table whose first position is
 -1 end at once: a fixed grid, as CUDA graphs need it, serves any segments. **Positions that no tile

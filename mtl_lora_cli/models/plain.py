@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.engine.plan import text_body
-from mtl_lora_cli.engine.segments import Segments, alike
+from mtl_lora_cli.engine.segment_forms import alike
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.quiet import quiet_warnings

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores, attend_segments
 from mtl_lora_cli.errors import UsageError
 

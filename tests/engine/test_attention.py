@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mtl_lora_cli.engine import torch_attention
 from mtl_lora_cli.engine.attention import Packing, attend, attend_gradient
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8

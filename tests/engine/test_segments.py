@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mtl_lora_cli.engine import torch_attention as attention
-from mtl_lora_cli.engine.segments import EVERYTHING, Segments
+from mtl_lora_cli.engine.segment_forms import EVERYTHING
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores
 from mtl_lora_cli.models.registered import NotHonoured, packed_attention
 
@@ -147,7 +148,7 @@ def test_stacks_are_well_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = sum(stack.height * stack.length**2 for stack in stacks)
     assert scores <= 1.25**2 * sum(length**2 for length in MIXED)
     assert len(stacks) < len(MIXED) / 2
-    monkeypatch.setattr("mtl_lora_cli.engine.segments._MOST_SCORES", 20_000)
+    monkeypatch.setattr("mtl_lora_cli.engine.segment_forms._MOST_SCORES", 20_000)
     for stack in Segments.build(MIXED).stacks().stacks:
         assert stack.height == 1 or stack.height * stack.length**2 <= 20_000
 

@@ -13,7 +13,7 @@ import torch
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.families import llama
-from mtl_lora_cli.engine.segments import EVERYTHING
+from mtl_lora_cli.engine.segment_forms import EVERYTHING
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models import packed, plain, registered, trust
 from mtl_lora_cli.models.base import find_base_model

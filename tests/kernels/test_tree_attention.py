@@ -52,21 +52,30 @@ def in_parts(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(trees, "_POSITIONS", 4)
 
 
-@pytest.mark.parametrize("tile, step, parts", [(16, 16, 512), (32, 16, 16), (32, 32, 32)])
+@pytest.mark.parametrize("tile, step, parts", [(32, 16, 512), (16, 16, 16)])
 def test_a_position_of_a_tree_sees_its_ancestors(
     tile: int, step: int, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_parts(monkeypatch, parts)
-    case = draw(LENGTHS, heads=4, key_heads=2)
+    case = draw(LENGTHS)
     shared = key_parts([(0, 58), (58, 75), (75, 78)], REACH.cpu().numpy(), tile)
     assert bool(len(shared.joins)) == (parts < 512)
     require_right(case, REACH, Launch(tile, step, split=parts == 512))
-    assert not torch.allclose(run(case, REACH)[2].double(), naive(case)[2], atol=1e-2)
+    assert not torch.allclose(naive(case, REACH)[2], naive(case)[2], atol=1e-2)
 
 
-@pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize("cap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(
+    "window, cap, sinks",
+    [
+        (9, 1.5, True),
+        (None, 1.5, False),
+        (None, None, True),
+        *(
+            pytest.param(*kind, marks=pytest.mark.long)
+            for kind in [(9, None, False), (9, 1.5, False), (9, None, True), (None, 1.5, True)]
+        ),
+    ],
+)
 def test_in_a_tree_a_window_counts_ancestors(
     window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,8 +91,8 @@ def test_a_dimension_that_is_padded_is_turned_back(monkeypatch: pytest.MonkeyPat
 
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 16)
-    case = draw(LENGTHS, heads=4, key_heads=2)
-    for one, other in zip(run(case, REACH), run(case, REACH), strict=True):
+    case, reach = draw([38]), tree(*[38] * 20, *[29] * 9, *[38] * 9)
+    for one, other in zip(run(case, reach), run(case, reach), strict=True):
         assert torch.equal(one, other)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.kernel_attention import kernels_take
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores, _in_stacks, attend_segments
 from mtl_lora_cli.kernels.tiles import FORWARD, KEY_BACKWARD, QUERY_BACKWARD, Launch, tile_table
 from mtl_lora_cli.kernels.triton_attention import attention_backward, attention_forward
