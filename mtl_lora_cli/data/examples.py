@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtl_lora_cli.tasks.rendering import Example
@@ -20,11 +20,24 @@ class Examples:
         rows: the rows themselves.
         fingerprint: hash of the rows.
         notes: what may have been read wrongly.
+        first: number of the first of them, where they are some of a split.
     """
 
     split: str
-    examples: list[Example]
-    wheres: list[str]
+    examples: Sequence[Example]
+    wheres: Sequence[str]
     rows: Sequence[Any]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    first: int = 0
+
+    def part(self, first: int, last: int | None) -> Examples:
+        """Some of them."""
+        own = slice(first, last)
+        return replace(
+            self,
+            examples=self.examples[own],
+            wheres=self.wheres[own],
+            rows=self.rows[own],
+            first=self.first + first,
+        )

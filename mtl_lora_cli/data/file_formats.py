@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple, NoReturn, cast
 import numpy as np
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout, Table, unique_columns
-from mtl_lora_cli.data.lazy_rows import LazyRows
+from mtl_lora_cli.data.lazy_rows import Lazy
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.pointers import require_content
 
@@ -42,7 +42,7 @@ class Rows:
 
     def some(self, numbers: np.ndarray) -> list[Mapping[str, Any]]:
         """Those of these numbers, ascending."""
-        if isinstance(self.rows, LazyRows):
+        if isinstance(self.rows, Lazy):
             return self.rows.take(numbers)
         return [self.rows[number] for number in numbers.tolist()]
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, TypeVar, overload
 
 import numpy as np
 
 from mtl_lora_cli.errors import file_problem
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 _BLOCK = 512  # rows that are read together
 
 
-class LazyRows(Sequence[Row]):
-    """Rows by their numbers; a subclass says how many there are, and reads some that stand together."""
+class Lazy(Sequence[T]):
+    """A sequence of which a subclass says how long it is, and gives some that stand together."""
 
-    def between(self, first: int, last: int) -> list[Row]:
-        """Rows `first` to before `last`.
+    def between(self, first: int, last: int) -> list[T]:
+        """Those from `first` to before `last`.
 
         Raises:
             UsageError: one of them is wrong; it names file and line.
@@ -27,12 +28,12 @@ class LazyRows(Sequence[Row]):
         raise NotImplementedError
 
     @overload
-    def __getitem__(self, index: int) -> Row: ...
+    def __getitem__(self, index: int) -> T: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: slice) -> list[T]: ...
 
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             numbers = range(*index.indices(len(self)))
             if numbers.step == 1:
@@ -42,13 +43,13 @@ class LazyRows(Sequence[Row]):
             raise IndexError(index)
         return self.between(index % len(self), index % len(self) + 1)[0]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[T]:
         for first in range(0, len(self), _BLOCK):
             yield from self.between(first, min(first + _BLOCK, len(self)))
 
-    def take(self, numbers: np.ndarray) -> list[Row]:
+    def take(self, numbers: np.ndarray) -> list[T]:
         """Those of these numbers, in their order; what stands close together is read together."""
-        found: list[Row] = []
+        found: list[T] = []
         for begin in range(0, len(numbers), _BLOCK):
             some = numbers[begin : begin + _BLOCK]
             first, last = int(some.min()), int(some.max()) + 1
@@ -58,6 +59,9 @@ class LazyRows(Sequence[Row]):
             else:
                 found += [self.between(number, number + 1)[0] for number in some.tolist()]
         return found
+
+
+LazyRows = Lazy[Row]
 
 
 class TextRows(LazyRows):
@@ -86,7 +90,7 @@ class TextRows(LazyRows):
         return len(self._lines)
 
     def between(self, first: int, last: int) -> list[Row]:
-        """See `LazyRows.between`."""
+        """See `Lazy.between`."""
         if first >= last:
             return []
         begin, end = int(self._starts[first]), int(self._starts[last])
@@ -124,7 +128,7 @@ class ArrowRows(LazyRows):
         return int(self._table.num_rows)
 
     def between(self, first: int, last: int) -> list[Row]:
-        """See `LazyRows.between`."""
+        """See `Lazy.between`."""
         part = self._table.slice(first, last - first)
         self._check(part)
         columns = [column.to_pylist() for column in part.columns]
@@ -148,7 +152,7 @@ class SelectedRows(LazyRows):
         return len(self._numbers)
 
     def between(self, first: int, last: int) -> list[Row]:
-        """See `LazyRows.between`."""
+        """See `Lazy.between`."""
         return self._rows.take(self._numbers[first:last])
 
 
@@ -163,7 +167,7 @@ class JoinedRows(LazyRows):
         return int(self._starts[-1])
 
     def between(self, first: int, last: int) -> list[Row]:
-        """See `LazyRows.between`."""
+        """See `Lazy.between`."""
         found: list[Row] = []
         for part, start in zip(self._parts, self._starts.tolist(), strict=False):
             begin, end = max(first - start, 0), min(last - start, len(part))
@@ -187,7 +191,7 @@ class Renamed(LazyRows):
         return len(self._rows)
 
     def between(self, first: int, last: int) -> list[Row]:
-        """See `LazyRows.between`."""
+        """See `Lazy.between`."""
         return self._rename(self._rows.between(first, last))
 
 

@@ -224,10 +224,12 @@ def read_examples(
 
 def _rendered(rows: TaskRows | None) -> Examples | None:
     """All of them at once."""
-    if rows is None:
-        return None
-    found = rows.piece()
-    if not rows.task.template.images:
+    return None if rows is None else _printed(rows.task, rows.piece())
+
+
+def _printed(task: Task, found: Examples) -> Examples:
+    """With a fingerprint that holds for the pictures, too."""
+    if not task.template.images:
         return found
     shown = (one.images for one in found.examples)
     return replace(found, fingerprint=joined_print(found.fingerprint, shown))
@@ -247,8 +249,12 @@ def untrained(tasks: Sequence[Task]) -> dict[str, str]:
 
 
 def held_out_examples(task: Task, split: str | None = None) -> Examples | None:
-    """The rows that a task is evaluated on: test, or validation where there is no test split."""
-    return _rendered(held_out_rows(task, split))
+    """The rows that a task is evaluated on: test, or validation where there is no test split.
+
+    Many of them are rendered whenever they are asked for.
+    """
+    rows = held_out_rows(task, split)
+    return None if rows is None else _printed(task, rows.examples())
 
 
 def prepare_training(

@@ -22,7 +22,7 @@ from mtl_lora_cli.data.layouts import layout_rows
 from mtl_lora_cli.data.lazy_rows import (
     ArrowRows,
     JoinedRows,
-    LazyRows,
+    Lazy,
     Places,
     SelectedPlaces,
     SelectedRows,
@@ -73,7 +73,7 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
     parts = [read_rows(file, layout) for file in files]
     if len(parts) == 1:
         return parts[0]
-    lazy = any(isinstance(part.rows, LazyRows) for part in parts)
+    lazy = any(isinstance(part.rows, Lazy) for part in parts)
     rows, places = [part.rows for part in parts], [part.places for part in parts]
     return Rows(
         rows=JoinedRows(rows) if lazy else list(chain.from_iterable(rows)),
@@ -292,14 +292,14 @@ def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
     return Rows(
         rows=(
             SelectedRows(rows.rows, numbers)
-            if isinstance(rows.rows, LazyRows)
+            if isinstance(rows.rows, Lazy)
             else [rows.rows[index] for index in indices]
         ),
         file=rows.file,
         fingerprint=fingerprint(f"{rows.fingerprint} {task} {indices}".encode()),
         places=(
             SelectedPlaces([rows.places], numbers)
-            if isinstance(rows.rows, LazyRows)
+            if isinstance(rows.rows, Lazy)
             else [rows.places[index] for index in indices]
         ),
         notes=rows.notes,
@@ -365,7 +365,7 @@ def _read_hub(source: Source, split: str) -> Rows | None:
     names = source.columns
     other = (
         rows_renamed(rows.rows, names, rows.file)
-        if isinstance(rows.rows, LazyRows)
+        if isinstance(rows.rows, Lazy)
         else renamed(list(rows.rows), names, rows.file)
     )
     return replace(

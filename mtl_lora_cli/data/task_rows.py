@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.data.lazy_rows import Lazy, LazyRows, Row, SelectedPlaces
 from mtl_lora_cli.data.mixture import subset
 from mtl_lora_cli.data.pictured import in_files, picture_root
 from mtl_lora_cli.data.sources import Rows, read_split
 from mtl_lora_cli.data.unlabelled import with_cure
-from mtl_lora_cli.tasks.rendering import LabelError, Renderer
+from mtl_lora_cli.tasks.rendering import Example, LabelError, Renderer
 from mtl_lora_cli.tasks.task import Task, require_text
+
+MANY = 2**15  # rows from which on they are rendered when they are asked for
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,54 @@ class TaskRows:
         printed, notes = self.found.fingerprint, self.found.notes
         return Examples(self.split, examples, wheres, rows, printed, notes)
 
+    def examples(self) -> Examples:
+        """All of them: at once, or, where they are many, rendered whenever they are asked for.
+
+        Raises:
+            UsageError: as `piece`; of many now or later.
+        """
+        if len(self) <= MANY:
+            return self.piece()
+        return Examples(
+            self.split,
+            _Rendered(self),
+            SelectedPlaces([self.found.places], self.numbers),
+            _Own(self),
+            self.found.fingerprint,
+            self.found.notes,
+        )
+
     @cached_property
     def _renderer(self) -> Renderer:
         return renderer_of(self.task)
+
+
+class _Own(LazyRows):
+    """The rows that are kept."""
+
+    def __init__(self, rows: TaskRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def between(self, first: int, last: int) -> list[Row]:
+        """See `Lazy.between`."""
+        return self._rows.found.some(self._rows.numbers[first:last])
+
+
+class _Rendered(Lazy[Example]):
+    """The same, rendered."""
+
+    def __init__(self, rows: TaskRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def between(self, first: int, last: int) -> list[Example]:
+        """See `Lazy.between`."""
+        return list(self._rows.piece(first, last).examples)
 
 
 def task_rows(

@@ -19,8 +19,6 @@ from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import (
     Answers,
     Progress,
-    answer,
-    normalised,
     outcome_of,
     predict,
 )
@@ -42,6 +40,7 @@ from mtl_lora_cli.evaluation.results import (
     store,
     stored,
 )
+from mtl_lora_cli.evaluation.windows import Part, answered, together
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import find
@@ -79,13 +78,8 @@ def held_out(task: Task, setting: Setting) -> Examples:
         raise LeftOutError(task.name, f"its source has no {wanted} split")
     if not examples.examples:
         raise LeftOutError(task.name, f"its {examples.split} split has no rows")
-    end = setting.limit
-    examples = dataclasses.replace(
-        examples,
-        examples=examples.examples[:end],
-        wheres=examples.wheres[:end],
-        rows=examples.rows[:end],
-    )
+    if setting.limit is not None:
+        examples = examples.part(0, setting.limit)
     require_fit(task, examples, setting.protocol_of(task))
     require_readable(examples.examples)
     if setting.blind is not None and not task.template.images:
@@ -215,50 +209,56 @@ def _by_ourselves(
     """What was found for each task by the protocols `choices` and `generate`."""
     held = cast(Sequence[Examples], rows)
     started = time.monotonic()
-    answers = answer(opened, tasks, held, setting, advance)
+    found: dict[int, list[Part]] = {number: [] for number in range(len(tasks))}
+    for number, examples, own in answered(opened, tasks, held, setting, advance):
+        told(tasks[number], examples, own)
+        found[number].append(Part.of(examples, own))
     seconds = time.monotonic() - started
-    for task, examples, own in zip(tasks, held, answers, strict=True):
-        told(task, examples, own)
-        outcome, gold = own.outcome, own.outcome.gold.tolist()
-        has_choices = task.template.choices is not None
+    for number, (task, examples) in enumerate(zip(tasks, held, strict=True)):
         yield {
             "split": examples.split,
             "rows_fingerprint": examples.fingerprint,
-            "examples": len(gold),
-            "truncated_prompts": sum(request.truncated for request in own.requests),
-            "unparsable": own.unparsable,
-            "unreadable": own.unreadable,
-            "ties": None if own.scores is None else own.ties,
-            "one_answer": _one_answer(task, outcome) if has_choices else None,
-            "guess": _guess(own) if has_choices else None,
-            "ends_counted": 0 if own.scores is None else sum(one.ends > 0 for one in own.requests),
-            "tokens": sum(request.cost for request in own.requests),
-            "majority": Counter(gold).most_common(1)[0][1] / len(gold) if has_choices else None,
-            "chance": (
-                float(np.mean([1 / len(example.choices) for example in examples.examples]))
-                if has_choices
-                else None
-            ),
-            "metrics": {
-                name: dataclasses.asdict(_measured(name, own)) for name in task.template.metrics
-            },
-            "pass_at": _passed(own),
-            "titles": {name: task.template.title(name) for name in task.template.metrics},
-            "harness": None if own.scores is None else _as_harness(examples, own),
-            "positive": outcome.positive,
-            **_of_each_row(outcome),
+            **_found(task, together(found[number])),
             "seconds_of_all_tasks": seconds,
         }
 
 
-def _measured(name: str, answers: Answers) -> Measured:
+def _found(task: Task, own: Part) -> dict[str, Any]:
+    """What all answers to one task come to."""
+    outcome, gold = own.outcome, own.outcome.gold.tolist()
+    has_choices = task.template.choices is not None
+    scored = own.scores is not None
+    return {
+        "examples": len(gold),
+        "truncated_prompts": own.truncated,
+        "unparsable": own.unparsable,
+        "unreadable": own.unreadable,
+        "ties": own.ties if scored else None,
+        "one_answer": _one_answer(task, outcome) if has_choices else None,
+        "guess": _guess(own) if has_choices else None,
+        "ends_counted": own.ends if scored else 0,
+        "tokens": own.tokens,
+        "majority": Counter(gold).most_common(1)[0][1] / len(gold) if has_choices else None,
+        "chance": float(np.mean(own.chances)) if has_choices else None,
+        "metrics": {
+            name: dataclasses.asdict(_measured(name, own)) for name in task.template.metrics
+        },
+        "pass_at": _passed(own),
+        "titles": {name: task.template.title(name) for name in task.template.metrics},
+        "harness": _as_harness(own) if scored else None,
+        "positive": outcome.positive,
+        **_of_each_row(outcome),
+    }
+
+
+def _measured(name: str, answers: Part) -> Measured:
     """A metric of the answers; of several to each row its mean over them."""
     if answers.outcomes is None:
         return measure(name, answers.outcome)
     return measure_mean(name, answers.outcomes)
 
 
-def _passed(answers: Answers) -> dict[str, Any] | None:
+def _passed(answers: Part) -> dict[str, Any] | None:
     """pass@k by k; None where each row was answered once."""
     if answers.outcomes is None:
         return None
@@ -328,7 +328,7 @@ def _one_answer(task: Task, outcome: Outcome) -> dict[str, Any] | None:
     return {**dataclasses.asdict(found), "choice": task.template.choice_name(found.choice)}
 
 
-def _guess(answers: Answers) -> dict[str, Any] | None:
+def _guess(answers: Part) -> dict[str, Any] | None:
     """The losses of answers that cannot be told from a guess; None where they can, or were generated."""
     outcome, scores = answers.outcome, answers.scores
     found = None if scores is None else no_better(outcome.gold, outcome.predicted, scores)
@@ -355,16 +355,12 @@ def _listed(values: np.ndarray) -> list[Any]:
     return [[None if np.isnan(value) else value for value in row] for row in values.tolist()]
 
 
-def _as_harness(examples: Examples, answers: Answers) -> dict[str, Any]:
+def _as_harness(own: Part) -> dict[str, Any]:
     """`acc` and `acc_norm` as lm-evaluation-harness defines them: no end counts."""
-    assert answers.open_scores is not None
-    found = {}
-    for name, normalisation in (("acc", "sum"), ("acc_norm", "character")):
-        scores = normalised(answers.open_scores, examples, None, normalisation)
-        predicted = np.asarray([int(values.argmax()) for values in scores])
-        measured = measure("accuracy", Outcome(answers.outcome.gold, predicted))
-        found[name] = dataclasses.asdict(measured)
-    return found
+    return {
+        name: dataclasses.asdict(measure("accuracy", Outcome(own.outcome.gold, predicted)))
+        for name, predicted in own.as_harness.items()
+    }
 
 
 def _by_harness(

@@ -73,7 +73,7 @@ def _lines(
         line: dict[str, Any] = {
             "task": task.name,
             "split": examples.split,
-            "row": number,
+            "row": examples.first + number,
             "where": examples.wheres[number],
             "prompt_sha256": hashlib.sha256(unplaced(example.prompt).encode()).hexdigest(),
             **({"pictures": [one.address for one in example.images]} if example.images else {}),

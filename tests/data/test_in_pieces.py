@@ -150,6 +150,7 @@ def test_a_crash_while_encoding_loses_nothing_and_leaves_nothing(
     folder: Path, stories_folder: Path
 ) -> None:
     """Killed at ten moments; what is kept after them is what an undisturbed run keeps, byte by byte."""
+    (folder / "own.yaml").write_text(TEMPLATE.replace("{{ text }}", "It: {{ text }}"), "utf-8")
     write_rows(folder / "d" / "train.jsonl", mixed_rows(18_000))
     program = (
         "import sys; from pathlib import Path; from mtl_lora_cli.recipe.load import load_recipe\n"
@@ -167,7 +168,7 @@ def test_a_crash_while_encoding_loses_nothing_and_leaves_nothing(
         assert process.stdout.readline() == b"begun\n"
         started = time.monotonic()
         try:
-            process.wait(killed_after)
+            assert process.wait(killed_after) == 0
         except subprocess.TimeoutExpired:
             process.kill()  # it alone: its own processes have to end by themselves
             process.wait()

@@ -19,7 +19,7 @@ from mtl_lora_cli.data import large_files, lazy_rows
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
 from mtl_lora_cli.data.file_formats import read_file
 from mtl_lora_cli.data.large_files import read_rows
-from mtl_lora_cli.data.lazy_rows import LazyRows
+from mtl_lora_cli.data.lazy_rows import Lazy
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Source
@@ -99,7 +99,7 @@ def test_a_large_file_gives_what_it_gives_when_it_is_read_whole(name: str, tmp_p
     path = tmp_path / name
     FILES[name](path)
     large, whole = read_rows(path), read_file(path)
-    assert isinstance(large.rows, LazyRows)
+    assert isinstance(large.rows, Lazy)
     assert list(large.rows) == list(whole.rows)
     assert list(large.places) == list(whole.places)
     assert (large.fingerprint, large.file) == (whole.fingerprint, whole.file)
@@ -186,13 +186,13 @@ def test_parts_and_a_task_column_are_read_where_they_are_asked_for(tmp_path: Pat
         lines = "".join(json.dumps(row) + "\n" for row in rows[part * 300 :][:300])
         (tmp_path / f"train-0000{part}-of-00002.jsonl").write_text(lines, encoding="utf-8")
     found = read_split(Source(path=str(tmp_path)), "train", base=Path(), task="t")
-    assert found is not None and isinstance(found.rows, LazyRows)
+    assert found is not None and isinstance(found.rows, Lazy)
     assert list(found.rows) == rows
     assert found.where(299).endswith("train-00000-of-00002.jsonl:300")
     assert found.where(300).endswith("train-00001-of-00002.jsonl:1")
     column = Source(path=str(tmp_path), task_column="task", task="b")
     own = read_split(column, "train", base=Path(), task="t")
-    assert own is not None and isinstance(own.rows, LazyRows)
+    assert own is not None and isinstance(own.rows, Lazy)
     assert list(own.rows) == rows[::7]
     assert own.where(43).endswith("train-00001-of-00002.jsonl:2")
     assert own.places[42:44] == [own.where(42), own.where(43)]
