@@ -27,6 +27,7 @@ from mtl_lora_cli.data.lazy_rows import (
     SelectedPlaces,
     SelectedRows,
 )
+from mtl_lora_cli.data.remote import copied, is_address
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -212,7 +213,7 @@ def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...
 
 def resolve(source: Source, *, base: Path) -> Source:
     """The same source with an absolute path, to be read from elsewhere than beside its recipe."""
-    if source.path is None:
+    if source.path is None or is_address(source.path):
         return source
     # Not Path.resolve(): a link stays a link, so that the data behind it may move.
     return source.model_copy(update={"path": os.path.abspath(base / source.path)})  # noqa: PTH100
@@ -328,12 +329,16 @@ def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]
 
 
 def root_of(source: Source, base: Path, task: str) -> Path:
-    """The file or folder that a source's rows lie in.
+    """The file or folder that a source's rows lie in; what lies elsewhere is copied first.
 
     Raises:
-        UsageError: there is no such sample.
+        UsageError: there is no such sample, or an address cannot be reached.
     """
-    return _sample(source.sample, task) if source.sample is not None else base / str(source.path)
+    if source.sample is not None:
+        return _sample(source.sample, task)
+    if is_address(str(source.path)):
+        return copied(str(source.path), f"source of task '{task}'")
+    return base / str(source.path)
 
 
 def _sample(name: str, task: str) -> Path:
