@@ -127,6 +127,11 @@ TOKENS = {
     "qwen3_vl": ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
 }
 TOKENS["smolvlm"] = TOKENS["idefics3"]
+TOKENS |= {"llava_next": ["<image>"], "paligemma": ["<image>"]}
+TOKENS |= {
+    key: ["<|image|>", "<|boi|>", "<|eoi|>", "<|video|>", "<|audio|>"]
+    for key in ("gemma4", "gemma4_small")
+}
 
 
 def tiny_model(kind: str, language: Path, folder: Path) -> Path:
@@ -199,6 +204,21 @@ def _config(kind: str, ids: Sequence[int], words: int) -> Any:
             eoi_token_index=ids[2],
             mm_tokens_per_image=4,
         )
+    if kind == "llava_next":
+        return t.LlavaNextConfig(
+            vision_config=_vision_config(),
+            text_config=_language("llama", words),
+            image_token_index=ids[0],
+            image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+        )
+    if kind == "paligemma":
+        tower = t.SiglipVisionConfig(**small, projection_dim=32)
+        text = _language("gemma", words)
+        return t.PaliGemmaConfig(
+            vision_config=tower, text_config=text, image_token_index=ids[0], projection_dim=32
+        )
+    if kind.startswith("gemma4"):
+        return _gemma4(ids, words, small, each_layer=kind == "gemma4_small")
     places = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     shared = {
         "image_token_id": ids[0],
@@ -226,6 +246,34 @@ def _config(kind: str, ids: Sequence[int], words: int) -> Any:
     return t.Qwen3VLConfig(vision_config=seen, text_config=language, **shared)
 
 
+def _gemma4(ids: Sequence[int], words: int, small: dict[str, Any], *, each_layer: bool) -> Any:
+    """With a window and picture tokens that see each other; or, as the small ones, with embeddings for each layer."""
+    import transformers as t
+
+    text = _language(
+        "gemma4_text",
+        words,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=16,
+        hidden_size_per_layer_input=16 if each_layer else 0,
+        vocab_size_per_layer_input=words,
+        use_bidirectional_attention=None if each_layer else "vision",
+        final_logit_softcapping=5.0,
+    )
+    tower = {
+        **{k: v for k, v in small.items() if k != "image_size"},
+        "model_type": "gemma4_vision",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+    }
+    names = ("image", "boi", "eoi", "video", "audio")
+    numbers = {f"{name}_token_id": number for name, number in zip(names, ids, strict=True)}
+    return t.Gemma4Config(vision_config=tower, text_config=text, audio_config=None, **numbers)
+
+
 def _processor(kind: str) -> Any:
     import transformers as t
 
@@ -237,5 +285,16 @@ def _processor(kind: str) -> Any:
         return t.GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=4)
     if kind == "gemma3":
         return t.Gemma3ImageProcessorPil(size=square)
+    if kind == "llava_next":
+        pinpoints = [[32, 64], [64, 32], [64, 64]]
+        return t.LlavaNextImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=pinpoints
+        )
+    if kind == "paligemma":
+        found = t.SiglipImageProcessorPil(size=square)
+        found.image_seq_length = 16
+        return found
+    if kind.startswith("gemma4"):
+        return t.Gemma4ImageProcessorPil(patch_size=8, pooling_kernel_size=2, max_soft_tokens=70)
     sizes = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     return t.Qwen2VLImageProcessorPil(size=sizes, patch_size=8, merge_size=2)

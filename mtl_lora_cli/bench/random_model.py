@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.experts import STACKS, expert_modules
 from mtl_lora_cli.adapters.frozen_stack import quantise_stack
+from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
 
 
@@ -94,9 +95,10 @@ def empty_model(config: Any, *, dtype: torch.dtype, attention: str = "eager") ->
 
 
 def layer_linears(model: Any) -> list[nn.Linear]:
-    """The matrix products of the layers: every linear layer but the head."""
+    """The matrix products of the layers that read text: every linear layer but the head."""
     head = model.get_output_embeddings()
-    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    inside = text_body(model).modules()
+    return [m for m in inside if isinstance(m, nn.Linear) and m is not head]
 
 
 def _values(

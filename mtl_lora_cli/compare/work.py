@@ -152,7 +152,7 @@ class Work:
         self, opened: Run, rows: list[Examples], *, base_only: bool = False
     ) -> dict[str, Any]:
         tasks = self.study.tasks
-        answers = answer(opened, tasks, rows, Setting(base_only=base_only))
+        answers = answer(opened, tasks, rows, Setting(base_only=base_only), keep=True)
         return {
             task.name: pack(task, examples, own.outcome, own.scores)
             for task, examples, own in zip(tasks, rows, answers, strict=True)

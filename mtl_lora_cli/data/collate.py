@@ -16,9 +16,9 @@ from mtl_lora_cli.data.laid import Laid, behind_each_other, in_trees
 from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.models.batch import PackedBatch, Pictures
+from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, Rows, at_step
-from mtl_lora_cli.models.sight import pictures_in
+from mtl_lora_cli.models.sight import with_pictures
 from mtl_lora_cli.pictures.shown import Picture
 
 
@@ -143,7 +143,7 @@ def training_batch(
     asked = np.concatenate(positions)
     input_ids = torch.from_numpy(laid.tokens.astype(np.int64)).unsqueeze(0)
     reach = None if laid.reach is None else torch.from_numpy(laid.reach)
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=input_ids,
         position_ids=torch.from_numpy(laid.places).unsqueeze(0),
         task_ids=torch.from_numpy(laid.tasks.astype(np.int64)).unsqueeze(0),
@@ -151,10 +151,11 @@ def training_batch(
         positions=torch.from_numpy(asked),
         owner=torch.arange(len(asked)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-        pictures=shown_in(
-            input_ids, [_shown(splits[task], number) for task, number in places], eyes
-        ),
     )
+    if eyes is None:
+        return batch
+    prompts = [int(splits[task].prompt_lengths[number]) for task, number in places]
+    return shown_in(batch, [_shown(splits[task], number) for task, number in places], eyes, prompts)
 
 
 def laid_out(
@@ -175,20 +176,22 @@ def _shown(split: EncodedSplit, number: int) -> Sequence[Picture]:
 
 
 def shown_in(
-    input_ids: torch.Tensor, shown: Sequence[Sequence[Picture]], eyes: Eyes | None
-) -> Pictures | None:
-    """The pictures of a pass; None: there are none.
+    batch: PackedBatch,
+    shown: Sequence[Sequence[Picture]],
+    eyes: Eyes,
+    prompts: Sequence[int],
+) -> PackedBatch:
+    """A pass with its pictures.
 
     Args:
-        input_ids: int64 [1, N].
+        batch: on the CPU.
         shown: of each of its examples, in their order.
         eyes: what the model sees of them.
+        prompts: tokens of each example's prompt.
     """
     pictures = [picture for some in shown for picture in some]
-    if eyes is None or not pictures:
-        return None
     seen, counts = eyes.seen(pictures), eyes.counts(pictures)
-    return pictures_in(input_ids, seen, counts, eyes.vision.token_id)
+    return with_pictures(batch, eyes.vision, seen, counts, prompts)
 
 
 def supervised_tokens(

@@ -23,6 +23,7 @@ from mtl_lora_cli.tasks.rendering import Example, Renderer
 from mtl_lora_cli.tasks.task import Task
 
 if TYPE_CHECKING:
+    from mtl_lora_cli.data.kept_features import KeptFeatures
     from mtl_lora_cli.models.vision import Seen, Vision
 
 _KEPT = 2**28  # bytes of pictures as numbers that stay in memory
@@ -120,10 +121,14 @@ class Eyes:
     Args:
         vision: how the base model reads pictures.
         blind: it sees grey in their place.
+
+    Attributes:
+        store: what a tower made of pictures before; None: it runs.
     """
 
     def __init__(self, vision: Vision, *, blind: bool = False) -> None:
         self.vision, self.blind = vision, blind
+        self.store: KeptFeatures | None = None
         self._kept: OrderedDict[Picture, Seen] = OrderedDict()
         self._bytes = 0
 
@@ -146,6 +151,8 @@ class Eyes:
         if len(parts) != len(pictures) + 1:
             raise UsageError(f"{len(parts) - 1} places for {len(pictures)} pictures")
         texts = [self._sized(picture, self.vision.text) for picture in pictures]
+        if texts:
+            texts[-1] += self.vision.last
         ends = list(accumulate(len(part) + len(PLACE) for part in parts[:-1]))
         more = [len(one) - len(PLACE) for one in texts]
         whole = "".join(f"{part}{one}" for part, one in zip(parts, [*texts, ""], strict=True))
@@ -165,6 +172,9 @@ class Eyes:
         Raises:
             UsageError: how many there are, and how many were expected.
         """
+        if self.vision.whole_prompt and not pictures:
+            kind = self.vision.config.model_type
+            raise UsageError(f"{where}: shows no picture; every prompt of a {kind} has one")
         found = sum(token == self.vision.token_id for token in tokens)
         wanted = sum(self.counts(pictures))
         if found != wanted:
@@ -198,7 +208,29 @@ class Eyes:
                 f"{picture.address}: {height} x {width} pixels: {said}"
             ) from None
 
+    def key(self, picture: Picture) -> str:
+        """What tells what the tower sees of a picture from what it sees of others.
+
+        Raises:
+            UsageError: the file is missing.
+        """
+        if self.blind:
+            return "grey-{}x{}".format(*picture.size())
+        return picture.digest().hex()
+
     def seen(self, pictures: Sequence[Picture]) -> list[Seen]:
+        """Each as the language part is given it: what was kept of it, or as the tower takes it.
+
+        Raises:
+            UsageError: one cannot be read.
+        """
+        if self.store is not None:
+            keys = [self.key(one) for one in pictures]
+            if all(key in self.store for key in keys):
+                return [self.store.read(key) for key in keys]
+        return self.looked(pictures)
+
+    def looked(self, pictures: Sequence[Picture]) -> list[Seen]:
         """Each as the tower takes it.
 
         Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -38,9 +39,40 @@ from mtl_lora_cli.engine.plan import (
     text_body,
 )
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
-from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.engine.segments import Rule, Segments
 
 _QKV = 0
+
+
+@dataclass(frozen=True)
+class Deeper:
+    """What is added to the stream behind the first layers, at some positions (DeepStack, arXiv 2406.04334).
+
+    Attributes:
+        places: int64 [K].
+        levels: [K, d] for each of the first layers.
+    """
+
+    places: Tensor
+    levels: Sequence[Tensor]
+
+    def added(self, number: int, x: Tensor, positions: Tensor | None) -> Tensor:
+        """The stream behind a layer with what belongs to it.
+
+        Args:
+            number: of the layer.
+            x: [N, d], or, of the last layer, [U, d].
+            positions: int64 [U], those that x has; None: all.
+        """
+        if number >= len(self.levels):
+            return x
+        level = self.levels[number].to(x.dtype)
+        if positions is None:
+            return x.index_add(0, self.places, level)
+        here = (positions[:, None] == self.places).to(x.dtype)
+        return x + here @ level
+
+
 LayerCall = Callable[..., tuple[Tensor, Tensor]]  # of `Pass`, mixings, x and o
 
 
@@ -175,6 +207,8 @@ class FusedDecoder:
         training: bool,
         keep: Sequence[Keep],
         told: Callable[[int, Tensor], None] | None = None,
+        grid: Tensor | None = None,
+        deeper: Deeper | None = None,
     ) -> Tensor:
         """Normed hidden states at the positions asked for.
 
@@ -187,12 +221,14 @@ class FusedDecoder:
             training: dropout is on.
             keep: what each layer keeps for the backward pass.
             told: is told each layer's number and its [q | k | v], normed and turned.
+            grid: int64 [G, 1, N], where positions have several dimensions; None: all are those of `position_ids`.
+            deeper: what is added to the stream behind the first layers.
 
         Returns:
             [U, d].
         """
         learn = torch.is_grad_enabled()
-        packings = self._packings(x, position_ids, segments)
+        packings = self._packings(x, position_ids, segments, grid)
         out = None
         self._margins.write()
         mixings = self.mixings(slots, chosen_slots)
@@ -210,6 +246,8 @@ class FusedDecoder:
                 told=None if told is None else partial(told, number),
             )
             x, out = self.layer_calls[number](own, mixings[number], x, out)
+            if deeper is not None:
+                x = deeper.added(number, x, positions if last else None)
         normed = _FinalNorm.apply(self.last, learn, x, out)
         scale = self.plan.logit_multiplier
         return normed if scale == 1.0 else normed * scale
@@ -219,12 +257,15 @@ class FusedDecoder:
         cap = self.plan.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _packings(self, x: Tensor, position_ids: Tensor, segments: Segments) -> dict[Any, Packing]:
+    def _packings(
+        self, x: Tensor, position_ids: Tensor, segments: Segments, grid: Tensor | None
+    ) -> dict[Any, Packing]:
         """Attention's view of the positions, for each kind of layer."""
         wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         angles: dict[RotaryPlan | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
         for rotary in self.plan.rotaries:
-            angles[rotary] = self.angles[rotary](wide, position_ids, segments)
+            places = position_ids if grid is None or rotary.grids == 1 else grid
+            angles[rotary] = self.angles[rotary](wide, places, segments)
         found: dict[Any, Packing] = {}
         for plan in self._kinds:
             cos, sin = angles[plan.rotary]
@@ -236,7 +277,9 @@ class FusedDecoder:
                 cos=cos,
                 sin=sin,
                 segments=segments,
-                way=pick_way(x, plan),
+                way="torch"
+                if segments.blocks_of(Rule(plan.window)) is not None
+                else pick_way(x, plan),
                 window=plan.window,
                 softcap=plan.softcap,
                 pairs=plan.rotary is not None and plan.rotary.pairs,

@@ -39,6 +39,8 @@ def kernels_take(q: Tensor, k: Tensor, v: Tensor, segments: Segments, rule: Rule
         return False
     if q.is_cuda and q.dtype == torch.float32:
         return False
+    if segments.blocks_of(rule) is not None:
+        return False
     return rule.chunk is None or segments.longest <= rule.chunk
 
 

@@ -47,12 +47,13 @@ def weight_bytes(sizes: ModelSizes) -> int:
         + (each if sizes.four_bit else sizes.value) * layer.experts
         for layer in sizes.layers
     ]
-    found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value
+    whole = 0 if sizes.sight is None else sizes.sight.frozen * sizes.value
+    found = math.ceil(sum(layers)) + sizes.other_weights * sizes.value - whole
     if sizes.parts == 1:
-        return found
+        return found + whole
     head = sizes.vocabulary * sizes.width * sizes.value
     gathered = min(LIVE_LAYERS, len(layers)) * max(layers) + head
-    return min(found, math.ceil(found / sizes.parts + gathered))
+    return whole + min(found, math.ceil(found / sizes.parts + gathered))
 
 
 def fixed_bytes(sizes: ModelSizes) -> int:
@@ -132,7 +133,8 @@ def batch_bytes(sizes: ModelSizes, load: Load) -> int:
     windows = {plan.window for plan in plans if plan.window and plan.window < load.segment}
     masks = len(windows) + load.trees
     seen = 0 if sizes.kernels else masks * load.segment * sizes.value
-    return load.positions * (4 * sum(turned.values()) + 64 + seen)
+    held = 0 if sizes.sight is None else sizes.sight.held * load.shown
+    return load.positions * (4 * sum(turned.values()) + 64 + seen) + held
 
 
 def peak_bytes(sizes: ModelSizes, recompute: Recompute, load: Load) -> int:
@@ -149,7 +151,8 @@ def peak_parts(sizes: ModelSizes, recompute: Recompute, load: Load) -> dict[str,
         and `workspace` (of one block) the one that is there at that moment; the other is 0.
     """
     keeps = keep_of(recompute, len(sizes.layers))
-    kept, most = 0, (0, 0)  # kept so far, working
+    tower = 0 if sizes.sight is None else sizes.sight.working * load.shown
+    kept, most = 0, (0, tower)  # kept so far, working
     last = len(sizes.layers) - 1
     for number, (layer, keep) in enumerate(zip(sizes.layers, keeps, strict=True)):
         is_last = number == last

@@ -56,8 +56,12 @@ class SegmentPart(NamedTuple):
     seen: Tensor | None
 
 
-def parts_of(start: int, end: int, reach: Tensor | None, rule: Rule) -> list[SegmentPart]:
-    """A tree's trunk, which all of it sees, is causal; the rest needs a mask, as a narrow rule does."""
+def parts_of(
+    start: int, end: int, reach: Tensor | None, rule: Rule, blocks: Tensor | None = None
+) -> list[SegmentPart]:
+    """A tree's trunk, which all of it sees, is causal; the rest needs a mask, as a narrow rule and blocks do."""
+    if blocks is not None and bool((blocks[start:end] >= 0).any()):
+        return [SegmentPart(start, start, end, _seen_with_blocks(start, end, reach, rule, blocks))]
     if reach is None or bool((reach[start:end] == end).all()):
         places = torch.arange(end - start)
         narrow = rule.narrows(end - start)
@@ -70,6 +74,23 @@ def parts_of(start: int, end: int, reach: Tensor | None, rule: Rule) -> list[Seg
         depth = depths_of(reach[start:end] - start)
         seen &= rule.seen(depth[trunk - start :, None], depth)
     return [*parts_of(start, trunk, None, rule), SegmentPart(start, trunk, end, seen)]
+
+
+def _seen_with_blocks(
+    start: int, end: int, reach: Tensor | None, rule: Rule, blocks: Tensor
+) -> Tensor:
+    """bool [L, L] of one segment; of what lies behind, no window hides anything."""
+    places = torch.arange(end - start)
+    seen = places <= places[:, None]
+    depth = places
+    if reach is not None:
+        seen &= places[:, None] < reach[start:end] - start
+        depth = depths_of(reach[start:end] - start)
+    own = blocks[start:end]
+    seen |= (own[:, None] == own) & (own >= 0)
+    if rule.narrows(end - start):
+        seen &= rule.seen(depth[:, None], depth) | (places > places[:, None])
+    return seen
 
 
 def depths_of(reach: Tensor) -> Tensor:
@@ -166,6 +187,7 @@ def stacks_of(
     reach: Tensor | None,
     device: torch.device | str,
     rule: Rule,
+    blocks: Tensor | None = None,
 ) -> Stacks:
     until = None if reach is None else reach.cpu()
     stacks, source = [], []
@@ -180,7 +202,7 @@ def stacks_of(
         back[position[inside]] = places + np.flatnonzero(inside)
         places += inside.size
         source.append(position.ravel())
-        seen = _stack_seen(some, len(local), until, rule)
+        seen = _stack_seen(some, len(local), until, rule, blocks)
         stacks.append(Stack(len(some), len(local), None if seen is None else seen.to(device)))
     return Stacks(
         stacks,
@@ -190,11 +212,21 @@ def stacks_of(
 
 
 def _stack_seen(
-    bounds: Sequence[tuple[int, int]], length: int, reach: Tensor | None, rule: Rule
+    bounds: Sequence[tuple[int, int]],
+    length: int,
+    reach: Tensor | None,
+    rule: Rule,
+    blocks: Tensor | None,
 ) -> Tensor | None:
     """bool [S, 1, L, L], or [1, 1, L, L] where it is the same for all; None: causal."""
     narrow = rule.narrows(length)
     local = torch.arange(length)
+    if blocks is not None and any(bool((blocks[start:end] >= 0).any()) for start, end in bounds):
+        seen = (local <= local[:, None]).repeat(len(bounds), 1, 1)
+        for number, (start, end) in enumerate(bounds):
+            own = slice(0, end - start)
+            seen[number, own, own] = _seen_with_blocks(start, end, reach, rule, blocks)
+        return seen[:, None]
     if reach is None or all(bool((reach[start:end] == end).all()) for start, end in bounds):
         return rule.seen(local[:, None], local)[None, None] if narrow else None
     found = []

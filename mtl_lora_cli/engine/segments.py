@@ -7,6 +7,10 @@ position says everything, its *reach*, the end of its subtree:
 
     query i sees key j  ⇔  j ≤ i < reach_j
 
+In a *block*, such as a picture or a whole prompt of some models, positions see each other, those behind them, too:
+
+    query i sees key j  ⇔  j ≤ i < reach_j  or  block_i = block_j ≥ 0
+
 A `Rule` narrows that, as models with local attention do: by depth, the number of a position's
 ancestors, so that a window is as long in a tree as it is in each of its answers alone.
 """
@@ -46,11 +50,16 @@ class Segments:
         reach: int32 [N], where segments are trees: the first position that no longer sees this one.
             None where every position sees all before it in its segment.
         device: where tensors made from these lie.
+        blocks: int32 [N] on the CPU, the number of each position's block, −1 where it is in none; None: there are
+            none.
+        in_windows: there are blocks in layers with a window alone.
     """
 
     bounds: tuple[tuple[int, int], ...]
     reach: Tensor | None = None
     device: torch.device | str = "cpu"
+    blocks: Tensor | None = None
+    in_windows: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def tiles(self, block: int, *, of_keys: bool = False) -> Tensor:
@@ -135,9 +144,13 @@ class Segments:
     def to(self, device: torch.device) -> Segments:
         """The same segments for tensors on a device."""
         if self.reach is None:
-            return Segments(self.bounds, None, device)
+            return replace(self, device=device, _made={})
         reach = self.reach.to(device, non_blocking=True)
-        return Segments(self.bounds, reach, device, {"reach": self._reach})
+        return replace(self, reach=reach, device=device, _made={"reach": self._reach})
+
+    def blocks_of(self, rule: Rule) -> Tensor | None:
+        """The blocks of a layer."""
+        return None if self.in_windows and rule.window is None else self.blocks
 
     def parts(self, rule: Rule = EVERYTHING, dtype: torch.dtype = torch.bool) -> list[SegmentPart]:
         """Each segment as one call of torch's attention, a tree as two.
@@ -153,7 +166,7 @@ class Segments:
             self._made[key] = [
                 part if part.seen is None else part._replace(seen=self._mask(part.seen, dtype))
                 for bound in self.bounds
-                for part in parts_of(*bound, reach, rule)
+                for part in parts_of(*bound, reach, rule, self.blocks_of(rule))
             ]
         return self._made[key]
 
@@ -174,7 +187,9 @@ class Segments:
         """The segments for torch's attention over batches."""
         key = ("stacks", rule)
         if key not in self._made:
-            self._made[key] = stacks_of(self.bounds, self.reach, self.device, rule)
+            self._made[key] = stacks_of(
+                self.bounds, self.reach, self.device, rule, self.blocks_of(rule)
+            )
         return self._made[key]
 
     @property
@@ -223,12 +238,21 @@ class Segments:
         return found
 
     @classmethod
-    def build(cls, lengths: Sequence[int], reach: Tensor | None = None) -> Segments:
+    def build(
+        cls,
+        lengths: Sequence[int],
+        reach: Tensor | None = None,
+        blocks: Tensor | None = None,
+        *,
+        in_windows: bool = False,
+    ) -> Segments:
         """Segments of the given lengths, behind each other.
 
         Args:
             lengths: positions of each.
             reach: int32 [N], where they are trees; see the module.
+            blocks: int32 [N], where some positions see each other; likewise.
+            in_windows: they do in layers with a window alone.
 
         Raises:
             ValueError: a length below 1, or a reach for another number of positions.
@@ -238,4 +262,4 @@ class Segments:
         ends = np.cumsum([0, *lengths]).tolist()
         if reach is not None and reach.shape != (ends[-1],):
             raise ValueError(f"{ends[-1]} positions need as many reaches, not {list(reach.shape)}")
-        return cls(tuple(pairwise(ends)), reach)
+        return cls(tuple(pairwise(ends)), reach, blocks=blocks, in_windows=in_windows)

@@ -120,6 +120,21 @@ class LayerSizes:
 
 
 @dataclass(frozen=True)
+class SightSizes:
+    """What a token of a picture takes, in bytes; see `memory/pictures.py`.
+
+    Attributes:
+        held: as long as the pass lasts.
+        working: while the tower runs, before the first layer.
+        frozen: weights of the tower and what stands behind it, of all tokens; no process has but a part of them.
+    """
+
+    held: int
+    working: int
+    frozen: int
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """Everything that memory depends on, but for the batch.
 
@@ -137,6 +152,7 @@ class ModelSizes:
         kernels: our kernels run; otherwise plain torch, which keeps and copies more.
         dropout: whether features are dropped before A.
         capped: the logits have a soft cap.
+        sight: of pictures; None: none are shown.
     """
 
     layers: tuple[LayerSizes, ...]
@@ -151,6 +167,7 @@ class ModelSizes:
     kernels: bool = True
     dropout: bool = False
     capped: bool = False
+    sight: SightSizes | None = None
 
     @property
     def expanded(self) -> bool:
@@ -197,12 +214,14 @@ class Load(NamedTuple):
         positions, asked: N, and U of them that are asked for.
         longest: positions of the longest segment; 0: not known, it may be all of them.
         trees: examples share what they begin with.
+        shown: how many of the positions are pictures'.
     """
 
     positions: int
     asked: int
     longest: int = 0
     trees: bool = False
+    shown: int = 0
 
     @property
     def segment(self) -> int:

@@ -119,6 +119,7 @@ def _kernel_knows(q: Tensor, v: Tensor, scores: Scores, segments: Segments, rule
         and scores.bare
         and scores.dropout == 0.0
         and not chunked
+        and segments.blocks_of(rule) is None
     )
 
 

@@ -88,8 +88,9 @@ def answer(
     sampling: Sampling | None = None,
     *,
     one_row: bool = False,
+    keep: bool = False,
 ) -> list[Answers]:
-    """Ask the model; write nothing.
+    """Ask the model; write nothing but features of pictures.
 
     Where torch.distributed is running, its processes share the examples, and each gets all answers.
 
@@ -102,9 +103,10 @@ def answer(
         sampling: how free answers are drawn; None: as the setting says, or else each template.
         one_row: each task's examples are of the same rows, in the same order: what their prompts share is
             computed once, where the adapter does the same for the tasks.
+        keep: a frozen tower's features are kept for who asks again.
     """
     with opened.packed.untouched() if setting.base_only else nullcontext():
-        return _answer(opened, tasks, held, setting, advance, sampling, one_row)
+        return _answer(opened, tasks, held, setting, advance, sampling, one_row, keep)
 
 
 def _answer(
@@ -115,6 +117,7 @@ def _answer(
     advance: Progress,
     sampling: Sampling | None,
     one_row: bool,
+    keep: bool,
 ) -> list[Answers]:
     if sampling is None:
         sampling = setting.sampling
@@ -155,6 +158,8 @@ def _answer(
         done += count
         advance(done, total)
 
+    if keep:
+        _keep_features(opened, encoder, together)
     asked = as_they_are(together)
     if one_row and len(scored) > 1:
         rows = [row for index in scored for row in range(len(requests[index]))]
@@ -196,6 +201,19 @@ def _answer(
         ties = count_ties(normalised(values, examples, own, how or "sum")) if likeliest else 0
         answers.append(Answers(own, outcome, values, open_, ties=ties))
     return answers
+
+
+def _keep_features(opened: Run, encoder: Encoder, asked: Sequence[Request]) -> None:
+    """A frozen tower sees each picture once, in this evaluation and in those behind it."""
+    pictures = [picture for request in asked for picture in request.pictures]
+    packed, images = opened.packed, opened.recipe.images
+    if not pictures or (packed.plain is not None and packed.plain.way.layout != "packed"):
+        return
+    from mtl_lora_cli.data.kept_features import keep_features
+
+    how = "auto" if images is None else images.features
+    processes = Processes.of_group()
+    keep_features(packed.model, packed.adapter, encoder.eyes, pictures, how, processes)
 
 
 def _generated(

@@ -458,7 +458,7 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
 
     input_ids = row([tree.tokens for tree in trees])[None]
     eyes = next((request.eyes for request in requests if request.eyes is not None), None)
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=input_ids,
         position_ids=row([tree.places for tree in trees])[None],
         task_ids=torch.from_numpy(tasks)[None],
@@ -468,8 +468,11 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
         positions=torch.from_numpy(positions.astype(np.int64)),
         owner=torch.from_numpy(owner),
         targets=row([tree.targets for tree in trees]),
-        pictures=shown_in(input_ids, [request.pictures for request in requests], eyes),
     )
+    if eyes is None:
+        return batch
+    prompts = [len(request.prompt) for request in requests]
+    return shown_in(batch, [request.pictures for request in requests], eyes, prompts)
 
 
 def _sums(trees: Sequence[Tree], values: np.ndarray) -> list[np.ndarray]:

@@ -117,8 +117,9 @@ class ContinuedRows:
             return {}
         eyes = self._shows.eyes
         assert eyes is not None, "who shows pictures says how they are seen"
-        seen = eyes.seen(self._shows.pictures)
-        given = eyes.vision.alone(seen, self._ids.cpu() == eyes.vision.token_id)
+        seen = eyes.looked(self._shows.pictures)
+        shown = self._ids.cpu() == eyes.vision.token_id
+        given = eyes.vision.alone(seen, shown, len(self._shows.prompt))
         on, wide = self._ids.device, tower_dtype(self._model)
         return {n: v.to(on, wide if v.is_floating_point() else None) for n, v in given.items()}
 

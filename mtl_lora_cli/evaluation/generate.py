@@ -113,6 +113,7 @@ def _on_the_engine(
     if (
         not asks
         or packed.decoder is None
+        or (packed.vision is not None and packed.vision.whole_prompt)
         or obstacle_to_rows(packed.decoder, packed.head) is not None
     ):
         return {}

@@ -100,6 +100,8 @@ def _shares(requests: Sequence[Request]) -> bool:
     """Whether their prompts begin alike; of prompts with pictures, up to behind the last one."""
     common = _common([request.prompt for request in requests])
     eyes = requests[0].eyes
+    if eyes is not None and eyes.vision.whole_prompt:
+        return False
     if eyes is None or not requests[0].pictures:
         return common > 0
     return all(eyes.vision.token_id not in request.prompt[common:] for request in requests)

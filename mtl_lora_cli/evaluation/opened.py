@@ -174,7 +174,14 @@ class Run:
         """
         load = load_for_float32 if self.in_float32 else load_model
         kind = quantization or self.quantization or self.recipe.quantization
-        return load(self.base, dtype=self.weight_dtype, device=self.device, quantization=kind)
+        images = self.recipe.images
+        return load(
+            self.base,
+            dtype=self.weight_dtype,
+            device=self.device,
+            quantization=kind,
+            tower=images is not None and images.quantized,
+        )
 
     @cached_property
     def host(self) -> Host:

@@ -32,7 +32,7 @@ def answered(
     """
     sizes = [len(examples.examples) for examples in held]
     if max(sizes, default=0) <= MANY:
-        found = answer(opened, tasks, held, setting, advance)
+        found = answer(opened, tasks, held, setting, advance, keep=True)
         yield from zip(range(len(tasks)), held, found, strict=True)
         return
     shown = _Shown(advance, sum(sizes))
@@ -40,7 +40,7 @@ def answered(
         for first in range(0, sizes[number], MANY):
             part = examples.part(first, min(first + MANY, sizes[number]))
             shown.begin(len(part.examples))
-            (answers,) = answer(opened, [task], [part], setting, shown)
+            (answers,) = answer(opened, [task], [part], setting, shown, keep=True)
             yield number, part, answers
 
 

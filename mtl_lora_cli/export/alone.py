@@ -206,8 +206,9 @@ def _pictures(model: Any, request: Request, ids: torch.Tensor) -> dict[str, torc
     eyes = request.eyes
     if eyes is None or not request.pictures:
         return {}
-    seen = eyes.seen(request.pictures)
-    given = eyes.vision.alone(seen, ids.cpu() == eyes.vision.token_id)
+    seen = eyes.looked(request.pictures)
+    shown = ids.cpu() == eyes.vision.token_id
+    given = eyes.vision.alone(seen, shown, len(request.prompt))
     wide = next(model.parameters()).dtype
     on = ids.device
     return {n: v.to(on, wide if v.is_floating_point() else None) for n, v in given.items()}

@@ -100,6 +100,7 @@ def choose(
     longest: int,
     processes: int = 1,
     shares: bool = False,
+    shown: Callable[[int], int] = lambda length: 0,
 ) -> Choice | int:
     """The cheapest way that fits.
 
@@ -114,13 +115,16 @@ def choose(
         longest: tokens of the longest example; no row is shorter.
         processes: among whom a step's rows are dealt out.
         shares: examples of a row share what they begin with.
+        shown: for a row length, the most picture tokens that a row has.
 
     Returns:
         The choice, or, where nothing fits, the bytes that would have to be free.
     """
     length, rows, least = row_length, rows_per_step, 0
     while True:
-        each = row_load(length, supervised(length), longest, shares=shares)
+        each = row_load(length, supervised(length), longest, shares=shares)._replace(
+            shown=shown(length)
+        )
         found = _within(sizes, free, each, -(-rows // processes))
         if found is not None:
             count, recompute = found
@@ -230,4 +234,5 @@ def pick(situation: Situation, free: int) -> Choice | int:
         longest=situation.longest,
         processes=situation.processes,
         shares=training.share_beginnings,
+        shown=situation.shown,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from mtl_lora_cli.machine.cards import free_memory, pick_device, pick_dtype
 from mtl_lora_cli.machine.checks import Check, Verdict, ok
 from mtl_lora_cli.memory.choice import Choice, pick
 from mtl_lora_cli.memory.maps import memory_of
+from mtl_lora_cli.memory.pictures import most_shown, sight_of
 from mtl_lora_cli.memory.remedies import Remedy, remedies
 from mtl_lora_cli.memory.situation import Situation, UnknownLayersError, densest, longest_of
 from mtl_lora_cli.models.base import BaseModel, find_base_model
@@ -124,6 +126,10 @@ def examine_recipe(loaded: LoadedRecipe, processes: int) -> tuple[list[Check], E
             densest=lambda length, loss_on: densest(data, length, loss_on),
             longest=longest_of(data),
         )
+        sight = sight_of(data, recipe, model, situation.dtype.itemsize)
+        if sight is not None:
+            shown = partial(most_shown, data)
+            situation = replace(situation, sight=sight, shown=shown)
     cards = torch.cuda.device_count()
     if device.type == "cuda" and processes > cards:
         text = f"{processes} processes want a card each, and there are {cards}"
@@ -178,9 +184,6 @@ def _read(
         return None, Check("recipe", Verdict.FAIL, text, _validate(loaded))
     count = len(data.tasks)
     text = f"{count} task{'s' * (count > 1)} can be read, base model in {base.folder}"
-    if data.eyes is not None:
-        text += "; prompts show pictures, and what their tower takes is not counted"
-        return data, Check("recipe", Verdict.WARN, text, _validate(loaded))
     if weights:
         return data, ok("recipe", text)
     remedy = f"hf download {base.name}" if base.revision else None

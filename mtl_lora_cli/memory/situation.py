@@ -11,8 +11,9 @@ from mtl_lora_cli.engine.memory import (
     recompute_of,
     sizes_of,
 )
-from mtl_lora_cli.engine.sizes import ROOM, Load, ModelSizes
+from mtl_lora_cli.engine.sizes import ROOM, Load, ModelSizes, SightSizes
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.memory.pictures import most_shown, sight_of
 from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.schema import Recipe, Recompute
 
@@ -41,6 +42,8 @@ class Situation:
         processes: among whom a step's rows are dealt out.
         densest: (row length, `loss_on`) → the most supervised tokens that a row has.
         longest: tokens of the longest example; no row is shorter.
+        sight: of rows' pictures; None: they show none.
+        shown: row length → the most picture tokens that a row has.
     """
 
     recipe: Recipe
@@ -51,6 +54,8 @@ class Situation:
     processes: int
     densest: Callable[[int, str], int]
     longest: int
+    sight: SightSizes | None = None
+    shown: Callable[[int], int] = lambda length: 0
 
     def sizes(self) -> ModelSizes:
         """Of model and adapter as the recipe stores them.
@@ -62,7 +67,7 @@ class Situation:
         reason = "engine: plain" if recipe.engine == "plain" else obstacle(model, adapter)
         if reason is not None:
             raise UnknownLayersError(f"only the fused engine's layers are known, found {reason}")
-        return sizes_of(
+        found = sizes_of(
             model,
             adapter,
             value=self.dtype.itemsize,
@@ -71,6 +76,7 @@ class Situation:
             base_compute=recipe.base_compute,
             parts=self.processes if recipe.distributed.zero_stage == 3 else 1,
         )
+        return replace(found, sight=self.sight)
 
     def step(self) -> tuple[ModelSizes, Recompute, Load]:
         """What `peak_bytes` wants, for one pass of a step as the recipe says it.
@@ -82,6 +88,7 @@ class Situation:
         length = training.row_length
         asked = self.densest(length, training.loss_on)
         row = row_load(length, asked, self.longest, shares=training.share_beginnings)
+        row = row._replace(shown=self.shown(length))
         rows = min(training.rows_per_pass, -(-training.rows_per_step // self.processes))
         recompute = recompute_of(training.gradient_checkpointing, len(sizes.layers))
         return sizes, recompute, together(sizes, row, rows)
@@ -117,6 +124,7 @@ def situation_of(
         UsageError: as `on_meta`.
     """
     model, adapter = on_meta(base, recipe.adapter, [task.name for task in data.tasks])
+    sight = sight_of(data, recipe, model, dtype.itemsize)
     return Situation(
         recipe=recipe,
         model=model,
@@ -126,6 +134,8 @@ def situation_of(
         processes=processes,
         densest=lambda length, loss_on: densest(data, length, loss_on),
         longest=longest_of(data),
+        sight=sight,
+        shown=lambda length: 0 if sight is None else most_shown(data, length),
     )
 
 
@@ -150,7 +160,7 @@ def together(sizes: ModelSizes, row: Load, count: int) -> Load:
         asked = -(-asked // ROOM) * ROOM
     positions = row.positions * count
     asked = max(row.asked * count, min(asked, positions))
-    return Load(positions, asked, row.longest, row.trees)
+    return Load(positions, asked, row.longest, row.trees, row.shown * count)
 
 
 def densest(data: TrainingData, row_length: int, loss_on: str) -> int:

@@ -19,11 +19,13 @@ class Pictures:
         seen: of each what the tower takes, by the names of its arguments.
         counts: of each how many tokens it has.
         places: int64 [K], the positions of their tokens, in the same order.
+        grid: int64 [G, 1, N], the positions of all tokens where they have several dimensions; None: they have one.
     """
 
     seen: Sequence[Mapping[str, Tensor]]
     counts: Sequence[int]
     places: Tensor
+    grid: Tensor | None = None
 
     def to(self, device: torch.device) -> Pictures:
         """On a device."""
@@ -31,7 +33,9 @@ class Pictures:
             {name: value.to(device, non_blocking=True) for name, value in one.items()}
             for one in self.seen
         ]
-        return replace(self, seen=moved, places=self.places.to(device, non_blocking=True))
+        places = self.places.to(device, non_blocking=True)
+        grid = None if self.grid is None else self.grid.to(device, non_blocking=True)
+        return replace(self, seen=moved, places=places, grid=grid)
 
     def within(self, positions: Tensor) -> list[Mapping[str, Tensor]]:
         """Those whose tokens stand among these positions, int64 [P] on the CPU."""
@@ -52,6 +56,7 @@ class PackedBatch:
         owner: int64 [S], for each question the index in `positions` that answers it.
         targets: int64 [S], the token whose log-probability is asked.
         pictures: what stands in the places of picture tokens; None: there are none.
+        embeddings: [N, d], what the layers begin with, where it lies ready.
     """
 
     input_ids: Tensor
@@ -62,6 +67,7 @@ class PackedBatch:
     owner: Tensor
     targets: Tensor
     pictures: Pictures | None = None
+    embeddings: Tensor | None = None
 
     @property
     def owners(self) -> Tensor:

@@ -191,6 +191,7 @@ def load_model(
     device: torch.device,
     quantization: str = "none",
     storage: torch.dtype = torch.uint8,
+    tower: bool = False,
 ) -> Any:
     """The frozen base model, for `PackedModel`.
 
@@ -201,13 +202,15 @@ def load_model(
         quantization: `none`, `nf4` or `fp4` (bitsandbytes, double quantisation; experts, too), or `int8`.
         storage: in what 4-bit values are kept, two a byte. ZeRO stage 3 wants `dtype`: it cuts and
             gathers weights as numbers of one kind.
+        tower: of a model that reads pictures, tower and projector are quantised, too.
 
     Raises:
         UsageError: the folder holds no causal language model that transformers knows, or one that is
             quantised in a way that cannot be trained around.
     """
     config = load_config(base)
-    how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage)
+    kept = None if quantization == "none" or tower else _sixteen_bit(base, config)
+    how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage, kept)
     try:
         with quiet_loading(), quantising_stacks(quantization):
             kind = model_class(base, config)
@@ -238,7 +241,12 @@ def load_model(
 
 
 def load_for_float32(
-    base: BaseModel, *, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    base: BaseModel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    tower: bool = False,
 ) -> Any:
     """The frozen base model computing in float32: its weights' own rounding stays, sums add none.
 
@@ -248,13 +256,14 @@ def load_for_float32(
             quantisation all weights are what the files store.
         device: where it goes.
         quantization: `none`, `nf4` or `fp4`.
+        tower: as of `load_model`.
 
     Raises:
         UsageError: as `load_model`.
     """
     if quantization == "none":
         return load_model(base, dtype=torch.float32, device=device)
-    model = load_model(base, dtype=dtype, device=device, quantization=quantization)
+    model = load_model(base, dtype=dtype, device=device, quantization=quantization, tower=tower)
     compute_in(model, torch.float32)
     return model
 
@@ -277,22 +286,42 @@ def compute_in(model: Any, dtype: torch.dtype) -> None:
 
 
 def bits_and_bytes(
-    quantization: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8
+    quantization: str,
+    dtype: torch.dtype,
+    storage: torch.dtype = torch.uint8,
+    kept: list[str] | None = None,
 ) -> Any:
-    """transformers' configuration of a `quantization`, as `load_model` takes it; None for `none`."""
+    """transformers' configuration of a `quantization`, as `load_model` takes it; None for `none`.
+
+    Args:
+        quantization, dtype, storage: as there.
+        kept: paths of modules that are not quantised; None: what transformers keeps of its own accord.
+    """
     from transformers import BitsAndBytesConfig
 
     if quantization == "none":
         return None
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=kept,
     )
+
+
+def _sixteen_bit(base: BaseModel, config: Any) -> list[str] | None:
+    """What is not quantised of a model that reads pictures: the head, and all beside the language part."""
+    from mtl_lora_cli.models.vision import vision_class
+
+    if vision_class(config) is None:
+        return None
+    model = skeleton(base)
+    head = model.get_output_embeddings()
+    return [name for name, one in model.named_modules() if one is head] + list(beside_of(model))
 
 
 def language_part(model: Any) -> tuple[str, ...]:
@@ -314,12 +343,13 @@ def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
     within = language_part(model)
     if not config.whole_modules:
         return inject(model, config, tasks, within=within)
-    beside = _beside(model, within)
+    beside = beside_of(model)
     return inject(model, config, tasks, within=within, whole_in=beside)
 
 
-def _beside(model: Any, within: Sequence[str]) -> tuple[str, ...]:
+def beside_of(model: Any) -> tuple[str, ...]:
     """Paths of the modules beside the part that reads text: a tower and its projector."""
+    within = language_part(model)
     body = within[0].rpartition(".")[0]
     around = model.get_submodule(body)
     paths = [f"{body}.{name}" if body else name for name, _ in around.named_children()]

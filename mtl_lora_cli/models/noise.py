@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mtl_lora_cli.models.batch import Pictures
-from mtl_lora_cli.models.sight import pictures_in, tower_dtype
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.sight import tower_dtype, with_pictures
 from mtl_lora_cli.models.stand_in import device_of
 from mtl_lora_cli.models.vision import Seen, Vision
+
+_ANSWER = 4  # words behind the prompt of an example with a picture
 
 
 def draw(lengths: Sequence[int], config: Any) -> list[Tensor]:
@@ -52,14 +54,19 @@ class Shown:
     seen: list[Seen]
     counts: list[int]
 
-    def of(self, input_ids: Tensor) -> Pictures | None:
-        """The pictures of a row of all examples, int64 [1, N]."""
-        return pictures_in(input_ids, self.seen, self.counts, self.vision.token_id)
+    @property
+    def prompts(self) -> list[int]:
+        """Tokens of each example's prompt: all but the last words."""
+        return [len(one) - _ANSWER for one in self.examples]
+
+    def within(self, batch: PackedBatch) -> PackedBatch:
+        """A row of all examples, with their pictures."""
+        return with_pictures(batch, self.vision, self.seen, self.counts, self.prompts)
 
     def alone(self, number: int, model: Any) -> dict[str, Tensor]:
         """What transformers' own forward pass takes beside the tokens of one of them."""
         shown = (self.examples[number][None, :-1] == self.vision.token_id).to(device_of(model))
-        given = self.vision.alone([self.seen[number]], shown).items()
+        given = self.vision.alone([self.seen[number]], shown, self.prompts[number]).items()
         wide = tower_dtype(model)
         on = {name: value.to(device_of(model)) for name, value in given}
         return {name: v.to(wide) if v.is_floating_point() else v for name, v in on.items()}
@@ -80,7 +87,7 @@ def drawn_pictures(vision: Vision) -> Shown:
         noise = torch.randint(0, 256, (*sides, 3), generator=generator, dtype=torch.uint8)
         text = vision.text(*sides)
         own = vision.tokenizer(text, add_special_tokens=False)["input_ids"]
-        before, after = draw((5 + number, 9), vision.config)
+        before, after = draw((5 + number, _ANSWER + 5), vision.config)
         examples.append(torch.cat([before, torch.tensor(own), after]))
         seen.append(vision.look(Image.fromarray(noise.numpy())))
         counts.append(vision.count(*sides))

@@ -16,7 +16,7 @@ from mtl_lora_cli.adapters.frozen import multiply_ourselves
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots, slots_of
-from mtl_lora_cli.engine.decoder import FusedDecoder, obstacle
+from mtl_lora_cli.engine.decoder import Deeper, FusedDecoder, obstacle
 from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
@@ -137,14 +137,12 @@ class PackedModel(nn.Module):
             self.decoder.round_to_fp8()
 
     def _obstacle(self) -> str | None:
-        if self.vision is not None and not self.vision.packs:
-            return f"pictures of a {self.model.config.model_type}"
         return obstacle(self.model, self._adapter)
 
     @property
     def ways(self) -> tuple[Layout, ...]:
         """Layouts that may be right, the fastest first."""
-        return LAYOUTS if self.vision is None or self.vision.packs else ("single",)
+        return LAYOUTS if self.vision is None or not self.vision.whole_prompt else ("packed",)
 
     def go(self, way: Way) -> None:
         """Ask transformers' own layers from now on, in this way.
@@ -336,14 +334,21 @@ class PackedModel(nn.Module):
         likeliest = logits.argmax(dim=-1) if judged else None
         return token_logprobs(logits, batch.owner, batch.targets), likeliest
 
+    def embedded(self, batch: PackedBatch) -> tuple[Tensor, Deeper | None]:
+        """What the fused engine's layers begin with, [N, d], and what enters deeper ones."""
+        assert self.decoder is not None
+        if batch.embeddings is not None:
+            return batch.embeddings, None
+        if batch.pictures is None:
+            return self.decoder.embed(batch.input_ids), None
+        x, deeper = embeddings(self.model, batch, self.decoder.looked_up)
+        return self.decoder.scaled(x), deeper
+
     def _hidden(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:
         """Normed hidden states at the positions asked for, [U, d], by the fused engine."""
         assert self.decoder is not None
         every, chosen = slots or self._slots(batch)
-        if batch.pictures is None:
-            x = self.decoder.embed(batch.input_ids)
-        else:
-            x = self.decoder.scaled(embeddings(self.model, batch, self.decoder.looked_up))
+        x, deeper = self.embedded(batch)
         return self.decoder.forward(
             x,
             batch.position_ids,
@@ -353,6 +358,8 @@ class PackedModel(nn.Module):
             chosen,
             training=self.training,
             keep=self.keep,
+            grid=None if batch.pictures is None else batch.pictures.grid,
+            deeper=deeper,
         )
 
     def _slots(self, batch: PackedBatch) -> tuple[Slots, Slots]:

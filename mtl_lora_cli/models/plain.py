@@ -23,17 +23,21 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
+from mtl_lora_cli.engine.decoder import Deeper
 from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.engine.segment_forms import alike
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models import registered
-from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.batch import PackedBatch, Pictures
 from mtl_lora_cli.models.quiet import quiet_warnings
 from mtl_lora_cli.models.sight import embeddings, tower_dtype
 from mtl_lora_cli.models.vision import vision_class
 
 Layout = Literal["packed", "rows", "single"]
 LAYOUTS: tuple[Layout, ...] = ("packed", "rows", "single")
+Made = tuple[
+    Tensor, Deeper | None
+]  # embeddings of all positions, and what of pictures enters deeper layers
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class _Piece:
     Attributes:
         input_ids: int64 [B, L].
         embeddings: [B, L, d], in their place where the pass has pictures and our attention keeps examples apart.
-        others: what else the model takes: the pictures of examples that go through it as they are.
+        others: what else the model takes: the pictures of examples that go through it as they are, or what goes
+            with embeddings of pictures.
         position_ids, segments: for packed sequences; None where each row is one example.
         task_ids: int64 [B, L], on the CPU.
         row, column: int64 [K], the asked positions.
@@ -85,13 +90,13 @@ class _Piece:
     asked: Tensor
     places: Tensor
     embeddings: Tensor | None = None
-    others: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def given(self) -> dict[str, Any]:
         """What the model reads."""
         if self.embeddings is not None:
-            return {"inputs_embeds": self.embeddings}
+            return {"inputs_embeds": self.embeddings, **self.others}
         return {"input_ids": self.input_ids, **self.others}
 
 
@@ -142,19 +147,19 @@ class PlainEngine:
             return answers
         return answers.index_select(0, asked.argsort().to(answers.device))
 
-    def _embedded(self, batch: PackedBatch) -> Tensor | None:
-        """[N, d] with pictures in their places, where our attention keeps examples apart; else None."""
+    def _embedded(self, batch: PackedBatch) -> Made | None:
+        """With pictures in their places, where our attention keeps examples apart; else None."""
         if batch.pictures is None or self.way.layout != "packed":
             return None
         table = self._model.get_input_embeddings()
         return embeddings(self._model, batch, lambda ids: cast(Tensor, table(ids)[0]))
 
-    def _with_pictures(self, piece: _Piece, batch: PackedBatch, made: Tensor | None) -> _Piece:
+    def _with_pictures(self, piece: _Piece, batch: PackedBatch, made: Made | None) -> _Piece:
         """A piece with the pictures of its examples."""
         if batch.pictures is None:
             return piece
         if made is not None:
-            return replace(piece, embeddings=made[piece.places.to(made.device)])
+            return self._seen(piece, batch.pictures, *made)
         own = batch.pictures.within(piece.places[0])
         if not own:
             return piece
@@ -162,9 +167,31 @@ class PlainEngine:
         assert kind is not None
         shown = torch.isin(piece.places, batch.pictures.places.cpu()).to(piece.input_ids.device)
         wide = tower_dtype(self._model)
-        given = kind.alone(own, shown).items()
+        given = kind.alone(own, shown, shown.shape[1]).items()
         others = {name: v.to(wide) if v.is_floating_point() else v for name, v in given}
         return replace(piece, others=others)
+
+    def _seen(self, piece: _Piece, shown: Pictures, x: Tensor, deeper: Deeper | None) -> _Piece:
+        """A packed piece with what takes the places of picture tokens, and all that goes with it."""
+        places = piece.places.to(x.device)
+        others: dict[str, Any] = {}
+        if deeper is not None:
+            there = torch.isin(deeper.places, places)
+            others["visual_pos_masks"] = torch.isin(places, deeper.places)
+            others["deepstack_visual_embeds"] = [level[there] for level in deeper.levels]
+        body = cast(Any, text_body(self._model))
+        if getattr(
+            body.config, "hidden_size_per_layer_input", None
+        ):  # of tokens; a picture's are padding
+            ids = piece.input_ids.masked_fill(
+                torch.isin(places, shown.places), body.config.pad_token_id
+            )
+            own = self._model.get_input_embeddings()(ids)
+            others["per_layer_inputs"] = body.get_per_layer_inputs(ids, own)
+        positions = piece.position_ids
+        if shown.grid is not None:
+            positions = shown.grid[:, :, places[0]]
+        return replace(piece, embeddings=x[places], others=others, position_ids=positions)
 
     def _run(self, piece: _Piece) -> Tensor:
         extra = {}
@@ -257,7 +284,12 @@ def _packed(batch: PackedBatch, paths: Sequence[Tensor], owner: Tensor) -> _Piec
     return _Piece(
         input_ids=batch.input_ids[:, places.to(device)],
         position_ids=batch.position_ids[:, places.to(device)],
-        segments=Segments.build(lengths).to(device),
+        segments=Segments.build(
+            lengths,
+            None,
+            None if batch.segments.blocks is None else batch.segments.blocks[places],
+            in_windows=batch.segments.in_windows,
+        ).to(device),
         task_ids=batch.task_ids[:, places],
         row=torch.zeros_like(column),
         column=column,

@@ -173,8 +173,6 @@ def _settled(packed: PackedModel) -> Trust:
     ways: list[Way | None] = [None] if packed.decoder is not None else []
     bare = head_is_bare(packed, examples[-1])
     if not packed.must_fuse:
-        own = packed.vision is not None and not packed.vision.packs
-        bare = bare and not own  # such pictures go through the model's own forward pass
         ways += [Way(layout, bare, limit) for layout in packed.ways]
     tried: list[str] = []
     for way in ways:
@@ -316,8 +314,10 @@ def together(
         positions=positions,
         owner=torch.arange(len(positions)).repeat_interleave(targets.shape[1]),
         targets=targets.flatten(),
-        pictures=None if shown is None else shown.of(ids),
-    ).to(device_of(packed.model))
+    )
+    if shown is not None:
+        batch = shown.within(batch)
+    batch = batch.to(device_of(packed.model))
     exactly = nullcontext() if packed.decoder is None else packed.decoder.exactly()
     with packed.routed(batch), exactly:  # what 8-bit floats cost is told elsewhere (`rounding`)
         return list(packed(batch).float().view(targets.shape).split(asked))
@@ -383,10 +383,13 @@ def head_is_bare(packed: PackedModel, example: Tensor) -> bool:
     if head is None:
         return False
     ids = example[None, :-1].to(device_of(model))
+    asked: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if packed.vision is not None and packed.vision.whole_prompt:  # it counts positions from 1 on
+        asked["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
     with _untouched(packed):
         try:
-            hidden = text_body(model)(input_ids=ids, use_cache=False).last_hidden_state
-            return torch.equal(head(hidden), model(input_ids=ids, use_cache=False).logits)
+            hidden = text_body(model)(**asked).last_hidden_state
+            return torch.equal(head(hidden), model(**asked).logits)
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError):
             return False
 

@@ -220,6 +220,10 @@ class Images(StrictModel):
     size: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     augment: Augment | None = None  # of maps
     blind: bool = False  # in prompts: a control that sees grey in the place of every picture
+    # In prompts: a frozen tower runs once a picture, and what it gives is kept in the cache (keep), up to 10 GiB of it
+    # (auto); or it runs in every pass (run).
+    features: Literal["auto", "keep", "run"] = "auto"
+    quantized: bool = False  # in prompts: `quantization` is for tower and projector, too
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -34,12 +34,14 @@ _WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get
 
 @dataclass(frozen=True)
 class Capacity:
-    """The sizes that one graph serves: positions, questions, segments; and whether these are trees."""
+    """The sizes that one graph serves: positions, questions, segments; whether these are trees, and whether it begins
+    behind the embeddings."""
 
     positions: int
     questions: int
     segments: int
     trees: bool = False
+    shown: bool = False
 
     @classmethod
     def of(cls, batch: PackedBatch, positions: int) -> Capacity:
@@ -50,6 +52,7 @@ class Capacity:
             _rounded(len(batch.positions)),
             _rounded(len(batch.segments.bounds) + padding),
             batch.segments.reach is not None,
+            batch.pictures is not None,
         )
 
 
@@ -143,9 +146,10 @@ class EagerPasses:
 class GraphedPasses:
     """The same, replayed as CUDA graphs, one for each `Capacity` that turns up.
 
-    The first passes run as they are; nothing differs but the padding. So do those with pictures, those with an example beyond
-    the positions from which on a rotary embedding is another one, and, where memory does not suffice for a
-    graph, all.
+    The first passes run as they are; nothing differs but the padding. So do those with an example beyond
+    the positions from which on a rotary embedding is another one, those whose pictures enter deeper layers or see
+    themselves, and, where memory does not suffice for a graph, all. Of other pictures the tower runs as it comes, and
+    the graph begins behind it.
 
     Args:
         packed: base model with the adapter injected; its decoder is fused.
@@ -170,7 +174,8 @@ class GraphedPasses:
     def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """See `EagerPasses.prepare`."""
         assert isinstance(batch, PackedBatch), "graphs are the text host's"
-        if batch.pictures is not None:  # towers are run as they come
+        grid = None if batch.pictures is None else batch.pictures.grid
+        if grid is not None or batch.segments.blocks is not None:
             return self._eager.prepare(batch, weights)
         if self._limit is not None and max(batch.segments.longest, _SEGMENT) > self._limit:
             return self._eager.prepare(batch, weights)
@@ -230,6 +235,11 @@ class _Graph:
             Slots(present, own[f"{name}_index"], own[f"{name}_active"], all_tasks=True)
             for name in ("every", "chosen")
         )
+        self._packed, self._x, self._dx = packed, None, None
+        if batch.pictures is not None:
+            x = packed.embedded(batch)[0]
+            self._x = x.detach().clone().requires_grad_(x.requires_grad)
+            batch = replace(batch, pictures=None, embeddings=self._x)
         parameters = list(adapter.trained().values())
         gradients_of(parameters)  # their memory is not the graph's own
         self._held = (batch, every, chosen)  # the graph reads their memory, too
@@ -237,28 +247,44 @@ class _Graph:
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
             losses = -packed(batch, slots=(every, chosen))
-            add_gradients((losses * own["weights"]).sum(), parameters)
+            self._dx = add_gradients((losses * own["weights"]).sum(), parameters, self._x)
         self._losses = losses.detach()
 
     def replay(self, ready: Ready) -> Tensor:
         """Copy a batch to the buffers and run."""
         for buffer, value in zip(self._buffers, ready.staged, strict=True):
             buffer.copy_(value, non_blocking=True)
+        x = None
+        if self._x is not None:
+            x, _ = self._packed.embedded(ready.batch.to(self._x.device))
+            self._x.data.copy_(x.detach())
         self._graph.replay()
+        if x is not None and self._dx is not None:
+            x.backward(self._dx)
         return self._losses
 
 
-def add_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> None:
+def add_gradients(
+    loss: Tensor, parameters: Sequence[Tensor], x: Tensor | None = None
+) -> Tensor | None:
     """The same as `loss.backward()`, bit by bit: all additions together in a few launches, not one each.
 
     Args:
         loss: a scalar.
         parameters: all that is trained; each has a gradient already.
+        x: what else the loss follows from.
+
+    Returns:
+        The gradient of x, where it asks for one.
     """
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    also = [x] if x is not None and x.requires_grad else []
+    *found, dx = (*torch.autograd.grad(loss, [*parameters, *also], allow_unused=True), None)
+    if also:
+        dx = found.pop()
     own = gradients_of(parameters)
     pairs = [(one, new) for one, new in zip(own, found, strict=True) if new is not None]
     torch._foreach_add_([one for one, _ in pairs], [new for _, new in pairs])
+    return dx
 
 
 # What a graph reads, in the order of `_contents`; the tile tables follow.

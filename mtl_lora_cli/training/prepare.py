@@ -125,7 +125,10 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     if kind is not None:
         return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
     shows = any(task.template.images for task in tasks)
-    _require_text_keys(loaded, shows=shows, reads=vision_class(load_config(base)) is not None)
+    sees = vision_class(load_config(base))
+    _require_text_keys(loaded, shows=shows, reads=sees is not None)
+    if shows and sees is not None and sees.whole_prompt:
+        _require_prompts(loaded, tasks)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -183,15 +186,27 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> Non
         raise loaded.problem(("images", "augment"), of_maps)
     if images is not None and neither:
         raise loaded.problem(("images",), "is for pictures, and the base model reads none")
-    if shows and recipe.quantization != "none":
-        why = f"{recipe.quantization} does not go with pictures in prompts yet; use none"
-        raise loaded.problem(("quantization",), why)
     if shows and recipe.training.share_beginnings:
         why = "does not go with pictures in prompts: equal tokens show different pictures"
         raise loaded.problem(("training", "share_beginnings"), why)
-    if shows and recipe.training.memory == "auto":
-        why = "auto does not go with pictures in prompts yet: a tower's memory is not estimated; use manual"
-        raise loaded.problem(("training", "memory"), why)
+
+
+def _require_prompts(loaded: LoadedRecipe, tasks: Sequence[Task]) -> None:
+    """Refuse what has no place where all of a prompt sees itself and has a picture.
+
+    Raises:
+        ProblemsError: naming the key or the task.
+    """
+    if loaded.recipe.training.loss_on == "all":
+        why = "all learns tokens of prompts, which see each other in this base model; use answer"
+        raise loaded.problem(("training", "loss_on"), why)
+    for number, task in enumerate(tasks):
+        if not task.template.images:
+            why = f"'{task.name}' shows no pictures; every prompt of this base model has one"
+            raise loaded.problem(("tasks", min(number, len(loaded.recipe.tasks) - 1)), why)
+        if task.objective == "conversation":
+            why = f"'{task.name}' is a conversation; this base model has one prompt and one answer"
+            raise loaded.problem(("tasks", min(number, len(loaded.recipe.tasks) - 1)), why)
 
 
 def _prepare_others(

@@ -14,6 +14,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.weight_start import start_from_weights
 from mtl_lora_cli.data.collate import TextDataset, training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.data.kept_features import keep_features
 from mtl_lora_cli.data.prepare import (
     TrainingData,
     read_examples,
@@ -145,6 +146,7 @@ class Prepared:
             device=self.device,
             quantization=self.recipe.quantization,
             storage=self.dtype if cut else torch.uint8,
+            tower=self.recipe.images is not None and self.recipe.images.quantized,
         )
         names = [task.name for task in self.data.tasks]
         adapter = self._learning(adapt(model, self.recipe.adapter, names))
@@ -168,6 +170,7 @@ class Prepared:
         )
         if self.data.shares:
             _require_shared(packed, longest_of(self.data))
+        self._keep_features(packed, adapter)
         if cut:
             require_cuttable(packed, self.processes)
         if packed.decoder is None and recompute:  # transformers' layers know all or nothing
@@ -175,6 +178,17 @@ class Prepared:
                 {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
             )
         return packed, adapter
+
+    def _keep_features(self, packed: PackedModel, adapter: Adapter) -> None:
+        """A frozen tower sees each picture of the run once."""
+        eyes, images = self.data.eyes, self.recipe.images
+        if eyes is None or (packed.plain is not None and packed.plain.way.layout != "packed"):
+            return
+        held = [cast(EncodedSplit, one.split) for one in self.validation or ()]
+        shown = [one.pictures for one in (*self.data.splits, *held) if one.pictures is not None]
+        pictures = [picture for split in shown for some in split for picture in some]
+        how = "auto" if images is None else images.features
+        keep_features(packed.model, adapter, eyes, pictures, how, self.processes)
 
     def zero(self) -> dict[str, Any] | None:
         """DeepSpeed's configuration; None where nothing is cut into parts.

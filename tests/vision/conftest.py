@@ -48,18 +48,26 @@ CONNECTORS = {
     "smolvlm": "connector",
     "qwen2_5_vl": "merger",
     "qwen3_vl": "merger",
+    "gemma4": "embed_vision",
+    "gemma4_small": "embed_vision",
 }
 
 
 def packed_of(
-    base: BaseModel, engine: Any = "auto", kind: str = "", dtype: torch.dtype = torch.float32
+    base: BaseModel,
+    engine: Any = "auto",
+    kind: str | None = "",
+    dtype: torch.dtype = torch.float32,
 ) -> PackedModel:
-    """With an adapter of two tasks that is far from its start, and a projector that learns."""
+    """With an adapter of two tasks that is far from its start, and a projector that learns.
+
+    None for a kind: nothing but the adapter learns.
+    """
     model = load_model(base, dtype=dtype, device=torch.device("cpu"))
     config = configure(
         target_modules=["q_proj", "v_proj", "down_proj"],
         rank=4,
-        whole_modules=[CONNECTORS.get(kind, "multi_modal_projector")],
+        whole_modules=[] if kind is None else [CONNECTORS.get(kind, "multi_modal_projector")],
     )
     torch.manual_seed(1)
     adapter = adapt(model, config, ("one", "two"))

@@ -25,7 +25,7 @@ from ..sights import TOKENS
 
 FOUND = importlib.util.find_spec("trl")
 SIZES = {"a.png": (40, 60), "b.png": (64, 33)}  # height, width
-CONTROL = re.compile(r"<\|\w+\|>|<\w+_of_\w+>|</?s>")
+CONTROL = re.compile(r"<\|\w+\|?>|<\w+\|>|<\w+_of_\w+>|</?s>")
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -43,7 +43,8 @@ _TEXT = (  # of a language model: contents are texts
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OWN = {"internvl": _CHATML, "llava": _FIRST}
-SHIPPED = {"llava_next": "llava", **{kind: kind for kind in TOKENS if kind != "internvl"}}
+# PaliGemma has no conversations, and one Gemma 4 is like the other here.
+SHIPPED = {kind: kind for kind in TOKENS if kind not in ("internvl", "paligemma", "gemma4_small")}
 
 MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
-from mtl_lora_cli.models.sight import pictures_in
+from mtl_lora_cli.models.sight import with_pictures
 from mtl_lora_cli.models.trust import settle
 
 from ..sights import TOKENS, tiny_granite
 from .conftest import packed_of
 
+ANSWER = 2  # tokens behind a prompt
 SIDES = ((40, 60), (33, 29), (64, 64))
 # Of each example the words before and behind each of its pictures, and which pictures: two, none, one.
 EXAMPLES = ((0, [3, 4, 5, 6], (0, 1)), (1, [7, 8, 9, 10], ()), (1, [11, 12, 13], (2,)))
@@ -55,7 +55,7 @@ def batch_of(packed: PackedModel, pictures: Sequence[Image.Image]) -> PackedBatc
     ids = flat[None]
     seen = [vision.look(one) for one in pictures]
     counts = [vision.count(*sides) for sides in SIDES]
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=ids,
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         task_ids=torch.repeat_interleave(
@@ -65,8 +65,8 @@ def batch_of(packed: PackedModel, pictures: Sequence[Image.Image]) -> PackedBatc
         positions=positions,
         owner=torch.arange(len(positions)),
         targets=flat[positions + 1],
-        pictures=pictures_in(ids, seen, counts, vision.token_id),
     )
+    return with_pictures(batch, vision, seen, counts, [length - ANSWER for length in lengths])
 
 
 def alone(packed: PackedModel, pictures: Sequence[Image.Image]) -> Tensor:
@@ -76,7 +76,10 @@ def alone(packed: PackedModel, pictures: Sequence[Image.Image]) -> Tensor:
     for task, words, shown in EXAMPLES:
         ids = torch.tensor([tokens(packed, words, shown)])
         looked = [vision.look(pictures[number]) for number in shown]
-        seen = vision.alone(looked, ids == vision.token_id) if shown else {}
+        prompt = ids.shape[1] - ANSWER
+        seen = vision.alone(looked, ids == vision.token_id, prompt) if shown else {}
+        if vision.whole_prompt:
+            seen["token_type_ids"] = (torch.arange(ids.shape[1]) >= prompt).long()[None]
         with packed.over_rows(task) as model:
             logits = model(input_ids=ids, use_cache=False, **seen).logits
         logprobs = logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
@@ -89,6 +92,8 @@ def gradients_held_to_each_alone(packed: PackedModel) -> dict[str, torch.Tensor]
     pictures = [picture(number) for number in range(3)]
     batch = batch_of(packed, pictures)
     learning: Any = packed.adapter.trained()  # type: ignore[union-attr]
+    for tensor in learning.values():
+        tensor.grad = None
     with packed.routed(batch):
         ours = packed(batch)
         ours.sum().backward()
@@ -119,7 +124,13 @@ def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
     models: Callable[[str], BaseModel], kind: str
 ) -> None:
     packed = packed_of(models(kind), kind=kind)
-    assert settle(packed).way == (None if packed.vision.packs else Way("single"))  # type: ignore[union-attr]
+    fused = kind not in ("gemma4_small", "paligemma")
+    assert (settle(packed).way is None) == fused, packed.engine_line()
+    gradients_held_to_each_alone(packed)
+    if not fused:
+        assert packed.plain is not None and packed.plain.way.layout == "packed"
+        return
+    packed.go(Way("packed", bare_head=not kind.startswith("gemma4")))
     gradients_held_to_each_alone(packed)
 
 
@@ -155,7 +166,7 @@ def test_tokens_and_pixels_are_those_of_auto_processor(
     """Where it can be built: some want torchvision, for videos."""
     from mtl_lora_cli.models.load import load_tokenizer
 
-    if kind not in ("idefics3", "gemma3"):
+    if kind not in ("idefics3", "gemma3", "llava_next", "paligemma"):
         pytest.importorskip("torchvision")
     tokenizer = load_tokenizer(models(kind))
     vision, own = tokenizer.vision(), processor_of(kind, tokenizer)
@@ -164,12 +175,17 @@ def test_tokens_and_pixels_are_those_of_auto_processor(
         mark = getattr(own, "boi_token", own.image_token)
         theirs = own(text=[f"one {mark} two"], images=[Image.fromarray(noise)], return_tensors="pt")
         text = vision.text(*sides)
+        text = f"one {text}{vision.last} two"
+        if kind == "paligemma":
+            text += "\n"
         if kind.startswith("qwen"):  # the chat template writes what stands around a picture
             text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
-        ids = tokenizer(f"one {text} two")["input_ids"]
-        assert ids == theirs["input_ids"][0].tolist()
+        assert tokenizer(text)["input_ids"] == theirs["input_ids"][0].tolist()
         for name, value in vision.join([vision.look(Image.fromarray(noise))]).items():
-            assert torch.equal(value, theirs[name]), name
+            right = theirs[name]
+            if kind == "llava_next" and name == "pixel_values":
+                right = right[0]
+            assert torch.equal(value, right), name
 
 
 def processor_of(kind: str, tokenizer: Any) -> Any:
@@ -180,6 +196,24 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
     if kind == "idefics3":
         seen = {"image_processor": vision.processor, "tokenizer": tokenizer, "image_seq_len": 4}
         return t.Idefics3Processor(**seen)
+    if kind == "llava_next":
+        seen = {"image_processor": vision.processor, "tokenizer": tokenizer, "patch_size": 8}
+        return t.LlavaNextProcessor(
+            **seen, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+    if kind == "paligemma":
+        vision.processor.image_seq_length = 16
+        tokenizer.image_token, tokenizer.image_token_id = vision.token, vision.token_id
+        return t.PaliGemmaProcessor(vision.processor, tokenizer)
+    if kind.startswith("gemma4"):
+        for name in ("image", "boi", "eoi", "audio"):
+            number = getattr(vision.config, f"{name}_token_id")
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+            setattr(tokenizer, f"{name}_token_id", number)
+        extractor = t.Gemma4AudioFeatureExtractor()
+        return t.Gemma4Processor(
+            extractor, vision.processor, tokenizer, t.Gemma4VideoProcessor(), image_seq_length=70
+        )
     if kind == "gemma3":
         tokenizer.boi_token, tokenizer.eoi_token = "<start_of_image>", "<end_of_image>"
         tokenizer.image_token, tokenizer.boi_token_id = "<image_soft_token>", 513
@@ -200,17 +234,22 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
     return processor(vision.processor, tokenizer, video_processor=video(), **others)
 
 
-@pytest.mark.parametrize("engine", ["fused", "plain"])
-def test_another_picture_changes_no_bit_of_other_examples(llava: BaseModel, engine: str) -> None:
-    packed = packed_of(llava, engine)
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize("kind", ["llava", *TOKENS])
+def test_another_picture_changes_no_bit_of_other_examples(
+    llava: BaseModel, models: Callable[[str], BaseModel], kind: str, engine: str
+) -> None:
+    packed = packed_of(llava if kind == "llava" else models(kind), engine, kind)
+    if packed.plain is not None:
+        settle(packed)
     pictures = [picture(number) for number in range(3)]
     before, other = (
         batch_of(packed, [*pictures[:2], last]) for last in (pictures[2], picture(2, seed=9))
     )
     with torch.no_grad(), packed.routed(before):
         first, second = packed(before), packed(other)
-    own = sum(len(tokens(packed, words, ())) - 1 for _, words, _ in EXAMPLES[2:])
-    own += len(EXAMPLES[2][2])
+    _, words, shown = EXAMPLES[2]
+    own = sum(one != packed.vision.token_id for one in tokens(packed, words, shown)[1:])  # type: ignore[union-attr]
     others = len(first) - own
     assert torch.equal(first[:others], second[:others])
     assert not torch.equal(first[others:], second[others:])
@@ -223,13 +262,12 @@ def test_a_path_that_mixes_pictures_up_is_found_out(
     from mtl_lora_cli.errors import UsageError
     from mtl_lora_cli.models import noise
 
-    real = noise.pictures_in
+    real = noise.with_pictures
 
-    def mixed(*given: Any) -> Any:
-        found = real(*given)
-        return replace(found, seen=list(found.seen)[::-1])
+    def mixed(batch: Any, vision: Any, many: Any, *given: Any) -> Any:
+        return real(batch, vision, list(many)[::-1], *given)
 
-    monkeypatch.setattr(noise, "pictures_in", mixed)
+    monkeypatch.setattr(noise, "with_pictures", mixed)
     with pytest.raises(UsageError, match="with pictures, log-probabilities differ"):
         settle(packed_of(llava))
 

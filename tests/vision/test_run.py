@@ -119,8 +119,6 @@ def test_the_base_model_alone_has_its_own_projector(run: Run) -> None:
 
 
 REFUSED = {
-    "quantization=nf4": "nf4 does not go with pictures in prompts yet",
-    "training.memory=auto": "auto does not go with pictures in prompts yet",
     "images.size=[48,48]": "images.size: 48 x 48: Input image size (48*48) doesn't match",
     "images.augment.flip=true": "is for maps of pictures",
     "adapter.whole_modules=[nothing]": "'nothing' matches no module or parameter",

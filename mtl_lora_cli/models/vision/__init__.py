@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -27,6 +27,22 @@ from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.models.base import BaseModel
 
 Seen = Mapping[str, Tensor]  # what a model's tower takes, by the names of its arguments
+KEPT = "kept"  # the beginning of names in its place, where a tower ran before
+WHOLLY_KEPT = (
+    f"{KEPT}.wholly"  # what takes the places of tokens; beside it deeper levels, `kept.0` and on
+)
+
+
+class Features(NamedTuple):
+    """What a tower and its projector make of pictures.
+
+    Attributes:
+        tokens: [K, d], what takes the places of their tokens.
+        deeper: [K, d] each, what is added to the stream behind each of the first layers.
+    """
+
+    tokens: Tensor
+    deeper: tuple[Tensor, ...] = ()
 
 
 class Vision:
@@ -39,16 +55,24 @@ class Vision:
         size: height and width that pictures get; None: what its image processor says.
 
     Attributes:
-        packs: pictures may stand in packed rows. Otherwise their tokens see each other, or have positions of their
-            own, and each example goes through the model by itself.
+        whole_prompt: a prompt's tokens see each other, those behind them, too.
+        in_windows: pictures' tokens see each other in layers with a window alone.
+        connector: the module between tower and language part; None: it may not learn where a tower's features are
+            kept, since it does not stand behind the whole tower.
+        beside: what of a picture is kept beside its features.
         token_id: of the token that stands for a part of a picture.
+        last: what the model's own processor writes behind the last picture of a prompt.
         behind: tokens that follow a picture's last one and belong to it.
 
     Raises:
         UsageError: the folder has no image processor, or the tokenizer no token for pictures.
     """
 
-    packs: ClassVar[bool] = True
+    whole_prompt: ClassVar[bool] = False
+    in_windows: ClassVar[bool] = False
+    connector: ClassVar[str | None] = "multi_modal_projector"
+    beside: ClassVar[tuple[str, ...]] = ()
+    last: str = ""
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
@@ -92,7 +116,7 @@ class Vision:
     @cached_property
     def behind(self) -> int:
         """See the class."""
-        end = self.text(64, 64).rpartition(self.token)[2]
+        end = self.text(64, 64).rpartition(self.token)[2] + self.last
         return len(self.tokenizer(end, add_special_tokens=False)["input_ids"]) if end else 0
 
     def look(self, picture: Image.Image) -> dict[str, Tensor]:
@@ -105,14 +129,64 @@ class Vision:
         return {name: torch.cat([one[name] for one in many]) for name in many[0]}
 
     @classmethod
-    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+    def alone(cls, many: Sequence[Seen], shown: Tensor, prompt: int) -> dict[str, Tensor]:
         """What transformers' own forward pass takes beside the tokens of rows.
 
         Args:
             many: their pictures.
             shown: bool [B, L], which of their tokens are pictures'.
+            prompt: how many tokens from the first on are a prompt.
         """
         return cls.join(many)
+
+    def blocks(
+        self, ids: Tensor, bounds: Sequence[tuple[int, int]], prompts: Sequence[int]
+    ) -> Tensor | None:
+        """Which tokens of a packed row see each other, as `engine.segments` has it; None: none do.
+
+        Args:
+            ids: int64 [N].
+            bounds: of its examples.
+            prompts: how many tokens of each example are its prompt.
+        """
+        return None
+
+    def spread(self, seen: Seen) -> Tensor | None:
+        """Places of a picture's tokens in several dimensions, from 0 on, int64 [G, K]; None: they stand in line."""
+        return None
+
+    @classmethod
+    def towered(cls, body: Any, seen: Seen) -> list[Tensor]:
+        """What the tower gives of pictures, before what may learn behind it; the first dimension is theirs.
+
+        Args:
+            body: the model around tower and language part.
+            seen: of all of them, see `join`.
+        """
+        found: list[Tensor] = []
+        assert cls.connector is not None, "it learns where that is known"
+        module = body.get_submodule(cls.connector)
+        hook = module.register_forward_pre_hook(
+            lambda _, given, named: found.append((*given, *named.values())[0]), with_kwargs=True
+        )
+        try:
+            body.get_image_features(**seen)
+        finally:
+            hook.remove()
+        return found
+
+    @classmethod
+    def connected(cls, body: Any, levels: Sequence[Tensor], many: Sequence[Seen]) -> Features:
+        """The inverse half of `towered`: what the language part reads.
+
+        Args:
+            body: likewise.
+            levels: what `towered` gave.
+            many: of each picture what else is known of it.
+        """
+        (level,) = levels
+        assert cls.connector is not None, "as above"
+        return Features(body.get_submodule(cls.connector)(level).flatten(0, -2))
 
     @property
     def settings(self) -> str:
@@ -169,8 +243,8 @@ def image_token_id(config: Any) -> int:
     return int(next(getattr(config, name) for name in names if hasattr(config, name)))
 
 
-def features(model: Any, seen: Seen, dtype: torch.dtype) -> Tensor:
-    """What takes the places of picture tokens, [K, d], in the order of the pictures.
+def features(model: Any, seen: Seen, dtype: torch.dtype) -> Features:
+    """What takes the places of picture tokens, in the order of the pictures.
 
     A tower that learns nothing leaves nothing for the backward pass: autograd records from the first parameter on
     that learns.
@@ -180,13 +254,33 @@ def features(model: Any, seen: Seen, dtype: torch.dtype) -> Tensor:
         seen: of all pictures, on the model's device.
         dtype: of the pixels.
     """
-    wide = {n: v.to(dtype) if v.is_floating_point() else v for n, v in seen.items()}
-    body = model if hasattr(model, "get_image_features") else model.model
-    found = body.get_image_features(**wide)
-    found = getattr(found, "pooler_output", found)
+    found = around(model).get_image_features(**_wide(seen, dtype))
+    deeper = tuple(_together(one) for one in getattr(found, "deepstack_features", None) or ())
+    return Features(_together(getattr(found, "pooler_output", found)), deeper)
+
+
+def around(model: Any) -> Any:
+    """The module around tower and language part."""
+    return model.model if hasattr(getattr(model, "model", None), "get_image_features") else model
+
+
+def _wide(seen: Seen, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: v.to(dtype) if v.is_floating_point() else v for n, v in seen.items()}
+
+
+def _together(found: Any) -> Tensor:
+    """[K, d] of all pictures, however they are laid out."""
     if not isinstance(found, Tensor):
         found = torch.cat([one.flatten(0, -2) for one in found])
     return found.flatten(0, -2)
+
+
+def runs_of(shown: Tensor) -> Tensor:
+    """The number of each run of True, −1 elsewhere: bool [N] → int32 [N]."""
+    before = shown.roll(1)
+    before[0] = False
+    number = (shown & ~before).cumsum(0) - 1
+    return torch.where(shown, number, -1).to(torch.int32)
 
 
 def _image_processor(base: BaseModel) -> Any:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.vision import Seen, Vision, vision
+from mtl_lora_cli.models.vision import Seen, Vision, runs_of, vision
 
 
 @vision("gemma3")
 class Gemma3(Vision):
     """See the module and `Vision`."""
-
-    packs: ClassVar = False
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
@@ -52,6 +50,13 @@ class Gemma3(Vision):
         return {"pixel_values": found["pixel_values"]}
 
     @classmethod
-    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+    def alone(cls, many: Sequence[Seen], shown: Tensor, prompt: int) -> dict[str, Tensor]:
         """See `Vision`."""
         return {**cls.join(many), "token_type_ids": shown.long()}
+
+    def blocks(
+        self, ids: Tensor, bounds: Sequence[tuple[int, int]], prompts: Sequence[int]
+    ) -> Tensor | None:
+        """See `Vision`: each picture is one."""
+        shown = ids == self.token_id
+        return runs_of(shown) if bool(shown.any()) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,8 @@ class Idefics3(Vision):
 
     A tile has (S / patch)² / factor² tokens, S its side; behind the tiles stands the whole picture at that side.
     """
+
+    connector: ClassVar = "connector"
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None

@@ -68,4 +68,5 @@ def tokens_at(base: BaseModel, sides: tuple[int, int]) -> int:
 
     model = skeleton(base)
     with torch.device("meta"), torch.no_grad():
-        return len(features(model, {"pixel_values": torch.zeros(1, 3, *sides)}, model.dtype))
+        seen = {"pixel_values": torch.zeros(1, 3, *sides)}
+        return len(features(model, seen, model.dtype).tokens)

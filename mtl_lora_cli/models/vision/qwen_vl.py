@@ -1,7 +1,6 @@
 """Qwen2.5-VL and Qwen3-VL: pictures in their own proportions, whose tokens have places in two dimensions.
 
-Their rotary embedding has three parts, and features of Qwen3-VL's tower enter several layers (DeepStack): examples with
-pictures go through the model's own forward pass, one by one.
+Their rotary embedding has three parts, and features of Qwen3-VL's tower enter several layers (DeepStack).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mtl_lora_cli.models.base import BaseModel
@@ -19,7 +19,8 @@ from mtl_lora_cli.models.vision import Seen, Vision, vision
 class QwenVL(Vision):
     """See the module and `Vision`."""
 
-    packs: ClassVar = False
+    connector: ClassVar = None
+    beside: ClassVar = ("image_grid_thw",)
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
@@ -45,6 +46,13 @@ class QwenVL(Vision):
         return f"{self._begin}{super().text(height, width)}{self._end}"
 
     @classmethod
-    def alone(cls, many: Sequence[Seen], shown: Tensor) -> dict[str, Tensor]:
+    def alone(cls, many: Sequence[Seen], shown: Tensor, prompt: int) -> dict[str, Tensor]:
         """See `Vision`."""
         return {**cls.join(many), "mm_token_type_ids": shown.int()}
+
+    def spread(self, seen: Seen) -> Tensor:
+        """See `Vision`: time, height and width, each token a square of patches."""
+        side = int(self.config.vision_config.spatial_merge_size)
+        time, height, width = seen["image_grid_thw"][0].tolist()
+        axes = (torch.arange(n) for n in (time, height // side, width // side))
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
