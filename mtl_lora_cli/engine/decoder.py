@@ -39,7 +39,8 @@ from mtl_lora_cli.engine.plan import (
     text_body,
 )
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
-from mtl_lora_cli.engine.segments import Rule, Segments
+from mtl_lora_cli.engine.segment_forms import Rule
+from mtl_lora_cli.engine.segments import Segments
 
 _QKV = 0
 
