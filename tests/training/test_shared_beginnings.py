@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,15 @@ from mtl_lora_cli.training.prepared import Prepared, _require_shared
 from mtl_lora_cli.training.run import resume, start
 
 from ..engine.double import tiny
-from ..engine.test_families import CASES
+from ..engine.test_families import CASES as FAMILIES
+from .conftest import together
+from .sharing_worker import CASES
+from .sharing_worker import ON as SHARING
 
 pytestmark = pytest.mark.slow
 
 DELTA, NEAR = (
-    next(changes for kind, what, changes in CASES if (kind, what) == wanted)
+    next(changes for kind, what, changes in FAMILIES if (kind, what) == wanted)
     for wanted in (("qwen3_next", "delta nets"), ("phi3", "longrope"))
 )
 ON = [
@@ -152,3 +156,28 @@ def test_layers_that_know_no_trees_refuse_them(
         _require_shared(packed, 90)
     if packed.together is not None:
         _require_shared(packed, packed.together)
+
+
+@pytest.mark.long
+def test_processes_and_stages_learn_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    """Two processes, ZeRO 0, 2 and 3 and NF4; and what two have begun one goes on with."""
+    recipe = tmp_path / "recipe.yaml"
+    shutil.copy(recipe_file, recipe)
+    small = {"stage": "auto", "stage3_param_persistence_threshold": 0}
+    zero = {"train_batch_size": "auto", "zero_optimization": small}
+    (tmp_path / "small.json").write_text(json.dumps(zero))
+    worker = str(Path(__file__).with_name("sharing_worker.py"))
+    processes = together(worker, str(recipe), str(tmp_path))
+    said = [process.communicate(timeout=500)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    alone = {
+        name: start(prepare(load_recipe(recipe, [*SHARING, *more])), tmp_path / f"alone-{name}")
+        for name, more in (("alike", []), ("nf4", ["quantization=nf4"]))
+    }
+    for name in CASES:
+        right = losses(alone[name.partition("-")[0]])
+        assert losses(RunFolder(tmp_path / name)) == pytest.approx(right, rel=1e-5)
+    begun = RunFolder(tmp_path / "alike-0")
+    shutil.rmtree(begun.adapter)
+    shutil.rmtree(begun.checkpoints / "step-000004")
+    assert losses(resume(begun, None, [])) == pytest.approx(losses(alone["alike"]), rel=1e-5)
