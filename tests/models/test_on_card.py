@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,17 @@ from mtl_lora_cli.adapters.function import AdapterProducts
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.bench.random_model import random_model
+from mtl_lora_cli.data.collate import training_batch
+from mtl_lora_cli.data.encoded import EncodedSplit
+from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.training.passes import Capacity, EagerPasses, GraphedPasses, padded
+
+from ..engine.test_shared_beginnings import of
 
 pytestmark = [
     pytest.mark.cuda,
@@ -188,6 +194,44 @@ def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
         found = graphed.run(graphed.prepare(one, weights))
         for distance in distances((found, kept), expected):
             assert distance < 0.01
+
+
+def branching(number: int) -> list[PackedBatch]:
+    """Examples of three tasks with a beginning of 70 tokens, shared and apart; of each `number` others."""
+    drawn = random.Random(number)
+
+    def new(count: int) -> list[int]:
+        return [drawn.randrange(3, 512) for _ in range(count)]
+
+    splits: list[EncodedSplit] = []
+    row: list[Place] = []
+    for task in range(3):
+        trunk, bough = new(70), new(9)
+        own = [trunk + bough * (n % 2) + new(20 + 3 * n) for n in range(4 + number % 3)]
+        splits.append(of(own))
+        row += [(task, n) for n in range(len(own))]
+    return [training_batch([row], splits, loss_on="all", share=share) for share in (True, False)]
+
+
+def test_shared_beginnings_give_what_examples_give_apart() -> None:
+    """In graphs, too, of trees that are others in every pass."""
+    model, adapter = build(target_modules=SEVEN)
+    packed = PackedModel(model, adapter, engine="fused").train()
+    tensors = adapter.tensors()
+    graphed = GraphedPasses(packed, adapter, 2048, EagerPasses(packed.losses, packed, CARD))
+    kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for number in range(5):
+        shared, apart = branching(number)
+        assert shared.input_ids.numel() < 0.7 * apart.input_ids.numel()
+        expected = learned(packed, adapter, apart)
+        for name, tensor in tensors.items():
+            tensor.grad = kept[name].zero_()  # a graph adds where it was captured
+        found = graphed.run(graphed.prepare(shared, torch.linspace(1, 2, len(shared.targets))))
+        losses, gradients = distances((found, kept), expected)
+        assert losses < 0.01
+        assert gradients < 0.05
+    exact = [exact_of(batch, target_modules=SEVEN) for batch in branching(0)]
+    assert max(distances(*exact)) < 1e-4
 
 
 def test_eight_bit_floats_stay_near(batch: PackedBatch) -> None:
