@@ -59,6 +59,7 @@ NOT_RUN = {
     "training.max_steps=200 training.rows_per_step=4 training.rows_per_pass=4 "
     "training.checkpoint_every=null": MEASURES,
     "python tests/benchmarks/generation.py": MEASURES,
+    "python tests/benchmarks/neighbours.py": MEASURES,
     "python tests/benchmarks/tables.py real-17 OUT": MEASURES,
     "torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 "
     "--out results.jsonl": MEASURES,
