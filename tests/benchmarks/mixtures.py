@@ -80,6 +80,15 @@ MAP_ARMS: dict[str, list[str]] = {
 }
 
 
+def layers() -> str:
+    """The layers of attention and MLP in DINOv2, by the names that this transformers has for them."""
+    from transformers.models.dinov2 import modeling_dinov2
+
+    if "q_proj" in Path(modeling_dinov2.__file__).read_text():
+        return "q_proj, k_proj, v_proj, o_proj, fc1, fc2"
+    return "query, key, value, dense, fc1, fc2"
+
+
 def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     """Of the recipe nyuv2, without its edges, which its classes hold already."""
     weights = {"segmentation": 1, "depth": 1, "normals": 10}
@@ -91,7 +100,7 @@ def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     found = [
         f"base_model={options.base}", f"tasks=[{tasks}]", "training.epochs=99", f"training.max_steps={options.steps}",
         "training.rows_per_step=8", "training.rows_per_pass=8", "training.checkpoint_every=null",
-        f"training.seed={seed}", f"images.size={options.size}", *MAP_ARMS[arm],
+        f"training.seed={seed}", f"images.size={options.size}", f"adapter.target_modules=[{layers()}]", *MAP_ARMS[arm],
     ]  # fmt: skip
     reference = options.output / f"proportional-{seed}.run"
     if arm == "excess_loss" and (options.output / f"proportional-{seed}.json").is_file():
