@@ -1,7 +1,7 @@
 """All mixtures, and LoRA and DoRA, beside proportional on the seventeen tasks of real-17, a result file a run; by hand:
 
     python tests/benchmarks/mixtures.py BASE_MODEL OUTPUT [--seeds 3] [--steps 150] [--limit 100] [--jobs 2]
-        [--examples 3000] [--seconds S] [--arms A,…] [--maps FOLDER]
+        [--examples 3000] [--seconds S] [--arms A,…] [--maps FOLDER [--size HW] [--rows 8]]
 
 With `--maps` the three tasks of NYU Depth V2 in FOLDER are learned, classes, depth and normals, each beside runs of that task
 alone, and the table is Δm: the mean over tasks of how much better the metric is than its own run's, in percent.
@@ -61,8 +61,7 @@ SMALLER = ("depth", "normals")  # is better: metres and degrees
 ONE = [
     "training.rows=one_task",
     "mixing=uniform",
-    "training.rows_per_step=24",
-]  # as many maps a step
+]  # three times as many rows, so as many maps a step
 MAP_ARMS: dict[str, list[str]] = {
     **{f"single_{task}": [] for task in MAPS},
     "proportional": [],
@@ -99,7 +98,8 @@ def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
     )
     found = [
         f"base_model={options.base}", f"tasks=[{tasks}]", "training.epochs=99", f"training.max_steps={options.steps}",
-        "training.rows_per_step=8", "training.rows_per_pass=8", "training.checkpoint_every=null",
+        f"training.rows_per_step={options.rows * (3 if MAP_ARMS[arm][:2] == ONE else 1)}",
+        f"training.rows_per_pass={options.rows}", "training.checkpoint_every=null",
         f"training.seed={seed}", f"images.size={options.size}", f"adapter.target_modules=[{layers()}]", *MAP_ARMS[arm],
     ]  # fmt: skip
     reference = options.output / f"proportional-{seed}.run"
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--maps", type=Path, help="a folder of NYU Depth V2")
     parser.add_argument("--size", default="[168, 224]", help="of pictures")
+    parser.add_argument("--rows", type=int, default=8, help="pictures a step")
     parser.add_argument("--arms")
     options = parser.parse_args()
     options.arms = options.arms or ",".join(ARMS if options.maps is None else MAP_ARMS)
