@@ -43,6 +43,7 @@ MakeBatch = Callable[..., PackedBatch]
 def build(
     *,
     head_dim: int = 64,
+    vocabulary: int = 512,
     quantization: str = "none",
     dtype: torch.dtype = torch.bfloat16,
     **config: Any,
@@ -50,7 +51,7 @@ def build(
     """A small model of LLaMA's kind with grouped heads, and an adapter far from its start."""
     registered.register()
     shape = AutoConfig.for_model(
-        "llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=512,
+        "llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=3, vocab_size=vocabulary,
         num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -118,6 +119,17 @@ def test_bfloat16(batch: PackedBatch, head_dim: int, targets: Sequence[str], kee
     plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
     fused = learned(PackedModel(model, adapter, engine="fused", keep=keep), adapter, batch)
     assert_as_near(fused, plain, exact)
+
+
+def test_logits_in_aligned_rows(batch: PackedBatch) -> None:
+    """Of a vocabulary that is no multiple of 8; in float32 the output layer is left as it is."""
+    config: dict[str, Any] = {"target_modules": FOUR, "vocabulary": 515}
+    exact = exact_of(batch, **config)
+    model, adapter = build(**config)
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    fused = PackedModel(model, adapter, engine="fused")
+    assert fused.head(torch.zeros(2, 384, dtype=torch.bfloat16, device=CARD)).stride() == (520, 1)
+    assert_as_near(learned(fused, adapter, batch), plain, exact)
 
 
 @pytest.mark.parametrize(
