@@ -7,7 +7,8 @@
 | `nyu-mat` | the official `nyu_depth_v2_labeled.mat`, `splits.mat`, and perhaps `labels40.mat` | `image`, `depth`, `segmentation` |
 | `pascal-context` | the PASCAL-Context archive of multi-task learning: `JPEGImages/`, `semseg/`, `human_parts/`, `sal_distill/`, `normals_distill/`, `pascal-context/trainval/`, `ImageSets/Context/{train,val}.txt` | `image`, `semseg`, `parts`, `saliency`, `normals`, `edges` |
 
-Others' `val` is our `test`. A map that is not there is left out of its row.
+Others' `val` is our `test`. A map that is not there is left out of its row. Questions and captions about pictures are in
+`question_layouts.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mtl_lora_cli.data.file_formats import Rows, fingerprint
+from mtl_lora_cli.data.question_layouts import QUESTIONS, Placed
 from mtl_lora_cli.errors import UsageError, file_problem
 from mtl_lora_cli.pictures.matfiles import read_mat
 
@@ -27,8 +28,6 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
 SPLITS = ("train", "validation", "test")
 _MAPS = (*PICTURES, ".mat")
 _NYU = "nyu_depth_v2_labeled.mat"
-Row = dict[str, Any]
-Placed = tuple[Row, str]
 
 
 def layout_rows(root: Path, layout: str, split: str, task: str) -> Rows | None:
@@ -191,4 +190,5 @@ LAYOUTS: dict[str, Callable[[Path, str], Iterator[Placed] | None]] = {
     "nyud-mt": _nyud_mt,
     "nyu-mat": _nyu_mat,
     "pascal-context": _pascal_context,
+    **QUESTIONS,
 }

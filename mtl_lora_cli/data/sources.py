@@ -114,6 +114,9 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
         if split not in available_splits(source, base=base, task=task):
             return None
         content = f"{_hub_builder(source).hash} {source.splits} {split}"
+    elif source.layout is not None:
+        rows = read_split(source, split, base=base, task=task)
+        return None if rows is None else rows.fingerprint
     else:
         files = _split_files(source, base, task).get(split)
         if files is None:

@@ -30,7 +30,8 @@ from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import read_by
-from mtl_lora_cli.tasks.reading import reading_of
+from mtl_lora_cli.metrics.outcome import joined
+from mtl_lora_cli.tasks.reading import Reading, reading_of
 from mtl_lora_cli.tasks.task import Task
 
 Progress = Callable[[int, int], None]
@@ -335,7 +336,7 @@ def read_generated(
             named = reading.choice(text, [own(choice) for choice in example.choices])
             gold.append(example.gold)
         else:
-            right = reading.equal(text, right_text)
+            right = _right(reading, text, [right_text, *map(own, example.answers)])
             named = 0 if right else -1
             gold.append(0)
         predicted.append(named)
@@ -346,7 +347,10 @@ def read_generated(
         positive=task.template.positive_index,
         **_texts(
             task,
-            right_texts,
+            [
+                joined(list(map(own, example.answers)) or [right_text])
+                for right_text, example in zip(right_texts, examples.examples, strict=True)
+            ],
             [reading.answer(text) for text in texts],
         ),
     )
@@ -361,6 +365,12 @@ def read_generated(
         for text, right_text, example in zip(given, right_texts, examples.examples, strict=True)
     )
     return Answers(requests, outcome, texts=texts, unparsable=unparsable, unreadable=unreadable)
+
+
+def _right(reading: Reading, text: str, expected: Sequence[str]) -> bool | None:
+    """Whether a generated text is one of the answers that are right; None where nothing is found in it."""
+    found = [reading.equal(text, one) for one in expected]
+    return None if found[0] is None else any(found)
 
 
 def _texts(

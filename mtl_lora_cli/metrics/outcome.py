@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 Array = np.ndarray
+_BETWEEN = "\x1f"  # the control character that parts units
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Outcome:
         positive: index of the positive class.
         probabilities: float64 [E, most choices], of each row's choices, NaN behind a row's last one;
             kept where one of the task's metrics reads them, and choices were scored.
-        references, answers: str [E], the right free answer and the given one; likewise.
+        references, answers: str [E], the right free answer and the given one; likewise. Of several right
+            answers all, as `joined` puts them.
         tallies: float64 [E, K], of tasks whose answers are maps what was counted on each image; see
             `tallies.py`. `gold` and `predicted` are 0 then.
     """
@@ -44,6 +47,16 @@ class Outcome:
         return replace(
             self, **{name: part[numbers] for name, part in parts.items() if part is not None}
         )
+
+
+def joined(answers: Sequence[str]) -> str:
+    """Right answers of one row as one text."""
+    return _BETWEEN.join(answers)
+
+
+def several(reference: str) -> list[str]:
+    """The right answers of one row; the inverse of `joined`."""
+    return reference.split(_BETWEEN)
 
 
 OF_EACH_ROW = tuple(field.name for field in fields(Outcome) if field.name != "positive")

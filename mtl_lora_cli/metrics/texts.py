@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
 from functools import cache, lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from mtl_lora_cli.metrics.declare import FREE, metric
-from mtl_lora_cli.metrics.outcome import Array, Outcome
+from mtl_lora_cli.metrics.outcome import Array, Outcome, several
 
 TEXTS = ("references", "answers")
 _REMEMBERED = 2**16
@@ -28,11 +29,15 @@ _NUMBER = re.compile(r"-?\$?\.?[0-9][0-9.,]*")
 _NOTHING = object()
 
 
-def _mean(of: Callable[[str, str], float], o: Outcome, w: Array) -> Array:
+def mean_of(of: Callable[[str, str], float], o: Outcome, w: Array) -> Array:
     """Σ_i w_i of(reference_i, answer_i) / Σ_i w_i."""
-    pairs = _pairs(o)
-    values = np.asarray([of(reference, answer) for reference, answer in pairs], np.float64)
-    return w @ values / w.sum(1)
+    values = [of(reference, answer) for reference, answer in _pairs(o)]
+    return w @ np.asarray(values, np.float64) / w.sum(1)
+
+
+def mean_of_best(of: Callable[[str, str], float], o: Outcome, w: Array) -> Array:
+    """The same beside the right answer that gives most, where a row has several."""
+    return mean_of(lambda some, answer: max(of(one, answer) for one in several(some)), o, w)
 
 
 def _pairs(o: Outcome) -> list[tuple[str, str]]:
@@ -47,7 +52,7 @@ def token_f1(o: Outcome, w: Array) -> Array:
 
     Source: SQuAD's evaluation script, Rajpurkar et al. 2016, arXiv 1606.05250.
     """
-    return _mean(_overlap, o, w)
+    return mean_of_best(_overlap, o, w)
 
 
 @lru_cache(_REMEMBERED)
@@ -68,7 +73,7 @@ def rouge_l(o: Outcome, w: Array) -> Array:
 
     Source: Lin 2004, aclanthology.org/W04-1013; rouge-score's `rougeL`.
     """
-    return _mean(_rouge, o, w)
+    return mean_of_best(_rouge, o, w)
 
 
 @cache
@@ -108,7 +113,8 @@ def chrf(o: Outcome, w: Array) -> Array:
 def _of_corpus(scorer: Any, o: Outcome, w: Array) -> Array:
     """The score of each resample: what is counted in its answers is added up first."""
     references, answers = zip(*_pairs(o), strict=True)
-    counted = np.asarray(scorer._extract_corpus_statistics(list(answers), [list(references)]))
+    streams = [list(some) for some in zip_longest(*map(several, references))]
+    counted = np.asarray(scorer._extract_corpus_statistics(list(answers), streams))
     sums = np.rint(w @ counted).astype(int)
     return np.asarray([scorer._compute_score_from_stats(one.tolist()).score / 100 for one in sums])
 
@@ -120,7 +126,7 @@ def number(o: Outcome, w: Array) -> Array:
     Commas, dollar signs and a point at the end do not count; 42.0 is 42. Source: GSM8K, Cobbe et al. 2021,
     arXiv 2110.14168.
     """
-    return _mean(_same_number, o, w)
+    return mean_of_best(_same_number, o, w)
 
 
 def _same_number(reference: str, answer: str) -> float:
@@ -142,11 +148,12 @@ def number_in(text: str) -> Decimal | None:
 @metric("valid_json", of=FREE, reads=TEXTS)
 def valid_json(o: Outcome, w: Array) -> Array:
     """The share of answers that are JSON, from their first character to their last."""
-    return _mean(lambda reference, answer: float(_json(answer) is not _NOTHING), o, w)
+    return mean_of_best(lambda reference, answer: float(_json(answer) is not _NOTHING), o, w)
 
 
 def _no_json(o: Outcome) -> str | None:
-    if o.references is None or all(_json(text) is not _NOTHING for text in o.references.tolist()):
+    texts = [] if o.references is None else [t for some in o.references for t in several(str(some))]
+    if all(_json(text) is not _NOTHING for text in texts):
         return None
     return "a right answer is no JSON"
 
@@ -157,7 +164,7 @@ def json_fields(o: Outcome, w: Array) -> Array:
 
     A field is a path to a value that is no object and no list; an answer that is no JSON has none.
     """
-    return _mean(_equal_fields, o, w)
+    return mean_of_best(_equal_fields, o, w)
 
 
 def _equal_fields(reference: str, answer: str) -> float:

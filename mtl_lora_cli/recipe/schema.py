@@ -59,6 +59,11 @@ Columns = Annotated[
 ]
 
 
+LayoutName = Literal[
+    "folders", "nyud-mt", "nyu-mat", "pascal-context", "vqa-v2", "gqa", "nlvr2", "coco-captions"
+]
+
+
 class Source(StrictModel):
     """Where a task's rows come from: exactly one of `sample`, `path` and `hub`."""
 
@@ -69,8 +74,8 @@ class Source(StrictModel):
     revision: str | None = None  # the hub data set's revision
     # split of ours -> file below `path`, or name of the hub's split
     splits: dict[Literal["train", "validation", "test"], str] | None = None
-    # A folder of pictures and maps as others lay them out; see docs/dense.md.
-    layout: Literal["folders", "nyud-mt", "nyu-mat", "pascal-context"] | None = None
+    # A folder as others lay it out: pictures and maps (docs/dense.md), or questions about pictures (docs/pictures.md).
+    layout: LayoutName | None = None
     # How tables as text are written, where their ending does not say it; see docs/tasks.md.
     delimiter: Annotated[str | None, BeforeValidator(_one_character)] = None
     quoting: Literal["csv", "none"] | None = None

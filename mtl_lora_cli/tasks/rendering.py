@@ -38,6 +38,8 @@ class Example:
     images: tuple[
         Picture, ...
     ] = ()  # in the order of their places in the prompt (`pictured.PLACE`)
+    # All free answers that count as right, of which `answer` is learned; () where it alone does.
+    answers: tuple[str, ...] = ()
     texts: tuple[str, ...] = field(default=(), compare=False, repr=False)
     blank: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
@@ -67,6 +69,7 @@ class Renderer:
         )
         self._label = Expression(template.label or "none")
         self._answer = Text(template.answer)
+        self._answers = None if template.answers is None else Expression(template.answers)
         self._candidates = _candidates(template)
         self._shows = Shows(template.images, root) if template.images else None
         # Most rows wrap the same few choices, and Jinja is the slowest thing here.
@@ -109,7 +112,8 @@ class Renderer:
             prompt = self._get("prompt", lambda _: placed(own, len(images)), variables, where)
         answer, choices, gold, value = self._answered(variables, where, labelled)
         texts, blank = self._noticed(variables)
-        return Example(prompt, answer, choices, gold, value, None, images, texts, blank)
+        several = self._several(variables, where) if labelled else ()
+        return Example(prompt, answer, choices, gold, value, None, images, several, texts, blank)
 
     def pictures(
         self, row: Mapping[str, Any], where: str, variables: Variables | None = None
@@ -149,7 +153,7 @@ class Renderer:
         texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
         answer = dialogue.answer.strip() if labelled else ""
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
-        return Example(prompt, answer, (), -1, None, dialogue, images, texts)
+        return Example(prompt, answer, (), -1, None, dialogue, images, texts=texts)
 
     def talk(self, messages: list[Any], tools: list[Any], where: str) -> Example:
         """Messages that stand in no row, to be answered.
@@ -224,6 +228,20 @@ class Renderer:
         if not answer:
             raise self._label_error(where, "answer", "is empty for this row")
         return answer
+
+    def _several(self, variables: Variables, where: str) -> tuple[str, ...]:
+        """All answers that count as right."""
+        if self._answers is None:
+            return ()
+        found = self._label_of("answers", self._answers, variables, where)
+        if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
+            raise self._label_error(
+                where, "answers", f"expected a list of texts, received {_short(found)}"
+            )
+        told = tuple(one.strip() for one in found if one.strip())
+        if not told:
+            raise self._label_error(where, "answers", "has no text")
+        return told
 
     def _wrapped(self, texts: list[str], variables: Variables, where: str) -> tuple[str, ...]:
         """The choices as answers, checked: two or more, none empty, no two alike."""

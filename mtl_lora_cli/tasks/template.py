@@ -151,6 +151,8 @@ class Template(MapKeys):
     label: JinjaExpression | None = Field(default=None, validate_default=True)
     # What the model answers: each choice wrapped, or the free answer.
     answer: JinjaText = Field(default="", validate_default=True)
+    # An expression that gives all free answers that count as right, a list of texts; `answer` is what is learned.
+    answers: JinjaExpression | None = Field(default=None, validate_default=True)
     # `expectation`: labels are numbers, and the prediction is sum p_i * label_i.
     scoring: Literal["argmax", "expectation"] = "argmax"
     # What a choice's log-probability is divided by: 1, its tokens, or its characters.
@@ -269,6 +271,15 @@ class Template(MapKeys):
         if info.data["choices"] is None:
             raise ValueError("is required where there are no choices")
         return "{{ choice }}"
+
+    @field_validator("answers")
+    @classmethod
+    def _answers_are_free(cls, answers: str | None, info: ValidationInfo) -> str | None:
+        if answers is not None and info.data.get("objective", TEXTS[0]) != TEXTS[0]:
+            raise ValueError(f"goes with prompts, not with objective {info.data['objective']}")
+        if answers is not None and info.data.get("choices") is not None:
+            raise ValueError("goes with free answers, not with choices")
+        return answers
 
     @field_validator("scoring")
     @classmethod

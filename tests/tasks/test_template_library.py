@@ -188,6 +188,19 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
         )
         for kind, answer in (("colour", "teal"), ("shape", "circle"), ("yes_no", "no"))
     },
+    "vision/vqa_v2": (
+        {"image": "1.jpg", "question": "What is it?", "answer": "cat", "answers": ["cat"] * 10},
+        "cat",
+    ),
+    "vision/gqa": ({"image": "1.jpg", "question": "Is it red?", "answer": "yes"}, "yes"),
+    "vision/nlvr2": (
+        {"left": "1.png", "right": "2.png", "sentence": "Both are dogs.", "label": "False"},
+        "no",
+    ),
+    "vision/coco_captions": (
+        {"image": "1.jpg", "caption": "A cat sleeps.", "captions": ["A cat sleeps.", "A cat."]},
+        "A cat sleeps.",
+    ),
     "vision/product_title": ({"image": "1.jpg", "title": "A red cap"}, "A red cap"),
     "vision/statements_boxes": (
         {"boxes": ["1.png", "2.png", "3.png"], "sentence": "All are blue.", "label": "false"},
