@@ -35,7 +35,7 @@ def _vqa_v2(root: Path, split: str) -> Iterator[Placed] | None:
         root / f"v2_mscoco_{part}_annotations.json",
     )
     if not asked.is_file() and not said.is_file():
-        return None if _there(root, "v2_OpenEnded_*") else _nothing(root, asked)
+        return _no_split(root, asked, _there(root, "v2_OpenEnded_*"))
     return _questions(asked, said, part)
 
 
@@ -68,7 +68,7 @@ def _gqa(root: Path, split: str) -> Iterator[Placed] | None:
     part = {"train": "train", "validation": "val", "test": "testdev"}[split]
     file = root / f"{part}_balanced_questions.json"
     if not file.is_file():
-        return None if _there(root, "*_balanced_questions.json") else _nothing(root, file)
+        return _no_split(root, file, _there(root, "*_balanced_questions.json"))
     return _gqa_rows(file)
 
 
@@ -87,7 +87,7 @@ def _nlvr2(root: Path, split: str) -> Iterator[Placed] | None:
     part = {"train": "train", "validation": "dev", "test": "test1"}[split]
     file = root / f"{part}.json"
     if not file.is_file():
-        return None if _there(root, "*.json") else _nothing(root, file)
+        return _no_split(root, file, _there(root, "*.json"))
     return _statements(file, part)
 
 
@@ -118,8 +118,8 @@ def _coco_captions(root: Path, split: str) -> Iterator[Placed] | None:
     files = [(root / "annotations" / f"captions_{part}{year}.json", year) for year in _YEARS]
     file, year = next((one for one in files if one[0].is_file()), files[0])
     if part is None or not file.is_file():
-        there = _there(root, "annotations/captions_*.json")
-        return None if there or part is None else _nothing(root, file)
+        known = part is None or _there(root, "annotations/captions_*.json")
+        return _no_split(root, file, known)
     return _captions(file, f"{part}{year}", split)
 
 
@@ -193,7 +193,14 @@ def _there(root: Path, pattern: str) -> bool:
     return any(root.glob(pattern))
 
 
-def _nothing(root: Path, file: Path) -> None:
+def _no_split(root: Path, file: Path, others: bool) -> Iterator[Placed] | None:
+    """Nothing, where other splits are there.
+
+    Raises:
+        UsageError: none is.
+    """
+    if others:
+        return None
     raise file_problem(root, f"has no {file.relative_to(root)}, nor any other file of its layout")
 
 
