@@ -154,16 +154,15 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         came = time.monotonic()
-        body = await self._body(request)
-        self._held += len(body)
+        body = bytearray()
         try:
-            if self._held > max(self._limits.held, len(body)):
+            if not await self._takes(request, body):
                 return self._full(f"{self._limits.held:,} bytes of requests wait already")
             return await self._answered(body, came)
         finally:
             self._held -= len(body)
 
-    async def _answered(self, body: bytes, came: float) -> Response:
+    async def _answered(self, body: bytearray, came: float) -> Response:
         asked = self._read(body)
         if asked.pictures:  # other requests are read meanwhile
             await asyncio.to_thread(self._look, asked)
@@ -203,22 +202,26 @@ class Service:
         except UsageError as error:
             raise Wrong(400, str(error)) from None
 
-    async def _body(self, request: Request) -> bytes:
+    async def _takes(self, request: Request, body: bytearray) -> bool:
+        """Read a request's body; whether there is room for it beside those that are not answered yet."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Wrong(415, f"content-type: expected application/json, received '{kind}'")
-        found, most = b"", self._limits.body
+        most = self._limits.body
         too_large = Wrong(413, f"the body has more than {most:,} bytes")
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > most:
             raise too_large
         async for part in request.stream():
-            found += part
-            if len(found) > most:
+            body += part
+            self._held += len(part)
+            if len(body) > most:
                 raise too_large
-        return found
+            if self._held > max(self._limits.held, len(body)):
+                return False
+        return True
 
-    def _read(self, body: bytes) -> Rendered:
+    def _read(self, body: bytearray) -> Rendered:
         """The rows of a request, rendered."""
         content = _parsed(body)
         for key in content:
@@ -267,7 +270,7 @@ class Service:
         )
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytearray) -> dict[str, Any]:
     """A JSON object, as the standard has it: no NaN, no key twice."""
 
     def no_number(name: str) -> Any:
