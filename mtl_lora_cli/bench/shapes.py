@@ -39,6 +39,7 @@ _GRANITE = {"model_type": "granite", "embedding_multiplier": 12.0, "residual_mul
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128_256, theta=500_000.0),
+    "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128_256, theta=500_000.0),
     "llama3.2-3b": _llama(3072, 8192, 28, 24, 8, 128_256, theta=500_000.0, tied=True),
     "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, 128_256, theta=500_000.0, tied=True),
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32_000),

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 tests/benchmarks/zero.py --stage 2 --out results.jsonl
 
 trains a few steps of the training loop itself on a model of random weights and adds one JSON line to
-the file; called with files alone,
+the file. `--keep FOLDER` leaves its checkpoints there, one in the middle; `--from CHECKPOINT` goes on from one,
+on any number of cards. Called with files alone,
 
     python tests/benchmarks/zero.py --table results.jsonl
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -71,7 +73,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         row_length=wanted.row_length,
         rows_per_step=wanted.rows_per_step,
         rows_per_pass=wanted.rows_per_pass,
-        checkpoint_every=None,
+        checkpoint_every=(WARM_UP + wanted.steps) // 2 if wanted.keep else None,
     )
     mixture = Mixture(
         names=tuple(names),
@@ -87,7 +89,8 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
             max_gradient_norm=settings.max_gradient_norm,
             on_card=device.type == "cuda",
         )
-    folder = Path(processes.same(tempfile.mkdtemp()))
+    folder = wanted.keep or Path(processes.same(tempfile.mkdtemp()))
+    folder.mkdir(parents=True, exist_ok=True)
     prepared = SimpleNamespace(
         recipe=SimpleNamespace(training=settings),
         data=TrainingData(tasks, list(yardstick.splits), [], mixture),
@@ -98,6 +101,9 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     )
     run = RunFolder(folder)
     trainer = Trainer(ReadyRun(prepared, run, packed, adapter, zero))  # type: ignore[arg-type]
+    if wanted.begins:
+        trainer.resume(wanted.begins)
+        trainer.position = replace(trainer.position, metrics_bytes=0)  # a file of its own
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -108,7 +114,7 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     trainer._save()
     saving = time.monotonic() - started
     events = list(RunFolder(folder).events())
-    timed = events[WARM_UP:]
+    timed = events[min(WARM_UP, len(events) - 1) :]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "processes": processes.count,
@@ -122,32 +128,37 @@ def measure(wanted: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         "floor_share": median(event.get("floor_share", 0.0) for event in timed),
         "peak_gib": processes.gather(peak),
         "checkpoint_seconds": saving,
+        "begins": WARM_UP + wanted.steps - len(events),
         "losses": [event["loss"] for event in events],
     }
+
+
+def _case(one: dict[str, Any]) -> tuple[Any, ...]:
+    return (one["stage"], one["shape"], one["quantization"], *one["rows"])
 
 
 def table(files: list[Path]) -> str:
     """A line a result, with the ratio to one process at the same settings, stage 0 and the same."""
     found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    alone = {
-        (one["stage"], one["shape"], str(one["rows"])): one
-        for one in found
-        if one["processes"] == 1
-    }
-    lines = ["cards stage  tokens/s  floor  GiB/card     x1 same  x1 stage 0  save s  |dloss|"]
+    alone = {_case(one): one for one in found if one["processes"] == 1 and not one.get("begins")}
+    lines = ["cards stage  tokens/s  floor  GiB/card     x1 same  x1 stage 0  save s  |dloss|  of"]
     for one in found:
-        same, plain = (alone.get((s, one["shape"], str(one["rows"]))) for s in (one["stage"], 0))
+        same, plain = (alone.get(_case(one | {"stage": stage})) for stage in (one["stage"], 0))
         ratios = [
             one["tokens_per_second"] / o["tokens_per_second"] if o else 0 for o in (same, plain)
         ]
         apart = max(
-            (abs(a - b) for a, b in zip(one["losses"], (plain or one)["losses"], strict=True)),
+            abs(a - b)
+            for a, b in zip(
+                one["losses"], (plain or one)["losses"][-len(one["losses"]) :], strict=True
+            )
         )
         peaks = "/".join(f"{peak or 0:.2f}" for peak in one["peak_gib"])
         lines.append(
             f"{one['processes']:5} {one['stage']:5} {one['tokens_per_second']:9,.0f} "
             f"{one['floor_share']:6.1%} {peaks:>12} {ratios[0]:8.3f} {ratios[1]:11.3f} "
-            f"{one['checkpoint_seconds']:7.2f} {apart:8.1e}"
+            f"{one['checkpoint_seconds']:7.2f} {apart:8.1e}  {one['shape']} {one['quantization']}"
+            + (f", from step {one['begins']}" if one.get("begins") else "")
         )
     return "\n".join(lines)
 
@@ -161,6 +172,8 @@ def main() -> None:
     parser.add_argument("--rows-per-step", type=int, default=4)
     parser.add_argument("--rows-per-pass", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--from", type=Path, dest="begins")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, nargs="+")
     wanted = parser.parse_args()
