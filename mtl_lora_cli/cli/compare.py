@@ -57,6 +57,14 @@ def compare(
         str | None,
         typer.Option("--baseline", help="What the others are compared with; default: lora."),
     ] = None,
+    references: Annotated[
+        str | None,
+        typer.Option(
+            "--references",
+            metavar="RUN,RUN",
+            help="Of maps: the runs over which Δm is, such as one a task; default: the baseline.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Default: comparisons/RECIPE.")
     ] = None,
@@ -109,8 +117,13 @@ def compare(
         status("loading libraries")
         from mtl_lora_cli.compare.run import run_study
         from mtl_lora_cli.compare.study import StudyOptions, plan_study
+        from mtl_lora_cli.runs.folder import find_run
 
-        options = StudyOptions(names, matched, numbers, sweeps, against, limit, variants, scored)
+        beside = [find_run(name, Path("runs")) for name in (references or "").split(",") if name]
+        options = StudyOptions(
+            names, matched, numbers, sweeps, against, limit, variants, scored,
+            [str(one.path.absolute()) for one in beside],
+        )  # fmt: skip
         study = plan_study(loaded, folder, options)
         if dry_run:
             _show_plan(study, as_json)
@@ -174,6 +187,6 @@ def _report(folder: Path, as_json: bool) -> dict[str, Any]:
         for line in notes(report):
             emit(line)
         emit(f"{folder / MARKDOWN_FILE}")
-    if not report["plots"]:
+    if not report["plots"] and report["gains_over"] is None:
         say("no plots: matplotlib is not installed; get it with: pip install matplotlib")
     return report

@@ -21,6 +21,7 @@ RATE = "training.learning_rate"
 SWEPT = ("adapter", "training", "mixing")  # parts of a recipe whose keys may be swept
 CUT = "rows cut from train"  # validation rows of a task that has no split for them
 UNTRAINED = "untrained"  # stands beside the methods: the base model alone
+REFERENCES = "references"  # likewise, of maps: the runs over which Δm is
 TEST, VALIDATION = SCORED = ("test", "validation")  # rows that the report may be about
 
 

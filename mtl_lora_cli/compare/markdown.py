@@ -13,13 +13,13 @@ def summary_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     baseline = report["baseline"]
     header = [
         "method",
-        f"average{_on(report)}",
+        "average" + _on(report) if report.get("gains_over") is None else "Δm, %",
         "95 % interval",
         f"− {baseline}",
         "95 % interval",
         "p",
     ]
-    header += ["p (Holm)", "rank", "trained", "tokens/s", "GiB", "settings"]
+    header += ["p (Holm)", "rank", "trained", f"{_amount(report)}/s", "GiB", "settings"]
     rows = []
     for method, one in report["average"].items():
         row = [method, f"{one['value']:.3f}", _interval(one)]
@@ -73,7 +73,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     sharing = max(one["sharing"] for one in report["methods"].values())
     if sharing > 1:
         lines.append(
-            f"up to {sharing} runs at a time shared a device: tokens/s and seconds are not those of a "
+            f"up to {sharing} runs at a time shared a device: {_amount(report)}/s and seconds are not those of a "
             f"run alone"
         )
     if len(report["devices"]) > 1:
@@ -111,8 +111,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     methods = list(report["average"])
     parts = [
         f"# Methods compared on {report['recipe']}{_on(report)}",
-        "Average over tasks, each by its own metric; the mean over seeds, with 95 % intervals over "
-        "seeds and examples.",
+        f"{_averaged(report)}; the mean over seeds, with 95 % intervals over seeds and examples.",
         _table(*summary_rows(report)),
         "\n".join(f"- {line}" for line in notes(report)),
         "## Tasks",
@@ -168,8 +167,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _amount(report: Mapping[str, Any]) -> str:
+    """What speed is told in."""
+    return "tokens" if report.get("gains_over") is None else "pictures"
+
+
+def _averaged(report: Mapping[str, Any]) -> str:
+    """What the average is."""
+    over = report.get("gains_over")
+    if over is None:
+        return "Average over tasks, each by its own metric"
+    return f"Δm: the mean over tasks of what each one's metric gains over {over}, in percent"
+
+
 def _run_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "alpha", "runs", "steps", "tokens", "seconds", "last loss"]
+    header = ["method", "alpha", "runs", "steps", _amount(report), "seconds", "last loss"]
     rows = [
         [
             method,

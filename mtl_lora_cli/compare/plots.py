@@ -27,8 +27,10 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> dict[str, str]:
     colors = {
         method: COLORS[number % len(COLORS)] for number, method in enumerate(report["average"])
     }
-    drawn = {SCORES: f"scores, and differences to {report['baseline']}"}
-    _scores(report, colors, folder / SCORES)
+    drawn = {}
+    if report.get("gains_over") is None:  # metrics of maps have units of their own
+        drawn[SCORES] = f"scores, and differences to {report['baseline']}"
+        _scores(report, colors, folder / SCORES)
     if report["gradients"]:
         drawn[GRADIENTS] = "cosine of the tasks' gradients on the shared parameters"
         _gradients(report, folder / GRADIENTS)

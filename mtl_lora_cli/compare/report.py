@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mtl_lora_cli.compare.grid import UNTRAINED
+from mtl_lora_cli.compare.grid import REFERENCES, UNTRAINED
 from mtl_lora_cli.compare.markdown import markdown
 from mtl_lora_cli.compare.plots import write_plots
 from mtl_lora_cli.compare.results import (
@@ -65,15 +65,21 @@ def build_report(folder: Path) -> dict[str, Any]:
         )
     own = {method: [finished[method][seed] for seed in seeds] for method in methods}
     scored: dict[str, list[Mapping[str, Any]]] = {m: [r[score] for r in own[m]] for m in methods}
-    untrained = read_result(folder, UNTRAINED)
-    if untrained is not None and is_done(untrained):
-        scored[UNTRAINED] = [untrained[score]] * len(seeds)
     names = list(scored[baseline][0])
+    of_maps = any("tallies" in entry for entry in scored[baseline][0].values())
+    beside = REFERENCES if plan["fixed"].get("references") else UNTRAINED
+    alone = read_result(folder, beside)
+    if alone is not None and is_done(alone):
+        scored[beside] = [alone[score]] * len(seeds)
+    gains_over = None
+    if of_maps:
+        gains_over = beside if beside in scored else baseline
     compared = compare(
         {name: _task_runs(name, scored) for name in names},
         baseline,
         seed=_BOOTSTRAP_SEED,
-        apart=(UNTRAINED,),
+        apart=(UNTRAINED, REFERENCES),
+        gains_over=gains_over,
     )
     first = own[baseline][0]
     scores = validation_scores(plan, results) if plan["fixed"]["sweep"] else {}
@@ -86,6 +92,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         "seeds": seeds,
         "planned_seeds": plan["seeds"],
         "baseline": baseline,
+        "gains_over": gains_over,
         "match": plan["fixed"]["match"],
         "target": plan["target"],
         "limit": plan["fixed"]["limit"],
@@ -128,7 +135,7 @@ def build_report(folder: Path) -> dict[str, Any]:
             for method, labels in scores.items()
             for label, score in labels.items()
         ],
-        "unfinished": [*_unfinished(plan, results, chosen), *_failed_base(untrained)],
+        "unfinished": [*_unfinished(plan, results, chosen), *_failed_base(alone, beside)],
         "undefined": list(_undefined(scored)),
         "not_learned": list(_not_learned(scored, own, seeds)),
         "left_out": [method for method in plan["methods"] if method not in methods],
@@ -193,7 +200,7 @@ def _not_learned(
     a guess; then what the runs' own looks showed (`training.signs`), and where gradients spiked. Older results know
     the first alone."""
     for method, each in scored.items():
-        for name in each[0] if method != UNTRAINED else ():
+        for name in _of_texts(each[0]) if method != UNTRAINED else ():
             outcomes = [unpack(one[name]) for one in each]
             same = [one_answer(one.gold, one.predicted) is not None for one in outcomes]
             if any(same):
@@ -219,6 +226,11 @@ def _not_learned(
                 f"{method}: {spiked} of {sum(run['steps'] for run in runs):,} steps had a gradient more than "
                 f"{TIMES:g} times the usual"
             )
+
+
+def _of_texts(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The tasks whose answers are no maps."""
+    return [name for name, entry in entries.items() if "tallies" not in entry]
 
 
 def _task_runs(name: str, scored: Mapping[str, Sequence[Mapping[str, Any]]]) -> TaskRuns:
@@ -291,11 +303,11 @@ def _unfinished(
     return found
 
 
-def _failed_base(untrained: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The base model alone, where its scoring failed."""
-    if untrained is None or is_done(untrained):
+def _failed_base(alone: Mapping[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """What stands beside the methods, where its scoring failed."""
+    if alone is None or is_done(alone):
         return []
-    return [{"id": UNTRAINED, "reason": untrained["reason"]}]
+    return [{"id": name, "reason": alone["reason"]}]
 
 
 def _first_reason(results: Mapping[str, Mapping[str, Any] | None]) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mtl_lora_cli.compare.grid import TEST
-from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import direction, find
@@ -24,9 +23,19 @@ RESULTS = "results"
 DONE, FAILED = "done", "failed"
 
 
+class Rows(Protocol):
+    """What a task is scored on: rows of text, or pictures with maps."""
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
 def pack(
     task: Task,
-    examples: Examples,
+    examples: Rows,
     outcome: Outcome,
     scores: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl_lora_cli.compare.grid import TEST, UNTRAINED
+from mtl_lora_cli.compare.grid import TEST
+from mtl_lora_cli.compare.maps import of_maps
 from mtl_lora_cli.compare.results import (
     FAILED,
     RESULTS,
@@ -24,7 +25,7 @@ from mtl_lora_cli.compare.results import (
 )
 from mtl_lora_cli.compare.rows import validation_rows, write_cuts
 from mtl_lora_cli.compare.study import Study, checked_plan, store_plan
-from mtl_lora_cli.compare.work import BASE, CHOSEN, LEARN, Job, Work
+from mtl_lora_cli.compare.work import BASE, CHOSEN, LEARN, Job, Work, beside_of
 from mtl_lora_cli.compare.workers import WorkerProcesses, processes_for
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import describe_changes, load_recipe
@@ -83,7 +84,7 @@ def _require_rows(study: Study, work: Work) -> None:
     """
     options = study.options
     if options.score == TEST:
-        assert work.test_rows
+        assert work.held if of_maps(study.tasks) else work.test_rows
     if options.validated:
         own = [task for task in study.tasks if task.name not in study.cut]
         validation_rows(study.folder, own, (), options.limit)
@@ -101,8 +102,9 @@ def _what_follows(study: Study, plan: Mapping[str, Any]) -> list[Job]:
             for run in done
             if run.point.label == chosen[run.method] and (results[run.id] or {}).get(TEST) is None
         ]
-    if done and not is_done(_result(study, UNTRAINED)):
-        jobs.append(Job(BASE, done[0]))
+    beside = beside_of(study)
+    if done and beside is not None and not is_done(_result(study, beside)):
+        jobs.append(Job(BASE, done[0], beside))
     return jobs
 
 
@@ -166,7 +168,7 @@ class _Runner:
         """Write down why; a run that is done stays done when its scoring failed."""
         reason = " ".join(text.split())[:500]
         if not is_done(_result(self.study, job.name)):
-            about = {"id": UNTRAINED} if job.kind == BASE else job.run.to_json()
+            about = {"id": job.name} if job.kind == BASE else job.run.to_json()
             save_json(
                 result_path(self.study.folder, job.name),
                 {**about, "status": FAILED, "reason": reason},

@@ -29,6 +29,7 @@ from mtl_lora_cli.compare.grid import (
     run_name,
     with_settings,
 )
+from mtl_lora_cli.compare.maps import of_maps, require_possible, trained_values
 from mtl_lora_cli.compare.matching import alpha_at, common_target, count_at, match_rank
 from mtl_lora_cli.compare.results import PLAN, fixed_in, read_plan
 from mtl_lora_cli.compare.rows import cut_source, lacks_validation
@@ -59,6 +60,7 @@ class StudyOptions:
         limit: at most so many rows of each task score a run.
         variants: name → what it stands for, of the methods that are none of the family's own.
         score: the rows that the report is about, `test` or `validation`.
+        references: folders of the runs over which Δm of maps is; none: over the baseline.
     """
 
     methods: Sequence[str]
@@ -69,6 +71,7 @@ class StudyOptions:
     limit: int | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
     score: str = TEST
+    references: Sequence[str] = ()
 
     @property
     def validated(self) -> bool:
@@ -154,6 +157,7 @@ class Study:
                 "sweep": {key: list(values) for key, values in options.sweeps.items()},
                 "limit": options.limit,
                 "score": options.score,
+                **({"references": list(options.references)} if options.references else {}),
                 "data": prints,
             },
             "methods": list(options.methods),
@@ -200,12 +204,7 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: StudyOptions) -> Stu
             "use --match none"
         )
     tasks = bind_tasks(loaded)
-    for task in tasks:
-        require_text(task.name, task.objective)
-    try:
-        direction(task.template.metrics[0] for task in tasks)
-    except ValueError as error:
-        raise UsageError(f"the tasks cannot be compared as a whole: {error}") from None
+    _require_comparable(tasks, options)
     cut = [task.name for task in tasks if options.validated and lacks_validation(task)]
     entries = []
     for task in tasks:
@@ -217,6 +216,13 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: StudyOptions) -> Stu
         entries.append(task.entry(source))
     settled = recipe.model_copy(update={"tasks": entries, "run": RunSettings()})
     shapes = _shapes(loaded)
+
+    def count_of(chosen: Recipe) -> Callable[[int], int]:
+        if of_maps(tasks):
+            values = trained_values(loaded, chosen, tasks)
+            return lambda rank: values  # of the recipe's rank: others are not asked for
+        return count_at(chosen.adapter, shapes(chosen.adapter), len(tasks))
+
     own = recipe.adapter
     count = len(tasks)
     target = options.match if isinstance(options.match, int) else None
@@ -225,7 +231,7 @@ def plan_study(loaded: LoadedRecipe, folder: Path, options: StudyOptions) -> Stu
     rate = recipe.training.learning_rate
     variants = {method: options.variant(method) for method in options.methods}
     points = {name: points_of(one, options.sweeps, rate) for name, one in variants.items()}
-    sized = _sizes(settled, points, variants, shapes, count, target)
+    sized = _sizes(settled, points, variants, count_of, target)
     runs = [
         PlannedRun(
             id=run_name(method, point, seed),
@@ -257,8 +263,7 @@ def _sizes(
     recipe: Recipe,
     points: Mapping[str, Sequence[Point]],
     variants: Mapping[str, Variant],
-    shapes: Shapes,
-    tasks: int,
+    count_of: Callable[[Recipe], Callable[[int], int]],
     target: int | None,
 ) -> list[Sized]:
     """The recipe of each setting of each method at its rank, the methods side by side.
@@ -275,11 +280,11 @@ def _sizes(
             settings = {**variants[method].settings, **point.settings}
             if target is None:
                 chosen = with_settings(recipe, kind, settings)
-                count = _count_of(chosen, shapes, tasks)
+                count = count_of(chosen)
                 sized.append((method, point, chosen, count(chosen.adapter.rank)))
                 continue
             step = _rank_step(recipe, kind, settings)
-            count = _count_of(_at(recipe, kind, settings, step), shapes, tasks)
+            count = count_of(_at(recipe, kind, settings, step))
             counts.append((count, step))
             name = f"{method} ({point.text})" if point.settings else method
             try:
@@ -311,9 +316,19 @@ def _at(recipe: Recipe, method: str, settings: Mapping[str, Any], rank: int) -> 
     return with_settings(recipe, method, {**settings, **sizes})
 
 
-def _count_of(recipe: Recipe, shapes: Shapes, tasks: int) -> Callable[[int], int]:
-    config = recipe.adapter
-    return count_at(config, shapes(config), tasks)
+def _require_comparable(tasks: Sequence[Task], options: StudyOptions) -> None:
+    """Refuse tasks that no average is of, and options that are not theirs."""
+    if of_maps(tasks):
+        require_possible(tasks, options)
+        return
+    if options.references:
+        raise UsageError("--references is for maps; texts are compared with --baseline METHOD")
+    for task in tasks:
+        require_text(task.name, task.objective, "compared with text")
+    try:
+        direction(task.template.metrics[0] for task in tasks)
+    except ValueError as error:
+        raise UsageError(f"the tasks cannot be compared as a whole: {error}") from None
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:

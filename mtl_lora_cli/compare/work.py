@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from mtl_lora_cli.compare.grid import TEST, UNTRAINED, VALIDATION
+from mtl_lora_cli.compare.grid import REFERENCES, TEST, UNTRAINED, VALIDATION
+from mtl_lora_cli.compare.maps import held_maps, of_maps, reference_scores, said, scores
 from mtl_lora_cli.compare.results import DONE, average, pack, read_result, result_path
 from mtl_lora_cli.compare.rows import report_rows, validation_rows
 from mtl_lora_cli.compare.study import PlannedRun, Study
@@ -16,6 +17,7 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import Setting
+from mtl_lora_cli.evaluation.maps import HeldMaps
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.machine.cards import pick_device, release, reset_peak, sharing
 from mtl_lora_cli.report.events import training_facts
@@ -36,17 +38,19 @@ class Job:
 
     Attributes:
         kind: LEARN: train a run and score it; CHOSEN: score it on test, since its setting was
-            chosen; BASE: score the base model alone, what all methods start from.
+            chosen; BASE: score what stands beside the methods, see `beside_of`.
         run: which; for BASE any finished one, whose base model is asked.
+        beside: what BASE's result is called.
     """
 
     kind: str
     run: PlannedRun
+    beside: str = UNTRAINED
 
     @property
     def name(self) -> str:
         """Of the result."""
-        return UNTRAINED if self.kind == BASE else self.run.id
+        return self.beside if self.kind == BASE else self.run.id
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class JobOutcome:
     usage: UsageError | None = None
 
 
+def beside_of(study: Study) -> str | None:
+    """What stands beside the methods: the base model alone, or the runs over which Δm of maps is, if any."""
+    if of_maps(study.tasks):
+        return REFERENCES if study.options.references else None
+    return UNTRAINED
+
+
 class Work:
     """Does the jobs of a comparison, and writes their results.
 
@@ -75,8 +86,13 @@ class Work:
         self.study = study
 
     @cached_property
+    def held(self) -> list[HeldMaps]:
+        """Of each task of maps, the pictures that test."""
+        return held_maps(self.study.tasks, self.study.options.limit)
+
+    @cached_property
     def test_rows(self) -> list[Examples]:
-        """Of each task, those that test."""
+        """Of each task of texts, those that test."""
         return report_rows(self.study.tasks, self.study.options.limit)
 
     @cached_property
@@ -87,7 +103,7 @@ class Work:
 
     def attempt(self, job: Job) -> JobOutcome:
         """Do a job. Whatever goes wrong: an hour of other runs must not be lost with it."""
-        kinds = {LEARN: self._learn, CHOSEN: self._score_chosen, BASE: self._score_untrained}
+        kinds = {LEARN: self._learn, CHOSEN: self._score_chosen, BASE: self._score_beside}
         try:
             outcome = JobOutcome(kinds[job.kind](job.run))
         except MtlLoraError as error:
@@ -122,15 +138,21 @@ class Work:
             },
             "sharing": sharing(),
             VALIDATION: self._scores(opened, self.validation_rows) if options.validated else None,
-            TEST: None if options.validated else self._scores(opened, self.test_rows),
+            TEST: None if options.validated else self._tested(opened),
         }
         result["seconds_in_all"] = time.monotonic() - started
         save_json(result_path(self.study.folder, run.id), result)
         shutil.rmtree(folder.checkpoints, ignore_errors=True)  # nothing is left to resume
+        amount = "pictures" if of_maps(self.study.tasks) else "tokens"
         return (
             f"{_average(result[VALIDATION if options.validated else TEST])}, "
-            f"{result['tokens_per_second']:,.0f} tokens/s, {duration(result['seconds_in_all'])}"
+            f"{result['tokens_per_second']:,.0f} {amount}/s, {duration(result['seconds_in_all'])}"
         )
+
+    def _tested(self, opened: Run) -> dict[str, Any]:
+        if of_maps(self.study.tasks):
+            return scores(opened, self.held)
+        return self._scores(opened, self.test_rows)
 
     def _score_chosen(self, run: PlannedRun) -> str:
         opened = open_run(_trained(self.study, run))
@@ -139,6 +161,15 @@ class Work:
         result[TEST] = self._scores(opened, self.test_rows)
         save_json(result_path(self.study.folder, run.id), result)
         return f"chosen; {_average(result[TEST])}"
+
+    def _score_beside(self, run: PlannedRun) -> str:
+        references = self.study.options.references
+        if not references:
+            return self._score_untrained(run)
+        entries = reference_scores(self.held, references)
+        result = {"id": REFERENCES, "status": DONE, "method": REFERENCES, TEST: entries}
+        save_json(result_path(self.study.folder, REFERENCES), result)
+        return said(entries)
 
     def _score_untrained(self, run: PlannedRun) -> str:
         score = self.study.options.score
@@ -160,6 +191,8 @@ class Work:
 
 
 def _average(entries: dict[str, Any]) -> str:
+    if any("tallies" in entry for entry in entries.values()):
+        return said(entries)
     splits = " and ".join(dict.fromkeys(entry["split"] for entry in entries.values()))
     return f"average {average(entries):.3f} on {splits}"
 

@@ -74,7 +74,7 @@ class Compared:
 
     Attributes:
         tasks: method → task → estimate.
-        average: method → mean over tasks.
+        average: method → mean over tasks, or Δm.
         task_differences, average_differences: the same for all but the baseline, against it.
     """
 
@@ -91,6 +91,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
     apart: Collection[str] = (),
+    gains_over: str | None = None,
 ) -> Compared:
     """Compare methods that ran with the same seeds on the same examples.
 
@@ -100,6 +101,8 @@ def compare(
         resamples: B.
         seed: of the resampling.
         apart: methods whose average is no claim to be tested; Holm's correction leaves them out.
+        gains_over: the method over which the average is one of relative gains, in percent: Δm, where a lower
+            value of a metric whose better direction is lower is a gain. None: it is one of the scores.
     """
     first = next(iter(tasks.values()))
     methods = list(first.outcomes)
@@ -112,8 +115,15 @@ def compare(
         method: {name: _estimate(points[name][place], samples[name][place]) for name in tasks}
         for place, method in enumerate(methods)
     }
-    mean_points = np.mean([points[name] for name in tasks], axis=0)
-    mean_samples = np.mean([samples[name] for name in tasks], axis=0)
+
+    def mean(values: Mapping[str, np.ndarray]) -> np.ndarray:
+        if gains_over is None:
+            return np.asarray(np.mean([values[name] for name in tasks], axis=0))
+        place = methods.index(gains_over)
+        gains = [_gains(tasks[name].metric, values[name], place) for name in tasks]
+        return np.asarray(np.mean(gains, axis=0))
+
+    mean_points, mean_samples = mean(points), mean(samples)
     average = {
         method: _estimate(mean_points[place], mean_samples[place])
         for place, method in enumerate(methods)
@@ -124,7 +134,10 @@ def compare(
     for place, method in enumerate(methods):
         if method == baseline:
             continue
-        signs = {name: sign_test(runs, method, baseline) for name, runs in tasks.items()}
+        signs = {
+            name: None if gains_over is not None else sign_test(runs, method, baseline)
+            for name, runs in tasks.items()
+        }
         found = {
             name: _difference(points[name], samples[name], place, base, signs[name])
             for name in tasks
@@ -176,8 +189,15 @@ def _each_once(name: str, outcomes: Sequence[Outcome], weights: np.ndarray) -> n
     return np.stack([known[id(one)] for one in outcomes], axis=1)
 
 
+def _gains(metric: str, values: np.ndarray, place: int) -> np.ndarray:
+    """Of scores [M, S] of all methods, what each gains over one of them, in percent of its score; NaN where that is 0."""
+    sign = -1 if find(metric).better == "lower" else 1
+    over = np.where(values[place] == 0, np.nan, values[place])
+    return np.asarray(sign * 100 * (values - over) / over)
+
+
 def _estimate(seeds: np.ndarray, samples: np.ndarray) -> SeedMean:
-    low, high = np.quantile(samples, [0.025, 0.975]).tolist()
+    low, high = np.nanquantile(samples, [0.025, 0.975]).tolist()
     return SeedMean(float(seeds.mean()), low, high, tuple(seeds.tolist()))
 
 

@@ -150,6 +150,34 @@ def test_delta_m_over_single_task_runs(call: Call) -> None:
     assert "--baseline: run one learned none of the tasks that are left" in refused.stderr
 
 
+@pytest.mark.long
+def test_a_comparison_is_of_delta_m(place: Path, call: Call) -> None:
+    """It is what eval says of each of its runs beside the same references; the report comes again without a model."""
+    for task in ("classes", "depth"):
+        own = yaml.safe_load((place / "recipe.yaml").read_text())
+        own["tasks"] = [one for one in own["tasks"] if one["name"] == task]
+        del own["training"]["validation"]
+        (place / f"only-{task}.yaml").write_text(yaml.safe_dump(own))
+        call("train", f"only-{task}.yaml", f"run.name=only-{task}")
+    both = yaml.safe_load((place / "recipe.yaml").read_text())
+    both["tasks"] = [one for one in both["tasks"] if one["name"] in ("classes", "depth")]
+    del both["training"]["validation"]
+    (place / "both.yaml").write_text(yaml.safe_dump(both))
+    few, over = ("--limit", str(LIMIT)), "only-classes,only-depth"
+    more = ("--methods", "lora,mtlora", "--seeds", "2", "--match", "none", "--references", over)
+    report = json.loads(call("compare", "both.yaml", *more, *few, "--json").stdout)
+    for method in ("lora", "mtlora"):
+        said = []
+        for seed in (0, 1):
+            run = f"comparisons/both/runs/{method}-seed{seed}"
+            answer = call("eval", "--run", run, "--task", "all", "--baseline", over, *few, "--json")
+            said.append(json.loads(answer.stdout)["delta_m"]["value"])
+        assert report["average"][method]["seeds"] == pytest.approx(said, rel=1e-4)
+    assert report["average"]["references"]["value"] == 0
+    again = call("compare", "both.yaml", *more, *few, "--report-only").stdout
+    assert "Δm, %" in again and "pictures/s" in again and "nearly all rows" not in again
+
+
 def test_looks_have_metrics(place: Path) -> None:
     lines = (place / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
@@ -220,6 +248,11 @@ def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
         (("predict", "--run", "one", "--task", "dept", "few.jsonl"), "unknown task 'dept'; did you mean 'depth'?"),
         (("predict", "--run", "one", "few.jsonl"), "give --task"),
         (("data", "show", "recipe.yaml", "--packed"), "--packed is for texts"),
+        (("compare", "recipe.yaml"), "--match: picks ranks for texts; maps are compared with --match none"),
+        (("compare", "recipe.yaml", "--match", "none", "--score", "validation"), "--score validation is for texts"),
+        (("compare", "recipe.yaml", "--match", "none", "--sweep", "training.learning_rate=1e-3"), "--sweep: is for texts; of maps each setting is a --variant"),
+        (("compare", "alone.yaml", "--match", "none", "--references", "one,one"), "--references: run one learned none of the tasks that are left"),
+        (("compare", "quickstart", "--references", "one"), "--references is for maps"),
         (("bench", "--recipe", "recipe.yaml"), "a swin is none; bench measures language models"),
         (("router", "--run", "one"), "only text can be told apart by a router"),
         (("serve", "one", "--port", "0"), "serve answers texts; its answers are maps"),

@@ -49,6 +49,35 @@ def test_the_average_is_the_mean_over_tasks() -> None:
     assert found["lora"].seeds == pytest.approx((0.75, 0.375))
 
 
+def test_gains_are_relative_and_have_a_direction() -> None:
+    """Δm = (100 / T) Σ ± (Y − Y_0) / Y_0 of each seed; of the rows' mean squares the lower is better."""
+    squares = {"a": [[4.0, 0.0], [9.0, 9.0]], "b": [[1.0, 1.0], [4.0, 12.0]]}
+    none = np.zeros(2, dtype=int)
+    depth = TaskRuns(
+        "depth_rmse",
+        {
+            # Of each image of one pixel: pixels, squares, what this metric leaves alone.
+            m: [
+                Outcome(none, none, tallies=np.array([[1, x, *[0] * 5] for x in row]))
+                for row in own
+            ]
+            for m, own in squares.items()
+        },
+    )
+    found = compare({"one": runs({"a": ["10", "10"], "b": ["11", "10"]}), "depth": depth}, "a",
+                    gains_over="a")  # fmt: skip
+    rmse = {m: [np.sqrt(np.mean(row)) for row in own] for m, own in squares.items()}
+    by_seed = [
+        50 * ((b - a) / a + (r_a - r_b) / r_a)
+        for a, b, r_a, r_b in zip((0.5, 0.5), (1.0, 0.5), rmse["a"], rmse["b"], strict=True)
+    ]
+    assert found.average["b"].seeds == pytest.approx(by_seed)
+    assert found.average["b"].value == pytest.approx(np.mean(by_seed))
+    assert found.average["a"].seeds == (0, 0) and found.average["a"].high == 0
+    assert found.tasks["b"]["depth"].value == pytest.approx(np.mean(rmse["b"]))
+    assert found.task_differences["b"]["depth"].p_sign is None
+
+
 def test_differences_by_hand() -> None:
     found = compare(TASKS, "lora")
     assert found.task_differences["mtl-lora"]["one"].value == pytest.approx(0.375)
