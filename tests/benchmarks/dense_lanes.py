@@ -20,7 +20,7 @@ from dense_arms import WEIGHTS, Builder, Kind, start
 from dense_data import Data
 from dense_metrics import SIZES, score, sums
 
-ASKED = 50  # pictures that are evaluated in one step
+DECODER_RATE, ASKED = 2e-3, 50  # pictures that are evaluated in one step
 AHEAD = 3  # steps that wait on the card
 Run = Iterator[None]
 
@@ -62,16 +62,13 @@ class Lane:
         batch: pictures a step.
         most: steps of the longest run.
         seeds: starts that are made beforehand.
-        decoder_rate: of decoders, where something else learns beside them.
     """
 
     def __init__(
-        self, kind: Kind, builder: Builder, data: Data, batch: int, most: int, seeds: int,
-        decoder_rate: float,
-    ) -> None:  # fmt: skip
+        self, kind: Kind, builder: Builder, data: Data, batch: int, most: int, seeds: int
+    ) -> None:
         self.kind, self._data, self._batch = kind, data, batch
         self.chosen: dict[str, Any] | None = None
-        self._decoder_rate = decoder_rate
         # Nothing is dropped in any case; otherwise the host would keep decoders as they are when it is first asked.
         self.host = builder.host(kind).train(True)
         card = data.device.type == "cuda"
@@ -174,7 +171,7 @@ class Lane:
             weights = [WEIGHTS[job.weights][task] for task in self.kind.tasks]
             # One task's weight would only change what clipping sees.
             self._weights.copy_(torch.tensor(weights if len(weights) > 1 else [1.0]))
-            peaks = [job.rate if self._alone else self._decoder_rate, job.rate]
+            peaks = [job.rate if self._alone else DECODER_RATE, job.rate]
             for tensor, value in zip(self._peaks, peaks, strict=False):
                 tensor.fill_(value)
             self._count.zero_()

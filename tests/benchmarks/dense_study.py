@@ -152,7 +152,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=300, help="of the last runs")
-    parser.add_argument("--decoder-rate", type=float, default=2e-3, help="where more learns")
     parser.add_argument("--without", nargs="*", default=[], help="arms, or `edges`, left out")
     parser.add_argument("--encoder", type=Path, help="a folder, instead of the packed one")
     parser.add_argument("--maps", type=Path, help="a folder of arrays, instead of the packed ones")
@@ -226,9 +225,7 @@ def made(
     lanes: dict[Kind, Lane] = {}
     for kind in kinds(a.without, [name for name in builders if name]):
         try:
-            lane = Lane(
-                kind, builders[kind.backbone], data, a.batch, a.steps, a.seeds, a.decoder_rate
-            )
+            lane = Lane(kind, builders[kind.backbone], data, a.batch, a.steps, a.seeds)
             apart = lane.capture() if graphs else 0.0
             if not apart < 0.03:
                 print(f"FAILED {kind.name}: the graph's loss is {apart:.2g} away", flush=True)
@@ -267,7 +264,6 @@ def told(
 ) -> None:
     """Tables for a person, and everything else in JSON."""
     settings = {"steps": steps, "batch": a.batch, "seeds": a.seeds, "seconds": clock.seconds}
-    settings["decoder_rate"] = a.decoder_rate
     chosen = {kind.name: lane.chosen for kind, lane in lanes.items()}
     tried = [
         run["job"] | {task: of_all(task, stats) for task, stats in run["stats"].items()}

@@ -2,14 +2,11 @@
 
     python tests/benchmarks/distil_backbone.py --teacher dinov2-small --pictures FOLDER [ROWS.jsonl …] --out swin-distilled
 
-What the teacher's patches say after each of its last three quarters is said by a sum over all of the student's stages,
-
-    g_q = Σ_i W_qi up(norm x_i)        ℓ = Σ_q (1 − cos(g_q, t_q − mean t_q))
-
-on the teacher's grid of patches; the linear layers W are thrown away afterwards. A quarter of the pictures that are
-shown are two, one over the other: the teacher says of these, too, what it sees (Beyer et al., arXiv 2106.05237). Pictures are the JPEG and PNG files below a folder, those that rows of JSON name under `image`, or the training
+The student's third and fourth stage, each by a linear layer that is thrown away afterwards, say what the teacher's patches
+say in the middle and at the end: ℓ = Σ (1 − cos), after the teacher's means over pictures are taken off, on its grid of
+patches. Pictures are the JPEG and PNG files below a folder, those that rows of JSON name under `image`, or the training
 pictures of what `dense_data.py` packed (pictures.npz). Leave out the pictures that a study tests on. Each is seen as a
-random crop, half of them mirrored, at the size that `--size` says. A source that is named twice is seen twice as often.
+random crop, half of them mirrored.
 
 What comes out is an ordinary folder of transformers' `SwinModel` of about 7 million values, with blocks 2, 2, 6, 2 and
 windows of 7 as a Swin-T has them. It has seen some thousand pictures and is no ImageNet model. The study beside this
@@ -37,9 +34,7 @@ from torch import Tensor, nn
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-QUARTERS = (1, 2, 3)  # of the teacher, counted from 0
-MIXED = 4  # of so many pictures one is two
-Size = tuple[int, int]
+STAGES = {2: 2, 3: 3}  # the student's stage → the teacher's quarter
 
 
 def student_configuration() -> Any:
@@ -55,8 +50,8 @@ def student_configuration() -> Any:
     )
 
 
-def pictures_of(sources: list[Path], size: Size) -> Tensor:
-    """uint8 [N, 3, H, W] of all sources, in one order on every machine; whole pictures squeezed into that size.
+def pictures_of(sources: list[Path], side: int) -> Tensor:
+    """uint8 [N, 3, side, side] of all sources, in one order on every machine; whole pictures squeezed into a square.
 
     Raises:
         SystemExit: there are none.
@@ -79,7 +74,9 @@ def pictures_of(sources: list[Path], size: Size) -> Tensor:
 
     def squeezed(opened: Callable[[], Image.Image]) -> np.ndarray:
         with opened() as picture:
-            return np.asarray(picture.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+            return np.asarray(
+                picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            )
 
     with ThreadPoolExecutor(8) as pool:
         stacked = np.stack(list(pool.map(squeezed, found)))
@@ -95,12 +92,12 @@ class Reader:
         device, dtype: where and in what it computes.
     """
 
-    def __init__(self, folder: Path, size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, size: int, device: torch.device, dtype: torch.dtype) -> None:
         from mtl_lora_cli.dense.backbones import family_of, load_backbone
         from mtl_lora_cli.models.base import find_base_model
 
         base = find_base_model(str(folder))
-        self.model = load_backbone(base, size=size, dtype=dtype, device=device)
+        self.model = load_backbone(base, size=(size, size), dtype=dtype, device=device)
         self.family, self._size, self._found = family_of(base, self.model.config), size, []
         self.stages = self.family.stages(self.model.config)
         for path in self.stages.blocks:
@@ -113,21 +110,24 @@ class Reader:
         self._found.clear()
         self.family.run(self.model, pixels)
         plain = [x[0] if isinstance(x, tuple) else x for x in self._found]
-        return [self.family.to_map(self.model, x, i, self._size) for i, x in enumerate(plain)]
+        return [
+            self.family.to_map(self.model, x, i, (self._size, self._size))
+            for i, x in enumerate(plain)
+        ]
 
 
 class Views:
     """Random crops of random pictures, half of them mirrored; everything that is drawn lies on the device.
 
     Args:
-        pictures: uint8 [N, 3, h, w].
-        size: of a crop.
+        pictures: uint8 [N, 3, s, s].
+        side: of a crop.
         batch: crops of one call.
         most: calls that are drawn beforehand; then they come again.
         seed: of the draws.
     """
 
-    def __init__(self, pictures: Tensor, size: Size, batch: int, most: int, seed: int) -> None:
+    def __init__(self, pictures: Tensor, side: int, batch: int, most: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         device = pictures.device
         count = len(pictures)
@@ -135,35 +135,32 @@ class Views:
             torch.randperm(count, generator=generator) for _ in range(-(-most * batch // count))
         ]
         self._numbers = torch.cat(order)[: most * batch].view(most, batch).to(device)
-        draws = torch.rand(most, batch, 5, generator=generator).to(device)
+        draws = torch.rand(most, batch, 4, generator=generator).to(device)
         scale = 0.4 + 0.6 * draws[..., 0]
         flip = torch.where(draws[..., 1] < 0.5, -1.0, 1.0)
         self._theta = torch.zeros(most, batch, 2, 3, device=device)
         self._theta[..., 0, 0], self._theta[..., 1, 1] = scale * flip, scale
-        self._theta[..., 2] = (draws[..., 2:4] * 2 - 1) * (1 - scale)[..., None]
-        share = draws[..., 4].clone()
-        share[:, batch // MIXED :] = 0
-        self._share = share[..., None, None, None]
-        self._pictures, self._size, self._most = pictures, size, most
+        self._theta[..., 2] = (draws[..., 2:] * 2 - 1) * (1 - scale)[..., None]
+        self._pictures, self._side, self._most = pictures, side, most
         mean, std = (torch.tensor(one, device=device).view(1, 3, 1, 1) for one in (MEAN, STD))
         self._mean, self._std = mean, std
 
     def at(self, step: Tensor) -> Tensor:
-        """Those of a step [1]: float32 [batch, 3, H, W], normalised; the first ones are mixed with the last."""
+        """Those of a step [1]: float32 [batch, 3, side, side], normalised."""
         place = step % self._most
         found = self._pictures[self._numbers[place].flatten()].float() / 255
-        shape = [len(found), 3, *self._size]
+        shape = [len(found), 3, self._side, self._side]
         grid = F.affine_grid(self._theta[place].squeeze(0), shape, align_corners=False)
-        seen = (F.grid_sample(found, grid, align_corners=False) - self._mean) / self._std
-        return torch.lerp(seen, seen.flip(0), self._share[place].squeeze(0))
+        return (F.grid_sample(found, grid, align_corners=False) - self._mean) / self._std
 
 
-def on_grid(x: Tensor, grid: Size) -> Tensor:
-    """norm(x) of [N, h, w, C], means of what lies in each patch of a coarser grid, or interpolated: [N, *grid, C]."""
-    plain = F.layer_norm(x, x.shape[-1:]).permute(0, 3, 1, 2)
-    if x.shape[1] > grid[0]:
-        return F.adaptive_avg_pool2d(plain, grid).permute(0, 2, 3, 1)
-    return F.interpolate(plain, size=grid, mode="bilinear").permute(0, 2, 3, 1)
+def apart(student: Tensor, target: Tensor) -> Tensor:
+    """1 − cos, the student's map [N, h, w, C] brought to the teacher's grid."""
+    grid = target.shape[1:3]
+    student = F.interpolate(student.permute(0, 3, 1, 2), size=grid, mode="bilinear").permute(
+        0, 2, 3, 1
+    )
+    return 1 - F.cosine_similarity(student, target, dim=-1).mean()
 
 
 class Distillation:
@@ -181,7 +178,7 @@ class Distillation:
         device = next(student.model.parameters()).device
         self._card = device.type == "cuda"
         width, channels = teacher.stages.channels[-1], student.stages.channels
-        self.heads = nn.ModuleList(nn.Linear(sum(channels), width) for _ in QUARTERS).to(device)
+        self.heads = nn.ModuleList(nn.Linear(channels[s], width) for s in STAGES).to(device)
         self.learned = [*student.model.parameters(), *self.heads.parameters()]
         how: dict[str, Any] = (
             {"fused": True, "capturable": True} if self._card else {"foreach": False}
@@ -192,12 +189,14 @@ class Distillation:
         self.rate = self.optimizer.param_groups[0]["lr"]
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.loss = torch.zeros((), device=device)
-        self._centres = [m.mean((0, 1, 2)) for m in self._targets(views.at(self.count))]
+        self._centres = {
+            s: m.mean((0, 1, 2)) for s, m in self._targets(views.at(self.count)).items()
+        }
 
     @torch.no_grad()
-    def _targets(self, pixels: Tensor) -> list[Tensor]:
+    def _targets(self, pixels: Tensor) -> dict[int, Tensor]:
         maps = self.teacher(pixels.to(next(self.teacher.model.parameters()).dtype))
-        return [maps[quarter].float() for quarter in QUARTERS]
+        return {stage: maps[stage].float() for stage in set(STAGES.values())}
 
     def step(self) -> None:
         """Once; nothing in it waits for the device."""
@@ -206,16 +205,15 @@ class Distillation:
         targets = self._targets(pixels)
         kind = self.count.device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self._card, cache_enabled=False):
-            grid = (targets[0].shape[1], targets[0].shape[2])
-            said = torch.cat([on_grid(x, grid) for x in self.student(pixels)], dim=-1)
-            guesses = [head(said) for head in self.heads]
+            maps = self.student(pixels)
+            guesses = [head(maps[stage]) for head, stage in zip(self.heads, STAGES, strict=True)]
         loss = torch.zeros_like(self.loss)
-        for guess, target, centre in zip(guesses, targets, self._centres, strict=True):
-            loss = loss + 1 - F.cosine_similarity(guess.float(), target - centre, dim=-1).mean()
+        for guess, stage in zip(guesses, STAGES.values(), strict=True):
+            loss = loss + apart(guess.float(), targets[stage] - self._centres[stage])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
         self.optimizer.step()
-        self.loss.copy_(loss.detach() / len(QUARTERS))
+        self.loss.copy_(loss.detach() / len(STAGES))
         self.count.add_(1)
 
     def repeatable(self) -> Callable[[], None]:
@@ -242,7 +240,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seconds", type=float, help="of learning: fewer steps where these end")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"))
+    parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     distil(parser.parse_args())
@@ -254,18 +252,17 @@ def distil(a: argparse.Namespace) -> None:
     from mtl_lora_cli.models.base import find_base_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = (a.size[0], a.size[1])
-    pictures = pictures_of(a.pictures, size).to(device)
+    pictures = pictures_of(a.pictures, round(a.side * 8 / 7)).to(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    teacher = Reader(find_base_model(a.teacher).folder, size, device, dtype)
+    teacher = Reader(find_base_model(a.teacher).folder, a.side, device, dtype)
     torch.manual_seed(a.seed)
     made = AutoModel.from_config(student_configuration())
     for folder in (a.out, a.start):
         if folder is not None:
             made.save_pretrained(folder)
-    student = Reader(a.out, size, device, torch.float32)
+    student = Reader(a.out, a.side, device, torch.float32)
     student.model.requires_grad_(True)
-    views = Views(pictures, size, a.batch, min(a.steps, 8000), a.seed)
+    views = Views(pictures, a.side, a.batch, min(a.steps, 2000), a.seed)
     learning = Distillation(teacher, student, views, a.rate)
     learning.rate.fill_(a.rate / 100)  # of the steps by which the graph is made and timed
     again = learning.repeatable()
