@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from mtl_lora_cli.cli.completion import complete_task
 from mtl_lora_cli.cli.frame import as_json, emit, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, RunOption, RunsOption
 from mtl_lora_cli.cli.predict_maps import FORMATS, predict_maps
+from mtl_lora_cli.cli.predict_parts import predict_parts
 
 if TYPE_CHECKING:
     from mtl_lora_cli.recipe.schema import Source
@@ -27,12 +28,12 @@ def register(app: typer.Typer) -> None:
 
 def predict(
     file: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="FILE|-",
             help="Unlabelled rows; - reads JSON lines from stdin. Of maps: a picture, a folder, or rows.",
         ),
-    ],
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +65,55 @@ def predict(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FOLDER", help="Of maps: where they are written."),
+        typer.Option(
+            "--output", metavar="FOLDER", help="Of --input, and of maps: where answers are written."
+        ),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FOLDER",
+            help="Parquet or JSON lines, answered in parts into --output, and gone on with.",
+        ),
+    ] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors",
+            metavar="FILE",
+            help="Of --input: rows that cannot be answered are listed there; default: the first one ends it.",
+        ),
+    ] = None,
+    part_rows: Annotated[
+        int | None,
+        typer.Option("--part-rows", min=1, help="Of --input: rows of a part; default: 16384."),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--answer-column",
+            metavar="NAME",
+            help="Of --input: the column of the answers; default: prediction.",
+        ),
+    ] = None,
+    lanes: Annotated[
+        int | None,
+        typer.Option("--lanes", min=1, help="Of --input: how many read and prepare rows at once."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="local|ADDRESS",
+            help="Of --input: answer on a Ray cluster, or by several processes of this host.",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            "--actors", min=1, help="Of --ray: models at work; default: one a card, or a core."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although the base model has changed.")
@@ -84,7 +133,25 @@ def predict(
                 f"--format: expected one of {', '.join(_FORMATS)}, received '{form}'"
                 f"{did_you_mean(form, _FORMATS)}"
             )
-        if file != "-" and not Path(file).exists():
+        own: dict[str, Any] = {
+            "errors": errors,
+            "part_rows": part_rows,
+            "answer_column": column,
+            "lanes": lanes,
+            "ray": ray,
+            "actors": actors,
+        }
+        if rows is None:
+            for option, value in own.items():
+                if value is not None:
+                    raise UsageError(f"--{option.replace('_', '-')} goes with --input FOLDER")
+            if file is None:
+                raise UsageError(
+                    "expected FILE, - for stdin, or --input FOLDER with --output FOLDER"
+                )
+        elif file is not None:
+            raise UsageError(f"give {file} or --input {rows}, not both")
+        if file is not None and file != "-" and not Path(file).exists():
             raise file_problem(file, "no such file")
         folder = find_run(run, runs)
         known = {task.name: task for task in read_tasks(folder)}
@@ -105,12 +172,33 @@ def predict(
             ):
                 if given:
                     raise UsageError(f"{option} is for texts; this run answers with maps")
+        if count > 1 and not temperature:
+            raise UsageError("--answers: several answers are alike without --temperature above 0")
+        if rows is not None:
+            if output is None:
+                raise UsageError("--input goes with --output FOLDER")
+            if form == "glue":
+                raise UsageError(
+                    "--format glue goes with FILE; --input is answered in its own form"
+                )
+            how = {
+                "task": asked,
+                "task_column": task_column,
+                "temperature": temperature,
+                "seed": seed,
+                "answers": count,
+                **({"form": form} if of_maps else {}),
+            }
+            written = [one for one in known.values() if asked in (None, one.name)]
+            _, names = layout_of_new_rows(_source(written))
+            predict_parts(folder, rows, output, how, names, force=force, **own)
+            return
+        assert file is not None
+        if of_maps:
             predict_maps(folder, known, file, asked, form=form, output=output, force=force)
             return
         if output is not None:
-            raise UsageError("--output is for maps; this run's predictions go to stdout")
-        if count > 1 and not temperature:
-            raise UsageError("--answers: several answers are alike without --temperature above 0")
+            raise UsageError("--output is for maps and --input; these predictions go to stdout")
         alone = task_column is None and not isinstance(asked, list) and asked not in (EVERY, AUTO)
         if form == "glue" and not alone:
             raise UsageError("--format glue is a file for one task: use --task")

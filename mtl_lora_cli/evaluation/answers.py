@@ -125,24 +125,7 @@ def _answer(
     encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
     if setting.blind is not None:
         held = [blinded(examples, encoder.eyes, setting.blind) for examples in held]
-    requests: list[list[Request]] = []
-    for task, examples in zip(tasks, held, strict=True):
-        number = -1 if setting.base_only else task.id
-        generated = setting.protocol_of(task) == GENERATE
-        room = task.template.generate.max_new_tokens if generated else None
-        marked = encoder.control_tokens.mark(task, examples).examples
-        requests.append(
-            build_requests(
-                marked,
-                number,
-                encoder,
-                opened.longest,
-                new_tokens=room or 0,
-                generated=generated,
-                wheres=examples.wheres,
-            )
-        )
-        require_different(task, examples, requests[-1])
+    requests = requests_of(encoder, opened.longest, tasks, held, setting)
     processes = Processes.of_group()
     scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
     together = [request.with_open for index in scored for request in requests[index]]
@@ -215,6 +198,46 @@ def _keep_features(opened: Run, encoder: Encoder, asked: Sequence[Request]) -> N
     how = "auto" if images is None else images.features
     processes = Processes.of_group()
     keep_features(packed.model, packed.adapter, encoder.eyes, pictures, how, processes)
+
+
+def requests_of(
+    encoder: Encoder,
+    longest: int,
+    tasks: Sequence[Task],
+    held: Sequence[Examples],
+    setting: Setting,
+) -> list[list[Request]]:
+    """Examples of each task as they are asked; no model is needed for it.
+
+    Args:
+        encoder: of the run.
+        longest: positions that its base model knows.
+        tasks: some of its tasks.
+        held: the rows of each.
+        setting: protocol, and whether the base model alone is asked.
+
+    Raises:
+        UsageError: an example leaves no room for its answers, or two of its choices have the same tokens.
+    """
+    requests: list[list[Request]] = []
+    for task, examples in zip(tasks, held, strict=True):
+        number = -1 if setting.base_only else task.id
+        generated = setting.protocol_of(task) == GENERATE
+        room = task.template.generate.max_new_tokens if generated else None
+        marked = encoder.control_tokens.mark(task, examples).examples
+        requests.append(
+            build_requests(
+                marked,
+                number,
+                encoder,
+                longest,
+                new_tokens=room or 0,
+                generated=generated,
+                wheres=examples.wheres,
+            )
+        )
+        require_different(task, examples, requests[-1])
+    return requests
 
 
 def _generated(

@@ -411,8 +411,10 @@ def ask(
 def _apart(packed: PackedModel, request: Request) -> list[Request]:
     """A request as it is, or a candidate each, where the model cannot share what candidates share."""
     longest = len(request.prompt) + max(len(choice) for choice in request.choices) - 1
-    if packed.shares(longest):
-        return [request]
+    return [request] if packed.shares(longest) else _each_alone(request)
+
+
+def _each_alone(request: Request) -> list[Request]:
     passed = request.passed
     return [
         replace(request, choices=[choice], passed=None if passed is None else [passed[number]])
@@ -482,3 +484,58 @@ def _sums(trees: Sequence[Tree], values: np.ndarray) -> list[np.ndarray]:
     columns = [np.bincount(candidate, column, minlength=len(lengths)) for column in values.T]
     ends = np.cumsum([len(tree.lengths) for tree in trees])
     return np.split(np.stack(columns, axis=1), ends[:-1])
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Requests ready to go through the model, which need not be there yet: what `score` asks, by another hand.
+
+    Attributes:
+        batches: to be asked for each candidate's tokens, in any order.
+        trees: of the requests in each batch.
+        numbers: of those requests, their places among the parts.
+        parts: how many of them each request was taken apart into.
+    """
+
+    batches: list[PackedBatch]
+    trees: list[list[Tree]]
+    numbers: list[list[int]]
+    parts: list[int]
+
+    @classmethod
+    def build(
+        cls, requests: Sequence[Request], shared_up_to: int | None, tokens_per_pass: int
+    ) -> Passes:
+        """As `score` would put them together.
+
+        Args:
+            requests: of any tasks, in any order.
+            shared_up_to: see `shared_up_to`.
+            tokens_per_pass: as of `score`.
+        """
+        some = [_apart_beyond(request, shared_up_to) for request in requests]
+        parts = [part for one in some for part in one]
+        numbers = list(fill_passes([part.cost for part in parts], tokens_per_pass))
+        held = [[parts[number] for number in own] for own in numbers]
+        trees = [[part.tree for part in own] for own in held]
+        return cls([_batch(own) for own in held], trees, numbers, [len(one) for one in some])
+
+    def scores(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probabilities of each request's candidates, float64 [choices], by those of each batch's tokens."""
+        found: dict[int, np.ndarray] = {}
+        for trees, numbers, own in zip(self.trees, self.numbers, values, strict=True):
+            found.update(zip(numbers, _sums(trees, own[:, None]), strict=True))
+        rest = iter(found[number] for number in range(len(found)))
+        return [np.concatenate([next(rest)[:, 0] for _ in range(count)]) for count in self.parts]
+
+
+def shared_up_to(packed: PackedModel) -> int | None:
+    """Positions up to which candidates may share what they begin with; None: any number."""
+    if not packed.shares(1):
+        return 0
+    return packed.together
+
+
+def _apart_beyond(request: Request, limit: int | None) -> list[Request]:
+    longest = len(request.prompt) + max(len(choice) for choice in request.choices) - 1
+    return [request] if limit is None or longest <= limit else _each_alone(request)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
-from mtl_lora_cli.evaluation.answers import Answers, expected_value, normalised, probabilities
+from mtl_lora_cli.evaluation.answers import (
+    Answers,
+    expected_value,
+    normalised,
+    probabilities,
+    requests_of,
+)
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.choices import Request
@@ -30,6 +40,28 @@ Prediction = dict[str, Any]
 
 NEW_TOKENS = 64  # of a free answer, where the template does not say
 ROWS = 256  # that are answered together
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Rows of tasks with choices, as they are asked.
+
+    Attributes:
+        tasks: whose they are, each once.
+        held: the rows of each.
+        requests: of each row of each.
+        numbers: the place of each row among those that were given.
+    """
+
+    tasks: list[Task]
+    held: list[Examples]
+    requests: list[list[Request]]
+    numbers: list[list[int]]
+
+    @property
+    def together(self) -> list[Request]:
+        """All requests, one task after another."""
+        return [request.with_open for some in self.requests for request in some]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +99,27 @@ class Predictor:
     Args:
         opened: the run with its model.
         root: the folder that paths of pictures in rows are relative to; None: the working directory.
+        loaded: False: the model is loaded when it is first asked; `questions` and `told` need none.
     """
 
-    def __init__(self, opened: Run, root: Path | None = None) -> None:
-        opened.packed  # noqa: B018 - what cannot be loaded is told now, not at the first row
+    def __init__(self, opened: Run, root: Path | None = None, *, loaded: bool = True) -> None:
+        if loaded:
+            opened.packed  # noqa: B018 - what cannot be loaded is told now, not at the first row
         self._opened = opened
         self._setting = Setting()
         self._root = root or Path()
+
+    def at(self, root: Path) -> Predictor:
+        """The same for rows whose pictures lie elsewhere.
+
+        Args:
+            root: see the class.
+        """
+        self._encoder  # noqa: B018 - one for both
+        other = copy(self)
+        other._root = root
+        vars(other).pop("_tasks", None)
+        return other
 
     @cached_property
     def _tasks(self) -> dict[str, tuple[Task, Renderer]]:
@@ -195,6 +241,43 @@ class Predictor:
         found = self._answer(part, names, None)
         return [list(islice(found, len(one.part))) for one in many]
 
+    def questions(
+        self,
+        part: Sequence[tuple[Row, str]],
+        *,
+        task: str | None = None,
+        task_column: str | None = None,
+    ) -> Questions:
+        """What `answer` asks about rows with their places, without asking it; no model is needed.
+
+        Raises:
+            UsageError: as of `predict`.
+        """
+        chosen = require_task(self.tasks, task, task_column)
+        names = [
+            chosen if task_column is None else self._named(row, task_column, where)
+            for row, where in part
+        ]
+        tasks, held, numbers = self._by_task(part, names)
+        longest = self._opened.longest
+        requests = requests_of(self._encoder, longest, tasks, held, self._setting)
+        return Questions(tasks, held, requests, numbers)
+
+    def told(self, asked: Questions, scores: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predictions, by the log-probabilities of all candidates of `asked.together`."""
+        found: dict[int, Prediction] = {}
+        rest = iter(scores)
+        parts = zip(asked.tasks, asked.held, asked.requests, asked.numbers, strict=True)
+        for task, examples, requests, numbers in parts:
+            values = [next(rest)[: len(request.choices)] for request in requests]
+            each = self._scored(task, examples, requests, values)
+            found.update(zip(numbers, each, strict=True))
+        return [found[number] for number in range(len(found))]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder.of(self._opened.tokenizer, self._opened.recipe, lenient=True)
+
     def _named(self, row: Row, column: str, where: str) -> str:
         if column not in row:
             raise UsageError(
@@ -207,17 +290,25 @@ class Predictor:
         self, part: Sequence[tuple[Row, str]], names: Sequence[str], sampling: Sampling | None
     ) -> Iterator[Prediction]:
         """One batch of all tasks."""
-        tasks, held, numbers = [], [], []
-        for name in dict.fromkeys(names):
-            own = [number for number, one in enumerate(names) if one == name]
-            tasks.append(self._tasks[name][0])
-            held.append(self._rendered(name, [part[number] for number in own]))
-            numbers.append(own)
+        tasks, held, numbers = self._by_task(part, names)
         found: dict[int, Prediction] = {}
         answers = ask(self._opened, tasks, held, self._setting, sampling=sampling)
         for task, examples, places, said in zip(tasks, held, numbers, answers, strict=True):
             found.update(zip(places, self._predictions(task, examples, said), strict=True))
         return (found[number] for number in range(len(part)))
+
+    def _by_task(
+        self, part: Sequence[tuple[Row, str]], names: Sequence[str]
+    ) -> tuple[list[Task], list[Examples], list[list[int]]]:
+        """Rows with their places by the tasks that they are of, and their numbers."""
+        numbers: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            numbers.setdefault(name, []).append(number)
+        tasks = [self._tasks[name][0] for name in numbers]
+        held = [
+            self._rendered(name, [part[number] for number in own]) for name, own in numbers.items()
+        ]
+        return tasks, held, list(numbers.values())
 
     @cached_property
     def _router(self) -> Router:
@@ -261,10 +352,19 @@ class Predictor:
     def _predictions(self, task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:
         if said.scores is None:
             yield from _generated(task, examples, said)
-            return
+        else:
+            yield from self._scored(task, examples, said.requests, said.scores)
+
+    def _scored(
+        self,
+        task: Task,
+        examples: Examples,
+        requests: Sequence[Request],
+        values: Sequence[np.ndarray],
+    ) -> Iterator[Prediction]:
+        """Predictions of choices, by their log-probabilities."""
         renderer = self._tasks[task.name][1]
-        how = task.template.normalisation
-        scores = normalised(said.scores, examples, said.requests, how)
+        scores = normalised(values, examples, requests, task.template.normalisation)
         for number, (values, example) in enumerate(zip(scores, examples.examples, strict=True)):
             likely = probabilities(values)
             best = int(values.argmax())
@@ -277,9 +377,9 @@ class Predictor:
             }
             if task.template.scoring == "expectation":
                 prediction["value"] = expected_value(task, likely)
-            if said.requests[number].ends:
+            if requests[number].ends:
                 prediction["ends_counted"] = True
-            yield {**prediction, **_cut(said.requests[number])}
+            yield {**prediction, **_cut(requests[number])}
 
 
 def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Prediction]:

@@ -1,0 +1,181 @@
+"""Parts through one model: lanes ahead of it and behind it, and it has nothing else to do than answer."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl_lora_cli.evaluation.choices import shared_up_to
+from mtl_lora_cli.evaluation.opened import Run
+from mtl_lora_cli.evaluation.predict import by_router, several_tasks
+from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, FreeDesk, How, MapDesk
+from mtl_lora_cli.prediction.inputs import Part
+from mtl_lora_cli.prediction.lanes import (
+    Fail,
+    Idle,
+    Inbox,
+    Job,
+    Processes,
+    Question,
+    Rows,
+    Threads,
+)
+from mtl_lora_cli.prediction.manifest import Done
+
+_THREADS = 2
+_MOST_PROCESSES = 8
+_AHEAD = 1  # passes that a card has while the values of the one before are read
+
+
+@dataclass
+class _Open:
+    """A question of which some passes are answered."""
+
+    answer: Future[Any]
+    left: int
+    values: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class Scorer:
+    """The model, asked pass by pass; on a card the next one runs while the one before is read.
+
+    Args:
+        opened: the run.
+    """
+
+    def __init__(self, opened: Run) -> None:
+        self._packed, self._device = opened.packed.eval(), opened.device
+        self._running: deque[tuple[_Open, int, Tensor]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Passes have been asked whose values were not read yet."""
+        return bool(self._running)
+
+    def ask(self, batches: Iterable[PackedBatch], answer: Future[Any]) -> None:
+        """Ask passes; their values go to `answer`, float64 [S] each."""
+        every = list(batches)
+        question = _Open(answer, len(every))
+        if not every:
+            answer.set_result([])
+        for number, batch in enumerate(every):
+            moved = batch.to(self._device)
+            with torch.inference_mode(), self._packed.routed(moved):
+                self._running.append((question, number, self._packed(moved)))
+            while len(self._running) > _AHEAD:
+                self.read()
+
+    def read(self) -> None:
+        """Wait for the oldest pass."""
+        question, number, values = self._running.popleft()
+        question.values[number] = values.double().cpu().numpy()
+        question.left -= 1
+        if not question.left:
+            question.answer.set_result([question.values[n] for n in range(len(question.values))])
+
+
+class Course:
+    """Answers parts of one job with one model.
+
+    Args:
+        opened: the run; its model is loaded here.
+        job: what is asked, and where answers go.
+        lanes: processes that prepare rows on a card, threads elsewhere; None: as many as are good.
+    """
+
+    def __init__(self, opened: Run, job: Job, lanes: int | None = None) -> None:
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._scorer: Scorer | None = None
+        self._lanes: Threads | Processes
+        scored = not opened.of_maps and of_choices(opened, job.how)
+        if scored and opened.device.type == "cuda" and opened.vision is None:
+            count = lanes or max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) - 1))
+            self._lanes = Processes(job, count, self._inbox)  # they start while the model is loaded
+            self._scorer = Scorer(opened)
+            self._lanes.know(shared_up_to(opened.packed))
+        else:
+            desk = _desk(opened, job, scored)
+            self._scorer = Scorer(opened) if scored else None
+            self._lanes = Threads(job, desk, lanes or _THREADS, self._inbox)
+
+    def run(
+        self, parts: Iterable[Part], told: Callable[[int], None] = lambda rows: None
+    ) -> Iterator[Done]:
+        """Answer parts, in any order; each is given when its file lies in its place.
+
+        Args:
+            parts: those that are not done.
+            told: is told of rows that are answered.
+
+        Raises:
+            UsageError: a row cannot be answered.
+        """
+        self._lanes.start(iter(parts))
+        idle = 0
+        while idle < self._lanes.count:
+            message = self._next()
+            if isinstance(message, Question):
+                self._answer(message)
+            elif isinstance(message, Done):
+                yield message
+            elif isinstance(message, Rows):
+                told(message.count)
+            elif isinstance(message, Fail):
+                raise message.error
+            else:
+                idle += isinstance(message, Idle)
+
+    def _next(self) -> Any:
+        """What comes next; while nothing does, passes that run are read."""
+        while self._scorer is not None and self._scorer.busy:
+            try:
+                return self._inbox.get_nowait()
+            except queue.Empty:
+                self._scorer.read()
+        return self._inbox.get()
+
+    def _answer(self, question: Question) -> None:
+        payload = question.payload
+        if not callable(payload):
+            assert self._scorer is not None
+            self._scorer.ask(payload, question.answer)
+            return
+        try:
+            question.answer.set_result(payload())
+        except Exception as error:  # whatever it is, it is the lane's part that it ends
+            question.answer.set_exception(error)
+
+    def close(self) -> None:
+        """Give up what is in hand; parts that are done stay."""
+        self._lanes.close()
+
+
+def of_choices(opened: Run, how: How) -> bool:
+    """Whether each row is answered by one task, and by its choices."""
+    names = [task.name for task in opened.tasks]
+    if by_router(names, how.task, how.task_column) or several_tasks(
+        names, how.task, how.task_column
+    ):
+        return False
+    setting = Setting()
+    named = [task for task in opened.tasks if how.task in (None, task.name)]
+    return all(setting.protocol_of(task) == CHOICES for task in named)
+
+
+def _desk(opened: Run, job: Job, scored: bool) -> Desk:
+    if opened.of_maps:
+        return MapDesk(opened, job.how, job.output)
+    if scored:
+        return ChoiceDesk(opened, job.how, shared_up_to(opened.packed))
+    return FreeDesk(opened, job.how)

@@ -1,0 +1,156 @@
+"""`predict --input FOLDER --output FOLDER` as a user calls it, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_lora_cli.cli.predict_parts import Progress
+from mtl_lora_cli.prediction.order import Totals
+from mtl_lora_cli.runs.folder import RunFolder
+
+from ..forks import Ended, Forks
+from .conftest import rows_of
+from .test_parts import contents
+
+Call = Callable[..., Ended]
+SEED = 5
+
+
+@pytest.fixture
+def call(forks: Forks, run_folder: RunFolder, tmp_path: Path) -> Call:
+    """`call(*arguments)` is `predict` with the run's name, in the folder of the rows."""
+
+    def run(*arguments: str, seconds: float = 120) -> Ended:
+        own = ("predict", "--run", str(run_folder.path), *arguments)
+        return forks.run(*own, cwd=tmp_path, seconds=seconds)
+
+    return run
+
+
+def test_a_folder_twice(call: Call, write_lines: Any, tmp_path: Path) -> None:
+    write_lines("one.jsonl", rows_of(23))
+    arguments = ("--input", "rows", "--output", "out", "--task-column", "of", "--part-rows", "10")
+    first = call(*arguments)
+    assert (first.returncode, first.stderr) == (0, "")
+    said = json.loads(first.stdout)
+    assert (said["rows"], said["parts"], said["answered_now"], said["bad_rows"]) == (23, 3, 3, 0)
+    found = contents(tmp_path / "out")
+    again = call(*arguments)
+    assert again.returncode == 0
+    assert again.stderr == "going on: 3 of 3 parts are answered, 23 of 23 rows\n"
+    assert json.loads(again.stdout)["answered_now"] == 0
+    assert contents(tmp_path / "out") == found
+    lines = call("--task-column", "of", "rows/one.jsonl").stdout.splitlines()
+    for line, row in zip(lines, b"".join(found.values()).splitlines(), strict=True):
+        one, other = json.loads(line), json.loads(row)["prediction"]
+        assert one.pop("probabilities") == pytest.approx(other.pop("probabilities"), abs=1e-5)
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected FILE, - for stdin, or --input FOLDER with --output FOLDER"),
+        (("--input", "rows"), "--input goes with --output FOLDER"),
+        (("--input", "no", "--output", "out"), "no: no such file or folder"),
+        (("--input", "rows", "--output", "rows/out"), "one of it and --input lies in the other"),
+        (("--input", "rows", "--output", "out", "rows/one.jsonl"), "give rows/one.jsonl or --inp"),
+        (("rows/one.jsonl", "--part-rows", "5"), "--part-rows goes with --input FOLDER"),
+        (("rows/one.jsonl", "--output", "out"), "--output is for maps and --input"),
+        (("--input", "rows", "--output", "out", "--actors", "2"), "--actors goes with --ray"),
+        (("--input", "rows", "--output", "out", "--format", "glue"), "--format glue goes with FI"),
+        (("--input", "rows", "--output", "out", "--task", "warn"), "did you mean 'warm'?"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    arguments: tuple[str, ...], message: str, call: Call, write_lines: Any, tmp_path: Path
+) -> None:
+    write_lines("one.jsonl", rows_of(3))
+    which = () if "--task" in arguments else ("--task-column", "of")
+    ended = call(*arguments, *which)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_ends_it_and_says_how_to_go_on(
+    call: Call, write_lines: Any, tmp_path: Path
+) -> None:
+    rows = rows_of(40)
+    write_lines("one.jsonl", [*rows[:39], {"word": "x", "of": "wram"}])
+    arguments = ("--input", "rows", "--output", "out", "--task-column", "of", "--part-rows", "10")
+    ended = call(*arguments, "--lanes", "1")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "3 of 4 parts are answered, 30 of 40 rows; the same command goes on from there",
+        "error: rows/one.jsonl:40: of: unknown task 'wram'; did you mean 'warm'?; "
+        "tasks of this run: warm, cold, free",
+    ]
+    listed = call(*arguments, "--errors", "bad.jsonl")
+    assert listed.returncode == 0
+    assert listed.stderr.splitlines() == [
+        "going on: 3 of 4 parts are answered, 30 of 40 rows",
+        "note: 1 of 40 rows could not be answered: bad.jsonl",
+    ]
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 40
+
+
+def _crash(
+    call: Call, write_lines: Any, tmp_path: Path, rows: int, moments: int
+) -> tuple[int, list[int]]:
+    """Kill it at random moments until it is done: parts that were done at each end."""
+    for name in ("one.jsonl", "two.jsonl"):
+        write_lines(name, rows_of(rows))
+    arguments = ("--input", "rows", "--task-column", "of", "--part-rows", "50", "--output")
+    began = call(*arguments, "whole")
+    assert began.returncode == 0, began.stderr
+    whole = contents(tmp_path / "whole")
+    took = json.loads(began.stdout)["seconds"]
+    chance = random.Random(SEED)
+    seen: list[int] = []
+    for _ in range(moments):
+        ended = call(*arguments, "out", seconds=chance.uniform(0.3, 0.5 + 2.5 * took / moments))
+        assert ended.returncode in (0, -signal.SIGALRM), ended.stderr
+        found = contents(tmp_path / "out") if (tmp_path / "out").exists() else {}
+        assert found.items() <= whole.items()  # whole files, never others
+        seen.append(len(found))
+    ended = call(*arguments, "out")
+    assert ended.returncode == 0, ended.stderr
+    assert contents(tmp_path / "out") == whole
+    assert seen == sorted(seen)
+    assert not list((tmp_path / "out").rglob(".*"))
+    return len(whole), seen
+
+
+def test_killed_and_gone_on_with(call: Call, write_lines: Any, tmp_path: Path) -> None:
+    _crash(call, write_lines, tmp_path, 150, 1)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(call: Call, write_lines: Any, tmp_path: Path) -> None:
+    parts, seen = _crash(call, write_lines, tmp_path, 5000, 10)
+    assert len({count for count in seen if 0 < count < parts}) > 4, seen
+
+
+def test_progress_says_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    progress = Progress(Totals(1000, 10, 200, 2, 0, 0), clock=lambda: now[0])
+    now[0] = 100  # a model was loaded
+    progress.rows(100)
+    now[0] = 120
+    progress.rows(200)
+    progress.part(0)
+    assert capsys.readouterr().err.splitlines() == [
+        "300 of 1,000 rows (30%), 2 of 10 parts",
+        "500 of 1,000 rows (50%), 2 of 10 parts, 10 rows/s, 50 s left",
+    ]
+    assert progress.line(120).startswith("500 of 1,000 rows (50%), 3 of 10 parts")
