@@ -7,7 +7,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from mtl_lora_cli.prediction.lanes import (
 from mtl_lora_cli.prediction.manifest import Done
 
 _THREADS = 2
-_MOST_PROCESSES = 8
+_MOST_PROCESSES = 16
 _AHEAD = 1  # passes that a card has while the values of the one before are read
 
 
@@ -70,7 +70,7 @@ class Scorer:
         if not every:
             answer.set_result([])
         for number, batch in enumerate(every):
-            moved = batch.to(self._device)
+            moved = (_pinned(batch) if self._device.type == "cuda" else batch).to(self._device)
             with torch.inference_mode(), self._packed.routed(moved):
                 self._running.append((question, number, self._packed(moved)))
             while len(self._running) > _AHEAD:
@@ -91,16 +91,21 @@ class Course:
     Args:
         opened: the run; its model is loaded here.
         job: what is asked, and where answers go.
-        lanes: processes that prepare rows on a card, threads elsewhere; None: as many as are good.
+        lanes: how many prepare rows; None: as many as are good.
+        processes: they are processes of their own, which rows of tasks with choices can have; None: on a card.
     """
 
-    def __init__(self, opened: Run, job: Job, lanes: int | None = None) -> None:
+    def __init__(
+        self, opened: Run, job: Job, lanes: int | None = None, *, processes: bool | None = None
+    ) -> None:
         self._inbox: Inbox = queue.SimpleQueue()
         self._scorer: Scorer | None = None
         self._lanes: Threads | Processes
         scored = not opened.of_maps and of_choices(opened, job.how)
-        if scored and opened.device.type == "cuda" and opened.vision is None:
-            count = lanes or max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) - 1))
+        if processes is None:
+            processes = opened.device.type == "cuda"
+        if processes and scored and opened.vision is None:
+            count = lanes or max(1, min(_MOST_PROCESSES, _cores() - 1))
             self._lanes = Processes(job, count, self._inbox)  # they start while the model is loaded
             self._scorer = Scorer(opened)
             self._lanes.know(shared_up_to(opened.packed))
@@ -159,6 +164,21 @@ class Course:
     def close(self) -> None:
         """Give up what is in hand; parts that are done stay."""
         self._lanes.close()
+
+
+def _pinned(batch: PackedBatch) -> PackedBatch:
+    """In memory that a card reads without its thread: else the next pass waits for the one that runs."""
+    names = ("input_ids", "position_ids", "owner", "targets")
+    reach = batch.segments.reach
+    segments = replace(batch.segments, reach=None if reach is None else reach.pin_memory())
+    return replace(
+        batch, segments=segments, **{name: getattr(batch, name).pin_memory() for name in names}
+    )
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def of_choices(opened: Run, how: How) -> bool:

@@ -7,6 +7,7 @@ A lane is a thread, or, where Python's lock would keep a card waiting, a process
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -234,7 +235,9 @@ class Processes:
 
     def __init__(self, job: Job, count: int, inbox: Inbox) -> None:
         self.count, self._inbox = count, inbox
-        context = multiprocessing.get_context("spawn")
+        # A server that has loaded the libraries and has no card or thread of its own: lanes start at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._processes: list[Any] = []
         self._ends: list[Any] = []
         for _ in range(count):
@@ -306,6 +309,7 @@ class _Shared:
 def _lane_process(end: Any, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is asked, and ends this one
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     unanswered: deque[Future[Any]] = deque()
 
     class Answer(Future[Any]):

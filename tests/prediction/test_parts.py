@@ -49,9 +49,9 @@ def answer(run_folder: RunFolder, predictor: Predictor) -> Answer:
     """`answer(order, parts)` answers so many parts, or all."""
     opened = Run(run_folder, instead=predictor._opened.packed)
 
-    def run(order: Order, parts: int | None = None) -> dict[str, bytes]:
+    def run(order: Order, parts: int | None = None, **given: Any) -> dict[str, bytes]:
         with opened_work(opened, order) as work:
-            course = Course(opened, work.job)
+            course = Course(opened, work.job, **given)
             try:
                 work.follow(course.run(work.missing[:parts]))
                 if not work.missing:
@@ -177,6 +177,23 @@ def test_it_goes_on_where_it_ended_and_the_end_is_the_same(
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["complete"] is True
     assert answer(order) == whole
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_processes_prepare_the_same(
+    order: Order, answer: Answer, write_lines: Any, tmp_path: Path
+) -> None:
+    """As on a card."""
+    write_lines("one.jsonl", rows_of(45))
+    expected = answer(order)
+    other = replace(order, output=tmp_path / "other")
+    assert answer(other, lanes=2, processes=True) == expected
+    write_lines("one.jsonl", [*rows_of(45), {"of": "warm"}])
+    with pytest.raises(
+        UsageError, match=r"one\.jsonl:46: task 'warm': prompt: the row has no field"
+    ):
+        answer(replace(order, output=tmp_path / "bad"), lanes=2, processes=True)
 
 
 def test_other_rows_runs_and_options_are_refused(

@@ -1,0 +1,275 @@
+"""Prediction in parts on one device: rows a second beside the model alone, and beside what the arithmetic would take.
+
+    python tests/benchmarks/predicting.py MODEL DATA FOLDER --shape own llama3-8b --rows 200000 --seconds 15
+
+MODEL is a base model (a folder or a GGUF file), DATA has `glue/` and `ads/` as docs/real-data.md says. Rows of four tasks,
+mixed, an adapter of four tasks far from its start. `own` is MODEL itself, another shape has random weights in NF4 on a
+card, and MODEL's tokenizer. Of each shape, in one process:
+
+- *alone*: passes that were made ready before go through the model: no file, no template, no tokenizer, no answer.
+- *parts*: the same rows from Parquet files to Parquet files, and from JSON lines to JSON lines; rows a second between the
+  first answers and the last ones while all lanes have parts.
+- *memory*: `Predictor.predict` over a list of rows, in one thread.
+
+*Floor* is 2 N + 2 H σ FLOP a token at the rate of the device's own products, σ = positions that are asked / tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import shutil
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.adapters.files import save_adapter
+from mtl_lora_cli.adapters.inject import inject
+from mtl_lora_cli.adapters.methods import configure
+from mtl_lora_cli.bench.random_model import random_model
+from mtl_lora_cli.bench.shapes import find_config
+from mtl_lora_cli.engine.plan import matrix_weights
+from mtl_lora_cli.evaluation.choices import Passes, shared_up_to
+from mtl_lora_cli.evaluation.opened import Run
+from mtl_lora_cli.evaluation.predict import Predictor
+from mtl_lora_cli.machine.rate import measure_rate
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.prediction.course import Course, Scorer
+from mtl_lora_cli.prediction.desks import How
+from mtl_lora_cli.prediction.order import Order, opened_work
+from mtl_lora_cli.recipe.load import dump_recipe
+from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.runs.folder import RunFolder, save_json
+from mtl_lora_cli.tasks.registry import find_template
+from mtl_lora_cli.tasks.task import Task
+
+FILES = {
+    "sst2": "glue/sst2/validation",
+    "rte": "glue/rte/validation",
+    "home_depot": "ads/home_depot/test",
+    "stsb": "glue/stsb/validation",
+}
+OWN = "own"
+LABELS = ("label", "answer", "output", "score")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def real_rows(data: Path, count: int) -> list[dict[str, Any]]:
+    """Rows of all tasks, mixed, again and again."""
+    kinds = []
+    for name, file in FILES.items():
+        with gzip.open(data / f"{file}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            read = [json.loads(line) for line in itertools.islice(lines, 2000)]
+        kept = [{k: v for k, v in row.items() if k not in LABELS} for row in read]
+        kinds.append(itertools.cycle([{"task": name, **row} for row in kept]))
+    mixed = itertools.chain.from_iterable(zip(*kinds, strict=True))
+    return [{**row, "id": number} for number, row in enumerate(itertools.islice(mixed, count))]
+
+
+def make_run(model: str, folder: RunFolder) -> Any:
+    """A run of the four tasks, as files; returns its adapted model."""
+    folder.adapter.mkdir(parents=True)
+    base = find_base_model(model)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    loaded = load_model(base, dtype=dtype, device=DEVICE)
+    save_adapter(adapted(loaded), folder.adapter, base.identity())
+    tasks = []
+    for number, name in enumerate(FILES):
+        _, path, template = find_template(name, None)
+        text = path.read_text(encoding="utf-8")
+        tasks.append(Task(name, number, name, text, template, Source(path="nowhere")))
+    named = [{"name": task.name, "template": task.name} for task in tasks]
+    recipe = Recipe.model_validate({"base_model": str(base.folder), "tasks": named})
+    folder.recipe.write_text(dump_recipe(recipe))
+    save_json(folder.tasks, {"tasks": [task.to_json() for task in tasks]})
+    return loaded
+
+
+def adapted(model: Any) -> Any:
+    adapter = inject(model, configure(target_modules=("*_proj",)), tuple(FILES))
+    with torch.no_grad():
+        for tensor in adapter.tensors().values():
+            tensor.add_(0.01 * torch.randn_like(tensor))
+    return adapter
+
+
+def asked_model(shape: str, folder: RunFolder) -> PackedModel:
+    """The run's own model, or another shape in its place."""
+    if shape == OWN:
+        return Run(folder).packed
+    kind = "nf4" if CUDA else "none"
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    model = random_model(
+        find_config(shape), dtype=dtype, device=DEVICE, quantization=kind, attention="sdpa"
+    )
+    return PackedModel(model, adapted(model)).eval()
+
+
+def write_rows(rows: list[dict[str, Any]], folder: Path, files: int) -> None:
+    """The same rows as Parquet and as JSON lines."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for kind in ("parquet", "jsonl"):
+        (folder / kind).mkdir(parents=True)
+    step = -(-len(rows) // files)
+    for number in range(files):
+        own = rows[number * step : (number + 1) * step]
+        table = pyarrow.Table.from_pylist(own, schema=schema_of(rows))
+        parquet.write_table(table, folder / "parquet" / f"{number:03d}.parquet")
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in own)
+        (folder / "jsonl" / f"{number:03d}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def schema_of(rows: list[dict[str, Any]]) -> Any:
+    import pyarrow
+
+    firsts = {row["task"]: row for row in rows[:100]}
+    merged = {name: value for row in firsts.values() for name, value in row.items()}
+    return pyarrow.Table.from_pylist([merged]).schema
+
+
+def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The model over passes that lie ready, as long as that."""
+    predictor = Predictor(opened)
+    placed = [(row, f"row {number}") for number, row in enumerate(rows)]
+    limit, tokens = shared_up_to(opened.packed), opened.tokens_per_pass
+    size = 2048 if CUDA else 256
+    ready = []
+    for start in range(0, len(placed), size):
+        asked = predictor.questions(placed[start : start + size], task_column="task")
+        ready.append((len(asked.together), Passes.build(asked.together, limit, tokens).batches))
+    scorer = Scorer(opened)
+    scorer.ask(ready[0][1], Future())
+    flush(scorer)
+    done = sent = questions = passes = 0
+    began = time.perf_counter()
+    for count, batches in itertools.cycle(ready):
+        scorer.ask(batches, Future())
+        done, passes = done + count, passes + len(batches)
+        sent += sum(batch.input_ids.numel() for batch in batches)
+        questions += sum(len(batch.positions) for batch in batches)
+        if time.perf_counter() - began > seconds:
+            break
+    flush(scorer)
+    took = time.perf_counter() - began
+    return {"rows_s": done / took, "tokens_s": sent / took, "asked": questions / sent,
+            "tokens_row": sent / done, "tokens_pass": sent / passes}  # fmt: skip
+
+
+def flush(scorer: Scorer) -> None:
+    while scorer.busy:
+        scorer.read()
+
+
+def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
+    """Everything, from files to files."""
+    shutil.rmtree(order.output, ignore_errors=True)
+    times: list[tuple[float, int]] = []
+    began = time.perf_counter()
+    with opened_work(opened, order) as work:
+        planned = time.perf_counter() - began
+        total = work.totals.rows
+        course = Course(opened, work.job, lanes)
+        started = time.perf_counter()
+        try:
+            work.follow(course.run(work.missing, lambda n: times.append((time.perf_counter(), n))))
+            ended = time.perf_counter()
+        finally:
+            course.close()
+    # Between the first tenth and the last tenth of the rows: while all lanes have parts in hand.
+    done = list(itertools.accumulate(count for _, count in times))
+    first = next(n for n, rows in enumerate(done) if rows >= 0.1 * total)
+    last = next(n for n, rows in enumerate(done) if rows >= 0.9 * total)
+    steady = (done[last] - done[first]) / max(1e-9, times[last][0] - times[first][0])
+    return {"rows_s": steady, "whole_rows_s": total / (ended - times[0][0]), "plan_s": planned,
+            "first_s": times[0][0] - started, "parts": work.totals.parts}  # fmt: skip
+
+
+def memory(opened: Run, rows: list[dict[str, Any]], seconds: float) -> float:
+    """Rows a second of `Predictor.predict`, in one thread."""
+    predictor = Predictor(opened)
+    predictor.predict(rows[:256], task_column="task")
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = done % max(1, len(rows) - 256)
+        predictor.predict(rows[start : start + 256], task_column="task")
+        done += 256
+    return done / (time.perf_counter() - began)
+
+
+def told(*facts: Any) -> None:
+    print(*facts, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", nargs="+", default=[OWN])
+    parser.add_argument("--rows", type=int, nargs="+", default=[20000])
+    parser.add_argument("--part-rows", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--lanes", type=int)
+    parser.add_argument("--forms", nargs="+", default=["parquet", "jsonl"])
+    wanted = parser.parse_args()
+    began = time.perf_counter()
+    folder = RunFolder(wanted.folder / "run")
+    make_run(wanted.model, folder)
+    rate = measure_rate(DEVICE)
+    told(
+        f"{DEVICE}, products {rate.measured / 1e12:.0f} TFLOP/s; {time.perf_counter() - began:.0f} s"
+    )
+    counts = itertools.chain(wanted.rows, itertools.repeat(wanted.rows[-1]))
+    for shape, count in zip(wanted.shape, counts, strict=False):
+        rows = real_rows(wanted.data, count)
+        place = wanted.folder / Path(shape).name
+        write_rows(rows, place, 4)
+        opened = Run(folder, instead=asked_model(shape, folder))
+        layers, head = matrix_weights(opened.packed.model)
+        found = alone(opened, rows[:16384], wanted.seconds)
+        flop = 2 * layers + 2 * head * found["asked"]
+        share = found["tokens_s"] * flop / rate.measured
+        told(
+            f"{shape}: {layers / 1e6:,.0f} M weights; {opened.packed.engine_line()}; at "
+            f"{time.perf_counter() - began:.0f} s"
+        )
+        told(
+            f"  alone    {found['rows_s']:9,.0f} rows/s {found['tokens_s']:11,.0f} tokens/s, {share:.3f} of the floor "
+            f"({found['tokens_row']:.0f} tokens a row, {found['tokens_pass']:,.0f} a pass, asked {found['asked']:.3f})"
+        )
+        for form in wanted.forms:
+            how = How(task_column="task")
+            order = Order(place / form, place / f"{form}-out", how, {}, part_rows=wanted.part_rows)
+            try:
+                own = parts(opened, order, wanted.lanes)
+            except Exception as error:  # the other figures are wanted all the same
+                told(f"  {form}: {type(error).__name__}: {error}")
+                continue
+            ratio = own["rows_s"] / found["rows_s"]
+            told(
+                f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor; "
+                f"to the last row {own['whole_rows_s']:,.0f}; planned in {own['plan_s']:.2f} s, first answers after "
+                f"{own['first_s']:.1f} s, {own['parts']} parts; at {time.perf_counter() - began:.0f} s"
+            )
+        told(
+            f"  memory   {memory(opened, rows, min(4.0, wanted.seconds)):9,.0f} rows/s, one thread"
+        )
+        del opened
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
