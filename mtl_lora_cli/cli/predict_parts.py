@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ def predict_parts(
         raise UsageError("--actors goes with --ray")
     if ray is not None and lanes is not None:
         raise UsageError("--lanes goes without --ray: --actors says how many work at once")
+    # Sums over another number of threads have other last digits: a part that is answered again must be the same.
+    os.environ.setdefault("MTL_LORA_THREADS", "fixed")
     status("loading libraries")
     from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.prediction.desks import How

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.evaluation.choices import shared_up_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import by_router, several_tasks
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, FreeDesk, How, MapDesk
+from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, FreeDesk, How, MapDesk
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.lanes import (
     Fail,
@@ -108,7 +107,7 @@ class Course:
             count = lanes or max(1, min(_MOST_PROCESSES, _cores() - 1))
             self._lanes = Processes(job, count, self._inbox)  # they start while the model is loaded
             self._scorer = Scorer(opened)
-            self._lanes.know(shared_up_to(opened.packed))
+            self._lanes.know(Fit.of(opened))
         else:
             desk = _desk(opened, job, scored)
             self._scorer = Scorer(opened) if scored else None
@@ -197,5 +196,5 @@ def _desk(opened: Run, job: Job, scored: bool) -> Desk:
     if opened.of_maps:
         return MapDesk(opened, job.how, job.output)
     if scored:
-        return ChoiceDesk(opened, job.how, shared_up_to(opened.packed))
+        return ChoiceDesk(opened, job.how, Fit.of(opened))
     return FreeDesk(opened, job.how)

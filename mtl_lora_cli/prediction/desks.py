@@ -17,7 +17,7 @@ import numpy as np
 
 from mtl_lora_cli.data.picture_rows import picture_address
 from mtl_lora_cli.evaluation.asked import Sampling
-from mtl_lora_cli.evaluation.choices import Passes
+from mtl_lora_cli.evaluation.choices import Passes, shared_up_to
 from mtl_lora_cli.evaluation.map_predictor import encoded_map
 from mtl_lora_cli.evaluation.maps import Answering, at_size
 from mtl_lora_cli.evaluation.opened import Run
@@ -76,6 +76,26 @@ class Asked(NamedTuple):
     told: Callable[[Any], list[Prediction]]
 
 
+class Fit(NamedTuple):
+    """How rows go together on a device, known to who has the model.
+
+    Attributes:
+        rows: that are put together.
+        tokens: of a pass.
+        shared_up_to: see `choices.shared_up_to`.
+    """
+
+    rows: int
+    tokens: int
+    shared_up_to: int | None
+
+    @classmethod
+    def of(cls, opened: Run) -> Fit:
+        """Of a run with its model."""
+        rows = _ROWS.get(opened.device.type, 256)
+        return cls(rows, opened.tokens_per_pass, shared_up_to(opened.packed))
+
+
 class Desk(Protocol):
     """Asks about the rows of one kind of run.
 
@@ -121,16 +141,15 @@ class ChoiceDesk:
     """Rows of tasks with choices, one task each.
 
     Args:
-        opened: the run; its model is not asked for.
+        opened: the run; neither its model nor its device is asked for.
         how: what is asked.
-        shared_up_to: see `choices.shared_up_to`.
+        fit: of the device.
     """
 
-    def __init__(self, opened: Run, how: How, shared_up_to: int | None) -> None:
-        self._how, self._shared = how, shared_up_to
-        self._tokens = opened.tokens_per_pass
+    def __init__(self, opened: Run, how: How, fit: Fit) -> None:
+        self._how, self._fit = how, fit
         self._predictor = _Rooted(Predictor(opened, loaded=False))
-        self.rows = _ROWS.get(opened.device.type, 256)
+        self.rows = fit.rows
         named = [task for task in opened.tasks if how.task in (None, task.name)]
         self.kind = answer_type(named)
 
@@ -141,7 +160,7 @@ class ChoiceDesk:
         asked = predictor.questions(
             chunk.rows, task=self._how.task, task_column=self._how.task_column
         )
-        passes = Passes.build(asked.together, self._shared, self._tokens)
+        passes = Passes.build(asked.together, self._fit.shared_up_to, self._fit.tokens)
 
         def told(values: list[np.ndarray]) -> list[Prediction]:
             return predictor.told(asked, passes.scores(values))

@@ -25,7 +25,7 @@ import torch
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.prediction.desks import Asked, ChoiceDesk, Desk, How, Payload, Prediction
+from mtl_lora_cli.prediction.desks import Asked, ChoiceDesk, Desk, Fit, How, Payload, Prediction
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.manifest import Done
 from mtl_lora_cli.prediction.reading import Chunk, Fault, Reading
@@ -248,10 +248,10 @@ class Processes:
             self._processes.append(process)
             self._ends.append(ours)
 
-    def know(self, limit: int | None) -> None:
-        """Tell all lanes, once, how the model shares: see `choices.shared_up_to`."""
+    def know(self, fit: Fit) -> None:
+        """Tell all lanes, once, how rows go together: they look at no card, for that would take memory there."""
         for end in self._ends:
-            end.send(limit)
+            end.send(fit)
 
     def start(self, parts: Parts) -> None:
         """Work on parts that nobody else takes."""
@@ -309,7 +309,7 @@ class _Shared:
 def _lane_process(end: Any, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is asked, and ends this one
     torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     unanswered: deque[Future[Any]] = deque()
 
     class Answer(Future[Any]):
