@@ -25,6 +25,7 @@ from mtl_lora_cli.evaluation.predict import Predictor, by_router, require_task, 
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.pictures.decode import Site, read_picture
 from mtl_lora_cli.prediction.inputs import Part
+from mtl_lora_cli.prediction.manifest import MAPS
 from mtl_lora_cli.prediction.reading import Chunk
 from mtl_lora_cli.prediction.types import answer_type, map_type
 from mtl_lora_cli.runs.atomic import write_bytes
@@ -269,7 +270,7 @@ class MapDesk:
         for name in self._names:
             spec = self._specs[name]
             values = at_size(maps[self._tasks[name].id][place], spec, size)
-            path = self._output / "maps" / name / part.name / f"{stem}.{self._form}"
+            path = self._output / MAPS / name / part.name / f"{stem}.{self._form}"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, encoded_map(values, spec, self._form))
             said[name] = {

@@ -19,6 +19,7 @@ from mtl_lora_cli.runs.folder import read_json, save_json
 
 MANIFEST, JOURNAL = "_manifest.json", "_parts.jsonl"
 UNFINISHED = ".partial"
+MAPS = "maps"  # the folder of maps, below the output folder
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Output:
             UsageError: something else lies in it, or its manifest is damaged.
         """
         if not (self.folder / MANIFEST).exists():
-            if self.folder.is_dir() and any(one.name != ".lock" for one in self.folder.iterdir()):
+            if self.folder.is_dir() and any(one.name[0] != "." for one in self.folder.iterdir()):
                 raise UsageError(
                     f"--output {self.folder}: the folder is not empty and has no {MANIFEST}; "
                     "expected a new folder, or one that predict has begun"
@@ -141,8 +142,9 @@ class Output:
 
     def sweep(self) -> None:
         """Remove what a killed process has left; nobody else writes here."""
-        for path in self.folder.rglob(f".*{UNFINISHED}"):
-            path.unlink(missing_ok=True)
+        for pattern in (f"**/.*{UNFINISHED}", f".{MANIFEST}.*", f"{MAPS}/**/.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _ends_line(file: Any) -> bool:

@@ -7,6 +7,7 @@ what was there, and is the same.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +24,7 @@ from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder
 
 LOCAL = "local"
+_PATIENCE = 10.0  # seconds
 _PARTS_A_CALL = 4  # that an actor with a card has in hand
 
 
@@ -119,6 +121,8 @@ def _join(address: str) -> None:
 
     import ray
 
+    if address not in (LOCAL, "auto"):
+        _require_listening(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
@@ -131,3 +135,21 @@ def _join(address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"--ray {address}: no cluster can be reached: {said:.200}") from None
+
+
+def _require_listening(address: str) -> None:
+    """Refuse an address at which nobody answers: Ray itself tries for minutes.
+
+    Raises:
+        UsageError: it is none, or nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise UsageError(
+            f"--ray {address}: expected local, auto, or HOST:PORT, where `ray start --head` listens"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UsageError(f"--ray {address}: no cluster can be reached: {said}") from None

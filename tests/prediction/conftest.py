@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from mtl_lora_cli.recipe.schema import Recipe, Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import read_template
+
+Finished = subprocess.CompletedProcess[str]
 
 TEMPLATES = {
     "warm": 'prompt: "{{ word }} is a color?"\nlabel: label\nchoices: {1: "yes", 0: "no"}\n',
@@ -83,3 +87,27 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def call(
+    run_folder: RunFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[..., Finished]:
+    """`call(*arguments)` is `predict` with the run's name, in the folder of the rows, in this process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "MTL_LORA_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the command's frame sets them
+
+    def run(*arguments: str) -> Finished:
+        from mtl_lora_cli.cli.app import app
+
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            app(["predict", "--run", str(run_folder.path), *arguments], prog_name="mtl-lora")
+        code, said = int(leaving.value.code or 0), capfd.readouterr()
+        return Finished(list(arguments), code, said.out, said.err)
+
+    return run

@@ -5,27 +5,33 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from mtl_lora_cli.cli.predict_parts import Progress
 from mtl_lora_cli.prediction.order import Totals
 from mtl_lora_cli.runs.folder import RunFolder
 
 from ..forks import Ended, Forks
-from .conftest import rows_of
+from .conftest import Finished, rows_of
 from .test_parts import contents
 
 Call = Callable[..., Ended]
+Invoke = Callable[..., Finished]
 SEED = 5
 
 
 @pytest.fixture
-def call(forks: Forks, run_folder: RunFolder, tmp_path: Path) -> Call:
-    """`call(*arguments)` is `predict` with the run's name, in the folder of the rows."""
+def apart(forks: Forks, run_folder: RunFolder, tmp_path: Path) -> Call:
+    """`apart(*arguments)` is `predict` in a process of its own, killed after so many seconds."""
 
     def run(*arguments: str, seconds: float = 120) -> Ended:
         own = ("predict", "--run", str(run_folder.path), *arguments)
@@ -34,7 +40,7 @@ def call(forks: Forks, run_folder: RunFolder, tmp_path: Path) -> Call:
     return run
 
 
-def test_a_folder_twice(call: Call, write_lines: Any, tmp_path: Path) -> None:
+def test_a_folder_twice(call: Invoke, write_lines: Any, tmp_path: Path) -> None:
     write_lines("one.jsonl", rows_of(23))
     arguments = ("--input", "rows", "--output", "out", "--task-column", "of", "--part-rows", "10")
     first = call(*arguments)
@@ -70,7 +76,7 @@ def test_a_folder_twice(call: Call, write_lines: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(
-    arguments: tuple[str, ...], message: str, call: Call, write_lines: Any, tmp_path: Path
+    arguments: tuple[str, ...], message: str, call: Invoke, write_lines: Any, tmp_path: Path
 ) -> None:
     write_lines("one.jsonl", rows_of(3))
     which = () if "--task" in arguments else ("--task-column", "of")
@@ -82,7 +88,7 @@ def test_what_is_refused_before_a_model_is_loaded(
 
 
 def test_a_bad_row_ends_it_and_says_how_to_go_on(
-    call: Call, write_lines: Any, tmp_path: Path
+    call: Invoke, write_lines: Any, tmp_path: Path
 ) -> None:
     rows = rows_of(40)
     write_lines("one.jsonl", [*rows[:39], {"word": "x", "of": "wram"}])
@@ -103,42 +109,67 @@ def test_a_bad_row_ends_it_and_says_how_to_go_on(
     assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 40
 
 
-def _crash(
-    call: Call, write_lines: Any, tmp_path: Path, rows: int, moments: int
-) -> tuple[int, list[int]]:
-    """Kill it at random moments until it is done: parts that were done at each end."""
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_killed_at_ten_random_moments(
+    form: str, apart: Call, write_lines: Any, tmp_path: Path
+) -> None:
     for name in ("one.jsonl", "two.jsonl"):
-        write_lines(name, rows_of(rows))
+        path, rows = write_lines(name, rows_of(4000)), rows_of(4000)
+        if form == "parquet":
+            path.unlink()
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
     arguments = ("--input", "rows", "--task-column", "of", "--part-rows", "50", "--output")
-    began = call(*arguments, "whole")
+    began = apart(*arguments, "whole")
     assert began.returncode == 0, began.stderr
-    whole = contents(tmp_path / "whole")
-    took = json.loads(began.stdout)["seconds"]
-    chance = random.Random(SEED)
-    seen: list[int] = []
-    for _ in range(moments):
-        ended = call(*arguments, "out", seconds=chance.uniform(0.3, 0.5 + 2.5 * took / moments))
+    whole, took = contents(tmp_path / "whole"), json.loads(began.stdout)["seconds"]
+    chance, seen = random.Random(SEED), [0]
+    while len(seen) < 11:
+        ended = apart(*arguments, "out", seconds=began.seconds - took + chance.uniform(0, took / 4))
         assert ended.returncode in (0, -signal.SIGALRM), ended.stderr
         found = contents(tmp_path / "out") if (tmp_path / "out").exists() else {}
         assert found.items() <= whole.items()  # whole files, never others
         seen.append(len(found))
-    ended = call(*arguments, "out")
+    ended = apart(*arguments, "out")
     assert ended.returncode == 0, ended.stderr
     assert contents(tmp_path / "out") == whole
     assert seen == sorted(seen)
+    print("parts that were done at each kill:", seen, "of", len(whole))
+    assert len({count for count in seen if 0 < count < len(whole)}) > 2
     assert not list((tmp_path / "out").rglob(".*"))
-    return len(whole), seen
-
-
-def test_killed_and_gone_on_with(call: Call, write_lines: Any, tmp_path: Path) -> None:
-    _crash(call, write_lines, tmp_path, 150, 1)
 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(call: Call, write_lines: Any, tmp_path: Path) -> None:
-    parts, seen = _crash(call, write_lines, tmp_path, 5000, 10)
-    assert len({count for count in seen if 0 < count < parts}) > 4, seen
+def test_interrupted_it_says_how_to_go_on(
+    run_folder: RunFolder, write_lines: Any, tmp_path: Path
+) -> None:
+    write_lines("one.jsonl", rows_of(6000))
+    arguments = ["--input", "rows", "--output", "out", "--task-column", "of", "--part-rows", "50"]
+    own = [sys.executable, "-m", "mtl_lora_cli.cli.main", "predict", "--run", str(run_folder.path)]
+    process = subprocess.Popen(
+        [*own, *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    journal = tmp_path / "out" / "_parts.jsonl"
+    while not journal.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    line = said.splitlines()[-1]
+    done = len(journal.read_text().splitlines())
+    assert line == (
+        f"error: interrupted: {done} of 120 parts are answered, {50 * done:,} of 6,000 rows; "
+        "the same command goes on from there"
+    )
+    assert len(contents(tmp_path / "out")) in (done, done + 1)
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_progress_says_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +179,27 @@ def test_it_goes_on_where_it_ended_and_the_end_is_the_same(
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["complete"] is True
     assert answer(order) == whole
+
+
+def test_killed_and_gone_on_with(
+    order: Order, answer: Answer, write_lines: Any, tmp_path: Path
+) -> None:
+    """By a signal that nobody handles, in the middle of whatever is done."""
+    write_lines("one.jsonl", rows_of(200))
+    whole = answer(replace(order, output=tmp_path / "whole"))
+    seen = []
+    for hundredths in (1, 3, 8, 15):
+        if (child := os.fork()) == 0:
+            signal.setitimer(signal.ITIMER_REAL, hundredths / 100)
+            answer(order)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGALRM)
+        found = contents(order.output) if order.output.exists() else {}
+        assert found.items() <= whole.items()
+        seen.append(len(found))
+    assert answer(order) == whole
+    assert seen == sorted(seen)
 
 
 @pytest.mark.long
