@@ -365,9 +365,9 @@ class Predictor:
         """Predictions of choices, by their log-probabilities."""
         renderer = self._tasks[task.name][1]
         scores = normalised(values, examples, requests, task.template.normalisation)
-        for number, (values, example) in enumerate(zip(scores, examples.examples, strict=True)):
-            likely = probabilities(values)
-            best = int(values.argmax())
+        for number, (own, example) in enumerate(zip(scores, examples.examples, strict=True)):
+            likely = probabilities(own)
+            best = int(own.argmax())
             labels = renderer.labels(examples.rows[number], examples.wheres[number])
             prediction: Prediction = {
                 "task": task.name,

@@ -19,21 +19,13 @@ from mtl_lora_cli.evaluation.predict import by_router, several_tasks
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, FreeDesk, How, MapDesk
+from mtl_lora_cli.prediction.in_hand import Fail, Idle, Inbox, Job, Question, Rows
 from mtl_lora_cli.prediction.inputs import Part
-from mtl_lora_cli.prediction.lanes import (
-    Fail,
-    Idle,
-    Inbox,
-    Job,
-    Processes,
-    Question,
-    Rows,
-    Threads,
-)
+from mtl_lora_cli.prediction.lanes import Processes, Threads
 from mtl_lora_cli.prediction.manifest import Done
 
 _THREADS = 2
-_MOST_PROCESSES = 16
+_MOST_PROCESSES = 32
 _AHEAD = 1  # passes that a card has while the values of the one before are read
 
 
@@ -134,7 +126,7 @@ class Course:
             elif isinstance(message, Done):
                 yield message
             elif isinstance(message, Rows):
-                told(message.count)
+                told(message.number)
             elif isinstance(message, Fail):
                 raise message.error
             else:

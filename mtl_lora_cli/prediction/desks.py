@@ -197,8 +197,9 @@ class FreeDesk:
         """See `Desk`."""
         predictor, how = self._predictor(root), self._how
         if not self._routed:
-            for name in self._several or [how.task]:
-                assert not isinstance(name, list)
+            one = how.task if isinstance(how.task, str) else None
+            names: list[str | None] = [*self._several] if self._several else [one]
+            for name in names:
                 predictor.questions(chunk.rows, task=name, task_column=how.task_column)
         first = chunk.numbers[0] if chunk.numbers else 0
         answer = partial(

@@ -6,9 +6,9 @@ A lane is a thread, or, where Python's lock would keep a card waiting, a process
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
@@ -16,153 +16,47 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.prediction.desks import Asked, ChoiceDesk, Desk, Fit, How, Payload, Prediction
+from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, Payload
+from mtl_lora_cli.prediction.in_hand import (
+    Fail,
+    Idle,
+    Inbox,
+    Job,
+    Question,
+    Rows,
+    answer_parts,
+)
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.manifest import Done
-from mtl_lora_cli.prediction.reading import Chunk, Fault, Reading
-from mtl_lora_cli.prediction.writing import PartFile
 from mtl_lora_cli.recipe.load import load_extensions_of
-from mtl_lora_cli.runs.atomic import file_checksum
 from mtl_lora_cli.runs.folder import RunFolder
 
-_AHEAD = 2  # chunks of a lane that wait for the model
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that is the same for all parts.
-
-    Attributes:
-        run: the run's folder.
-        force: see `open_run`.
-        how: what is asked.
-        reading: how rows are read.
-        output: the folder of the answers.
-    """
-
-    run: Path
-    force: bool
-    how: How
-    reading: Reading
-    output: Path
-
-
-class Question(NamedTuple):
-    """Something for the model, and where its answer goes."""
-
-    payload: Payload
-    answer: Future[Any]
-
-
-class Rows(NamedTuple):
-    """So many rows more are answered, of a part that is not done yet."""
-
-    count: int
-
-
-class Fail(NamedTuple):
-    """A lane has met a fault."""
-
-    error: BaseException
-
-
-class Idle(NamedTuple):
-    """A lane has no parts left."""
-
-
-Inbox = queue.SimpleQueue[Question | Rows | Done | Fail | Idle]
-Ask = Callable[[Payload], "Future[Any]"]
 Parts = Iterator[Part]
+
+
+class Start(NamedTuple):
+    """To a lane's process: there are parts."""
+
+
+class Want(NamedTuple):
+    """From there: another part is asked for."""
+
+
+class Given(NamedTuple):
+    """To there: this one; None: there is none."""
+
+    part: Part | None
 
 
 class Stopped(Exception):
     """The work was given up."""
-
-
-def answer_part(
-    job: Job, desk: Desk, part: Part, ask: Ask, told: Callable[[int], None] = lambda rows: None
-) -> Done:
-    """Answer a part: its file is in its place afterwards.
-
-    Args:
-        job: what it is a part of.
-        desk: of the run.
-        part: some rows.
-        ask: puts something to the model.
-        told: is told of rows that are answered.
-
-    Raises:
-        UsageError: a row cannot be answered, and the job is not lenient.
-    """
-    ending = "parquet" if part.is_parquet else "jsonl"
-    path = job.output / f"{part.name}.{ending}"
-    kind = desk.kind if part.is_parquet else None
-    waiting: deque[tuple[Chunk, Asked, Future[Any]]] = deque()
-    faults: list[Fault] = []
-    rows = truncated = 0
-
-    with PartFile(path, job.reading.column, kind) as file:
-
-        def finish() -> None:
-            nonlocal rows, truncated
-            chunk, asked, answer = waiting.popleft()
-            predictions = asked.told(answer.result())
-            file.write(chunk, predictions)
-            rows += len(predictions)
-            truncated += sum(map(_is_cut, predictions))
-            told(len(predictions))
-
-        for whole in job.reading.chunks(part, desk.rows):
-            chunk, asked = _asked(job, desk, part, whole)
-            faults += chunk.faults
-            waiting.append((chunk, asked, ask(asked.payload)))
-            if len(waiting) > _AHEAD:
-                finish()
-        while waiting:
-            finish()
-    return Done(
-        part=part.name,
-        digest=part.digest,
-        file=path.relative_to(job.output).as_posix(),
-        rows=rows,
-        truncated=truncated,
-        bytes=path.stat().st_size,
-        sha256=file_checksum(path),
-        bad=[fault.to_json() for fault in sorted(faults, key=lambda fault: fault.row)],
-    )
-
-
-def _asked(job: Job, desk: Desk, part: Part, chunk: Chunk) -> tuple[Chunk, Asked]:
-    """Rows ready for the model, without those that cannot be answered where the job is lenient."""
-    root = (job.reading.root / part.file).parent
-    try:
-        return chunk, desk.ask(chunk, part, root)
-    except UsageError:
-        if not job.reading.lenient:
-            raise
-    faults: dict[int, Fault] = {}
-    for place, number in enumerate(chunk.numbers):
-        alone = Chunk([chunk.rows[place]], [number], [], [])
-        try:
-            desk.ask(alone, part, root)
-        except UsageError as error:
-            faults[place] = Fault(part.file, number, error.lines[0])
-    good = chunk.without(faults)
-    return good, desk.ask(good, part, root)
-
-
-def _is_cut(prediction: Prediction) -> bool:
-    each = prediction.values() if "task" not in prediction else [prediction]
-    return any(isinstance(one, dict) and "truncated" in one for one in each)
 
 
 class Threads:
@@ -193,9 +87,7 @@ class Threads:
 
     def _run(self, parts: _Shared) -> None:
         try:
-            while (part := parts.next()) is not None:
-                done = answer_part(self._job, self._desk, part, self._ask, self._told)
-                self._inbox.put(done)
+            answer_parts(self._job, self._desk, parts, self._ask, self._inbox.put)
         except Stopped:
             pass
         except BaseException as error:
@@ -210,9 +102,6 @@ class Threads:
             raise Stopped
         self._inbox.put(question)
         return question.answer
-
-    def _told(self, rows: int) -> None:
-        self._inbox.put(Rows(rows))
 
     def close(self) -> None:
         """End; what is in hand is given up."""
@@ -269,17 +158,18 @@ class Processes:
                     end.send(answer.result())
 
         try:
-            while (part := parts.next()) is not None:
-                with lock:
-                    end.send(part)
-                while not isinstance(message := end.recv(), Done):
-                    if isinstance(message, (Fail, Rows)):
-                        self._inbox.put(message)
-                    else:
-                        question = Question([_unpacked(one) for one in message], Future())
-                        question.answer.add_done_callback(answered)
-                        self._inbox.put(question)
-                self._inbox.put(message)
+            with lock:
+                end.send(Start())
+            while not isinstance(message := end.recv(), Idle):
+                if isinstance(message, Want):
+                    with lock:
+                        end.send(Given(next(parts, None)))
+                elif isinstance(message, (Done, Fail, Rows)):
+                    self._inbox.put(message)
+                else:
+                    question = Question([_unpacked(one) for one in message], Future())
+                    question.answer.add_done_callback(answered)
+                    self._inbox.put(question)
         except (EOFError, OSError):
             self._inbox.put(
                 Fail(MtlLoraError("a process that prepares rows has ended: out of memory?"))
@@ -300,45 +190,84 @@ class _Shared:
     def __init__(self, parts: Parts) -> None:
         self._parts, self._lock = parts, threading.Lock()
 
-    def next(self) -> Part | None:
-        """The next one; None: there is none."""
+    def __iter__(self) -> _Shared:
+        return self
+
+    def __next__(self) -> Part:
         with self._lock:
-            return next(self._parts, None)
+            return next(self._parts)
+
+
+class _Elsewhere:
+    """A lane's own half: what comes from the model's process arrives in the order in which it was asked for.
+
+    Args:
+        end: of the pipe.
+    """
+
+    def __init__(self, end: Any) -> None:
+        self._end = end
+        self._unanswered: deque[Future[Any]] = deque()
+        self._given: deque[Part | None] = deque()
+
+    def receive(self) -> None:
+        """The next message."""
+        message = self._end.recv()
+        if isinstance(message, Given):
+            self._given.append(message.part)
+        else:
+            self._unanswered.popleft().set_result(message)
+
+    def parts(self) -> Iterator[Part]:
+        """Parts that nobody else takes."""
+        while True:
+            self._end.send(Want())
+            while not self._given:
+                self.receive()
+            part = self._given.popleft()
+            if part is None:
+                return
+            yield part
+
+    def ask(self, payload: Payload) -> Future[Any]:
+        """Put passes to the model."""
+        assert not callable(payload)
+        self._end.send([_packed(batch) for batch in payload])
+        answer = _Answer(self.receive)
+        self._unanswered.append(answer)
+        return answer
+
+
+class _Answer(Future[Any]):
+    """Received by whoever waits for it."""
+
+    def __init__(self, receive: Callable[[], None]) -> None:
+        super().__init__()
+        self._receive = receive
+
+    def result(self, timeout: float | None = None) -> Any:
+        while not self.done():
+            self._receive()
+        return super().result()
 
 
 def _lane_process(end: Any, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is asked, and ends this one
     torch.set_num_threads(1)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    unanswered: deque[Future[Any]] = deque()
-
-    class Answer(Future[Any]):
-        """The model answers in the order in which it was asked."""
-
-        def result(self, timeout: float | None = None) -> Any:
-            while not self.done():
-                unanswered.popleft().set_result(end.recv())
-            return super().result()
-
-    def ask(payload: Payload) -> Future[Any]:
-        assert not callable(payload)
-        end.send([_packed(batch) for batch in payload])
-        answer = Answer()
-        unanswered.append(answer)
-        return answer
-
-    def told(rows: int) -> None:
-        end.send(Rows(rows))
-
     with suppress(EOFError, BrokenPipeError):
         try:
             load_extensions_of(RunFolder(job.run).recipe)
             opened = Run(RunFolder(job.run), force=job.force)
             opened.tokenizer  # noqa: B018 - read while the model is loaded elsewhere
             desk = ChoiceDesk(opened, job.how, end.recv())
-            while True:
-                part = end.recv()
-                end.send(answer_part(job, desk, part, ask, told))
+            # Thousands of encodings are alive at any time, and none is in a cycle: looking for some took a sixth.
+            gc.freeze()
+            gc.set_threshold(100_000, 50, 1000)
+            while isinstance(end.recv(), Start):
+                here = _Elsewhere(end)
+                answer_parts(job, desk, here.parts(), here.ask, end.send)
+                end.send(Idle())
         except (EOFError, BrokenPipeError):
             raise
         except Exception as error:
@@ -368,7 +297,7 @@ def _unpacked(sent: Packed) -> PackedBatch:
     from mtl_lora_cli.engine.segments import Segments
 
     arrays, lengths, reach = sent
-    fields = {
+    fields: dict[str, Any] = {
         name: torch.from_numpy(array).long() for name, array in zip(_FIELDS, arrays, strict=True)
     }
     until = None if reach is None else torch.from_numpy(reach)

@@ -14,8 +14,8 @@ from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import by_router, require_task, several_tasks
 from mtl_lora_cli.evaluation.router import load_router
 from mtl_lora_cli.prediction.desks import How
+from mtl_lora_cli.prediction.in_hand import Job
 from mtl_lora_cli.prediction.inputs import Part, find_files, plan
-from mtl_lora_cli.prediction.lanes import Job
 from mtl_lora_cli.prediction.manifest import (
     Begun,
     Done,

@@ -17,8 +17,8 @@ import torch
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.prediction.course import Course
+from mtl_lora_cli.prediction.in_hand import Job
 from mtl_lora_cli.prediction.inputs import Part
-from mtl_lora_cli.prediction.lanes import Job
 from mtl_lora_cli.prediction.manifest import Done
 from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder

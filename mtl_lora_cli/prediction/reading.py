@@ -170,7 +170,8 @@ def _slices(path: Path, part: Part, size: int) -> Iterator[Any]:
 
 def _groups_of(table: Any, part: Part) -> tuple[list[int], int]:
     """The row groups that a part's rows stand in, and how many rows stand before it in the first of them."""
-    groups, before, skip = [], 0, 0
+    groups: list[int] = []
+    before = skip = 0
     for number in range(table.num_row_groups):
         count = table.metadata.row_group(number).num_rows
         if before + count > part.first and before < part.first + part.rows:

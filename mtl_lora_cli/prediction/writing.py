@@ -18,7 +18,7 @@ Prediction = Mapping[str, Any]
 
 
 class PartFile:
-    """A part's answers on their way to the disk; in its place when the block ends well.
+    """A part's answers on their way to the disk: in its place once it is closed, gone once it is dropped.
 
     Args:
         path: its place.
@@ -32,9 +32,6 @@ class PartFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
         self._temporary, self._file = Path(name), os.fdopen(handle, "wb")
-
-    def __enter__(self) -> PartFile:
-        return self
 
     def write(self, chunk: Chunk, answers: Sequence[Prediction]) -> None:
         """The next rows, each with its answer."""
@@ -55,19 +52,24 @@ class PartFile:
             self._writer = parquet.ParquetWriter(self._file, batch.schema)
         self._writer.write_batch(batch)
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def close(self) -> None:
+        """All rows are written: from now on it is there."""
         try:
             if self._writer is not None:
                 self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            if kind is None:
-                self._temporary.chmod(0o644)
-                self._temporary.replace(self._path)
-                sync(self._path.parent)
+            self._temporary.chmod(0o644)
+            self._temporary.replace(self._path)
+            sync(self._path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        """Leave nothing."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def _joined(line: str, column: str, answer: Prediction) -> str:

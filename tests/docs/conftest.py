@@ -85,7 +85,12 @@ def unlabelled() -> dict[str, list[Row]]:
     pairs = [{"idx": i, "sentence1": "There is one.", "sentence2": "It is."} for i in range(3)]
     both = {"question": "Is a cup an animal?", "goal": "Drink.", "sol1": "A cup.", "sol2": "A hat."}
     mixed = [{"task": "sst2", **sentences[0]}, {"task": "rte", **pairs[0]}]
-    return {"questions.jsonl": [both] * 3, "test.jsonl": pairs, "mixed.jsonl": mixed}
+    return {
+        "questions.jsonl": [both] * 3,
+        "test.jsonl": pairs,
+        "mixed.jsonl": mixed,
+        "rows/mixed.jsonl": mixed,
+    }
 
 
 @contextmanager
@@ -130,6 +135,7 @@ def workshop(stories_folder: Path, cache: Path, tmp_path_factory: pytest.TempPat
         (folder / name).mkdir(parents=True)
         for split in ("train", "test"):
             _write_rows(folder / name / f"{split}.jsonl", data)
+    (folder / "rows").mkdir()
     for name, data in unlabelled().items():
         _write_rows(folder / name, data)
     (folder / "reviews.csv").write_text("sentence\na joy\ntwo lost hours\n", encoding="utf-8")

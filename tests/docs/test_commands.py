@@ -38,6 +38,14 @@ NOT_RUN = {
     ".venv/bin/pip install --constraint constraints.txt .": INDEX,
     "pip install mtl-lora[lm-eval]": INDEX,
     "pip install mtl-lora[serve]": INDEX,
+    "pip install mtl-lora[ray]": INDEX,
+    "mtl-lora predict --input rows --output answers --task-column task --ray local --actors 2": (
+        "needs Ray; tests/prediction/test_ray.py does the same"
+    ),
+    "import ray": "needs Ray; tests/prediction/test_frames.py calls what it calls",
+    "from mtl_lora_cli.prediction.frames import in_pandas": (
+        "needs Spark; tests/prediction/test_frames.py calls the function as Spark does"
+    ),
     "mtl-lora serve mine --port 8100": "runs until it is told to end; tests/cli/test_serve.py does that",
     "curl -s localhost:8100/v1/predict -H Content-Type: application/json "
     '-d {"task": "sst2", "rows": [{"sentence": "A film to remember."}]}': (
