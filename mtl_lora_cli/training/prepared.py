@@ -20,7 +20,9 @@ from mtl_lora_cli.data.prepare import (
     read_examples,
 )
 from mtl_lora_cli.engine.decoder import obstacle
+from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.memory import keep_of
+from mtl_lora_cli.engine.plan import Plan
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
@@ -260,17 +262,29 @@ def _require_shared(packed: PackedModel, longest: int) -> None:
     """
     if packed.shares(longest):
         return
-    limit = packed.together
-    if packed.decoder is not None and packed.decoder.plan.recurrent:
-        why = "layers of this model hand a state from token to token, which a tree of examples does not"
-    elif limit is not None and longest > limit:
-        why = (
-            f"the model's rotary embedding is another one beyond {limit} positions, and the longest example "
-            f"has {longest}"
+    limit, name = packed.together, packed.model.config.model_type
+    if packed.decoder is not None:
+        _require_no_state(packed.decoder.plan, name)
+    if limit is not None and longest > limit:
+        raise _not_shared(
+            f"the rotary embedding of {name} is another one beyond {limit} positions, and the longest "
+            f"example has {longest}"
         )
-    else:
-        why = f"the model's own layers take {packed.engine_report()['layout']} examples, and no trees of them"
-    raise UsageError(f"training.share_beginnings: {why}; leave it out")
+    raise _not_shared(
+        f"{name}'s own layers take examples one by one or side by side, not trees of them"
+    )
+
+
+def _require_no_state(plan: Plan, name: str) -> None:
+    """The same of a type of model, by what the fused engine would compute."""
+    if plan.recurrent:
+        raise _not_shared(
+            f"layers of {name} hand a state from token to token, which a tree of examples does not"
+        )
+
+
+def _not_shared(why: str) -> UsageError:
+    return UsageError(f"training.share_beginnings: {why}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -320,7 +334,8 @@ def require_fit(prepared: Prepared) -> None:
     if prepared.extends is None:  # otherwise what learns is known when the run's adapter is read
         require_parts(adapter, recipe.training.parts)
     require_gradients(adapter)
-    if recipe.engine == "fused":
-        reason = obstacle(model, adapter)
-        if reason is not None:
-            raise UsageError(f"engine: fused does not know this model: {reason}")
+    reason = obstacle(model, adapter)
+    if recipe.engine == "fused" and reason is not None:
+        raise UsageError(f"engine: fused does not know this model: {reason}")
+    if recipe.training.share_beginnings and reason is None:
+        _require_no_state(plan_of(model.config), model.config.model_type)
