@@ -15,6 +15,7 @@ from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.data.laid import Laid, behind_each_other, in_trees
 from mtl_lora_cli.data.mixture import positions_of
 from mtl_lora_cli.data.pictured import Eyes
+from mtl_lora_cli.data.windows import Windows
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, Rows, at_step
@@ -30,6 +31,7 @@ class TextDataset:
         loss_on: see `training_batch`.
         eyes: what the model sees of rows' pictures; None: they show none.
         share: see `training_batch`.
+        windows: the examples of later epochs, where tasks are streams.
 
     Attributes:
         lengths: of each task int [examples], the positions that each example takes.
@@ -42,10 +44,18 @@ class TextDataset:
         eyes: Eyes | None = None,
         *,
         share: bool = False,
+        windows: Windows | None = None,
     ) -> None:
         self._splits, self._loss_on, self._eyes = splits, loss_on, eyes
-        self._share = share
+        self._share, self._windows = share, windows
         self.lengths = [split.positions for split in splits]
+
+    def at(self, epoch: int, step: int) -> TextDataset:
+        """The examples of an epoch: a window of streams."""
+        if self._windows is None or epoch == 0:
+            return self
+        splits = self._windows.splits(epoch)
+        return TextDataset(splits, self._loss_on, self._eyes, share=self._share)
 
     def collate(self, rows: Rows) -> PackedBatch:
         """See `training_batch`."""

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.answers import require_answers
-from mtl_lora_cli.data.audit import audit, leaked
+from mtl_lora_cli.data.audit import Audit, audit, leaked
 from mtl_lora_cli.data.control_tokens import Brought
 from mtl_lora_cli.data.encoded import (
     EncodedSplit,
@@ -25,6 +26,7 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.parts import Parts
 from mtl_lora_cli.data.pictured import require_readable, shown_twice
 from mtl_lora_cli.data.seen import Seen, counted, seen_of, together
+from mtl_lora_cli.data.sources import stream_of
 from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
 from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.pictures.shown import Picture
@@ -149,6 +151,33 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
     )
     encoded = whole.split(task, encoder, len(rows))
     return encoded, noticed, cache.Traces(known, {n: one.traces for n, one in read.items()})
+
+
+def encode_window(
+    task: Task, recipe: Recipe, encoder: Encoder, limit: int, window: int
+) -> cache.Stored:
+    """Encode a later window of a stream; it is held against nothing.
+
+    Args:
+        task, recipe, encoder, limit: as of `encode_task`.
+        window: its number, from 1 on.
+
+    Raises:
+        UsageError: likewise.
+    """
+    source = task.source
+    stream = stream_of(source, base=Path(), task=task.name)
+    found = stream.rows(window * source.window, source.window)
+    rows = TaskRows(task, "train", found, np.arange(len(found.rows)))
+    whole = _Whole(Parts(cache.folder()))
+    learn = partial(_learned, rows, encoder, limit, recipe.training.on_overflow)
+    for one in _pieces(learn, rows, 0):
+        whole.add(one)
+    many, first = whole.too_long, whole.first
+    require_kept(task.name, limit, rows=len(rows), kept=whole.kept, too_long=many, first=first)
+    nothing = np.empty(0, np.uint64)
+    traces = cache.Traces((nothing, nothing), {})
+    return whole.split(task, encoder, len(rows)), Audit(len(rows)), traces
 
 
 def _learned(

@@ -51,6 +51,15 @@ def splits_of(folder: Path, key: str) -> Splits:
     raise file_problem(folder, message, key=key)
 
 
+def split_of(name: str) -> str | None:
+    """The split that a file belongs to by its own name, or by that of the folder in which it lies."""
+    path = Path(name)
+    named = _SPLIT_FILE.fullmatch(path.name)
+    if named and ending(path):
+        return _NAMES[named[1]]
+    return _NAMES.get(path.parent.name) if ending(path) else None
+
+
 def matching(folder: Path, pattern: str, key: str) -> list[Path]:
     """The file or folder of that name, else all files that match the pattern, in order of name.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mtl_lora_cli.data.across import across
 from mtl_lora_cli.data.audit import Audit, require_no_blank
 from mtl_lora_cli.data.beginnings import Beginnings
 from mtl_lora_cli.data.dynamic import DynamicMixture
-from mtl_lora_cli.data.encode_task import encode_task
+from mtl_lora_cli.data.encode_task import encode_task, encode_window
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
@@ -38,6 +39,7 @@ from mtl_lora_cli.data.sources import (
 )
 from mtl_lora_cli.data.stages import Part, StagedMixture
 from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
+from mtl_lora_cli.data.windows import Windows, streaming
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.schema import (
@@ -70,6 +72,7 @@ class TrainingData:
         notes: what is good to know of all tasks, a line each.
         others: the examples where they are no text; then there are no splits and no audits.
         eyes: what the model sees of rows' pictures; None: they show none.
+        windows: the examples of later windows, where tasks are streams; `splits` are those of the first.
     """
 
     tasks: list[Task]
@@ -79,6 +82,7 @@ class TrainingData:
     notes: tuple[str, ...] = ()
     others: Dataset | None = None
     eyes: Eyes | None = None
+    windows: Windows | None = None
 
     def dataset(self, loss_on: str) -> Dataset:
         """The examples as rows are made of them; `loss_on` says what of a text is learned."""
@@ -86,7 +90,7 @@ class TrainingData:
 
         if self.others is not None:
             return self.others
-        return TextDataset(self.splits, loss_on, self.eyes, share=self.shares)
+        return TextDataset(self.splits, loss_on, self.eyes, share=self.shares, windows=self.windows)
 
     @property
     def shares(self) -> bool:
@@ -290,8 +294,12 @@ def prepare_training(
     mixture = mixture_over(recipe, tasks, [split.positions for split in splits])
     if training.share_beginnings:
         mixture = replace(mixture, beginnings=tuple(map(_beginnings_of, splits)))
+    windows = _windows(tasks, bound, splits, recipe, encoder, limit)
+    if windows is not None:
+        mixture = streaming(mixture, windows)
     eyes = encoder.eyes if any(task.template.images for task in tasks) else None
-    return TrainingData(bound, splits, audits, mixture, tuple(encoder.notes), eyes=eyes)
+    notes = tuple(encoder.notes)
+    return TrainingData(bound, splits, audits, mixture, notes, eyes=eyes, windows=windows)
 
 
 def _beginnings_of(split: EncodedSplit) -> Beginnings:
@@ -451,13 +459,45 @@ def _seen_where(task: Task, encoder: Encoder) -> list[str]:
     return [encoder.eyes.settings, str(picture_root(task).absolute())]
 
 
+def _windows(
+    tasks: Sequence[Task],
+    bound: Sequence[Task],
+    splits: Sequence[EncodedSplit],
+    recipe: Recipe,
+    encoder: Encoder,
+    limit: int,
+) -> Windows | None:
+    """What comes behind the first window of streams; None without them."""
+    streams = [number for number, task in enumerate(tasks) if task.source.stream]
+    if not streams:
+        return None
+    keys = [
+        _key(task, one.fingerprints, recipe, encoder, limit)
+        for task, one in zip(tasks, bound, strict=True)
+    ]
+
+    def encode(number: int, window: int) -> EncodedSplit:
+        task = tasks[number]
+        key = cache.key_of(first=keys[number], window=window)
+        make = partial(encode_window, task, recipe, encoder, limit, window)
+        with _no_collection():
+            return _stored(key, task, make)[0]
+
+    return Windows(splits, streams, encode, repr(keys))
+
+
 def _prepare_task(
     task: Task, recipe: Recipe, encoder: Encoder, limit: int
 ) -> tuple[Task, EncodedSplit, Audit, cache.Traces]:
-    training = recipe.training
     bound = with_fingerprints(task)
-    found = bound.fingerprints
-    key = cache.key_of(
+    key = _key(task, bound.fingerprints, recipe, encoder, limit)
+    return bound, *_stored(key, task, partial(encode_task, task, recipe, encoder, limit))
+
+
+def _key(task: Task, found: Mapping[str, str], recipe: Recipe, encoder: Encoder, limit: int) -> str:
+    """What the task's examples are kept under."""
+    training = recipe.training
+    return cache.key_of(
         template=task.wording,
         fingerprints=found,
         encoder=encoder.fingerprint,
@@ -466,13 +506,18 @@ def _prepare_task(
         on_overflow=training.on_overflow,
         subset=[task.max_examples, training.seed, task.name] if task.max_examples else None,
         **({"pictures": _seen_where(task, encoder)} if task.template.images else {}),
+        **({"buffer": task.source.window} if task.source.stream else {}),
     )
+
+
+def _stored(key: str, task: Task, make: Callable[[], cache.Stored]) -> cache.Stored:
+    """From the cache; else made, by one process at a time, and kept."""
     stored = cache.load(key)
     if stored is None:
         with cache.claimed(key, task.name):
             stored = cache.load(key)
             if stored is None:
-                stored = encode_task(task, recipe, encoder, limit)
+                stored = make()
                 cache.store(key, *stored)
                 stored = cache.load(key) or stored  # mapped, and shared
-    return bound, *stored
+    return stored

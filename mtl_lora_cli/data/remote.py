@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.data.file_formats import ending
+from mtl_lora_cli.data.part_stream import StreamPart
 from mtl_lora_cli.errors import UsageError, file_problem
 from mtl_lora_cli.runs import kept
 from mtl_lora_cli.runs.atomic import write_text
@@ -33,26 +35,30 @@ def is_address(path: str) -> bool:
 
 
 @lru_cache
-def copied(address: str, key: str) -> Path:
+def copied(address: str, key: str, left_out: frozenset[str] = frozenset()) -> Path:
     """The file or folder at an address, copied to this disk: what holds rows, by its ending.
 
     Args:
         address: as fsspec takes it.
         key: the source's, for errors.
+        left_out: files that stay where they are.
 
     Raises:
         UsageError: it cannot be reached, there is nothing, or what reads such addresses is not installed.
     """
     with reached(address, key) as (system, root):
         single = system.isfile(root)
-        files = [root] if single else files_at(system, root)
-        if not files:
+        files = [
+            one for one in ([root] if single else files_at(system, root)) if one not in left_out
+        ]
+        if not files and not left_out:
             raise file_problem(address, "no such file, or a folder that holds no rows", key=key)
         folder = cache_folder() / _KIND / hashlib.sha256(address.encode()).hexdigest()[:16]
         name = Path(root).name
         copies = {
             folder / (name if single else file[len(root) :].lstrip("/")): file for file in files
         }
+        folder.mkdir(parents=True, exist_ok=True)
         with kept.claimed(folder, lambda: tell(f"{address}: another process copies it")):
             for to, file in copies.items():
                 fetch(system, file, to)
@@ -96,10 +102,14 @@ def fetch(system: Any, file: str, to: Path) -> None:
         return
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(f".{to.name}.part")
-    with system.open(file, "rb") as source, part.open("wb") as out:
-        shutil.copyfileobj(source, out, 2**23)
+    _copy(system, file, part)
     part.replace(to)
     write_text(mark, state)
+
+
+def _copy(system: Any, file: str, to: Path) -> None:
+    with system.open(file, "rb") as source, to.open("wb") as out:
+        shutil.copyfileobj(source, out, 2**23)
 
 
 def state_of(system: Any, file: str) -> str:
@@ -109,3 +119,35 @@ def state_of(system: Any, file: str) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def parts_at(address: str, key: str, chosen: Callable[[str], bool]) -> list[StreamPart]:
+    """Files at an address as parts of a stream: copied while they are read, and removed then.
+
+    Args:
+        address: of a file, or of a folder.
+        key: the source's, for errors.
+        chosen: whether a file is one of them, by its path below the folder.
+
+    Raises:
+        UsageError: it cannot be reached.
+    """
+    with reached(address, key) as (system, root):
+        single = system.isfile(root)
+        names = [root] if single else files_at(system, root)
+        own = [one for one in names if single or chosen(one[len(root) :].lstrip("/"))]
+        return [
+            StreamPart(one, state_of(system, one), partial(_while_read, address, key, one))
+            for one in own
+        ]
+
+
+@contextmanager
+def _while_read(address: str, key: str, file: str) -> Iterator[Path]:
+    folder = cache_folder() / "streams"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as name:
+        path = Path(name) / Path(file).name
+        with reached(address, key) as (system, _):
+            _copy(system, file, path)
+        yield path

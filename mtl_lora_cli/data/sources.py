@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
-from mtl_lora_cli.data.file_formats import Rows, fingerprint, print_of, renamed
-from mtl_lora_cli.data.folders import matching, splits_of
+from mtl_lora_cli.data.file_formats import Rows, ending, fingerprint, print_of, renamed
+from mtl_lora_cli.data.folders import Splits, matching, split_of, splits_of
 from mtl_lora_cli.data.large_files import LARGE, read_rows, rows_renamed
 from mtl_lora_cli.data.layouts import layout_rows
 from mtl_lora_cli.data.lazy_rows import (
@@ -27,7 +28,8 @@ from mtl_lora_cli.data.lazy_rows import (
     SelectedPlaces,
     SelectedRows,
 )
-from mtl_lora_cli.data.remote import copied, is_address
+from mtl_lora_cli.data.part_stream import PartStream, local_part
+from mtl_lora_cli.data.remote import copied, is_address, parts_at
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
 from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
 from mtl_lora_cli.resources import bundled
@@ -67,6 +69,8 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
         return _read_hub(source, split)
     if source.layout is not None:
         return layout_rows(root_of(source, base, task), source.layout, split, task)
+    if source.stream and split == "train":
+        return stream_of(source, base=base, task=task).rows(0, source.window)
     files = _split_files(source, base, task).get(split)
     if files is None:
         return None
@@ -83,6 +87,28 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
         places=SelectedPlaces(places) if lazy else list(chain.from_iterable(places)),
         notes=tuple(chain.from_iterable(part.notes for part in parts)),
     )
+
+
+def stream_of(source: Source, *, base: Path, task: str) -> PartStream:
+    """The training rows of a source with `stream: true`, window by window.
+
+    Raises:
+        UsageError: it has no such rows, or they cannot be reached.
+    """
+    key = f"source of task '{task}'"
+    pattern = (source.splits or {}).get("train")
+
+    def chosen(name: str) -> bool:
+        return fnmatch(name, pattern) if pattern else split_of(name) == "train"
+
+    if is_address(str(source.path)):
+        parts = parts_at(str(source.path), key, chosen)
+    else:
+        files = _split_files(source, base, task).get("train", [])
+        parts = [local_part(file) for file in files]
+    if not parts:
+        raise file_problem(str(source.path), "has no train split", key=key)
+    return PartStream(parts, layout_of(source))
 
 
 def layout_of(source: Source) -> Layout:
@@ -117,6 +143,8 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
     elif source.layout is not None:
         rows = read_split(source, split, base=base, task=task)
         return None if rows is None else rows.fingerprint
+    elif source.stream and split == "train":
+        content = stream_of(source, base=base, task=task).fingerprint
     else:
         files = _split_files(source, base, task).get(split)
         if files is None:
@@ -211,6 +239,8 @@ def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...
         known = source.splits or _hub_builder(source).info.splits
     else:
         known = _split_files(source, base, task)
+        if source.stream:
+            known = {"train": [], **known}
     return tuple(split for split in SPLITS if split in known)
 
 
@@ -311,9 +341,11 @@ def _selected(rows: Rows, indices: list[int], task: str) -> Rows:
 
 
 def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]:
-    """The files of each split that a sample, file or folder has."""
-    root = root_of(source, base, task)
+    """The files of each split that a sample, file or folder has; of a stream at an address those not learned."""
     key = f"source of task '{task}'"
+    if source.stream and is_address(str(source.path)):
+        return _held_out_files(source, base, task, key)
+    root = root_of(source, base, task)
     try:
         if root.is_file() and not source.splits:
             return {"train": [root]}
@@ -329,6 +361,19 @@ def _split_files(source: Source, base: Path, task: str) -> dict[str, list[Path]]
         return splits_of(root, key)
     except OSError as error:
         raise file_problem(root, f"cannot be read: {error.strerror}", key=key) from None
+
+
+def _held_out_files(source: Source, base: Path, task: str, key: str) -> Splits:
+    """Validation and test files of a stream at an address, which are copied whole."""
+    learned = frozenset(part.name for part in stream_of(source, base=base, task=task).parts)
+    root = copied(str(source.path), key, learned)
+    others = {split: name for split, name in (source.splits or {}).items() if split != "train"}
+    if others:
+        return {
+            split: matching(root, name, f"{key}: splits.{split}") for split, name in others.items()
+        }
+    there = root.is_dir() and any(ending(one) for one in root.rglob("*"))
+    return splits_of(root, key) if there and not source.splits else {}
 
 
 def root_of(source: Source, base: Path, task: str) -> Path:

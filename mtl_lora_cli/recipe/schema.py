@@ -81,12 +81,20 @@ class Source(StrictModel):
     quoting: Literal["csv", "none"] | None = None
     columns: Columns | None = None  # of files without a header; or a name -> another one
     broken_rows: Literal["error", "drop"] | None = None  # with another number of fields
+    # Training rows are taken `buffer` by `buffer` from the files, which are never all on this disk; see docs/tasks.md.
+    stream: bool | None = None
+    buffer: Annotated[int, Field(ge=1)] | None = None  # rows that are shuffled together; 100,000
     # One file for many tasks: the column that says which task a row belongs to. A recipe's entry
     # with such a source stands for all of its tasks, or for the one that `task` names.
     task_column: str | None = None
     # value in the column -> task name
     task_names: Annotated[dict[str, Name] | None, BeforeValidator(_texts)] = None
     task: Name | None = None
+
+    @property
+    def window(self) -> int:
+        """Rows of a stream that are shuffled together."""
+        return self.buffer or 100_000
 
     @model_validator(mode="before")
     @classmethod
@@ -109,7 +117,23 @@ class Source(StrictModel):
         for name in ("delimiter", "quoting", "broken_rows", "layout"):
             if getattr(self, name) is not None and self.path is None:
                 raise ValueError(f"'{name}' goes with a path only")
-        for name in ("splits", "delimiter", "quoting", "columns", "broken_rows", "task_column"):
+        if self.stream and self.path is None:
+            raise ValueError(
+                "'stream' goes with a path only; of the hub: path: hf://datasets/owner/name"
+            )
+        if self.stream and self.task_column is not None:
+            raise ValueError("'stream' does not go with a task_column")
+        if not self.stream and self.buffer is not None:
+            raise ValueError("'buffer' goes with stream: true")
+        for name in (
+            "splits",
+            "delimiter",
+            "quoting",
+            "columns",
+            "broken_rows",
+            "task_column",
+            "stream",
+        ):
             if self.layout is not None and getattr(self, name) is not None:
                 raise ValueError(f"'{name}' does not go with a layout: its rows are files")
         if isinstance(self.columns, list):

@@ -90,23 +90,23 @@ class Draw:
                 for one, some in zip(batches, _places(passes), strict=True)
             ]
         # Of all processes' rows, which every process knows: nothing has to be asked.
-        supervised = self.supervised(rows)
+        supervised = dataset.units(rows)
         factors = self._factors(number)
         return Drawn(
             batches=batches,
             weights=[factors[owner] for owner in owners],
             owners=owners,
             count=int(supervised.sum()),
-            idle=self._idle(rows, len(passes)),
+            idle=self._idle(rows, len(passes), dataset),
             number=number,
             epoch=epoch,
             rows=rows,
             places=_places(passes),
-            examples=examples_in(self._dataset, rows),
-            tokens=self._dataset.size(rows),
+            examples=examples_in(dataset, rows),
+            tokens=dataset.size(rows),
             supervised=supervised,
             factors=factors,
-            tasks=list(examples_in(self._dataset, rows)),
+            tasks=list(examples_in(dataset, rows)),
         )
 
     def _factors(self, number: int) -> Tensor:
@@ -121,7 +121,7 @@ class Draw:
             passes = self._together(rows)
             return passes, [dataset.collate(some) for some in passes]
         if not hasattr(dataset, "entries"):
-            passes = self._by_task(rows)
+            passes = self._by_task(rows, dataset)
             return passes, [dataset.collate(some) for some in passes]
         found = []  # tasks learn from the same examples: each has a pass over all of them
         for some in self._together(rows):
@@ -134,7 +134,7 @@ class Draw:
         size = self._settings.rows_per_pass
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def _by_task(self, rows: list[list[Place]]) -> list[list[list[Place]]]:
+    def _by_task(self, rows: list[list[Place]], dataset: Dataset) -> list[list[list[Place]]]:
         """The same examples in rows of one task each."""
         places: dict[int, list[Place]] = {}
         for row in rows:
@@ -143,8 +143,8 @@ class Draw:
         passes = []
         for task in sorted(places):
             own = places[task]
-            lengths = [int(self._dataset.lengths[t][number]) for t, number in own]
-            packed = pack(lengths, row_length_of(self._dataset, self._settings.row_length))
+            lengths = [int(dataset.lengths[t][number]) for t, number in own]
+            packed = pack(lengths, row_length_of(dataset, self._settings.row_length))
             passes += self._together([[own[i] for i in row] for row in packed])
         return passes
 
@@ -164,9 +164,9 @@ class Draw:
         """Rows as one pass of the model."""
         return self._dataset.collate(rows)
 
-    def supervised(self, rows: list[list[Place]]) -> Tensor:
-        """Units of each task, int64 [T]."""
-        return self._dataset.units(rows)
+    def supervised(self, rows: list[list[Place]], epoch: int = 0) -> Tensor:
+        """Units of each task, int64 [T]; rows of streams are those of an epoch."""
+        return at_step(self._dataset, epoch, 0).units(rows)
 
     def _require_agreement(self, mine: list[list[Place]], owners: list[Tensor]) -> None:
         """Refuse units that are counted in one way and collated in another: S would be wrong.
@@ -185,11 +185,11 @@ class Draw:
                     f"dataset's units() counts {int(expected)}"
                 )
 
-    def _idle(self, rows: list[list[Place]], passes: int) -> list[Batch]:
+    def _idle(self, rows: list[list[Place]], passes: int, dataset: Dataset) -> list[Batch]:
         """So many passes more has the process with the most rows."""
         most = -(-len(rows) // self._processes.count)
         missing = -(-most // self._settings.rows_per_pass) - passes
-        return [self.batch(rows[:1])] * missing if missing > 0 else []
+        return [dataset.collate(rows[:1])] * missing if missing > 0 else []
 
 
 def _places(passes: list[list[list[Place]]]) -> list[list[Place]]:

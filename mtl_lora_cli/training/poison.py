@@ -56,7 +56,7 @@ def _poisoned(drawn: Drawn, values: Sequence[Tensor], draw: Draw) -> list[Place]
     found = []
     for places, own, owners in zip(drawn.places, values, drawn.owners, strict=True):
         tasks = owners.unique()  # of maps a pass may hold some of the places' tasks
-        counts = [int(draw.supervised([[place]])[tasks].sum()) for place in places]
+        counts = [int(draw.supervised([[place]], drawn.epoch)[tasks].sum()) for place in places]
         for place, part in zip(places, own.cpu().split(counts), strict=True):
             if not part.isfinite().all():
                 found.append(place)

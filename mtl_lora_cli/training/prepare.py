@@ -129,6 +129,7 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     _require_text_keys(loaded, shows=shows, reads=sees is not None)
     if shows and sees is not None and sees.whole_prompt:
         _require_prompts(loaded, tasks)
+    _require_streams(loaded, tasks)
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
@@ -161,6 +162,36 @@ _OF_TEXT = {
     "training.shuffled_tasks": False,
     "training.share_beginnings": False,
 }
+
+
+def _require_streams(loaded: LoadedRecipe, tasks: Sequence[Task]) -> None:
+    """Refuse what needs to know all rows of a stream.
+
+    Raises:
+        ProblemsError: naming the key.
+    """
+    streams = [number for number, task in enumerate(tasks) if task.source.stream]
+    if not streams:
+        return
+    training, name = loaded.recipe.training, tasks[streams[0]].name
+    asked = {
+        ("training", "memory"): training.memory == "auto",
+        ("training", "stages"): bool(training.stages),
+        ("training", "shuffled_tasks"): training.shuffled_tasks,
+        ("training", "share_beginnings"): training.share_beginnings,
+        ("mixing",): isinstance(loaded.recipe.mixing, DynamicMixing),
+    }
+    for key, wrong in asked.items():
+        if wrong:
+            raise loaded.problem(key, f"does not go with a stream (task '{name}')")
+    if training.max_steps is None:
+        why = f"a stream has no end (task '{name}'): say after how many steps the run ends"
+        raise loaded.problem(("training", "max_steps"), why)
+    for number in streams:
+        one = tasks[number]
+        if one.template.images or one.max_examples is not None:
+            what = "pictures" if one.template.images else "max_examples"
+            raise loaded.problem(("tasks", number, "source"), f"a stream does not go with {what}")
 
 
 def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> None:
@@ -223,6 +254,10 @@ def _prepare_others(
         UsageError: as the class does; or the recipe asks for what only text has.
     """
     recipe, name = loaded.recipe, tasks[0].objective
+    for number, task in enumerate(tasks):
+        if task.source.stream:
+            why = f"stream is for text; tasks with objective {name} go without it"
+            raise loaded.problem(("tasks", number, "source"), why)
     for path, plain in _OF_TEXT.items():
         key = tuple(path.split("."))
         if path not in kind.beyond and reduce(getattr, key, recipe) != plain:

@@ -215,6 +215,8 @@ class Prepared:
             where = getattr(self.data.others, "where", None)
             return f"example {number}" if where is None else str(where(task, number))
         bound, split = self.data.tasks[task], self.data.splits[task]
+        if bound.source.stream:
+            return f"example {number} of a window of its stream"
         if split.dropped:
             return f"example {number} (of those that were not too long)"
         found = read_examples(
