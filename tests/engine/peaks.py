@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,14 @@ LENGTHS = (128,) * 8
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "head_dim": 16}
 
 
-def peaks(model: Any, adapter: Adapter, recompute: Any) -> tuple[int, int]:
-    """Bytes over those of weights and optimiser, estimated and measured, in float32 on a CPU."""
+def peaks(
+    model: Any, adapter: Adapter, recompute: Any, make: Callable[[], PackedBatch] | None = None
+) -> tuple[int, int]:
+    """Bytes over those of weights and optimiser, estimated and measured, in float32 on a CPU.
+
+    Args:
+        make: the batch; None: eight examples of 128 tokens.
+    """
     layers = len(model.get_submodule("model.layers"))
     packed = PackedModel(model, adapter, engine="fused", keep=keep_of(recompute, layers)).train()
     generator = torch.Generator().manual_seed(0)
@@ -33,8 +41,9 @@ def peaks(model: Any, adapter: Adapter, recompute: Any) -> tuple[int, int]:
         with packed.routed(batch):
             packed(batch).sum().backward()
 
-    run(packed_row(some, every=14))  # gradients have their memory from now on
-    batch = packed_row(some, every=14)
+    make = make or partial(packed_row, some, every=14)
+    run(make())  # gradients have their memory from now on
+    batch = make()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run(batch)
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -43,6 +52,11 @@ def peaks(model: Any, adapter: Adapter, recompute: Any) -> tuple[int, int]:
         taken += event.nbytes()
         measured = max(measured, taken)
     sizes = sizes_of(model, adapter, value=4, on_card=False)
-    load = Load(batch.input_ids.numel(), len(batch.positions), batch.segments.longest)
+    load = Load(
+        batch.input_ids.numel(),
+        len(batch.positions),
+        batch.segments.longest,
+        batch.segments.reach is not None,
+    )
     estimate = peak_bytes(sizes, recompute_of(recompute, layers), load) - fixed_bytes(sizes)
     return estimate, measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from mtl_lora_cli.models.trust import settle
 from mtl_lora_cli.training.prepared import _require_shared
 
 from .double import TASKS, VOCABULARY, adapt_all, alone, in_double, linear_layers, tiny
+from .peaks import peaks
+from .test_bytes import longer
 from .test_families import CASES
 
 CLOSE = 1e-9
@@ -153,3 +156,20 @@ def test_every_method_has_the_gradients_that_it_has_without(method: str) -> None
     assert any(one is not None and one.any() for one in shared[1])
     close([shared[0]], [apart[0]])
     close(shared[1], apart[1])
+
+
+@pytest.mark.parametrize("kind, what", [("llama", ""), ("gemma2", "caps")])
+def test_the_memory_of_trees_is_what_is_said(kind: str, what: str) -> None:
+    """A tree of 1,024 positions, of whose trunk every example asks something."""
+    draw = np.random.default_rng(4)
+    trunk = draw.integers(3, VOCABULARY, 124).tolist()
+    made = [of([trunk + draw.integers(3, VOCABULARY, 101).tolist() for _ in range(9)])]
+    made = [replace(made[0], prompt_lengths=np.full(9, 100, dtype=np.int32))]
+    rows = [[(0, number) for number in range(9)]]
+    changes = next(one for *names, one in CASES if names == [kind, what])
+    model = tiny(kind, **longer(changes)).float()
+    estimate, measured = peaks(
+        model, adapt_all(model), False,
+        lambda: training_batch(rows, made, loss_on="answer", share=True),
+    )  # fmt: skip
+    assert 0.9 < estimate / measured < 1.2
