@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.data.pictured import picture_root, split_print
 from mtl_lora_cli.data.sources import Rows, read_split
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.protocols import LM_EVAL
+from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.rendering import Renderer
 from mtl_lora_cli.tasks.task import Task
 
 _ROWS = 3  # of each kind
 _BEGIN, _END = 300, 200  # characters of a longer prompt
+_PICTURES, _SIDE = 4, 128  # of a row, and pixels of the longer side
 _GONE = "the rows are not readable any more"
 
 
@@ -28,8 +33,8 @@ def answered(tasks: Sequence[Task], results: Sequence[dict[str, Any]]) -> list[d
     Returns:
         For each task `task`, `split`, `id` of the result, `right` and `wrong`: rows with `where`,
         `prompt`, `answer` and `predicted`, which is None where no choice was named, or where a free
-        answer was another one; and `note`, why there are none, or None. Of maps also `shown`: picture, right
-        map and answer side by side, PNGs in base 64.
+        answer was another one, and `pictures`, what it shows, PNGs in base 64; and `note`, why there are none, or
+        None. Of maps also `shown`: picture, right map and answer side by side, likewise.
     """
     found = []
     for task in tasks:
@@ -51,7 +56,7 @@ def _of_task(task: Task, result: dict[str, Any]) -> dict[str, Any]:
         rows = read_split(task.source, result["split"], base=Path(), task=task.name)
         if rows is None:
             note = f"{_GONE}: the source has no {result['split']} split"
-        elif rows.fingerprint != result["rows_fingerprint"]:
+        elif result["rows_fingerprint"] not in _prints(task, result["split"], rows):
             note = f"{_GONE}: they changed since the evaluation"
         else:
             kinds = _kinds(task, result, rows)
@@ -59,6 +64,13 @@ def _of_task(task: Task, result: dict[str, Any]) -> dict[str, Any]:
         note = f"{_GONE}: {' '.join(str(error).split())}"
     head = {"task": task.name, "split": result["split"], "id": result["id"]}
     return {**head, **kinds, "note": note}
+
+
+def _prints(task: Task, split: str, rows: Rows) -> list[str]:
+    """How a result may know these rows: with the pictures that they show, where they show some."""
+    if not task.template.images:
+        return [rows.fingerprint]
+    return [rows.fingerprint, split_print(task, split, rows.fingerprint)]
 
 
 def _shown(result: dict[str, Any]) -> dict[str, list[str]]:
@@ -70,7 +82,8 @@ def _shown(result: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _kinds(task: Task, result: dict[str, Any], rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    renderer = Renderer(task.template, task.name)
+    root = picture_root(task) if task.template.images else Path()
+    renderer = Renderer(task.template, task.name, root)
     pairs = list(zip(result["gold"], result["predicted"], strict=True))
     found = {}
     for kind in ("right", "wrong"):
@@ -96,7 +109,21 @@ def _row(renderer: Renderer, rows: Rows, index: int, predicted: int) -> dict[str
         "prompt": _clipped(unplaced(example.prompt)),
         "answer": _clipped(example.answer),
         "predicted": None if said is None else _clipped(said),
+        "pictures": [_small(one) for one in example.images[:_PICTURES]],
     }
+
+
+def _small(picture: Picture) -> str:
+    """A picture as it goes into a page.
+
+    Raises:
+        UsageError: it cannot be read any more.
+    """
+    image = picture.read()
+    image.thumbnail((_SIDE, _SIDE))
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def _clipped(text: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from mtl_lora_cli.models.base import BaseModel
 
@@ -181,3 +184,31 @@ def test_models_that_read_no_pictures_and_formats_that_hold_none_say_so(
     assert "a model of type 'llava' that reads pictures cannot be written so" in said
     said = call("eval", "--task", "side", "--blind", "grey", code=2).stderr
     assert "its prompts show no pictures" in said
+
+
+def test_kills_change_no_bit(forks: Forks, place: Path) -> None:
+    """Five times, at any instruction: the run goes on, its projector among what it goes on with."""
+    longer = ("training.max_steps=60", "training.epochs=40", "training.checkpoint_every=1")
+    ended = forks.run("train", "recipe.yaml", "run.name=still", *longer, cwd=place)
+    assert ended.returncode == 0, ended.stderr
+    generator, kills = random.Random(0), 0
+    call: tuple[str, ...] = ("train", "recipe.yaml", "run.name=killed", *longer)
+    killed = place / "runs" / "killed"
+    while True:
+        patience = generator.uniform(2, 6) if kills < 5 else 300
+        ended = forks.run(*call, cwd=place, seconds=patience)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGALRM, ended.stderr
+        if any((killed / "checkpoints").glob("*/COMPLETE")):
+            kills += 1
+            call = ("train", "--resume", "--run", "killed")
+        else:
+            shutil.rmtree(killed, ignore_errors=True)
+    assert kills == 5, "the run ended too soon"
+    still, found = (
+        load_file(place / "runs" / name / "adapter" / "mtl_lora.safetensors")
+        for name in ("still", "killed")
+    )
+    assert any(name.startswith("whole:") for name in still) and still.keys() == found.keys()
+    assert all(torch.equal(still[name], found[name]) for name in still)

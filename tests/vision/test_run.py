@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from PIL import Image
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.answers import answer
-from mtl_lora_cli.evaluation.evaluate import held_out
+from mtl_lora_cli.evaluation.evaluate import evaluate, held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.evaluation.protocols import Setting
@@ -22,6 +24,9 @@ from mtl_lora_cli.export.order import Options
 from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
+from mtl_lora_cli.report.facts import gather
+from mtl_lora_cli.report.page import render
+from mtl_lora_cli.report.rows import answered
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import require_fit
 from mtl_lora_cli.training.run import start
@@ -145,3 +150,19 @@ def test_a_blind_run_learns_from_grey(load: Load) -> None:
     first, second = (one["pixel_values"] for one in batch.pictures.seen)
     assert torch.equal(first, second)
     assert first.std(dim=(2, 3)).max() < 1e-6
+
+
+def test_a_report_has_the_pictures_beside_rows_right_and_wrong(run: Run, squares: Path) -> None:
+    (result,) = evaluate(run, run.tasks, Setting())
+    (found,) = answered(run.tasks, [result])
+    assert found["note"] is None and len(found["right"]) + len(found["wrong"]) >= 4
+    lines = (squares / "test.jsonl").read_text().splitlines()
+    for kind in ("right", "wrong"):
+        for row in found[kind]:
+            (shown,) = row["pictures"]
+            told = json.loads(lines[int(row["where"].partition(":")[2]) - 1])
+            with Image.open(squares / told["image"]) as own:
+                small = Image.open(io.BytesIO(base64.b64decode(shown)))
+                assert small.size == own.size and small.tobytes() == own.convert("RGB").tobytes()
+    page = render(gather([run.folder]), [])
+    assert all(shown in page for kind in ("right", "wrong") for shown in found[kind][0]["pictures"])
