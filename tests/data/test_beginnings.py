@@ -150,3 +150,12 @@ def test_planning_takes_every_example_once_whatever_is_open() -> None:
     rows = pack_shared(places, lengths, 80, BEGINNINGS)
     assert sorted(n for row in rows for n in row) == list(range(len(places)))
     assert all(a < b for row in rows for a, b in pairwise(row))
+
+
+def test_each_epoch_has_the_steps_that_its_own_order_fills() -> None:
+    """Best-fit rows are as many in any order; these are not."""
+    steps = [-(-len(MIXTURE.epoch(number)) // MIXTURE.rows_per_step) for number in range(6)]
+    assert len(set(steps)) > 1
+    assert MIXTURE.steps_in(6.0) == sum(steps)
+    rows = [row for number in range(sum(steps)) for row in MIXTURE.step(number)[1]]
+    assert rows == [row for number in range(6) for row in MIXTURE.epoch(number)]
