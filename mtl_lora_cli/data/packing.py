@@ -51,7 +51,7 @@ def packed(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray
 def _laid(lengths: np.ndarray, row_length: int) -> np.ndarray:
     """The row of each example, int32 [E]."""
     small = np.uint16 if row_length < 2**16 else np.int64  # sorted by radix
-    order = np.argsort((row_length - lengths).astype(small), kind="stable")
+    order = np.argsort((row_length - lengths).astype(small), kind="stable").astype(np.int32)
     row_of = np.empty(len(lengths), dtype=np.int32)
     rows, at = _Rows(row_length), 0
     counts = np.bincount(lengths)

@@ -57,7 +57,7 @@ from mtl_lora_cli.tasks.task import Task, measured_by, overlaid
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
 
-_MOST_DRAWN = 2**28  # examples an epoch: each takes some bytes, and forty while rows are packed
+_MOST_DRAWN = 2**28  # examples an epoch: each takes 8 bytes, and 25 while rows are packed
 
 
 @dataclass(frozen=True)
