@@ -117,7 +117,10 @@ def digests(name: str, folder: Path, model: Path, rows: Path) -> str:
     return f"{examples(data)} {stream(data.mixture, steps)}"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] * (n in ("samples", "weighted"))) for n in RECIPES],
+)
 def test_examples_audit_and_stream_are_those_of_before(
     name: str,
     tmp_path: Path,

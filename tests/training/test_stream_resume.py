@@ -17,7 +17,7 @@ from mtl_lora_cli.training.prepared import Prepared
 from .conftest import FOLDERS
 from .test_resume import same
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)
