@@ -1,7 +1,7 @@
 """Models that read pictures by the clock: ours, the strongest stack of public parts, padded rows, and kept features.
 
-    python tests/benchmarks/vision_speed.py --run llava-7b:none:ours,kept,padded,liger --out results.jsonl
-    torchrun --standalone --nproc-per-node 2 tests/benchmarks/vision_speed.py --run llava-7b:nf4:ours --stage 2
+    python tests/benchmarks/vision_speed.py --case llava-7b:none:ours,kept,padded,liger --out results.jsonl
+    torchrun --standalone --nproc-per-node 2 tests/benchmarks/vision_speed.py --case llava-7b:nf4:ours:2
 
 Random weights, the same rows for all columns: a picture a row's example, words before it and an answer behind. The
 tower is frozen and its features are made without a gradient. `liger` is PEFT over the same packed rows, with torch's
@@ -488,13 +488,14 @@ def _trained(
 
 def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: float) -> None:
     """One shape with all its columns; each says its line, and one that fails takes no other with it."""
-    name, quantization, columns = run.split(":")
+    name, quantization, columns, *others = run.split(":")
+    stage = int(others[0]) if others else 0
     device = pick_device()
     dtype = pick_dtype("auto", device)
     shape = shape_of(name)
     steps = (WARM_UP + wanted.steps) * processes.count
     batches = rows_of(shape, wanted.row_length, wanted.rows, steps)
-    cut = wanted.stage == 3
+    cut = stage == 3
     for column in columns.split(","):
         if time.monotonic() - began > wanted.seconds:
             print(f"no time for {run}", flush=True)
@@ -509,7 +510,7 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
             release(device)
             reset_peak(device)
             if column in ("ours", "kept"):
-                result = ours(model, shape, own, device, wanted.row_length, processes, wanted.stage)
+                result = ours(model, shape, own, device, wanted.row_length, processes, stage)
                 parts = processes.count if cut else 1
                 made["estimate_gib"] = estimated(
                     shape, dtype, device, quantization, own, column == "kept", parts
@@ -521,7 +522,7 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
             if processes.main:
                 said = {
                     "shape": name, "quantization": quantization, "column": column,
-                    "stage": wanted.stage, "processes": processes.count, **made, **result,
+                    "stage": stage, "processes": processes.count, **made, **result,
                 }  # fmt: skip
                 print(f"{_line(said, made)}, at {time.monotonic() - began:.0f} s", flush=True)
                 if wanted.out:
@@ -549,20 +550,19 @@ def _line(said: dict[str, Any], made: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--run", action="append", required=True,
-        help="SHAPE:none|nf4:COLUMNS, columns of ours, kept, padded, liger, compile, eager; liger last: it changes "
+        "--case", action="append", required=True,
+        help="SHAPE:none|nf4:COLUMNS[:ZERO STAGE], columns of ours, kept, padded, liger, compile, eager; liger last: it changes "
         "functions of transformers for the whole process",
     )  # fmt: skip
     parser.add_argument("--row-length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=2, help="a pass, and a step")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=600, help="nothing is begun after so many")
     parser.add_argument("--out", type=Path)
     wanted = parser.parse_args()
     began = time.monotonic()
     with joined() as processes:
-        for run in wanted.run:
+        for run in wanted.case:
             measured(run, wanted, processes, began)
 
 
