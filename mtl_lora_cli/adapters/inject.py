@@ -120,6 +120,7 @@ def inject(
     within: Sequence[str] = ("",),
     own_in: Sequence[str] | None = None,
     whole_in: Sequence[str] | None = None,
+    places: Mapping[str, Sequence[str]] | None = None,
 ) -> Adapter:
     """Freeze the model and wrap every layer that a target names.
 
@@ -134,20 +135,20 @@ def inject(
         within: paths of the modules whose layers may be adapted; by default all.
         own_in: paths of the modules in whose layers tasks may have parts of their own; None: in all.
         whole_in: paths of the modules in which something may learn whole; None: those of `within`.
+        places: target → paths of the modules that it is for, where those are not `within`.
 
     Raises:
         UsageError: a target matches nothing, something that is no linear layer, or a tied weight.
     """
-    modules = {
-        path: module
-        for path, module in model.named_modules()
-        if any(not part or path == part or path.startswith(part + ".") for part in within)
-    }
+    others = places or {}
+    every = [*within, *(part for some in others.values() for part in some)]
+    modules = {path: module for path, module in model.named_modules() if _lies_in_one(path, every)}
     linear = {path: module for path, module in modules.items() if is_linear(module)}
     paths: dict[str, nn.Linear] = {}
     few = []
     for target in config.target_modules:
-        matched = [path for path in linear if matches(path, target)]
+        there = others.get(target, within)
+        matched = [path for path in linear if matches(path, target) and _lies_in_one(path, there)]
         if not matched:
             raise UsageError(_no_match(target, modules, linear))
         few.append(_few_of(target, matched, modules))
@@ -186,6 +187,10 @@ def inject(
     adapter = Adapter(config, tasks, routing, layers, shared, learning)
     adapter.remarks = [one for one in few if one]
     return adapter
+
+
+def _lies_in_one(path: str, places: Sequence[str]) -> bool:
+    return any(not place or _lies_in(path, place) for place in places)
 
 
 def _lies_in(path: str, place: str) -> bool:

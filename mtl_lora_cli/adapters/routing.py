@@ -94,7 +94,7 @@ class Routing:
             ids: integers, shape = the leading axes of the activations ([rows, tokens], [rows], …).
                 They are brought to the CPU, so ids already there cost no wait.
             windows: the model may cut each of [rows] into as many windows, which then lead an activation
-                row by row: [rows · windows, …].
+                row by row: [rows · windows, …]; or take as many neighbours of one id together.
 
         Raises:
             ValueError: an id below -1 or not below T, or ids that are not integers.
@@ -217,7 +217,14 @@ def _pieces(place: Tensor, count: int) -> int:
 
 
 def _windowed(ids: Tensor, shape: torch.Size) -> Tensor:
-    """Ids [rows] for activations of [rows · windows, …]: the windows of a row stand one after another."""
+    """Ids [rows] for activations of [rows · windows, …]: the windows of a row stand one after another.
+
+    Or of [rows / k, …]: so many neighbours, all of one id, became one.
+    """
+    led = [side for side in shape if side != 1] or [1]
+    if ids.ndim == 1 and len(ids) and len(ids) > led[0] and not len(ids) % led[0]:
+        together = ids.view(led[0], -1)
+        return together[:, 0] if bool((together == together[:, :1]).all()) else ids
     if ids.ndim != 1 or not shape or not len(ids) or shape[0] % len(ids):
         return ids
     return ids.repeat_interleave(shape[0] // len(ids))

@@ -37,6 +37,7 @@ from mtl_lora_cli.engine.plan import (
     RotaryPlan,
     missing_modules,
     text_body,
+    towers_of,
 )
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.segment_forms import Rule
@@ -95,7 +96,9 @@ def obstacle(model: Any, adapter: Adapter | None) -> str | None:
 
 def _misplaced(plan: Plan, model: Any, adapter: Adapter) -> str | None:
     """What of an adapter the blocks cannot compute."""
-    paths = {id(layer): path for path, layer in adapter.layers.items()}
+    towers = towers_of(model)
+    layers = adapter.layers.items()
+    paths = {id(layer): path for path, layer in layers if not path.startswith(towers)}
     paths.pop(id(model.get_output_embeddings()), None)
     mixed = None
     for module, layer in zip(plan.modules(model), plan.layers, strict=True):

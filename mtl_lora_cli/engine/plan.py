@@ -351,6 +351,16 @@ def text_body(model: Any) -> nn.Module:
     return cast(nn.Module, model.base_model)
 
 
+def towers_of(model: Any) -> tuple[str, ...]:
+    """How paths begin of what stands beside the part that reads text, within what is around both."""
+    body, names = text_body(model), {id(module): name for name, module in model.named_modules()}
+    around = names.get(id(body), "").rpartition(".")[0]
+    if not around:
+        return ()
+    beside = model.get_submodule(around).named_children()
+    return tuple(f"{around}.{name}." for name, module in beside if module is not body)
+
+
 def matrix_weights(model: Any) -> tuple[int, int]:
     """Weights that take part in matrix products of the text part: those of its layers, and of the head.
 

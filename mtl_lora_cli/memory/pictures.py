@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_lora_cli.engine.sizes import SightSizes
-from mtl_lora_cli.models.load import beside_of
+from mtl_lora_cli.models.load import beside_of, in_tower
 
 if TYPE_CHECKING:
     from mtl_lora_cli.data.prepare import TrainingData
@@ -41,11 +41,13 @@ def sight_of(data: TrainingData, recipe: Recipe, model: Any, value: int) -> Sigh
     (seen,), (count,) = eyes.looked([first]), eyes.counts([first])
     kept = recipe.images is not None and recipe.images.features == "keep"
     learns = bool(recipe.adapter.whole_modules)
-    return sizes_at_sight(model, {} if kept else seen, count, value, learns=learns)
+    tower = bool(in_tower(model, recipe.adapter.target_modules))
+    own = {} if kept else seen
+    return sizes_at_sight(model, own, count, value, learns=learns or tower, tower=tower)
 
 
 def sizes_at_sight(
-    model: Any, seen: Seen, count: int, value: int, *, learns: bool = False
+    model: Any, seen: Seen, count: int, value: int, *, learns: bool = False, tower: bool = False
 ) -> SightSizes:
     """The same of one picture.
 
@@ -55,15 +57,19 @@ def sizes_at_sight(
         count: tokens of it.
         value: bytes of a number in the run's dtype.
         learns: something behind the tower does.
+        tower: something in it does: its layers keep what their backward passes need.
     """
-    text, tower = model.config.get_text_config(), model.config.vision_config
-    levels = 1 + len(getattr(tower, "deepstack_visual_indexes", None) or ())
-    width = int(getattr(tower, "hidden_size", 0) or getattr(tower, "embed_dim", 0))
-    inner = int(getattr(tower, "intermediate_size", None) or 4 * width)
-    patches = patches_of(seen, tower) / count if seen else 0.0
+    text, seeing = model.config.get_text_config(), model.config.vision_config
+    levels = 1 + len(getattr(seeing, "deepstack_visual_indexes", None) or ())
+    width = int(getattr(seeing, "hidden_size", 0) or getattr(seeing, "embed_dim", 0))
+    inner = int(getattr(seeing, "intermediate_size", None) or 4 * width)
+    layers = int(getattr(seeing, "num_hidden_layers", 0) or getattr(seeing, "depth", 0))
+    patches = patches_of(seen, seeing) / count if seen else 0.0
     pixels = sum(v.numel() for v in seen.values() if v.is_floating_point()) / count
     learned = 4 * text.hidden_size * _FLOAT32 if learns else 0
-    each = 6 * width + 2 * inner + _streams(model.config, tower) * width
+    each = 6 * width + 2 * inner + _streams(model.config, seeing) * width
+    if tower:
+        learned += int(patches * layers * (10 * width + 3 * inner) * value)
     return SightSizes(
         held=int(pixels * (_FLOAT32 + value) + levels * text.hidden_size * value + learned),
         working=int(patches * each * value),

@@ -337,14 +337,25 @@ def language_part(model: Any) -> tuple[str, ...]:
 def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
     """Put an adapter into the part of a model that reads text; what learns whole lies beside it.
 
+    A target that names a tower (`vision_tower.*.q_proj`, `*.visual.blocks.*.qkv`) is for that tower's layers.
+
     Raises:
         UsageError: as `inject`.
     """
     within = language_part(model)
-    if not config.whole_modules:
+    named = in_tower(model, config.target_modules)
+    if not config.whole_modules and not named:
         return inject(model, config, tasks, within=within)
     beside = beside_of(model)
-    return inject(model, config, tasks, within=within, whole_in=beside)
+    places = dict.fromkeys(named, beside)
+    return inject(model, config, tasks, within=within, whole_in=beside, places=places)
+
+
+def in_tower(model: Any, targets: Sequence[str]) -> list[str]:
+    """Those of `adapter.target_modules` that name a tower or its projector by its own path."""
+    names = {path.rpartition(".")[2] for path in beside_of(model)}
+    parts = {target: {part.strip("*?") for part in target.split(".")} for target in targets}
+    return [target for target, own in parts.items() if names & own]
 
 
 def beside_of(model: Any) -> tuple[str, ...]:

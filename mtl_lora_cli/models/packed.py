@@ -341,7 +341,7 @@ class PackedModel(nn.Module):
             return batch.embeddings, None
         if batch.pictures is None:
             return self.decoder.embed(batch.input_ids), None
-        x, deeper = embeddings(self.model, batch, self.decoder.looked_up)
+        x, deeper = embeddings(self.model, batch, self.decoder.looked_up, self._adapter)
         return self.decoder.scaled(x), deeper
 
     def _hidden(self, batch: PackedBatch, slots: tuple[Slots, Slots] | None) -> Tensor:

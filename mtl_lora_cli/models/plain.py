@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.engine.decoder import Deeper
-from mtl_lora_cli.engine.plan import text_body
+from mtl_lora_cli.engine.plan import text_body, towers_of
 from mtl_lora_cli.engine.segment_forms import alike
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models import registered
@@ -152,7 +152,8 @@ class PlainEngine:
         if batch.pictures is None or self.way.layout != "packed":
             return None
         table = self._model.get_input_embeddings()
-        return embeddings(self._model, batch, lambda ids: cast(Tensor, table(ids)[0]))
+        look_up = lambda ids: cast(Tensor, table(ids)[0])  # noqa: E731
+        return embeddings(self._model, batch, look_up, self._adapter)
 
     def _with_pictures(self, piece: _Piece, batch: PackedBatch, made: Made | None) -> _Piece:
         """A piece with the pictures of its examples."""
@@ -340,7 +341,11 @@ def _knows_positions(model: Any) -> bool:
 def _adapted_behind(model: Any, adapter: Adapter | None) -> bool:
     """Whether an adapted layer stands behind the last hidden state: it must see all positions."""
     inside = {id(module) for module in text_body(model).modules()}
-    return adapter is not None and any(id(layer) not in inside for layer in adapter.layers.values())
+    towers = towers_of(model)
+    return adapter is not None and any(
+        id(layer) not in inside and not path.startswith(towers)
+        for path, layer in adapter.layers.items()
+    )
 
 
 def forget_lengths(model: Any) -> None:

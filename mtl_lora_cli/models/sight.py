@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.engine.decoder import Deeper
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.batch import PackedBatch, Pictures
@@ -26,7 +28,10 @@ from mtl_lora_cli.models.vision import (
 
 
 def embeddings(
-    model: Any, batch: PackedBatch, embed: Callable[[Tensor], Tensor]
+    model: Any,
+    batch: PackedBatch,
+    embed: Callable[[Tensor], Tensor],
+    adapter: Adapter | None = None,
 ) -> tuple[Tensor, Deeper | None]:
     """[N, d] of a batch with pictures, and what of them enters deeper layers.
 
@@ -36,14 +41,27 @@ def embeddings(
         model: transformers' own, with or without adapters.
         batch: on the model's device.
         embed: tokens, int64 [1, N], to embeddings [N, d].
+        adapter: in the model; in its tower each picture goes the way of its example's task.
     """
     assert batch.pictures is not None
     places = batch.pictures.places
     # A picture's token may lie beyond the embedding's rows.
     x = embed(batch.input_ids.index_fill(1, places, 0))
-    seen = features_of(model, batch.pictures.seen)
+    with _routed(batch, adapter):
+        seen = features_of(model, batch.pictures.seen)
     deeper = Deeper(places, seen.deeper) if seen.deeper else None
     return x.index_copy(0, places, seen.tokens.to(x.dtype)), deeper
+
+
+def _routed(batch: PackedBatch, adapter: Adapter | None) -> AbstractContextManager[None]:
+    """By the tasks of pictures, one id for each part of one that the tower sees."""
+    assert batch.pictures is not None
+    if adapter is None or "pixel_values" not in batch.pictures.seen[0]:
+        return nullcontext()
+    firsts = torch.tensor([0, *batch.pictures.counts]).cumsum(0)[:-1]
+    tasks = batch.task_ids[0, batch.pictures.places.cpu()[firsts]]
+    parts = torch.tensor([len(one["pixel_values"]) for one in batch.pictures.seen])
+    return adapter.routing.assign(tasks.repeat_interleave(parts), windows=True)
 
 
 def features_of(model: Any, many: Sequence[Seen]) -> Features:

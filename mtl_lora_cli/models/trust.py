@@ -415,6 +415,9 @@ def _require_called(packed: PackedModel) -> None:
         examples = draw(SHORT, packed.model.config)
         none = Asked(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1))
         together(packed, examples, [none] * len(examples))
+        if packed.vision is not None:
+            shown = drawn_pictures(packed.vision)
+            together(packed, shown.examples, [none] * len(shown.examples), shown)
     finally:
         for hook in hooks:
             hook.remove()

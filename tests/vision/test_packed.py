@@ -97,6 +97,8 @@ def gradients_held_to_each_alone(packed: PackedModel) -> dict[str, torch.Tensor]
     with packed.routed(batch):
         ours = packed(batch)
         ours.sum().backward()
+    # A tower's last layer may be read by nobody.
+    learning = {name: tensor for name, tensor in learning.items() if tensor.grad is not None}
     first = {name: tensor.grad.clone() for name, tensor in learning.items()}
     for tensor in learning.values():
         tensor.grad = None
