@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def models(
         return find_base_model(str(folder / kind))
 
     return made
+
+
+def some_at_once(kinds: Iterable[str], *often: str) -> list[Any]:
+    """Model types, those that are not named run by `make long` alone: one of a sort shows the same faults."""
+    return [kind if kind in often else pytest.param(kind, marks=pytest.mark.long) for kind in kinds]
 
 
 CONNECTORS = {

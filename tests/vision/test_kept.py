@@ -22,7 +22,7 @@ from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.runs.kept import entries
 
 from ..sights import TOKENS
-from .conftest import packed_of
+from .conftest import packed_of, some_at_once
 from .test_packed import SIDES, batch_of, picture
 
 KINDS = ["llava", *TOKENS]
@@ -47,7 +47,7 @@ def base_of(kind: str, llava: BaseModel, models: Callable[[str], BaseModel]) -> 
     return llava if kind == "llava" else models(kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_at_once(KINDS, "llava", "llava_next", "qwen3_vl", "gemma4"))
 @pytest.mark.parametrize("learns", [True, False])
 def test_what_is_kept_says_what_the_tower_says_and_it_runs_no_more(
     kind: str,

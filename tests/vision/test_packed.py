@@ -22,7 +22,7 @@ from mtl_lora_cli.models.sight import with_pictures
 from mtl_lora_cli.models.trust import settle
 
 from ..sights import TOKENS, tiny_granite
-from .conftest import packed_of
+from .conftest import packed_of, some_at_once
 
 ANSWER = 2  # tokens behind a prompt
 SIDES = ((40, 60), (33, 29), (64, 64))
@@ -237,7 +237,9 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
-@pytest.mark.parametrize("kind", ["llava", *TOKENS])
+@pytest.mark.parametrize(
+    "kind", some_at_once(["llava", *TOKENS], "llava", "gemma3", "qwen3_vl", "paligemma")
+)
 def test_another_picture_changes_no_bit_of_other_examples(
     llava: BaseModel, models: Callable[[str], BaseModel], kind: str, engine: str
 ) -> None:

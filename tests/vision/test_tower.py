@@ -15,6 +15,7 @@ from mtl_lora_cli.models.load import adapt, load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trust import settle
 
+from .conftest import some_at_once
 from .test_packed import gradients_held_to_each_alone
 
 # A tower's layers by their own paths, a pattern each.
@@ -31,7 +32,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("kind", some_at_once(TARGETS, "llava", "idefics3", "qwen3_vl"))
 def test_gradients_are_those_of_each_example_alone(
     kind: str, llava: BaseModel, models: Callable[[str], BaseModel]
 ) -> None:
