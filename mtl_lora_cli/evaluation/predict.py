@@ -31,6 +31,7 @@ from mtl_lora_cli.evaluation.router import Router, load_router, readable
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.chosen import AUTO, EVERY
 from mtl_lora_cli.tasks.messages import Message
+from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.reading import reading_of
 from mtl_lora_cli.tasks.rendering import Renderer
 from mtl_lora_cli.tasks.task import Task
@@ -396,7 +397,10 @@ def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Predic
             prediction["answers"] = [read(one) for one in said.several[number]]
         if example.dialogue is not None:
             answer = {"role": "assistant", "content": prediction["answer"] or ""}
-            prediction["messages"] = [*map(dict, example.dialogue.messages), answer]
+            before = [
+                {**one, "content": unplaced(one["content"])} for one in example.dialogue.messages
+            ]
+            prediction["messages"] = [*before, answer]
         yield {**prediction, **_cut(said.requests[number])}
 
 
