@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -189,8 +189,7 @@ def predict(
                 "answers": count,
                 **({"form": form} if of_maps else {}),
             }
-            written = [one for one in known.values() if asked in (None, one.name)]
-            _, names = layout_of_new_rows(_source(written))
+            _, names = layout_of_new_rows(_source(_asked(known, asked)))
             predict_parts(folder, rows, output, how, names, force=force, **own)
             return
         assert file is not None
@@ -253,6 +252,12 @@ def predict(
             say(
                 f"note: {cut:,} of {number:,} rows were longer than the model's positions and lost their beginning"
             )
+
+
+def _asked(known: Mapping[str, Task], asked: str | Sequence[str] | None) -> list[Task]:
+    """The tasks that may answer: those that are named, or all of the run."""
+    named = [asked] if isinstance(asked, str) else asked or known
+    return [known[one] for one in named if one in known] or list(known.values())
 
 
 def _source(tasks: Sequence[Task]) -> Source | None:

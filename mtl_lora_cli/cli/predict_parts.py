@@ -158,9 +158,8 @@ def _tell(work: Work, seconds: float) -> None:
             "lost their beginning"
         )
     if totals.bad:
-        say(
-            f"note: {totals.bad:,} of {totals.rows:,} rows could not be answered: {work.order.errors}"
-        )
+        listed = work.order.errors or "--errors FILE lists them"
+        say(f"note: {totals.bad:,} of {totals.rows:,} rows could not be answered: {listed}")
     emit(
         as_json(
             {

@@ -138,4 +138,5 @@ def local_part(path: Path) -> StreamPart:
     def fetch() -> Iterator[Path]:
         yield path
 
-    return StreamPart(str(path), str(path.stat().st_size), fetch)
+    known = path.stat()  # a label that is mended leaves the size as it is
+    return StreamPart(str(path), f"{known.st_size} {known.st_mtime_ns}", fetch)

@@ -8,6 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.evaluation.predict import Predictor
@@ -64,11 +66,25 @@ class FramePredictor:
             raise UsageError(f"the frame has a column '{self._column}' already: name another")
         known = frame.astype(object).where(frame.notna(), None)
         rows: list[dict[str, Any]] = [
-            {str(name): value for name, value in row.items()} for row in known.to_dict("records")
+            {str(name): _plain(value) for name, value in row.items()}
+            for row in known.to_dict("records")
         ]
         found = self._predictor.predict(rows, task=self._task, task_column=self._task_column)
         texts = [json.dumps(one, ensure_ascii=False, allow_nan=False) for one in found]
         return frame.assign(**{self._column: texts})
+
+
+def _plain(value: Any) -> Any:
+    """A cell as a file of rows has it: pandas holds lists as arrays, which templates would show otherwise."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    elif isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value
 
 
 @lru_cache(maxsize=1)

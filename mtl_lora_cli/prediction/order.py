@@ -88,6 +88,15 @@ def require_places(order: Order) -> None:
     if order.errors is not None:
         if order.errors.is_dir():
             raise UsageError(f"--errors {order.errors}: is a folder, expected a file")
+        listed = order.errors.resolve()
+        for option, place, own in (
+            ("--input", order.input, outside),
+            ("--output", order.output, inside),
+        ):
+            if listed.is_relative_to(own):  # it would be read as rows, or take the place of some
+                raise UsageError(
+                    f"--errors {order.errors}: lies in {option} {place}, expected a file elsewhere"
+                )
         require_writable(order.errors.parent, f"--errors {order.errors}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,15 @@ class PartFile:
         self._temporary, self._file = Path(name), os.fdopen(handle, "wb")
 
     def write(self, chunk: Chunk, answers: Sequence[Prediction]) -> None:
-        """The next rows, each with its answer."""
+        """The next rows, each with its answer.
+
+        Raises:
+            OSError: the disk is full, or fails otherwise: it names the file.
+        """
+        with _named(self._path):
+            self._write(chunk, answers)
+
+    def _write(self, chunk: Chunk, answers: Sequence[Prediction]) -> None:
         if isinstance(chunk.raw, list):
             lines = zip(chunk.raw, answers, strict=True)
             text = "".join(_joined(line, self._column, answer) for line, answer in lines)
@@ -53,23 +62,40 @@ class PartFile:
         self._writer.write_batch(batch)
 
     def close(self) -> None:
-        """All rows are written: from now on it is there."""
+        """All rows are written: from now on it is there.
+
+        Raises:
+            OSError: as of `write`.
+        """
         try:
-            if self._writer is not None:
-                self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.chmod(0o644)
-            self._temporary.replace(self._path)
-            sync(self._path.parent)
+            with _named(self._path):
+                if self._writer is not None:
+                    self._writer.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                self._temporary.chmod(0o644)
+                self._temporary.replace(self._path)
+                sync(self._path.parent)
         finally:
             self._temporary.unlink(missing_ok=True)
 
     def drop(self) -> None:
-        """Leave nothing."""
-        self._file.close()
+        """Leave nothing, on a full disk, too, where what is held cannot be written."""
+        with suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A fault of a write says of which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _joined(line: str, column: str, answer: Prediction) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from mtl_lora_cli.data import remote
 from mtl_lora_cli.data.delimited import BY_ENDING
-from mtl_lora_cli.data.part_stream import PartStream, StreamPart
+from mtl_lora_cli.data.part_stream import PartStream, StreamPart, local_part
 from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import UsageError
@@ -86,6 +87,16 @@ def test_rows_follow_from_their_place_whoever_asks(tmp_path: Path, monkeypatch: 
     (tmp_path / "0.jsonl").write_bytes(b"\n")
     with pytest.raises(UsageError, match="has no rows"):
         PartStream([part_of(tmp_path / "0.jsonl")], BY_ENDING).rows(0, 1)
+
+
+def test_a_file_that_changed_is_known_as_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(["a", "b"]))
+    before = PartStream([local_part(path)], BY_ENDING).fingerprint
+    assert PartStream([local_part(path)], BY_ENDING).fingerprint == before
+    path.write_bytes(lines(["a", "c"]))  # as long as it was
+    os.utime(path, ns=(1, 1))
+    assert PartStream([local_part(path)], BY_ENDING).fingerprint != before
 
 
 def part_of(path: Path) -> StreamPart:

@@ -16,9 +16,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from mtl_lora_cli.cli.predict import _asked
 from mtl_lora_cli.cli.predict_parts import Progress
 from mtl_lora_cli.prediction.order import Totals
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.tasks.chosen import read_tasks
 
 from ..forks import Ended, Forks
 from .conftest import Finished, rows_of
@@ -27,6 +29,7 @@ from .test_parts import contents
 Call = Callable[..., Ended]
 Invoke = Callable[..., Finished]
 SEED = 5
+OUT = ("--input", "rows", "--output", "out")
 
 
 @pytest.fixture
@@ -73,6 +76,12 @@ def test_a_folder_twice(call: Invoke, write_lines: Any, tmp_path: Path) -> None:
         (("--input", "rows", "--output", "out", "--actors", "2"), "--actors goes with --ray"),
         (("--input", "rows", "--output", "out", "--format", "glue"), "--format glue goes with FI"),
         (("--input", "rows", "--output", "out", "--task", "warn"), "did you mean 'warm'?"),
+        ((*OUT, "--errors", "rows/bad.jsonl"), "--errors rows/bad.jsonl: lies in --input rows"),
+        ((*OUT, "--errors", "out/bad.jsonl"), "--errors out/bad.jsonl: lies in --output out"),
+        (
+            ("--input", "rows/one.jsonl", "--output", "out", "--errors", "rows/one.jsonl"),
+            "--errors rows/one.jsonl: lies in --input rows/one.jsonl",
+        ),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(
@@ -107,6 +116,18 @@ def test_a_bad_row_ends_it_and_says_how_to_go_on(
         "note: 1 of 40 rows could not be answered: bad.jsonl",
     ]
     assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 40
+    assert call(*arguments).stderr.splitlines() == [
+        "going on: 4 of 4 parts are answered, 40 of 40 rows",
+        "note: 1 of 40 rows could not be answered: --errors FILE lists them",
+    ]
+
+
+def test_fields_of_other_names_whoever_answers(run_folder: RunFolder) -> None:
+    named = {task.name: task for task in read_tasks(run_folder)}
+    assert [one.name for one in _asked(named, ["cold", "warm"])] == ["cold", "warm"]
+    assert [one.name for one in _asked(named, "cold")] == ["cold"]
+    for everyone in (None, "all", "auto"):
+        assert [one.name for one in _asked(named, everyone)] == list(named)
 
 
 @pytest.mark.long

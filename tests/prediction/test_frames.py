@@ -12,7 +12,7 @@ import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.predict import Predictor
-from mtl_lora_cli.prediction.frames import FramePredictor, in_pandas
+from mtl_lora_cli.prediction.frames import FramePredictor, _plain, in_pandas
 from mtl_lora_cli.runs.folder import RunFolder
 
 from .conftest import rows_of
@@ -46,6 +46,10 @@ def test_what_a_frame_cannot_be(run_folder: RunFolder) -> None:
         predictor(frame)
     with pytest.raises(UsageError, match="has a column 'prediction' already"):
         predictor(frame.assign(prediction=1))
+    array = np.array(["red", "old boat"])  # what a worker has of a list
+    with pytest.raises(UsageError, match=r"row 1: task 'warm': prompt: a list .* would be printed"):
+        predictor(pandas.DataFrame([{"word": array}]))
+    assert _plain({"of": np.array([{"n": np.int64(3)}], dtype=object)}) == {"of": [{"n": 3}]}
     with pytest.raises(UsageError, match="no run 'nowhere'"):
         FramePredictor("nowhere")
 

@@ -24,6 +24,8 @@ from mtl_lora_cli.prediction.course import Course
 from mtl_lora_cli.prediction.desks import How
 from mtl_lora_cli.prediction.inputs import plan
 from mtl_lora_cli.prediction.order import Order, opened_work
+from mtl_lora_cli.prediction.reading import Chunk
+from mtl_lora_cli.prediction.writing import PartFile
 from mtl_lora_cli.runs.folder import RunFolder
 
 from .conftest import rows_of
@@ -316,6 +318,23 @@ def test_what_is_no_folder_of_rows(
     with pytest.raises(UsageError, match=re.escape(message)):
         answer(order)
     assert contents(tmp_path / "out") == {} if (tmp_path / "out").exists() else True
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "one-00000.jsonl"
+    held = PartFile(place, "prediction")
+    before = held._file
+    with (
+        before,
+        Path("/dev/full").open("wb") as held._file,
+    ):  # every write to it fails: no space left
+        chunk = Chunk([], [1], ['{"word": "red"}'], [])
+        with pytest.raises(OSError, match="No space left") as raised:
+            held.write(chunk, [{"label": 1}])
+            held.close()
+        assert raised.value.filename == str(place)
+        held.drop()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_something_else_is_left_alone(
