@@ -96,6 +96,7 @@ def predict_parts(
             work.finish()
         except KeyboardInterrupt:
             progress.end()
+            work.look_again()
             work.write_errors()
             raise KeyboardInterrupt(
                 f"interrupted: {_so_far(work.totals)}; the same command goes on from there"
@@ -140,7 +141,7 @@ def _answer(
     try:
         work.follow(course.run(work.missing, progress.rows), done)
     finally:
-        course.close()
+        work.follow(course.close(), done)
 
 
 def _so_far(totals: Totals) -> str:

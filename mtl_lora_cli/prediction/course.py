@@ -7,6 +7,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,9 +153,14 @@ class Course:
         except Exception as error:  # whatever it is, it is the lane's part that it ends
             question.answer.set_exception(error)
 
-    def close(self) -> None:
-        """Give up what is in hand; parts that are done stay."""
+    def close(self) -> list[Done]:
+        """Give up what is in hand; parts that are done stay, also those that `run` has not given yet."""
         self._lanes.close()
+        messages = []
+        with suppress(queue.Empty):
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return [message for message in messages if isinstance(message, Done)]
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:

@@ -160,6 +160,10 @@ class Work:
             self._done[done.part] = done
             told(done)
 
+    def look_again(self) -> None:
+        """Know what the folder knows, after an interruption at any moment."""
+        self._done = self._output.done()
+
     def finish(self) -> None:
         """All parts are done.
 
