@@ -270,3 +270,44 @@ def test_what_is_for_texts_is_one_line(
     ended = call(*arguments, code=2)
     (line,) = [one for one in ended.stderr.splitlines() if one.startswith("error")]
     assert said in line
+
+
+@pytest.mark.long
+def test_a_folder_of_rows_becomes_maps_beside_a_table(
+    call: Call, place: Path, predicted: Path
+) -> None:
+    """The maps of `predict FILE`, in parts; pictures lie relative to their rows' file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = place / "many" / "inner"
+    folder.mkdir(parents=True)
+    (folder / "rooms").symlink_to(ROOMS)
+    table = [{"id": n, "image": f"rooms/{one['image']}"} for n, one in enumerate(rows())]
+    parquet.write_table(pyarrow.Table.from_pylist(table), folder / "few.parquet")
+    arguments = ("predict", "--run", "one", "--task", "all", "--input", "many", "--output", "done")
+    more = ("--format", "npy", "--part-rows", "2")
+    assert json.loads(call(*arguments, *more).stdout)["parts"] == 2
+    found = parquet.read_table(place / "done" / "inner").to_pylist()
+    assert [{k: v for k, v in one.items() if k != "prediction"} for one in found] == table
+    for one in found:
+        for task in TASKS:
+            own = one["prediction"][task]
+            right = np.load(predicted / task / Path(one["image"]).with_suffix(".npy"))
+            mine = np.load(place / "done" / own["map"])
+            assert (own["task"], own["size"]) == (task, list(right.shape[:2]))
+            assert Path(own["map"]).parent.name.startswith("few-0000")
+            np.testing.assert_allclose(mine, right, atol=1e-5)
+    (folder / "few.parquet").unlink()
+    bad = [*table[:2], {"id": 9, "image": "rooms/none.jpg"}]
+    (folder / "few.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in bad))
+    ended = call(*arguments[:-1], "depth", *more[:1], "png", code=2)
+    assert ended.stderr.splitlines() == [
+        "error: many/inner/few.jsonl:3: image: no such file: 'rooms/none.jpg', expected a file below many/inner"
+    ]
+    listed = call(*arguments[:-1], "depth", "--errors", "bad.jsonl")
+    assert json.loads(listed.stdout)["bad_rows"] == 1
+    lines = (place / "depth" / "inner" / "few-00000.jsonl").read_text().splitlines()
+    said = json.loads(lines[1])["prediction"]["depth"]
+    assert said["bits"] == 16
+    assert Image.open(place / "depth" / said["map"]).size == (128, 96)

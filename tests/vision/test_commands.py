@@ -214,3 +214,23 @@ def test_kills_change_no_bit(forks: Forks, place: Path) -> None:
     )
     assert any(name.startswith("whole:") for name in still) and still.keys() == found.keys()
     assert all(torch.equal(still[name], found[name]) for name in still)
+
+
+@pytest.mark.long
+def test_a_folder_of_rows_reads_pictures_beside_its_files(call: Call, place: Path) -> None:
+    rows = (place / "squares/test.jsonl").read_text().splitlines()[:5]
+    (place / "new.jsonl").write_text("\n".join(rows) + "\n")
+    shutil.copytree(place / "squares", place / "many" / "inner")
+    for path in (place / "many" / "inner").glob("*.jsonl"):
+        path.unlink()
+    (place / "many" / "inner" / "new.jsonl").write_text("\n".join(rows) + "\n")
+    for task in ("colour", "colour,caption,side"):
+        output = f"answers-{len(task)}"
+        arguments = ("--task", task, "--input", "many", "--output", output, "--part-rows", "3")
+        assert json.loads(call("predict", *arguments).stdout)["parts"] == 2
+        files = sorted((place / output / "inner").glob("*.jsonl"))
+        lines = "".join(path.read_text() for path in files).splitlines()
+        for line, row in zip(map(json.loads, lines), map(json.loads, rows), strict=True):
+            found = line.pop("prediction")
+            assert line == row
+            assert (found if task == "colour" else found["colour"])["label"] == row["colour"]
