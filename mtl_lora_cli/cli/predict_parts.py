@@ -129,8 +129,8 @@ def _answer(
         status(f"starting actors on Ray, {ray}")
 
         def done_there(one: Done) -> None:
-            progress.rows(one.rows)
             done(one)
+            progress.rows(one.rows)
 
         work.follow(answers_of(work.job, work.missing, address=ray, actors=actors), done_there)
         return

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -96,7 +98,7 @@ def answers_of(
             batch_size=_PARTS_A_CALL if cards else 1,
             batch_format="numpy",
             fn_constructor_args=(job, None if cards else 1),
-            concurrency=count,
+            compute=ray.data.ActorPoolStrategy(size=count),
             num_gpus=1 if cards else 0,
             num_cpus=1,
         )
@@ -124,17 +126,34 @@ def _join(address: str) -> None:
     if address not in (LOCAL, "auto"):
         _require_listening(address)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what is of use comes as an exception
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        ray.init(
-            address=None if address == LOCAL else address,
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _unheard():
+            ray.init(
+                address=None if address == LOCAL else address,
+                include_dashboard=False if address == LOCAL else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         said = " ".join(str(error).split())
         raise UsageError(f"--ray {address}: no cluster can be reached: {said:.200}") from None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What Ray's own processes print as they start; what is wrong comes as an exception."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _require_listening(address: str) -> None:

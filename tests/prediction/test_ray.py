@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.prediction.course import Course
 from mtl_lora_cli.prediction.desks import How
+from mtl_lora_cli.prediction.frames import FramePredictor
 from mtl_lora_cli.prediction.order import Order, Work, opened_work
 from mtl_lora_cli.runs.folder import RunFolder
 
@@ -97,6 +102,24 @@ def test_two_actors_one_of_which_is_killed(run_folder: RunFolder, order: Order) 
     found = contents(order.output)
     assert {name: text for name, text in found.items() if ".partial" not in name} == right
     assert len((order.output / "_parts.jsonl").read_text().splitlines()) == len(right)
+
+
+def test_the_command_says_no_more_than_without_it(
+    order: Order, run_folder: RunFolder, tmp_path: Path
+) -> None:
+    own = [sys.executable, "-m", "mtl_lora_cli.cli.main", "predict", "--run", str(run_folder.path)]
+    more = ["--input", "rows", "--output", "out", "--task-column", "of", "--ray", "local"]
+    ended = subprocess.run(
+        [*own, *more, "--actors", "1"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    said = [line for line in ended.stderr.splitlines() if " of 800 rows (" not in line]
+    assert (ended.returncode, said) == (0, [])
+    assert json.loads(ended.stdout)["rows"] == 800
+    table = FramePredictor(run_folder.path, task_column="of")
+    (line,) = (tmp_path / "out" / "one-00000.jsonl").read_text().splitlines()[:1]
+    row = json.loads(line)
+    found = table(pandas.DataFrame([{k: v for k, v in row.items() if k != "prediction"}]))
+    assert json.loads(found["prediction"][0])["label"] == row["prediction"]["label"]
 
 
 def test_a_bad_row_is_one_line(run_folder: RunFolder, order: Order, write_lines: Any) -> None:
