@@ -151,8 +151,6 @@ class Eyes:
         if len(parts) != len(pictures) + 1:
             raise UsageError(f"{len(parts) - 1} places for {len(pictures)} pictures")
         texts = [self._sized(picture, self.vision.text) for picture in pictures]
-        if texts:
-            texts[-1] += self.vision.last
         ends = list(accumulate(len(part) + len(PLACE) for part in parts[:-1]))
         more = [len(one) - len(PLACE) for one in texts]
         whole = "".join(f"{part}{one}" for part, one in zip(parts, [*texts, ""], strict=True))

@@ -123,10 +123,11 @@ def test_a_tower_s_adapters_learn_are_asked_and_merged(call: Call, place: Path) 
     learned = load_file(place / "runs/tower/adapter/mtl_lora.safetensors")
     moved = [n for n, t in learned.items() if "vision_tower" in n and "lora_B" in n and t.any()]
     assert moved
-    (found,) = json.loads(
-        call("merge", "--run", "tower", "--task", "colour", "--limit", "6", "--json").stdout
-    )
-    assert found["largest_difference"] < 1e-4
+    for how in (("merge",), ("export", "--format", "peft")):
+        asked = ("--run", "tower", "--task", "colour", "--limit", "6", "--json")
+        (found,) = json.loads(call(*how, *asked).stdout)
+        assert found["largest_difference"] < 1e-4
+        assert found["equal_answers"] == 1.0
 
 
 @pytest.mark.parametrize("how", ["run", "keep"])

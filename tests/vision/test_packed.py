@@ -177,12 +177,17 @@ def test_tokens_and_pixels_are_those_of_auto_processor(
         mark = getattr(own, "boi_token", own.image_token)
         theirs = own(text=[f"one {mark} two"], images=[Image.fromarray(noise)], return_tensors="pt")
         text = vision.text(*sides)
-        text = f"one {text}{vision.last} two"
+        text = f"one {text} two"
         if kind == "paligemma":
             text += "\n"
         if kind.startswith("qwen"):  # the chat template writes what stands around a picture
             text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
-        assert tokenizer(text)["input_ids"] == theirs["input_ids"][0].tolist()
+        ids = tokenizer(text)["input_ids"]
+        if kind == "paligemma":  # its processor writes the text's begin behind the picture
+            ids = [one for one in ids if one != tokenizer.bos_token_id]
+            end = len(ids) - ids[::-1].index(vision.token_id)
+            ids = [*ids[:end], tokenizer.bos_token_id, *ids[end:]]
+        assert ids == theirs["input_ids"][0].tolist()
         for name, value in vision.join([vision.look(Image.fromarray(noise))]).items():
             right = theirs[name]
             if kind == "llava_next" and name == "pixel_values":

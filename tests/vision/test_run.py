@@ -166,3 +166,20 @@ def test_a_report_has_the_pictures_beside_rows_right_and_wrong(run: Run, squares
                 assert small.size == own.size and small.tobytes() == own.convert("RGB").tobytes()
     page = render(gather([run.folder]), [])
     assert all(shown in page for kind in ("right", "wrong") for shown in found[kind][0]["pictures"])
+
+
+def test_what_has_no_place_where_a_prompt_sees_itself_is_one_line(
+    load: Load, models: Callable[[str], BaseModel], squares: Path, tmp_path: Path
+) -> None:
+    own = f"base_model={models('paligemma').folder}"
+    with pytest.raises(MtlLoraError, match="loss_on: all learns tokens of prompts"):
+        prepare(load(own, "training.loss_on=all"))
+    text = {**TEMPLATE, "prompt": "The colour is"}
+    del text["images"]
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(text))
+    tasks = [
+        {"name": "colour", "template": str(load().base / "colour.yaml"), "source": str(squares)},
+        {"name": "text", "template": str(tmp_path / "text.yaml"), "source": str(squares)},
+    ]
+    with pytest.raises(MtlLoraError, match="'text' shows no pictures"):
+        prepare(load(own, f"tasks={json.dumps(tasks)}"))

@@ -61,7 +61,6 @@ class Vision:
             kept, since it does not stand behind the whole tower.
         beside: what of a picture is kept beside its features.
         token_id: of the token that stands for a part of a picture.
-        last: what the model's own processor writes behind the last picture of a prompt.
         behind: tokens that follow a picture's last one and belong to it.
 
     Raises:
@@ -72,7 +71,6 @@ class Vision:
     in_windows: ClassVar[bool] = False
     connector: ClassVar[str | None] = "multi_modal_projector"
     beside: ClassVar[tuple[str, ...]] = ()
-    last: str = ""
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
@@ -116,7 +114,7 @@ class Vision:
     @cached_property
     def behind(self) -> int:
         """See the class."""
-        end = self.text(64, 64).rpartition(self.token)[2] + self.last
+        end = self.text(64, 64).rpartition(self.token)[2]
         return len(self.tokenizer(end, add_special_tokens=False)["input_ids"]) if end else 0
 
     def look(self, picture: Image.Image) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from mtl_lora_cli.models.vision.llava import Llava
 class PaliGemma(Llava):
     """See the module and `Vision`.
 
-    The token that begins a text stands behind the last picture, where the tokenizer does not write it of its own
-    accord.
+    The token that begins a text stands before the pictures, where the tokenizer writes it; the model's own processor
+    writes it behind them.
     """
 
     whole_prompt: ClassVar = True
@@ -27,10 +27,7 @@ class PaliGemma(Llava):
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
     ) -> None:
-        tokenizer.add_bos_token = False
         super().__init__(base, config, tokenizer, size)
-        begins = tokenizer("")["input_ids"]
-        self.last = "" if begins or tokenizer.bos_token is None else str(tokenizer.bos_token)
         self._window = getattr(config.text_config, "sliding_window", None)
 
     def resize(self, height: int, width: int) -> None:
