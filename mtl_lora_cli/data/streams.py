@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
-from mtl_lora_cli.data.file_formats import json_line, read_file
+from mtl_lora_cli.data.file_formats import json_line
+from mtl_lora_cli.data.large_files import read_rows
 from mtl_lora_cli.errors import UsageError, file_problem
 from mtl_lora_cli.pointers import require_content
 
@@ -36,10 +37,10 @@ def read_parts(path: Path, most: int, layout: Layout = BY_ENDING) -> Iterator[li
         except OSError as error:
             raise file_problem(str(path), f"cannot be read: {error.strerror}") from None
         return
-    rows = read_file(path, layout)
-    placed = list(zip(rows.rows, rows.places, strict=True))
-    for start in range(0, len(placed), most):
-        yield placed[start : start + most]
+    found = read_rows(path, layout)
+    for start in range(0, len(found.rows), most):
+        own = slice(start, start + most)
+        yield list(zip(found.rows[own], found.places[own], strict=True))
 
 
 def with_names(parts: Iterable[list[Placed]], names: Mapping[str, str]) -> Iterator[list[Placed]]:
