@@ -140,13 +140,14 @@ class Work:
     def totals(self) -> Totals:
         """How far it is."""
         parts = self._begun.parts
-        done = [part for part in parts if part.name in self._done]
-        known = [self._done[part.name] for part in done]
+        known = [self._done[part.name] for part in parts if part.name in self._done]
+        # Of JSON lines not done yet, empty ones are counted, too: nobody has read them.
+        done_rows = sum(one.rows + len(one.bad) for one in known)
         return Totals(
-            rows=sum(part.rows for part in parts),
+            rows=done_rows + sum(part.rows for part in self.missing),
             parts=len(parts),
-            done_rows=sum(part.rows for part in done),
-            done_parts=len(done),
+            done_rows=done_rows,
+            done_parts=len(known),
             bad=sum(len(one.bad) for one in known),
             truncated=sum(one.truncated for one in known),
         )

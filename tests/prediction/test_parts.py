@@ -337,6 +337,17 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_empty_lines_are_no_rows(
+    order: Order, answer: Answer, write_lines: Any, run_folder: RunFolder
+) -> None:
+    path = write_lines("one.jsonl", rows_of(7))
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    (first, second) = answer(order).values()
+    assert first.count(b"\n") + second.count(b"\n") == 7
+    with opened_work(Run(run_folder), order) as work:
+        assert (work.totals.rows, work.totals.done_rows) == (7, 7)
+
+
 def test_a_folder_of_something_else_is_left_alone(
     order: Order, answer: Answer, write_lines: Any, tmp_path: Path
 ) -> None:
