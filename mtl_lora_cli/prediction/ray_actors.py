@@ -6,6 +6,7 @@ what was there, and is the same.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -86,6 +87,8 @@ def answers_of(
     import ray
 
     _join(address)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of Ray Data, which says how it works and sets its own levels
     try:
         resources = ray.cluster_resources()
         cards = int(resources.get("GPU", 0))
@@ -110,6 +113,7 @@ def answers_of(
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise MtlLoraError(f"--ray {address}: {said[-1]:.300}") from None
     finally:
+        logging.disable(before)
         ray.shutdown()
 
 
@@ -119,8 +123,6 @@ def _join(address: str) -> None:
     Raises:
         UsageError: there is none at that address.
     """
-    import logging
-
     import ray
 
     if address not in (LOCAL, "auto"):
