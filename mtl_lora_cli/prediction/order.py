@@ -203,7 +203,10 @@ def opened_work(opened: Run, order: Order, *, force: bool = False) -> Iterator[W
     order.output.mkdir(parents=True, exist_ok=True)
     try:
         with only_writer(RunFolder(order.output), f"--output {order.output} is being written"):
-            yield _begun(opened, order, force)
+            try:
+                yield _begun(opened, order, force)
+            finally:
+                Output(order.output).sweep()  # of lanes that were ended
     finally:
         with suppress(OSError):  # where nothing was begun
             order.output.rmdir()

@@ -207,13 +207,27 @@ def test_killed_and_gone_on_with(
 @pytest.mark.long
 @pytest.mark.slow
 def test_processes_prepare_the_same(
-    order: Order, answer: Answer, write_lines: Any, tmp_path: Path
+    order: Order,
+    answer: Answer,
+    write_lines: Any,
+    tmp_path: Path,
+    run_folder: RunFolder,
+    predictor: Predictor,
 ) -> None:
     """As on a card."""
     write_lines("one.jsonl", rows_of(45))
     expected = answer(order)
     other = replace(order, output=tmp_path / "other")
     assert answer(other, lanes=2, processes=True) == expected
+    ended = replace(order, output=tmp_path / "ended")
+    opened = Run(run_folder, instead=predictor._opened.packed)
+    with opened_work(opened, ended) as work:  # lanes are ended in the middle of something
+        course = Course(opened, work.job, 2, processes=True)
+        work.follow([next(course.run(work.missing))])
+        work.follow(course.close())
+    assert not list(ended.output.rglob(".*"))
+    assert contents(ended.output).items() <= expected.items()
+    assert answer(ended, processes=True) == expected
     write_lines("one.jsonl", [*rows_of(45), {"of": "warm"}])
     with pytest.raises(
         UsageError, match=r"one\.jsonl:46: task 'warm': prompt: the row has no field"
