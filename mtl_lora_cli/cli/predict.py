@@ -157,7 +157,7 @@ def predict(
         known = {task.name: task for task in read_tasks(folder)}
         of_maps = any(task.objective in MAPS for task in known.values())
         formats = FORMATS if of_maps else _FORMATS
-        form = form or formats[0]
+        said, form = form, form or formats[0]
         if form not in formats:
             raise UsageError(
                 f"--format: expected one of {', '.join(formats)}, received '{form}'"
@@ -177,9 +177,10 @@ def predict(
         if rows is not None:
             if output is None:
                 raise UsageError("--input goes with --output FOLDER")
-            if form == "glue":
+            if said is not None and not of_maps:
                 raise UsageError(
-                    "--format glue goes with FILE; --input is answered in its own form"
+                    f"--format {said} goes with FILE; --input is answered in its own form: "
+                    "Parquet as Parquet, JSON lines as JSON lines"
                 )
             how = {
                 "task": asked,
