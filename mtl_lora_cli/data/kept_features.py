@@ -239,7 +239,13 @@ def _made(
             return False
         began = time.monotonic()
         for some in _filled(tower, eyes, missing):
-            store.write(some)
+            try:
+                store.write(some)
+            except UsageError as error:
+                if how == "keep":
+                    raise
+                tell(f"note: features are not kept: {error}; the tower runs each step")
+                return False
         tell(f"features: {time.monotonic() - began:.1f} s, {_size(store.bytes)} in {store.folder}")
     return True
 

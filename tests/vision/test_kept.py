@@ -109,6 +109,21 @@ def test_a_tower_runs_once_a_picture_and_another_tower_has_an_entry_of_its_own(
     assert len(entries()) == 2
 
 
+def test_a_cache_that_cannot_be_written_ends_nothing_that_did_not_ask_for_it(
+    llava: BaseModel, files: list[Picture], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = packed_of(llava)
+    cache.mkdir()
+    (cache / "features").write_text("a file in the place of the folder")
+    eyes = Eyes(packed.vision)  # type: ignore[arg-type]
+    keep_features(packed.model, packed.adapter, eyes, files, "auto", ALONE)
+    assert eyes.store is None
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("note: features are not kept: ") and "cannot be written" in said
+    with pytest.raises(UsageError, match="cannot be written"):
+        keep_features(packed.model, packed.adapter, eyes, files, "keep", ALONE)
+
+
 def test_a_file_that_is_cut_off_is_made_again(llava: BaseModel, files: list[Picture]) -> None:
     packed = packed_of(llava)
     eyes = Eyes(packed.vision)  # type: ignore[arg-type]
