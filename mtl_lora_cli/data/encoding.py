@@ -221,7 +221,9 @@ class Encoder:
             except UsageError as error:
                 if wheres is None:
                     raise
-                raise UsageError(f"{wheres[number]}: task '{task}': {error}") from None
+                place = f"{wheres[number]}: "
+                of = f"task '{task}': " if task else ""
+                raise UsageError(place + of + str(error).removeprefix(place)) from None
         texts = [self.control_tokens.spelled(one) for one in written]
         encodings = self._encoded(texts)
         for text, encoding in zip(texts, encodings, strict=True):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.evaluate import evaluate, held_out
 from mtl_lora_cli.evaluation.opened import Run
@@ -111,6 +111,12 @@ def test_predictions_read_pictures_from_their_root_and_a_blind_control_does_not(
     assert blind.scores is not None
     first, *others = (scores.tolist() for scores in blind.scores)
     assert all(scores == pytest.approx(first, abs=1e-5) for scores in others)
+
+
+def test_a_picture_that_is_missing_is_told_with_its_row_once(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        Predictor(run, tmp_path).answer([({"image": "gone.png"}, "rows.jsonl:3")], task="colour")
+    assert raised.value.lines[0].startswith("rows.jsonl:3: images: no such file: 'gone.png'")
 
 
 def test_the_base_model_alone_has_its_own_projector(run: Run) -> None:
