@@ -7,6 +7,7 @@ Inside the frame everything that prints to stdout, libraries included, is sent t
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from mtl_lora_cli.cli import interrupts
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
 from mtl_lora_cli.visible import tell, visible, visible_json
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONG = 2**20  # characters of JSON: with line ends it takes ten times as long to write
 _debug = False
 _stdout: int | None = None  # the real stdout while a frame is open
@@ -86,6 +88,8 @@ def _fail_unforeseen(error: Exception) -> None:
         _fail(["interrupted"], ExitCode.INTERRUPTED)
     if isinstance(error, OSError) and error.filename is not None:  # a disk or a folder, by its name
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno in _FULL:  # a write knows no name
+        text = f"{error.strerror}: a disk that was written to"
     else:
         text = "internal error: " + " ".join(f"{type(error).__name__}: {error}".split())
     _fail([f"{text} (--debug shows where)"], ExitCode.FAILED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import tempfile
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -111,7 +112,7 @@ def _plain(path: Path) -> IO[bytes]:
 def _next(source: IO[bytes], path: Path) -> bytes:
     try:
         return source.read(_BLOCK)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise file_problem(path, f"not a whole compressed file: {error}") from None
 
 

@@ -95,6 +95,19 @@ def test_debug_shows_a_traceback(invoke: Callable[..., Finished]) -> None:
     assert finished.stdout == ""
 
 
+def test_a_full_disk_is_no_internal_error(
+    invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        with Path("/dev/full").open("wb") as file:
+            file.write(b"x")
+
+    monkeypatch.setattr("mtl_lora_cli.recipe.load.find_recipe", fail)
+    finished = invoke("train", "quickstart")
+    expected = "error: No space left on device: a disk that was written to (--debug shows where)\n"
+    assert (finished.returncode, finished.stderr) == (1, expected)
+
+
 def test_an_unforeseen_failure_is_one_line_and_code_1(
     invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -215,3 +215,15 @@ def test_arrow_reads_what_these_tests_wrote(tmp_path: Path) -> None:
     theirs = arrow_csv.read_csv(path, parse_options=options).to_pylist()
     ours: list[Any] = list(read_rows(path, BY_ENDING).rows)
     assert [(row["text"], int(row["label"])) for row in ours] == [tuple(r.values()) for r in theirs]
+
+
+@pytest.mark.parametrize(("ending", "packed"), [("gz", gzip.compress), ("zst", zstd)])
+def test_a_packed_file_that_is_damaged_inside_is_one_line(
+    ending: str, packed: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path, whole = tmp_path / f"a.jsonl.{ending}", bytearray(packed(json_lines()))
+    middle = len(whole) // 2
+    for content in (whole[:middle], whole[:10] + b"\xff" * 8 + whole[18:]):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=rf"a\.jsonl\.{ending}: not a whole compressed file"):
+            len(read_rows(path).rows)
