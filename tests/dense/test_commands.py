@@ -251,7 +251,7 @@ def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
         (("compare", "recipe.yaml"), "--match: picks ranks for texts; maps are compared with --match none"),
         (("compare", "recipe.yaml", "--match", "none", "--score", "validation"), "--score validation is for texts"),
         (("compare", "recipe.yaml", "--match", "none", "--sweep", "training.learning_rate=1e-3"), "--sweep: is for texts; of maps each setting is a --variant"),
-        (("compare", "alone.yaml", "--match", "none", "--references", "one,one"), "--references: run one learned none of the tasks that are left"),
+        (("compare", "alone.yaml", "--match", "none", "--references", "one,one"), "one learned none of the tasks that are left"),
         (("compare", "quickstart", "--references", "one"), "--references is for maps"),
         (("bench", "--recipe", "recipe.yaml"), "a swin is none; bench measures language models"),
         (("router", "--run", "one"), "only text can be told apart by a router"),
