@@ -74,8 +74,7 @@ MAP_ARMS: dict[str, list[str]] = {
     "stages": [
         *ONE,
         "training.epochs=1",
-        "training.stages=[{tasks: [depth, normals], epochs: 0.5}, {tasks: [segmentation, depth, normals], epochs: 9}]",
-    ],
+    ],  # a third of the steps for depth and normals, see `map_changes`
 }
 
 
@@ -102,6 +101,12 @@ def map_changes(arm: str, seed: int, options: argparse.Namespace) -> list[str]:
         f"training.rows_per_pass={options.rows}", "training.checkpoint_every=null",
         f"training.seed={seed}", f"images.size={options.size}", f"adapter.target_modules=[{layers()}]", *MAP_ARMS[arm],
     ]  # fmt: skip
+    if arm == "stages":
+        pictures = len((options.maps / "train.jsonl").read_text().splitlines())
+        first = options.steps * options.rows / (2 * pictures)
+        found.append(
+            f"training.stages=[{{tasks: [depth, normals], epochs: {first:.4f}}}, {{tasks: [{', '.join(MAPS)}], epochs: 9}}]"
+        )
     reference = options.output / f"proportional-{seed}.run"
     if arm == "excess_loss" and (options.output / f"proportional-{seed}.json").is_file():
         found[-1] = found[-1].replace("every: 10", f"every: 10, reference_run: {reference}")
