@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,29 @@ def split_of(name: str) -> str | None:
     if named and ending(path):
         return _NAMES[named[1]]
     return _NAMES.get(path.parent.name) if ending(path) else None
+
+
+def require_one_set(files: Sequence[str], place: str, key: str) -> None:
+    """Refuse files of one split that are of several data sets, or numbered parts of which some are missing.
+
+    Args:
+        files: their paths.
+        place: where they lie, and `key` the source's, for errors.
+
+    Raises:
+        UsageError: which were found.
+    """
+    folders = sorted({str(Path(file).parent) for file in files})
+    if len(folders) > 1:
+        raise file_problem(
+            place, f"holds several data sets: {', '.join(folders[:5])}; name one", key=key
+        )
+    named = [_SPLIT_FILE.fullmatch(Path(file).name) for file in files]
+    told = {len(files) if one is None else int(one[2] or 1) for one in named}
+    if told - {len(files)}:
+        received = ", ".join(Path(file).name for file in files[:5])
+        message = f"expected one file for train, or all its numbered parts; received {received}"
+        raise file_problem(place, message, key=key)
 
 
 def matching(folder: Path, pattern: str, key: str) -> list[Path]:

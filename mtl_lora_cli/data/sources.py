@@ -17,7 +17,7 @@ import numpy as np
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
 from mtl_lora_cli.data.file_formats import Rows, ending, fingerprint, print_of, renamed
-from mtl_lora_cli.data.folders import Splits, matching, split_of, splits_of
+from mtl_lora_cli.data.folders import Splits, matching, require_one_set, split_of, splits_of
 from mtl_lora_cli.data.large_files import LARGE, read_rows, rows_renamed
 from mtl_lora_cli.data.layouts import layout_rows
 from mtl_lora_cli.data.lazy_rows import (
@@ -103,6 +103,8 @@ def stream_of(source: Source, *, base: Path, task: str) -> PartStream:
 
     if is_address(str(source.path)):
         parts = parts_at(str(source.path), key, chosen)
+        if not pattern:
+            require_one_set([part.name for part in parts], str(source.path), key)
     else:
         files = _split_files(source, base, task).get("train", [])
         parts = [local_part(file) for file in files]

@@ -118,6 +118,30 @@ def test_nothing_of_a_stream_in_a_store_stays_on_the_disk(store: Any, tmp_path: 
     assert left == ["test.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("gone", "more", "why"),
+    [
+        ("train-00002-of-00004.jsonl", None, "or all its numbered parts; received train-00000-of"),
+        (
+            None,
+            "other/train-00000-of-00001.jsonl",
+            "holds several data sets: /stream, /stream/other",
+        ),
+    ],
+)
+def test_parts_of_a_store_are_those_of_one_set(
+    gone: str | None, more: str | None, why: str, store: Any, tmp_path: Path
+) -> None:
+    source = Source(path="memory://stream", stream=True, buffer=10)
+    assert read_split(source, "train", base=tmp_path, task="t") is not None
+    if gone:
+        store.rm(f"/stream/{gone}")
+    if more:
+        store.pipe_file(f"/stream/{more}", lines(["x"]))
+    with pytest.raises(UsageError, match=why):
+        read_split(source, "train", base=tmp_path, task="t")
+
+
 TASKS = """tasks:
 - {name: streamed, template: own.yaml, source: {path: 'memory://stream', stream: true, buffer: 20}}
 - {name: whole, template: own.yaml, source: {path: whole.jsonl}}
