@@ -107,6 +107,13 @@ class Output:
         except MtlLoraError as error:
             raise UsageError(str(error)) from None
 
+    def is_unanswered(self) -> bool:
+        """Whether no file of answers lies in it."""
+        return not any(
+            path.is_file() and not path.name.startswith(("_", "."))
+            for path in self.folder.rglob("*")
+        )
+
     def begin(self, begun: Begun) -> None:
         """Write what it is of."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -222,6 +222,8 @@ def _begun(opened: Run, order: Order, force: bool) -> Work:
         options=_options(order, opened.of_maps),
         files=[],
     )
+    if before is not None and output.is_unanswered():
+        before = None  # what was wrong with the call may be mended
     if before is not None:
         require_same(before, begun, order.output)
     output.sweep()

@@ -351,6 +351,18 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_without_answers_takes_other_options(
+    order: Order, answer: Answer, write_lines: Any
+) -> None:
+    write_lines("one.jsonl", [{**row, "prediction": 1} for row in rows_of(25)])
+    with pytest.raises(UsageError, match="--answer-column names another"):
+        answer(order)
+    other = replace(order, column="said", part_rows=20)
+    assert len(answer(other)) == 2
+    with pytest.raises(UsageError, match="was begun with --part-rows 20, received 10"):
+        answer(replace(other, part_rows=10))
+
+
 def test_empty_lines_are_no_rows(
     order: Order, answer: Answer, write_lines: Any, run_folder: RunFolder
 ) -> None:
