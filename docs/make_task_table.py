@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.recipe.schema import SPLITS, Source
+from mtl_lora_cli.recipe.source import SPLITS, Source
 from mtl_lora_cli.resources import bundled
 from mtl_lora_cli.tasks.registry import find_template, template_names
 from mtl_lora_cli.tasks.task import Task

@@ -11,7 +11,7 @@ from mtl_lora_cli.bench.shapes import projections
 from mtl_lora_cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.recipe.schema import Recompute
+    from mtl_lora_cli.recipe.training import Recompute
 
 BASELINES = ("packed", "peft", "plain", "lora")
 TABLES = ("yardstick",)

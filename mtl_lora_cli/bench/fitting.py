@@ -18,7 +18,8 @@ from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.memory.choice import pick
 from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.load import adapt
-from mtl_lora_cli.recipe.schema import Recipe, TaskSettings, Training
+from mtl_lora_cli.recipe.schema import Recipe, TaskSettings
+from mtl_lora_cli.recipe.training import Training
 
 
 def fitted(

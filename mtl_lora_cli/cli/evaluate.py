@@ -120,7 +120,7 @@ def evaluate(
     """Score a run's tasks on held-out rows."""
     with framed():
         from mtl_lora_cli.errors import UsageError, did_you_mean
-        from mtl_lora_cli.recipe.schema import SPLITS
+        from mtl_lora_cli.recipe.source import SPLITS
         from mtl_lora_cli.runs.folder import find_run
 
         folder = find_run(run, runs)
@@ -274,7 +274,7 @@ def _with_rows(task: Task, text: str, split: str | None) -> Task:
     from dataclasses import replace
 
     from mtl_lora_cli.errors import UsageError
-    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.recipe.source import Source
     from mtl_lora_cli.resources import expanded
 
     if text.startswith("sample:"):

@@ -16,7 +16,7 @@ from mtl_lora_cli.cli.predict_maps import FORMATS, predict_maps
 from mtl_lora_cli.cli.predict_parts import predict_parts
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.recipe.source import Source
     from mtl_lora_cli.tasks.task import Task
 
 _FORMATS = ("jsonl", "glue")

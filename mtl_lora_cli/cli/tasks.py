@@ -81,7 +81,7 @@ def show(
         from mtl_lora_cli.data.prepare import read_examples
         from mtl_lora_cli.data.sources import resolve
         from mtl_lora_cli.errors import UsageError
-        from mtl_lora_cli.recipe.schema import Source
+        from mtl_lora_cli.recipe.source import Source
         from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
         from mtl_lora_cli.tasks.maps import MAPS
         from mtl_lora_cli.tasks.registry import find_template

@@ -14,7 +14,9 @@ from mtl_lora_cli.adapters.methods import METHODS, every_key
 from mtl_lora_cli.bench.cases import with_method
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import COMMAND_LINE
-from mtl_lora_cli.recipe.schema import NAME, Recipe, Training
+from mtl_lora_cli.recipe.names import NAME
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.recipe.yaml_file import Document, parse_scalar, validate_document
 
 RATE = "training.learning_rate"

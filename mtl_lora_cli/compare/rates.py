@@ -19,7 +19,7 @@ from mtl_lora_cli.compare.study import Study, StudyOptions, plan_study
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.recipe.load import LoadedRecipe, dump_recipe
-from mtl_lora_cli.recipe.schema import Parts, Training
+from mtl_lora_cli.recipe.training import Parts, Training
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 STEPS = 200  # of a short run

@@ -15,7 +15,7 @@ from mtl_lora_cli.data.mixture import subset
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.task import Task
 
 CUT_ROWS = 500  # validation rows cut from train where a source has none, at most a fifth of them

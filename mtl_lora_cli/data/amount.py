@@ -8,7 +8,7 @@ from typing import Any
 
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 _CHARACTERS = 4  # of a token of English text
 _AROUND = 16  # tokens that a template adds to a row

@@ -24,7 +24,8 @@ from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture
-from mtl_lora_cli.recipe.schema import Chat, Images, Recipe
+from mtl_lora_cli.recipe.pictures import Images
+from mtl_lora_cli.recipe.schema import Chat, Recipe
 from mtl_lora_cli.tasks.messages import Dialogue, Message
 from mtl_lora_cli.tasks.task import Task
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from mtl_lora_cli.data.file_formats import KNOWN, ending
 from mtl_lora_cli.errors import file_problem
-from mtl_lora_cli.recipe.schema import SPLITS
+from mtl_lora_cli.recipe.source import SPLITS
 
 Splits = dict[str, list[Path]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from mtl_lora_cli.data.picture_rows import MapRows, read_map_rows
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError
 from mtl_lora_cli.pictures.derive import edges_from_classes
-from mtl_lora_cli.recipe.schema import SPLITS
+from mtl_lora_cli.recipe.source import SPLITS
 from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
 

@@ -33,7 +33,7 @@ from mtl_lora_cli.pictures.augment import (
     seen_picture,
 )
 from mtl_lora_cli.pictures.derive import edges_from_classes
-from mtl_lora_cli.recipe.schema import Images
+from mtl_lora_cli.recipe.pictures import Images
 from mtl_lora_cli.tasks.maps import MapSpec
 from mtl_lora_cli.tasks.task import Task
 

@@ -42,13 +42,10 @@ from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
 from mtl_lora_cli.data.windows import Windows, streaming
 from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import (
-    SPLITS,
-    DynamicMixing,
-    Recipe,
-    TemperatureMixing,
-    Training,
-)
+from mtl_lora_cli.recipe.mixing import DynamicMixing, TemperatureMixing
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.source import SPLITS
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.registry import find_template

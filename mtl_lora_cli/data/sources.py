@@ -31,7 +31,8 @@ from mtl_lora_cli.data.lazy_rows import (
 from mtl_lora_cli.data.part_stream import PartStream, local_part
 from mtl_lora_cli.data.remote import copied, is_address, parts_at
 from mtl_lora_cli.errors import UsageError, did_you_mean, file_problem
-from mtl_lora_cli.recipe.schema import NAME, SPLITS, Source
+from mtl_lora_cli.recipe.names import NAME
+from mtl_lora_cli.recipe.source import SPLITS, Source
 from mtl_lora_cli.resources import bundled
 
 __all__ = [

@@ -22,7 +22,7 @@ from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MixerPlan
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.sizes import GroupSizes, LayerSizes, Load, ModelSizes, StackSizes
-from mtl_lora_cli.recipe.schema import Recompute
+from mtl_lora_cli.recipe.training import Recompute
 
 if TYPE_CHECKING:
     from mtl_lora_cli.adapters.inject import Adapter

@@ -19,7 +19,7 @@ from mtl_lora_cli.metrics import METRICS, Outcome
 from mtl_lora_cli.metrics.intervals import mcnemar
 from mtl_lora_cli.metrics.outcome import OF_EACH_ROW
 from mtl_lora_cli.metrics.paired import paired
-from mtl_lora_cli.recipe.schema import NAME
+from mtl_lora_cli.recipe.names import NAME
 from mtl_lora_cli.runs.folder import RunFolder, read_json, save_json
 from mtl_lora_cli.runs.listing import digest_of, read_digests
 from mtl_lora_cli.runs.lock import in_turn

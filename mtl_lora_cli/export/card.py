@@ -19,7 +19,7 @@ from mtl_lora_cli.export.comparison import Comparison
 from mtl_lora_cli.metrics.intervals import Measured
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.prequantised import method_of
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.task import Task
 

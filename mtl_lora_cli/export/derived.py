@@ -17,7 +17,10 @@ from mtl_lora_cli.adapters.leave import save_without
 from mtl_lora_cli.errors import UsageError, did_you_mean
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.recipe.load import dump_recipe
-from mtl_lora_cli.recipe.schema import NAME, DynamicMixing, Recipe, Stage, Training
+from mtl_lora_cli.recipe.mixing import DynamicMixing
+from mtl_lora_cli.recipe.names import NAME
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Stage, Training
 from mtl_lora_cli.runs.atomic import file_checksum, write_text
 from mtl_lora_cli.runs.folder import RunFolder, create_run, mark_latest, save_json
 from mtl_lora_cli.tasks.task import Task

@@ -19,7 +19,8 @@ from mtl_lora_cli.memory.situation import (
     row_load,
     together,
 )
-from mtl_lora_cli.recipe.schema import Recipe, Recompute
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Recompute
 
 
 @dataclass(frozen=True)

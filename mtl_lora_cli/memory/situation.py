@@ -15,7 +15,8 @@ from mtl_lora_cli.engine.sizes import ROOM, Load, ModelSizes, SightSizes
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.memory.pictures import most_shown, sight_of
 from mtl_lora_cli.models.load import on_meta
-from mtl_lora_cli.recipe.schema import Recipe, Recompute
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Recompute
 
 if TYPE_CHECKING:
     import torch

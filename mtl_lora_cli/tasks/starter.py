@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, parse_scalar, validate_document
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.tasks.defaults import Choice

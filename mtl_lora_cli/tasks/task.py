@@ -10,7 +10,9 @@ from pydantic import ValidationError
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.conversation import ConversationSettings
-from mtl_lora_cli.recipe.schema import NAME, Source, TaskSettings
+from mtl_lora_cli.recipe.names import NAME
+from mtl_lora_cli.recipe.schema import TaskSettings
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 from mtl_lora_cli.tasks.template import TEXTS, Template, require_expressions
 

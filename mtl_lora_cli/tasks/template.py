@@ -36,7 +36,8 @@ from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.metrics import METRICS
 from mtl_lora_cli.metrics.declare import Of, fitting
 from mtl_lora_cli.recipe.conversation import ConversationSettings
-from mtl_lora_cli.recipe.schema import Name, Source
+from mtl_lora_cli.recipe.names import Name
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.recipe.yaml_file import StrictModel, read_model
 from mtl_lora_cli.tasks.jinja import Expression, Text
 from mtl_lora_cli.tasks.maps import MAPS, MapKeys, faults_of

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.machine.processes import ALONE, Processes
-from mtl_lora_cli.recipe.schema import Balance
+from mtl_lora_cli.recipe.training import Balance
 from mtl_lora_cli.training.following import LAG
 from mtl_lora_cli.training.gradients import TaskGradients
 from mtl_lora_cli.training.observers import Seen

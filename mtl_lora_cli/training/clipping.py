@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.recipe.schema import Clipping
+from mtl_lora_cli.recipe.training import Clipping
 
 USUAL = "usual_norm"  # key of a tensor's γ in a checkpoint, beside AdamW's moments
 _TINY = 1e-6  # as in `torch.nn.utils.clip_grad_norm_`

@@ -8,7 +8,7 @@ from torch import Tensor
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.data.prepare import TrainingData
 from mtl_lora_cli.models.host import Host
-from mtl_lora_cli.recipe.schema import Training
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.training.gradients import TaskGradients
 from mtl_lora_cli.training.observers import Seen, pass_length
 

@@ -15,7 +15,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, at_step, examples_in, row_length_of
-from mtl_lora_cli.recipe.schema import Training
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.training.balance import Factors
 from mtl_lora_cli.training.shuffled import ShuffledTasks
 from mtl_lora_cli.training.step import StepPlan

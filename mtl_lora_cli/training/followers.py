@@ -8,7 +8,8 @@ from typing import Any
 
 from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.recipe.schema import DynamicMixing, Training
+from mtl_lora_cli.recipe.mixing import DynamicMixing
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.training.balance import GradNorm, Uncertainty
 from mtl_lora_cli.training.following import Following, FollowingShares
 from mtl_lora_cli.training.gradients import TaskGradients

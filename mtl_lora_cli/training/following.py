@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from mtl_lora_cli.data.dynamic import DynamicMixture
-from mtl_lora_cli.recipe.schema import DynamicMixing
+from mtl_lora_cli.recipe.mixing import DynamicMixing
 from mtl_lora_cli.training.observers import Seen
 
 LAG = 3  # what a step's losses change holds from the third step after it on

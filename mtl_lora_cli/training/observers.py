@@ -12,7 +12,7 @@ from torch import nn
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.models.host import Dataset, Host
-from mtl_lora_cli.recipe.schema import Training
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.training.best import Mark
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Parts, PartSettings, Training
+from mtl_lora_cli.recipe.training import Parts, PartSettings, Training
 from mtl_lora_cli.training.update import ParameterGroup
 
 

@@ -46,7 +46,9 @@ from mtl_lora_cli.models.load import (
 )
 from mtl_lora_cli.models.vision import vision_class
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import DynamicMixing, Recipe, Training
+from mtl_lora_cli.recipe.mixing import DynamicMixing
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.maps import MAPS, spec_of

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.schema import DynamicMixing
+from mtl_lora_cli.recipe.mixing import DynamicMixing
 from mtl_lora_cli.resources import expanded
 from mtl_lora_cli.runs.folder import RunFolder
 

@@ -23,7 +23,8 @@ from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
 from mtl_lora_cli.models.host import examples_of
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes, dump_recipe, load_recipe
-from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Training
+from mtl_lora_cli.recipe.schema import Recipe, RunSettings
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
 from mtl_lora_cli.runs.folder import (
     RunFolder,

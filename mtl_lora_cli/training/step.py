@@ -20,7 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.recipe.schema import Clipping
+from mtl_lora_cli.recipe.training import Clipping
 from mtl_lora_cli.training.clipping import RelativeClipping
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.surgery import Surgery

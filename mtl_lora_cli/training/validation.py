@@ -35,7 +35,8 @@ from mtl_lora_cli.metrics.guessing import beside_a_guess, one_answer
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, Host
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.recipe.schema import Recipe, Training
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.best import Mark

@@ -464,7 +464,7 @@ def test_forms_that_cannot_be(config: dict[str, Any], line: str) -> None:
 def test_a_recipe_says_nothing_that_would_do_nothing(
     method: str, keys: dict[str, Any], line: str
 ) -> None:
-    from mtl_lora_cli.recipe.schema import Adapter
+    from mtl_lora_cli.recipe.method import Adapter
 
     with pytest.raises(ValueError, match=line):
         TypeAdapter(Adapter).validate_python({"method": method, **keys})

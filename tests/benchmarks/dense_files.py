@@ -63,7 +63,8 @@ def _written(folder: Path, number: int) -> dict[str, str]:
 def dataset_of(folder: Path, size: int) -> Any:
     from mtl_lora_cli.data.map_batch import Normalisation
     from mtl_lora_cli.data.maps import MapDataset
-    from mtl_lora_cli.recipe.schema import Augment, Images, Source
+    from mtl_lora_cli.recipe.pictures import Augment, Images
+    from mtl_lora_cli.recipe.source import Source
     from mtl_lora_cli.tasks.maps import spec_of
     from mtl_lora_cli.tasks.task import Task
     from mtl_lora_cli.tasks.template import Template

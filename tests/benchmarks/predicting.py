@@ -45,7 +45,8 @@ from mtl_lora_cli.prediction.course import Course, Scorer
 from mtl_lora_cli.prediction.desks import How
 from mtl_lora_cli.prediction.order import Order, opened_work
 from mtl_lora_cli.recipe.load import dump_recipe
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.task import Task

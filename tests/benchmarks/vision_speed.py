@@ -316,7 +316,7 @@ def estimated(
         most.segments.longest,
         shown,
     )
-    from mtl_lora_cli.recipe.schema import Recompute
+    from mtl_lora_cli.recipe.training import Recompute
 
     return peak_bytes(replace(sizes, sight=sight), Recompute(), together(sizes, load, 1)) / GIB
 

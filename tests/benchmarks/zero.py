@@ -37,7 +37,8 @@ from mtl_lora_cli.machine.cards import pick_device, pick_dtype
 from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.recipe.schema import Distributed, Training
+from mtl_lora_cli.recipe.schema import Distributed
+from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer

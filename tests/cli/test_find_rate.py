@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtl_lora_cli.compare.rates import rates_of
-from mtl_lora_cli.recipe.schema import Parts, PartSettings, Training
+from mtl_lora_cli.recipe.training import Parts, PartSettings, Training
 
 Finished = subprocess.CompletedProcess[str]
 Invoke = Callable[..., Finished]

@@ -31,7 +31,7 @@ from mtl_lora_cli.compare.workers import environments
 from mtl_lora_cli.errors import MtlLoraError, Problem, ProblemsError, UsageError
 from mtl_lora_cli.machine.cards import SHARING
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import run as training
 from mtl_lora_cli.training.checkpoints import newest_checkpoint

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.data.sources import read_split, split_fingerprint
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.task import Task
 

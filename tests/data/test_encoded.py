@@ -134,7 +134,7 @@ def test_a_last_turn_that_is_too_long_is_left_out_and_counted(encoder: Encoder) 
 
 def test_control_tokens_that_a_row_brings_are_text_in_every_message(encoder: Encoder) -> None:
     from mtl_lora_cli.data.examples import Examples
-    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.recipe.source import Source
     from mtl_lora_cli.tasks.registry import find_template
     from mtl_lora_cli.tasks.rendering import Renderer
     from mtl_lora_cli.tasks.task import Task
@@ -162,7 +162,7 @@ def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_told(
     from transformers import AutoTokenizer
 
     from mtl_lora_cli.data.control_tokens import Marked
-    from mtl_lora_cli.recipe.schema import Source
+    from mtl_lora_cli.recipe.source import Source
     from mtl_lora_cli.tasks.registry import find_template
     from mtl_lora_cli.tasks.task import Task
 

@@ -13,7 +13,7 @@ import pytest
 
 from mtl_lora_cli.data.sources import available_splits, read_split, split_fingerprint, without
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 SPLITS = ("train", "validation", "test")
 

@@ -16,7 +16,8 @@ from mtl_lora_cli.data.encoded import encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.recipe.conversation import ConversationSettings
-from mtl_lora_cli.recipe.schema import Chat, Source
+from mtl_lora_cli.recipe.schema import Chat
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.task import Task, overlaid
 

@@ -22,7 +22,7 @@ from mtl_lora_cli.data.large_files import read_rows
 from mtl_lora_cli.data.lazy_rows import Lazy
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 ROWS = [
     {"text": f"row {n} é\u2028 \"{n}\"" + "!" * (n % 9), "label": n % 3, "more": [n, None]}

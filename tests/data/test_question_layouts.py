@@ -10,7 +10,7 @@ import pytest
 
 from mtl_lora_cli.data.sources import available_splits, read_split, split_fingerprint
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer
 

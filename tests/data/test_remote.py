@@ -13,7 +13,7 @@ import pytest
 from mtl_lora_cli.data import remote
 from mtl_lora_cli.data.sources import read_split, resolve, split_fingerprint
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 
 @pytest.fixture

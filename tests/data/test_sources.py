@@ -29,7 +29,7 @@ from mtl_lora_cli.data.sources import (
     without_test,
 )
 from mtl_lora_cli.errors import ExitCode, MtlLoraError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 ROWS = [{"q": "Is it?", "n": "1"}, {"q": "größer, ☃\n“two lines”", "n": "2"}, {"q": "", "n": "3"}]
 ENDINGS = ".json, .jsonl, .ndjson, .csv, .tsv (each also .gz and .zst), .parquet, .arrow"

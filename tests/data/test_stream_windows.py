@@ -22,7 +22,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.training.prepare import prepare
 
 from .test_prepare import TEMPLATE

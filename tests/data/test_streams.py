@@ -15,7 +15,7 @@ from mtl_lora_cli.data.delimited import BY_ENDING
 from mtl_lora_cli.data.sources import layout_of_new_rows
 from mtl_lora_cli.data.streams import read_parts, stream_parts, with_names
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 
 LINES = b'{"a": 1}\n\n{"a": 2}\r\n{"a": "\xc3\xa9"}'  # the last one has no end
 

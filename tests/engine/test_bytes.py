@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtl_lora_cli.engine.memory import sizes_of, weight_bytes
-from mtl_lora_cli.recipe.schema import Recompute
+from mtl_lora_cli.recipe.training import Recompute
 
 from .double import adapt_all, tiny
 from .peaks import WIDE, peaks

@@ -21,7 +21,8 @@ from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.registry import find_template
 from mtl_lora_cli.tasks.rendering import Example, Renderer

@@ -11,7 +11,7 @@ import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.evaluate import Setting, held_out
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 from mtl_lora_cli.tasks.chosen import select_tasks
 from mtl_lora_cli.tasks.task import Task

@@ -22,7 +22,7 @@ from mtl_lora_cli.evaluation.router import (
     load_router,
     train_router,
 )
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 
 COLORS, ANIMALS = ("red", "green", "blue"), ("dog", "cat", "hen")

@@ -19,7 +19,7 @@ from mtl_lora_cli.engine import families
 from mtl_lora_cli.engine.decoder import obstacle
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.extensions import VARIABLE, load_extensions
-from mtl_lora_cli.recipe.schema import Recompute
+from mtl_lora_cli.recipe.training import Recompute
 
 from ..engine.double import WINDOW, adapt_all, tiny
 from ..engine.peaks import WIDE, peaks

@@ -19,7 +19,7 @@ from mtl_lora_cli.evaluation.choices import build_requests, require_different, s
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import Template

@@ -18,7 +18,7 @@ from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.results import store, stored
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.tasks.registry import find_template

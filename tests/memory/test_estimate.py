@@ -27,7 +27,7 @@ from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Recompute
+from mtl_lora_cli.recipe.training import Recompute
 from mtl_lora_cli.training.prepare import prepare
 
 RECIPE = """\

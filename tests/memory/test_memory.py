@@ -43,7 +43,7 @@ from mtl_lora_cli.memory.remedies import alternatives
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import dump_recipe, load_recipe
-from mtl_lora_cli.recipe.schema import Diagnose, Recompute
+from mtl_lora_cli.recipe.training import Diagnose, Recompute
 from mtl_lora_cli.training.passes import EagerPasses
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import Prepared

@@ -21,7 +21,8 @@ from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Augment, Images, Source
+from mtl_lora_cli.recipe.pictures import Augment, Images
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.resources import bundled
 from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 from mtl_lora_cli.tasks.registry import find_template

@@ -20,7 +20,8 @@ from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.recipe.load import dump_recipe
-from mtl_lora_cli.recipe.schema import Recipe, Source
+from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.runs.folder import RunFolder, save_json
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.tasks.template import read_template

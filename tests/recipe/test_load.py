@@ -17,7 +17,9 @@ from mtl_lora_cli.recipe.load import (
     find_recipe,
     load_recipe,
 )
-from mtl_lora_cli.recipe.schema import Recipe, RunSettings, Source, TaskSettings, TemperatureMixing
+from mtl_lora_cli.recipe.mixing import TemperatureMixing
+from mtl_lora_cli.recipe.schema import Recipe, RunSettings, TaskSettings
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.recipe.yaml_file import parse_document, validate_document
 
 Written = Callable[[str], Path]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mtl_lora_cli.recipe.schema import Source
+from mtl_lora_cli.recipe.source import Source
 from mtl_lora_cli.tasks.registry import find_template, template_names
 from mtl_lora_cli.tasks.task import Task, measured_by
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_lora_cli.recipe.schema import Clipping
+from mtl_lora_cli.recipe.training import Clipping
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.clipping import RelativeClipping
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer

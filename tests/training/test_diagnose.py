@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.methods import METHODS, configure
 from mtl_lora_cli.data.collate import training_batch
-from mtl_lora_cli.recipe.schema import Diagnose
+from mtl_lora_cli.recipe.training import Diagnose
 from mtl_lora_cli.training.diagnose import cosines
 from mtl_lora_cli.training.gradients import TaskGradients, shared_parameters
 

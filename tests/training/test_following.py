@@ -15,7 +15,8 @@ from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.mixture import generator_of
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Balance, DynamicMixing
+from mtl_lora_cli.recipe.mixing import DynamicMixing
+from mtl_lora_cli.recipe.training import Balance
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training.balance import GradNorm, Uncertainty
 from mtl_lora_cli.training.checkpoints import newest_checkpoint

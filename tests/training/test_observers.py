@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.errors import MtlLoraError
-from mtl_lora_cli.recipe.schema import Diagnose, ValidationSettings
+from mtl_lora_cli.recipe.training import Diagnose, ValidationSettings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.step import Stepper
 

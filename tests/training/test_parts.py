@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.methods import base as methods
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import Parts, PartSettings
+from mtl_lora_cli.recipe.training import Parts, PartSettings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start

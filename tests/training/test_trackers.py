@@ -13,7 +13,8 @@ import pytest
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import RunSettings, Tracker, ValidationSettings
+from mtl_lora_cli.recipe.schema import RunSettings, Tracker
+from mtl_lora_cli.recipe.training import ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.training import trackers
 from mtl_lora_cli.training.prepare import prepare

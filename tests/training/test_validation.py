@@ -17,7 +17,7 @@ from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.prepare import read_examples
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import ValidationSettings as Settings
+from mtl_lora_cli.recipe.training import ValidationSettings as Settings
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.prepare import prepare

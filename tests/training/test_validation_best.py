@@ -13,7 +13,7 @@ import torch
 from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import ValidationSettings
+from mtl_lora_cli.recipe.training import ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import Position, newest_checkpoint, save_checkpoint

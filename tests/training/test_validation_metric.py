@@ -19,7 +19,7 @@ from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.recipe.load import load_recipe
-from mtl_lora_cli.recipe.schema import ValidationSettings as Settings
+from mtl_lora_cli.recipe.training import ValidationSettings as Settings
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import start
