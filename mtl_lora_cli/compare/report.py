@@ -92,7 +92,7 @@ def build_report(folder: Path) -> dict[str, Any]:
         "seeds": seeds,
         "planned_seeds": plan["seeds"],
         "baseline": baseline,
-        "gains_over": gains_over,
+        **({"gains_over": gains_over} if of_maps else {}),
         "match": plan["fixed"]["match"],
         "target": plan["target"],
         "limit": plan["fixed"]["limit"],

@@ -251,7 +251,7 @@ def test_a_device_that_is_there_and_not_used_is_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     (check,) = isolated("cards", room._cards)
     assert check.verdict == Verdict.OK
-    assert "(mps) is not used: sums over tasks are float64" in check.finding
+    assert "(mps) is not supported: losses are summed in float64" in check.finding
 
 
 @pytest.mark.cuda

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
-from mtl_lora_cli.engine.attention import Packing, attend
 from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
@@ -115,12 +114,6 @@ def test_trees_equal_the_plain_layers(
     found = score(fused, requests, device=device, tokens_per_pass=100)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="trees have no backward pass"):
-        qkv = torch.zeros(3, 4 * 16, requires_grad=True)
-        reach = torch.tensor([3, 2, 3], dtype=torch.int32)
-        angles = torch.ones(3, 8)
-        packing = Packing(2, 1, 16, 1.0, angles, angles, Segments.build([3], reach), "triton")
-        attend(qkv, packing, learn=True)
 
 
 @pytest.mark.long  # half a minute in the interpreter; test_one_token.py has its kernels
