@@ -190,6 +190,7 @@ def test_both_engines_learn_the_same(place: Path, forks: Forks) -> None:
         np.testing.assert_allclose(value, plain[name], atol=2e-4, err_msg=name)
 
 
+@pytest.mark.long  # tests/training/test_distributed.py has two processes
 def test_two_processes_learn_the_same(place: Path, forks: Forks) -> None:
     """They share rows and, with ZeRO, the optimiser's state; each finds the method by the recipe."""
     call = ("train", "recipe.yaml", "run.name=two", "--num-processes", "2")

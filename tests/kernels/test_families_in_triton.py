@@ -25,7 +25,7 @@ KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes
     [
         ("qwen3 window", Keep()),
         ("gemma2 caps", Keep(False, False, False)),
-        ("olmo3 window", Keep(attended=False)),
+        pytest.param("olmo3 window", Keep(attended=False), marks=pytest.mark.long),
         ("phi3 part", Keep()),
         pytest.param("gpt_oss", Keep(), marks=pytest.mark.long),
     ],

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mtl_lora_cli.adapters.methods import every_key
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.recipe.source import SPLITS
+from mtl_lora_cli.recipe.yaml_file import StrictModel
 
 KeyPath = tuple[str | int, ...]
 
@@ -86,23 +88,16 @@ def test_a_renamed_key_is_named(complete: str, data: st.DataObject) -> None:
 
 def _known() -> set[str]:
     """Every key of the schema; one that fits elsewhere may fit here."""
-    from mtl_lora_cli.recipe import schema
-
-    models = [
-        schema.Recipe,
-        schema.Settings,
-        schema.TaskSettings,
-        schema.Training,
-        schema.RunSettings,
-    ]
-    models += [schema.Source, schema.TemperatureMixing]
-    models += [schema.Parts, schema.PartSettings, schema.Clipping, schema.Diagnose]
-    models += [schema.ValidationSettings]
     return {
-        *(name for model in models for name in model.model_fields),
+        *(name for one in _below(StrictModel) for name in one.model_fields),
         *every_key(),
-        *schema.SPLITS,
+        *SPLITS,
     }
+
+
+def _below(kind: type[StrictModel]) -> set[type[StrictModel]]:
+    own = set(kind.__subclasses__())
+    return own.union(*map(_below, own))
 
 
 @settings(deadline=None)
