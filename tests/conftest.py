@@ -15,7 +15,7 @@ from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.export.formats import FORMATS
 from mtl_lora_cli.metrics import METRICS
 
-from .forks import Forks
+from .forks import Call, Ended, Forks
 
 # Triton reads it when it is imported, which other libraries do, too: without a card its kernels run
 # in the interpreter (tests/kernels).
@@ -110,3 +110,15 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     process = Forks("torch", "transformers", "mtl_lora_cli.training.run", environment=environment)
     yield process
     process.close()
+
+
+@pytest.fixture(scope="module")
+def call(forks: Forks, place: Path) -> Call:
+    """A command in the folder that a module's own `place` is, and how it ended: as expected."""
+
+    def run(*arguments: str, code: int = 0) -> Ended:
+        ended = forks.run(*arguments, cwd=place)
+        assert ended.returncode == code, ended.stderr
+        return ended
+
+    return run

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +38,9 @@ class Ended:
     stderr: str
     loaded: tuple[str, ...]
     seconds: float
+
+
+Call = Callable[..., Ended]  # arguments, and the exit code that is expected
 
 
 class Forks:

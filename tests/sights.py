@@ -13,6 +13,27 @@ from PIL import Image
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220)}
 
+# Templates of the rows that `write_squares` writes: two that show pictures, one of text alone.
+COLOUR = {
+    "description": "Which colour?",
+    "images": ["image"],
+    "prompt": "<image> The colour is",
+    "choices": {name: name for name in COLOURS},
+    "label": "colour",
+}
+CAPTION = {
+    "description": "What is there?",
+    "images": ["image"],
+    "prompt": "Say what is there:",
+    "answer": "{{ caption }}",
+}
+SIDE = {
+    "description": "Text alone.",
+    "prompt": "{{ caption }} The side is",
+    "choices": {"left": "left", "right": "right"},
+    "label": "side",
+}
+
 
 def _vision_config() -> Any:
     from transformers import CLIPVisionConfig

@@ -195,7 +195,28 @@ class Renamed(LazyRows):
         return self._rename(self._rows.between(first, last))
 
 
-class Places(Sequence[str]):
+class _Spelled(Sequence[str]):
+    """Texts that are made when they are asked for."""
+
+    def at(self, number: int) -> str:
+        """The one of a number from 0 on."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.at(number) for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.at(index % len(self))
+
+
+class Places(_Spelled):
     """Where rows stand, spelled when it is asked for.
 
     Args:
@@ -210,24 +231,14 @@ class Places(Sequence[str]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(self._count))]
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        number = index % self._count
+    def at(self, number: int) -> str:
+        """See `_Spelled.at`."""
         if self._lines is None:
             return f"{self._file}, row {number + 1}"
         return f"{self._file}:{self._lines[number]}"
 
 
-class SelectedPlaces(Sequence[str]):
+class SelectedPlaces(_Spelled):
     """Some of other places.
 
     Args:
@@ -242,18 +253,8 @@ class SelectedPlaces(Sequence[str]):
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._numbers is None else len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        number = index % len(self)
+    def at(self, number: int) -> str:
+        """See `_Spelled.at`."""
         number = number if self._numbers is None else int(self._numbers[number])
         part = int(np.searchsorted(self._starts, number, "right")) - 1
         return self._places[part][number - int(self._starts[part])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from sklearn.metrics import jaccard_score
 
 from mtl_lora_cli.resources import bundled
 
-from ..forks import Ended, Forks
+from ..forks import Call, Forks
 from .conftest import Backbones
 
 pytestmark = pytest.mark.slow
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.slow
 ROOMS = bundled("data_templates") / "samples" / "rooms"
 TASKS = ("classes", "depth", "normals", "saliency")
 LIMIT = 3
-Call = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +47,6 @@ def place(forks: Forks, backbones: Backbones, tmp_path_factory: pytest.TempPathF
     assert ended.returncode == 0, ended.stderr
     assert " pictures/s  " in ended.stderr
     return folder
-
-
-@pytest.fixture(scope="module")
-def call(forks: Forks, place: Path) -> Call:
-    def run(*arguments: str, code: int = 0) -> Ended:
-        ended = forks.run(*arguments, cwd=place)
-        assert ended.returncode == code, ended.stderr
-        return ended
-
-    return run
 
 
 def rows() -> list[dict[str, str]]:

@@ -10,8 +10,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.recipe.json_schema import json_schema
-from mtl_lora_cli.recipe.schema import Recipe, Settings
+from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.tasks.template import Each, Generation, Template
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

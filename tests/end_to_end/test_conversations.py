@@ -151,6 +151,7 @@ def test_predict_writes_conversations_on(
         assert len(found["answers"]) == 3 and found["answer"] == found["answers"][0]
 
 
+@pytest.mark.long  # tests/export reads such folders by PEFT
 def test_an_exported_folder_answers_the_same_in_transformers(
     call: Callable[..., Ended], trained: Path, place: Path
 ) -> None:

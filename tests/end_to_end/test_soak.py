@@ -10,7 +10,8 @@ from .soak import soak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/training/test_resume.py stops runs and goes on with them, bit for bit
+@pytest.mark.parametrize("kills", [1, 3])
 def test_a_run_that_is_killed_is_the_run_that_is_not(
     tmp_path: Path, data_folder: Path, stories_folder: Path, kills: int
 ) -> None:

@@ -56,7 +56,7 @@ def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, di
     ("config", "quantization", "keep"),
     [
         ({}, "none", Keep()),
-        ({}, "nf4", Keep(False, False, False)),
+        pytest.param({}, "nf4", Keep(False, False, False), marks=pytest.mark.long),
         ({"method": "lora"}, "none", Keep(attended=False)),
     ],
     ids=["mtl-lora", "nf4", "lora"],

@@ -216,6 +216,7 @@ def test_no_process_is_left_behind_by_a_launcher_that_was_killed(program: Path) 
 # The real command under others' launchers.
 
 
+@pytest.mark.long  # `--num-processes` starts processes in the same way
 def test_torchrun_starts_a_run_of_two(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "step"]
 
 
+@pytest.mark.long  # tests/models has the self-test in one process, test_distributed.py two processes that learn
 def test_two_processes_test_what_one_tests(place: Path, forks: Forks) -> None:
     for name, more in (("two", ("--num-processes", "2")), ("one", ())):
         ended = forks.run("train", "recipe.yaml", f"run.name={name}", *more, cwd=place)

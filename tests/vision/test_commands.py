@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,16 @@ from safetensors.torch import load_file
 
 from mtl_lora_cli.models.base import BaseModel
 
-from ..forks import Ended, Forks
+from ..forks import Call, Forks
+from ..sights import CAPTION, COLOUR, SIDE
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # test_run.py has a run in one process
 
 TEMPLATES = {
-    "colour": {
-        "description": "Which colour?",
-        "images": ["image"],
-        "prompt": "<image> The colour is",
-        "choices": {"red": "red", "green": "green", "blue": "blue"},
-        "label": "colour",
-    },
-    "caption": {
-        "description": "What is there?",
-        "images": ["image"],
-        "prompt": "Say what is there:",
-        "answer": "{{ caption }}",
-    },
-    "side": {
-        "description": "Text alone.",
-        "prompt": "{{ caption }} The side is",
-        "choices": {"left": "left", "right": "right"},
-        "label": "side",
-    },
+    "colour": COLOUR,
+    "caption": CAPTION,
+    "side": SIDE,
 }
-Call = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +60,6 @@ def place(forks: Forks, llava: BaseModel, squares: Path, tmp_path_factory: Any) 
     ended = forks.run("train", "recipe.yaml", "run.name=one", cwd=folder)
     assert ended.returncode == 0, ended.stderr
     return folder
-
-
-@pytest.fixture(scope="module")
-def call(forks: Forks, place: Path) -> Call:
-    def run(*arguments: str, code: int = 0) -> Ended:
-        ended = forks.run(*arguments, cwd=place)
-        assert ended.returncode == code, ended.stderr
-        return ended
-
-    return run
 
 
 def test_colours_are_learned_and_seen_by_who_sees(call: Call) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.training.prepare import prepare
 
-from ..forks import Ended, Forks
+from ..forks import Call
 from .test_commands import TEMPLATES
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-Call = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +52,6 @@ def place(llava: BaseModel, squares: Path, tmp_path_factory: Any) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
-
-
-@pytest.fixture(scope="module")
-def call(forks: Forks, place: Path) -> Call:
-    def run(*arguments: str, code: int = 0) -> Ended:
-        ended = forks.run(*arguments, cwd=place)
-        assert ended.returncode == code, ended.stderr
-        return ended
-
-    return run
 
 
 def losses(place: Path, name: str) -> list[float]:

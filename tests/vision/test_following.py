@@ -17,6 +17,7 @@ from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import ReadyRun
 
+from ..sights import COLOUR, SIDE
 from ..training.conftest import Small
 from ..training.test_following import told
 
@@ -26,19 +27,8 @@ pytestmark = [
 ]  # tests/training and tests/dense have the same in CI
 
 TEMPLATES = {
-    "colour": {
-        "description": "Which colour?",
-        "images": ["image"],
-        "prompt": "<image> The colour is",
-        "choices": {"red": "red", "green": "green", "blue": "blue"},
-        "label": "colour",
-    },
-    "side": {
-        "description": "Text alone.",
-        "prompt": "{{ caption }} The side is",
-        "choices": {"left": "left", "right": "right"},
-        "label": "side",
-    },
+    "colour": COLOUR,
+    "side": SIDE,
 }
 KINDS = {
     "excess_loss": (

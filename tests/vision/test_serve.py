@@ -25,31 +25,16 @@ from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import start
 
+from ..sights import CAPTION, COLOUR, SIDE
+
 uvicorn = pytest.importorskip("uvicorn", reason="serve is an extra: pip install 'mtl-lora[serve]'")
 
 pytestmark = pytest.mark.slow
 
 TEMPLATES = {
-    "colour": {
-        "description": "Which colour?",
-        "images": ["image"],
-        "prompt": "<image> The colour is",
-        "choices": {"red": "red", "green": "green", "blue": "blue"},
-        "label": "colour",
-    },
-    "caption": {
-        "description": "A free answer.",
-        "images": ["image"],
-        "prompt": "Say what is there:",
-        "answer": "{{ caption }}",
-        "generate": {"max_new_tokens": 4},
-    },
-    "side": {
-        "description": "Text alone.",
-        "prompt": "{{ caption }} The side is",
-        "choices": {"left": "left", "right": "right"},
-        "label": "side",
-    },
+    "colour": COLOUR,
+    "caption": {**CAPTION, "generate": {"max_new_tokens": 4}},
+    "side": SIDE,
 }
 ROWS = 6
 

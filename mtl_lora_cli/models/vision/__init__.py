@@ -60,6 +60,7 @@ class Vision:
         connector: the module between tower and language part; None: it may not learn where a tower's features are
             kept, since it does not stand behind the whole tower.
         beside: what of a picture is kept beside its features.
+        around: the configuration's names for the tokens before and behind a picture; None: there are none.
         token_id: of the token that stands for a part of a picture.
         behind: tokens that follow a picture's last one and belong to it.
 
@@ -71,6 +72,7 @@ class Vision:
     in_windows: ClassVar[bool] = False
     connector: ClassVar[str | None] = "multi_modal_projector"
     beside: ClassVar[tuple[str, ...]] = ()
+    around: ClassVar[tuple[str, str] | None] = None
 
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
@@ -84,6 +86,10 @@ class Vision:
                 "pictures in its config.json"
             )
         self.token = str(token)
+        self.begin = self.end = ""
+        if self.around is not None:
+            numbers = [getattr(config, key) for key in self.around]
+            self.begin, self.end = tokenizer.convert_ids_to_tokens(numbers)
         self.processor = _image_processor(base)
         if size is not None:
             self.resize(*size)
@@ -100,7 +106,7 @@ class Vision:
 
     def text(self, height: int, width: int) -> str:
         """What stands in a text for a picture of this size, as the model's own processor writes it."""
-        return self.token * self.count(height, width)
+        return f"{self.begin}{self.token * self.count(height, width)}{self.end}"
 
     def count(self, height: int, width: int) -> int:
         """Picture tokens of a picture of this size."""

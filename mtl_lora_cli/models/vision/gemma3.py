@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -17,6 +17,8 @@ from mtl_lora_cli.models.vision import Seen, Vision, runs_of, vision
 class Gemma3(Vision):
     """See the module and `Vision`."""
 
+    around: ClassVar = ("boi_token_index", "eoi_token_index")
+
     def __init__(
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
     ) -> None:
@@ -26,10 +28,6 @@ class Gemma3(Vision):
                 f"base_model: '{base.name}': do_pan_and_scan, pictures in crops, is not supported; set it to false in "
                 "preprocessor_config.json"
             )
-        self._begin, self._end = (
-            tokenizer.convert_ids_to_tokens(number)
-            for number in (config.boi_token_index, config.eoi_token_index)
-        )
 
     def count(self, height: int, width: int) -> int:
         """See `Vision`."""
@@ -38,11 +36,11 @@ class Gemma3(Vision):
     @property
     def mark(self) -> str:
         """See `Vision`."""
-        return str(self._begin)
+        return self.begin
 
     def text(self, height: int, width: int) -> str:
         """See `Vision`."""
-        return f"\n\n{self._begin}{super().text(height, width)}{self._end}\n\n"
+        return f"\n\n{super().text(height, width)}\n\n"
 
     def look(self, picture: Image.Image) -> dict[str, Tensor]:
         """See `Vision`."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from PIL import Image
 from torch import Tensor
 
-from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.vision import Seen, Vision, runs_of, vision
 
 
@@ -18,15 +17,7 @@ class Gemma4(Vision):
 
     in_windows: ClassVar = True
     connector: ClassVar = "embed_vision"
-
-    def __init__(
-        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(base, config, tokenizer, size)
-        self._begin, self._end = (
-            tokenizer.convert_ids_to_tokens(number)
-            for number in (config.boi_token_id, config.eoi_token_id)
-        )
+    around: ClassVar = ("boi_token_id", "eoi_token_id")
 
     def count(self, height: int, width: int) -> int:
         """See `Vision`: a token is a square of patches."""
@@ -39,10 +30,6 @@ class Gemma4(Vision):
         sides = get_aspect_ratio_preserving_size(height, width, own.patch_size, most, pool)
         rows, columns = (side // (own.patch_size * pool) for side in sides)
         return int(rows * columns)
-
-    def text(self, height: int, width: int) -> str:
-        """See `Vision`."""
-        return f"{self._begin}{super().text(height, width)}{self._end}"
 
     def look(self, picture: Image.Image) -> dict[str, Tensor]:
         """See `Vision`: patches [1, P, values] and their places [1, P, 2]."""

@@ -21,8 +21,8 @@ class InternVL(Vision):
         self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
     ) -> None:
         super().__init__(base, config, tokenizer, size)
-        self._begin = getattr(tokenizer, "start_image_token", "<img>")
-        self._end = getattr(tokenizer, "end_image_token", "</img>")
+        self.begin = getattr(tokenizer, "start_image_token", "<img>")
+        self.end = getattr(tokenizer, "end_image_token", "</img>")
 
     @cached_property
     def _tile(self) -> int:
@@ -32,10 +32,6 @@ class InternVL(Vision):
         """See `Vision`."""
         how = {"crop_to_patches": True}  # as the model's own processor does
         return int(self.processor.get_number_of_image_patches(height, width, how)) * self._tile
-
-    def text(self, height: int, width: int) -> str:
-        """See `Vision`."""
-        return f"{self._begin}{super().text(height, width)}{self._end}"
 
     def look(self, picture: Image.Image) -> dict[str, Tensor]:
         """See `Vision`: tiles [n, 3, S, S]."""

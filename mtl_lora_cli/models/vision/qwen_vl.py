@@ -6,12 +6,11 @@ Their rotary embedding has three parts, and features of Qwen3-VL's tower enter s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.vision import Seen, Vision, vision
 
 
@@ -21,15 +20,7 @@ class QwenVL(Vision):
 
     connector: ClassVar = None
     beside: ClassVar = ("image_grid_thw",)
-
-    def __init__(
-        self, base: BaseModel, config: Any, tokenizer: Any, size: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__(base, config, tokenizer, size)
-        self._begin, self._end = (
-            tokenizer.convert_ids_to_tokens(number)
-            for number in (config.vision_start_token_id, config.vision_end_token_id)
-        )
+    around: ClassVar = ("vision_start_token_id", "vision_end_token_id")
 
     def count(self, height: int, width: int) -> int:
         """See `Vision`: a token is a square of patches."""
@@ -39,11 +30,7 @@ class QwenVL(Vision):
     @property
     def mark(self) -> str:
         """See `Vision`."""
-        return f"{self._begin}{self.token}{self._end}"
-
-    def text(self, height: int, width: int) -> str:
-        """See `Vision`."""
-        return f"{self._begin}{super().text(height, width)}{self._end}"
+        return f"{self.begin}{self.token}{self.end}"
 
     @classmethod
     def alone(cls, many: Sequence[Seen], shown: Tensor, prompt: int) -> dict[str, Tensor]:
