@@ -380,7 +380,6 @@ def ended(process: Started, within: float = 60) -> Ended:
     return Ended(process.returncode, stderr.splitlines())
 
 
-@pytest.mark.long  # one process that is killed, below, ends the other one, too; test_processes.py has SIGTERM of two
 def test_two_processes_are_terminated_together(story: Story) -> None:
     process = story.start()
     story.learn(process)
