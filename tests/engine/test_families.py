@@ -197,7 +197,7 @@ def test_what_is_computed_again_is_the_same(
     assert furthest(tiny(model_type, **changes), keep) < CLOSE
 
 
-# tests/vision holds these, with the pictures that they read.
+# tests/vision/test_packed.py asks the same of these, with the pictures that they read.
 WITH_PICTURES = {"qwen2_5_vl_text", "qwen3_vl_text"}
 
 

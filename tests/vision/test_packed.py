@@ -136,6 +136,14 @@ def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
     gradients_held_to_each_alone(packed)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_in_16_bits_the_self_test_keeps_it_on_the_fused_engine(
+    models: Callable[[str], BaseModel], kind: str
+) -> None:
+    packed = packed_of(models(kind), kind=kind, dtype=torch.bfloat16)
+    assert settle(packed).way is None, packed.not_fused
+
+
 def test_embeddings_that_a_language_part_scales_are_scaled_with_pictures_among_them(
     small_model: Path, tmp_path: Path
 ) -> None:
