@@ -33,6 +33,7 @@ from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trust import settle
+from mtl_lora_cli.training.capacity import PassSizes
 from mtl_lora_cli.training.step import Stepper, StepPlan
 from mtl_lora_cli.training.update import ParameterGroup
 
@@ -93,7 +94,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     case, picked = fitted(case, wanted, device, dtype)
     profiled = PROFILED_STEPS if measuring.breakdown else 0
     count = measuring.warmup + measuring.steps
-    steps = Yardstick.build(config.vocab_size, case.tasks, measuring.seed).steps(
+    yardstick = Yardstick.build(config.vocab_size, case.tasks, measuring.seed)
+    steps = yardstick.steps(
         count + profiled,
         row_length=case.row_length,
         rows_per_step=case.rows_per_step,
@@ -129,16 +131,26 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         total=len(steps),
         groups=[ParameterGroup(list(adapter.trained().values()), LEARNING_RATE, weight_decay=0.0)],
         max_norm=case.max_gradient_norm,
-        row_length=case.row_length,
+        sizes=PassSizes.of_steps(
+            case.row_length,
+            case.tasks,
+            yardstick.fullest(case.row_length),
+            case.rows_per_step,
+            case.rows_per_pass,
+        ),
     )
     synchronize(device)
     built = {"build_seconds": time.perf_counter() - started, "build_memory_gib": peak_gib(device)}
 
     rounding = packed.rounding(steps[0].batches[0]) if case.base_compute == "fp8" else None
 
+    captures = []
+
     def step(number: int) -> Tensor:
         """The mean loss of its supervised tokens, no number where the gradient is none."""
+        before = stepper.passes.captures
         running = stepper.launch(number, 1.0)
+        captures.append(stepper.passes.captures - before)
         return running.losses[:-1].sum() / running.planned.count + 0.0 * running.norm
 
     timing = time_steps(
@@ -150,6 +162,7 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         "picked": picked,
         **timing.to_json(),
         "supervised": [one.supervised for one in steps[measuring.warmup : count]],
+        "captures": captures[:count],
         "trained_parameters": adapter.parameter_count(),
         **sizes,
         **built,

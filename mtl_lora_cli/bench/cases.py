@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mtl_lora_cli.recipe.training import Recompute
 
 BASELINES = ("packed", "peft", "plain", "lora")
-TABLES = ("yardstick",)
+TABLES = ("yardstick", "growth")
 # What an option may be; `choose` checks it.
 CHOICES: dict[str, Collection[str]] = {
     "--method": METHODS,
@@ -154,7 +154,9 @@ def plan(base: Case, *, table: str | None, versus: Sequence[str], own_shape: boo
         UsageError: a case would be its own baseline.
     """
     base = base.named()
-    cases = _yardstick(base, own_shape) if table == "yardstick" else [base]
+    cases = [base]
+    if table is not None:
+        cases = _yardstick(base, own_shape) if table == "yardstick" else _growth(base)
     first = cases[0]
     if "plain" in versus:
         if first.engine == "plain":
@@ -186,6 +188,27 @@ def _yardstick(base: Case, own_shape: bool) -> list[Case]:
         cases.append(replace(base, shape="smollm2-135m"))
     named = [case.named() for case in cases]
     return [case for place, case in enumerate(named) if case not in named[:place]]
+
+
+def _growth(base: Case) -> list[Case]:
+    """More tasks, longer rows, and several rows a step of which `memory: auto` picks how many go together."""
+    long, many = 4 * base.row_length, 1000
+    cases = [
+        base,
+        replace(base, tasks=64),
+        replace(base, tasks=256),
+        replace(base, tasks=many),
+        replace(base, row_length=long),
+        replace(base, row_length=long, tasks=many),
+        replace(base, rows_per_step=8, memory="auto"),
+        replace(base, rows_per_step=8, memory="auto", tasks=many),
+    ]
+    return [replace(one, name=f"{one.named().name}, {_size(one)}") for one in cases]
+
+
+def _size(case: Case) -> str:
+    several = f"{case.rows_per_step} x " if case.rows_per_step > 1 else ""
+    return f"T = {case.tasks:,}, {several}{case.row_length:,}"
 
 
 def _with_baseline(cases: list[Case], baseline: Case) -> list[Case]:

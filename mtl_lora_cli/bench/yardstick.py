@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.encoded import EncodedSplit
     from mtl_lora_cli.data.epoch_rows import Place
     from mtl_lora_cli.models.batch import PackedBatch
+    from mtl_lora_cli.training.capacity import Fullest
+
+
+_AS_IN_FILE = 8  # tasks up to which an example's is the file's
 
 
 class Length(NamedTuple):
@@ -107,15 +111,19 @@ class Yardstick:
 
     @classmethod
     def build(cls, vocabulary: int, tasks: int, seed: int) -> Yardstick:
-        """Draw the tokens; an example of the file's task f is one of task f mod `tasks`."""
+        """Draw the tokens.
+
+        An example of the file's task f is one of task f mod `tasks`; where there are more tasks than `_AS_IN_FILE`, the
+        examples are dealt out among them, so that all learn.
+        """
         import numpy as np
 
         from mtl_lora_cli.data.encoded import EncodedSplit
 
         mine: list[list[Length]] = [[] for _ in range(tasks)]
         places = []
-        for one in lengths():
-            task = one.task % tasks
+        for number, one in enumerate(lengths()):
+            task = (one.task if tasks <= _AS_IN_FILE else number) % tasks
             places.append((task, len(mine[task])))
             mine[task].append(one)
         generator = np.random.default_rng(seed)
@@ -151,6 +159,19 @@ class Yardstick:
         full = [row for row in rows if sum(taken[i] for i in row) >= 0.9 * row_length] or rows
         order = np.random.default_rng(seed).permutation(len(full))
         return [[self.places[example] for example in full[number]] for number in order]
+
+    def fullest(self, row_length: int) -> Fullest:
+        """The most that a row has."""
+        import numpy as np
+
+        from mtl_lora_cli.data.epoch_rows import EpochRows
+        from mtl_lora_cli.training.capacity import Fullest
+
+        rows = self.rows(row_length, 0)
+        tasks, numbers = np.array([place for row in rows for place in row]).T
+        starts = np.cumsum([0, *map(len, rows)])
+        asked = [split.learned_counts() for split in self.splits]
+        return Fullest.of(EpochRows(tasks, numbers, starts), asked)
 
     def steps(
         self, count: int, *, row_length: int, rows_per_step: int, rows_per_pass: int, seed: int

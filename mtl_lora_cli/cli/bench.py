@@ -73,7 +73,11 @@ def bench(
         str | None, typer.Option("--engine", help="auto (default), fused or plain.")
     ] = None,
     case: Annotated[
-        str | None, typer.Option("--case", help="yardstick: the whole table, PEFT's best in it.")
+        str | None,
+        typer.Option(
+            "--case",
+            help="yardstick: the whole table, PEFT's best in it; growth: more tasks and longer rows.",
+        ),
     ] = None,
     versus: Annotated[
         list[str] | None,
@@ -267,6 +271,8 @@ def _show(report: dict[str, Any]) -> None:
     for case in done:
         if case.get("picked"):
             emit(f"{case['name']}: {case['picked']}")
+        if any(case.get("captures", ())):
+            emit(f"{case['name']}: CUDA graphs captured {_captured(case['captures'])}")
         if case.get("breakdown"):
             _show_breakdown(case)
 
@@ -291,6 +297,12 @@ def _row(case: dict[str, Any], report: dict[str, Any], baselines: list[str], kno
         if ratio["case"] == case["name"]
     }
     return row + [mine.get(name, "") for name in baselines]
+
+
+def _captured(captures: Sequence[int]) -> str:
+    """How many in which steps, counted from 1, the warm-up among them."""
+    each = [f"{count} in step {number}" for number, count in enumerate(captures, 1) if count]
+    return ", ".join(each)
 
 
 def _show_breakdown(case: dict[str, Any]) -> None:

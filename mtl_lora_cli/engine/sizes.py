@@ -207,6 +207,18 @@ class ModelSizes:
 ROOM = 256  # questions and segments of a pass on a card are filled up to whole multiples of this
 
 
+def room_for(count: int, unit: int = ROOM) -> int:
+    """The least whole multiple of a unit that holds so many."""
+    return -(-max(1, count) // unit) * unit
+
+
+def with_slack(most: int, at_most: int | None = None) -> int:
+    """A sixteenth more than the fullest row of one epoch has, as later ones pack other rows; never more than
+    `at_most`, unless that row has."""
+    found = most + most // 16
+    return found if at_most is None else min(found, max(most, at_most))
+
+
 class Load(NamedTuple):
     """One pass.
 

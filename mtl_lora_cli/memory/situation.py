@@ -11,7 +11,7 @@ from mtl_lora_cli.engine.memory import (
     recompute_of,
     sizes_of,
 )
-from mtl_lora_cli.engine.sizes import ROOM, Load, ModelSizes, SightSizes
+from mtl_lora_cli.engine.sizes import Load, ModelSizes, SightSizes, room_for, with_slack
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.memory.pictures import most_shown, sight_of
 from mtl_lora_cli.models.load import on_meta
@@ -155,10 +155,10 @@ def row_load(length: int, asked: int, longest: int, *, shares: bool) -> Load:
 
 
 def together(sizes: ModelSizes, row: Load, count: int) -> Load:
-    """So many rows in one pass."""
+    """So many rows in one pass; captured, it has room for what later epochs may ask."""
     asked = row.asked * count
     if sizes.kernels:
-        asked = -(-asked // ROOM) * ROOM
+        asked = room_for(with_slack(row.asked, at_most=row.positions) * count)
     positions = row.positions * count
     asked = max(row.asked * count, min(asked, positions))
     return Load(positions, asked, row.longest, row.trees, row.shown * count)

@@ -17,6 +17,7 @@ from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Dataset, at_step, examples_in, row_length_of
 from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.training.balance import Factors
+from mtl_lora_cli.training.capacity import Fullest, PassSizes
 from mtl_lora_cli.training.shuffled import ShuffledTasks
 from mtl_lora_cli.training.step import StepPlan
 
@@ -190,6 +191,27 @@ class Draw:
         most = -(-len(rows) // self._processes.count)
         missing = -(-most // self._settings.rows_per_pass) - passes
         return [dataset.collate(rows[:1])] * missing if missing > 0 else []
+
+
+def sizes_of(
+    data: TrainingData, settings: Training, processes: Processes, *, captured: bool
+) -> PassSizes:
+    """Of the passes of one process in a run's steps, as `Draw` makes them.
+
+    Args:
+        data: encoded tasks and their mixture.
+        settings: the recipe's `training`.
+        processes: this one among those of the run.
+        captured: whether passes may be captured; only then the fullest row is looked for.
+    """
+    fullest = None
+    if captured and data.others is None:
+        asked = [split.learned_counts(settings.loss_on) for split in data.splits]
+        fullest = Fullest.of(data.mixture.first_rows(), asked)
+    mine = len(processes.mine(list(range(settings.rows_per_step))))
+    return PassSizes.of_steps(
+        settings.row_length, len(data.tasks), fullest, mine, settings.rows_per_pass
+    )
 
 
 def _places(passes: list[list[list[Place]]]) -> list[list[Place]]:

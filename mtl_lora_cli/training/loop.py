@@ -28,7 +28,7 @@ from mtl_lora_cli.training.checkpoints import (
     random_states,
     save_checkpoint,
 )
-from mtl_lora_cli.training.drawn import Draw, Drawn
+from mtl_lora_cli.training.drawn import Draw, Drawn, sizes_of
 from mtl_lora_cli.training.followers import Balancing, followers, pcgrad, require_followed
 from mtl_lora_cli.training.journal import Journal, step_event
 from mtl_lora_cli.training.observers import Observer, due
@@ -75,7 +75,12 @@ class Trainer:
             groups=parameter_groups(self.adapter, self.settings),
             max_norm=self.settings.max_gradient_norm,
             clipping=self.settings.clipping,
-            row_length=self.settings.row_length,
+            sizes=sizes_of(
+                self.data,
+                self.settings,
+                self.processes,
+                captured=self.adapter.device.type == "cuda",
+            ),
             processes=self.processes,
             zero=ready.zero,
             surgery=Surgery(self.adapter, self.settings.seed, self.processes) if operated else None,

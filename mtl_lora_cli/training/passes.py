@@ -8,7 +8,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,73 +17,17 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.routing import BASE_ONLY, Slots
+from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.engine.sizes import ROOM
 from mtl_lora_cli.kernels.trees import KeyParts, Trees, slots_of
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import Batch, Host, at_fault, require_losses
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.training.capacity import SEGMENT, Capacity, PassSizes, padded, slot_table
 from mtl_lora_cli.training.update import gradients_of
 
-_SEGMENT = 256  # positions of a segment of padding
-_MOST_TASKS = 64  # a graph computes the matrices of all tasks, present or not
 _WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get their memory
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """The sizes that one graph serves: positions, questions, segments; whether these are trees, and whether it begins
-    behind the embeddings."""
-
-    positions: int
-    questions: int
-    segments: int
-    trees: bool = False
-    shown: bool = False
-
-    @classmethod
-    def of(cls, batch: PackedBatch, positions: int) -> Capacity:
-        """Of a batch whose rows hold at most `positions` tokens together."""
-        padding = -(-(positions - batch.input_ids.numel()) // _SEGMENT)
-        return cls(
-            positions,
-            _rounded(len(batch.positions)),
-            _rounded(len(batch.segments.bounds) + padding),
-            batch.segments.reach is not None,
-            batch.pictures is not None,
-        )
-
-
-def _rounded(count: int) -> int:
-    return -(-max(1, count) // ROOM) * ROOM
-
-
-def padded(batch: PackedBatch, capacity: Capacity) -> PackedBatch:
-    """The batch on the CPU, filled up: padding belongs to no task and is asked nothing.
-
-    Questions are filled up with position 0 and token 0; give them the weight 0.
-    """
-    missing = capacity.positions - batch.input_ids.numel()
-    lengths = [_SEGMENT] * (missing // _SEGMENT)
-    if missing % _SEGMENT:
-        lengths.append(missing % _SEGMENT)
-    places = torch.arange(missing) % _SEGMENT
-    questions = capacity.questions - len(batch.positions)
-    nothing = torch.zeros(questions, dtype=torch.long)
-    return replace(
-        batch,
-        input_ids=torch.cat([batch.input_ids, torch.zeros(1, missing, dtype=torch.long)], dim=1),
-        position_ids=torch.cat([batch.position_ids, places.unsqueeze(0)], dim=1),
-        task_ids=torch.cat(
-            [batch.task_ids, torch.full((1, missing), BASE_ONLY, dtype=torch.long)], dim=1
-        ),
-        segments=batch.segments.and_more(lengths),
-        positions=torch.cat([batch.positions, nothing]),
-        owner=torch.arange(capacity.questions),
-        targets=torch.cat([batch.targets, nothing]),
-    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +55,12 @@ class EagerPasses:
         losses: gives ℓ [S] of a batch; it may wrap the host's.
         host: the model with the adapter injected.
         device: where it is.
+
+    Attributes:
+        captures: graphs that were captured so far: none.
     """
+
+    captures = 0
 
     def __init__(self, losses: Callable[[Any], Tensor], host: Host, device: torch.device) -> None:
         self._losses, self._host, self._device = losses, host, device
@@ -144,7 +93,7 @@ class EagerPasses:
 
 
 class GraphedPasses:
-    """The same, replayed as CUDA graphs, one for each `Capacity` that turns up.
+    """The same, replayed as CUDA graphs, one for each `Capacity` that turns up: as a rule one for all rows.
 
     The first passes run as they are; nothing differs but the padding. So do those with an example beyond
     the positions from which on a rotary embedding is another one, those whose pictures enter deeper layers or see
@@ -154,15 +103,18 @@ class GraphedPasses:
     Args:
         packed: base model with the adapter injected; its decoder is fused.
         adapter: what is trained.
-        row_length: most tokens of a row; a batch of k rows is padded to k times that.
+        sizes: of the run's passes.
         eager: runs the passes that come before a graph exists.
+
+    Attributes:
+        captures: graphs that were captured so far.
     """
 
     def __init__(
-        self, packed: PackedModel, adapter: Adapter, row_length: int, eager: EagerPasses
+        self, packed: PackedModel, adapter: Adapter, sizes: PassSizes, eager: EagerPasses
     ) -> None:
         assert packed.decoder is not None
-        self._packed, self._adapter, self._row_length = packed, adapter, row_length
+        self._packed, self._adapter, self._sizes = packed, adapter, sizes
         self._tables = packed.decoder.tables()
         self._limit = packed.decoder.plan.limit
         self._eager = eager
@@ -170,6 +122,7 @@ class GraphedPasses:
         self._passes = 0
         self._fits = True
         self._pool = torch.cuda.graph_pool_handle()
+        self.captures = 0
 
     def prepare(self, batch: Batch, weights: Tensor) -> Ready:
         """See `EagerPasses.prepare`."""
@@ -177,14 +130,13 @@ class GraphedPasses:
         grid = None if batch.pictures is None else batch.pictures.grid
         if grid is not None or batch.segments.blocks is not None:
             return self._eager.prepare(batch, weights)
-        if self._limit is not None and max(batch.segments.longest, _SEGMENT) > self._limit:
+        if self._limit is not None and max(batch.segments.longest, SEGMENT) > self._limit:
             return self._eager.prepare(batch, weights)
         count = len(batch.targets)
-        rows = -(-batch.input_ids.numel() // self._row_length)
-        capacity = Capacity.of(batch, rows * self._row_length)
+        capacity = self._sizes.capacity(batch)
         filled = padded(batch, capacity)
         weights = torch.cat([weights, weights.new_zeros(capacity.questions - count)])
-        contents = _contents(filled, weights, capacity, self._tables)
+        contents = _contents(filled, weights, capacity, self._sizes.tasks, self._tables)
         staged = tuple(value.pin_memory() for value in contents)
         return Ready(filled, weights, count, capacity, staged)
 
@@ -206,6 +158,7 @@ class GraphedPasses:
             self._graphs[capacity] = _Graph(
                 self._packed, self._adapter, ready, self._pool, self._tables
             )
+            self.captures += 1
         except torch.OutOfMemoryError:
             self._fits = False
             torch.cuda.empty_cache()
@@ -230,11 +183,7 @@ class _Graph:
             segments=_segments(ready.batch.segments, self._buffers[len(_NAMES) :], keys),
             **{name: own[name] for name in ("input_ids", "position_ids", "positions", "targets")},
         )
-        present = torch.arange(len(adapter.tasks), device=device)
-        every, chosen = (
-            Slots(present, own[f"{name}_index"], own[f"{name}_active"], all_tasks=True)
-            for name in ("every", "chosen")
-        )
+        every, chosen = slots_in(own, all_tasks=ready.capacity is None or not ready.capacity.slots)
         self._packed, self._x, self._dx = packed, None, None
         if batch.pictures is not None:
             x = packed.embedded(batch)[0]
@@ -294,6 +243,7 @@ _NAMES = (
     "positions",
     "targets",
     "weights",
+    "present",
     "every_index",
     "every_active",
     "chosen_index",
@@ -305,13 +255,31 @@ def _contents(
     batch: PackedBatch,
     weights: Tensor,
     capacity: Capacity,
+    tasks: int,
     tables: Sequence[tuple[int, bool]],
 ) -> list[Tensor]:
-    ids = batch.task_ids.view(-1)
     found = [batch.input_ids, batch.position_ids, batch.positions, batch.targets, weights]
-    for own in (ids, ids[batch.positions]):
-        found += [own.to(torch.int32), (own >= 0).unsqueeze(1)]
+    found += routed(batch, tasks, capacity.slots)
     return [*found, *_tables(batch.segments, capacity, tables)]
+
+
+def routed(batch: PackedBatch, tasks: int, slots: int) -> list[Tensor]:
+    """What `slots_in` reads: the tasks of the slots; the slot of every position, and whether it has one; the same of
+    those that are asked."""
+    ids = batch.task_ids.view(-1)
+    present, places = slot_table(ids, tasks, slots)
+    asked = ids[batch.positions]
+    each = [part for own in (ids, asked) for part in (places[own], (own >= 0).unsqueeze(1))]
+    return [present, *each]
+
+
+def slots_in(own: Mapping[str, Tensor], *, all_tasks: bool) -> tuple[Slots, Slots]:
+    """The routing of all positions, and of those that are asked, from tensors by their names in `_NAMES`."""
+    every, chosen = (
+        Slots(own["present"], own[f"{name}_index"], own[f"{name}_active"], all_tasks=all_tasks)
+        for name in ("every", "chosen")
+    )
+    return every, chosen
 
 
 def _tables(
@@ -346,13 +314,12 @@ def _segments(
     return segments.ready(tables, Trees(*left), parts)
 
 
-def graphs_possible(packed: Host, adapter: Adapter, device: torch.device) -> bool:
+def graphs_possible(packed: Host, device: torch.device) -> bool:
     """Whether passes can be captured: nothing in them may ask the CPU anything."""
     return (
         device.type == "cuda"
         and isinstance(packed, PackedModel)
         and packed.decoder is not None
         and packed.decoder.fixed_shapes()
-        and len(adapter.tasks) <= _MOST_TASKS
         and not packed.head_is_adapted  # its routing is looked up on the CPU
     )

@@ -21,6 +21,7 @@ from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.host import Batch, Host
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.training import Clipping
+from mtl_lora_cli.training.capacity import PassSizes
 from mtl_lora_cli.training.clipping import RelativeClipping
 from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses, Ready, graphs_possible
 from mtl_lora_cli.training.surgery import Surgery
@@ -95,7 +96,7 @@ class Stepper(Generic[P]):
         groups: what learns, by rate and decay.
         max_norm: at which gradients are clipped.
         clipping: by each tensor's own history; None: by `max_norm` alone.
-        row_length: what a row holds at most.
+        sizes: of the passes.
         processes: this one among those that step together.
         zero: DeepSpeed's configuration; None where nothing is cut into parts.
         surgery: what becomes of the tasks' gradients before the update; None: they are summed.
@@ -116,7 +117,7 @@ class Stepper(Generic[P]):
         groups: Sequence[ParameterGroup],
         max_norm: float,
         clipping: Clipping | None = None,
-        row_length: int,
+        sizes: PassSizes,
         processes: Processes = ALONE,
         zero: Mapping[str, Any] | None = None,
         surgery: Surgery | None = None,
@@ -127,7 +128,7 @@ class Stepper(Generic[P]):
         self._device = adapter.device
         self.runs_ahead = self._device.type == "cuda"
         self._ahead: _Prepared[P] | None = None
-        graphed = surgery is None and graphs_possible(host, adapter, self._device)
+        graphed = surgery is None and graphs_possible(host, self._device)
         losses: Callable[[Any], Tensor] = host.losses
         learning = list(adapter.trained().values())
         history = None if clipping is None else RelativeClipping(learning, clipping, max_norm)
@@ -147,7 +148,7 @@ class Stepper(Generic[P]):
             )
         self.passes: EagerPasses | GraphedPasses = EagerPasses(losses, host, self._device)
         if graphed and isinstance(host, PackedModel):
-            self.passes = GraphedPasses(host, adapter, row_length, self.passes)
+            self.passes = GraphedPasses(host, adapter, sizes, self.passes)
 
     def launch(self, number: int, factor: float, flag: float = 0.0) -> Running[P]:
         """Ask for everything of one step; on a card nothing is waited for.

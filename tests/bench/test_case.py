@@ -46,6 +46,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
     from mtl_lora_cli.bench.shapes import find_config
     from mtl_lora_cli.models import registered
     from mtl_lora_cli.models.packed import PackedModel
+    from mtl_lora_cli.training.capacity import PassSizes
     from mtl_lora_cli.training.step import Stepper
     from mtl_lora_cli.training.update import ParameterGroup, make_optimizer
 
@@ -78,7 +79,7 @@ def test_a_step_is_the_training_loops(tiny: Case, measuring: Measuring) -> None:
         total=1,
         groups=[ParameterGroup(parameters, LEARNING_RATE, weight_decay=0.0)],
         max_norm=0.01,
-        row_length=512,
+        sizes=PassSizes(512, 8),
     )
     losses = stepper.launch(0, 1.0).losses
     loss = float(losses.sum()) / step.supervised

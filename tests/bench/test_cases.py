@@ -33,6 +33,15 @@ def test_the_yardstick(tiny: Case) -> None:
     assert {case.shape for case in own.cases} == {"tiny"}
 
 
+def test_growth(tiny: Case) -> None:
+    cases = plan(replace(tiny, row_length=512), table="growth", versus=[], own_shape=True).cases
+    assert len({case.name for case in cases}) == len(cases) == 8
+    assert cases[0].name == "tiny mtl-lora, T = 8, 2 x 512"
+    assert {case.tasks for case in cases} == {8, 64, 256, 1000}
+    assert {case.row_length for case in cases} == {512, 2048}
+    assert [(case.rows_per_step, case.memory) for case in cases[-2:]] == [(8, "auto")] * 2
+
+
 def test_baselines(tiny: Case) -> None:
     planned = plan(tiny, table=None, versus=["peft", "plain", "lora"], own_shape=True)
     assert [(case.name, case.baseline) for case in planned.cases] == [

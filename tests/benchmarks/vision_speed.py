@@ -47,6 +47,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.sight import features_of, with_pictures
 from mtl_lora_cli.models.vision import Seen, Vision, vision_class
 from mtl_lora_cli.recipe.schema import Distributed
+from mtl_lora_cli.training.capacity import PassSizes
 from mtl_lora_cli.training.step import Stepper, StepPlan
 from mtl_lora_cli.training.update import ParameterGroup
 from mtl_lora_cli.training.zero import deepspeed_config
@@ -262,8 +263,9 @@ def ours(model: Any, shape: Shape, batches: list[PackedBatch], device: torch.dev
         )
 
     steps = len(batches) // processes.count
+    sizes = PassSizes(row_length, len(adapter.tasks))
     stepper = Stepper(
-        packed, adapter, planned, total=steps, max_norm=1.0, row_length=row_length, processes=processes, zero=zero,
+        packed, adapter, planned, total=steps, max_norm=1.0, sizes=sizes, processes=processes, zero=zero,
         groups=[ParameterGroup(list(adapter.trained().values()), RATE, weight_decay=0.0)],
     )  # fmt: skip
 

@@ -155,7 +155,7 @@ def test_a_recipe_that_cannot_be_measured(
         (["--shape", "tny"], "--shape: 'tny' is neither a known shape nor a folder; did you mean"),
         (["--shape", "tiny", "--row-length", "468"], "--row-length: the longest example has 469"),
         (["--vs", "pefft"], "--vs: expected one of packed, peft, plain, lora, received 'pefft'"),
-        (["--case", "yard"], "--case: expected one of yardstick, received 'yard'"),
+        (["--case", "yard"], "--case: expected one of yardstick, growth, received 'yard'"),
         (
             ["--method", "loha"],
             "--method: expected one of mtl-lora, mtl-lora-fine, lora, dora, pissa, mtlora, "

@@ -63,6 +63,7 @@ NOT_RUN = {
     "mtl-lora export --task all --format onnx": MAPS,
     "make benchmark": "measures; tests/benchmarks/test_speed.py is what it runs",
     "mtl-lora bench --case yardstick --steps 10 --warmup 4 --json": MEASURES,
+    "mtl-lora bench --shape smollm2-135m --case growth --steps 10 --warmup 4": MEASURES,
     "python tests/benchmarks/loss_curves.py OUT real-small base_model=… training.epochs=30 "
     "training.max_steps=200 training.rows_per_step=4 training.rows_per_pass=4 "
     "training.checkpoint_every=null": MEASURES,

@@ -23,7 +23,8 @@ from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
-from mtl_lora_cli.training.passes import Capacity, EagerPasses, GraphedPasses, padded
+from mtl_lora_cli.training.capacity import Fullest, PassSizes, padded
+from mtl_lora_cli.training.passes import EagerPasses, GraphedPasses
 
 from ..engine.test_shared_beginnings import of
 
@@ -46,6 +47,7 @@ def build(
     vocabulary: int = 512,
     quantization: str = "none",
     dtype: torch.dtype = torch.bfloat16,
+    tasks: int = 4,
     **config: Any,
 ) -> tuple[Any, Adapter]:
     """A small model of LLaMA's kind with grouped heads, and an adapter far from its start."""
@@ -65,7 +67,7 @@ def build(
     if dtype != torch.bfloat16:
         model.to(dtype)
     torch.manual_seed(1)
-    adapter = inject(model, configure(**config), ("a", "b", "c", "d"))
+    adapter = inject(model, configure(**config), [f"task{number}" for number in range(tasks)])
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))
@@ -176,7 +178,7 @@ def test_a_tail_of_padding_changes_only_rounding(batch: PackedBatch) -> None:
     model, adapter = build(target_modules=SEVEN)
     packed = PackedModel(model, adapter, engine="fused")
     alone = learned(packed, adapter, batch)
-    capacity = Capacity.of(batch, 1500)
+    capacity = PassSizes(1500, 4).capacity(batch)
     filled = padded(batch, capacity)
     for tensor in adapter.tensors().values():
         tensor.grad = None
@@ -194,7 +196,7 @@ def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
     packed = PackedModel(model, adapter, engine="fused").train()
     tensors = adapter.tensors()
     eager = EagerPasses(packed.losses, packed, CARD)
-    graphed = GraphedPasses(packed, adapter, 1024, eager)
+    graphed = GraphedPasses(packed, adapter, PassSizes(1024, 4), eager)
     kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for number in range(5):
         lengths = [100 + 7 * number, 33, 400 - number, 1]
@@ -206,6 +208,39 @@ def test_a_graph_gives_what_its_passes_give(make_batch: MakeBatch) -> None:
         found = graphed.run(graphed.prepare(one, weights))
         for distance in distances((found, kept), expected):
             assert distance < 0.01
+
+
+@pytest.mark.parametrize("tasks", [8, 1000])
+@pytest.mark.parametrize("config", [{}, {"gate": "embedding", "transform": "bases"}], ids=str)
+def test_one_graph_for_any_row(make_batch: MakeBatch, tasks: int, config: dict[str, Any]) -> None:
+    """Of any tasks and sizes up to the fullest: the bits of its passes, run launch by launch."""
+    model, adapter = build(target_modules=SEVEN, tasks=tasks, **config)
+    packed = PackedModel(model, adapter, engine="fused").train()
+    tensors = adapter.tensors()
+    eager = EagerPasses(packed.losses, packed, CARD)
+    sizes = PassSizes(1024, tasks, Fullest(asked=300, examples=30, tasks=20), rows=(2,))
+    graphed = GraphedPasses(packed, adapter, sizes, eager)
+    kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    drawn = random.Random(0)
+    for number in range(8):
+        count = 4 + 3 * number
+        own = [drawn.randrange(-1, tasks) for _ in range(count)]
+        one = make_batch([20 + drawn.randrange(30) for _ in own], own, every=5)
+        ready = graphed.prepare(one, torch.linspace(1, 2, len(one.targets)))
+        for tensor in tensors.values():
+            tensor.grad = None
+        expected = eager.run(ready)
+        alone = {n: t.grad.clone() for n, t in tensors.items() if t.grad is not None}
+        for name, tensor in tensors.items():
+            tensor.grad = kept[name].zero_()  # a graph adds where it was captured
+        found = graphed.run(ready)
+        assert torch.equal(found, expected)
+        for name, gradient in kept.items():
+            torch.testing.assert_close(gradient, alone[name], rtol=1e-5, atol=1e-6)
+            if adapter.role(name).per_task:
+                absent = [task for task in range(tasks) if task not in own]
+                assert not gradient[absent].any()
+    assert graphed.captures == 1
 
 
 def branching(number: int) -> list[PackedBatch]:
@@ -230,7 +265,8 @@ def test_shared_beginnings_give_what_examples_give_apart() -> None:
     model, adapter = build(target_modules=SEVEN)
     packed = PackedModel(model, adapter, engine="fused").train()
     tensors = adapter.tensors()
-    graphed = GraphedPasses(packed, adapter, 2048, EagerPasses(packed.losses, packed, CARD))
+    eager = EagerPasses(packed.losses, packed, CARD)
+    graphed = GraphedPasses(packed, adapter, PassSizes(2048, 4), eager)
     kept = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for number in range(5):
         shared, apart = branching(number)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.collate import training_batch
-from mtl_lora_cli.training.passes import Capacity, _segments, _tables, add_gradients, padded
+from mtl_lora_cli.training.capacity import PassSizes, padded
+from mtl_lora_cli.training.passes import _segments, _tables, add_gradients
 from mtl_lora_cli.training.update import gradients_of
 
 from ..engine.test_shared_beginnings import of
@@ -44,7 +45,7 @@ def test_one_graph_serves_any_trees() -> None:
         examples = [trunk + [drawn.randrange(90) for _ in range(25)] for _ in range(count)]
         rows = [[(0, number) for number in range(count)]]
         batch = training_batch(rows, [of(examples)], loss_on="answer", share=True)
-        capacity = Capacity.of(batch, 1024)
+        capacity = PassSizes(1024, 1).capacity(batch)
         filled = padded(batch, capacity)
         tables = _tables(filled.segments, capacity, keys)
         sizes.add((capacity, *(tuple(one.shape) for one in tables)))
