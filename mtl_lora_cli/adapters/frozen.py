@@ -3,8 +3,8 @@
     W = [W_1; …; W_J]  [Σ out_j, in]        y = x Wᵀ + b        dx = dy W
 
 One product for q, k and v, or for gate and up, instead of two or three. Dense weights are laid side
-by side once; quantised weights are expanded into one buffer that every layer uses again. No gradient of
-W is ever computed.
+by side once; quantised weights are expanded for each product (`expanded.py`), or once, where they are left
+expanded. No gradient of W is ever computed.
 
 Where there is *room*, the adapters' factors stand in margins of the same matrix, and their products
 happen inside the large ones instead of in another pass over the outputs:
@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mtl_lora_cli.adapters.expanded import Ahead, buffer, laid, pitched
 from mtl_lora_cli.kernels import fp8, int8, nf4
-from mtl_lora_cli.kernels.backend import PITCH, in_triton
+from mtl_lora_cli.kernels.backend import in_triton
 
 ALIGNMENT = 8  # values of 16 bit in the 16 bytes that a matrix product wants operands to start at
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 class Room(NamedTuple):
@@ -52,6 +52,10 @@ class FrozenWeights:
 
     Args:
         layers: the projections, all of one input size, in the order of their outputs.
+
+    Attributes:
+        exact: multiply as without `round_to_fp8`.
+        ahead: makes the matrix of quantised weights beside the product before; None: each product makes its own.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -62,7 +66,9 @@ class FrozenWeights:
         self._room = Room()
         self._together: Tensor | None = None
         self._rows: tuple[fp8.ScaledRows, fp8.ScaledRows] | None = None
-        self.exact = False  # multiply as without `round_to_fp8`
+        self._left: Tensor | None = None
+        self.exact = False
+        self.ahead: Ahead | None = None
 
     def weights(self) -> tuple[Tensor, ...]:
         """The layers' own parameters, as a backward pass should keep them."""
@@ -87,21 +93,30 @@ class FrozenWeights:
                 side for each product, as 4-bit ones are expanded.
         """
         weight = self.layers[0].weight
-        half = self._dtype() in (torch.bfloat16, torch.float16) or not weight.is_cuda
+        half = self.dtype in (torch.bfloat16, torch.float16) or not weight.is_cuda
         if in_triton(weight) and half and not any(side % ALIGNMENT for side in wanted):
             self._room = wanted
-        quantised = any(is_quantised(layer) for layer in self.layers)
-        if quantised or not resident or (len(self.layers) == 1 and self._room == Room()):
+        if self.quantised or not resident or (len(self.layers) == 1 and self._room == Room()):
             return
-        rows, columns = self._outer()
-        pitch = -(-columns // PITCH) * PITCH
-        together = weight.new_zeros(rows, pitch)[:, :columns]
+        together = laid(weight.new_zeros(pitched(self.outer)), self.outer)
         with torch.no_grad():
             for layer, (start, stop) in zip(self.layers, self.spans, strict=True):
                 place = together[start:stop, : self.shape[1]]
                 place.copy_(layer.weight)
                 layer.weight.data = place
         self._together = together
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a product has to make a dense matrix of values of 4 or 8 bits."""
+        return any(map(is_quantised, self.layers))
+
+    def leave_expanded(self) -> None:
+        """Keep the dense matrix of quantised weights beside them: no product makes it again."""
+        if self._left is None and self.quantised:
+            device = self.layers[0].weight.device
+            memory = torch.empty(pitched(self.outer), dtype=self.dtype, device=device)
+            self._left = self.fill(laid(memory, self.outer))
 
     def factor_space(self, columns: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Where s B [Σ out_j, columns] and A [rows, in] go: the margins, or new memory.
@@ -133,7 +148,7 @@ class FrozenWeights:
     def in_memory(self) -> Tensor | None:
         """W [Σ out_j, in] as it lies there; None where each product makes it, or rounds it."""
         weight = self.layers[0].weight
-        if self._rounded is not None or any(map(is_quantised, self.layers)):
+        if self._rounded is not None or self.quantised:
             return None
         if self._together is not None:
             return self._together[: self.shape[0], : self.shape[1]]
@@ -145,7 +160,7 @@ class FrozenWeights:
         Two copies are kept, W scaled by rows and Wᵀ scaled by rows: each product wants the scale
         along its output.
         """
-        dense = self._dense(self.weights(), self._dtype())
+        dense = self._dense(self.weights(), self.dtype)
         self._rows = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
 
     def bias(self) -> Tensor | None:
@@ -195,31 +210,41 @@ class FrozenWeights:
         if self._rounded is not None:
             return fp8.product(fp8.to_rows(dy), self._rounded[1], dy.dtype)
         if down is None:
-            return dy @ self._dense(weights, dy.dtype)
+            return dy @ self._dense(weights, dy.dtype, backward=True)
         return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
 
     @property
     def _rounded(self) -> tuple[fp8.ScaledRows, fp8.ScaledRows] | None:
         return None if self.exact else self._rows
 
-    def _dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, or what they were quantised from."""
         weight = self.layers[0].weight
         state = getattr(weight, "quant_state", None)
         if weight.dtype == torch.int8:  # it does not remember what it was made from
             return torch.bfloat16 if weight.is_cuda else torch.float32
         return weight.dtype if state is None else cast(torch.dtype, state.dtype)
 
-    def _outer(self) -> tuple[int, int]:
+    @property
+    def outer(self) -> tuple[int, int]:
+        """Rows and columns of W with its margins."""
         return self.shape[0] + self._room.rows, self.shape[1] + self._room.columns
 
-    def _dense(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def fill(self, out: Tensor, programs: int | None = None) -> Tensor:
+        """Write W into a matrix [outer], its margins left as they are; `programs`: see `kernels/nf4.py`."""
+        return self._filled(out, self.weights(), programs)
+
+    def _dense(
+        self, weights: Sequence[Tensor], dtype: torch.dtype, *, backward: bool = False
+    ) -> Tensor:
         """W [Σ out_j, in]."""
         if len(weights) == 1 and not _is_quantised(weights[0]):
             return weights[0].to(dtype)
         rows, columns = self.shape
         if self._together is not None:
             return self._together[:rows, :columns].to(dtype)
-        return self._filled(_buffer(self.shape, weights[0].device, dtype), weights)
+        return self._matrix(weights, dtype, backward)[:rows, :columns]
 
     def _with_margins(
         self,
@@ -233,20 +258,29 @@ class FrozenWeights:
         if self._together is not None:  # the factors stand there already
             return self._together
         rows, columns = self.shape
-        out = _buffer(self._outer(), weights[0].device, dtype)
-        self._filled(out[:rows, :columns], weights)
+        out = self._matrix(weights, dtype, down is not None)
         if up is not None:
             out[:rows, columns:].copy_(up)
         if down is not None:
             out[rows:, :columns].copy_(down)
         return out
 
-    def _filled(self, out: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def _matrix(self, weights: Sequence[Tensor], dtype: torch.dtype, backward: bool) -> Tensor:
+        """W in a matrix with margins, made now, made ahead or left from before."""
+        if self._left is not None and self._left.dtype == dtype:
+            return self._left
+        if self.ahead is not None and self.ahead.dtype == dtype:
+            return self.ahead.matrix(self, backward=backward)
+        return self._filled(buffer(self.outer, weights[0].device, dtype), weights)
+
+    def _filled(
+        self, out: Tensor, weights: Sequence[Tensor], programs: int | None = None
+    ) -> Tensor:
         for weight, (start, stop) in zip(weights, self.spans, strict=True):
-            part = out[start:stop]
+            part = out[start:stop, : self.shape[1]]
             state = getattr(weight, "quant_state", None)
             if state is not None:
-                nf4.expand(weight, state, part)
+                nf4.expand(weight, state, part, programs)
             elif weight.dtype == torch.int8:
                 int8.expand(weight, cast(Any, weight).SCB, part)
             else:
@@ -295,14 +329,5 @@ def dense_stack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if state is None:
         return weight.to(dtype)
     experts, rows, columns = state.shape
-    out = _buffer((experts * rows, columns), weight.device, dtype)
+    out = buffer((experts * rows, columns), weight.device, dtype)
     return nf4.expand(weight, state, out).unflatten(0, (experts, rows))
-
-
-def _buffer(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Memory for one expanded matrix; whoever asks next gets the same."""
-    pitch = -(-shape[1] // PITCH) * PITCH
-    key, wanted = (device, dtype), shape[0] * pitch
-    if key not in _buffers or _buffers[key].numel() < wanted:
-        _buffers[key] = torch.empty(wanted, dtype=dtype, device=device)
-    return _buffers[key][:wanted].view(shape[0], pitch)[:, : shape[1]]

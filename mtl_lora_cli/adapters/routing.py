@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.kernels.backend import moved
+
 BASE_ONLY = -1  # the id of activations that get the base model alone
 _KEPT = 16  # assignments of windows, whose slots are kept
 
@@ -196,12 +198,12 @@ def _slots(
     present, place = torch.unique(ids, return_inverse=True)
     active, streams = None, _pieces(place, len(present))
     if present.numel() and present[0] == BASE_ONLY:
-        active = _led((ids != BASE_ONLY).to(device), shape).unsqueeze(1)
+        active = _led(moved(ids != BASE_ONLY, device), shape).unsqueeze(1)
         present, place, streams = present[1:], place - 1, 0
     return Slots(
-        present.to(device),
+        moved(present, device),
         # One id of all positions is one number, expanded; kernels read N of them.
-        _led(place.to(torch.int32).to(device), shape).contiguous(),
+        _led(moved(place.to(torch.int32), device), shape).contiguous(),
         active,
         shared=shared is not None and present.numel() > 0 and int(present[-1]) == shared,
         streams=streams,

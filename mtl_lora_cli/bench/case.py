@@ -124,6 +124,8 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
         settle(packed)
     if packed.decoder is None and case.gradient_checkpointing:  # all or nothing there
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if packed.decoder is not None and case.quantization != "none":
+        packed.decoder.leave_expanded(case.expanded_layers)
     stepper = Stepper(
         packed,
         adapter,

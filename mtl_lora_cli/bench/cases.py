@@ -43,7 +43,10 @@ class Case:
         rows_per_pass: of them, rows that go through the model together.
         dtype: as a recipe spells it.
         gradient_checkpointing: what the backward pass computes again, as a recipe spells it.
-        memory: `auto`: `rows_per_pass` and `gradient_checkpointing` are picked where it is measured.
+        memory: `auto`: `rows_per_pass`, `gradient_checkpointing` and `expanded_layers` are picked where it is
+            measured.
+        memory_limit: GiB that `auto` plans with, or None for all that are free.
+        expanded_layers: of NF4, first layers that stay there as dense matrices, too.
         max_gradient_norm: at which gradients are clipped.
         baseline: which of `BASELINES` it is, or None.
     """
@@ -61,6 +64,8 @@ class Case:
     dtype: str = "auto"
     gradient_checkpointing: bool | Recompute = False
     memory: Literal["manual", "auto"] = "manual"
+    memory_limit: float | None = None
+    expanded_layers: int = 0
     max_gradient_norm: float = 1.0
     baseline: Literal["packed", "peft", "plain", "lora"] | None = None
 

@@ -15,7 +15,7 @@ from mtl_lora_cli.bench.yardstick import densest, lengths
 from mtl_lora_cli.engine.memory import GIB
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.cards import free_memory
-from mtl_lora_cli.memory.choice import pick
+from mtl_lora_cli.memory.choice import pick, there
 from mtl_lora_cli.memory.situation import Situation
 from mtl_lora_cli.models.load import adapt
 from mtl_lora_cli.recipe.schema import Recipe, TaskSettings
@@ -43,8 +43,9 @@ def fitted(
     free, name = free_memory(device)
     found = pick(_situation(case, config, device, dtype), free)
     if isinstance(found, int):
+        free_there = there(free, case.memory_limit, name)
         raise UsageError(
-            f"training.memory: auto: {free / GIB:.1f} GiB are free on {name}, and the least that is "
+            f"training.memory: auto: {free_there}, and the least that is "
             f"needed is {found / GIB:.1f} GiB, with everything computed again"
         )
     message = found.message(name, case.row_length, case.rows_per_step)
@@ -63,7 +64,10 @@ def _situation(case: Case, config: Settings, device: torch.device, dtype: torch.
         base_compute="fp8" if case.base_compute == "fp8" else "dtype",
         tasks=[TaskSettings(name=names[0], template="")],
         training=Training(
-            row_length=case.row_length, rows_per_step=case.rows_per_step, memory="auto"
+            row_length=case.row_length,
+            rows_per_step=case.rows_per_step,
+            memory="auto",
+            memory_limit=case.memory_limit,
         ),
     )
     return Situation(

@@ -207,6 +207,8 @@ def _from_recipe(name: str, overrides: Sequence[str], shape: str | None) -> Case
         dtype=recipe.dtype,
         gradient_checkpointing=training.gradient_checkpointing,
         memory=training.memory,
+        memory_limit=training.memory_limit,
+        expanded_layers=training.expanded_layers,
         max_gradient_norm=training.max_gradient_norm,
     )
 
@@ -235,7 +237,7 @@ def _with_options(
         mixed["alpha"] = 2.0 * mixed["rank"]
     changed = {key: value for key, value in fields.items() if value is not None}
     if "rows_per_pass" in changed:  # by hand, so nothing is left to pick
-        changed["memory"] = "manual"
+        changed |= {"memory": "manual", "memory_limit": None}
     case = replace(case, adapter=mixed, **changed)
     choose("--quantization", case.quantization)  # a recipe knows more kinds
     require_fitting(case.row_length)

@@ -299,10 +299,12 @@ def _evaluated(
     force: bool,
 ) -> list[Result]:
     """Load a run and score its tasks, with a bar on a terminal."""
+    from contextlib import ExitStack
+
     from rich.console import Console
     from rich.progress import Progress
 
-    from mtl_lora_cli.evaluation.evaluate import evaluate
+    from mtl_lora_cli.evaluation.evaluate import asking, evaluate
     from mtl_lora_cli.evaluation.opened import open_run
     from mtl_lora_cli.machine import threads
 
@@ -310,10 +312,11 @@ def _evaluated(
     opened = open_run(folder, force=force)
     if opened.trained_on is not None and processes.main:
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
-    if not opened.of_maps and opened.packed.plain is not None and processes.main:
-        say(f"note: {opened.packed.engine_line()}")
     console = Console(stderr=True, quiet=not processes.main)
-    with Progress(console=console, transient=True) as progress:
+    with asking(opened, tasks, setting, rows) as questions, ExitStack() as shown:
+        if not opened.of_maps and opened.packed.plain is not None and processes.main:
+            say(f"note: {opened.packed.engine_line()}")
+        progress = shown.enter_context(Progress(console=console, transient=True))
         bar = progress.add_task("scoring", total=None)
         results = evaluate(
             opened,
@@ -322,6 +325,7 @@ def _evaluated(
             lambda done, total: progress.update(bar, completed=done, total=total),
             rows=rows,
             told=told,
+            questions=questions,
         )
     yielded = threads.note()
     if yielded is not None and processes.main:

@@ -57,19 +57,23 @@ def weight_bytes(sizes: ModelSizes) -> int:
 
 
 def fixed_bytes(sizes: ModelSizes) -> int:
-    """What lives for the whole run: weights, adapter, gradients, AdamW, the expansion's buffer."""
+    """What lives for the whole run: weights, adapter, gradients, AdamW, what weights are expanded in."""
     groups = [group for layer in sizes.layers for group in layer.groups]
     found = weight_bytes(sizes) + 4 * sizes.trained * VALUE_BYTES
-    if sizes.expanded:  # one buffer, as large as the largest group, for all layers
-        largest = [sizes.matrix(group) for group in groups]
-        if sizes.four_bit:
-            largest += [stack.values for layer in sizes.layers for stack in layer.stacks]
-        found += max(largest) * sizes.value
+    if sizes.expanded:
+        found += sizes.matrices * sizes.value
+        left = sizes.layers[: sizes.left_expanded]
+        found += sum(dense_bytes(sizes, layer) for layer in left)
     else:
         found += sum(sizes.matrix(group) - group.weights for group in groups) * sizes.value
     if sizes.fp8:
         found += 2 * sum(group.weights for group in groups)
     return found
+
+
+def dense_bytes(sizes: ModelSizes, layer: LayerSizes) -> int:
+    """One layer's weights, left expanded, margins included; not those of experts."""
+    return sum(sizes.matrix(group) for group in layer.groups) * sizes.value
 
 
 def kept_bytes(sizes: ModelSizes, layer: LayerSizes, keep: Keep, load: Load, *, last: bool) -> int:

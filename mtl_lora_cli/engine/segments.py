@@ -37,6 +37,7 @@ from mtl_lora_cli.engine.segment_forms import (
     parts_of,
     stacks_of,
 )
+from mtl_lora_cli.kernels.backend import moved
 from mtl_lora_cli.kernels.tiles import tile_table
 from mtl_lora_cli.kernels.trees import KeyParts, Trees, above_of, key_parts
 
@@ -67,7 +68,7 @@ class Segments:
         key = (block, of_keys)
         if key not in self._made:
             table = self.tile_table(block, of_keys=of_keys)
-            self._made[key] = table.to(self.device, non_blocking=True)
+            self._made[key] = moved(table, self.device)
         return self._made[key]
 
     def tile_table(
@@ -86,8 +87,7 @@ class Segments:
             above = torch.from_numpy(above_of(self._reach.numpy(), self.bounds))
             depth = self.depth
             assert depth is not None
-            moved = above.to(self.device, non_blocking=True)
-            self._made["trees"] = Trees(self.reach, moved, depth)
+            self._made["trees"] = Trees(self.reach, moved(above, self.device), depth)
         return self._made["trees"]
 
     def key_tiles(self, block: int) -> Tensor | KeyParts:
@@ -97,7 +97,7 @@ class Segments:
         key = ("parts of keys", block)
         if key not in self._made:
             parts, joins, slots = self.key_parts(block)
-            parts, joins = (one.to(self.device, non_blocking=True) for one in (parts, joins))
+            parts, joins = (moved(one, self.device) for one in (parts, joins))
             self._made[key] = KeyParts(parts, joins, slots)
         return self._made[key]
 
@@ -145,7 +145,7 @@ class Segments:
         """The same segments for tensors on a device."""
         if self.reach is None:
             return replace(self, device=device, _made={})
-        reach = self.reach.to(device, non_blocking=True)
+        reach = moved(self.reach, device)
         return replace(self, reach=reach, device=device, _made={"reach": self._reach})
 
     def blocks_of(self, rule: Rule) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mtl_lora_cli.adapters.expanded import WORTH
 from mtl_lora_cli.adapters.frozen import ALIGNMENT
 from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
 from mtl_lora_cli.kernels.backend import PITCH
@@ -152,6 +153,7 @@ class ModelSizes:
         kernels: our kernels run; otherwise plain torch, which keeps and copies more.
         dropout: whether features are dropped before A.
         capped: the logits have a soft cap.
+        left_expanded: of so many layers 4-bit or 8-bit weights stay there as dense matrices, too.
         sight: of pictures; None: none are shown.
     """
 
@@ -168,11 +170,22 @@ class ModelSizes:
     dropout: bool = False
     capped: bool = False
     sight: SightSizes | None = None
+    left_expanded: int = 0
 
     @property
     def expanded(self) -> bool:
         """Whether weights are laid into a buffer for each product."""
         return self.four_bit or self.eight_bit or self.parts > 1
+
+    @property
+    def matrices(self) -> int:
+        """Values of the memory in which weights are expanded: one matrix, or two that take turns, and one of
+        experts' stacks; see `adapters/expanded.py`."""
+        most = max(self.matrix(group) for layer in self.layers for group in layer.groups)
+        turns = self.kernels and self.value == 2 and self.parts == 1 and most >= WORTH
+        stacks = [stack.values for layer in self.layers for stack in layer.stacks]
+        stack = max(stacks, default=0) if self.four_bit else 0
+        return 2 * most + stack if turns else max(most, stack)
 
     @property
     def width(self) -> int:

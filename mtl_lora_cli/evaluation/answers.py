@@ -38,6 +38,44 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What a model will be asked; it need not be there yet.
+
+    Attributes:
+        encoder: of the run.
+        held: the rows of each task, as they are asked.
+        requests: of each task.
+        scored: the numbers of the tasks whose choices are scored.
+        together: requests of these, one task's behind the other's, each choice also without its end.
+    """
+
+    encoder: Encoder
+    held: Sequence[Examples]
+    requests: list[list[Request]]
+    scored: list[int]
+    together: list[Request]
+
+    @classmethod
+    def of(
+        cls, opened: Run, tasks: Sequence[Task], held: Sequence[Examples], setting: Setting
+    ) -> Questions:
+        """Of the run's tokenizer and configuration; no weight is read.
+
+        Raises:
+            UsageError: as `requests_of`.
+        """
+        encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
+        if setting.blind is not None:
+            held = [blinded(examples, encoder.eyes, setting.blind) for examples in held]
+        requests = requests_of(encoder, opened.longest, tasks, held, setting)
+        scored = [
+            number for number, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES
+        ]
+        together = [request.with_open for number in scored for request in requests[number]]
+        return cls(encoder, held, requests, scored, together)
+
+
+@dataclass(frozen=True)
 class Answers:
     """What a model said to the examples of one task.
 
@@ -90,6 +128,7 @@ def answer(
     *,
     one_row: bool = False,
     keep: bool = False,
+    questions: Questions | None = None,
 ) -> list[Answers]:
     """Ask the model; write nothing but features of pictures.
 
@@ -105,15 +144,18 @@ def answer(
         one_row: each task's examples are of the same rows, in the same order: what their prompts share is
             computed once, where the adapter does the same for the tasks.
         keep: a frozen tower's features are kept for who asks again.
+        questions: of the same tasks, rows and setting, where they have been made already.
     """
+    if questions is None:
+        questions = Questions.of(opened, tasks, held, setting)
     with opened.packed.untouched() if setting.base_only else nullcontext():
-        return _answer(opened, tasks, held, setting, advance, sampling, one_row, keep)
+        return _answer(opened, tasks, questions, setting, advance, sampling, one_row, keep)
 
 
 def _answer(
     opened: Run,
     tasks: Sequence[Task],
-    held: Sequence[Examples],
+    questions: Questions,
     setting: Setting,
     advance: Progress,
     sampling: Sampling | None,
@@ -122,13 +164,9 @@ def _answer(
 ) -> list[Answers]:
     if sampling is None:
         sampling = setting.sampling
-    encoder = Encoder.of(opened.tokenizer, opened.recipe, lenient=True)
-    if setting.blind is not None:
-        held = [blinded(examples, encoder.eyes, setting.blind) for examples in held]
-    requests = requests_of(encoder, opened.longest, tasks, held, setting)
+    encoder, held, requests = questions.encoder, questions.held, questions.requests
+    scored, together = questions.scored, questions.together
     processes = Processes.of_group()
-    scored = [index for index, task in enumerate(tasks) if setting.protocol_of(task) == CHOICES]
-    together = [request.with_open for index in scored for request in requests[index]]
     parts = [together, *(part for i, part in enumerate(requests) if i not in scored)]
     drawn = 1 if sampling is None or not sampling.temperature else sampling.answers
     total = sum(

@@ -37,6 +37,7 @@ from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task
 
 Advance = Callable[[int], None]
+_TOLD_APART = 16  # Triton compiles a kernel for numbers that are multiples of this, and for others
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Tree:
         tokens, places, reach = list(prompt), list(range(start)), [-1] * start
         owners: list[list[int]] = [[] for _ in choices]
         path: list[int] = []  # positions of the last candidate's tokens, all but its own last one
-        before: list[int] = []
-        for number in sorted(range(len(choices)), key=lambda number: choices[number]):
-            inner = choices[number][:-1]
-            same = zip(before, inner, strict=False)
-            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+        for number, inner, kept in _inner(choices):
             for position in path[kept:]:
                 reach[position] = len(tokens)
             added = len(inner) - kept
@@ -86,7 +83,6 @@ class Tree:
             places += range(start + kept, start + len(inner))
             reach += [-1] * added
             owners[number] = [start - 1, *path][: len(choices[number])]
-            before = inner
         ends = np.asarray(reach, dtype=np.int32)
         ends[ends < 0] = len(tokens)
         if passed is None:
@@ -105,6 +101,16 @@ class Tree:
             lengths=np.asarray([len(some) for some in choices], dtype=np.int32),
             asked=asked,
         )
+
+
+def _inner(choices: Sequence[list[int]]) -> Iterator[tuple[int, list[int], int]]:
+    """Candidates sorted, each with its tokens but the last, and how many of them the one before has, too."""
+    before: list[int] = []
+    for number in sorted(range(len(choices)), key=lambda number: choices[number]):
+        inner = choices[number][:-1]
+        same = zip(before, inner, strict=False)
+        yield number, inner, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+        before = inner
 
 
 @dataclass(frozen=True)
@@ -150,10 +156,10 @@ class Request:
         """How it goes through the model."""
         return Tree.build(self.prompt, self.choices, self.passed)
 
-    @property
+    @cached_property
     def cost(self) -> int:
-        """Tokens that go through the model."""
-        return len(self.tree.tokens)
+        """Tokens that go through the model: of the tree, which need not be there yet."""
+        return len(self.prompt) + sum(len(inner) - kept for _, inner, kept in _inner(self.choices))
 
 
 def build_requests(
@@ -394,7 +400,10 @@ def ask(
             numbers = [own[place] for place in some]
             threads.look(device)
             # On a card the pass before is still running while the next one is put together.
-            moved = _batch([requests[number] for number in numbers]).to(device)
+            batch = _batch([requests[number] for number in numbers])
+            if packed.decoder is not None and device.type == "cuda":
+                batch = filled(batch)
+            moved = batch.to(device)
             with torch.inference_mode(), packed.routed(moved):
                 values = question(moved)
             if running is not None:
@@ -475,6 +484,25 @@ def _batch(requests: Sequence[Request]) -> PackedBatch:
         return batch
     prompts = [len(request.prompt) for request in requests]
     return shown_in(batch, [request.pictures for request in requests], eyes, prompts)
+
+
+def filled(batch: PackedBatch) -> PackedBatch:
+    """Positions and questions filled up to multiples of what Triton tells apart: kernels that training has
+    compiled serve it, and no pass waits for other ones. What fills up answers nothing.
+    """
+    missing = -batch.input_ids.numel() % _TOLD_APART
+    more = -len(batch.positions) % _TOLD_APART
+    if batch.pictures is not None or not (missing or more):
+        return batch
+    nothing = torch.zeros(1, missing, dtype=torch.long)
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, nothing], dim=1),
+        position_ids=torch.cat([batch.position_ids, torch.arange(missing)[None]], dim=1),
+        task_ids=torch.cat([batch.task_ids, nothing + batch.task_ids[0, -1]], dim=1),
+        segments=batch.segments.and_more([missing] if missing else []),
+        positions=torch.cat([batch.positions, torch.zeros(more, dtype=torch.long)]),
+    )
 
 
 def _sums(trees: Sequence[Tree], values: np.ndarray) -> list[np.ndarray]:

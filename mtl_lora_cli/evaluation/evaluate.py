@@ -7,6 +7,8 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +21,7 @@ from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import (
     Answers,
     Progress,
+    Questions,
     outcome_of,
     predict,
 )
@@ -40,7 +43,7 @@ from mtl_lora_cli.evaluation.results import (
     store,
     stored,
 )
-from mtl_lora_cli.evaluation.windows import Part, answered, together
+from mtl_lora_cli.evaluation.windows import Part, answered, questions_ahead, together
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import find
@@ -54,6 +57,7 @@ from mtl_lora_cli.tasks.task import Task
 __all__ = [
     "Rows",
     "Setting",
+    "asking",
     "compare_with_base",
     "compare_with_run",
     "evaluate",
@@ -126,6 +130,23 @@ def find_rows(
     return found
 
 
+@contextmanager
+def asking(
+    opened: Run, tasks: Sequence[Task], setting: Setting, rows: Rows
+) -> Iterator[Callable[[], Questions | None]]:
+    """Rows are made questions by another thread, while inside the block the model is loaded.
+
+    What it gives waits for them; None where there are none to be made ahead. Its errors are those of `evaluate`.
+    """
+    if opened.of_maps or setting.protocol == LM_EVAL:
+        yield lambda: None
+        return
+    held = cast(Sequence[Examples], rows)
+    opened.tokenizer, opened.longest  # noqa: B018 - libraries are imported here, by one thread
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield pool.submit(questions_ahead, opened, tasks, held, setting).result
+
+
 def evaluate(
     opened: Run,
     tasks: Sequence[Task],
@@ -134,6 +155,7 @@ def evaluate(
     *,
     rows: Rows | None = None,
     told: Told = lambda task, examples, answers: None,
+    questions: Callable[[], Questions | None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Score tasks and write one result each into the run folder.
 
@@ -144,6 +166,7 @@ def evaluate(
         advance: called with (examples done, examples in all).
         rows: from `find_rows`, where they have been read already.
         told: is told of every task's answers; the harness gives none.
+        questions: gives what `asking` makes.
 
     Returns:
         The results, as they stand in `evaluations/ID.json`.
@@ -154,7 +177,7 @@ def evaluate(
     elif setting.protocol == LM_EVAL:
         found = _by_harness(opened, tasks, rows, setting, advance)
     else:
-        found = _by_ourselves(opened, tasks, rows, setting, advance, told)
+        found = _by_ourselves(opened, tasks, rows, setting, advance, told, questions())
     results = []
     for task, own in zip(tasks, found, strict=True):
         result = {**_setting_of(opened, task, setting), **own}
@@ -205,12 +228,13 @@ def _by_ourselves(
     setting: Setting,
     advance: Progress,
     told: Told,
+    questions: Questions | None,
 ) -> Iterator[dict[str, Any]]:
     """What was found for each task by the protocols `choices` and `generate`."""
     held = cast(Sequence[Examples], rows)
     started = time.monotonic()
     found: dict[int, list[Part]] = {number: [] for number in range(len(tasks))}
-    for number, examples, own in answered(opened, tasks, held, setting, advance):
+    for number, examples, own in answered(opened, tasks, held, setting, advance, questions):
         told(tasks[number], examples, own)
         found[number].append(Part.of(examples, own))
     seconds = time.monotonic() - started

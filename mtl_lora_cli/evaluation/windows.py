@@ -10,7 +10,7 @@ import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.task_rows import MANY
-from mtl_lora_cli.evaluation.answers import Answers, Progress, answer, normalised
+from mtl_lora_cli.evaluation.answers import Answers, Progress, Questions, answer, normalised
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.metrics import Outcome
@@ -24,15 +24,19 @@ def answered(
     held: Sequence[Examples],
     setting: Setting,
     advance: Progress,
+    questions: Questions | None = None,
 ) -> Iterator[tuple[int, Examples, Answers]]:
     """The number of a task, some of its examples, and the answers to them; see `answer`.
 
     All tasks are asked together where none has many examples; otherwise one after the other, each in parts
     of `task_rows.MANY`.
+
+    Args:
+        questions: see `questions_ahead`.
     """
     sizes = [len(examples.examples) for examples in held]
     if max(sizes, default=0) <= MANY:
-        found = answer(opened, tasks, held, setting, advance, keep=True)
+        found = answer(opened, tasks, held, setting, advance, keep=True, questions=questions)
         yield from zip(range(len(tasks)), held, found, strict=True)
         return
     shown = _Shown(advance, sum(sizes))
@@ -42,6 +46,22 @@ def answered(
             shown.begin(len(part.examples))
             (answers,) = answer(opened, [task], [part], setting, shown, keep=True)
             yield number, part, answers
+
+
+def questions_ahead(
+    opened: Run, tasks: Sequence[Task], held: Sequence[Examples], setting: Setting
+) -> Questions | None:
+    """What `answered` will ask, its trees built, before there is a model; None where that is done in parts.
+
+    Raises:
+        UsageError: as `requests_of`.
+    """
+    if max((len(examples.examples) for examples in held), default=0) > MANY:
+        return None
+    found = Questions.of(opened, tasks, held, setting)
+    for request in found.together:
+        request.tree  # noqa: B018 - it is kept
+    return found
 
 
 class _Shown:

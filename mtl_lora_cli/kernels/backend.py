@@ -6,6 +6,7 @@ import os
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 PITCH = 64  # values of 16 bit in 128 bytes, the pieces in which memory is read
@@ -26,6 +27,13 @@ def in_triton(tensor: Tensor) -> bool:
     if wish == "auto":
         return tensor.is_cuda and _available()
     return wish == "triton"
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; nobody waits for a card that is still busy with what was asked before."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def roomy(like: Tensor, rows: int, columns: int, room: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, recompute_of
@@ -33,6 +34,9 @@ class Choice:
         peak: of the tensors, estimated.
         saved: how much larger the peak would be with everything kept.
         free: what there was.
+        expanded: layers of 4 or 8 bits that stay there as dense matrices, too.
+        quantised: how many there are that could be.
+        limit: of `training.memory_limit`, GiB.
     """
 
     row_length: int
@@ -42,16 +46,21 @@ class Choice:
     peak: int
     saved: int
     free: int
+    expanded: int = 0
+    quantised: int = 0
+    limit: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """The recipe's `training` keys that repeat this choice, on any machine."""
         one = self.recompute
         return {
             "memory": "manual",
+            "memory_limit": None,
             "row_length": self.row_length,
             "rows_per_step": self.rows_per_step,
             "rows_per_pass": self.rows_per_pass,
             "gradient_checkpointing": False if one == Recompute() else one,
+            "expanded_layers": self.expanded,
         }
 
     def message(self, device: str, asked_row: int, asked_rows: int) -> str:
@@ -72,12 +81,19 @@ class Choice:
                 " packing differs"
             )
         again = self._again()
+        allowed = "" if self.limit is None else f", {self.limit:g} allowed"
         saving = f"{again} computed again (saves {self.saved / GIB:.1f} GiB)"
         return (
-            f"memory: {self.free / GIB:.1f} GiB free on {device}: {rows}; "
-            f"{saving if again else 'nothing computed again'}; "
+            f"memory: {self.free / GIB:.1f} GiB free on {device}{allowed}: {rows}; "
+            f"{saving if again else 'nothing computed again'}; {self._left()}"
             f"estimated peak {self.peak / GIB:.1f} GiB"
         )
+
+    def _left(self) -> str:
+        """Of quantised layers, how many are left expanded."""
+        if not self.quantised:
+            return ""
+        return f"{self.expanded or 'none'} of {self.quantised} layers left expanded; "
 
     def _again(self) -> str:
         one = self.recompute
@@ -102,11 +118,13 @@ def choose(
     processes: int = 1,
     shares: bool = False,
     shown: Callable[[int], int] = lambda length: 0,
+    expandable: bool = True,
 ) -> Choice | int:
     """The cheapest way that fits.
 
     First as many rows a pass as fit without computing a product again; then one row a pass, and as
-    few products again as will do; then shorter rows, in halves, and as many more of them a step.
+    few products again as will do; then shorter rows, in halves, and as many more of them a step. What is
+    free then holds layers of 4 or 8 bits as dense matrices: no pass expands these.
 
     Args:
         sizes: of model and adapter.
@@ -117,6 +135,7 @@ def choose(
         processes: among whom a step's rows are dealt out.
         shares: examples of a row share what they begin with.
         shown: for a row length, the most picture tokens that a row has.
+        expandable: layers of 4 or 8 bits may be left expanded.
 
     Returns:
         The choice, or, where nothing fits, the bytes that would have to be free.
@@ -130,14 +149,28 @@ def choose(
         if found is not None:
             count, recompute = found
             load = together(sizes, each, count)
+            quantised = len(sizes.layers) if expandable and sizes.expanded else 0
+            left = _left_expanded(sizes, free, recompute, load) if quantised else 0
+            sizes = replace(sizes, left_expanded=left)
             peak = peak_bytes(sizes, recompute, load)
             saved = peak_bytes(sizes, Recompute(), load) - peak
-            return Choice(length, rows, count, recompute, peak, saved, free)
+            return Choice(length, rows, count, recompute, peak, saved, free, left, quantised)
         everything = recompute_of(True, len(sizes.layers))
         least = needed_bytes(peak_bytes(sizes, everything, together(sizes, each, 1)))
         if length // 2 < max(longest, SHORTEST_ROW):
             return least
         length, rows = length // 2, rows * 2
+
+
+def _left_expanded(sizes: ModelSizes, free: int, recompute: Recompute, load: Load) -> int:
+    """The most layers that fit beside a step."""
+
+    def fits(count: int) -> bool:
+        return (
+            needed_bytes(peak_bytes(replace(sizes, left_expanded=count), recompute, load)) <= free
+        )
+
+    return bisect_left(range(1, len(sizes.layers) + 1), True, key=lambda count: not fits(count))
 
 
 def _within(
@@ -197,13 +230,13 @@ def plan_memory(situation: Situation, processes: Processes = ALONE) -> tuple[Rec
         UsageError: the layers are not the fused engine's, or nothing fits.
     """
     recipe = situation.recipe
-    free, name = min(processes.gather(free_memory(situation.device)))
     training = recipe.training
+    free, name = min(processes.gather(free_memory(situation.device)))
     choice = pick(situation, free)
     if isinstance(choice, int):
         helpful = "; ".join(settings_that_help(recipe, situation.dtype)[:3])
         raise UsageError(
-            f"training.memory: auto: {free / GIB:.1f} GiB are free on {name}, and the least that is "
+            f"training.memory: auto: {there(free, training.memory_limit, name)}, and the least that is "
             f"needed is {choice / GIB:.1f} GiB, with everything computed again; "
             f"what would help: {helpful}"
         )
@@ -212,8 +245,20 @@ def plan_memory(situation: Situation, processes: Processes = ALONE) -> tuple[Rec
     return recipe.model_copy(update={"training": picked}), message
 
 
+def there(free: int, limit: float | None, name: str) -> str:
+    """How much memory is free, and how much of it is allowed, in words.
+
+    Args:
+        free: bytes.
+        limit: of `training.memory_limit`, GiB.
+        name: of the device.
+    """
+    text = f"{free / GIB:.1f} GiB are free on {name}"
+    return text if limit is None else f"{text}, {limit:g} are allowed by memory_limit"
+
+
 def pick(situation: Situation, free: int) -> Choice | int:
-    """What `training.memory: auto` picks where so many bytes are free: see `choose`.
+    """What `training.memory: auto` picks where so many bytes are free, within `memory_limit`: see `choose`.
 
     Raises:
         UsageError: the layers are not the fused engine's.
@@ -226,9 +271,10 @@ def pick(situation: Situation, free: int) -> Choice | int:
             f"training.memory: auto: {error}; set memory: manual, and rows_per_pass and "
             "gradient_checkpointing by hand"
         ) from None
-    return choose(
+    limit = training.memory_limit
+    found = choose(
         sizes,
-        free,
+        free if limit is None else min(free, int(limit * GIB)),
         row_length=training.row_length,
         rows_per_step=training.rows_per_step,
         supervised=lambda length: situation.densest(length, training.loss_on),
@@ -236,4 +282,6 @@ def pick(situation: Situation, free: int) -> Choice | int:
         processes=situation.processes,
         shares=training.share_beginnings,
         shown=situation.shown,
+        expandable=situation.recipe.distributed.zero_stage < 3,
     )
+    return found if isinstance(found, int) else replace(found, free=free, limit=limit)

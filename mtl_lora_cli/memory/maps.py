@@ -189,6 +189,8 @@ def plan_maps(
         UsageError: not even one picture fits.
     """
     free, name = min(processes.gather(free_memory(device)))
+    limit = recipe.training.memory_limit
+    free = free if limit is None else min(free, int(limit * GIB))
     mine = -(-recipe.training.rows_per_step // processes.count)
     count, tried = mine, memory_of(objective, dtype, mine)
     while tried.needed > free and count > 1:
@@ -199,7 +201,8 @@ def plan_maps(
             f"training.memory: one picture a pass needs {tried.needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are "
             f"free on {name}; what would help: a smaller images.size, quantization: nf4, dtype: bfloat16"
         )
-    training = recipe.training.model_copy(update={"memory": "manual", "rows_per_pass": count})
+    picked = {"memory": "manual", "memory_limit": None, "rows_per_pass": count}
+    training = recipe.training.model_copy(update=picked)
     some = "1 picture" if count == 1 else f"{count} pictures"
     fewer = " (more do not fit)" if count < mine else ""
     line = (

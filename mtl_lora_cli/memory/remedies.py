@@ -49,6 +49,8 @@ def alternatives(situation: Situation) -> Iterator[tuple[str, Situation]]:
             "training.gradient_checkpointing: true",
             with_training(gradient_checkpointing=True),
         )
+    if training.expanded_layers:
+        yield "training.expanded_layers: 0", with_training(expanded_layers=0)
     if training.rows_per_pass > 1:
         half = training.rows_per_pass // 2
         yield f"training.rows_per_pass: {half}", with_training(rows_per_pass=half)

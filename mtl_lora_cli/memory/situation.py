@@ -77,7 +77,8 @@ class Situation:
             base_compute=recipe.base_compute,
             parts=self.processes if recipe.distributed.zero_stage == 3 else 1,
         )
-        return replace(found, sight=self.sight)
+        left = recipe.training.expanded_layers
+        return replace(found, sight=self.sight, left_expanded=left if found.expanded else 0)
 
     def step(self) -> tuple[ModelSizes, Recompute, Load]:
         """What `peak_bytes` wants, for one pass of a step as the recipe says it.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.kernels.backend import moved
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,15 @@ class PackedBatch:
         return self.task_ids.view(-1)[self.positions.cpu()[self.owner.cpu()]]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch on a device; task ids stay on the CPU, where routing reads them."""
+        """The batch on a device; task ids stay on the CPU, where routing reads them.
+
+        Nobody waits for a card that is still busy with the pass before.
+        """
         if device.type == "cpu":
             return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+        own = {
+            name: moved(getattr(self, name), device)
             for name in ("input_ids", "position_ids", "owner", "targets")
         }
         shown = None if self.pictures is None else self.pictures.to(device)
-        return replace(self, segments=self.segments.to(device), pictures=shown, **moved)
+        return replace(self, segments=self.segments.to(device), pictures=shown, **own)

@@ -21,6 +21,7 @@ from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.kernels import fp8
+from mtl_lora_cli.kernels.backend import moved
 from mtl_lora_cli.kernels.logprob import aligned_logits, exact_logprobs, token_logprobs
 from mtl_lora_cli.machine.rate import Floor, floor_of
 from mtl_lora_cli.models.batch import PackedBatch
@@ -257,13 +258,13 @@ class PackedModel(nn.Module):
             batch: on the CPU or the model's device.
         """
         assert self.decoder is not None, "fp8 is the fused engine's"
-        moved = batch.to(next(self.model.parameters()).device)
+        there = batch.to(next(self.model.parameters()).device)
         training = self.training
         self.eval()
-        with self.routed(moved):
-            rounded = self(moved)
+        with self.routed(there):
+            rounded = self(there)
             with self.decoder.exactly():
-                exact = self(moved)
+                exact = self(there)
         self.train(training)
         difference = (rounded - exact).abs()
         return Rounding(
@@ -353,7 +354,7 @@ class PackedModel(nn.Module):
             x,
             batch.position_ids,
             batch.segments,
-            batch.positions.to(batch.input_ids.device),
+            moved(batch.positions, batch.input_ids.device),
             every,
             chosen,
             training=self.training,

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Scorer:
         if not every:
             answer.set_result([])
         for number, batch in enumerate(every):
-            moved = (_pinned(batch) if self._device.type == "cuda" else batch).to(self._device)
+            moved = batch.to(self._device)
             with torch.inference_mode(), self._packed.routed(moved):
                 self._running.append((question, number, self._packed(moved)))
             while len(self._running) > _AHEAD:
@@ -161,16 +161,6 @@ class Course:
             while True:
                 messages.append(self._inbox.get_nowait())
         return [message for message in messages if isinstance(message, Done)]
-
-
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    """In memory that a card reads without its thread: else the next pass waits for the one that runs."""
-    names = ("input_ids", "position_ids", "owner", "targets")
-    reach = batch.segments.reach
-    segments = replace(batch.segments, reach=None if reach is None else reach.pin_memory())
-    return replace(
-        batch, segments=segments, **{name: getattr(batch, name).pin_memory() for name in names}
-    )
 
 
 def _cores() -> int:

@@ -213,6 +213,8 @@ class Recipe(StrictModel):
             )
         if self.training.share_beginnings:
             self._shares_exactly()
+        if self.training.expanded_layers:
+            self._expands()
         if balance is not None and balance.method == "pcgrad" and stage:
             raise ValueError(
                 f"training.balance: pcgrad does not go with zero_stage: {stage}: DeepSpeed sums gradients "
@@ -235,6 +237,18 @@ class Recipe(StrictModel):
                 "mixing.dynamic does not go with training.stages: both say when which task is drawn"
             )
         return self
+
+    def _expands(self) -> None:
+        """Refuse to leave layers expanded where none are, or where no process has a whole one."""
+        if self.quantization == "none":
+            raise ValueError(
+                "training.expanded_layers is read with quantization: nf4, fp4 or int8 only; leave it out"
+            )
+        if self.distributed.zero_stage == 3:
+            raise ValueError(
+                "training.expanded_layers does not go with zero_stage: 3: weights are gathered for each "
+                "pass; leave it out"
+            )
 
     def _shares_exactly(self) -> None:
         """Refuse what would make an example with a shared beginning another one than alone."""

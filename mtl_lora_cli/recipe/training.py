@@ -28,7 +28,7 @@ Recomputation = Annotated[
     Discriminator(_recompute_form),
 ]
 
-_PICKED = ("rows_per_pass", "gradient_checkpointing")
+_PICKED = ("rows_per_pass", "gradient_checkpointing", "expanded_layers")
 _MOST_EPOCHS = 100_000
 
 
@@ -156,6 +156,8 @@ class Training(StrictModel):
     gradient_checkpointing: Recomputation = False  # computed again in the backward pass
     balance: Annotated[Balance | None, BeforeValidator(_by_method)] = None
     memory: Literal["manual", "auto"] = "manual"  # who picks rows_per_pass and what is recomputed
+    memory_limit: PositiveFloat | None = None  # GiB of a device that auto plans with; null: all
+    expanded_layers: Annotated[int, Field(ge=0)] = 0  # first ones, also dense beside 4 or 8 bits
     checkpoint_every: Positive | None = 200  # steps; null: only at the end
     keep_checkpoints: Positive = 2
     shuffled_tasks: bool = False  # a control: the adapter gets the task ids of other examples
@@ -186,4 +188,6 @@ class Training(StrictModel):
             for name in _PICKED:
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"'{name}' is picked by memory: auto; leave it out")
+        elif self.memory_limit is not None:
+            raise ValueError("'memory_limit' is read with memory: auto only")
         return self

@@ -175,6 +175,7 @@ class _Graph:
         pool: Any,
         keys: Sequence[tuple[int, bool]],
     ) -> None:
+        assert packed.decoder is not None
         device = adapter.device
         self._buffers = [value.to(device) for value in ready.staged]
         own = dict(zip(_NAMES, self._buffers, strict=False))
@@ -197,6 +198,7 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
             losses = -packed(batch, slots=(every, chosen))
             self._dx = add_gradients((losses * own["weights"]).sum(), parameters, self._x)
+            packed.decoder.forget_expanded()
         self._losses = losses.detach()
 
     def replay(self, ready: Ready) -> Tensor:

@@ -163,6 +163,7 @@ _OF_TEXT = {
     "training.gradient_checkpointing": False,
     "training.shuffled_tasks": False,
     "training.share_beginnings": False,
+    "training.expanded_layers": 0,
 }
 
 

@@ -170,6 +170,7 @@ class Prepared:
             quantization=self.recipe.quantization,
             base_compute=self.recipe.base_compute,
         )
+        _leave_expanded(packed, self.recipe.training.expanded_layers)
         if self.data.shares:
             _require_shared(packed, longest_of(self.data))
         self._keep_features(packed, adapter)
@@ -254,6 +255,21 @@ class Prepared:
             return TextDataset(splits, self.recipe.training.loss_on, self.data.eyes)
         assert self.held is not None
         return self.held
+
+
+def _leave_expanded(packed: PackedModel, count: int) -> None:
+    """Keep quantised weights of the first layers dense, too.
+
+    Raises:
+        UsageError: the fused engine does not run.
+    """
+    if count and packed.decoder is None:
+        raise UsageError(
+            "training.expanded_layers: transformers' own layers expand their weights for each product "
+            f"({packed.not_fused}); leave it out"
+        )
+    if count and packed.decoder is not None:
+        packed.decoder.leave_expanded(count)
 
 
 def _require_shared(packed: PackedModel, longest: int) -> None:

@@ -55,7 +55,13 @@ from mtl_lora_cli.visible import tell
 
 # What may be another when a run goes on: it does not change what is learned.
 _FREE = ("run", "distributed")
-_FREE_OF_TRAINING = ("checkpoint_every", "keep_checkpoints", "validation", "diagnose")
+_FREE_OF_TRAINING = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "validation",
+    "diagnose",
+    "expanded_layers",
+)
 
 
 def new_run_path(loaded: LoadedRecipe, runs: Path, processes: Processes = ALONE) -> Path:
@@ -278,7 +284,14 @@ def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:
     if wanted.memory != "auto":
         return given
     picked = {
-        name: getattr(found, name) for name in ("memory", "rows_per_pass", "gradient_checkpointing")
+        name: getattr(found, name)
+        for name in (
+            "memory",
+            "memory_limit",
+            "rows_per_pass",
+            "gradient_checkpointing",
+            "expanded_layers",
+        )
     }
     halves = wanted.row_length // found.row_length
     if halves > 1 and found.rows_per_step == wanted.rows_per_step * halves:

@@ -219,8 +219,14 @@ def test_four_bit_weights_equal_the_plain_layers(base: BaseModel, batch: PackedB
     pytest.importorskip("bitsandbytes")
     model, adapter = build(base, quantization="nf4", dtype=torch.float32, target_modules=SEVEN)
     plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
-    fused = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
+    packed = PackedModel(model, adapter, engine="fused")
+    fused = learned(packed, adapter, batch)
     assert_alike(fused, plain, 1e-4)
+    for count in (1, len(packed.decoder.layers)):  # type: ignore[union-attr]
+        packed.decoder.leave_expanded(count)  # type: ignore[union-attr]
+        losses, gradients = learned(packed, adapter, batch)
+        assert torch.equal(losses, fused[0])
+        assert all(torch.equal(gradients[name], fused[1][name]) for name in gradients)
 
 
 def test_asked_for_everywhere_equals_the_plain_layers(

@@ -283,11 +283,64 @@ def test_rows_are_halved_last_and_a_step_keeps_its_tokens() -> None:
     assert isinstance(pick(EIGHT_B_NF4, 10, row_length=8192, longest=4097), int)
 
 
+def test_free_memory_holds_layers_left_expanded() -> None:
+    """A layer's matrices with their margins: 0.41 GiB; all of them as bf16's own weights."""
+    one: dict[str, Any] = {"row_length": 8192, "rows_per_step": 1}
+    load = Load(8192, 768, 469)
+    needed = needed_bytes(peak_bytes(EIGHT_B_NF4, Recompute(), load)) / GIB
+    within = picked(EIGHT_B_NF4, needed + 0.01, **one)
+    some = picked(EIGHT_B_NF4, 40, **one)
+    plenty = picked(EIGHT_B_NF4, 60, **one)
+    assert (within.expanded, plenty.expanded) == (0, 32)
+    assert 0 < some.expanded < 32
+    for choice in (within, some):
+        more = replace(EIGHT_B_NF4, left_expanded=choice.expanded + 1)
+        assert needed_bytes(peak_bytes(more, choice.recompute, load)) > choice.free
+        assert choice.recompute == Recompute()
+    dense = picked(EIGHT_B, 60, **one)
+    buffers = (2 * 28672 * 4096 * 2 + EIGHT_B_NF4.trained * 2) / GIB
+    four_bits = (weight_bytes(EIGHT_B_NF4) - 2 * EIGHT_B_NF4.other_weights) / GIB
+    assert (plenty.peak - dense.peak) / GIB == pytest.approx(buffers + four_bits, abs=0.1)
+    assert picked(EIGHT_B_NF4, 60, **one, expandable=False).expanded == 0
+    assert dense.quantised == 0
+
+
+def test_a_limit_is_planned_with(auto: Callable[..., Path]) -> None:
+    """Where a gigabyte and 100 MiB are free, within a gigabyte and 25: as where only these are."""
+    limit = (CONTEXT + 25 * 2**20) / GIB
+    limited = prepare(load_recipe(auto(100, memory_limit=limit)))
+    alone = prepare(load_recipe(auto(25)))
+    assert limited.recipe.training == alone.recipe.training
+    assert limited.recipe.training.memory_limit is None
+    assert f"1.1 GiB free on a small card, {limit:g} allowed: rows of " in str(limited.memory)
+    with pytest.raises(UsageError, match=r"a small card, 1 are allowed by memory_limit, and the"):
+        prepare(load_recipe(auto(100, memory_limit=1)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["training.memory_limit=3"], "'memory_limit' is read with memory: auto only"),
+        (["training.expanded_layers=3"], "training.expanded_layers is read with quantization: nf4"),
+        (
+            ["training.expanded_layers=3", "quantization=nf4", "distributed.zero_stage=3"],
+            "training.expanded_layers does not go with zero_stage: 3",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused(
+    auto: Callable[..., Path], given: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_recipe(auto(100), ["training.memory=manual", *given])
+
+
 def test_the_message_says_what_and_why() -> None:
     found = picked(EIGHT_B_NF4, 24)
     assert found.message("NVIDIA L4", 2048, 8) == (
         "memory: 24.0 GiB free on NVIDIA L4: rows of 2,048, 3 rows a pass (fewer, larger passes do "
-        "not fit); attention computed again (saves 1.5 GiB); estimated peak 21.6 GiB"
+        "not fit); attention computed again (saves 1.5 GiB); none of 32 layers left expanded; "
+        "estimated peak 21.9 GiB"
     )
     plenty = picked(EIGHT_B, 80, row_length=8192, rows_per_step=1).message("card", 8192, 1)
     assert "rows of 8,192, 1 row a pass; nothing computed again; estimated peak 38.4 GiB" in plenty
@@ -466,7 +519,13 @@ def test_the_plain_engine_is_not_known(auto: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["rows_per_pass=2", "gradient_checkpointing=true", "gradient_checkpointing={qkv: 3}"]
+    "given",
+    [
+        "rows_per_pass=2",
+        "gradient_checkpointing=true",
+        "gradient_checkpointing={qkv: 3}",
+        "expanded_layers=2",
+    ],
 )
 def test_what_is_picked_is_not_given_too(auto: Callable[..., Path], given: str) -> None:
     name = given.partition("=")[0]

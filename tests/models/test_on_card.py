@@ -155,6 +155,39 @@ def test_four_bit(batch: PackedBatch, keep: Keep) -> None:
         assert distance < 0.02
 
 
+@pytest.mark.parametrize("keep", [Keep(), NOTHING], ids=["kept", "again"])
+@pytest.mark.parametrize("targets", [FOUR, ("up_proj",)], ids=["all", "MLP"])
+def test_four_bit_expanded_ahead_or_left_expanded(
+    make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch, keep: Keep, targets: Sequence[str]
+) -> None:
+    """The same bits as expanded for each product, launch by launch and in a graph."""
+    model, adapter = build(target_modules=targets, quantization="nf4")
+    start = {name: tensor.detach().clone() for name, tensor in adapter.tensors().items()}
+
+    def run(left: int, *, ahead: bool) -> list[Tensor]:
+        monkeypatch.setattr("mtl_lora_cli.engine.decoder.WORTH", 1 if ahead else 2**60)
+        with torch.no_grad():
+            for name, tensor in adapter.tensors().items():
+                tensor.copy_(start[name])
+                tensor.grad = None
+        packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
+        assert packed.decoder is not None
+        packed.decoder.leave_expanded(left)
+        graphed = GraphedPasses(packed, adapter, 1024, EagerPasses(packed.losses, packed, CARD))
+        found = []
+        for number in range(5):
+            one = make_batch([100 + 7 * number, 33, 400 - number, 1], [0, -1, 2, 3], every=5)
+            weights = torch.linspace(1, 2, len(one.targets))
+            found.append(graphed.run(graphed.prepare(one, weights)).clone())
+            found += [t.grad.clone() for t in adapter.tensors().values() if t.grad is not None]
+        return found
+
+    each = run(0, ahead=False)
+    assert all(one.isfinite().all() for one in each)
+    for left, ahead in ((0, True), (3, True), (1, True)):
+        assert all(map(torch.equal, run(left, ahead=ahead), each))
+
+
 def test_dropout_with_a_fixed_mask(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def mask(self: AdapterProducts, x: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ training:
   loss_on: answer
   gradient_checkpointing: false
   memory: manual
+  memory_limit: null
+  expanded_layers: 0
   checkpoint_every: 2
   keep_checkpoints: 1
   diagnose: {every: 10}
