@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.engine import torch_attention as attention
-from mtl_lora_cli.engine.segment_forms import EVERYTHING
+from mtl_lora_cli.engine.segment_forms import EVERYTHING, Rule
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores
 from mtl_lora_cli.models.registered import NotHonoured, packed_attention
@@ -192,16 +192,28 @@ def test_stacks_equal_the_segments_one_by_one(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("trees", [False, True], ids=["causal", "trees"])
-def test_a_card_attends_as_a_cpu_does(trees: bool) -> None:
+@pytest.mark.parametrize("form", ["causal", "trees", "blocks", "blocks in windows"])
+def test_a_card_attends_as_a_cpu_does(form: str) -> None:
     """In float64, where stacks do it there and the loop over segments does it here."""
-    segments = Segments.build(MIXED, forked(MIXED) if trees else None)
+    blocks = None
+    if (
+        "blocks" in form
+    ):  # of PaliGemma, and of Gemma: seven positions behind the first three see each other
+        places = torch.cat([torch.arange(length) for length in MIXED])
+        owner = torch.arange(len(MIXED)).repeat_interleave(torch.tensor(MIXED))
+        blocks = torch.where((places >= 3) & (places < 10), owner, -1).to(torch.int32)
+    reach = forked(MIXED) if form == "trees" else None
+    segments = Segments.build(MIXED, reach, blocks, in_windows="windows" in form)
+    rule = Rule(5) if form == "blocks in windows" else EVERYTHING
     torch.manual_seed(0)
     q = torch.randn(1, 6, sum(MIXED), 16, dtype=torch.float64, requires_grad=True)
     k, v = torch.randn(2, 1, 2, sum(MIXED), 16, dtype=torch.float64)
-    here = attention.attend_segments(q, k, v, Scores(0.3), segments)
+    here = attention.attend_segments(q, k, v, Scores(0.3), segments, rule)
     there = attention.attend_segments(
-        q.cuda(), k.cuda(), v.cuda(), Scores(0.3), segments.to(torch.device("cuda"))
+        q.cuda(), k.cuda(), v.cuda(), Scores(0.3), segments.to(torch.device("cuda")), rule
+    )
+    assert "blocks" not in form or not torch.equal(
+        here, attention.attend_segments(q, k, v, Scores(0.3), Segments.build(MIXED), rule)
     )
     torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=1e-12)
     dout = torch.randn_like(here)
