@@ -43,6 +43,11 @@ def is_quantised(layer: nn.Linear) -> bool:
     return _is_quantised(layer.weight)
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether the layer's weight is a matrix of floats that does not learn."""
+    return not (is_quantised(layer) or layer.weight.requires_grad)
+
+
 def _is_quantised(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8
 
@@ -55,6 +60,7 @@ class FrozenWeights:
 
     Attributes:
         exact: multiply as without `round_to_fp8`.
+        gone: W is there in 8 bits alone.
         ahead: makes the matrix of quantised weights beside the product before; None: each product makes its own.
     """
 
@@ -67,8 +73,10 @@ class FrozenWeights:
         self._together: Tensor | None = None
         self._rows: tuple[fp8.ScaledRows, fp8.ScaledRows] | None = None
         self._left: Tensor | None = None
-        self.exact = False
         self.ahead: Ahead | None = None
+        self._apart: tuple[Tensor, Tensor] | None = None  # s B and A, where W has 8 bits
+        self.exact = False
+        self.gone = False
 
     def weights(self) -> tuple[Tensor, ...]:
         """The layers' own parameters, as a backward pass should keep them."""
@@ -77,7 +85,12 @@ class FrozenWeights:
     @property
     def room(self) -> Room:
         """The margins that `product` and `input_gradient` can use."""
-        return Room() if self._rounded is not None else self._room
+        return Room() if self.rounds else self._room
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products are in 8-bit floats."""
+        return self._rounded is not None
 
     def lay_together(
         self,
@@ -124,7 +137,7 @@ class FrozenWeights:
         What lies outside the blocks of s B is zero and stays so.
         """
         (out, width), margins = self.shape, self.margins()
-        if margins is not None and self.room == (columns, rows):
+        if margins is not None and (margins[0].shape[1], len(margins[1])) == (columns, rows):
             return margins
         device = self.layers[0].weight.device
         return (
@@ -133,8 +146,11 @@ class FrozenWeights:
         )
 
     def margins(self) -> tuple[Tensor, Tensor] | None:
-        """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W; None: it has none."""
+        """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W, or, where it has 8 bits, by
+        themselves; None: it has none."""
         out, width = self.shape
+        if self.rounds:
+            return self._apart
         if self._together is None or not self.room.columns:
             return None
         return self._together[:out, width:], self._together[out:, :width]
@@ -162,6 +178,20 @@ class FrozenWeights:
         """
         dense = self._dense(self.weights(), self.dtype)
         self._rows = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
+        (out, width), (columns, rows) = self.shape, self._room
+        if columns:
+            self._apart = dense.new_zeros(out, columns), dense.new_zeros(rows, width)
+
+    def let_go(self) -> None:
+        """Free W in its own dtype: from now on it is there in 8 bits alone.
+
+        The parameters keep their shape and dtype, but no number: whoever asks one gets NaN. Not for weights
+        that are quantised or learn.
+        """
+        assert self._rows is not None, "W is not there in 8 bits"
+        self.gone, self._together, self._room = True, None, Room()
+        for layer in self.layers:
+            layer.weight.data = layer.weight.new_full((), torch.nan).expand(layer.weight.shape)
 
     def bias(self) -> Tensor | None:
         """b [Σ out_j], or None where no layer has one."""
@@ -176,11 +206,13 @@ class FrozenWeights:
         ]
         return torch.cat(list(parts))
 
-    def product(self, x: Tensor, weights: Sequence[Tensor], up: Tensor | None = None) -> Tensor:
+    def product(
+        self, x: Tensor | fp8.Rounded, weights: Sequence[Tensor], up: Tensor | None = None
+    ) -> Tensor:
         """y = x Wᵀ + b.
 
         Args:
-            x: [N, in]; with `up` [x | u] [N, in + columns].
+            x: [N, in], rounded already or not; with `up` [x | u] [N, in + columns].
             weights: from `weights`.
             up: s B [Σ out_j, columns], where there is room.
 
@@ -188,19 +220,23 @@ class FrozenWeights:
             [N, Σ out_j]
         """
         if self._rounded is not None:
-            return fp8.product(fp8.to_rows(x), self._rounded[0], x.dtype, self.bias())
+            return fp8.product(fp8.rounded(x).rows, self._rounded[0], x.dtype, self.bias())
+        x = fp8.exactly(x)
         if up is None:
             return F.linear(x, self._dense(weights, x.dtype), self.bias())
         wide = self._with_margins(weights, x.dtype, up=up)
         return F.linear(x, wide[: self.shape[0]], self.bias())
 
     def input_gradient(
-        self, dy: Tensor, weights: Sequence[Tensor], down: Tensor | None = None
+        self,
+        dy: Tensor | fp8.Rounded,
+        weights: Sequence[Tensor],
+        down: Tensor | None = None,
     ) -> Tensor:
         """dx = dy W.
 
         Args:
-            dy: [N, Σ out_j]; with `down` [dy | dz] [N, Σ out_j + rows].
+            dy: [N, Σ out_j], rounded already or not; with `down` [dy | dz] [N, Σ out_j + rows].
             weights: from `weights`.
             down: A [rows, in], where there is room.
 
@@ -208,13 +244,15 @@ class FrozenWeights:
             [N, in]
         """
         if self._rounded is not None:
-            return fp8.product(fp8.to_rows(dy), self._rounded[1], dy.dtype)
+            return fp8.product(fp8.rounded(dy).rows, self._rounded[1], dy.dtype)
+        dy = fp8.exactly(dy)
         if down is None:
             return dy @ self._dense(weights, dy.dtype, backward=True)
         return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
 
     @property
     def _rounded(self) -> tuple[fp8.ScaledRows, fp8.ScaledRows] | None:
+        assert not (self.exact and self.gone), "the exact weights were let go of"
         return None if self.exact else self._rows
 
     @property

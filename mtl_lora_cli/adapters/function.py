@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.methods.base import Spread
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.low_rank import add_product_
 from mtl_lora_cli.kernels.mix import mix, mix_gradient
 from mtl_lora_cli.kernels.place import Place, place_each
 
@@ -199,7 +200,7 @@ class AdapterProducts:
     def add_up(self, y: Tensor, u: Tensor, factors: Factors) -> None:
         """y_j += s B_j u_j in place."""
         for (start, stop), up, own in self._parts(factors.up, u):
-            y[:, start:stop].addmm_(own, up.T)
+            add_product_(y[:, start:stop], own, up)
 
     def gradients(
         self, dy: Tensor, z: Tensor, u: Tensor, factors: Factors, slots: Slots
@@ -218,7 +219,7 @@ class AdapterProducts:
     ) -> None:
         """dx += mask ⊙ (dz A) in place."""
         if mask is None:
-            dx.addmm_(dz, factors.down)
+            add_product_(dx, dz, factors.down.T)
         else:
             dx.add_(self.dropped(dz @ factors.down, mask))
 

@@ -144,7 +144,10 @@ def run_case(case: Case, measuring: Measuring) -> dict[str, Any]:
     synchronize(device)
     built = {"build_seconds": time.perf_counter() - started, "build_memory_gib": peak_gib(device)}
 
-    rounding = packed.rounding(steps[0].batches[0]) if case.base_compute == "fp8" else None
+    rounding = None
+    if case.base_compute == "fp8":
+        rounding = packed.rounding(steps[0].batches[0])
+        packed.let_go()
 
     captures = []
 

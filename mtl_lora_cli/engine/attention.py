@@ -18,7 +18,9 @@ from mtl_lora_cli.engine.plan import AttentionPlan
 from mtl_lora_cli.engine.segment_forms import Rule
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.torch_attention import Scores, attend_again, attend_segments
+from mtl_lora_cli.kernels import rounding
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
+from mtl_lora_cli.kernels.fp8 import Form
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
 from mtl_lora_cli.kernels.rotary import Turn, rotate_
 from mtl_lora_cli.kernels.tiles import (
@@ -89,6 +91,18 @@ class Packing:
             )
         elif self._turn is not None:
             rotate_(own, self._turn, heads=self.heads, key_heads=self.key_heads, back=True)
+
+    def gradient_for(
+        self, form: Form, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None
+    ) -> rounding.Made:
+        """The same in the form that a product wants; without room."""
+        if form == "exact" or norms is not None or self._turn is None:
+            self.gradient_(dqkv, qkv, norms)
+            return dqkv
+        own = self._scaled_(dqkv)
+        return rounding.rotate_back(
+            own, self._turn, form, heads=self.heads, key_heads=self.key_heads
+        )
 
     def _scaled_(self, qkv: Tensor) -> Tensor:
         if self.query_scale is not None:

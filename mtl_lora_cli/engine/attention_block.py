@@ -51,7 +51,7 @@ class AttentionBlock(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         assert call.packing is not None
         count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
-        entry, h = half.begin.forward(x, before, half.qkv.room.columns)
+        entry, h = half.begin.forward_for(half.qkv, x, before)
         qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
         ready = packing.ready(half.layout.apart(qkv), half.heads)
         if call.told is not None:
@@ -87,7 +87,7 @@ class AttentionBlock(torch.autograd.Function):
         qkv_tape, o_tape = saved.get("tape_qkv"), saved.get("tape_o")
         qkv, attended = saved.get("qkv"), saved.get("attended")
         if qkv is None:
-            h = half.begin.again(entry, half.qkv.room.columns)
+            h = half.begin.again_for(half.qkv, entry)
             qkv = half.qkv.again(h, qkv_tape, slots)
             heads = half.layout.apart(qkv)
             ready = packing.ready(heads, half.heads)
@@ -101,18 +101,21 @@ class AttentionBlock(torch.autograd.Function):
         attended = half.o.input(attended)
         chosen = half.layout.gated(attended, qkv)
         chosen = chosen if call.positions is None else chosen[call.positions]
-        dout, roomy = half.end.take(dout)
-        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=roomy)
+        handed, roomy = half.end.take(dout)
+        dchosen, o_gradients = half.o.backward(handed, o_tape, call.chosen_slots, True, roomy=roomy)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dattended = spread_out(dchosen, call.positions, attended)
         dattended, dgates = half.layout.gate_gradient(dattended, attended, qkv)
         room = half.qkv.room.rows
         dqkv = attend_gradient(dattended, ready, attended, state, packing, room=room)
-        packing.gradient_(dqkv, heads, half.heads)
-        dqkv = half.layout.gradient(dqkv, dgates, qkv, room=room)
+        if half.layout.plain:
+            given = packing.gradient_for(half.qkv.form, dqkv, heads, half.heads)
+        else:
+            packing.gradient_(dqkv, heads, half.heads)
+            given = half.layout.gradient(dqkv, dgates, qkv, room=room)
         ctx.state = state = None
         wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dh, qkv_gradients = half.qkv.backward(dqkv, qkv_tape, slots, wanted, roomy=True)
+        dh, qkv_gradients = half.qkv.backward(given, qkv_tape, slots, wanted, roomy=True)
         qkv_found = half.qkv.finish(qkv_gradients, qkv_tape, entry.total, half.begin.normed(entry))
         both = None
         if wanted:

@@ -8,6 +8,7 @@ the last layer no work after attention where no answer is asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl_lora_cli.adapters.expanded import WORTH, Ahead, pitched
+from mtl_lora_cli.adapters.frozen import FrozenWeights, is_plain
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer, mixing_of
 from mtl_lora_cli.adapters.routing import Slots
@@ -204,20 +206,43 @@ class FusedDecoder:
 
     def round_to_fp8(self) -> None:
         """Multiply with all frozen weights in 8-bit floats from now on (`kernels/fp8.py`)."""
-        for layer in self.layers:
-            for group in layer.groups:
-                group.frozen.round_to_fp8()
+        for weights in self._frozen:
+            weights.round_to_fp8()
+
+    def let_go(self, model: nn.Module) -> list[str]:
+        """After `round_to_fp8`, free the layers' weights in their own dtype; see `FrozenWeights.let_go`.
+
+        Those stay that are quantised, that learn, or that another module reads, too.
+
+        Args:
+            model: the whole model.
+
+        Returns:
+            The names of those that stay.
+        """
+        named = list(model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(parameter) for _, parameter in named)
+        stay = set()
+        for weights in self._frozen:
+            if all(is_plain(layer) and uses[id(layer.weight)] == 1 for layer in weights.layers):
+                weights.let_go()
+            else:
+                stay |= {id(layer.weight) for layer in weights.layers}
+        return [name for name, parameter in named if id(parameter) in stay]
+
+    @property
+    def _frozen(self) -> list[FrozenWeights]:
+        return [group.frozen for layer in self.layers for group in layer.groups]
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
         """Inside the block the products are not rounded to 8-bit floats."""
-        frozen = [group.frozen for layer in self.layers for group in layer.groups]
-        for weights in frozen:
+        for weights in self._frozen:
             weights.exact = True
         try:
             yield
         finally:
-            for weights in frozen:
+            for weights in self._frozen:
                 weights.exact = False
 
     def embed(self, input_ids: Tensor) -> Tensor:

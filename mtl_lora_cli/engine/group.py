@@ -13,6 +13,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
 from mtl_lora_cli.adapters.function import AdapterProducts, Factors
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.kernels.fp8 import Form, Rounded, exactly
 from mtl_lora_cli.kernels.place import Place
 
 _MOST_OWN_ROWS = 128
@@ -72,6 +73,13 @@ class Group:
         return self.frozen.room
 
     @property
+    def form(self) -> Form:
+        """What its products read of its input, and of its output's gradient."""
+        if not self.frozen.rounds:
+            return "exact"
+        return "both" if self.adapted else "eight"
+
+    @property
     def count(self) -> int:
         """Number of `tensors`."""
         return 1 + 2 * len(self.adapted) if self.adapted else 0
@@ -98,12 +106,13 @@ class Group:
         return self.products.margin_places(self.frozen, downs, ups)
 
     def forward(
-        self, wide: Tensor, tensors: Sequence[Any], slots: Slots, training: bool
+        self, wide: Tensor | Rounded, tensors: Sequence[Any], slots: Slots, training: bool
     ) -> tuple[Tensor, Tape | None]:
         """y from [x | room], and what the backward pass needs of the adapters."""
-        x, written, self.written = self.input(wide), self.written, False
+        written, self.written = self.written, False
         if self.products is None or slots.count == 0:
-            return self.frozen.product(x, self.frozen.weights()), None
+            return self._frozen_product(wide), None
+        x = self.input(wide)
         mixing, rest = tensors[0], tensors[1:]
         count = len(self.adapted)
         factors = self.products.in_margins(self.frozen, mixing) if written else None
@@ -115,40 +124,45 @@ class Group:
         tape = Tape(factors, z, mask, tuple(like.shape for like in rest))
         return self._product(wide, tape, slots), tape
 
-    def again(self, wide: Tensor, tape: Tape | None, slots: Slots) -> Tensor:
+    def again(self, wide: Tensor | Rounded, tape: Tape | None, slots: Slots) -> Tensor:
         """y once more."""
         if tape is None:
-            return self.frozen.product(self.input(wide), self.frozen.weights())
+            return self._frozen_product(wide)
         return self._product(wide, tape, slots)
 
-    def input(self, wide: Tensor) -> Tensor:
+    def input(self, wide: Tensor | Rounded) -> Tensor:
         """x of [x | room]."""
-        return wide[:, : self.frozen.shape[1]]
+        return exactly(wide)[:, : self.frozen.shape[1]]
+
+    def _frozen_product(self, wide: Tensor | Rounded) -> Tensor:
+        x = wide if isinstance(wide, Rounded) else self.input(wide)
+        return self.frozen.product(x, self.frozen.weights())
 
     def backward(
-        self, wide: Tensor, tape: Tape | None, slots: Slots, wanted: bool, *, roomy: bool
+        self, wide: Tensor | Rounded, tape: Tape | None, slots: Slots, wanted: bool, *, roomy: bool
     ) -> tuple[Tensor | None, Gradients | None]:
         """dx where it is wanted, and the adapters' gradients, that of A unfinished.
 
         Args:
-            wide: [dy | room], or dy alone where it is not `roomy`.
+            wide: [dy | room], or dy alone where it is not `roomy`, or dy in 8-bit rows, in the group's form.
             tape, slots: of the forward pass.
             wanted: whether dx is.
             roomy: whether there is room behind dy.
         """
         weights = self.frozen.weights()
-        dy = wide[:, : self.frozen.shape[0]]
+        given = wide if isinstance(wide, Rounded) else wide[:, : self.frozen.shape[0]]
         if self.products is None or tape is None:
-            return self.frozen.input_gradient(dy, weights) if wanted else None, None
+            return self.frozen.input_gradient(given, weights) if wanted else None, None
+        dy = exactly(given)
         u = self.products.spread(tape.z, tape.factors, slots)
         dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots)
         found = Gradients(dz, dmixing, dups)
         if not wanted:
             return None, found
-        if roomy and self.room.rows and tape.mask is None:
+        if roomy and self.room.rows and tape.mask is None and isinstance(wide, Tensor):
             wide[:, self.frozen.shape[0] :].copy_(dz)
             return self.frozen.input_gradient(wide, weights, tape.factors.down), found
-        dx = self.frozen.input_gradient(dy, weights)
+        dx = self.frozen.input_gradient(given, weights)
         self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)
         return dx, found
 
@@ -178,10 +192,10 @@ class Group:
         )
         return [gradients.dmixing, *parameters]
 
-    def _product(self, wide: Tensor, tape: Tape, slots: Slots) -> Tensor:
+    def _product(self, wide: Tensor | Rounded, tape: Tape, slots: Slots) -> Tensor:
         assert self.products is not None
         weights = self.frozen.weights()
-        if self.room.columns:
+        if self.room.columns and isinstance(wide, Tensor):
             self.products.spread(tape.z, tape.factors, slots, out=wide[:, self.frozen.shape[1] :])
             return self.frozen.product(wide, weights, tape.factors.up)
         y = self.frozen.product(wide, weights)

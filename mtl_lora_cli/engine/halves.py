@@ -26,10 +26,13 @@ from mtl_lora_cli.engine.plan import (
 from mtl_lora_cli.engine.router import RouterWeights
 from mtl_lora_cli.engine.shared_half import SharedHalf
 from mtl_lora_cli.engine.stack_group import StackGroup
+from mtl_lora_cli.kernels import norm as norms
+from mtl_lora_cli.kernels import rounding, stream
 from mtl_lora_cli.kernels.backend import with_room
+from mtl_lora_cli.kernels.fp8 import Form, Rounded, ScaledRows
 from mtl_lora_cli.kernels.head_norm import HeadNorms
-from mtl_lora_cli.kernels.norm import apply_norm
-from mtl_lora_cli.kernels.stream import After, Entry, Norm, enter, enter_gradient
+from mtl_lora_cli.kernels.rounding import Made
+from mtl_lora_cli.kernels.stream import After, Entry, Norm
 
 
 def norm_of(module: nn.Module, plan: NormPlan) -> Norm:
@@ -52,26 +55,35 @@ class End:
         self.after = after
         self._group = group
         self._wide: Tensor | None = None
+        self._rows: ScaledRows | None = None
+
+    @property
+    def form(self) -> Form:
+        """What the group reads of the gradient of its output."""
+        return "exact" if self._group is None else self._group.form
 
     @property
     def room(self) -> int:
         """Columns that the group uses behind the gradient of its output."""
         return 0 if self._group is None else self._group.room.rows
 
-    def hand(self, wide: Tensor) -> Tensor:
-        """The gradient of the output, of [gradient | room]; `take` gives the room back."""
-        if not self.room:
+    def hand(self, wide: Tensor, rows: ScaledRows | None = None) -> Tensor:
+        """The gradient of the output, of [gradient | room]; `take` gives the room, or the 8-bit rows, back."""
+        if not self.room and rows is None:
             return wide
-        self._wide = wide
+        self._wide, self._rows = wide, rows
         return wide[:, : wide.shape[1] - self.room]
 
-    def take(self, gradient: Tensor) -> tuple[Tensor, bool]:
-        """[gradient | room] and True, where it is what was handed over; else it alone and False."""
-        wide, self._wide = self._wide, None
+    def take(self, gradient: Tensor) -> tuple[Made, bool]:
+        """[gradient | room] and True, or the gradient with its 8-bit rows and False, where it is what was handed
+        over; else it alone and False."""
+        (wide, rows), self._wide, self._rows = (self._wide, self._rows), None, None
         if wide is None or wide.data_ptr() != gradient.data_ptr():
             return gradient, False
         if (len(wide), wide.stride()) != (len(gradient), gradient.stride()):
             return gradient, False
+        if rows is not None:
+            return Rounded(rows, gradient, gradient.dtype), False
         return wide, True
 
 
@@ -89,13 +101,25 @@ class Begin:
 
     def forward(self, x: Tensor, out: Tensor | None, room: int) -> tuple[Entry, Tensor]:
         """What the backward pass is to know, and h [N, d + room]."""
-        return enter(x, out, self._after, self.norm, room=room)
+        return stream.enter(x, out, self._after, self.norm, room=room)
+
+    def forward_for(self, group: Group, x: Tensor, out: Tensor | None) -> tuple[Entry, Made]:
+        """The same, h as one group alone reads it."""
+        room = group.room.columns
+        return rounding.enter(x, out, self._after, self.norm, group.form, room=room)
 
     def again(self, entry: Entry, room: int) -> Tensor:
         """h once more."""
         if self.norm is None or entry.inverse is None:
             return with_room(entry.total, room)
-        return apply_norm(entry.total, entry.inverse, self.norm.weight, room=room)
+        return norms.apply_norm(entry.total, entry.inverse, self.norm.weight, room=room)
+
+    def again_for(self, group: Group, entry: Entry) -> Made:
+        """The same for one group alone."""
+        if self.norm is None or entry.inverse is None:
+            return self.again(entry, group.room.columns)
+        room, weight = group.room.columns, self.norm.weight
+        return rounding.apply_norm(entry.total, entry.inverse, weight, group.form, room=room)
 
     def normed(self, entry: Entry) -> tuple[Tensor, Tensor] | None:
         """What `Group.finish` wants to know of the norm before its input."""
@@ -108,9 +132,12 @@ class Begin:
 
         Of h's, and of the one that comes past the block.
         """
-        room = 0 if self.end is None else self.end.room
-        dx, dout = enter_gradient(dh, dresidual, entry, self._after, self.norm, room=room)
-        return dx, dout if self.end is None else self.end.hand(dout)
+        if self.end is None:
+            return stream.enter_gradient(dh, dresidual, entry, self._after, self.norm)
+        dx, dout, rows = rounding.enter_gradient(
+            dh, dresidual, entry, self._after, self.norm, self.end.form, room=self.end.room
+        )
+        return dx, self.end.hand(dout, rows)
 
     @property
     def _after(self) -> After:

@@ -36,14 +36,15 @@ LIVE_LAYERS = 4  # of a model that is cut into parts: what is whole at a time
 
 
 def weight_bytes(sizes: ModelSizes) -> int:
-    """The frozen weights: those of the layers in `dtype` or quantised, all others in `dtype`.
+    """The frozen weights: those of the layers in `dtype` or quantised, all others in `dtype`. With fp8 those of
+    the layers are let go of before the first step; their 8-bit copies are not among these.
 
     Cut into parts there are, besides one part, the head and some layers whole: one that works and
     those that are fetched ahead.
     """
     each = NF4_BITS / 8 if sizes.four_bit else 1.0 if sizes.eight_bit else sizes.value
     layers = [
-        each * sum(group.weights for group in layer.groups)
+        (not sizes.let_go) * each * sum(group.weights for group in layer.groups)
         + (each if sizes.four_bit else sizes.value) * layer.experts
         for layer in sizes.layers
     ]
@@ -142,7 +143,7 @@ def batch_bytes(sizes: ModelSizes, load: Load) -> int:
 
 
 def peak_bytes(sizes: ModelSizes, recompute: Recompute, load: Load) -> int:
-    """The most that the tensors of one pass take together."""
+    """The most that the tensors of one pass take together, or what is there before the first step."""
     return sum(peak_parts(sizes, recompute, load).values())
 
 
@@ -166,7 +167,7 @@ def peak_parts(sizes: ModelSizes, recompute: Recompute, load: Load) -> dict[str,
     logits = head_bytes(sizes, load)
     in_head = kept + logits > sum(most)
     weights, value = weight_bytes(sizes), sizes.trained * VALUE_BYTES
-    return {
+    found = {
         "weights": weights,
         "adapter": value,
         "gradients": value,
@@ -176,6 +177,23 @@ def peak_parts(sizes: ModelSizes, recompute: Recompute, load: Load) -> dict[str,
         "activations": kept if in_head else most[0],
         "logits": logits if in_head else 0,
         "workspace": 0 if in_head else most[1],
+    }
+    return max(found, _look_parts(sizes, found, load), key=lambda parts: sum(parts.values()))
+
+
+def _look_parts(sizes: ModelSizes, found: dict[str, int], load: Load) -> dict[str, int]:
+    """The same when `rounding` asks both kinds of weights before the first step, and nothing is kept."""
+    if not sizes.let_go:
+        return found
+    layers = [forward_bytes(sizes, layer, Keep(), load, last=False) for layer in sizes.layers]
+    exact = sum(group.weights for layer in sizes.layers for group in layer.groups) * sizes.value
+    return found | {
+        "weights": found["weights"] + exact,
+        "gradients": 0,
+        "moments": 0,
+        "activations": 0,
+        "logits": head_bytes(sizes, load),
+        "workspace": max(layers),
     }
 
 

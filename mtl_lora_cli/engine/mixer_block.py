@@ -124,8 +124,8 @@ class MixerBlock(torch.autograd.Function):
             if o_tape is not None:
                 mixed = mix(half.core, inputs, segments)
                 chosen = mixed if call.positions is None else mixed[call.positions]
-        dout, roomy = half.end.take(dout)
-        dchosen, o_gradients = half.o.backward(dout, o_tape, call.chosen_slots, True, roomy=roomy)
+        handed, roomy = half.end.take(dout)
+        dchosen, o_gradients = half.o.backward(handed, o_tape, call.chosen_slots, True, roomy=roomy)
         o_found = half.o.finish(o_gradients, o_tape, chosen)
         dmixed = dchosen
         if call.positions is not None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.engine.halves import MlpHalf
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
-from mtl_lora_cli.kernels.gated import gated, gated_gradient
+from mtl_lora_cli.kernels.rounding import gated, gated_gradient
 
 
 class MlpBlock(torch.autograd.Function):
@@ -34,9 +34,10 @@ class MlpBlock(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         count, slots = half.gate_up.count, call.chosen_slots
-        entry, h = half.begin.forward(x, before, half.gate_up.room.columns)
+        entry, h = half.begin.forward_for(half.gate_up, x, before)
         both, gate_up_tape = half.gate_up.forward(h, tensors[:count], slots, call.training)
-        activated = gated(both, half.plan.activation, room=half.down.room.columns)
+        down = half.down
+        activated = gated(both, half.plan.activation, down.form, room=down.room.columns)
         out, down_tape = half.down.forward(activated, tensors[count:], slots, call.training)
         if call.learn:
             saved = Saved(ctx)
@@ -58,14 +59,16 @@ class MlpBlock(torch.autograd.Function):
         gate_up_tape, down_tape = saved.get("tape_gate_up"), saved.get("tape_down")
         both = saved.get("both")
         if both is None:
-            h = half.begin.again(entry, half.gate_up.room.columns)
+            h = half.begin.again_for(half.gate_up, entry)
             both = half.gate_up.again(h, gate_up_tape, slots)
-        dout, roomy = half.end.take(dout)
-        dactivated, down_gradients = half.down.backward(dout, down_tape, slots, True, roomy=roomy)
+        handed, roomy = half.end.take(dout)
+        dactivated, down_gradients = half.down.backward(handed, down_tape, slots, True, roomy=roomy)
+        del handed
         dboth, activated = gated_gradient(
             dactivated,
             both,
             half.plan.activation,
+            half.gate_up.form,
             again=down_tape is not None,
             room=half.gate_up.room.rows,
         )

@@ -149,7 +149,7 @@ class ModelSizes:
         eight_bit: they are int8.
         parts: of how many processes each holds one part of the weights, and gathers a layer at a
             time; 1 where each holds all.
-        fp8: two 8-bit copies of the layers' weights are kept.
+        fp8: of the layers' weights two 8-bit copies are kept, and, where they are not quantised, nothing else.
         kernels: our kernels run; otherwise plain torch, which keeps and copies more.
         dropout: whether features are dropped before A.
         capped: the logits have a soft cap.
@@ -186,6 +186,11 @@ class ModelSizes:
         stacks = [stack.values for layer in self.layers for stack in layer.stacks]
         stack = max(stacks, default=0) if self.four_bit else 0
         return 2 * most + stack if turns else max(most, stack)
+
+    @property
+    def let_go(self) -> bool:
+        """Whether the layers' weights are there in `dtype` until the first step alone."""
+        return self.fp8 and not self.expanded
 
     @property
     def width(self) -> int:

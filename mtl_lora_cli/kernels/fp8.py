@@ -8,7 +8,7 @@ magnitude of a row over 448. On Hopper and later such products run at twice the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from mtl_lora_cli.kernels.backend import in_triton
 
 LARGEST = 448.0  # of e4m3
+Form = Literal["exact", "both", "eight"]  # what is made of a matrix: itself, 8-bit rows, or both
 
 
 class ScaledRows(NamedTuple):
@@ -23,6 +24,34 @@ class ScaledRows(NamedTuple):
 
     values: Tensor
     scale: Tensor
+
+
+class Rounded(NamedTuple):
+    """A matrix x [rows, columns] in 8-bit floats, for a product with a frozen weight.
+
+    Attributes:
+        rows: x, rounded.
+        exact: x itself, where somebody reads it; None: it was never written.
+        dtype: of x, and of the product.
+    """
+
+    rows: ScaledRows
+    exact: Tensor | None
+    dtype: torch.dtype
+
+
+def rounded(x: Tensor | Rounded, form: Form = "both") -> Rounded:
+    """x in 8-bit floats; what is rounded already stays as it is."""
+    if isinstance(x, Rounded):
+        return x
+    return Rounded(to_rows(x), None if form == "eight" else x, x.dtype)
+
+
+def exactly(x: Tensor | Rounded) -> Tensor:
+    """x itself, which must have been asked for."""
+    found = x.exact if isinstance(x, Rounded) else x
+    assert found is not None, "nobody asked for more than the 8-bit rows"
+    return found
 
 
 def to_rows(x: Tensor) -> ScaledRows:

@@ -33,7 +33,8 @@ def add_norm(
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.add_norm(x, delta, weight, eps, room)
+        total, normed, inverse = triton_norm.add_norm(x, delta, weight, eps, room)
+        return total, normed.whole(), inverse
     total = x if delta is None else x + delta
     wide = total.to(_wide(total))
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
@@ -46,7 +47,7 @@ def apply_norm(x: Tensor, inverse: Tensor, weight: Tensor, *, room: int = 0) -> 
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.apply_norm(x, inverse, weight, room)
+        return triton_norm.apply_norm(x, inverse, weight, room).whole()
     unit = x.to(inverse.dtype) * inverse[:, None]
     return with_room(weighted(unit, weight, x.dtype), room)
 
@@ -85,7 +86,7 @@ def norm_gradient(
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight, room)
+        return triton_norm.norm_gradient(dh, dresidual, x, inverse, weight, room).whole()
     unit = x.to(inverse.dtype) * inverse[:, None]
     dunit = weight.to(inverse.dtype) * dh.to(inverse.dtype)
     gradient = inverse[:, None] * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))

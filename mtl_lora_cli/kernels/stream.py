@@ -78,7 +78,8 @@ def enter(
     if out is not None and not after.nothing and in_triton(x):
         from mtl_lora_cli.kernels import triton_stream
 
-        return triton_stream.enter(x, out, after, norm, room)
+        entry, made = triton_stream.enter(x, out, after, norm, room)
+        return entry, made.whole()
     added, out_inverse = out, None
     if out is not None and after.norm is not None:
         _, added, out_inverse = add_norm(out, None, *after.norm)
@@ -116,7 +117,8 @@ def enter_gradient(
     if not after.nothing and in_triton(total):
         from mtl_lora_cli.kernels import triton_stream
 
-        return triton_stream.enter_gradient(dh, dresidual, entry, after, norm, room)
+        dx, dout = triton_stream.enter_gradient(dh, dresidual, entry, after, norm, room)
+        return dx, dout.whole()
     own_room = room if after.nothing else 0
     if norm is None or inverse is None:
         dx = with_room(dh if dresidual is None else dh + dresidual, own_room)

@@ -14,6 +14,32 @@ _BLOCK = 2048
 
 
 @triton.jit
+def active_of(gate, GELU: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr):
+    """f(g)."""
+    if GELU:  # ½ (1 + tanh t) = σ(2t)
+        active = gate * tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * gate * gate))
+    else:
+        active = gate * tl.sigmoid(gate)
+    return active
+
+
+@triton.jit
+def gradients_of(gradient, gate, up, GELU: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr):
+    """dg and f(g)."""
+    if GELU:
+        square = gate * gate
+        sigmoid = tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * square))
+        active = gate * sigmoid
+        slope = sigmoid + 2.0 * ROOT * active * (1.0 - sigmoid) * (1.0 + 3.0 * CUBE * square)
+        dgate = gradient * up * slope
+    else:
+        sigmoid = tl.sigmoid(gate)
+        active = gate * sigmoid
+        dgate = gradient * up * sigmoid * (1.0 + gate - active)
+    return dgate, active
+
+
+@triton.jit
 def _gated(
     both,
     out,
@@ -29,10 +55,7 @@ def _gated(
     inside = at < half
     gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # ½ (1 + tanh t) = σ(2t)
-        value = gate * tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * gate * gate)) * up
-    else:
-        value = gate * tl.sigmoid(gate) * up
+    value = active_of(gate, GELU, ROOT, CUBE) * up
     tl.store(out + row * stride + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -48,16 +71,7 @@ def _gated_gradient(
     gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(da + row * half + at, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        square = gate * gate
-        sigmoid = tl.sigmoid(2.0 * ROOT * gate * (1.0 + CUBE * square))
-        active = gate * sigmoid
-        slope = sigmoid + 2.0 * ROOT * active * (1.0 - sigmoid) * (1.0 + 3.0 * CUBE * square)
-        dgate = gradient * up * slope
-    else:
-        sigmoid = tl.sigmoid(gate)
-        active = gate * sigmoid
-        dgate = gradient * up * sigmoid * (1.0 + gate - active)
+    dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
     tl.store(dboth + row * stride + at, dgate.to(dboth.dtype.element_ty), mask=inside)
     dup = gradient * active
     tl.store(dboth + row * stride + half + at, dup.to(dboth.dtype.element_ty), mask=inside)

@@ -274,6 +274,22 @@ class PackedModel(nn.Module):
             exact_loss=-float(exact.mean()),
         )
 
+    def let_go(self) -> str | None:
+        """With `base_compute: fp8` keep the layers' weights in 8 bits alone; `rounding` is no more possible.
+
+        Nor is what reads the weights themselves: transformers' own layers. Merging and export read the
+        base model's files.
+
+        Returns:
+            Which weights stay besides, in a line; None: none.
+        """
+        assert self.decoder is not None, "fp8 is the fused engine's"
+        stay = self.decoder.let_go(self.model)
+        if not stay:
+            return None
+        more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+        return f"base_compute: fp8: {stay[0]}{more} stay in memory beside their 8-bit copies"
+
     @property
     def head(self) -> nn.Module:
         """The output layer."""

@@ -323,8 +323,21 @@ class ReadyRun:
     adapter: Adapter
     zero: dict[str, Any] | None = None
 
-    def rounding(self) -> Rounding:
-        """What `base_compute: fp8` costs, on the first row of the run."""
+    def rounded(self, *, told: bool) -> list[str]:
+        """What is to say of `base_compute: fp8`; then the weights stay in 8 bits alone, as far as they can.
+
+        Args:
+            told: whether somebody is told what rounding costs: otherwise nobody looks.
+        """
+        if self.prepared.recipe.base_compute != "fp8":
+            return []
+        assert isinstance(self.host, PackedModel), "text alone is computed in 8 bits"
+        lines = [str(self._rounding())] if told else []
+        kept = self.host.let_go()
+        return lines if kept is None else [*lines, f"note: {kept}"]
+
+    def _rounding(self) -> Rounding:
+        """What rounding costs, on the first row of the run."""
         data, training = self.prepared.data, self.prepared.recipe.training
         row = data.mixture.step(0)[1][:1]
         assert isinstance(self.host, PackedModel), "text alone is computed in 8 bits"

@@ -316,6 +316,8 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
                 _write_zero(run, ready.zero)
             for line in _beginning(ready, trainer, checkpoint, lost):
                 tell(line)
+        else:
+            ready.rounded(told=False)
         progress = TrainingProgress(
             prepared.total_steps,
             trainer.position.step,
@@ -393,8 +395,7 @@ def _beginning(
         yield f"resuming {ready.run.name} after step {trainer.position.step}"
     for line in (*ready.host.notes(), *ready.adapter.remarks):
         yield f"note: {line}"
-    if ready.prepared.recipe.base_compute == "fp8":
-        yield str(ready.rounding())
+    yield from ready.rounded(told=True)
 
 
 def _write_adapter(ready: ReadyRun, trainer: Trainer) -> None:

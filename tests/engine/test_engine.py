@@ -276,3 +276,51 @@ def test_eight_bit_products_need_the_fused_engine(base: BaseModel) -> None:
     model, adapter = build(base, dtype=torch.float32)
     with pytest.raises(UsageError, match="needs the fused engine"):
         PackedModel(model, adapter, engine="plain", base_compute="fp8")
+
+
+@pytest.mark.parametrize("targets", [FOUR, SEVEN])
+@pytest.mark.parametrize("keep", [Keep(), Keep(False, False, False)], ids=["kept", "again"])
+def test_eight_bit_products_need_no_exact_weights(
+    base: BaseModel, batch: PackedBatch, targets: tuple[str, ...], keep: Keep
+) -> None:
+    model, adapter = build(base, dtype=torch.float32, target_modules=targets)
+    packed = PackedModel(model, adapter, engine="fused", base_compute="fp8", keep=keep)
+    before = learned(packed, adapter, batch)
+    assert packed.let_go() is None
+    after = learned(packed, adapter, batch)
+    assert torch.equal(before[0], after[0])
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and name.endswith("_proj.base_layer.weight"):
+            assert parameter.untyped_storage().nbytes() == 4
+            assert parameter.isnan().all()  # loud, where somebody asks
+    with pytest.raises(AssertionError, match="were let go of"):
+        packed.rounding(batch)
+
+
+def test_weights_that_others_read_stay_beside_their_eight_bits(
+    base: BaseModel, batch: PackedBatch
+) -> None:
+    model, adapter = build(base, dtype=torch.float32, target_modules=("q_proj",))
+    layer = model.model.layers[1].mlp.down_proj
+    model.another = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    model.another.weight = layer.weight
+    packed = PackedModel(model, adapter, engine="fused", base_compute="fp8")
+    before = learned(packed, adapter, batch)
+    said = packed.let_go()
+    assert said is not None and "model.layers.1.mlp.down_proj.weight and 1 more stay" in said
+    assert layer.weight.isfinite().all()
+    assert torch.equal(learned(packed, adapter, batch)[0], before[0])
+
+
+def test_quantised_weights_stay_beside_their_eight_bits(
+    base: BaseModel, batch: PackedBatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, adapter = build(base, quantization="nf4", target_modules=FOUR)
+    packed = PackedModel(model, adapter, engine="fused", base_compute="fp8")
+    before = learned(packed, adapter, batch)
+    said = packed.let_go()
+    assert said is not None and "model.layers.0.self_attn.q_proj.base_layer.weight and" in said
+    assert packed.rounding(batch).mean > 0
+    assert torch.equal(learned(packed, adapter, batch)[0], before[0])

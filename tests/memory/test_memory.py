@@ -133,7 +133,9 @@ def test_what_is_gathered_is_laid_into_the_buffer() -> None:
 
 def test_fixed_by_hand() -> None:
     assert fixed_bytes(SMALL) == 4304 + 16 * 100
-    assert fixed_bytes(replace(SMALL, fp8=True)) == 4304 + 1600 + 2 * 1152
+    assert fixed_bytes(replace(SMALL, fp8=True)) == 4304 - 2 * 1152 + 1600 + 2 * 1152
+    both = replace(SMALL, fp8=True, four_bit=True)  # what is quantised stays
+    assert fixed_bytes(both) == fixed_bytes(replace(SMALL, four_bit=True)) + 2 * 1152
     assert fixed_bytes(replace(SMALL, four_bit=True)) == 2595 + 1600 + 2 * 8 * 32
 
 
