@@ -33,8 +33,8 @@ def add_norm(
     if in_triton(x):
         from mtl_lora_cli.kernels import triton_norm
 
-        total, normed, inverse = triton_norm.add_norm(x, delta, weight, eps, room)
-        return total, normed.whole(), inverse
+        total, made, inverse = triton_norm.add_norm(x, delta, weight, eps, room)
+        return total, made.whole(), inverse
     total = x if delta is None else x + delta
     wide = total.to(_wide(total))
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)

@@ -117,8 +117,8 @@ def enter_gradient(
     if not after.nothing and in_triton(total):
         from mtl_lora_cli.kernels import triton_stream
 
-        dx, dout = triton_stream.enter_gradient(dh, dresidual, entry, after, norm, room)
-        return dx, dout.whole()
+        dx, own = triton_stream.enter_gradient(dh, dresidual, entry, after, norm, room)
+        return dx, own.whole()
     own_room = room if after.nothing else 0
     if norm is None or inverse is None:
         dx = with_room(dh if dresidual is None else dh + dresidual, own_room)
