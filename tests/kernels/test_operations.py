@@ -223,12 +223,6 @@ def test_log_probabilities_where_a_lane_saw_minus_infinity(same: Callable[..., N
     same(lambda: [logprob.token_logprobs(logits, torch.tensor([0, 1]).to(DEVICE), last)])
 
 
-compiled = pytest.mark.skipif(
-    DEVICE == "cpu", reason="Triton's interpreter cuts off where a card rounds to 8-bit floats"
-)
-
-
-@compiled
 @pytest.mark.parametrize("width", [16, 5000])
 def test_rounding_to_eight_bit_floats(same: Callable[..., None], width: int) -> None:
     x = normal(6, width) * torch.logspace(-6, 3, 6, device=DEVICE)[:, None]
@@ -242,22 +236,14 @@ def test_rounding_to_eight_bit_floats(same: Callable[..., None], width: int) -> 
 
 
 @pytest.mark.parametrize("width", [16, 5000])
-def test_rounding_to_eight_bit_floats_loses_a_sixteenth_at_most(
-    monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+def test_rounding_to_eight_bit_floats_loses_a_sixteenth_at_most(width: int) -> None:
     x = normal(6, width) * torch.logspace(-6, 3, 6, device=DEVICE)[:, None]
     rows = fp8.to_rows(x)
     back = rows.values.float() * rows.scale
     assert ((back - x).abs() <= x.abs() / 16 + x.abs().amax(1, keepdim=True) * 2**-18).all()
 
 
-def test_a_product_in_eight_bit_floats_is_near_the_exact_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setenv("MTL_LORA_KERNELS", "plain")
+def test_a_product_in_eight_bit_floats_is_near_the_exact_one() -> None:
     x, weight = normal(64, 512), normal(32, 512, seed=1)
     exact = x @ weight.T
     ours = fp8.product(
