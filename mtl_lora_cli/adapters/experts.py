@@ -66,7 +66,7 @@ class MultiTaskStack(TaskLayer):
 
     def stack_products(self) -> StackProducts:
         """The adapter's arithmetic over pairs."""
-        return StackProducts(self.products(((0, self.out_features),)), each=self.stacked)
+        return StackProducts(self.products((0, self.out_features)), each=self.stacked)
 
     @property
     def outer(self) -> nn.Module:

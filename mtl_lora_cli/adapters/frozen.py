@@ -48,6 +48,19 @@ def is_plain(layer: nn.Linear) -> bool:
     return not (is_quantised(layer) or layer.weight.requires_grad)
 
 
+def step_of(like: Tensor, dtype: torch.dtype) -> int:
+    """What the sizes of an adapter's factors in a dtype are rounded up to: zeros fill them up.
+
+    A product of other sizes takes kernels that read number by number; a CPU takes any.
+
+    Args:
+        like: a tensor where the factors will be.
+        dtype: theirs.
+    """
+    half = dtype in (torch.bfloat16, torch.float16) or not like.is_cuda
+    return ALIGNMENT if in_triton(like) and half else 1
+
+
 def _is_quantised(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None or weight.dtype == torch.int8
 
@@ -92,6 +105,11 @@ class FrozenWeights:
         """Whether products are in 8-bit floats."""
         return self._rounded is not None
 
+    @property
+    def step(self) -> int:
+        """See `step_of`."""
+        return step_of(self.layers[0].weight, self.dtype)
+
     def lay_together(
         self,
         wanted: Room = Room(),  # noqa: B008 - a tuple never changes
@@ -106,8 +124,7 @@ class FrozenWeights:
                 side for each product, as 4-bit ones are expanded.
         """
         weight = self.layers[0].weight
-        half = self.dtype in (torch.bfloat16, torch.float16) or not weight.is_cuda
-        if in_triton(weight) and half and not any(side % ALIGNMENT for side in wanted):
+        if self.step == ALIGNMENT and not any(side % ALIGNMENT for side in wanted):
             self._room = wanted
         if self.quantised or not resident or (len(self.layers) == 1 and self._room == Room()):
             return
@@ -131,19 +148,19 @@ class FrozenWeights:
             memory = torch.empty(pitched(self.outer), dtype=self.dtype, device=device)
             self._left = self.fill(laid(memory, self.outer))
 
-    def factor_space(self, columns: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factor_space(
+        self, columns: int, rows: int, dtype: torch.dtype, *, filled_up: bool
+    ) -> tuple[Tensor, Tensor]:
         """Where s B [Σ out_j, columns] and A [rows, in] go: the margins, or new memory.
 
-        What lies outside the blocks of s B is zero and stays so.
+        What lies outside the blocks of s B is zero and stays so; of A, where it is `filled_up`, too.
         """
         (out, width), margins = self.shape, self.margins()
         if margins is not None and (margins[0].shape[1], len(margins[1])) == (columns, rows):
             return margins
-        device = self.layers[0].weight.device
-        return (
-            torch.zeros(out, columns, dtype=dtype, device=device),
-            torch.empty(rows, width, dtype=dtype, device=device),
-        )
+        where: dict[str, Any] = {"dtype": dtype, "device": self.layers[0].weight.device}
+        below = torch.zeros if filled_up else torch.empty
+        return torch.zeros(out, columns, **where), below(rows, width, **where)
 
     def margins(self) -> tuple[Tensor, Tensor] | None:
         """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W, or, where it has 8 bits, by

@@ -9,6 +9,10 @@ product is accumulated into W x. The backward pass is given x, z, u = M z and th
 themselves, never a view or an expanded copy of them: 4-bit bytes can then be released between the
 passes. It computes no gradient for frozen weights.
 
+Projections may have adapters of different rank. In what is multiplied they all have as many rows of A and
+columns of B as the largest, rounded up to a size that products like (`frozen.step_of`); zeros fill them up.
+Parameters, M and the gradients have their own sizes.
+
 `AdapterProducts` is the arithmetic, for others to build larger functions of; `AdaptedProjections`
 is the function.
 """
@@ -16,7 +20,7 @@ is the function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +30,10 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.adapters.frozen import FrozenWeights
 from mtl_lora_cli.adapters.methods.base import Spread
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.adapters.token_gate import TokenGate
+from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.low_rank import add_product_
-from mtl_lora_cli.kernels.mix import mix, mix_gradient
+from mtl_lora_cli.kernels.mix import filled_up, mix, mix_gradient, of_tasks
 from mtl_lora_cli.kernels.place import Place, place_each
 
 
@@ -35,16 +41,41 @@ class Factors(NamedTuple):
     """A group's adapters in the dtype of the activations.
 
     Attributes:
-        down: A [J·k, in], the A_j below each other.
-        up: s B [Σ out_j, J·m], block-diagonal: B_j, its up-projections side by side, in the rows of
-            projection j and the columns of u_j.
-        mixing: M [J, P, m, k], float32 or better, where the spread is by `task`; bool [J, P, k]
-            where it is each task's `own`; otherwise None.
+        down: A [J·k, in], the A_j below each other, each filled up with zeros.
+        up: s B [Σ out_j, J·m], block-diagonal: s_j B_j, its up-projections side by side, in the rows of
+            projection j and the columns of u_j; filled up likewise.
+        mixing: M [J, P, m, k] of the largest adapter's own m and k, float32 or better, where the spread is by
+            `task`; bool [J, P, k] where it is each task's `own`; otherwise None.
     """
 
     down: Tensor
     up: Tensor
     mixing: Tensor | None
+
+
+class Widths(NamedTuple):
+    """k and m of each projection of a group, filled up.
+
+    Attributes:
+        down: rows of A.
+        up: columns of B.
+    """
+
+    down: int
+    up: int
+
+    @staticmethod
+    def of(downs: Sequence[torch.Size], ups: Sequence[torch.Size], step: int) -> Widths:
+        """The largest, rounded up to multiples of `step`.
+
+        Args:
+            downs: [nA, r, in] of each projection.
+            ups: [n, out, r] of each.
+            step: see `frozen.step_of`.
+        """
+        down = max(shape[0] * shape[1] for shape in downs)
+        up = max(shape[0] * shape[2] for shape in ups)
+        return Widths(-(-down // step) * step, -(-up // step) * step)
 
 
 @dataclass(frozen=True)
@@ -53,19 +84,33 @@ class AdapterProducts:
 
     Attributes:
         spans: (start, stop) of each adapted projection in the group's output.
-        scale: s.
+        scales: s of each.
         dropout: share of input features dropped before A while training.
         spread_by: how u follows from z: `same` u = z; `task` u = M_t z; `own` u = z in the rows of the
             task, 0 in the others; `token` u_i = softmax(z″ / τ)_i z′ with z = [z′; z″], z″ [n].
         ups, temperature: n and τ, read by `token`.
+        ranks: of each projection the size of z′, read by `token`.
     """
 
     spans: tuple[tuple[int, int], ...]
-    scale: float
+    scales: tuple[float, ...]
     dropout: float = 0.0
     spread_by: Spread = "task"
     ups: int = 1
     temperature: float = 1.0
+    ranks: tuple[int, ...] = ()
+
+    @staticmethod
+    def together(each: Sequence[AdapterProducts]) -> AdapterProducts:
+        """Of several projections of one input: alike but for spans, scales and ranks, and `same` beside `own`."""
+        own = any(one.spread_by == "own" for one in each)
+        return replace(
+            each[0],
+            spans=tuple(span for one in each for span in one.spans),
+            scales=tuple(scale for one in each for scale in one.scales),
+            ranks=tuple(rank for one in each for rank in one.ranks),
+            spread_by="own" if own else each[0].spread_by,
+        )
 
     def factors(
         self,
@@ -104,9 +149,12 @@ class AdapterProducts:
         downs: Sequence[Tensor],
         ups: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        columns = sum(up.shape[0] * up.shape[2] for up in ups)
-        rows = sum(down.shape[0] * down.shape[1] for down in downs)
-        block, below = frozen.factor_space(columns, rows, dtype)
+        own = [down.shape for down in downs]
+        widths, count = Widths.of(own, [up.shape for up in ups], frozen.step), len(downs)
+        filled_up = any(shape[0] * shape[1] != widths.down for shape in own)
+        block, below = frozen.factor_space(
+            count * widths.up, count * widths.down, dtype, filled_up=filled_up
+        )
         return below, block
 
     def _places(
@@ -114,20 +162,25 @@ class AdapterProducts:
     ) -> list[Place]:
         """Where A and s B of each projection stand in [A_1; …] and the block-diagonal s B."""
         below, block = found
-        rows = [down.shape[0] * down.shape[1] for down in downs]
-        widths = [up.shape[0] * up.shape[2] for up in ups]
+        count = len(self.spans)
         lower = [
-            Place(down.detach().view(1, *part.shape), part.unsqueeze(0), 1.0)
-            for part, down in zip(below.split(rows), downs, strict=True)
+            Place(
+                down.detach().view(1, -1, down.shape[2]),
+                part[: down.shape[0] * down.shape[1]][None],
+                1.0,
+            )
+            for part, down in zip(below.chunk(count), downs, strict=True)
         ]
         right = [
             Place(
                 up.detach(),
-                part[start:stop].unflatten(1, (up.shape[0], up.shape[2])).permute(1, 0, 2),
-                self.scale,
+                part[start:stop, : up.shape[0] * up.shape[2]]
+                .unflatten(1, (up.shape[0], up.shape[2]))
+                .permute(1, 0, 2),
+                scale,
             )
-            for (start, stop), part, up in zip(
-                self.spans, block.split(widths, dim=1), ups, strict=True
+            for (start, stop), part, up, scale in zip(
+                self.spans, block.chunk(count, dim=1), ups, self.scales, strict=True
             )
         ]
         return lower + right
@@ -148,52 +201,45 @@ class AdapterProducts:
         """u from z: [N, J·k] → [N, J·m], written to `out` if given; 0 without a task."""
         if self.spread_by == "task":
             assert factors.mixing is not None
-            return mix(z, factors.mixing, slots.index, out=out)
+            width = factors.up.shape[-1] // len(self.spans)
+            return mix(z, factors.mixing, slots.index, width=width, out=out)
+        if self.spread_by == "own":
+            u = torch.where(self._own(z, factors, slots), z, 0.0)
+            return u if out is None else out.copy_(u)
         u = z
         if self.spread_by == "token":
-            u = self._gated(*self._gate_of(z)).to(z.dtype)
-        elif self.spread_by == "own":
-            u = torch.where(self._own(factors, slots), z, 0.0)
-        if slots.active is not None and self.spread_by != "own":
-            u = torch.where(slots.active, u, 0.0)
-        return u if out is None else out.copy_(u)
+            width = factors.up.shape[-1] // len(self.spans)
+            u = self._gate.spread(z, width).to(z.dtype)
+        return of_tasks(u, slots.index, slots.active, out)
 
     def unspread(
-        self, du: Tensor, z: Tensor, factors: Factors, slots: Slots
+        self, du: Tensor, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """dz [N, J·k] and dM (or None) from du [N, J·m]."""
+        """dz [N, J·k], written to `out` if given, and dM (or None) from du [N, J·m]."""
         if self.spread_by == "task":
             assert factors.mixing is not None
-            layers, tasks = factors.mixing.shape[:2]
-            dz = mix(du, factors.mixing, slots.index, transposed=True)
-            return dz, mix_gradient(du, z, slots.index, tasks, layers)
+            width = z.shape[1] // len(self.spans)
+            dz = mix(du, factors.mixing, slots.index, transposed=True, width=width, out=out)
+            return dz, mix_gradient(du, z, slots.index, factors.mixing.shape)
         if self.spread_by == "own":
-            return torch.where(self._own(factors, slots), du, 0.0), None
+            dz = torch.where(self._own(z, factors, slots), du, 0.0)
+            return dz if out is None else out.copy_(dz), None
+        if self.spread_by == "same":
+            return of_tasks(du, slots.index, slots.active, out), None
         if slots.active is not None:
             du = torch.where(slots.active, du, 0.0)
-        if self.spread_by == "same":
-            return du, None
-        low, gate = self._gate_of(z)
-        each = du.unflatten(1, (len(self.spans), self.ups, -1))  # [N, J, n, r]
-        dlow = (gate.unsqueeze(-1) * each).sum(2)
-        dgate = (each * low.unsqueeze(2)).sum(-1)
-        dlogits = gate * (dgate - (gate * dgate).sum(-1, keepdim=True)) / self.temperature
-        return torch.cat([dlow, dlogits], dim=-1).flatten(1).to(z.dtype), None
+        dz = self._gate.gradient(du, z)
+        return dz if out is None else out.copy_(dz), None
 
-    def _gate_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z′ [N, J, r] and the gates [N, J, n], in float32 or better."""
-        wide = z.unflatten(1, (len(self.spans), -1))
-        wide = wide.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-        low, logits = wide[..., : -self.ups], wide[..., -self.ups :]
-        return low, torch.softmax(logits / self.temperature, dim=-1)
+    @property
+    def _gate(self) -> TokenGate:
+        return TokenGate(self.ranks, self.ups, self.temperature)
 
-    def _gated(self, low: Tensor, gate: Tensor) -> Tensor:
-        return (gate.unsqueeze(-1) * low.unsqueeze(2)).flatten(1)
-
-    def _own(self, factors: Factors, slots: Slots) -> Tensor:
+    def _own(self, z: Tensor, factors: Factors, slots: Slots) -> Tensor:
         """Which of z's columns are a position's: bool [N, J·k]."""
         assert factors.mixing is not None
-        rows = factors.mixing.transpose(0, 1).flatten(1)  # [P, J·k]
+        each = filled_up(factors.mixing, z.shape[1] // len(self.spans))
+        rows = each.transpose(0, 1).flatten(1)  # [P, J·k]
         nobody = rows.new_zeros(1, rows.shape[1])
         return torch.cat([rows, nobody])[slots.index.long()]  # −1 is the last row
 
@@ -203,16 +249,34 @@ class AdapterProducts:
             add_product_(y[:, start:stop], own, up)
 
     def gradients(
-        self, dy: Tensor, z: Tensor, u: Tensor, factors: Factors, slots: Slots
+        self,
+        dy: Tensor,
+        z: Tensor,
+        u: Tensor,
+        factors: Factors,
+        slots: Slots,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """From dy [N, Σ out_j]: dz [N, J·k], dM (or None), and dy_jᵀ u_j [out_j, m] of each B_j."""
-        dus, dups = [], []
-        for (start, stop), up, own in self._parts(factors.up, u):
-            part = dy[:, start:stop]
-            dus.append(part @ up)
-            dups.append(wide_product(part.T, own))
-        du = dus[0] if len(dus) == 1 else torch.cat(dus, dim=1)
-        return *self.unspread(du, z, factors, slots), dups
+        """From dy [N, Σ out_j]: dz [N, J·k], written to `out` if given, dM (or None), and dy_jᵀ u_j
+        [out_j, m] of each B_j."""
+        dups = []
+        for (start, stop), _, own in self._parts(factors.up, u):
+            dups.append(wide_product(dy[:, start:stop].T, own))
+        du = self._through_up(dy, factors)
+        return *self.unspread(du, z, factors, slots, out), dups
+
+    def _through_up(self, dy: Tensor, factors: Factors) -> Tensor:
+        """du [N, J·m], of each projection dy_j s B_j."""
+        count, up = len(self.spans), factors.up
+        each = zip(self.spans, up.chunk(count, dim=1), strict=True)
+        products = [(dy[:, start:stop], block[start:stop]) for (start, stop), block in each]
+        if count == 1 or not in_triton(dy):
+            dus = [part @ own for part, own in products]
+            return dus[0] if count == 1 else torch.cat(dus, dim=1)
+        du = torch.empty(len(dy), up.shape[1], dtype=dy.dtype, device=dy.device)
+        for (part, own), place in zip(products, du.chunk(count, dim=1), strict=True):
+            torch.mm(part, own, out=place)  # where it belongs: a copy would be one more launch
+        return du
 
     def add_input_gradient(
         self, dx: Tensor, dz: Tensor, mask: Tensor | None, factors: Factors
@@ -251,14 +315,15 @@ class AdapterProducts:
         dups: Sequence[Tensor],
     ) -> list[Tensor]:
         """dA and the dy_jᵀ u_j in the shapes of the downs and ups, and in their dtype."""
-        rows = [shape[0] * shape[1] for shape in downs]
         found = [
-            part.view(shape).to(dtype) for part, shape in zip(ddown.split(rows), downs, strict=True)
+            part[: shape[0] * shape[1]].view(shape).to(dtype)
+            for part, shape in zip(ddown.chunk(len(downs)), downs, strict=True)
         ]
-        for part, shape in zip(dups, ups, strict=True):
+        for part, shape, scale in zip(dups, ups, self.scales, strict=True):
             n, out, rank = shape
             gradient = torch.empty(shape, dtype=dtype, device=part.device)
-            torch.mul(part.view(out, n, rank).permute(1, 0, 2), self.scale, out=gradient)
+            own = part[:, : n * rank].view(out, n, rank)
+            torch.mul(own.permute(1, 0, 2), scale, out=gradient)
             found.append(gradient)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -155,17 +156,24 @@ class TaskLayer(nn.Module):
         down, up = self.factors(None)
         return down.flatten(-3, -2).double(), up.movedim(-3, -2).flatten(-2).double()
 
-    def products(self, spans: tuple[tuple[int, int], ...]) -> AdapterProducts:
-        """The adapter's arithmetic for outputs that lie at `spans` of a group's output."""
+    def products(self, span: tuple[int, int]) -> AdapterProducts:
+        """The adapter's arithmetic for an output that lies there in a group's output."""
         config = self.config
         return AdapterProducts(
-            spans,
-            config.scale(self.rank),
+            (span,),
+            (config.scale(self.rank),),
             config.dropout,
             config.spread,
             config.ups,
             config.tau,
+            (self._gated_rank,),
         )
+
+    @cached_property
+    def _gated_rank(self) -> int:
+        """Size of z′, where a gate reads the token."""
+        with torch.no_grad():
+            return self.factors(None)[1].shape[-1] if self.config.spread == "token" else self.rank
 
     def extra_repr(self) -> str:
         c = self.config
@@ -225,7 +233,7 @@ class MultiTaskLinear(TaskLayer):
         if slots.count == 0:
             # Not base_layer(x): a 4-bit layer may repack its weight for its own kernels.
             return frozen.product(flat, frozen.weights()).view(*lead, frozen.shape[0])
-        products = self.products(((0, self.base_layer.out_features),))
+        products = self.products((0, self.base_layer.out_features))
         mask = products.mask(flat) if self.training else None
         if slots.streams and self.config.spread == "own":
             return self._streams(flat, frozen, products, slots, mask).view(*lead, frozen.shape[0])

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtl_lora_cli.adapters.frozen import step_of
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
-from mtl_lora_cli.adapters.function import AdapterProducts, Factors, wide_product
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors, Widths, wide_product
 from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.backend import in_triton
 from mtl_lora_cli.kernels.grouped import grouped, grouped_outer
-from mtl_lora_cli.kernels.mix import mix
+from mtl_lora_cli.kernels.mix import filled_up, mix
 from mtl_lora_cli.kernels.pair_mix import pair_mix_gradient
 
 
@@ -41,7 +42,8 @@ class StackProducts:
     def factors(
         self, dtype: torch.dtype, down: Tensor, up: Tensor, mixing: Tensor | None
     ) -> Factors:
-        """A [k, in] and s B [out, m], with `each` [E, k, in] and [E, out, m], and M [1, slots, m, k].
+        """A [k, in] and s B [out, m], with `each` [E, k, in] and [E, out, m], filled up with zeros as in
+        `function.py`, and M [1, slots, m, k] of its own size.
 
         Args:
             dtype: of the activations.
@@ -49,11 +51,13 @@ class StackProducts:
             up: [n, out, r], with `each` [E, n, out, r].
             mixing: [1, P, m, k], with `each` [E, P, m, k].
         """
+        widths = Widths.of([down.shape[-3:]], [up.shape[-3:]], step_of(down, dtype))
         below = down.detach().flatten(-3, -2).to(dtype)
-        beside = (up.detach() * self._inner.scale).movedim(-3, -2).flatten(-2).to(dtype)
+        below = filled_up(below.mT, widths.down).mT.contiguous()
+        beside = (up.detach() * self._inner.scales[0]).movedim(-3, -2).flatten(-2).to(dtype)
         if mixing is not None:
             mixing = mixing.detach().flatten(0, 1).unsqueeze(0)
-        return Factors(below, beside, mixing)
+        return Factors(below, filled_up(beside, widths.up), mixing)
 
     def mask(self, x: Tensor) -> Tensor | None:
         """As `AdapterProducts.mask`."""
@@ -85,10 +89,11 @@ class StackProducts:
         du = self._transposed(dy, factors.up, pairs)
         dmixing: Tensor | None
         if self.each and self._inner.spread_by == "task" and factors.mixing is not None:
-            dmixing = pair_mix_gradient(du, z, slots.index, pairs.ends, factors.mixing.shape[1])
-            dmixing = dmixing.unsqueeze(0)
+            own = factors.mixing.shape[1:]
+            dmixing = pair_mix_gradient(du, z, slots.index, pairs.ends, own).unsqueeze(0)
             if in_triton(z):
-                dz = mix(du, factors.mixing, slots.index, transposed=True)
+                width = z.shape[1]
+                dz = mix(du, factors.mixing, slots.index, transposed=True, width=width)
             else:
                 dz = _mixed(du, factors, slots, transposed=True)
         else:
@@ -115,8 +120,9 @@ class StackProducts:
     ) -> tuple[Tensor, Tensor]:
         """dA and dyᵀ u in the shapes of the parameters, and in their dtype."""
         n, _, rank = up[-3:]
-        beside = dup.unflatten(-1, (n, rank)).movedim(-2, -3) * self._inner.scale
-        return ddown.view(down).to(dtype), beside.to(dtype).contiguous()
+        beside = dup[..., : n * rank].unflatten(-1, (n, rank)).movedim(-2, -3)
+        beside = (beside * self._inner.scales[0]).to(dtype).contiguous()
+        return ddown[..., : down[-3] * down[-2], :].reshape(down).to(dtype), beside
 
     def _gathers(self, z: Tensor) -> bool:
         """Whether each pair's own M is picked out: in plain torch all M of all pairs would be many."""
@@ -136,8 +142,10 @@ def _mixed(z: Tensor, factors: Factors, slots: Slots, *, transposed: bool = Fals
     """M z of each pair, or Mᵀ z, with M picked out; 0 without a task."""
     assert factors.mixing is not None
     own = factors.mixing[0].to(z.dtype)[slots.index.clamp(min=0).long()]  # [S, m, k]
-    found = (own.mT if transposed else own) @ z.unsqueeze(-1)
-    return torch.where((slots.index >= 0).unsqueeze(1), found.squeeze(-1), 0.0)
+    own = own.mT if transposed else own
+    found = (own @ z[:, : own.shape[2]].unsqueeze(-1)).squeeze(-1)
+    width = factors.down.shape[-2] if transposed else factors.up.shape[-1]
+    return filled_up(torch.where((slots.index >= 0).unsqueeze(1), found, 0.0), width)
 
 
 class AdaptedStack(torch.autograd.Function):

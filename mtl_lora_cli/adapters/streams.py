@@ -80,7 +80,7 @@ class AdaptedStreams(torch.autograd.Function):
         up: Tensor,
     ) -> Tensor:
         low = streams.narrow(down, x.dtype)
-        high = streams.narrow(up.T, x.dtype).mul_(products.scale)
+        high = streams.narrow(up.T, x.dtype).mul_(products.scales[0])
         y = frozen.product(x, (weight,))
         z = torch.bmm(_cut(products.dropped(x, mask), streams.pieces), low.mT)
         _cut(y, streams.pieces).baddbmm_(z, high)
@@ -105,7 +105,7 @@ class AdaptedStreams(torch.autograd.Function):
                 dx += products.dropped(torch.bmm(dz, low).flatten(0, 1), mask)
         kept = _cut(products.dropped(x, mask), streams.pieces)
         ddown = streams.widened(products_of_pieces(dz, kept), rows).to(dtype)
-        dup = streams.widened(products_of_pieces(z, own), rows).to(dtype).mul_(products.scale)
+        dup = streams.widened(products_of_pieces(z, own), rows).to(dtype).mul_(products.scales[0])
         return dx, None, None, None, None, None, ddown, dup.T
 
 

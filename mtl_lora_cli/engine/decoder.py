@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.expanded import WORTH, Ahead, pitched
 from mtl_lora_cli.adapters.frozen import FrozenWeights, is_plain
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer, mixing_of
+from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.angles import Angles
 from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
@@ -31,6 +31,7 @@ from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.halves import Begin, ExpertsHalf, Layer, MixerHalf, norm_of
 from mtl_lora_cli.engine.margins import Margins
 from mtl_lora_cli.engine.mixer_block import MixerBlock
+from mtl_lora_cli.engine.mixings import mixing_of_groups
 from mtl_lora_cli.engine.mlp_block import MlpBlock
 from mtl_lora_cli.engine.plan import (
     ExpertsPlan,
@@ -116,10 +117,17 @@ def _misplaced(plan: Plan, model: Any, adapter: Adapter) -> str | None:
         for group in layer.groups:
             projections = [module.get_submodule(path) for path in group]
             adapted = [one for one in projections if paths.pop(id(one), None) is not None]
-            if len({cast(MultiTaskLinear, one).kind for one in adapted}) > 1:
-                mixed = f"ranks or own parts that differ within {', '.join(group)} of one layer"
+            if len({_way_of(cast(MultiTaskLinear, one)) for one in adapted}) > 1:
+                mixed = f"ways of mixing that differ within {', '.join(group)} of one layer"
     outside = next(iter(paths.values()), None)
     return mixed if outside is None else f"an adapter on {outside}"
+
+
+def _way_of(layer: TaskLayer) -> tuple[Any, ...]:
+    """What layers of one input have in common where they are multiplied together; ranks may differ."""
+    config = layer.config
+    gate = (config.ups, config.tau) if config.spread == "token" else ()
+    return "own" if config.spread == "same" else config.spread, config.dropout, *gate
 
 
 class FusedDecoder:
@@ -358,22 +366,20 @@ class FusedDecoder:
         # The last layer's later groups see the chosen positions, where fewer tasks may be present.
         places: dict[tuple[Any, bool], list[tuple[int, int]]] = {}
         for number, layer in enumerate(self.layers):
-            for kind, group in enumerate(layer.carriers):
+            for place, group in enumerate(layer.carriers):
                 if group.adapted:
-                    key = (group.adapted[0].kind, number == last and kind != _QKV)
-                    places.setdefault(key, []).append((number, kind))
+                    kinds = tuple(dict.fromkeys(one.kind for one in group.adapted))
+                    if len(kinds) > 1:  # which of them has which
+                        kinds = tuple(one.kind for one in group.adapted)
+                    key = (kinds, number == last and place != _QKV)
+                    places.setdefault(key, []).append((number, place))
         for (_, chosen), some in places.items():
             own = chosen_slots if chosen else slots
             if own.count == 0:
                 continue
-            groups = [self.layers[number].carriers[kind] for number, kind in some]
-            layers: list[TaskLayer] = [one for group in groups for one in group.adapted]
-            together = mixing_of(layers, own.wanted, all_rows=groups[0].all_tasks)
-            if together is None:
-                continue
-            parts = together.split([sum(one.units for one in group.adapted) for group in groups])
-            for (number, kind), part in zip(some, parts, strict=True):
-                found[number][kind] = part
+            groups = [self.layers[number].carriers[place] for number, place in some]
+            for (number, place), part in zip(some, mixing_of_groups(groups, own), strict=True):
+                found[number][place] = part
         return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
-from mtl_lora_cli.adapters.function import AdapterProducts, Factors
+from mtl_lora_cli.adapters.function import AdapterProducts, Factors, Widths
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.kernels.fp8 import Form, Rounded, exactly
@@ -47,24 +47,21 @@ class Group:
         self.written = False
         wanted = Room()
         if self.adapted:
-            spans = tuple(
-                span
-                for layer, span in zip(layers, self.frozen.spans, strict=True)
-                if isinstance(layer, MultiTaskLinear)
+            self.products = AdapterProducts.together(
+                [
+                    layer.products(span)
+                    for layer, span in zip(layers, self.frozen.spans, strict=True)
+                    if isinstance(layer, MultiTaskLinear)
+                ]
             )
-            self.products = self.adapted[0].products(spans)
             # Parts of each task's own stand beside the shared ones, those of all tasks where they
             # are few: then there is one size whatever tasks are present.
-            first = self.adapted[0]
-            own = first.config.spread == "own"
-            self.all_tasks = own and first.routing.tasks * first.config.own_rows <= _MOST_OWN_ROWS
+            own = self.products.spread_by == "own"
+            most = max(layer.config.own_rows for layer in self.adapted)
+            self.all_tasks = own and self.adapted[0].routing.tasks * most <= _MOST_OWN_ROWS
             if self.all_tasks or not own:
-                with torch.no_grad():
-                    each = [layer.factors(None) for layer in self.adapted]
-                wanted = Room(
-                    columns=sum(up.shape[0] * up.shape[2] for _, up in each),
-                    rows=sum(down.shape[0] * down.shape[1] for down, _ in each),
-                )
+                widths, count = self.widths(), len(self.adapted)
+                wanted = Room(columns=count * widths.up, rows=count * widths.down)
         self.frozen.lay_together(wanted if roomy else Room(), resident=resident)
 
     @property
@@ -83,6 +80,13 @@ class Group:
     def count(self) -> int:
         """Number of `tensors`."""
         return 1 + 2 * len(self.adapted) if self.adapted else 0
+
+    @torch.no_grad()
+    def widths(self) -> Widths:
+        """Rows of A and columns of B of each projection, with parts of all tasks' own."""
+        each = [layer.factors(None) for layer in self.adapted]
+        downs, ups = ([one.shape for one in some] for some in zip(*each, strict=True))
+        return Widths.of(downs, ups, self.frozen.step)
 
     def wanted(self, slots: Slots) -> Tensor | None:
         """The tasks whose own parts are read: [P], or None for all."""
@@ -155,12 +159,15 @@ class Group:
             return self.frozen.input_gradient(given, weights) if wanted else None, None
         dy = exactly(given)
         u = self.products.spread(tape.z, tape.factors, slots)
-        dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots)
+        inside = wanted and roomy and self.room.rows and tape.mask is None
+        room = None
+        if inside and isinstance(wide, Tensor):
+            room = wide[:, self.frozen.shape[0] :]
+        dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots, room)
         found = Gradients(dz, dmixing, dups)
         if not wanted:
             return None, found
-        if roomy and self.room.rows and tape.mask is None and isinstance(wide, Tensor):
-            wide[:, self.frozen.shape[0] :].copy_(dz)
+        if room is not None:
             return self.frozen.input_gradient(wide, weights, tape.factors.down), found
         dx = self.frozen.input_gradient(given, weights)
         self.products.add_input_gradient(dx, dz, tape.mask, tape.factors)

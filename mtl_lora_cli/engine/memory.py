@@ -16,7 +16,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.adapters.experts import STACKS, frozen_stacks
+from mtl_lora_cli.adapters.frozen import ALIGNMENT
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack
+from mtl_lora_cli.adapters.function import Widths
 from mtl_lora_cli.engine import attention_block, experts_block, mixer_block, mlp_block
 from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.plan import AttentionPlan, ExpertsPlan, LayerPlan, MixerPlan
@@ -246,10 +248,11 @@ def sizes_of(
         quantization, base_compute: of the recipe.
         parts: see `ModelSizes`.
     """
-    plan = plan_of(model.config)
+    plan, kernels = plan_of(model.config), on_card and value == 2
+    step = ALIGNMENT if kernels else 1
     norms = False, *(layer.mlp.after is not None for layer in plan.layers)
     layers = tuple(
-        replace(_layer(module, one), norms_before=normed)
+        replace(_layer(module, one, step), norms_before=normed)
         for module, one, normed in zip(plan.modules(model), plan.layers, norms, strict=False)
     )
     inside = sum(group.weights for layer in layers for group in layer.groups)
@@ -265,15 +268,16 @@ def sizes_of(
         eight_bit=quantization == "int8",
         parts=parts,
         fp8=base_compute == "fp8",
-        kernels=on_card and value == 2,
+        kernels=kernels,
         dropout=adapter.config.dropout > 0,
         capped=plan.logit_softcap is not None,
     )
 
 
-def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
-    qkv, o = (_group(module, paths) for paths in plan.attention.groups)
-    others = dict(enumerate(_group(module, paths) for paths in plan.mlp.groups))
+def _layer(module: Any, plan: LayerPlan, step: int) -> LayerSizes:
+    """By the plan; factors are filled up to multiples of `step`."""
+    qkv, o = (_group(module, paths, step) for paths in plan.attention.groups)
+    others = dict(enumerate(_group(module, paths, step) for paths in plan.mlp.groups))
     gate_up, down, gate = (others.get(number) for number in range(3))
     if not isinstance(plan.mlp, ExpertsPlan):
         return LayerSizes(plan, qkv, o, gate_up, down)
@@ -289,27 +293,27 @@ def _layer(module: Any, plan: LayerPlan) -> LayerSizes:
         experts=up_stack.values + down_stack.values,
         gate=gate,
         stacks=tuple(
-            _stack(frozen, experts._modules.get(name))
+            _stack(frozen, experts._modules.get(name), step)
             for name, frozen in zip(STACKS, (up_stack, down_stack), strict=True)
         ),
     )
 
 
-def _stack(frozen: FrozenStack, layer: Any) -> StackSizes:
+def _stack(frozen: FrozenStack, layer: Any, step: int) -> StackSizes:
     if layer is None:
         return StackSizes(frozen.width, frozen.out, frozen.experts)
-    down, up = layer.factors(None)
-    rows, columns = down.shape[-3] * down.shape[-2], up.shape[-3] * up.shape[-1]
-    return StackSizes(frozen.width, frozen.out, frozen.experts, rows, columns, layer.units)
+    down, up = (one.shape[-3:] for one in layer.factors(None))
+    widths = Widths.of([down], [up], step)
+    return StackSizes(frozen.width, frozen.out, frozen.experts, *widths, layer.units)
 
 
-def _group(layer: Any, paths: Sequence[str]) -> GroupSizes:
+def _group(layer: Any, paths: Sequence[str], step: int) -> GroupSizes:
     modules = [layer.get_submodule(path) for path in paths]
     bases = [getattr(module, "base_layer", module) for module in modules]
+    found = GroupSizes(bases[0].in_features, sum(base.out_features for base in bases))
     factors = [module.factors(None) for module in modules if module not in bases]
-    return GroupSizes(
-        inputs=bases[0].in_features,
-        outputs=sum(base.out_features for base in bases),
-        rows=sum(down.shape[0] * down.shape[1] for down, _ in factors),
-        columns=sum(up.shape[0] * up.shape[2] for _, up in factors),
-    )
+    if not factors:
+        return found
+    downs, ups = ([one.shape for one in some] for some in zip(*factors, strict=True))
+    widths, count = Widths.of(downs, ups, step), len(factors)
+    return replace(found, rows=count * widths.down, columns=count * widths.up)

@@ -17,8 +17,8 @@ class GroupSizes:
 
     Attributes:
         inputs, outputs: of their weights together, [outputs, inputs].
-        rows: of all A_j below each other; 0 where none is adapted.
-        columns: of all B_j beside each other, up-projections times rank each.
+        rows: of all A_j below each other, filled up; 0 where none is adapted.
+        columns: of all B_j beside each other, up-projections times rank each, filled up.
     """
 
     inputs: int

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.adapters.experts import MultiTaskStack
+from mtl_lora_cli.adapters.frozen import step_of
 from mtl_lora_cli.adapters.frozen_stack import FrozenStack, dense_dtype
+from mtl_lora_cli.adapters.function import Widths
 from mtl_lora_cli.adapters.pairs import Pairs
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine.group import Tape
@@ -59,8 +61,8 @@ class StackGroup:
         sides = [self.frozen.width, self.frozen.out]
         for layer in self.adapted:
             if layer.stacked:
-                down, up = layer.factors(None)
-                sides += [down.shape[1] * down.shape[2], up.shape[1] * up.shape[3]]
+                down, up = (one.shape[-3:] for one in layer.factors(None))
+                sides += Widths.of([down], [up], step_of(layer.lora_A, dtype))
         return not together(dtype, sides)
 
     def forward(

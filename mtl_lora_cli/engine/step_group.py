@@ -43,11 +43,11 @@ class StepGroup:
         if self._stacked is None:
             self._down = _kept(self._down, factors.down)
         each = [_ups_of_tasks(up, products, mixing, number) for number, up in enumerate(ups)]
-        width, out = each[0].shape[1], self._frozen.shape[0]
+        width, out = len(factors.down) // count, self._frozen.shape[0]
         matrix = torch.zeros(slots.count, width, out, dtype=dtype, device=each[0].device)
         starts = torch.zeros(out, dtype=torch.int32, device=matrix.device)
         for number, ((start, stop), own) in enumerate(zip(products.spans, each, strict=True)):
-            matrix[:, :, start:stop] = own
+            matrix[:, : own.shape[1], start:stop] = own
             starts[start:stop] = number * width
         if self._ups is None:
             self._ups = Ups(matrix, products.spans, starts)
@@ -76,17 +76,17 @@ def _kept(place: Tensor | None, value: Tensor) -> Tensor:
 
 def _ups_of_tasks(up: Tensor, products: Any, mixing: Tensor | None, number: int) -> Tensor:
     """Uᵀ = (s B M_t)ᵀ of one projection for each task present, [P, k, out]."""
-    block = up.permute(1, 0, 2).flatten(1) * products.scale  # [out, m]
+    block = up.permute(1, 0, 2).flatten(1) * products.scales[number]  # [out, m]
     if mixing is None:
         return block.T[None]  # the same for all
     own = mixing[number]
     if products.spread_by == "own":
-        return block.T[None] * own[:, :, None]
-    return torch.einsum("om,pmk->pko", block, own.to(block.dtype))
+        return block.T[None] * own[:, : block.shape[1], None]
+    return torch.einsum("om,pmk->pko", block, own[:, : block.shape[1]].to(block.dtype))
 
 
 def ups_bytes(decoder: FusedDecoder, dtype: torch.dtype) -> int:
     """What U of one task takes."""
     groups = [group for layer in decoder.layers for group in layer.groups if group.adapted]
-    sizes = [group.adapted[0].rank * group.frozen.shape[0] for group in groups]
+    sizes = [max(one.rank for one in group.adapted) * group.frozen.shape[0] for group in groups]
     return dtype.itemsize * sum(sizes)

@@ -1,4 +1,8 @@
-"""Triton kernels of `mix.py`."""
+"""Triton kernels of `mix.py`.
+
+Positions of a task stand together, so a block of them has few slots: for each of these the block is
+multiplied by one matrix on the tensor cores, and the rows of that slot are taken.
+"""
 
 from __future__ import annotations
 
@@ -7,69 +11,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_POSITIONS = 32  # of one program of `_adapter_mix`
-_CHUNK = 512  # positions of one program of `_adapter_mix_gradient`
+_POSITIONS = 64  # of one program
+_TILE = 64  # rows or columns of M at once
+_DEPTH = 32  # columns of z and M that are multiplied at once: two parts of a longer one take all registers
+_CHUNK = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
+_SUMS = 2**25  # numbers of partial sums, at most
+
+
+@triton.jit
+def _more(total, value, factor):
+    """total + value factor; beside values of 16 bits a factor of 32 is the sum of two of 16."""
+    if value.dtype.primitive_bitwidth == 16:
+        high = factor.to(value.dtype)
+        low = (factor - high.to(tl.float32)).to(value.dtype)
+        total = tl.dot(value, high, total)
+        total = tl.dot(value, low, total)
+    else:
+        total = tl.dot(value.to(tl.float32), factor, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
 def _adapter_mix(
-    z, mixing, slot, u, u_stride, positions, rows,
+    z, mixing, slot, u, z_stride, u_stride, z_width, u_width, positions, rows, columns,
     layer_stride, slot_stride, row_stride, column_stride,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer = tl.program_id(1)
-    layers = tl.num_programs(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < positions
     own = tl.load(slot + at, mask=inside, other=-1)
-    active = own >= 0
-    row = tl.arange(0, ROWS)
-    matrices = (
-        mixing
-        + layer * layer_stride
-        + own.to(tl.int64)[:, None] * slot_stride
-        + row[None, :] * row_stride
-    )
-    wanted = active[:, None] & (row < rows)[None, :]
-    z += at.to(tl.int64) * (layers * COLUMNS) + layer * COLUMNS
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    z += at.to(tl.int64)[:, None] * z_stride + layer * z_width
+    mixing += layer * layer_stride + row[None, :] * row_stride
     total = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
-    for column in tl.range(COLUMNS, loop_unroll_factor=8):  # loads that do not wait for each other
-        value = tl.load(z + column, mask=active, other=0.0).to(tl.float32)
-        matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
-        total += value[:, None] * matrix
-    u += at.to(tl.int64)[:, None] * u_stride + layer * rows + row[None, :]
-    tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < rows)[None, :])
+    left = own
+    mine = tl.max(left, axis=0)
+    while mine >= 0:
+        chosen = (own == mine)[:, None]
+        matrix = mixing + mine.to(tl.int64) * slot_stride
+        product = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
+        for first in range(0, columns, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            known = column < columns
+            value = tl.load(z + column[None, :], mask=chosen & known[None, :], other=0.0)
+            factor = tl.load(
+                matrix + column[:, None] * column_stride,
+                mask=known[:, None] & (row < rows)[None, :],
+                other=0.0,
+            )
+            product = _more(product, value, factor.to(tl.float32))
+        # Not masked before the product: a matrix that is no number would reach the other rows.
+        total = tl.where(chosen, product, total)
+        left = tl.where(left == mine, -1, left)
+        mine = tl.max(left, axis=0)
+    u += at.to(tl.int64)[:, None] * u_stride + layer * u_width + row[None, :]
+    tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < u_width)[None, :])
 
 
 @triton.jit
 def _adapter_mix_gradient(
-    du, z, slot, partial, positions, slots, rows, columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    du, z, slot, partial, du_stride, z_stride, du_width, z_width, positions, slots, rows, columns,
+    chunk, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
     mine = tl.program_id(1)
-    layer = tl.program_id(2)
-    layers = tl.num_programs(2)
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    across = tl.cdiv(columns, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * across
+    layer, part = tl.program_id(2) // tiles, tl.program_id(2) % tiles
+    layers = tl.num_programs(2) // tiles
+    row = (part // across) * ROWS + tl.arange(0, ROWS)
+    column = (part % across) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, CHUNK, BLOCK):
-        at = chunk * CHUNK + start + tl.arange(0, BLOCK)
+    for start in range(0, chunk, BLOCK):
+        at = tl.program_id(0) * chunk + start + tl.arange(0, BLOCK)
         own = tl.load(slot + at, mask=at < positions, other=-1) == mine
         if tl.sum(own.to(tl.int32), axis=0) > 0:
             place = at.to(tl.int64)[:, None]
             gradient = tl.load(
-                du + place * (layers * rows) + layer * rows + row[None, :],
+                du + place * du_stride + layer * du_width + row[None, :],
                 mask=own[:, None] & (row < rows)[None, :],
                 other=0.0,
             )
             value = tl.load(
-                z + place * (layers * columns) + layer * columns + column[None, :],
+                z + place * z_stride + layer * z_width + column[None, :],
                 mask=own[:, None] & (column < columns)[None, :],
                 other=0.0,
             )
             total += tl.dot(tl.trans(gradient), value, input_precision="ieee")
-    place = ((chunk * layers + layer) * slots + mine) * rows * columns
+    place = ((tl.program_id(0) * layers + layer) * slots + mine).to(tl.int64) * rows * columns
     tl.store(
         partial + place + row[:, None] * columns + column[None, :],
         total,
@@ -77,33 +106,67 @@ def _adapter_mix_gradient(
     )
 
 
-def mix(z: Tensor, mixing: Tensor, slot: Tensor, *, transposed: bool, out: Tensor | None) -> Tensor:
-    """See `mix.mix`; z contiguous."""
-    if transposed:
-        mixing = mixing.transpose(2, 3)
-    layers, _, rows, columns = mixing.shape
+@triton.jit
+def _adapter_of_tasks(
+    z, slot, out, z_stride, out_stride, positions, width, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    place = at.to(tl.int64)[:, None]
+    inside = (at < positions)[:, None] & (column < width)[None, :]
+    active = (tl.load(slot + at, mask=at < positions, other=-1) >= 0)[:, None]
+    value = tl.load(z + place * z_stride + column[None, :], mask=inside & active, other=0.0)
+    tl.store(out + place * out_stride + column[None, :], value, mask=inside)
+
+
+def mix(z: Tensor, matrices: Tensor, slot: Tensor, *, width: int, out: Tensor | None) -> Tensor:
+    """See `mix.mix`; `matrices`: M, or its transpose."""
+    layers, _, rows, columns = matrices.shape
     positions = z.shape[0]
     u = out
     if u is None:
-        u = torch.empty(positions, layers * rows, dtype=z.dtype, device=z.device)
+        u = torch.empty(positions, layers * width, dtype=z.dtype, device=z.device)
     if positions:
-        _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers)](
-            z, mixing, slot, u, u.stride(0), positions, rows, *mixing.stride(),
-            COLUMNS=columns, ROWS=triton.next_power_of_2(rows), BLOCK=_POSITIONS, num_warps=2,
+        down = tile(width)
+        _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers, triton.cdiv(width, down))](
+            z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
+            positions, rows, columns, *matrices.stride(),
+            ROWS=down, COLUMNS=min(_DEPTH, tile(columns)), BLOCK=_POSITIONS, num_warps=4,
         )  # fmt: skip
     return u
 
 
-def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, slots: int, layers: int) -> Tensor:
+def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, like: torch.Size) -> Tensor:
     """See `mix.mix_gradient`: each chunk of positions a partial sum, then their sum; no atomics."""
-    positions, rows, columns = len(slot), du.shape[1] // layers, z.shape[1] // layers
-    chunks = max(1, triton.cdiv(positions, _CHUNK))
-    partial = torch.empty(
-        chunks, layers, slots, rows, columns, dtype=torch.float32, device=z.device
-    )
-    _adapter_mix_gradient[(chunks, slots, layers)](
-        du, z, slot, partial, positions, slots, rows, columns,
-        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=max(16, triton.next_power_of_2(columns)),
-        CHUNK=_CHUNK, BLOCK=64, num_warps=4,
+    layers, slots, rows, columns = like
+    positions = len(slot)
+    most = max(1, _SUMS // like.numel())
+    chunk = _CHUNK * max(1, triton.cdiv(triton.cdiv(positions, _CHUNK), most))
+    chunks = max(1, triton.cdiv(positions, chunk))
+    partial = torch.empty(chunks, *like, dtype=torch.float32, device=z.device)
+    down, across = tile(rows), tile(columns)
+    tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across)
+    _adapter_mix_gradient[(chunks, slots, layers * tiles)](
+        du, z, slot, partial, du.stride(0), z.stride(0), du.shape[1] // layers,
+        z.shape[1] // layers, positions, slots, rows, columns, chunk,
+        ROWS=down, COLUMNS=across, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return partial.sum(0)
+
+
+def of_tasks(z: Tensor, slot: Tensor, out: Tensor | None) -> Tensor:
+    """See `mix.of_tasks`."""
+    positions, width = z.shape
+    found = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
+    if positions:
+        block, across = 32, min(128, triton.next_power_of_2(width))
+        _adapter_of_tasks[(triton.cdiv(positions, block), triton.cdiv(width, across))](
+            z, slot, found, z.stride(0), found.stride(0), positions, width,
+            BLOCK=block, WIDTH=across, num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def tile(side: int) -> int:
+    """What a tensor core takes at once of so many."""
+    return min(_TILE, max(16, triton.next_power_of_2(side)))

@@ -349,7 +349,7 @@ def test_a_rank_pattern_names_layers() -> None:
     adapter = inject(Two(), config, ("a",))
     assert adapter.layers["first"].rank == 8
     assert adapter.layers["second"].lora_A.shape == (1, 2, 8)
-    assert adapter.layers["second"].products(()).scale == 16 / 2
+    assert adapter.layers["second"].products((0, 8)).scales == (16 / 2,)
     assert config.count(SHAPES, 1) == adapter.parameter_count()
     wrong = configure(target_modules=("first",), rank_pattern={"secnd": 2})
     with pytest.raises(UsageError, match="rank_pattern: 'secnd' matches no adapted layer"):

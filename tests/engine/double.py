@@ -221,7 +221,7 @@ def adapted(model: Any, tensors: Mapping[str, Tensor], task: int) -> dict[str, T
 
 
 def update(down: Tensor, ups: Tensor, transform: Tensor, gate: Tensor) -> Tensor:
-    """Σ_i g_i B_i Λ A."""
+    """Σ_i g_i B_i Λ A, where the rank is another one by alpha over that."""
     shares = torch.softmax(gate / TEMPERATURE, dim=-1)
     parts = [g * up @ transform @ down[0] for g, up in zip(shares, ups, strict=True)]
-    return torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0) * (RANK / down.shape[1])

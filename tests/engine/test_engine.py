@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters import frozen
 from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.saved import Keep
@@ -141,16 +142,54 @@ def test_parts_of_tasks_own_in_some_groups_equal_the_plain_layers(
     assert_alike(fused, plain, CLOSE)
 
 
+RANKS = {"rank": 5, "rank_pattern": {"k_proj": 2, "o_proj": 11, "up_proj": 7}}
+
+
+@pytest.mark.parametrize("step", [1, 8])
 @pytest.mark.parametrize(
     "form",
-    [{"rank_pattern": {"k_proj": 2}}, {"method": "mtlora", "task_modules": ("v_proj", "o_proj")}],
+    [
+        {"method": "lora", **RANKS},
+        {"method": "mtl-lora", **RANKS},
+        {"method": "mtl-lora-fine", "up_rank": 2, **RANKS},
+        {"method": "moelora", "up_projections": 3, "rank": 3, "rank_pattern": {"v_proj": 6}},
+        {"method": "multilora", "up_projections": 2, **RANKS},
+        {"method": "hydralora", "up_projections": 3, **RANKS},
+        {"method": "mtlora", "task_rank": 2, **RANKS},
+        {"method": "mtlora", "task_rank": 2, "task_modules": ("v_proj", "o_proj"), **RANKS},
+    ],
+    ids=lambda form: f"{form['method']}{' in some' * ('task_modules' in form)}",
 )
-def test_layers_that_differ_within_a_group_take_the_plain_layers(
-    base: BaseModel, form: dict[str, Any]
+def test_layers_that_differ_within_a_group_equal_the_plain_layers(
+    base: BaseModel,
+    batch: PackedBatch,
+    form: dict[str, Any],
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Ranks and parts of tasks' own, in sizes as they are and filled up with zeros, which stand in margins then."""
     model, adapter = build(base, target_modules=SEVEN, **form)
-    assert PackedModel(model, adapter).decoder is None
-    with pytest.raises(UsageError, match="ranks or own parts that differ within self_attn"):
+    plain = learned(PackedModel(model, adapter, engine="plain"), adapter, batch)
+    monkeypatch.setattr(frozen, "step_of", lambda like, dtype: step)
+    packed = PackedModel(model, adapter, engine="fused")
+    assert packed.decoder is not None
+    room = packed.decoder.layers[0].attention.qkv.room
+    assert (room.rows > 0) == (step == 8) and not room.rows % (3 * step)
+    fused = learned(packed, adapter, batch)
+    assert len(fused[1]) == len(adapter.tensors())
+    assert_alike(fused, plain, CLOSE)
+
+
+def test_a_way_of_mixing_that_differs_within_a_group_takes_the_plain_layers(
+    base: BaseModel,
+) -> None:
+    model, adapter = build(base, target_modules=SEVEN, method="lora")
+    layer = next(one for path, one in adapter.layers.items() if path.endswith("k_proj"))
+    layer.config = layer.config.changed(dropout=0.5)
+    packed = PackedModel(model, adapter)
+    assert packed.decoder is None
+    assert "mixing that differ within self_attn.q_proj" in packed.notes()[0]
+    with pytest.raises(UsageError, match=r"mixing that differ within self_attn\.q_proj, .* layer"):
         PackedModel(model, adapter, engine="fused")
 
 

@@ -55,9 +55,9 @@ def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, di
 @pytest.mark.parametrize(
     ("config", "quantization", "keep"),
     [
-        ({}, "none", Keep()),
+        ({"rank": 5, "rank_pattern": {"v_proj": 9}}, "none", Keep()),
         pytest.param({}, "nf4", Keep(False, False, False), marks=pytest.mark.long),
-        ({"method": "lora"}, "none", Keep(attended=False)),
+        ({"method": "lora", "rank": 6}, "none", Keep(attended=False)),
     ],
     ids=["mtl-lora", "nf4", "lora"],
 )

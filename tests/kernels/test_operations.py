@@ -130,16 +130,73 @@ def test_a_gated_activations_gradient_is_autograds(
     torch.testing.assert_close(again, activated.detach())
 
 
-@pytest.mark.parametrize(("m", "k"), [(24, 8), (6, 3), (17, 17)])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_mixing(same: Callable[..., None], m: int, k: int, layers: int) -> None:
-    z, mixing = normal(700, layers * k), normal(layers, 4, m, k, seed=1)
-    slot = torch.randint(-1, 4, (700,), generator=torch.Generator().manual_seed(2)).int()
-    slot = slot.to(DEVICE)
-    same(lambda: [mix.mix(z, mixing, slot)])
-    u = mix.mix(z, mixing, slot)
-    same(lambda: [mix.mix(u, mixing, slot, transposed=True)])
-    same(lambda: [mix.mix_gradient(u, z, slot, 4, layers)], 1e-3)
+def runs(positions: int) -> Tensor:
+    """Slots of four tasks and of none: runs that end anywhere, a task in several, and single positions."""
+    ends = torch.tensor([3, 70, 71, 72, 140, 150, 190, positions]).clamp(max=positions)
+    tasks = torch.tensor([2, 0, -1, 3, 0, 1, -1, 2]).int()
+    return tasks.repeat_interleave(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.long)))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "filled"),
+    [(24, 8, (24, 8)), (51, 17, (56, 24)), (6, 3, (8, 8)), (150, 70, (152, 72))],
+)
+@pytest.mark.parametrize("kernels", ["triton", "plain"])
+def test_mixing_is_the_formula(
+    monkeypatch: pytest.MonkeyPatch, m: int, k: int, filled: tuple[int, int], kernels: str
+) -> None:
+    """Position by position in float64; sizes are filled up with what must not be read, and with zeros."""
+    monkeypatch.setenv("MTL_LORA_KERNELS", kernels)
+    layers, positions = 1 if k > 64 else 2, 200
+    mixing, slot = normal(layers, 4, m, k, seed=1), runs(positions).to(DEVICE)
+    z, du = (normal(positions, layers, side, seed=side) for side in (k, m))
+    own = mixing.double()[:, slot.clamp(min=0).long()] * (slot >= 0)[:, None, None]  # [J, N, m, k]
+    right = (
+        torch.einsum("jnmk,njk->njm", own, z.double()),
+        torch.einsum("jnmk,njm->njk", own, du.double()),
+        torch.stack([
+            torch.einsum("njm,njk->jmk", du[slot == p].double(), z[slot == p].double())
+            for p in range(4)
+        ], dim=1),
+    )  # fmt: skip
+    nan = float("nan")
+    wide_z = torch.nn.functional.pad(z, (0, filled[1] - k), value=nan).flatten(1)
+    wide_du = torch.nn.functional.pad(du, (0, filled[0] - m), value=nan).flatten(1)
+    together = torch.full((positions, 7 + layers * filled[0]), nan, device=DEVICE)
+    u = mix.mix(wide_z, mixing, slot, width=filled[0], out=together[:, 7:])
+    dz = mix.mix(wide_du, mixing, slot, transposed=True, width=filled[1])
+    found = u.unflatten(1, (layers, -1)), dz.unflatten(1, (layers, -1))
+    assert together[:, :7].isnan().all() and torch.equal(together[:, 7:], u)
+    for each, exact, side in zip(found, right, (m, k), strict=False):
+        torch.testing.assert_close(each[..., :side].double(), exact, rtol=1e-5, atol=1e-4)
+        assert not each[..., side:].any()
+    dmixing = mix.mix_gradient(wide_du, wide_z, slot, mixing.shape)
+    torch.testing.assert_close(dmixing.double(), right[2], rtol=1e-5, atol=1e-3)
+
+
+def test_mixing_rounds_no_matrix_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what it writes is rounded: to half a step of a number's own size."""
+    monkeypatch.setenv("MTL_LORA_KERNELS", "triton")
+    half = (
+        torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    )  # the interpreter cuts bfloat16 off
+    mixing, slot = normal(1, 4, 51, 17, seed=1), runs(200).to(DEVICE)
+    z = normal(200, 24).to(half)
+    own = mixing.double()[0, slot.clamp(min=0).long()] * (slot >= 0)[:, None, None]
+    exact = torch.einsum("nmk,nk->nm", own, z[:, :17].double())
+    error = (mix.mix(z, mixing, slot).double() - exact).abs()
+    assert (error <= torch.finfo(half).eps / 2 * 1.02 * exact.abs() + 1e-4).all()
+
+
+def test_only_tasks_positions_are_kept(same: Callable[..., None]) -> None:
+    """What stands where no task is need be no number."""
+    slot = runs(200).to(DEVICE)
+    active, z = (slot >= 0)[:, None], normal(200, 40)
+    z[~active[:, 0]] = float("nan")
+    together = torch.zeros(200, 60, device=DEVICE)
+    same(lambda: [mix.of_tasks(z, slot, active), mix.of_tasks(z, slot, active, together[:, 16:56])])
+    assert torch.equal(together[:, 16:56][active[:, 0]], z[active[:, 0]])
+    assert not together[:, :16].any() and not together[~active[:, 0]].any()
 
 
 def test_mixing_keeps_one_tasks_infinities_from_the_others() -> None:
@@ -152,7 +209,7 @@ def test_mixing_keeps_one_tasks_infinities_from_the_others() -> None:
     assert torch.equal(before[slot != 1], after[slot != 1])
     assert after[slot == 1].isnan().all()
     z[slot == 1] = float("inf")
-    gradient = mix.mix_gradient(before, z, slot, 3, 1)
+    gradient = mix.mix_gradient(before, z, slot, mixing.shape)
     assert gradient[:, [0, 2]].isfinite().all()
 
 

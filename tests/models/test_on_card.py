@@ -136,7 +136,13 @@ def test_logits_in_aligned_rows(batch: PackedBatch) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"method": "lora"}, {"gate": "embedding", "transform": "diagonal"}],
+    [
+        {"method": "lora"},
+        {"gate": "embedding", "transform": "diagonal"},
+        {"rank": 5, "rank_pattern": {"k_proj": 17, "up_proj": 70}},
+        {"method": "lora", "rank": 17, "rank_pattern": {"v_proj": 3}},
+        {"method": "hydralora", "rank": 5, "rank_pattern": {"v_proj": 9}},
+    ],
 )
 def test_other_forms(batch: PackedBatch, config: dict[str, Any]) -> None:
     exact = exact_of(batch, target_modules=SEVEN, **config)

@@ -1,0 +1,35 @@
+"""Any rank, and ranks that differ within a layer: sizes filled up with zeros change nothing but the speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtl_lora_cli.adapters import frozen, stack_products
+
+from .double import tiny
+from .test_families import CASES, CLOSE, furthest
+
+CHANGES = {kind: changes for kind, variant, changes in CASES if not variant}
+
+
+@pytest.mark.parametrize("step", [1, 8])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"rank_pattern": {"k_proj": 5, "v_proj": 9, "up_proj": 1}}),
+        ("qwen3", {"rank_pattern": {"o_proj": 17, "q_proj": 8}}),
+        ("glm4_moe", {"experts": "shared", "rank_pattern": {"experts.down_proj": 5}}),
+        ("gpt_oss", {"experts": "each"}),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_transformers_alone(
+    kind: str, settings: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of parameters in their own sizes, in float64, with W_t in the place of each weight there."""
+    for module in (frozen, stack_products):
+        monkeypatch.setattr(module, "step_of", lambda like, dtype: step)
+    assert furthest(tiny(kind, **CHANGES[kind]), **settings) < CLOSE
