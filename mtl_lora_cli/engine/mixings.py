@@ -46,8 +46,8 @@ def mixing_of_groups(groups: Sequence[Group | StackGroup], slots: Slots) -> list
 def _all_rows(layers: Sequence[TaskLayer], tasks: int) -> Tensor:
     """What `own` wants of layers in which no task has a part of its own: bool [G, P, k], all true."""
     down = layers[0].factors(None)[0]
-    where = {"dtype": torch.bool, "device": down.device}
-    return torch.ones(len(layers), tasks, down.shape[0] * down.shape[1], **where)
+    shape = len(layers), tasks, down.shape[0] * down.shape[1]
+    return torch.ones(shape, dtype=torch.bool, device=down.device)
 
 
 def _filled_up(matrices: Tensor, sides: Sequence[int]) -> Tensor:
