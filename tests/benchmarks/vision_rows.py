@@ -8,10 +8,11 @@
 PRODUCTS and NLVR hold `images/` and rows of JSON. OUT gets `images`, a link, and rows: of products `rows/`, and `titles/` with
 one true and one false title a photo, the false one of the same type and audience with another colour named in it,
 drawn by a seed within the split; of statements those of the test split that stand in the training split, too, are left
-out. Titles of test photos that stand in training, too, are left out of `titles/`. `boxes` are the same statements with
-each box as a picture of its own, and, of the training pictures alone, statements that a script makes of what is in the
-boxes (`made/`) and questions of how many there are (`counts/`). DATA is the folder `data` of the package easy-vqa: a
-folder for each kind of question.
+out. Titles of test photos that stand in training, too, are left out of `titles/`. To learn from, `titles/` has four more
+a photo, made of its colour, type and audience: a title's words alone never say whether they are true. `boxes` are the
+same statements with each box as a picture of its own, and, of the training pictures alone, statements that a script makes
+of what is in the boxes, of all three (`made/`) and of one (`inside/`), and questions of how many there are (`counts/`). DATA is the folder `data` of the package easy-vqa:
+a folder for each kind of question.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from nlvr_statements import counts_of, in_order, statements_of
 from PIL import Image
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 SEED = 0
+MADE, INSIDE = 12, 4  # statements of a picture, and of each of its boxes
 
 
 def main() -> int:
@@ -66,6 +70,8 @@ def products(source: Path, out: Path) -> None:
         write(out / "rows" / f"{split}.jsonl", own)
         kept = own if split == "train" else [row for row in own if row["title"] not in learned]
         found = list(titles(kept))
+        if split == "train":
+            found += made_titles(kept)
         write(out / "titles" / f"{split}.jsonl", found)
         print(f"{split}: {len(own)} photos, {len(found)} titles of {len(kept)} photos")
 
@@ -87,6 +93,31 @@ def titles(rows: Sequence[Row]) -> Iterator[Row]:
         if others:
             yield {"image": row["image"], "title": row["title"], "fits": "yes"}
             yield {"image": row["image"], "title": draw.choice(others), "fits": "no"}
+
+
+def made_titles(rows: Sequence[Row]) -> Iterator[Row]:
+    """Of each photo four: two of its own colour, two of another one, drawn as often as it is some photo's.
+
+    Three are so short that many photos share them, true of some and false of others; one is the photo's own title with its
+    colour exchanged.
+    """
+    draw = random.Random(SEED)
+    colours = [row["colour"] for row in rows]
+    for row in rows:
+        own, title = row["colour"], row["title"]
+        others = [one for one in colours if one != own]
+        other = draw.choice(others)
+        yield {"image": row["image"], "title": short(row, own, True), "fits": "yes"}
+        yield {"image": row["image"], "title": short(row, own, False), "fits": "yes"}
+        yield {"image": row["image"], "title": short(row, other, draw.random() < 0.5), "fits": "no"}
+        other = draw.choice(others)
+        changed = title.replace(own, other) if own in title else short(row, other, True)
+        yield {"image": row["image"], "title": changed, "fits": "no"}
+
+
+def short(row: Row, colour: str, audience: bool) -> str:
+    """A title of nothing but what the row says, and a colour."""
+    return " ".join([*([row["audience"]] if audience else []), colour, row["type"]])
 
 
 def statements(source: Path, out: Path) -> None:
@@ -115,7 +146,7 @@ def boxes(source: Path, out: Path) -> None:
     crops = out / "crops"
     crops.mkdir(parents=True, exist_ok=True)
     shown = {row["image"]: cropped(source, row["image"], crops) for row in [*learned, *kept]}
-    for folder in ("statements", "made", "counts"):
+    for folder in ("statements", "made", "inside", "counts"):
         link(out / folder, crops)
     for split, rows in (("train", learned), ("test", kept)):
         write(
@@ -126,11 +157,30 @@ def boxes(source: Path, out: Path) -> None:
             ),
         )
     draw = random.Random(SEED)
-    made = [one for row in learned for one in statements_of(row, shown[row["image"]], draw)]
-    counts = [one for row in learned for one in counts_of(row, shown[row["image"]], draw)]
-    write(out / "made" / "train.jsonl", made)
-    write(out / "counts" / "train.jsonl", counts)
-    print(f"train: {len(learned)} statements, {len(made)} made, {len(counts)} counts")
+    made, inside, counts = [], [], []
+    for row in learned:
+        names = shown[row["image"]]
+        arrays = [np.asarray(Image.open(crops / Path(name).name)) for name in names]
+        items = in_order(row["boxes"], arrays)
+        made += [
+            {"boxes": names, "sentence": sentence, "label": "true" if truth else "false"}
+            for sentence, truth in statements_of(items, arrays, draw, MADE)
+        ]
+        for name, own, array in zip(names, items, arrays, strict=True):
+            inside += [
+                {"image": name, "sentence": sentence, "label": "true" if truth else "false"}
+                for sentence, truth in statements_of([own], [array], draw, INSIDE)
+            ]
+            counts += [
+                {"image": name, "thing": thing, "count": str(count)}
+                for thing, count in counts_of(own, draw)
+            ]
+    for folder, rows in (("made", made), ("inside", inside), ("counts", counts)):
+        write(out / folder / "train.jsonl", rows)
+    print(
+        f"train: {len(learned)} statements, {len(made)} made of three boxes, {len(inside)} of one, "
+        f"{len(counts)} counts"
+    )
 
 
 def cropped(source: Path, image: str, crops: Path) -> list[str]:
@@ -140,68 +190,6 @@ def cropped(source: Path, image: str, crops: Path) -> list[str]:
         for number, name in enumerate(names):
             whole.convert("RGB").crop((150 * number, 0, 150 * number + 100, 100)).save(crops / name)
     return [f"images/{name}" for name in names]
-
-
-COLOURS = {"#0099ff": "blue", "Black": "black", "Yellow": "yellow"}
-NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-
-
-def kinds_in(items: Sequence[Row]) -> dict[str, int]:
-    """How many of each kind of thing are in a box: of a colour, of a shape, of both, in all."""
-    found = {"item": len(items)}
-    for colour in COLOURS.values():
-        own = [one for one in items if COLOURS[one["color"]] == colour]
-        found[f"{colour} item"] = len(own)
-        for shape in ("square", "triangle", "circle"):
-            found[f"{colour} {shape}"] = sum(one["type"] == shape for one in own)
-            found[shape] = found.get(shape, 0) + found[f"{colour} {shape}"]
-    return found
-
-
-def claims(row: Row, draw: random.Random) -> Iterator[tuple[str, bool]]:
-    """Statements about all three boxes, each with whether it is true."""
-    each = [kinds_in(items) for items in row["boxes"]]
-    thing = draw.choice([kind for kind in each[0] if kind != "item"])
-    inside = [box[thing] for box in each]
-    many = draw.randint(1, 5)
-    plural = f"{NUMBERS[many]} {thing}{'s' if many > 1 else ''}"
-    yield f"There is at least one {thing}", sum(inside) > 0
-    yield f"There is a box with {plural}", many in inside
-    yield f"There is a box with at least {plural}", max(inside) >= many
-    yield f"Each box contains at least one {thing}", min(inside) > 0
-    yield f"There are exactly {plural} in all", sum(inside) == many
-    boxes = draw.randint(1, 2)
-    which = f"There {'is 1 box' if boxes == 1 else 'are 2 boxes'} with a {thing}"
-    yield which, sum(count > 0 for count in inside) == boxes
-    total = draw.randint(1, 8)
-    yield (
-        f"One of the grey boxes has exactly {NUMBERS[total]} objects",
-        total in [box["item"] for box in each],
-    )
-    colours = [{one["color"] for one in items} for items in row["boxes"]]
-    colour, name = draw.choice(list(COLOURS.items()))
-    yield f"There is a box with only {name} items", {colour} in colours
-    yield "There is a box with items of only one colour", any(len(c) == 1 for c in colours)
-    yield "There is a box with items of all 3 different colours", any(len(c) == 3 for c in colours)
-
-
-def statements_of(row: Row, shown: Sequence[str], draw: random.Random) -> Iterator[Row]:
-    """Four statements of a training picture, as many of them true as can be."""
-    found = [*claims(row, draw), *claims(row, draw), *claims(row, draw)]
-    draw.shuffle(found)
-    for truth in (True, False):
-        for sentence, _ in dict.fromkeys([one for one in found if one[1] == truth][:2]):
-            label = "true" if truth else "false"
-            yield {"boxes": list(shown), "sentence": sentence, "label": label}
-
-
-def counts_of(row: Row, shown: Sequence[str], draw: random.Random) -> Iterator[Row]:
-    """Two questions of how many a box of a training picture holds."""
-    for image, items in zip(shown, row["boxes"], strict=True):
-        found = kinds_in(items)
-        there = [kind for kind, count in found.items() if count]
-        for thing in dict.fromkeys([draw.choice(there), draw.choice(list(found))]):
-            yield {"image": image, "thing": thing, "count": str(min(found[thing], 8))}
 
 
 def easy_vqa(source: Path, out: Path) -> None:

@@ -1,0 +1,278 @@
+"""Statements that a script makes of NLVR's pictures, as people wrote them: of all three boxes, and of one.
+
+Two thirds of the pictures show towers of blocks, the others things that lie about. What a box holds stands in NLVR's rows, a
+tower's blocks from its base on, but not in the order of the picture: `in_order` finds that by the pixels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, permutations
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+Claim = tuple[str, bool]
+COLOURS = {"#0099ff": "blue", "Black": "black", "Yellow": "yellow"}
+PIXELS = {"blue": (0, 153, 255), "black": (0, 0, 0), "yellow": (255, 255, 0)}
+SHAPES = ("square", "triangle", "circle")
+AREAS = {"square": 1.0, "triangle": 0.5, "circle": 0.785}  # of a square as wide
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def in_order(boxes: Sequence[Sequence[Row]], crops: Sequence[np.ndarray]) -> list[list[Row]]:
+    """What is in each of three crops, uint8 [100, 100, 3]: the order in which areas of colours agree best."""
+    seen = np.array([[shown(crop, colour).sum() for colour in PIXELS] for crop in crops])
+    said = np.array([[_area(box, colour) for colour in PIXELS] for box in boxes])
+    best = min(permutations(range(3)), key=lambda order: abs(said[list(order)] - seen).sum())
+    return [list(boxes[number]) for number in best]
+
+
+def _area(box: Sequence[Row], colour: str) -> float:
+    own = [one for one in box if COLOURS[one["color"]] == colour]
+    return sum(AREAS[one["type"]] * one["size"] ** 2 for one in own)
+
+
+def shown(crop: np.ndarray, colour: str) -> np.ndarray:
+    """Where a crop has a colour, bool [100, 100]."""
+    found: np.ndarray = (crop == np.array(PIXELS[colour], np.uint8)).all(-1)
+    return found
+
+
+def touching(crop: np.ndarray) -> dict[str, set[str]]:
+    """Colour → the walls of its box that something of it touches."""
+    found = {}
+    for colour in PIXELS:
+        there = shown(crop, colour)
+        walls = {"top": there[0], "bottom": there[-1], "left": there[:, 0], "right": there[:, -1]}
+        found[colour] = {wall for wall, line in walls.items() if line.any()}
+    return found
+
+
+def are_towers(boxes: Sequence[Sequence[Row]]) -> bool:
+    """Whether a picture shows towers: blocks of one size, four of them at most."""
+    return all(
+        len(box) <= 4 and all((one["type"], one["size"]) == ("square", 20) for one in box)
+        for box in boxes
+    )
+
+
+def kinds_in(items: Sequence[Row]) -> dict[str, int]:
+    """How many of each kind of thing are in a box: of a colour, of a shape, of both, in all."""
+    found = {"item": len(items)}
+    for colour in COLOURS.values():
+        own = [one for one in items if COLOURS[one["color"]] == colour]
+        found[f"{colour} item"] = len(own)
+        for shape in SHAPES:
+            found[f"{colour} {shape}"] = sum(one["type"] == shape for one in own)
+            found[shape] = found.get(shape, 0) + found[f"{colour} {shape}"]
+    return found
+
+
+def statements_of(
+    boxes: Sequence[Sequence[Row]],
+    crops: Sequence[np.ndarray],
+    draw: random.Random,
+    count: int,
+) -> list[Claim]:
+    """So many statements of a picture, as many of them true as false where there are.
+
+    Args:
+        boxes: one or three, in the order of the picture.
+        crops: of them.
+        draw: what is random.
+        count: an even number.
+    """
+    if len(boxes) == 1:
+        make = _of_a_tower if are_towers(boxes) else _of_a_box
+    else:
+        make = _of_towers if are_towers(boxes) else _of_boxes
+    found: dict[str, bool] = {}
+    for _ in range(4 * count):
+        found.update([make(boxes, crops, draw)])
+    some = list(found.items())
+    draw.shuffle(some)
+    each = [[one for one in some if one[1] == truth][: count // 2] for truth in (True, False)]
+    return [*each[0], *each[1]]
+
+
+def _many(number: int, thing: str, draw: random.Random) -> str:
+    word = str(number) if draw.random() < 0.4 else NUMBERS[number]
+    return f"{word} {thing}{'' if number == 1 else 's'}"
+
+
+def _amount(
+    number: int, thing: str, draw: random.Random, among: Sequence[str] = ("", "exactly", "at least")
+) -> tuple[str, Callable[[int], bool]]:
+    """An amount of things in words, and what it says of their number."""
+    how = draw.choice(among)
+    holds: dict[str, Callable[[int], bool]] = {
+        "": lambda found: found == number,
+        "exactly": lambda found: found == number,
+        "only": lambda found: found == number,
+        "at least": lambda found: found >= number,
+        "more than": lambda found: found > number,
+    }
+    return f"{how} {_many(number, thing, draw)}".strip(), holds[how]
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _of_towers(
+    boxes: Sequence[Sequence[Row]], _: Sequence[np.ndarray], draw: random.Random
+) -> Claim:
+    towers = [[COLOURS[one["color"]] for one in box] for box in boxes]
+    colour, other = draw.choice(list(PIXELS)), draw.choice(list(PIXELS))
+    number, high = draw.randint(1, 2), draw.randint(1, 4)
+    end, at = draw.choice([("top", -1), ("base", 0)])
+    amount, holds = _amount(number, "tower", draw)
+    blocks, fits = _amount(high, "block", draw, ("", "exactly", "only", "at least", "more than"))
+    ends = [tower[at] == colour for tower in towers]
+    stacked = [(other, colour) in pairwise(tower) for tower in towers]
+    there = f"There {_are(number)} {amount}"
+    kind = draw.randrange(10)
+    if kind == 0:
+        return f"{there} with {blocks}", holds(sum(fits(len(tower)) for tower in towers))
+    if kind == 1:
+        return f"{there} with a {colour} block at the {end}", holds(sum(ends))
+    if kind == 2:
+        both = [top and fits(len(tower)) for top, tower in zip(ends, towers, strict=True)]
+        return f"There is a tower with {blocks} with a {colour} block at the {end}", any(both)
+    if kind == 3:
+        both = [top and fits(len(tower)) for top, tower in zip(ends, towers, strict=True)]
+        return f"There is a {colour} block as the {end} of a tower with {blocks}", any(both)
+    if kind == 4:
+        over = draw.choice(["over", "above", "on top of"])
+        return f"{there} with a {colour} block {over} a {other} block", holds(sum(stacked))
+    if kind == 5:
+        return f"{there} with only {colour} blocks", holds(sum({*t} == {colour} for t in towers))
+    if kind == 6:
+        total, right = _amount(draw.randint(1, 6), f"{colour} block", draw)
+        return f"There are {total}", right(sum(tower.count(colour) for tower in towers))
+    if kind == 7:
+        own, right = _amount(draw.randint(1, 3), f"{colour} block", draw)
+        return f"There is a tower with {own}", any(right(t.count(colour)) for t in towers)
+    if kind == 8:
+        place = draw.randint(1, 2)
+        named = f"the {['second', 'third'][place - 1]} block from the base is {colour}"
+        return f"There is a tower where {named}", any(
+            t[place : place + 1] == [colour] for t in towers
+        )
+    return f"{there} that has only one colour", holds(sum(len({*tower}) == 1 for tower in towers))
+
+
+def _of_a_tower(
+    boxes: Sequence[Sequence[Row]], _: Sequence[np.ndarray], draw: random.Random
+) -> Claim:
+    tower = [COLOURS[one["color"]] for one in boxes[0]]
+    colour, other = draw.choice(list(PIXELS)), draw.choice(list(PIXELS))
+    blocks, fits = _amount(draw.randint(1, 4), "block", draw, ("exactly", "at least", "more than"))
+    end, at = draw.choice([("top", -1), ("base", 0)])
+    kind = draw.randrange(6)
+    if kind == 0:
+        return f"The tower has {blocks}", fits(len(tower))
+    if kind == 1:
+        return f"The tower has a {colour} block at the {end}", tower[at] == colour
+    if kind == 2:
+        stacked = (other, colour) in pairwise(tower)
+        return f"There is a {colour} block above a {other} block", stacked
+    if kind == 3:
+        own, right = _amount(draw.randint(1, 3), f"{colour} block", draw)
+        return f"The tower has {own}", right(tower.count(colour))
+    if kind == 4:
+        return f"The tower has only {colour} blocks", {*tower} == {colour}
+    place = draw.randint(1, 2)
+    named = ["second", "third"][place - 1]
+    return f"The {named} block from the base is {colour}", tower[place : place + 1] == [colour]
+
+
+def _thing(draw: random.Random) -> str:
+    shape = draw.choice([*SHAPES, "item", "object"])
+    colour = draw.choice([*PIXELS, *PIXELS, *([] if shape in ("item", "object") else [""])])
+    return f"{colour} {shape}".strip()
+
+
+def _of_boxes(
+    boxes: Sequence[Sequence[Row]], crops: Sequence[np.ndarray], draw: random.Random
+) -> Claim:
+    thing, colour = _thing(draw), draw.choice(list(PIXELS))
+    inside = [kinds_in(box)[thing.replace("object", "item")] for box in boxes]
+    colours = [{COLOURS[one["color"]] for one in box} for box in boxes]
+    number = draw.randint(1, 2)
+    amount, holds = _amount(number, "box", draw)
+    amount = amount.replace("boxs", "boxes")
+    things, fits = _amount(draw.randint(1, 5), thing, draw)
+    kind = draw.randrange(9)
+    if kind == 0:
+        return f"There is a box with {things}", any(fits(count) for count in inside)
+    if kind == 1:
+        return f"There are {things}", fits(sum(inside))
+    if kind == 2:
+        return f"Each box contains at least one {thing}", min(inside) > 0
+    if kind == 3:
+        return f"There {_are(number)} {amount} with a {thing}", holds(sum(n > 0 for n in inside))
+    if kind == 4:
+        total = draw.randint(2, 8)
+        exactly = any(len(box) == total for box in boxes)
+        return f"One of the grey boxes has exactly {NUMBERS[total]} objects", exactly
+    if kind == 5:
+        return f"There is a box with only {colour} items", {colour} in colours
+    if kind == 6:
+        return "There is a box with items of only one colour", any(len(c) == 1 for c in colours)
+    walls = [touching(crop) for crop in crops]
+    if kind == 7:
+        wall, names = _wall(draw)
+        there = any(names & found[colour] for found in walls)
+        return f"There is a {colour} item touching the {wall}", there
+    number = draw.randint(1, 2)
+    amount, holds = _amount(number, "box", draw)
+    touched = [bool(found[colour]) for found in walls]
+    amount = amount.replace("boxs", "boxes")
+    said = f"There {_are(number)} {amount} with a {colour} item touching the wall"
+    return said, holds(sum(touched))
+
+
+def _wall(draw: random.Random) -> tuple[str, set[str]]:
+    every = {"top", "bottom", "left", "right"}
+    return draw.choice(
+        [
+            ("wall", every),
+            ("edge", every),
+            ("base", {"bottom"}),
+            ("bottom of a box", {"bottom"}),
+            ("side", {"left", "right"}),
+            ("top", {"top"}),
+            ("right wall of a box", {"right"}),
+        ]
+    )
+
+
+def _of_a_box(
+    boxes: Sequence[Sequence[Row]], crops: Sequence[np.ndarray], draw: random.Random
+) -> Claim:
+    thing, colour = _thing(draw), draw.choice(list(PIXELS))
+    count = kinds_in(boxes[0])[thing.replace("object", "item")]
+    things, fits = _amount(draw.randint(1, 5), thing, draw)
+    kind = draw.randrange(5)
+    if kind <= 1:
+        return f"There are {things}", fits(count)
+    if kind == 2:
+        return f"There is a {thing}", count > 0
+    if kind == 3:
+        return f"There are only {colour} items", {one["color"] for one in boxes[0]} == {
+            hexed for hexed, name in COLOURS.items() if name == colour
+        }
+    wall, names = _wall(draw)
+    return f"There is a {colour} item touching the {wall}", bool(names & touching(crops[0])[colour])
+
+
+def counts_of(items: Sequence[Row], draw: random.Random) -> Iterator[tuple[str, int]]:
+    """Two kinds of things, one that a box holds and any one, with how many it holds, eight at most."""
+    found = kinds_in(items)
+    there = [kind for kind, count in found.items() if count]
+    for thing in dict.fromkeys([draw.choice(there), draw.choice(list(found))]):
+        yield thing, min(found[thing], 8)
