@@ -16,6 +16,7 @@ from mtl_lora_cli.visible import tell
 
 CONVERSION = 1  # raise it when a folder comes out otherwise than before
 _SIDE = 224
+_LEVELS: int | list[int] = -2  # of the encoder, whose features the projector is given
 _TOKEN = "<filename>"  # of SmolLM2's control tokens one that text for reading pictures never has
 _MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the encoder's training
 
@@ -67,6 +68,7 @@ def _joined(text: Any, tower: Any, token: int) -> Any:
         vision_config=tower.config,
         text_config=text.config,
         image_token_index=token,
+        vision_feature_layer=_LEVELS,
         image_seq_length=(_SIDE // tower.config.patch_size) ** 2,
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
