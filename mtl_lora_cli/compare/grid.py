@@ -20,6 +20,7 @@ from mtl_lora_cli.recipe.training import Training
 from mtl_lora_cli.recipe.yaml_file import Document, parse_scalar, validate_document
 
 RATE = "training.learning_rate"
+PARTS_OF_ALL = ("down", "up", "whole", "decoder")  # of `training.parts`, whatever the method
 SWEPT = ("adapter", "training", "mixing")  # parts of a recipe whose keys may be swept
 CUT = "rows cut from train"  # validation rows of a task that has no split for them
 UNTRAINED = "untrained"  # stands beside the methods: the base model alone
@@ -308,14 +309,17 @@ def with_settings(
 ) -> Recipe:
     """The recipe with another method and other values.
 
-    The keys that only some methods read are the recipe's own method's: another method starts from
-    its own defaults.
+    The keys that only some methods read are the recipe's own method's, and so are the rates of parts that only some have:
+    another method starts from its own defaults.
 
     Raises:
         ProblemsError: a value that a recipe may not have.
     """
     data = recipe.model_dump()
     data["adapter"] = with_method(data["adapter"], method)
+    if method != recipe.adapter.method:
+        parts = data["training"]["parts"]
+        data["training"]["parts"] = {name: parts[name] for name in PARTS_OF_ALL}
     for key, value in settings.items():
         *parents, last = key.split(".")
         here = data

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from mtl_lora_cli.adapters.inject import require_adapted
 from mtl_lora_cli.adapters.methods import METHODS, configure
 from mtl_lora_cli.adapters.methods.base import Settings
-from mtl_lora_cli.bench.random_model import empty_model
 from mtl_lora_cli.compare.grid import (
     CUT,
     TEST,
@@ -38,7 +36,7 @@ from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.metrics.declare import direction
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import adapt, load_config
+from mtl_lora_cli.models.load import on_meta
 from mtl_lora_cli.recipe.load import LoadedRecipe, describe_changes
 from mtl_lora_cli.recipe.schema import Recipe, RunSettings
 from mtl_lora_cli.runs.folder import save_json
@@ -345,17 +343,15 @@ def _rank_step(recipe: Recipe, method: str, settings: Mapping[str, Any]) -> int:
 def _shapes(loaded: LoadedRecipe) -> Shapes:
     """The adapted layers of the base model, from its configuration alone: no weights are read."""
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
-    config = load_config(base)
     known: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
 
     def shapes(adapter: Settings) -> dict[str, tuple[int, ...]]:
         targets = (*adapter.target_modules, adapter.experts)
         if targets not in known:
-            model = empty_model(config, dtype=torch.float32)
             plain = configure(
                 "lora", target_modules=adapter.target_modules, experts=adapter.experts
             )
-            layers = adapt(model, plain, ["task"]).layers
+            layers = on_meta(base, plain, ["task"])[1].layers
             known[targets] = {
                 path: (layer.out_features, layer.in_features, layer.units)
                 for path, layer in layers.items()

@@ -231,3 +231,12 @@ def test_what_follows_the_tasks_is_a_setting_like_any_other(text: str, read: Any
     found = read(with_settings(recipe, variant.method, variant.settings))
     assert str(found).strip("[]'") in text
     assert with_settings(recipe, "mtl-lora", {}).mixing == "proportional"
+
+
+def test_another_method_takes_no_rate_of_a_part_that_only_some_methods_have(recipe: Recipe) -> None:
+    rates = {part: {"learning_rate": 0.1} for part in ("up", "whole", "transform", "gate")}
+    own = Recipe.model_validate({**recipe.model_dump(), "training": {"parts": rates}})
+    found = with_settings(own, "lora", {}).training.parts
+    assert (found.up.learning_rate, found.whole.learning_rate) == (0.1, 0.1)
+    assert found.transform.learning_rate is found.gate.learning_rate is None
+    assert with_settings(own, "mtl-lora", {}).training.parts == own.training.parts
