@@ -49,7 +49,12 @@ from mtl_lora_cli.training.progress import TrainingProgress
 from mtl_lora_cli.training.signs import signs
 from mtl_lora_cli.training.spikes import spikes, told
 from mtl_lora_cli.training.trackers import tracked
-from mtl_lora_cli.training.unchanged import changes_around, require_same_names, require_same_rows
+from mtl_lora_cli.training.unchanged import (
+    as_begun,
+    changes_around,
+    require_same_names,
+    require_same_rows,
+)
 from mtl_lora_cli.training.warm_start import begin_there
 from mtl_lora_cli.visible import tell
 
@@ -245,7 +250,7 @@ def _go_on(
         given = load_recipe(recipe_path or run.recipe, overrides, heir_of=heir_of)
         wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends, begins=begins)
         own = replace(own, recipe=_with_free(own.recipe, wanted.recipe, run))
-    prepared = prepare(own, processes, extends=extends, begins=begins)
+    prepared = prepare(as_begun(run, own), processes, extends=extends, begins=begins)
     require_same_rows(run, prepared)
     if processes.main:
         for line in changes_around(run, prepared):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mtl_lora_cli.adapters.files import read_adapter_file
@@ -103,6 +104,23 @@ def _changed(run: RunFolder, task: Task, what: str, how: str) -> UsageError:
     )
 
 
+def as_begun(run: RunFolder, own: LoadedRecipe) -> LoadedRecipe:
+    """The run's recipe with the engine that `auto` picked when it began.
+
+    A later version may know on the fused engine what ran on the plain one then; sums are formed in another
+    order there, and a run goes on to the last bit.
+    """
+    if own.recipe.engine != "auto" or _engine(run).get("engine") != "plain":
+        return own
+    return replace(own, recipe=own.recipe.model_copy(update={"engine": "plain"}))
+
+
+def _engine(run: RunFolder) -> Mapping[str, Any]:
+    """What environment.json says of the engine; early versions said nothing."""
+    found = read_json(run.environment).get("engine") if run.environment.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
 def changes_around(run: RunFolder, prepared: Prepared) -> Iterator[str]:
     """What does not stop a run, but may change its numbers, a line each."""
     recorded = recorded_base(run)
@@ -113,6 +131,9 @@ def changes_around(run: RunFolder, prepared: Prepared) -> Iterator[str]:
         )
     if not run.environment.is_file():
         return
+    why = _engine(run).get("why_not_fused")
+    if why is not None and prepared.recipe.engine == "plain" != why.removeprefix("engine: "):
+        yield f"it began on the plain engine ({why}), and goes on there"
     before = read_json(run.environment)
     now = describe(prepared.device, prepared.dtype, prepared.processes)
     changes = [

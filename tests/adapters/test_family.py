@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mtl_lora_cli.adapters import frozen
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.methods import BUILT_IN, METHODS, configure
@@ -95,8 +96,17 @@ def test_every_method_is_here() -> None:
     assert set(CONFIGS) == set(METHODS) == set(BUILT_IN)
 
 
+@pytest.mark.parametrize("step", [1, 8])
 @pytest.mark.parametrize("method", CONFIGS)
-def test_equals_the_paper(make_layer: MakeLayer, trained: Trained, method: str) -> None:
+def test_equals_the_paper(
+    make_layer: MakeLayer,
+    trained: Trained,
+    method: str,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In sizes as they are, and filled up with zeros, as a card multiplies them."""
+    monkeypatch.setattr(frozen, "step_of", lambda like, dtype: step)
     layer = build(make_layer, method)
     parameters = trained(layer)
     x = torch.randn(*IDS.shape, 7, dtype=torch.float64, requires_grad=True)

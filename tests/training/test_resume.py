@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 
 from mtl_lora_cli.adapters.files import read_tensors
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import find_run
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
+from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
@@ -53,6 +56,28 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(small: Callable[
     assert again.trainer.position.step == 2
     same(whole, again.train())
     assert again.trainer.position.tokens == whole.trainer.position.tokens
+
+
+def test_a_run_goes_on_on_the_engine_that_it_began_on(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a version that knew less picked the plain one: sums of the other are formed in another order."""
+    short = ["training.max_steps=2", "training.checkpoint_every=1", "training.rows_per_step=2"]
+    run = start(prepare(load_recipe(recipe_file, [*short, "engine=plain"])), tmp_path / "early")
+    finished = read_tensors(run.require_adapter())
+    about = json.loads(run.environment.read_text())
+    about["engine"]["why_not_fused"] = "ranks that differ"
+    run.environment.write_text(json.dumps(about))
+    run.recipe.write_text(run.recipe.read_text().replace("engine: plain", "engine: auto"))
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "step-000002")
+    resume(run, None, [])
+    assert (
+        "began on the plain engine (ranks that differ), and goes on there"
+        in capsys.readouterr().err
+    )
+    again = read_tensors(run.require_adapter())
+    assert all(torch.equal(finished[name], again[name]) for name in finished)
 
 
 def test_time_and_tokens_go_on_counting(small: Callable[..., Any]) -> None:
