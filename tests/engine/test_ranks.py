@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from mtl_lora_cli.adapters import frozen, stack_products
+from mtl_lora_cli.engine.memory import sizes_of
 
-from .double import tiny
+from .double import adapt_all, tiny
 from .test_families import CASES, CLOSE, furthest
 
 CHANGES = {kind: changes for kind, variant, changes in CASES if not variant}
@@ -33,3 +34,16 @@ def test_gradients_are_those_of_transformers_alone(
     for module in (frozen, stack_products):
         monkeypatch.setattr(module, "step_of", lambda like, dtype: step)
     assert furthest(tiny(kind, **CHANGES[kind]), **settings) < CLOSE
+
+
+@pytest.mark.parametrize(("on_card", "rows", "columns"), [(True, 24, 40), (False, 17, 34)])
+def test_memory_counts_what_is_filled_up(on_card: bool, rows: int, columns: int) -> None:
+    """k and v of rank 3 beside q of rank 17, with two up-projections."""
+    model = tiny("llama")
+    adapter = adapt_all(model, rank_pattern={"q_proj": 17})
+    sizes = sizes_of(model, adapter, value=2, on_card=on_card)
+    qkv, o = sizes.layers[0].qkv, sizes.layers[0].o
+    assert (qkv.rows, qkv.columns) == (3 * rows, 3 * columns)
+    assert (o.rows, o.columns) == ((8, 8) if on_card else (3, 6))
+    assert sizes.roomy(qkv) == sizes.roomy(o) == on_card
+    assert sizes.trained == sum(tensor.numel() for tensor in adapter.trained().values())
