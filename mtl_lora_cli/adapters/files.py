@@ -123,14 +123,24 @@ def config_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) -> None:
-    """Write the two files into `folder`, which must exist. Tensors are written as trained."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()}
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    config = adapter.config.model_dump()
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """An adapter at one moment: what its two files say.
+
+    Attributes:
+        content: of the configuration, without checksums.
+        tensors: under their names in the file; the adapter's own, or copies of them.
+    """
+
+    content: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def state_of(adapter: Adapter, base_model: Mapping[str, Any]) -> AdapterState:
+    """What the files of an adapter say; its tensors are those that training changes."""
     content = {
         "format_version": FORMAT_VERSION,
-        **config,
+        **adapter.config.model_dump(),
         "tasks": list(adapter.tasks),
         "base_model": dict(base_model),
         "modules": {
@@ -143,8 +153,21 @@ def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) 
             }
             for path, layer in adapter.layers.items()
         },
-        "checksums": {name: tensor_checksum(tensor) for name, tensor in tensors.items()},
     }
+    return AdapterState(content, {name: t.detach() for name, t in adapter.tensors().items()})
+
+
+def save_adapter(adapter: Adapter, folder: Path, base_model: Mapping[str, Any]) -> None:
+    """Write the two files into `folder`, which must exist. Tensors are written as trained."""
+    save_state(state_of(adapter, base_model), folder)
+
+
+def save_state(state: AdapterState, folder: Path) -> None:
+    """`save_adapter`, of a state."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}
+    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    sums = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+    content = {**state.content, "checksums": sums}
     content["checksum"] = config_checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtl_lora_cli.adapters.files import load_adapter, save_adapter
+from mtl_lora_cli.adapters.files import AdapterState, load_adapter, save_state
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.runs.atomic import file_checksum, new_folder, write_json, write_text
@@ -49,28 +49,34 @@ class Position:
     following: Mapping[str, Any] | None = None
 
 
-def save_checkpoint(
-    folder: Path,
-    position: Position,
-    adapter: Adapter,
-    moments: Mapping[str, Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    base_model: Mapping[str, Any],
-    keep: int,
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """All of a checkpoint, as it was at one moment: no step changes what stands in it.
+
+    Attributes:
+        position: where the run stood.
+        adapter: what is trained.
+        moments: the optimiser's state, whole: `Updating.state`.
+        states: `random_states` of every process.
+    """
+
+    position: Position
+    adapter: AdapterState
+    moments: Mapping[str, Tensor]
+    states: Sequence[Mapping[str, Tensor]]
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write `step-000200` with checksums, `COMPLETE` last, then remove the oldest beyond `keep`.
 
     What one of those that stay names as the best so far stays, too.
 
     Args:
         folder: the run's `checkpoints`.
-        position: where the run stands.
-        adapter: what is trained.
-        moments: the optimiser's state, whole: `Updating.state`.
-        states: `random_states` of every process.
-        base_model: identity of the base model.
+        snapshot: what is written.
         keep: so many checkpoints stay.
     """
+    position = snapshot.position
     path = checkpoint_of(folder, position.step)
     for number, other in _numbered(folder):
         if number >= position.step:  # of a future that this run has left
@@ -78,9 +84,11 @@ def save_checkpoint(
     for unfinished in folder.glob(".step-*.partial"):  # of a process that was killed
         shutil.rmtree(unfinished)
     with new_folder(path) as temporary:
-        save_adapter(adapter, temporary, base_model)
-        save_file(dict(moments), temporary / _OPTIMIZER)
-        random = {f"{name}.{rank}": s for rank, own in enumerate(states) for name, s in own.items()}
+        save_state(snapshot.adapter, temporary)
+        moments = {name: value.cpu().contiguous() for name, value in snapshot.moments.items()}
+        save_file(moments, temporary / _OPTIMIZER)
+        states = enumerate(snapshot.states)
+        random = {f"{name}.{rank}": s for rank, own in states for name, s in own.items()}
         save_file(random, temporary / _RANDOM)
         state = asdict(position)
         if position.following is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mtl_lora_cli.adapters.files import state_of
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.training.best import Best, Mark, best_after
@@ -26,7 +27,6 @@ from mtl_lora_cli.training.checkpoints import (
     load_checkpoint,
     newest_checkpoint,
     random_states,
-    save_checkpoint,
 )
 from mtl_lora_cli.training.drawn import Draw, Drawn, sizes_of
 from mtl_lora_cli.training.followers import Balancing, followers, pcgrad, require_followed
@@ -35,6 +35,7 @@ from mtl_lora_cli.training.observers import Observer, due
 from mtl_lora_cli.training.parts import parameter_groups
 from mtl_lora_cli.training.poison import no_number
 from mtl_lora_cli.training.prepared import ReadyRun
+from mtl_lora_cli.training.saving import Saver
 from mtl_lora_cli.training.schedule import learning_rate_factor
 from mtl_lora_cli.training.step import Running, StepClock, Stepper
 from mtl_lora_cli.training.surgery import Surgery
@@ -53,6 +54,7 @@ class Trainer:
     Attributes:
         position: where the run stands.
         stepper: takes its steps.
+        saver: writes its checkpoints, in the process that writes.
     """
 
     def __init__(self, ready: ReadyRun, observers: Sequence[Observer] = ()) -> None:
@@ -87,6 +89,9 @@ class Trainer:
         )
         self._observers = (*observers, *more)
         self._clock = StepClock(self.stepper.mark)
+        self.saver = Saver(
+            self.run.checkpoints, self.settings.keep_checkpoints, self.adapter.device
+        )
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._stop_asked = False  # of this process
         self._stop_agreed = False  # all know, since the same step
@@ -123,12 +128,14 @@ class Trainer:
         Raises:
             Interrupted: the user stopped it; a checkpoint of the last whole step was saved.
             MtlLoraError: the loss is no longer a finite number.
+            OSError: a checkpoint could not be written.
         """
         self.host.train()
         with (
             _without_long_collections(),
             journal.opened(self.position.metrics_bytes),
             self._signals(),
+            self.saver.open(),
         ):
             self._clock.restart()
             if self.position.step == 0:
@@ -149,6 +156,7 @@ class Trainer:
             running: the one before, where it is not written down yet.
             journal: where that is done.
         """
+        self.saver.check()
         looking = due(self._observers, step + 1, self.total_steps)
         before = [one for one in looking if one.before_update]
         after = [one for one in looking if not one.before_update]
@@ -172,6 +180,8 @@ class Trainer:
         if saving or self._stopping:
             self._save()
             if self._stopping and not last:
+                self.saver.wait()
+                self.processes.wait()  # a launcher ends them all when one has left
                 raise Interrupted(
                     f"stopped after step {step + 1} and saved; go on with: "
                     f"mtl-lora train --resume --run {self.run.path}"
@@ -243,6 +253,7 @@ class Trainer:
         )
 
     def _no_number(self, running: Running[Drawn]) -> str:
+        self.saver.join()
         last = newest_checkpoint(self.run.checkpoints)
         return no_number(
             running,
@@ -261,17 +272,8 @@ class Trainer:
         moments = self.stepper.update.state(self.adapter.trained())
         states = self.processes.gather(random_states())
         if self.processes.main:
-            self.run.checkpoints.mkdir(exist_ok=True)
-            save_checkpoint(
-                self.run.checkpoints,
-                self.position,
-                self.adapter,
-                moments,
-                states,
-                self._prepared.base.identity(),
-                self.settings.keep_checkpoints,
-            )
-        self.processes.wait()
+            adapter = state_of(self.adapter, self._prepared.base.identity())
+            self.saver.save(self.position, adapter, moments, states)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

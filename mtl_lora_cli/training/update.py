@@ -53,7 +53,8 @@ class Updating(Protocol):
         """One update at so much of each group's peak learning rate; the gradients' norm."""
 
     def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The optimiser's state, `{name}/{key}`, whole and on the CPU: a collective."""
+        """The optimiser's state, `{name}/{key}`, whole: a collective. It may be the tensors that the next
+        update changes."""
 
     def restore(self, tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """Go back to such a state; the parameters themselves were set before."""
@@ -197,7 +198,7 @@ class Update:
         """See `Updating`."""
         usual = {} if self._clipping is None else self._clipping.state(tensors)
         return {
-            f"{name}/{key}": value.detach().cpu().contiguous()
+            f"{name}/{key}": value.detach()
             for name, tensor in tensors.items()
             for key, value in self.optimizer.state[tensor].items()
         } | usual

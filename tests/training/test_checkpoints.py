@@ -129,7 +129,12 @@ def test_a_damaged_later_checkpoint_never_costs_the_newest_good_one(
     assert good == folder / "step-000002"
     again.trainer.resume(good)
     seen: list[Path | None] = []
-    again.train(after=lambda step: seen.append(newest_checkpoint(folder)))
+
+    def look(step: int) -> None:
+        again.trainer.saver.join()
+        seen.append(newest_checkpoint(folder))
+
+    again.train(after=look)
     assert [path and path.name for path in seen] == [
         "step-000002",
         "step-000003",

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_lora_cli.adapters.files import read_tensors
+from mtl_lora_cli.adapters.files import read_tensors, state_of
 from mtl_lora_cli.evaluation.opened import open_run
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.recipe.training import ValidationSettings
 from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.training.best import Best, Mark, best_after
-from mtl_lora_cli.training.checkpoints import Position, newest_checkpoint, save_checkpoint
+from mtl_lora_cli.training.checkpoints import (
+    Position,
+    Snapshot,
+    newest_checkpoint,
+    write_checkpoint,
+)
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.run import resume, start
 
@@ -238,7 +243,7 @@ def test_what_any_kept_checkpoint_calls_the_best_is_kept(
 
     def saved(step: int, best: int) -> list[str]:
         position = Position(step, 0, 0.0, 0, Best("x", best, 0.5))
-        save_checkpoint(folder, position, adapter, {}, [], {}, keep=2)
+        write_checkpoint(folder, Snapshot(position, state_of(adapter, {}), {}, []), keep=2)
         return sorted(path.name for path in folder.iterdir())
 
     assert saved(1, 1) == ["step-000001"]
