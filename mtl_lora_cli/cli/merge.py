@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -66,11 +67,15 @@ def merge(
     Several tasks with commas between are joined first (`tasks join`), and the joined adapter is merged.
     """
     joint = None
-    with framed():
+    with framed(), ExitStack() as beside:
         from mtl_lora_cli.errors import UsageError, did_you_mean
         from mtl_lora_cli.runs.folder import find_run
 
         folder = find_run(run, runs)
+        if check:
+            from mtl_lora_cli.export.check_start import ready
+
+            beside.enter_context(ready())
         status("loading libraries")
         from mtl_lora_cli.evaluation.opened import open_run
         from mtl_lora_cli.export.formats.merged import BASES, Merged

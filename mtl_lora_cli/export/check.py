@@ -1,18 +1,20 @@
 """The check after writing: what was written against the run, on held-out rows of its task.
 
-It runs in a process of its own (`check_process.py`), in which the format reads its files back by another
-party's code, and the run itself is asked the same, one model after the other.
+It runs in a process of its own (`check_process.py`), in which the run is asked, and then, by another party's
+code, what the format reads back from its files: one model after the other. The run is asked while the files are
+written, where that needs none of them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import torch
@@ -20,12 +22,13 @@ import torch
 from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.export.check_start import send, started
 from mtl_lora_cli.export.comparison import Comparison, compared
 from mtl_lora_cli.export.formats import FORMATS, Reference, blamed
 from mtl_lora_cli.export.low_rank import ask_at
 from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
-from mtl_lora_cli.machine.cards import free_memory, pick_device
+from mtl_lora_cli.machine.cards import free_memory, pick_device, release
 from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.tasks.task import Task
 
@@ -61,7 +64,7 @@ class WrittenCheck:
             "task": task.name,
             "folder": str(folder.absolute()),
         }
-        return where | asdict(self)
+        return where | {"early": FORMATS[self.format].early} | asdict(self)
 
     @classmethod
     def of(cls, request: Mapping[str, Any]) -> WrittenCheck:
@@ -70,32 +73,56 @@ class WrittenCheck:
         return cls(request["format"], references, request["limit"], request["tolerance"])
 
     def run(self, run: Run, task: Task, folder: Path) -> Comparison:
-        """Compare in a new process, which ends when this one does.
+        """Compare what lies in a folder, in a new process.
 
         Raises:
             MtlLoraError: as the comparison does, or the process was killed.
         """
-        # -P: a folder of the user's that is called like a library must not be imported.
-        module = "mtl_lora_cli.export.check_process"
-        request = json.dumps(self.request(run, task, folder))
-        call = [sys.executable, "-P", "-m", module, request]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True) as process:
-            assert process.stdout is not None
-            text = process.stdout.read()
-            process.wait()
-        if not text:
-            raise MtlLoraError(f"the check's process ended with code {process.returncode}")
-        return received(json.loads(text))
+        with self.beside(run, task, folder) as compare:
+            return compare()
 
-    def compare(self, questions: Questions, folder: Path) -> Comparison:
-        """Compare in this process."""
+    @contextmanager
+    def beside(self, run: Run, task: Task, folder: Path) -> Iterator[Callable[[], Comparison]]:
+        """Begin in a new process, which ends when this one does, with all that needs no written folder.
+
+        Yields:
+            To be called when the folder is written: it compares, and raises
+
+            MtlLoraError: as the comparison does, or the process was killed.
+        """
+        with started() as process:
+            send(process, json.dumps(self.request(run, task, folder)))
+            yield partial(_answered, process)
+
+    def compare(
+        self, questions: Questions, folder: Path, written: Callable[[], object] = lambda: None
+    ) -> Comparison:
+        """Compare in this process.
+
+        Args:
+            questions: that the run and what is written are asked.
+            folder: what is written.
+            written: waits until it is.
+        """
         kind = FORMATS[self.format]()
-        with blamed(kind):
-            written = kind.read(questions, folder)
         others = {one.label: answers_of(one, questions) for one in self.references}
+        release(questions.run.device)  # before the next model comes
+        written()
+        with blamed(kind):
+            found = kind.read(questions, folder)
         allowed = _allowed(questions, folder) if self.tolerance is None else self.tolerance
-        return compared(questions, written, others, allowed)
+        return compared(questions, found, others, allowed)
+
+
+def _answered(process: Popen[str]) -> Comparison:
+    """Tell the other process that the folder is written, and wait for what it says."""
+    assert process.stdout is not None
+    send(process, "written")
+    text = process.stdout.read()
+    process.wait()
+    if not text:
+        raise MtlLoraError(f"the check's process ended with code {process.returncode}")
+    return received(json.loads(text))
 
 
 def answers_of(reference: Reference, questions: Questions) -> Scored:
@@ -106,21 +133,22 @@ def answers_of(reference: Reference, questions: Questions) -> Scored:
     return questions.ask(questions.run.but(instead=None, quantization=kind).packed)
 
 
-def questions_about(folder: Path, run: Run, task: Task, limit: int) -> Questions:
-    """What a check asks about what lies in a folder.
+def questions_about(
+    folder: Path, run: Run, task: Task, limit: int, *, early: bool = False
+) -> Questions:
+    """What a check asks about what lies in a folder, or, `early`, about the safetensors that will.
 
     Sums in 16 bits differ by more than anything that writing does, so models compute in float32. In the
     run's dtype they do where they would not fit, where 8-bit products round anyhow, and where another
     program computes.
     """
-    exact = _float32_tells_more(run, folder)
+    stored = early or any(folder.glob(_SAFETENSORS))
+    exact = stored and _float32_tells_more(run)
     return Questions(run.but(in_float32=exact), task, Setting(limit=limit))
 
 
-def _float32_tells_more(run: Run, folder: Path) -> bool:
+def _float32_tells_more(run: Run) -> bool:
     if run.dtype == torch.float32 or run.recipe.quantization == "int8":
-        return False
-    if not any(folder.glob(_SAFETENSORS)):
         return False
     values = sum(
         math.prod(stored.shape)

@@ -1,8 +1,11 @@
-"""The process that a check runs in: the request is its argument, JSON on stdout is its answer.
+"""The process that a check runs in. It is spoken to in lines, and JSON on stdout is its answer.
 
-    python -m mtl_lora_cli.export.check_process '{"run": …, "task": …, "folder": …, …}'
+    python -m mtl_lora_cli.export.check_process
+    {"run": …, "task": …, "folder": …, …}
+    written
 
-Everything else that is printed goes to stderr. When stdin closes, whoever asked is gone.
+The first line is the request; the second one says that the folder is there. Everything else that is printed goes
+to stderr. When stdin closes, whoever asked is gone.
 """
 
 from __future__ import annotations
@@ -16,8 +19,12 @@ import sys
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
+
+from mtl_lora_cli.machine import collector
 
 
 def main() -> None:
@@ -27,13 +34,29 @@ def main() -> None:
     os.dup2(2, 1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    threading.Thread(target=_end_with_the_asker, daemon=True).start()
+    lines: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    collector.loading()
+    _load()
+    request = json.loads(lines.get())
     with open(stdout, "w", encoding="utf-8") as file:  # noqa: PTH123 - it is a descriptor
-        json.dump(answer(json.loads(sys.argv[1])), file)
+        json.dump(answer(request, lines.get), file)
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """A comparison, or what went wrong: an error for the user, or a fault with its traceback."""
+def _load() -> None:
+    """What any check needs, while nobody asks yet."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - loaded when asked for
+
+    import mtl_lora_cli.export.check  # noqa: F401
+
+
+def answer(request: dict[str, Any], written: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """A comparison, or what went wrong: an error for the user, or a fault with its traceback.
+
+    Args:
+        request: `WrittenCheck.request`.
+        written: waits until the folder is there.
+    """
     from mtl_lora_cli.errors import MtlLoraError
 
     try:
@@ -47,8 +70,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         run = open_run(RunFolder(Path(request["run"])))
         (task,) = select_tasks(run.tasks, request["task"])
         folder = Path(request["folder"])
-        questions = questions_about(folder, run, task, request["limit"])
-        comparison = WrittenCheck.of(request).compare(questions, folder)
+        early = request["early"]
+        if not early:
+            written()
+        questions = questions_about(folder, run, task, request["limit"], early=early)
+        wait = written if early else lambda: None
+        comparison = WrittenCheck.of(request).compare(questions, folder, wait)
     except MtlLoraError as error:
         return {"error": str(error), "code": error.exit_code}
     except Exception as error:
@@ -57,8 +84,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {"comparison": dataclasses.asdict(comparison)}
 
 
-def _end_with_the_asker() -> None:
-    os.read(0, 1)
+def _listen(lines: SimpleQueue[str]) -> None:
+    """Pass lines on; when there are no more, whoever asked is gone."""
+    for line in sys.stdin:
+        lines.put(line)
     os._exit(1)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,16 +34,18 @@ from mtl_lora_cli.export.shards import (
     write_shard,
 )
 from mtl_lora_cli.export.weight_names import WeightNames, weight_names
+from mtl_lora_cli.machine.cores import cores
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
 from mtl_lora_cli.models.prequantised import method_of
-from mtl_lora_cli.runs.atomic import sync, write_text
+from mtl_lora_cli.runs.atomic import begin_sync, write_text
 
 # Weights in other formats, which would be the base model's, and the base model's own card.
-_NOT_COPIED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors"}
+NOT_COPIED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors"}
 
 # What is no float and no part of a quantised weight: places, masks.
 _NUMBERS = ("I64", "BOOL")
+_THREADS = 4  # each has some blocks in memory
 _SCALES = ".absmax"  # what bitsandbytes stores beside a weight of 4 bits
 _AGAIN = (
     "a sum would have to be quantised again, which is not merging; export --format peft leaves the base "
@@ -112,6 +113,7 @@ class MergePlan:
         texts: small files that are written anew: name → content.
         changing: tensors that the updates must change.
         changed: those that writing has changed so far.
+        threads: so many tensors are computed beside each other.
     """
 
     shards: Sequence[Shard]
@@ -120,6 +122,7 @@ class MergePlan:
     texts: Mapping[str, str]
     changing: frozenset[str]
     changed: set[str]
+    threads: int = 1
 
     def size(self, place: Path) -> int:
         """Bytes that writing it into a folder of this file system takes; a hard link takes none."""
@@ -154,7 +157,7 @@ def plan_merge(
             shape or no dtype of floating point; a weights file is missing or damaged.
     """
     names = weight_names(base)
-    left = _by_tensor(names, updates)
+    left = by_tensor(names, updates)
     rows = {names.tensor(weight): length for weight, length in (lengths or {}).items()}
     learned = {names.tensor(weight): value for weight, value in (whole or {}).items()}
     changing = {name for name, update in left.items() if name in rows or _is_any(update)}
@@ -188,13 +191,14 @@ def plan_merge(
         path
         for path in sorted(base.folder.iterdir())
         if path.is_file()
-        and path.suffix not in _NOT_COPIED
+        and path.suffix not in NOT_COPIED
         and path.name not in ("README.md", *texts)
     ]
-    return MergePlan(shards, kept, copied, texts, frozenset(changing), changed)
+    threads = min(_THREADS, cores()) if how is None else 1  # a device rounds one after another
+    return MergePlan(shards, kept, copied, texts, frozenset(changing), changed, threads)
 
 
-def _by_tensor(names: WeightNames, updates: Mapping[str, Update]) -> dict[str, Update]:
+def by_tensor(names: WeightNames, updates: Mapping[str, Update]) -> dict[str, Update]:
     """The updates of the files' tensors; of a stack of which the files hold pieces, those of the pieces."""
     found: dict[str, Update] = {}
     packed = method_of(names.base) == "mxfp4"
@@ -224,14 +228,10 @@ def write_merged(
     Raises:
         CheckError: a tensor that an update falls on has stayed as it was.
     """
-    with ThreadPoolExecutor(max_workers=1) as disk:  # it works while the next file is computed
-        synced = []
-        for number, shard in enumerate(plan.shards, start=1):
-            say(f"merging {shard.name} ({number} of {len(plan.shards)})")
-            write_shard(folder / shard.name, shard.tensors, shard.metadata)
-            synced.append(disk.submit(sync, folder / shard.name))
-    for done in synced:
-        done.result()
+    for number, shard in enumerate(plan.shards, start=1):
+        say(f"merging {shard.name} ({number} of {len(plan.shards)})")
+        write_shard(folder / shard.name, shard.tensors, shard.metadata, plan.threads)
+        begin_sync(folder / shard.name)  # the disk works while the next file is computed
     unchanged = sorted(plan.changing - plan.changed)
     if unchanged:
         raise CheckError(

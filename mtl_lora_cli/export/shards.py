@@ -8,10 +8,13 @@ memory map: mapped pages of the input would count as this process's memory.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from mtl_lora_cli.errors import UsageError
 
+T = TypeVar("T")
 # safetensors' names of the dtypes that a weight can be computed in.
 FLOATS = {
     "F64": torch.float64,
@@ -144,13 +148,44 @@ def planned_size(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> int
     return len(_header(tensors, metadata)) + sum(tensor.size for tensor in tensors)
 
 
-def write_shard(path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file from its first byte to its last."""
+def write_shard(
+    path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str], threads: int = 1
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: where; it must not exist.
+        tensors: in the order of their bytes.
+        metadata: of the header.
+        threads: so many tensors are made and written beside each other.
+    """
+    header = _header(tensors, metadata)
     with path.open("xb", buffering=0) as file:
-        _write(file, np.frombuffer(_header(tensors, metadata), dtype=np.uint8))
+        _put(file.fileno(), np.frombuffer(header, dtype=np.uint8), 0)
+        work, place = [], len(header)
         for tensor in tensors:
-            written = sum(_write(file, block) for block in tensor.blocks())
-            assert written == tensor.size, f"{tensor.name}: {written} bytes of {tensor.size}"
+            work.append(partial(_put_tensor, file.fileno(), tensor, place))
+            place += tensor.size
+        beside_each_other(work, threads)
+
+
+def beside_each_other(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
+    """What pieces of work give, in their order; as soon as one fails, no other is begun.
+
+    Args:
+        work: torch computes each in one thread.
+        threads: so many at a time.
+    """
+    if threads <= 1:
+        return [one() for one in work]
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        begun = [pool.submit(one) for one in work]
+        return [one.result() for one in begun]
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # the pool's own number is that of later threads, too
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
@@ -173,8 +208,18 @@ def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: Any, block: np.ndarray) -> int:
+def _put_tensor(file: int, tensor: Planned, place: int) -> None:
+    """Write a tensor at its place in an open file."""
+    end = place
+    for block in tensor.blocks():
+        end = _put(file, block, end)
+    assert end - place == tensor.size, f"{tensor.name}: {end - place} bytes of {tensor.size}"
+
+
+def _put(file: int, block: np.ndarray, place: int) -> int:
+    """Write bytes at a place in an open file; gives where they end."""
     left = block.data
     while left:
-        left = left[file.write(left) :]
-    return len(block)
+        done = os.pwrite(file, left, place)
+        left, place = left[done:], place + done
+    return place

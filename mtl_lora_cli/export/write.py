@@ -90,9 +90,12 @@ def _written(form: Format, order: Order) -> WrittenFolder:
     require_space(needed, folder)
     try:
         with new_folder(folder) as temporary:
-            with blamed(form):
-                form.write(order, temporary)
-            comparison = _compared(form, order, temporary) if order.options.checked else None
+            if order.options.checked:
+                comparison: Comparison | None = _compared(form, order, temporary)
+            else:
+                with blamed(form):
+                    form.write(order, temporary)
+                comparison = None
             with blamed(form):
                 readme = form.card(order, temporary, comparison)
             (temporary / "README.md").write_text(readme, encoding="utf-8")
@@ -102,13 +105,21 @@ def _written(form: Format, order: Order) -> WrittenFolder:
 
 
 def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
-    order.say("loading it again and comparing")
+    """Write, look at the files, and hold answers against the run's, which is asked meanwhile."""
     options = order.options
     with blamed(form):
         references = form.references(order)
         allowed = options.tolerance if options.tolerance is not None else form.tolerance(order.run)
     check = WrittenCheck(form.name, references, options.limit, allowed)
-    comparison = check.run(order.run, order.task, temporary)
+    with check.beside(order.run, order.task, temporary) as compare:
+        with blamed(form):
+            form.write(order, temporary)
+            order.say("loading it again and comparing")
+            fault = form.fault(order, temporary)
+        if fault is not None:
+            reason = f"{form.differs} on task '{order.task.name}': {fault}"
+            raise CheckError(set_aside(temporary, order.folder, reason))
+        comparison = compare()
     if not comparison.holds:
         reason = (
             f"{form.differs} on task '{order.task.name}': largest difference of log-probabilities "

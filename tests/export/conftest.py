@@ -6,7 +6,8 @@ import gzip
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,13 @@ def four_bit_run(train: Callable[..., Run], stories_folder: Path) -> Run:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks compare in this process, where the other one is not what a test is about."""
 
-    def compare(check: WrittenCheck, run: Run, task: Task, folder: Path) -> Comparison:
-        return check.compare(questions_about(folder, run, task, check.limit), folder)
+    @contextmanager
+    def beside(
+        check: WrittenCheck, run: Run, task: Task, folder: Path
+    ) -> Iterator[Callable[[], Comparison]]:
+        yield lambda: check.compare(questions_about(folder, run, task, check.limit), folder)
 
-    monkeypatch.setattr(WrittenCheck, "run", compare)
+    monkeypatch.setattr(WrittenCheck, "beside", beside)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,10 +243,13 @@ def test_the_new_run_offers_all_tasks_and_says_where_they_come_from(
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of what was written compares here; its own process is tests/export's."""
 
-    def compare(check: WrittenCheck, run: Run, task: Task, folder: Path) -> Comparison:
-        return check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
+    @contextmanager
+    def beside(
+        check: WrittenCheck, run: Run, task: Task, folder: Path
+    ) -> Iterator[Callable[[], Comparison]]:
+        yield lambda: check.compare(Questions(run, task, Setting(limit=check.limit)), folder)
 
-    monkeypatch.setattr(WrittenCheck, "run", compare)
+    monkeypatch.setattr(WrittenCheck, "beside", beside)
 
 
 @pytest.mark.usefixtures("in_process")

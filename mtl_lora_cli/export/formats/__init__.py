@@ -61,6 +61,7 @@ class Format:
             quantised.
         reducible: whether the update's rank can be lowered.
         pictures: whether it holds a model that is shown pictures, and what of it learned whole.
+        early: whether the run can be asked before anything is written: what is written are safetensors.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Format:
     weights: ClassVar[Literal["original", "own"]] = "original"
     reducible: ClassVar[bool] = True
     pictures: ClassVar[bool] = False
+    early: ClassVar[bool] = False
 
     @property
     def root(self) -> Path:
@@ -101,6 +103,11 @@ class Format:
     def write(self, order: Order, folder: Path) -> None:
         """Fill an empty folder."""
         raise NotImplementedError
+
+    def fault(self, order: Order, folder: Path) -> str | None:
+        """In what the files that were written are not what they have to be, before anybody runs them; None: in
+        nothing that can be seen so."""
+        return None
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """Put the check's questions to what was written, by code that had no part in writing it."""

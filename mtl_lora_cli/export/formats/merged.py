@@ -45,6 +45,7 @@ class Merged(Format):
     differs = "the merged model differs from the adapted one"
     reducible = False
     pictures = True
+    early = True
 
     _rounding: WeightRounding | None = None
 
@@ -78,6 +79,16 @@ class Merged(Format):
             order.say(f"measuring what {how.kind} rounds")
             self._rounding = measure_rounding(order.run.base, how)
         write_merged(self._plan(order), folder, order.say)
+
+    def fault(self, order: Order, folder: Path) -> str | None:
+        """Every tensor against the sum in float64."""
+        from mtl_lora_cli.export.weight_check import Meant, fault_in
+
+        run = order.run
+        how = self._quantised(order) if order.options.base == "dequantized" else None
+        updates, lengths = order.parts
+        meant = Meant(run.base, updates, how, lengths, run.adapter.whole, _sight(run))
+        return fault_in(folder, meant)
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """By transformers alone, as any user would."""
