@@ -82,7 +82,7 @@ class Forks:
 
 def _child(request: dict[str, Any], stdout: TextIO, stderr: TextIO, loaded: TextIO) -> int:
     """In the fork: the command's exit code."""
-    from mtl_lora_cli.cli.main import main
+    from mtl_lora_cli.cli.main import command
 
     signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # nobody handles it: it ends at once
     os.setpgid(0, 0)
@@ -93,7 +93,7 @@ def _child(request: dict[str, Any], stdout: TextIO, stderr: TextIO, loaded: Text
     sys.argv = ["mtl-lora", *request["arguments"]]
     code: int | str | None = 0
     try:
-        main()
+        command()
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:

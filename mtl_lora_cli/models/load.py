@@ -14,10 +14,12 @@ from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine import collector
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.four_bit_experts import quantise_experts, quantising_stacks
 from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
+from mtl_lora_cli.models.straight import straight_to
 
 
 def load_config(base: BaseModel) -> Any:
@@ -212,7 +214,7 @@ def load_model(
     kept = None if quantization == "none" or tower else _sixteen_bit(base, config)
     how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage, kept)
     try:
-        with quiet_loading(), quantising_stacks(quantization):
+        with quiet_loading(), quantising_stacks(quantization), straight_to(device):
             kind = model_class(base, config)
             model, loading = kind.from_pretrained(
                 base.folder,
@@ -237,6 +239,7 @@ def load_model(
     quantise_experts(model, quantization, storage)
     if method_of(base) is not None:
         compute_in(model, dtype)
+    collector.loaded()
     return model.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ installing a package never changes what an existing recipe means.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -22,7 +23,12 @@ _SUFFIXES = (".yaml", ".yml")
 
 def template_names() -> dict[str, Path]:
     """The bundled templates: `glue/sst2` and its file, and so on, in order of name."""
-    return _templates_in(bundled("data_templates"))
+    return dict(_bundled(bundled("data_templates")))
+
+
+@cache  # these files are part of the installed package
+def _bundled(folder: Path) -> dict[str, Path]:
+    return _templates_in(folder)
 
 
 def installed_templates() -> dict[str, Path]:

@@ -95,7 +95,7 @@ def loaded(run: Path) -> float:
 
 def profiled(run: Path, what: str, folder: Path) -> None:
     """Where the time goes."""
-    from mtl_lora_cli.cli.main import main
+    from mtl_lora_cli.cli.main import command
 
     words = {
         "inspect": ["inspect", "--run", str(run), "--json"],
@@ -104,7 +104,7 @@ def profiled(run: Path, what: str, folder: Path) -> None:
     sys.argv = ["mtl-lora", *words]
     profile = cProfile.Profile()
     with suppress(SystemExit):
-        profile.runcall(main)
+        profile.runcall(command)
     pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(70)
 
 
