@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 from mtl_lora_cli.data.written import Turn, Written
@@ -84,9 +83,13 @@ def tokens_of(
     set_before = [] if ids[: len(start)] == start else start
     length = len(written.text)
 
-    @cache
+    known: dict[tuple[int, bool], int] = {}  # `functools.cache` would take longer than all it saves
+
     def at(place: int, behind: bool = False) -> int:
-        return len(set_before) + _token_at(encoding, place, length, behind=behind)
+        if (place, behind) not in known:
+            found = _token_at(encoding, place, length, behind=behind)
+            known[place, behind] = len(set_before) + found
+        return known[place, behind]
 
     def has_token(turn: Turn) -> bool:
         places = range(turn.text, turn.close)
@@ -102,7 +105,8 @@ def tokens_of(
     tokens = [*set_before, *ids][: turns[-1].end]
     if not written.closed and tokens[-1] != end:
         tokens.append(end)
-        turns = (*turns[:-1], replace(turns[-1], end=len(tokens)))
+        last = turns[-1]
+        turns = (*turns[:-1], Turn(last.begin, last.text, last.close, len(tokens)))
     # A start token that the text itself begins with stays, too.
     begin = max(len(start), at(written.own[0], True))
     return Conversation(tokens, turns, (begin, max(begin, at(written.own[1]))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from mtl_lora_cli.data.chat import ChatTemplate, templates_of
 from mtl_lora_cli.data.chat_variables import DEFAULT, WITH_TOOLS
 from mtl_lora_cli.data.control_tokens import Brought, ControlTokens, Marked
 from mtl_lora_cli.data.conversation import Conversation, Prompt, shared_tokens, tokens_of
+from mtl_lora_cli.data.endings import Endings
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.data.written import Turn, Written, one_turn
 from mtl_lora_cli.errors import UsageError
@@ -32,6 +33,7 @@ from mtl_lora_cli.tasks.task import Task
 _CHUNK = 4096  # texts tokenised together while the chunk before is read
 _CHARACTERS = 2**22  # of them
 _LOOKED_AT = 200  # conversations, for what is good to know of them
+Read = Callable[[Sequence[str]], list[Any]]
 _UNKNOWN = "x"  # stands for an answer that is not known: most begin with a letter
 
 
@@ -75,6 +77,7 @@ class Encoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._endings = Endings(self._backend)
         # The start token, if the tokenizer sets one before a text; chat templates bring their own.
         first = tokenizer("x")["input_ids"][:1]
         self._text_start: list[int] = first if first == [tokenizer.bos_token_id] else []
@@ -194,6 +197,7 @@ class Encoder:
         task: str = "",
         marked: bool = True,
         shown: Sequence[Sequence[Picture]] | None = None,
+        alike: bool = False,
     ) -> Iterator[Conversation]:
         """Tokens of conversations, and which of them are learned.
 
@@ -207,6 +211,7 @@ class Encoder:
             wheres, task: where each came from, and the task's name, for errors.
             marked: False: where the generation prompt ends is looked at, whatever the template marks.
             shown: the pictures of each, in the order of their places; None: they show none.
+            alike: most begin as those before them do, and this is to be tokenised once.
 
         Raises:
             UsageError: the chat template cannot write one of them, or a picture cannot be read.
@@ -226,7 +231,7 @@ class Encoder:
                 of = f"task '{task}': " if task else ""
                 raise UsageError(place + of + str(error).removeprefix(place)) from None
         texts = [self.control_tokens.spelled(one) for one in written]
-        encodings = self._encoded(texts)
+        encodings = self._encoded(texts, self._endings.encode if alike else self._read)
         for text, encoding in zip(texts, encodings, strict=True):
             start = self._text_start if text.is_text else self._start
             joined = self._joins and not text.is_text
@@ -284,6 +289,7 @@ class Encoder:
             pairs,
             wheres=None if wheres is None else [wheres[number] for number in owners],
             shown=None if shown is None else [shown[number] for number in owners],
+            alike=len(pairs) > len(prompts),
         )
         first, following = [], []
         for several in answers:
@@ -351,27 +357,30 @@ class Encoder:
                 return True
         return False
 
-    def _encoded(self, texts: Sequence[Written]) -> Iterator[Any]:
-        """The tokenizer's encodings in order, a chunk ahead of what is being read.
+    def _encoded(self, texts: Sequence[Written], read: Read) -> Iterator[Any]:
+        """What the tokenizer says, in order, a chunk ahead of what is being read.
 
         The tokenizer runs outside Python's lock, so the next chunk costs the reader no time.
         """
         chunks = _chunks(texts)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead = deque(pool.submit(self._encode, chunk) for chunk in islice(chunks, 2))
+            ahead = deque(pool.submit(self._encode, chunk, read) for chunk in islice(chunks, 2))
             while ahead:
                 yield from ahead.popleft().result()
-                ahead.extend(pool.submit(self._encode, chunk) for chunk in islice(chunks, 1))
+                ahead.extend(pool.submit(self._encode, chunk, read) for chunk in islice(chunks, 1))
 
-    def _encode(self, texts: Sequence[Written]) -> list[Any]:
-        found = self._backend.encode_batch([one.text for one in texts], add_special_tokens=False)
+    def _encode(self, texts: Sequence[Written], read: Read) -> list[Any]:
+        found = read([one.text for one in texts])
         for number, one in enumerate(texts):
             if one.spelled:
                 by_name = self.control_tokens.by_name
                 found[number] = by_name.encode(one.text, add_special_tokens=False)
         if self.beyond is not None and self.beyond.tokens:
             self.beyond.require_known(number for one in found for number in one.ids)
-        return list(found)
+        return found
+
+    def _read(self, texts: Sequence[str]) -> list[Any]:
+        return list(self._backend.encode_batch(texts, add_special_tokens=False))
 
 
 def _chunks(texts: Sequence[Written]) -> Iterator[list[Written]]:
