@@ -28,6 +28,7 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import Eyes
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.batch import PackedBatch
@@ -386,16 +387,16 @@ def ask(
     results: dict[int, np.ndarray] = {}
     first = set(np.cumsum([0, *(len(some) for some in parts)]).tolist())
 
-    def collect(numbers: list[int], values: Tensor) -> None:
+    def collect(numbers: list[int], values: Readout) -> None:
         trees = [requests[number].tree for number in numbers]
-        sums = _sums(trees, values.double().cpu().numpy())
+        sums = _sums(trees, values.numpy())
         results.update(zip(numbers, sums, strict=True))
         advance(sum(number in first for number in numbers))
 
     training = packed.training
     packed.eval()
     try:
-        running: tuple[list[int], Tensor] | None = None
+        running: tuple[list[int], Readout] | None = None
         for some in fill_passes([requests[number].cost for number in own], tokens_per_pass):
             numbers = [own[place] for place in some]
             threads.look(device)
@@ -405,7 +406,7 @@ def ask(
                 batch = filled(batch)
             moved = batch.to(device)
             with torch.inference_mode(), packed.routed(moved):
-                values = question(moved)
+                values = Readout(question(moved))
             if running is not None:
                 collect(*running)
             running = numbers, values

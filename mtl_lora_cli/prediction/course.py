@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from mtl_lora_cli.evaluation.choices import filled
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import by_router, several_tasks
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, FreeDesk, How, MapDesk
 from mtl_lora_cli.prediction.in_hand import Fail, Idle, Inbox, Job, Question, Rows
@@ -27,7 +28,7 @@ from mtl_lora_cli.prediction.manifest import Done
 
 _THREADS = 2
 _MOST_PROCESSES = 32
-_AHEAD = 1  # passes that a card has while the values of the one before are read
+_AHEAD = 3  # passes that a card has while the oldest is read, or a part noted down
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Scorer:
 
     def __init__(self, opened: Run) -> None:
         self._packed, self._device = opened.packed.eval(), opened.device
-        self._running: deque[tuple[_Open, int, Tensor]] = deque()
+        self._running: deque[tuple[_Open, int, Readout]] = deque()
+        self._fills = self._packed.decoder is not None and self._device.type == "cuda"
 
     @property
     def busy(self) -> bool:
@@ -62,16 +64,16 @@ class Scorer:
         if not every:
             answer.set_result([])
         for number, batch in enumerate(every):
-            moved = batch.to(self._device)
+            moved = (filled(batch) if self._fills else batch).to(self._device)
             with torch.inference_mode(), self._packed.routed(moved):
-                self._running.append((question, number, self._packed(moved)))
+                self._running.append((question, number, Readout(self._packed(moved))))
             while len(self._running) > _AHEAD:
                 self.read()
 
     def read(self) -> None:
         """Wait for the oldest pass."""
         question, number, values = self._running.popleft()
-        question.values[number] = values.double().cpu().numpy()
+        question.values[number] = values.numpy()
         question.left -= 1
         if not question.left:
             question.answer.set_result([question.values[n] for n in range(len(question.values))])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -39,6 +40,7 @@ from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder
 
 Parts = Iterator[Part]
+Outbox = queue.SimpleQueue[Any]
 
 
 class Start(NamedTuple):
@@ -126,7 +128,7 @@ class Processes:
         self.count, self._inbox = count, inbox
         # A server that has loaded the libraries and has no card or thread of its own: lanes start at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["mtl_lora_cli.prediction.lane_server"])
         self._processes: list[Any] = []
         self._ends: list[Any] = []
         for _ in range(count):
@@ -146,24 +148,22 @@ class Processes:
         """Work on parts that nobody else takes."""
         shared = _Shared(parts)
         for end in self._ends:
-            threading.Thread(target=self._run, args=(end, shared), daemon=True).start()
+            outbox: Outbox = queue.SimpleQueue()
+            threading.Thread(target=self._run, args=(end, outbox, shared), daemon=True).start()
+            threading.Thread(target=_sent, args=(end, outbox), daemon=True).start()
 
-    def _run(self, end: Any, parts: _Shared) -> None:
+    def _run(self, end: Any, outbox: Outbox, parts: _Shared) -> None:
         """The half of a lane that is here: it hands over what comes from the other one."""
-        lock = threading.Lock()  # answers are sent by the model's thread
 
         def answered(answer: Future[Any]) -> None:
             if answer.exception() is None:
-                with lock:
-                    end.send(answer.result())
+                outbox.put(answer.result())
 
         try:
-            with lock:
-                end.send(Start())
+            outbox.put(Start())
             while not isinstance(message := end.recv(), Idle):
                 if isinstance(message, Want):
-                    with lock:
-                        end.send(Given(next(parts, None)))
+                    outbox.put(Given(next(parts, None)))
                 elif isinstance(message, (Done, Fail, Rows)):
                     self._inbox.put(message)
                 else:
@@ -174,6 +174,7 @@ class Processes:
             self._inbox.put(
                 Fail(MtlLoraError("a process that prepares rows has ended: out of memory?"))
             )
+        outbox.put(None)
         self._inbox.put(Idle())
 
     def close(self) -> None:
@@ -182,6 +183,13 @@ class Processes:
             process.terminate()
         for process in self._processes:
             process.join()
+
+
+def _sent(end: Any, outbox: Outbox) -> None:
+    """Send what is to be sent to a lane: whoever has something for it does not wait until it is looked at."""
+    with suppress(OSError):  # it has ended, which `_run` is told of
+        while (message := outbox.get()) is not None:
+            end.send(message)
 
 
 class _Shared:

@@ -173,6 +173,20 @@ def flush(scorer: Scorer) -> None:
         scorer.read()
 
 
+class Watched:
+    """The model's inbox, and how long nothing was in it while the model had nothing to do."""
+
+    def __init__(self, inbox: Any) -> None:
+        self._inbox, self.waited = inbox, 0.0
+        self.get_nowait = inbox.get_nowait
+
+    def get(self) -> Any:
+        began = time.perf_counter()
+        found = self._inbox.get()
+        self.waited += time.perf_counter() - began
+        return found
+
+
 def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
     """Everything, from files to files."""
     shutil.rmtree(order.output, ignore_errors=True)
@@ -182,9 +196,17 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
         planned = time.perf_counter() - began
         total = work.totals.rows
         course = Course(opened, work.job, lanes)
+        inbox: Any = Watched(course._inbox)
+        course._inbox = inbox
         started = time.perf_counter()
+        waits: list[float] = []
+
+        def told_of(rows: int) -> None:
+            times.append((time.perf_counter(), rows))
+            waits.append(inbox.waited)
+
         try:
-            work.follow(course.run(work.missing, lambda n: times.append((time.perf_counter(), n))))
+            work.follow(course.run(work.missing, told_of))
             ended = time.perf_counter()
         finally:
             course.close()
@@ -193,7 +215,8 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
     first = next(n for n, rows in enumerate(done) if rows >= 0.1 * total)
     last = next(n for n, rows in enumerate(done) if rows >= 0.9 * total)
     steady = (done[last] - done[first]) / max(1e-9, times[last][0] - times[first][0])
-    return {"rows_s": steady, "whole_rows_s": total / (ended - times[0][0]), "plan_s": planned,
+    return {"rows_s": steady, "waited": (waits[last] - waits[first]) / max(1e-9, times[last][0] - times[first][0]),
+            "lanes": course._lanes.count, "whole_rows_s": total / (ended - times[0][0]), "plan_s": planned,
             "first_s": times[0][0] - started, "parts": work.totals.parts}  # fmt: skip
 
 
@@ -220,7 +243,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", nargs="+", default=[OWN])
     parser.add_argument("--rows", type=int, nargs="+", default=[20000])
-    parser.add_argument("--part-rows", type=int, default=4096)
+    parser.add_argument("--part-rows", type=int, nargs="+", default=[4096])
+    parser.add_argument("--alone-rows", type=int, default=16384)
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--lanes", type=int)
     parser.add_argument("--forms", nargs="+", default=["parquet", "jsonl"])
@@ -233,13 +258,14 @@ def main() -> None:
         f"{DEVICE}, products {rate.measured / 1e12:.0f} TFLOP/s; {time.perf_counter() - began:.0f} s"
     )
     counts = itertools.chain(wanted.rows, itertools.repeat(wanted.rows[-1]))
-    for shape, count in zip(wanted.shape, counts, strict=False):
+    sizes = itertools.chain(wanted.part_rows, itertools.repeat(wanted.part_rows[-1]))
+    for shape, count, part_rows in zip(wanted.shape, counts, sizes, strict=False):
         rows = real_rows(wanted.data, count)
         place = wanted.folder / Path(shape).name
         write_rows(rows, place, 4)
         opened = Run(folder, instead=asked_model(shape, folder))
         layers, head = matrix_weights(opened.packed.model)
-        found = alone(opened, rows[:16384], wanted.seconds)
+        found = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
         flop = 2 * layers + 2 * head * found["asked"]
         share = found["tokens_s"] * flop / rate.measured
         told(
@@ -252,7 +278,7 @@ def main() -> None:
         )
         for form in wanted.forms:
             how = How(task_column="task")
-            order = Order(place / form, place / f"{form}-out", how, {}, part_rows=wanted.part_rows)
+            order = Order(place / form, place / f"{form}-out", how, {}, part_rows=part_rows)
             try:
                 own = parts(opened, order, wanted.lanes)
             except Exception as error:  # the other figures are wanted all the same
@@ -262,11 +288,12 @@ def main() -> None:
             told(
                 f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor; "
                 f"to the last row {own['whole_rows_s']:,.0f}; planned in {own['plan_s']:.2f} s, first answers after "
-                f"{own['first_s']:.1f} s, {own['parts']} parts; at {time.perf_counter() - began:.0f} s"
+                f"{own['first_s']:.1f} s, {own['parts']} parts, {own['lanes']} lanes, the model waited {own['waited']:.1%}; at "
+                f"{time.perf_counter() - began:.0f} s"
             )
-        told(
-            f"  memory   {memory(opened, rows, min(4.0, wanted.seconds)):9,.0f} rows/s, one thread"
-        )
+        if not wanted.no_memory:
+            rate_of = memory(opened, rows, min(4.0, wanted.seconds))
+            told(f"  memory   {rate_of:9,.0f} rows/s, one thread")
         del opened
         if CUDA:
             torch.cuda.empty_cache()
