@@ -23,6 +23,7 @@ from mtl_lora_cli.runs.paths import ANOTHER_CACHE
 _IN_MEMORY = (
     2**22
 )  # bytes of an array up to which no file is made, and of a file that is read, not mapped
+_BLOCK = 2**26  # bytes that are written together
 _TYPES = {"U64": np.uint64, "I64": np.int64, "I32": np.int32, "BOOL": np.bool_}
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 
@@ -103,11 +104,28 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], about: str) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for _, values in ordered:
-                file.write(np.ascontiguousarray(values).data)
+                _copy(np.ascontiguousarray(values), file)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _copy(values: np.ndarray, file: IO[bytes]) -> None:
+    """Write an array; what of it is mapped does not stay in this process's memory."""
+    content = memoryview(values.reshape(-1)).cast("B")
+    for start in range(0, len(content), _BLOCK):
+        file.write(content[start : start + _BLOCK])
+        let_go(values)
+
+
+def let_go(values: np.ndarray) -> None:
+    """Take an array out of this process's memory where it is mapped: it is read again when it is asked for."""
+    base: Any = values
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

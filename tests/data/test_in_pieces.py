@@ -146,6 +146,25 @@ def test_arrays_are_what_was_added_and_written(
             parts.read(tmp_path / "whole")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_was_written_does_not_stay_in_memory(tmp_path: Path) -> None:
+    growing = Parts(tmp_path)
+    for _ in range(4):
+        growing.add("a", np.ones(2**21, np.int64))
+
+    def mapped() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss_File"))
+
+    values = growing.array("a")
+    before = mapped()
+    assert int(values.sum()) == 2**23
+    assert mapped() - before > 60_000  # kB: all 64 MiB
+    parts.write(tmp_path / "whole", {"a": values}, "")
+    assert mapped() - before < 5_000
+    assert int(values.sum()) == 2**23
+
+
 @pytest.mark.long
 def test_a_crash_while_encoding_loses_nothing_and_leaves_nothing(
     folder: Path, stories_folder: Path
