@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from mtl_lora_cli.engine.memory import GIB
 from mtl_lora_cli.errors import UsageError
@@ -141,18 +143,37 @@ class Tower:
 
     @property
     def folder(self) -> Path:
-        """Of the cache, by all that decides what is kept."""
-        digest = hashlib.sha256(f"{self.vision.settings} {tower_dtype(self.model)}".encode())
+        """Of the cache, by all that decides what is kept. A tower that stays as it is is hashed once."""
+        named = self._state()
+        about = f"{self.vision.settings} {tower_dtype(self.model)}"
+        state = tuple(
+            (one.data_ptr(), one._version) for own in named.values() for one in own.values()
+        )
+        known = _DIGESTS.setdefault(self.model, {})
+        if (about, state) not in known:
+            known[about, state] = self._digest(about, named)
+        return cache_folder() / KIND / known[about, state]
+
+    def _state(self) -> dict[str, Mapping[str, Tensor]]:
+        """The weights that decide it, by the paths of their modules."""
         kept = None if not self.learns else self.vision.connector
         parts = [path for path in beside_of(self.model) if kept is None or not path.endswith(kept)]
         named = {path: self.model.get_submodule(path).state_dict() for path in parts}
         named[""] = dict(around(self.model).named_parameters(recurse=False))
+        return named
+
+    @staticmethod
+    def _digest(about: str, named: Mapping[str, Mapping[str, Tensor]]) -> str:
+        digest = hashlib.sha256(about.encode())
         for path, values in named.items():
             for name, value in values.items():
                 digest.update(f"{path}.{name} {list(value.shape)} {value.dtype}".encode())
                 raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
                 digest.update(raw.numpy().data)
-        return cache_folder() / KIND / digest.hexdigest()[:32]
+        return digest.hexdigest()[:32]
+
+
+_DIGESTS: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()  # by transformers' models
 
 
 def _leading(seen: Seen) -> int:
