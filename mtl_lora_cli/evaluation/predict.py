@@ -134,6 +134,10 @@ class Predictor:
         """Names of the run's tasks."""
         return tuple(self._tasks)
 
+    def reads(self, field: str) -> bool:
+        """Whether a task may ask about a field of its rows."""
+        return any({field, "row"} & renderer.reads for _, renderer in self._tasks.values())
+
     def predict(
         self,
         rows: Iterable[Row],

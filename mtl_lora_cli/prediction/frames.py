@@ -32,6 +32,8 @@ class FramePredictor:
         runs: the folder in which runs lie.
         task, task_column: see `Predictor.predict`.
         column: that answers stand in.
+        integers, floats: columns of whole numbers, and of others. pandas holds whole numbers as 1.0 where some of a
+            frame are missing, which a template would print otherwise; what a column is has to be said then.
         root: the folder that paths of pictures in rows are relative to.
         force: go on where the base model is not the one that the adapter was trained on.
 
@@ -47,6 +49,8 @@ class FramePredictor:
         task: str | Sequence[str] | None = None,
         task_column: str | None = None,
         column: str = "prediction",
+        integers: Sequence[str] = (),
+        floats: Sequence[str] = (),
         root: str | Path | None = None,
         force: bool = False,
     ) -> None:
@@ -55,23 +59,48 @@ class FramePredictor:
             raise UsageError(f"run '{opened.folder.name}' answers with maps: use predict --input")
         self._predictor = Predictor(opened, None if root is None else Path(root))
         self._task, self._task_column, self._column = task, task_column, column
+        self._integers, self._floats = frozenset(integers), frozenset(floats)
 
     def __call__(self, frame: pandas.DataFrame) -> pandas.DataFrame:
         """Answer all rows of a frame.
 
         Raises:
-            UsageError: a row cannot be answered, or there is such a column already.
+            UsageError: a row cannot be answered, there is such a column already, or whole numbers stand beside
+                missing ones in a column that is neither in `integers` nor in `floats`.
         """
         if self._column in frame.columns:
             raise UsageError(f"the frame has a column '{self._column}' already: name another")
+        self._require_numbers(frame)
         known = frame.astype(object).where(frame.notna(), None)
         rows: list[dict[str, Any]] = [
-            {str(name): _plain(value) for name, value in row.items()}
+            {str(name): self._cell(str(name), value) for name, value in row.items()}
             for row in known.to_dict("records")
         ]
         found = self._predictor.predict(rows, task=self._task, task_column=self._task_column)
         texts = [json.dumps(one, ensure_ascii=False, allow_nan=False) for one in found]
         return frame.assign(**{self._column: texts})
+
+    def _cell(self, name: str, value: Any) -> Any:
+        if name in self._integers and isinstance(value, float) and value.is_integer():
+            return int(value)
+        return _plain(value)
+
+    def _require_numbers(self, frame: pandas.DataFrame) -> None:
+        """Refuse numbers of which nobody can know how the table has them.
+
+        Raises:
+            UsageError: naming the column and what to say of it.
+        """
+        for name, values in frame.items():
+            if values.dtype.kind != "f" or name in self._integers | self._floats:
+                continue
+            there = values.dropna()
+            mixed = 0 < len(there) < len(values) and bool((there % 1 == 0).all())
+            if mixed and self._predictor.reads(str(name)):
+                raise UsageError(
+                    f"column '{name}': whole numbers beside missing ones, which pandas holds as {there.iloc[0]}; say "
+                    f"integers=['{name}'] where the table has whole numbers, floats=['{name}'] where it has others"
+                )
 
 
 def _plain(value: Any) -> Any:

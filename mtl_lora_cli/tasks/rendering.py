@@ -55,6 +55,9 @@ class Renderer:
         template: of the task.
         task: its name, for errors.
         root: the folder that paths of pictures are relative to.
+
+    Attributes:
+        reads: the variables that a question and its choices are made of; `row`: any field may be.
     """
 
     def __init__(self, template: Template, task: str, root: Path = Path()) -> None:
@@ -83,6 +86,8 @@ class Renderer:
         if self._conversation is not None:
             names.append(self._conversation.names)
         self._reads_row = any("row" in own for own in names)
+        asked = [own for own in names if own is not self._label.names]
+        self.reads = frozenset().union(*asked, _names_of_choices(template))
         self._golds: dict[Any, int] = {}  # right choice by label
         self._wrap_alone = lru_cache(maxsize=4096)(lambda text: self._answer({"choice": text}))
 
@@ -373,6 +378,18 @@ def _candidates(
     labels = template.labels or []
     texts = [Text(text) for text in (choices.values() if isinstance(choices, dict) else choices)]
     return lambda variables: ([text(variables) for text in texts], labels)
+
+
+def _names_of_choices(template: Template) -> frozenset[str]:
+    """The variables that a row's choices are made of."""
+    choices = template.choices
+    if choices is None:
+        return frozenset()
+    if isinstance(choices, Each):
+        given = [choices.each] if choices.labels is None else [choices.each, choices.labels]
+        return frozenset().union(*(Expression(text).names for text in given))
+    texts = choices.values() if isinstance(choices, dict) else choices
+    return frozenset().union(*(Text(text).names for text in texts))
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -54,6 +54,26 @@ def test_what_a_frame_cannot_be(run_folder: RunFolder) -> None:
         FramePredictor("nowhere")
 
 
+def test_whole_numbers_beside_missing_ones_are_asked_about(run_folder: RunFolder) -> None:
+    """pandas, which Spark and Arrow hand over, holds a column of whole numbers with a gap as 1.0: `1.0 is a color?`"""
+    whole = pandas.DataFrame([{"word": 1, "n": 1.0}, {"word": 2, "n": None}])
+    gap = pandas.DataFrame([{"word": 1, "n": 1}, {"word": None, "n": 2}])
+    assert gap["word"].dtype == np.float64
+    plain = FramePredictor(run_folder.path, task="warm")
+    (right,) = plain(whole[:1])["prediction"]
+    plain(whole)  # no task reads n
+    with pytest.raises(
+        UsageError, match=r"column 'word': whole numbers .* holds as 1\.0; say integers=\['word'\]"
+    ):
+        plain(gap)
+    known = FramePredictor(run_folder.path, task="warm", integers=["word"])
+    with pytest.raises(UsageError, match="row 2: task 'warm': prompt"):
+        known(gap)
+    assert known(gap[:1])["prediction"][0] == right
+    said = FramePredictor(run_folder.path, task="warm", floats=["word"])(gap[:1])["prediction"][0]
+    assert json.loads(said)["probabilities"] != json.loads(right)["probabilities"]
+
+
 def test_it_travels_to_a_worker(run_folder: RunFolder) -> None:
     """Before it is called it holds no model."""
     cloudpickle = pytest.importorskip("ray.cloudpickle")
