@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,13 @@ from mtl_lora_cli.data.encoded import (
     starts_of,
 )
 from mtl_lora_cli.data.encoding import Encoder
+from mtl_lora_cli.data.part_stream import droppable
 from mtl_lora_cli.data.parts import Parts
 from mtl_lora_cli.data.pictured import require_readable, shown_twice
 from mtl_lora_cli.data.seen import Seen, counted, seen_of, together
 from mtl_lora_cli.data.sources import stream_of
 from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
+from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.recipe.schema import Recipe
@@ -48,6 +51,7 @@ class _Learned:
     piece: Piece
     seen: Seen
     brought: Brought
+    faults: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -63,6 +67,8 @@ class _Whole:
     turns: int = 0
     too_long: int = 0
     first: tuple[str, int] | None = None
+    faulty: int = 0
+    fault: str = ""
     pictures: list[tuple[Picture, ...]] = field(default_factory=list)
 
     def add(self, one: _Learned) -> None:
@@ -80,7 +86,25 @@ class _Whole:
         )
         self.turns, self.too_long = self.turns + piece.turns, self.too_long + len(piece.too_long)
         self.first = self.first or next(iter(piece.too_long), None)
+        self.faulty += len(one.faults)
+        self.fault = self.fault or next(iter(one.faults), "")
         self.pictures += piece.pictures
+
+    def left_out(self, rows: int) -> list[str]:
+        """What is said of rows that could not be learned.
+
+        Raises:
+            UsageError: these are most of them.
+        """
+        if 2 * self.faulty > rows:
+            raise UsageError(
+                f"{self.fault} ({self.faulty:,} of {rows:,} rows cannot be learned; broken_rows: drop leaves out some)"
+            )
+        if not self.faulty:
+            return []
+        return [
+            f"{self.faulty:,} of {rows:,} rows are left out (broken_rows: drop), the first is {self.fault}"
+        ]
 
     def split(self, task: Task, encoder: Encoder, rows: int) -> EncodedSplit:
         shows = bool(task.template.images)
@@ -120,6 +144,7 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
     held, beside = _beside(task, encoder)
     for one in _pieces(learn, rows, _PIECE):
         whole.add(one)
+    left_out = whole.left_out(len(rows))
     require_kept(
         task.name,
         limit,
@@ -144,6 +169,7 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
         dropped=whole.dropped,
         turns=whole.turns,
         notes=[
+            *left_out,
             *encoder.notes_on(task, whole.brought),
             *(note for one in (rows, held[0], beside[0]) if one for note in one.found.notes),
             *shown_twice(whole.seen.pictures, {split: one.pictures for split, one in read.items()}),
@@ -168,11 +194,13 @@ def encode_window(
     source = task.source
     stream = stream_of(source, base=Path(), task=task.name)
     found = stream.rows(window * source.window, source.window)
-    rows = TaskRows(task, "train", found, np.arange(len(found.rows)))
+    rows = TaskRows(task, "train", found, np.arange(len(found.rows)), lenient=source.drops_rows)
     whole = _Whole(Parts(cache.folder()))
     learn = partial(_learned, rows, encoder, limit, recipe.training.on_overflow)
     for one in _pieces(learn, rows, 0):
         whole.add(one)
+    for line in whole.left_out(len(rows)):
+        tell(f"note: {task.name}, rows {window * source.window:,} and on: {line}")
     many, first = whole.too_long, whole.first
     require_kept(task.name, limit, rows=len(rows), kept=whole.kept, too_long=many, first=first)
     nothing = np.empty(0, np.uint64)
@@ -183,7 +211,37 @@ def encode_window(
 def _learned(
     rows: TaskRows, encoder: Encoder, limit: int, on_overflow: Overflow, first: int, last: int
 ) -> _Learned:
-    """A piece of the training rows."""
+    """A piece of the training rows; of a stream that drops them without those that cannot be learned."""
+    try:
+        with droppable(drops=rows.lenient or not rows.task.source.stream):
+            return _every_row(rows, encoder, limit, on_overflow, first, last)
+    except UsageError:
+        if not rows.lenient:
+            raise
+    good, places, faults = [], [], []
+    for number in rows.numbers[first:last].tolist():
+        where = rows.found.where(number)
+        try:
+            (row,) = rows.found.some(np.asarray([number]))
+            _every_row(_held(rows, [row], [where]), encoder, limit, on_overflow, 0, 1)
+        except UsageError as error:
+            faults.append(error.lines[0])
+        else:
+            good.append(row)
+            places.append(where)
+    kept = _held(rows, good, places)
+    return replace(_every_row(kept, encoder, limit, on_overflow, 0, len(good)), faults=faults)
+
+
+def _held(rows: TaskRows, some: list[Any], places: list[str]) -> TaskRows:
+    """Some of the rows, which have been read."""
+    found = replace(rows.found, rows=some, places=places)
+    return replace(rows, found=found, numbers=np.arange(len(some)))
+
+
+def _every_row(
+    rows: TaskRows, encoder: Encoder, limit: int, on_overflow: Overflow, first: int, last: int
+) -> _Learned:
     task, examples = rows.task, rows.piece(first, last)
     require_readable(examples.examples)
     require_answers(task, examples.examples, examples.wheres, encoder)

@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -47,15 +48,20 @@ _LOOKED_AT = 2**24  # bytes of a table, for what may be read wrongly
 Found = tuple[LazyRows, "np.ndarray | None", list[str]]  # rows, their lines, what may be wrong
 
 
-def read_rows(path: Path, layout: Layout = BY_ENDING) -> Rows:
+def read_rows(path: Path, layout: Layout = BY_ENDING, *, lenient: bool = False) -> Rows:
     """The rows of a file, which are read when they are asked for where it is large: see `read_file`.
 
     JSON that is one array, and tables of which broken rows are dropped, are read whole.
 
+    Args:
+        path: of the file.
+        layout: how it is written.
+        lenient: what is wrong with a row is told when it is read, also of a small file.
+
     Raises:
         UsageError: as `read_file`; of a large file what is wrong with a row is told when it is read.
     """
-    found = _found(path, layout) if _is_large(path) else None
+    found = _found(path, layout, lenient) if lenient or _is_large(path) else None
     if found is None or not len(found[0]):
         return read_file(path, layout)
     rows, lines, notes = found
@@ -73,7 +79,7 @@ def _is_large(path: Path) -> bool:
     return size * (_PACKED_BY if path.name.lower().endswith(PACKED) else 1) > LARGE
 
 
-def _found(path: Path, layout: Layout) -> Found | None:
+def _found(path: Path, layout: Layout, lenient: bool) -> Found | None:
     """What a large file holds; None where it has to be read whole, be it to say what is wrong with it."""
     known = ending(path)
     plain = (known or "").removesuffix(".gz").removesuffix(".zst")
@@ -88,7 +94,7 @@ def _found(path: Path, layout: Layout) -> Found | None:
         starts, lines = _lines(file, white=b" \t\r\n")
         parse = partial(_json_lines, file=str(path))
         return TextRows(file, starts, lines, parse, str(path)), lines, []
-    return _table(file, path, layout)
+    return _table(file, path, layout, lenient)
 
 
 def _json_lines(data: bytes, line: int, *, file: str) -> list[Row]:
@@ -150,7 +156,7 @@ def _lines(file: IO[bytes], white: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([starts[:-1][kept], [size]]), lines
 
 
-def _table(file: IO[bytes], path: Path, layout: Layout) -> Found | None:
+def _table(file: IO[bytes], path: Path, layout: Layout, lenient: bool) -> Found | None:
     delimiter, quoted = table_of(ending(path), layout)
     index = None if layout.broken_rows == "drop" else _records(file, delimiter, quoted)
     if index is None or len(index[1]) < 2:
@@ -159,7 +165,8 @@ def _table(file: IO[bytes], path: Path, layout: Layout) -> Found | None:
     end = starts[np.searchsorted(starts, _LOOKED_AT, "right") - 1]
     name, begin = str(path), int(starts[0])
     text = text_of(os.pread(file.fileno(), int(end) - begin, begin), name)
-    head = Table(text, name, delimiter, quoted, layout, first=int(lines[0]))
+    looked_at = replace(layout, broken_rows="drop") if lenient else layout
+    head = Table(text, name, delimiter, quoted, looked_at, first=int(lines[0]))
     first = min((line for _, line in head.rows()), default=None)
     if first is None or head.names is None:
         return None
@@ -171,7 +178,8 @@ def _table(file: IO[bytes], path: Path, layout: Layout) -> Found | None:
         part = Table(text, name, delimiter, quoted, layout, first=line, names=names)
         return [row for row, _ in part.rows()]
 
-    return TextRows(file, starts[rows:], lines[rows:], parse, name), lines[rows:], head.notes
+    notes = [] if lenient else head.notes
+    return TextRows(file, starts[rows:], lines[rows:], parse, name), lines[rows:], notes
 
 
 def _records(file: IO[bytes], delimiter: str, quoted: bool) -> tuple[np.ndarray, np.ndarray] | None:

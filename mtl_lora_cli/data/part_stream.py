@@ -45,10 +45,12 @@ class PartStream:
     Args:
         parts: in their order.
         layout: how they are written.
+        lenient: what is wrong with a row is told when it is read.
     """
 
     parts: Sequence[StreamPart]
     layout: Layout
+    lenient: bool = False
     _counts: dict[str, int] = field(default_factory=dict, init=False)
 
     @property
@@ -88,8 +90,21 @@ class PartStream:
             file=taken[0].file,
             fingerprint=fingerprint(f"{self.fingerprint} {first} {count}".encode()),
             places=SelectedPlaces([one.places for one in taken]),
-            notes=tuple(dict.fromkeys(note for one in taken for note in one.notes)),
+            notes=tuple(
+                dict.fromkeys([*(note for one in taken for note in one.notes), *self._short(count)])
+            ),
         )
+
+    def _short(self, window: int) -> list[str]:
+        """What is good to know of a window that has rows twice."""
+        known = [self._counts.get(part.name) for part in self.parts]
+        rows = sum(count for count in known if count is not None)
+        if None in known or rows >= window:
+            return []
+        return [
+            f"the stream has {rows:,} rows, fewer than its buffer ({window:,}): within each {window:,} rows that are "
+            f"shuffled together they stand {window / rows:.1f} times; buffer: {rows} makes an epoch of a window"
+        ]
 
     def _endless(self) -> Iterator[StreamPart]:
         while True:
@@ -98,8 +113,10 @@ class PartStream:
                 raise UsageError(f"{self.parts[0].name}: the stream has no rows")
 
     def _read(self, part: StreamPart) -> Rows:
-        with part.fetch() as path:
-            found = read_rows(path, self.layout)  # large ones stay open, with or without their name
+        with part.fetch() as path, droppable(drops=self.lenient):
+            found = read_rows(
+                path, self.layout, lenient=self.lenient
+            )  # large ones stay open, with or without their name
         if self._counts.get(part.name) != len(found.rows):
             self._counts[part.name] = len(found.rows)
             self._keep()
@@ -122,6 +139,25 @@ class PartStream:
             write_text(self._file, json.dumps(self._counts))
         except OSError:
             return  # they are counted again
+
+
+@contextmanager
+def droppable(*, drops: bool) -> Iterator[None]:
+    """What is wrong with a row of a stream, and how to leave it out.
+
+    Args:
+        drops: such rows are left out already.
+
+    Raises:
+        UsageError: in the place of another one.
+    """
+    try:
+        yield
+    except UsageError as error:
+        if drops:
+            raise
+        cure = "broken_rows: drop in the source leaves such rows out"
+        raise UsageError(f"{error.lines[0]}; {cure}") from None
 
 
 def _some(rows: Rows, first: int, last: int) -> Rows:

@@ -111,12 +111,13 @@ def stream_of(source: Source, *, base: Path, task: str) -> PartStream:
         parts = [local_part(file) for file in files]
     if not parts:
         raise file_problem(str(source.path), "has no train split", key=key)
-    return PartStream(parts, layout_of(source))
+    return PartStream(parts, layout_of(source), lenient=source.drops_rows)
 
 
 def layout_of(source: Source) -> Layout:
     """How a source's files are written."""
-    return Layout(source.delimiter, source.quoting, source.columns, source.broken_rows or "error")
+    broken = "error" if source.stream else source.broken_rows or "error"
+    return Layout(source.delimiter, source.quoting, source.columns, broken)
 
 
 def layout_of_new_rows(source: Source | None) -> tuple[Layout, Mapping[str, str]]:

@@ -30,6 +30,7 @@ class TaskRows:
         found: all rows of the split.
         numbers: int64, those that are kept, ascending.
         labelled: False: what is right is not even looked at.
+        lenient: those that cannot be learned are left out.
     """
 
     task: Task
@@ -37,6 +38,7 @@ class TaskRows:
     found: Rows
     numbers: np.ndarray
     labelled: bool = True
+    lenient: bool = False
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -55,6 +57,8 @@ class TaskRows:
                 for row, where in zip(rows, wheres, strict=True)
             ]
         except LabelError as error:
+            if self.lenient:
+                raise
             whole = self.found.rows
             raise with_cure(error, self.task, self.split, self._renderer, whole) from None
         if self.task.template.images:
@@ -137,7 +141,8 @@ def task_rows(
     if found is None:
         return None
     numbers = subset(len(found.rows), at_most, seed, task.name)
-    return TaskRows(task, split, found, numbers, labelled)
+    lenient = split == "train" and task.source.drops_rows
+    return TaskRows(task, split, found, numbers, labelled, lenient)
 
 
 def held_out_rows(task: Task, split: str | None = None) -> TaskRows | None:

@@ -60,7 +60,8 @@ class Source(StrictModel):
     delimiter: Annotated[str | None, BeforeValidator(_one_character)] = None
     quoting: Literal["csv", "none"] | None = None
     columns: Columns | None = None  # of files without a header; or a name -> another one
-    broken_rows: Literal["error", "drop"] | None = None  # with another number of fields
+    # With another number of fields; of a stream whatever row cannot be learned.
+    broken_rows: Literal["error", "drop"] | None = None
     # Training rows are taken `buffer` by `buffer` from the files, which are never all on this disk; see docs/tasks.md.
     stream: bool | None = None
     buffer: Annotated[int, Field(ge=1)] | None = None  # rows that are shuffled together; 100,000
@@ -75,6 +76,11 @@ class Source(StrictModel):
     def window(self) -> int:
         """Rows of a stream that are shuffled together."""
         return self.buffer or 100_000
+
+    @property
+    def drops_rows(self) -> bool:
+        """Rows of its stream that cannot be learned are left out."""
+        return bool(self.stream) and self.broken_rows == "drop"
 
     @model_validator(mode="before")
     @classmethod

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mtl_lora_cli.adapters.files import state_of
-from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.processes import Interrupted
 from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import (
@@ -144,7 +144,27 @@ class Trainer:
             for step in range(self.position.step, self.total_steps):
                 if self.settled:
                     break
-                running = self._take(step, running, journal)
+                try:
+                    running = self._take(step, running, journal)
+                except UsageError as error:  # of the rows of a stream
+                    raise self._kept(error, running, journal) from None
+
+    def _kept(
+        self, error: UsageError, running: Running[Drawn] | None, journal: Journal
+    ) -> UsageError:
+        """The error with how to go on from what was learned so far, which one process alone can save."""
+        if self.processes.count == 1:
+            if running is not None:
+                self._finish(running, journal)
+            step = self.position.step
+            if step and not is_whole(checkpoint_of(self.run.checkpoints, step)):
+                self._save()
+        last = newest_checkpoint(self.run.checkpoints)
+        if last is None:
+            return error
+        return UsageError(
+            f"{error.lines[0]}; {last.name} is saved: go on with mtl-lora train --resume --run {self.run.path}"
+        )
 
     def _take(
         self, step: int, running: Running[Drawn] | None, journal: Journal

@@ -266,6 +266,7 @@ def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
     Raises:
         UsageError: something else differs.
     """
+    own = _with_streams(own, given)
     hidden: Any = dict.fromkeys(_FREE, True) | {"training": set(_FREE_OF_TRAINING)}
     before, after = (one.model_dump(mode="json", exclude=hidden) for one in (own, given))
     for old, new in zip(before["tasks"], after["tasks"], strict=False):
@@ -278,6 +279,16 @@ def _with_free(own: Recipe, given: Recipe, run: RunFolder) -> Recipe:
         update={name: getattr(given.training, name) for name in _FREE_OF_TRAINING}
     )
     return own.model_copy(update={"training": training, "distributed": given.distributed})
+
+
+def _with_streams(own: Recipe, given: Recipe) -> Recipe:
+    """The run's recipe; what becomes of rows of streams that cannot be learned is the given one's."""
+    tasks = list(own.tasks)
+    for number, (old, new) in enumerate(zip(own.tasks, given.tasks, strict=False)):
+        if old.source is not None and old.source.stream and new.source is not None:
+            source = old.source.model_copy(update={"broken_rows": new.source.broken_rows})
+            tasks[number] = old.model_copy(update={"source": source})
+    return own.model_copy(update={"tasks": tasks})
 
 
 def _as_picked(given: LoadedRecipe, own: Recipe) -> LoadedRecipe:

@@ -79,6 +79,9 @@ def test_rows_follow_from_their_place_whoever_asks(tmp_path: Path, monkeypatch: 
         assert [rows.where(n).rpartition(":")[2] for n in range(count)] == [
             str(int(text.split()[1]) + 1) for text in endless(first, count)
         ]
+    (note,) = stream().rows(0, 125).notes
+    assert "the stream has 50 rows, fewer than its buffer (125)" in note and "2.5 times" in note
+    assert stream().rows(0, 50).notes == ()
     fetched.clear()
     stream().rows(40, 3)
     assert fetched == ["3.jsonl"]  # how many rows the others have is known, also to another process
@@ -203,6 +206,48 @@ def test_a_resume_fetches_nothing_that_lies_behind_it(
     other = again.dataset("answer").at(*(expected[0], 12)).collate(expected[1])  # type: ignore[attr-defined]
     assert set(asked) == {expected[0]}
     np.testing.assert_array_equal(batch.input_ids.numpy(), other.input_ids.numpy())
+
+
+BAD = {
+    "no JSON": (b'{"text": "2 13"', "train-00002-of-00004.jsonl:14: "),
+    "no label": (b'{"text": "2 13"}', "train-00002-of-00004.jsonl:14: task 'streamed': label: "),
+    "no text": (b'{"label": 1}', "train-00002-of-00004.jsonl:14: task 'streamed': prompt: "),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_row_that_cannot_be_learned_is_named_or_left_out(
+    what: str, store: Any, tmp_path: Path, stories_folder: Path, capsys: Any
+) -> None:
+    bad, where = BAD[what]
+    name = "/stream/train-00002-of-00004.jsonl"
+    rows = store.cat_file(name).splitlines()
+    store.pipe_file(name, b"\n".join([*rows[:13], bad, *rows[14:], b""]))  # of window 1: row 21
+    keys = "training: {row_length: 24, rows_per_step: 2, max_steps: 40, on_overflow: drop}"
+    tokenizer = load_tokenizer(find_base_model(str(stories_folder)))
+
+    def read(keys: str) -> TrainingData:
+        loaded = load_recipe(recipe_of(tmp_path, stories_folder, keys), DROP if "#" in keys else ())
+        return prepare_training(bind_tasks(loaded), loaded.recipe, tokenizer, 512)
+
+    with pytest.raises(UsageError) as raised:
+        data = read(keys)  # a small file is read whole: there it is told before the first step
+        assert what != "no JSON" and data.windows is not None
+        data.windows.splits(1)
+    (line,) = raised.value.lines
+    assert where in line and "broken_rows: drop in the source leaves such rows out" in line
+    data = read(keys + " # drop")
+    assert data.windows is not None
+    (streamed, _), (first, _) = data.windows.splits(1), data.splits
+    assert (len(first), len(streamed)) == (20, 19)
+    texts = [tokenizer.decode(streamed.example(n)[: streamed.prompt_lengths[n]]) for n in range(19)]
+    assert not any("2 13" in text for text in texts) and "2 14" in texts[1]
+    said = capsys.readouterr().err
+    assert "rows 20 and on: 1 of 20 rows are left out (broken_rows: drop), the first is" in said
+    assert where in said
+
+
+DROP = ["tasks.0.source.broken_rows=drop"]
 
 
 @pytest.mark.parametrize(
