@@ -72,7 +72,7 @@ def main() -> None:
         (folder / "recipe.yaml").write_text(
             f"base_model: {folder / 'model'}\nimages: {{features: {wanted.features}}}\n"
             "tasks: [{name: colour, template: colour.yaml, source: {path: train.jsonl}}]\n"
-            f"training: {{row_length: 512, rows_per_step: 4, max_steps: {wanted.steps}, engine: auto}}\n",
+            f"training: {{row_length: 512, rows_per_step: 4, max_steps: {wanted.steps}}}\n",
             encoding="utf-8",
         )
         print(
