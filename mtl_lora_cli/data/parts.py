@@ -113,7 +113,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], about: str) -> None:
 
 def _copy(values: np.ndarray, file: IO[bytes]) -> None:
     """Write an array; what of it is mapped does not stay in this process's memory."""
-    content = memoryview(values.reshape(-1)).cast("B")
+    content = values.reshape(-1).data.cast("B")
     for start in range(0, len(content), _BLOCK):
         file.write(content[start : start + _BLOCK])
         let_go(values)
