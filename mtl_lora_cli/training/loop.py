@@ -159,6 +159,7 @@ class Trainer:
             step = self.position.step
             if step and not is_whole(checkpoint_of(self.run.checkpoints, step)):
                 self._save()
+            self.saver.wait()
         last = newest_checkpoint(self.run.checkpoints)
         if last is None:
             return error
