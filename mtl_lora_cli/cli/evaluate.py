@@ -314,8 +314,9 @@ def _evaluated(
         say(f"run {folder.name}: the base model is not the one that the adapter was trained on")
     console = Console(stderr=True, quiet=not processes.main)
     with asking(opened, tasks, setting, rows) as questions, ExitStack() as shown:
-        if not opened.of_maps and opened.packed.plain is not None and processes.main:
-            say(f"note: {opened.packed.engine_line()}")
+        if not opened.of_maps and processes.main:
+            for line in opened.packed.notes():
+                say(f"note: {line}")
         progress = shown.enter_context(Progress(console=console, transient=True))
         bar = progress.add_task("scoring", total=None)
         results = evaluate(

@@ -22,9 +22,9 @@ from mtl_lora_cli.evaluation.asked import Ask
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Layout
+from mtl_lora_cli.models.side_by_side import ROUNDING, Difference
 from mtl_lora_cli.models.sight import tower_dtype
 from mtl_lora_cli.models.stand_in import dtype_of
-from mtl_lora_cli.models.trust import ROUNDING, Difference
 from mtl_lora_cli.visible import tell
 
 _STEPS = 3

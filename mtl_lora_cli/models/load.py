@@ -20,6 +20,7 @@ from mtl_lora_cli.models.four_bit_experts import quantise_experts, quantising_st
 from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.straight import straight_to
+from mtl_lora_cli.models.unread import unread_line
 
 
 def load_config(base: BaseModel) -> Any:
@@ -81,15 +82,21 @@ def model_class(base: BaseModel, config: Any) -> Any:
     Raises:
         UsageError: there is none.
     """
+    found = auto_class(config)
+    if found is None:
+        raise UsageError(
+            f"base_model: '{base.name}': transformers knows no causal language model of type "
+            f"'{config.model_type}'"
+        )
+    return found
+
+
+def auto_class(config: Any) -> Any | None:
+    """transformers' class for a configuration of a language model or of a wrapper's; None: there is none."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            return auto
-    raise UsageError(
-        f"base_model: '{base.name}': transformers knows no causal language model of type "
-        f"'{config.model_type}'"
-    )
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
 
 
 def skeleton(base: BaseModel, kind: Any = None) -> Any:
@@ -351,7 +358,10 @@ def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
         return inject(model, config, tasks, within=within)
     beside = beside_of(model)
     places = dict.fromkeys(named, beside)
-    return inject(model, config, tasks, within=within, whole_in=beside, places=places)
+    adapter = inject(model, config, tasks, within=within, whole_in=beside, places=places)
+    unread = unread_line(model, adapter.layers)
+    adapter.remarks += [] if unread is None else [unread]
+    return adapter
 
 
 def in_tower(model: Any, targets: Sequence[str]) -> list[str]:

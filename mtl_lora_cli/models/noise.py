@@ -16,6 +16,7 @@ from mtl_lora_cli.models.stand_in import device_of
 from mtl_lora_cli.models.vision import Seen, Vision
 
 _ANSWER = 4  # words behind the prompt of an example with a picture
+SIDES = ((90, 120), (64, 48))  # of the pictures that are shown
 
 
 def draw(lengths: Sequence[int], config: Any) -> list[Tensor]:
@@ -83,10 +84,9 @@ def drawn_pictures(vision: Vision) -> Shown:
     examples: list[Tensor] = []
     seen: list[Seen] = []
     counts: list[int] = []
-    for number, sides in enumerate(((90, 120), (64, 48))):
+    for number, sides in enumerate(SIDES):
         noise = torch.randint(0, 256, (*sides, 3), generator=generator, dtype=torch.uint8)
-        text = vision.text(*sides)
-        own = vision.tokenizer(text, add_special_tokens=False)["input_ids"]
+        own = vision.tokens(*sides)
         before, after = draw((5 + number, _ANSWER + 5), vision.config)
         examples.append(torch.cat([before, torch.tensor(own), after]))
         seen.append(vision.look(Image.fromarray(noise.numpy())))

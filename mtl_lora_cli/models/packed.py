@@ -205,8 +205,12 @@ class PackedModel(nn.Module):
         return floor_of(*matrix_weights(self.model), device, cards)
 
     def notes(self) -> list[str]:
-        """See `host.Host`: that the fused engine does not run."""
-        return [] if self.plain is None else [self.engine_line()]
+        """See `host.Host`: that the fused engine does not run, and what the self-test did not see."""
+        unasked = getattr(self.trust, "unasked", "")
+        said = [] if self.plain is None else [self.engine_line()]
+        if unasked and not any(unasked in line for line in said):
+            said.append(f"self-test: {unasked}")
+        return said
 
     @contextmanager
     def routed(self, batch: PackedBatch) -> Iterator[None]:

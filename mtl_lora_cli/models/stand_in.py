@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+
+from mtl_lora_cli.models.load import auto_class
 
 BEYOND = 5  # how much longer than a window or a limit an example is
 WINDOW, LIMIT, WORDS, INNER = 16, 24, 256, 256  # of the small model
 LONG = 3 * WINDOW  # tokens of an example of which most see less than all
 MOST_WEIGHTS = 2_000_000_000
 _REACHES = re.compile(r"window|attention_chunk_size|index(er)?_(topk|budget)|compress_rate")
+_TOKEN = re.compile(r"_token_(id|index)$")
 
 
 def windows_of(config: Any) -> dict[str, int]:
@@ -55,61 +59,163 @@ def length_limit(config: Any) -> int | None:
     return min((int(limit) for limit in limits if limit), default=None)
 
 
-def stand_in(real: Any, device: torch.device, dtype: torch.dtype) -> Any | None:
+class NoStandIn(Exception):
+    """There is no small model of that kind; the text is why."""
+
+
+class StandIn(NamedTuple):
+    """A small model of the same kind.
+
+    Attributes:
+        model: of random weights.
+        words: tokens that the configuration names: the real model's number → the small one's.
+    """
+
+    model: Any
+    words: dict[int, int]
+
+
+def stand_in(
+    real: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    whole: bool = False,
+    window: int = WINDOW,
+) -> StandIn:
     """A model of the same kind with few layers, few words, and window and limit scaled down.
 
     Args:
-        real: configuration of a language model.
+        real: the model's configuration.
         device, dtype: of the small one's random weights.
+        whole: with what stands beside the language part; otherwise that part alone, where transformers has a
+            class for it.
+        window: the most that a layer with a window sees.
 
-    Returns:
-        None where a configuration does not take that, or is wide beyond `MOST_WEIGHTS` all the same.
+    Raises:
+        NoStandIn: the configuration does not take that, or is wide beyond `MOST_WEIGHTS` all the same.
     """
-    from transformers import AutoModelForCausalLM
-
+    text = real.get_text_config()
+    taken = real if whole or auto_class(text) is None else text
+    auto = auto_class(taken)
+    if auto is None:
+        raise NoStandIn(f"transformers has no class for '{taken.model_type}'")
     try:
-        config = small_config(real)
+        config, words = small_config(taken, window)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if sum(parameter.numel() for parameter in empty.parameters()) > MOST_WEIGHTS:
-            return None
+            empty = auto.from_config(config, dtype=dtype)
+        count = sum(parameter.numel() for parameter in empty.parameters())
+        if count > MOST_WEIGHTS:
+            raise NoStandIn(f"with few layers, too, it has {count:,} weights")
         with torch.random.fork_rng(), device:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            for parameter in model.parameters():
-                if parameter.ndim > 1:  # so large that attention is far from even
-                    parameter.data.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
-    except torch.OutOfMemoryError:
+            model = auto.from_config(config, dtype=dtype)
+            _fill(model)
+    except (torch.OutOfMemoryError, NoStandIn):
         raise
-    except Exception:  # whatever a configuration's own checks say of numbers that nobody publishes
-        return None
-    return model.requires_grad_(False).eval()
+    except (
+        Exception
+    ) as error:  # whatever a configuration's own checks say of numbers that nobody publishes
+        said = " ".join(str(error).split())[:200]
+        raise NoStandIn(f"{type(error).__name__}: {said}") from error
+    return StandIn(model.requires_grad_(False).eval(), words)
 
 
-def small_config(real: Any) -> Any:
-    """See `stand_in`."""
+def _fill(model: Any) -> None:
+    """Weights so large that attention is far from even; norms, biases and single factors that are not all the same."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    for tensor in model.state_dict().values():
+        if tensor.ndim <= 1 and tensor.is_floating_point():
+            tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2))
+
+
+def small_config(real: Any, window: int = WINDOW) -> tuple[Any, dict[int, int]]:
+    """See `stand_in`: of a language model, or of one with something beside it; and its `words`."""
     config = copy.deepcopy(real)
-    kinds = getattr(config, "layer_types", None)
+    text = config.get_text_config()
+    _shrink_text(text, window)
+    beside = [
+        part for part in vars(config).values() if hasattr(part, "to_dict") and part is not text
+    ]
+    for part in beside:
+        _shrink_beside(part, getattr(config, "vision_feature_layer", None))
+    return config, _rename_words([text, config, *beside])
+
+
+def _shrink_text(config: Any, window: int) -> None:
     layers = config.num_hidden_layers
-    few = (
-        1 + max((kinds.index(kind) for kind in set(kinds)), default=1) if kinds else min(2, layers)
-    )
-    config.num_hidden_layers = few
-    if kinds:
-        config.layer_types = list(kinds[:few])
+    few = min(layers, _enough_layers(config))
+    _cut(config, "num_hidden_layers", few)
     config.vocab_size = WORDS
-    for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
-        if getattr(config, name, None) is not None:
-            setattr(config, name, number)
-    for name, size in real.to_dict().items():
-        if name.endswith("intermediate_size") and isinstance(size, int):
-            setattr(config, name, min(size, INNER))
-    for name in windows_of(real):
+    if getattr(config, "vocab_size_per_layer_input", None):
+        config.vocab_size_per_layer_input = WORDS
+    for name in windows_of(config):
         value = getattr(config, name)
-        small = [min(one, WINDOW) for one in value] if isinstance(value, list) else WINDOW
+        small = [min(one, window) for one in value] if isinstance(value, list) else window
         setattr(config, name, small)
     _scale_rotary(config)
-    return config
+
+
+def _enough_layers(config: Any) -> int:
+    """So many of the first layers that each kind is among them, and two at least: the last one is a case of its own."""
+    given, layers = config.to_dict(), config.num_hidden_layers
+    named = [
+        value
+        for name, value in given.items()
+        if name.endswith("_types") and isinstance(value, list) and len(value) == layers
+    ]
+    kinds = list(zip(*named, strict=True))
+    others = max(given.get(name) or 0 for name in ("first_k_dense_replace", "num_dense_layers"))
+    return 1 + max(1, others, *(kinds.index(kind) for kind in kinds))
+
+
+def _cut(config: Any, key: str, few: int) -> None:
+    """Leave so many layers, narrow ones, and so many entries of what there is for each."""
+    layers = getattr(config, key)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == layers > few:
+            setattr(config, name, value[:few])
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(config, name, min(value, INNER))
+    setattr(config, key, few)
+
+
+def _shrink_beside(config: Any, read: int | list[int] | None) -> None:
+    """A tower of few layers.
+
+    Args:
+        config: the tower's.
+        read: whose outputs the language part is given, as `vision_feature_layer` has it.
+    """
+    given = config.to_dict()
+    key = next((name for name in ("num_hidden_layers", "depth") if name in given), None)
+    if key is None:
+        return
+    levels = given.get("deepstack_visual_indexes")
+    numbers = read if isinstance(read, list) else [] if read is None else [read]
+    few = max(1, *(abs(number) for number in numbers), len(levels or ()))
+    if levels:
+        config.deepstack_visual_indexes = list(range(len(levels)))
+    _cut(config, key, min(few, given[key]))
+
+
+def _rename_words(configs: Sequence[Any]) -> dict[int, int]:
+    """Give the tokens that configurations name small numbers; returns the old number → the new one."""
+    ends = {
+        name: number for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id"))
+    }
+    words: dict[int, int] = {}
+    for config in configs:
+        for name, value in config.to_dict().items():
+            if name in ends:
+                if value is not None:
+                    setattr(config, name, ends[name])
+            elif _TOKEN.search(name) and isinstance(value, int) and value >= 0:
+                words.setdefault(value, len(ends) + len(words))
+                setattr(config, name, words[value])
+    return words
 
 
 def _scale_rotary(config: Any) -> None:

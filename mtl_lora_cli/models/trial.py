@@ -13,7 +13,7 @@ from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.load import adapt, load_config, load_model
 from mtl_lora_cli.models.packed import PackedModel
-from mtl_lora_cli.models.stand_in import stand_in
+from mtl_lora_cli.models.stand_in import NoStandIn, stand_in
 from mtl_lora_cli.models.trust import settle
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.schema import Recipe
@@ -47,12 +47,12 @@ def tried(
         ).eval()
         settled(packed, base, quantization=recipe.quantization, base_compute=recipe.base_compute)
         return packed.engine_report()
-    real = load_config(base).get_text_config()
-    small = stand_in(real, device, dtype)
-    if small is None:
+    try:
+        small = stand_in(load_config(base), device, dtype)
+    except NoStandIn:
         return {"engine": None, "why": "its weights are not read here: tried when the run begins"}
     try:
-        packed = PackedModel(small, engine=recipe.engine).eval()
+        packed = PackedModel(small.model, engine=recipe.engine).eval()
         packed.trust = settle(packed)
     except UsageError as error:
         raise UsageError(f"{error} (tried on a small model of the same kind)") from error

@@ -91,6 +91,7 @@ def _read(path: Path) -> Trust | None:
             lengths=tuple(kept["lengths"]),
             tried=tuple(kept["tried"]),
             stand_in=tuple(kept["stand_in"]),
+            unasked=kept["unasked"],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -16,7 +16,7 @@ class Events:
     """The events that can be used, in their order.
 
     Attributes:
-        steps, validations, gradients: of each kind.
+        steps, validations, gradients, unreached: of each kind.
         best: the last look at held-out examples that was the best so far, or None.
         unreadable: lines that are no event, or one that lacks what its kind must have.
     """
@@ -24,6 +24,7 @@ class Events:
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     gradients: list[dict[str, Any]]
+    unreached: list[dict[str, Any]]
     best: dict[str, Any] | None
     unreadable: int
 
@@ -46,6 +47,7 @@ def read_events(run: RunFolder) -> Events:
         steps=found["step"],
         validations=found["validation"],
         gradients=found["gradients"],
+        unreached=found["unreached"],
         best=found["best"][-1] if found["best"] else None,
         unreadable=max(0, lines - good),
     )
@@ -84,11 +86,17 @@ def _is_best(event: Mapping[str, Any]) -> bool:
     return isinstance(event.get("of"), str) and number(event.get("value")) is not None
 
 
+def _is_unreached(event: Mapping[str, Any]) -> bool:
+    named = [event.get(key) for key in ("modules", "tasks")]
+    return all(isinstance(one, list) and all(isinstance(n, str) for n in one) for one in named)
+
+
 _USABLE = {
     "step": _is_step,
     "validation": _is_validation,
     "gradients": _is_gradients,
     "best": _is_best,
+    "unreached": _is_unreached,
 }
 
 

@@ -80,7 +80,7 @@ def _facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     if not found.results and not found.damaged:
         notes.append(f"no results yet; get them with: mtl-lora eval --run {run.path} --task all")
     notes += source
-    notes += signs([*events.steps, *events.validations])
+    notes += signs([*events.steps, *events.validations, *events.unreached])
     clipped = recipe.training.clipping is not None
     notes += told(spikes(events.steps), len(events.steps), clipped=clipped)
     notes += [

@@ -19,6 +19,8 @@ import torch
 from mtl_lora_cli.adapters.files import state_of
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.processes import Interrupted
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.unread import unread_layers
 from mtl_lora_cli.training.best import Best, Mark, best_after
 from mtl_lora_cli.training.checkpoints import (
     Position,
@@ -39,6 +41,7 @@ from mtl_lora_cli.training.saving import Saver
 from mtl_lora_cli.training.schedule import learning_rate_factor
 from mtl_lora_cli.training.step import Running, StepClock, Stepper
 from mtl_lora_cli.training.surgery import Surgery
+from mtl_lora_cli.training.unreached import Unreached
 
 
 class Trainer:
@@ -87,7 +90,8 @@ class Trainer:
             zero=ready.zero,
             surgery=Surgery(self.adapter, self.settings.seed, self.processes) if operated else None,
         )
-        self._observers = (*observers, *more)
+        self._drawn_tasks: set[str] = set()
+        self._observers = (*observers, *more, self._unreached())
         self._clock = StepClock(self.stepper.mark)
         self.saver = Saver(
             self.run.checkpoints, self.settings.keep_checkpoints, self.adapter.device
@@ -95,6 +99,14 @@ class Trainer:
         self.position = Position(step=0, metrics_bytes=0, seconds=0.0, tokens=0)
         self._stop_asked = False  # of this process
         self._stop_agreed = False  # all know, since the same step
+
+    def _unreached(self) -> Unreached:
+        """Who looks whether all of the adapter learns."""
+        names = [task.name for task in self.data.tasks]
+        text = self.host if isinstance(self.host, PackedModel) else None
+        known = [] if text is None else unread_layers(text.model, self.adapter.layers)
+        update, drawn = self.stepper.update, self._drawn_tasks
+        return Unreached(self.adapter, update, names, drawn, self.total_steps, known)
 
     def resume(self, checkpoint: Path) -> Best | None:
         """Go back to a checkpoint; metrics written after it are cut off.
@@ -260,6 +272,7 @@ class Trainer:
             supervised_share = event["supervised"] / event["tokens"]
             event["floor_share"] = self._floor.share(event["tokens_per_second"], supervised_share)
         journal.step(event)
+        self._drawn_tasks |= event["examples"].keys()
         units = drawn.supervised.tolist()
         for one in self._following:
             seen = one.observe(drawn.number, task_loss, units)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from mtl_lora_cli.models.unread import named
+
 PARTED = 1.1  # times its lowest value: a held-out loss that has risen
 
 Look = Mapping[str, Any]
@@ -16,7 +18,7 @@ def signs(events: Iterable[Mapping[str, Any]]) -> list[str]:
 
     One answer for nearly all rows at the last look; answers that were at no look better than a guess by
     the shares of the right ones (`metrics.guessing`); a held-out loss that rose by a tenth from its lowest
-    value while the training loss fell.
+    value while the training loss fell. And what got no gradient.
     """
     every = list(events)
     looks = [event for event in every if event.get("event") == "validation"]
@@ -26,7 +28,22 @@ def signs(events: Iterable[Mapping[str, Any]]) -> list[str]:
         found += _one_sided(task, looks[-1])
         found += _guessing(task, looks)
         found += _parted(task, looks, steps)
-    return found
+    unreached = [event for event in every if event.get("event") == "unreached"]
+    line = unreached_line(unreached[-1]) if unreached else ""
+    return [*found, line] if line else found
+
+
+def unreached_line(event: Mapping[str, Any]) -> str:
+    """What of a run got no gradient, in words; empty: all did."""
+    modules, tasks, said = list(event["modules"]), list(event["tasks"]), []
+    if modules:
+        some = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
+        said.append(
+            f"{some} got no gradient in {event['step']} steps and learned nothing: {named(modules)}"
+        )
+    if tasks:
+        said.append(f"no step had a row of {named(tasks)}: what is theirs alone learned nothing")
+    return "; ".join(said)
 
 
 def _one_sided(task: str, look: Look) -> Iterator[str]:

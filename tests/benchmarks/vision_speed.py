@@ -1,7 +1,8 @@
 """Models that read pictures by the clock: ours, the strongest stack of public parts, padded rows, and kept features.
 
     python tests/benchmarks/vision_speed.py --case llava-7b:none:ours,kept,padded,liger --out results.jsonl
-    torchrun --standalone --nproc-per-node 2 tests/benchmarks/vision_speed.py --case llava-7b:nf4:ours:2
+    torchrun --standalone --nproc-per-node 2 tests/benchmarks/vision_speed.py \
+        --case llava-7b/qwen3-vl-8b:nf4:ours:alone --case llava-7b:nf4:ours:2
 
 Random weights, the same rows for all columns: a picture a row's example, words before it and an answer behind. The
 tower is frozen and its features are made without a gradient. `liger` is PEFT over the same packed rows, with torch's
@@ -37,7 +38,7 @@ from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.engine.sizes import Load
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype, release, reset_peak
-from mtl_lora_cli.machine.processes import Processes, joined
+from mtl_lora_cli.machine.processes import ALONE, Processes, joined
 from mtl_lora_cli.memory.pictures import sizes_at_sight
 from mtl_lora_cli.memory.situation import together
 from mtl_lora_cli.models import registered
@@ -246,7 +247,7 @@ def stepped(
 
 
 def ours(model: Any, shape: Shape, batches: list[PackedBatch], device: torch.device, row_length: int,
-         processes: Processes, stage: int) -> dict[str, Any]:  # fmt: skip
+         processes: Processes, stage: int, passes: int) -> dict[str, Any]:  # fmt: skip
     names = [f"task{number}" for number in range(TASKS)]
     adapter = adapt(model, configure("mtl-lora", rank=RANK, target_modules=TARGETS), names)
     packed = PackedModel(model, adapter, resident=stage < 3).train()
@@ -257,12 +258,12 @@ def ours(model: Any, shape: Shape, batches: list[PackedBatch], device: torch.dev
         )
 
     def planned(number: int) -> StepPlan:
-        own = batches[number * processes.count + processes.rank]
-        return StepPlan(
-            [own], [torch.ones(len(own.owner))], [own.owners], len(own.owner) * processes.count
-        )
+        every = batches[number * passes :][:passes]
+        own = processes.mine(every)
+        weights = [torch.ones(len(one.owner)) for one in own]
+        return StepPlan(own, weights, [one.owners for one in own], sum(len(b.owner) for b in every))
 
-    steps = len(batches) // processes.count
+    steps = len(batches) // passes
     sizes = PassSizes(row_length, len(adapter.tasks))
     stepper = Stepper(
         packed, adapter, planned, total=steps, max_norm=1.0, sizes=sizes, processes=processes, zero=zero,
@@ -276,7 +277,7 @@ def ours(model: Any, shape: Shape, batches: list[PackedBatch], device: torch.dev
     found = stepped(
         step,
         range(steps),
-        lambda n: sum(map(tokens_of, batches[n * processes.count :][: processes.count])),
+        lambda n: sum(map(tokens_of, batches[n * passes :][:passes])),
         device,
     )
     return {**found, "engine": packed.engine_line(), "trained": adapter.parameter_count()}
@@ -387,6 +388,22 @@ def peft_model(model: Any, dtype: torch.dtype, narrow: bool) -> Any:
     return found
 
 
+@dataclass(frozen=True)
+class Fill:
+    """What passes are filled up to, so that no graph is compiled twice: tokens, examples, and the longest's tokens."""
+
+    size: int = 0
+    most: int = 0
+    longest: int = 0
+
+
+def fill_of(batches: Sequence[PackedBatch]) -> Fill:
+    sizes = [batch.input_ids.shape[1] for batch in batches]
+    most = max(len(batch.segments.bounds) for batch in batches) + 1
+    longest = max(batch.segments.longest for batch in batches)
+    return Fill(max(sizes), most, max(longest, max(sizes) - min(sizes)))
+
+
 def rival(
     model: Any, batches: list[PackedBatch], device: torch.device, dtype: torch.dtype, kernels: str
 ) -> dict[str, Any]:
@@ -406,22 +423,25 @@ def rival(
         for layer in body.layers:
             layer.compile()
 
+    fill = fill_of(batches) if kernels == "compile" else Fill()
+
     def loss_of(batch: PackedBatch) -> Tensor:
         on = batch.to(device)
-        shown = on.pictures
+        shown, more = on.pictures, max(0, fill.size - batch.input_ids.shape[1])
         assert shown is not None
         with torch.no_grad():
             seen = features_of(inner, shown.seen)
-        x = inner.get_input_embeddings()(on.input_ids.index_fill(1, shown.places, 0))
+        ids = nn.functional.pad(on.input_ids.index_fill(1, shown.places, 0), (0, more))
+        x = inner.get_input_embeddings()(ids)
         x = x[0].index_copy(0, shown.places, seen.tokens.to(x.dtype))[None]
-        bounds = torch.tensor(
-            [0, *(end for _, end in batch.segments.bounds)], dtype=torch.int32, device=device
-        )
+        ends = [end for _, end in batch.segments.bounds]
+        bounds = [0, *ends, *[ids.shape[1]] * (fill.most - len(ends))]
+        behind = torch.arange(more, device=device)[None]
         hidden = body(
             inputs_embeds=x,
-            position_ids=on.position_ids,
-            bounds=bounds,
-            longest=batch.segments.longest,
+            position_ids=torch.cat([on.position_ids, behind], dim=1),
+            bounds=torch.tensor(bounds, dtype=torch.int32, device=device),
+            longest=fill.longest or batch.segments.longest,
             use_cache=False,
         ).last_hidden_state
         logits = inner.get_output_embeddings()(hidden[0, on.positions.to(device)]).float()
@@ -491,15 +511,19 @@ def _trained(
 def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: float) -> None:
     """One shape with all its columns; each says its line, and one that fails takes no other with it."""
     name, quantization, columns, *others = run.split(":")
+    passes = processes.count
+    if others == ["alone"]:
+        names = name.split("/")
+        name, processes, others = names[processes.rank % len(names)], ALONE, []
     stage = int(others[0]) if others else 0
     device = pick_device()
     dtype = pick_dtype("auto", device)
     shape = shape_of(name)
-    steps = (WARM_UP + wanted.steps) * processes.count
+    steps = (WARM_UP + wanted.steps) * passes
     batches = rows_of(shape, wanted.row_length, wanted.rows, steps)
     cut = stage == 3
     for column in columns.split(","):
-        if time.monotonic() - began > wanted.seconds:
+        if processes.same(time.monotonic() - began > wanted.seconds):
             print(f"no time for {run}", flush=True)
             return
         made: dict[str, Any] = {}
@@ -512,7 +536,8 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
             release(device)
             reset_peak(device)
             if column in ("ours", "kept"):
-                result = ours(model, shape, own, device, wanted.row_length, processes, stage)
+                length = wanted.row_length
+                result = ours(model, shape, own, device, length, processes, stage, passes)
                 parts = processes.count if cut else 1
                 made["estimate_gib"] = estimated(
                     shape, dtype, device, quantization, own, column == "kept", parts
@@ -524,7 +549,7 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
             if processes.main:
                 said = {
                     "shape": name, "quantization": quantization, "column": column,
-                    "stage": stage, "processes": processes.count, **made, **result,
+                    "stage": stage, "processes": processes.count, "passes": passes, **made, **result,
                 }  # fmt: skip
                 print(f"{_line(said, made)}, at {time.monotonic() - began:.0f} s", flush=True)
                 if wanted.out:
@@ -553,8 +578,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--case", action="append", required=True,
-        help="SHAPE:none|nf4:COLUMNS[:ZERO STAGE], columns of ours, kept, padded, liger, compile, eager; liger last: it changes "
-        "functions of transformers for the whole process",
+        help="SHAPE:none|nf4:COLUMNS[:ZERO STAGE], or SHAPE/SHAPE:none|nf4:ours:alone; columns of ours, kept, "
+        "padded, liger, compile, eager; liger last: it changes functions of transformers for the whole process",
     )  # fmt: skip
     parser.add_argument("--row-length", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=2, help="a pass, and a step")

@@ -16,11 +16,14 @@ from torch import Tensor
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.sight import with_pictures
 from mtl_lora_cli.models.trust import settle
+from mtl_lora_cli.models.unread import unread_layers
 
+from ..processors import WITHOUT_TORCHVISION, compared, processor_of
 from ..sights import TOKENS, tiny_granite
 from .conftest import packed_of, some_at_once
 
@@ -97,7 +100,10 @@ def gradients_held_to_each_alone(packed: PackedModel) -> dict[str, torch.Tensor]
     with packed.routed(batch):
         ours = packed(batch)
         ours.sum().backward()
-    # A tower's last layer may be read by nobody.
+    adapter: Any = packed.adapter
+    unread = unread_layers(packed.model, adapter.layers)
+    silent = {name.rpartition(".")[0] for name, tensor in learning.items() if tensor.grad is None}
+    assert silent == set(unread)
     learning = {name: tensor for name, tensor in learning.items() if tensor.grad is not None}
     first = {name: tensor.grad.clone() for name, tensor in learning.items()}
     for tensor in learning.values():
@@ -136,14 +142,6 @@ def test_each_type_equals_transformers_own_forward_pass_and_so_do_gradients(
     gradients_held_to_each_alone(packed)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_in_16_bits_the_self_test_keeps_it_on_the_fused_engine(
-    models: Callable[[str], BaseModel], kind: str
-) -> None:
-    packed = packed_of(models(kind), kind=kind, dtype=torch.bfloat16)
-    assert settle(packed).way is None, packed.not_fused
-
-
 def test_embeddings_that_a_language_part_scales_are_scaled_with_pictures_among_them(
     small_model: Path, tmp_path: Path
 ) -> None:
@@ -170,83 +168,18 @@ def test_in_16_bits_a_projector_learns_in_32(llava: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("kind", TOKENS)
-def test_tokens_and_pixels_are_those_of_auto_processor(
+def test_tokens_and_pixels_are_those_of_the_type_s_own_processor(
     models: Callable[[str], BaseModel], kind: str
 ) -> None:
     """Where it can be built: some want torchvision, for videos."""
-    from mtl_lora_cli.models.load import load_tokenizer
-
-    if kind not in ("idefics3", "gemma3", "llava_next", "paligemma"):
+    if kind not in WITHOUT_TORCHVISION:
         pytest.importorskip("torchvision")
     tokenizer = load_tokenizer(models(kind))
-    vision, own = tokenizer.vision(), processor_of(kind, tokenizer)
+    own = processor_of(kind, tokenizer)
     for sides in ((90, 120), (33, 29), (64, 200)):
         noise = np.random.default_rng(1).integers(0, 256, (*sides, 3)).astype(np.uint8)
-        mark = getattr(own, "boi_token", own.image_token)
-        theirs = own(text=[f"one {mark} two"], images=[Image.fromarray(noise)], return_tensors="pt")
-        text = vision.text(*sides)
-        text = f"one {text} two"
-        if kind == "paligemma":
-            text += "\n"
-        if kind.startswith("qwen"):  # the chat template writes what stands around a picture
-            text = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")
-        ids = tokenizer(text)["input_ids"]
-        if kind == "paligemma":  # its processor writes the text's begin behind the picture
-            ids = [one for one in ids if one != tokenizer.bos_token_id]
-            end = len(ids) - ids[::-1].index(vision.token_id)
-            ids = [*ids[:end], tokenizer.bos_token_id, *ids[end:]]
-        assert ids == theirs["input_ids"][0].tolist()
-        for name, value in vision.join([vision.look(Image.fromarray(noise))]).items():
-            right = theirs[name]
-            if kind == "llava_next" and name == "pixel_values":
-                right = right[0]
-            assert torch.equal(value, right), name
-
-
-def processor_of(kind: str, tokenizer: Any) -> Any:
-    """The model's own."""
-    import transformers as t
-
-    vision = tokenizer.vision()
-    if kind == "idefics3":
-        seen = {"image_processor": vision.processor, "tokenizer": tokenizer, "image_seq_len": 4}
-        return t.Idefics3Processor(**seen)
-    if kind == "llava_next":
-        seen = {"image_processor": vision.processor, "tokenizer": tokenizer, "patch_size": 8}
-        return t.LlavaNextProcessor(
-            **seen, vision_feature_select_strategy="default", num_additional_image_tokens=1
-        )
-    if kind == "paligemma":
-        vision.processor.image_seq_length = 16
-        tokenizer.image_token, tokenizer.image_token_id = vision.token, vision.token_id
-        return t.PaliGemmaProcessor(vision.processor, tokenizer)
-    if kind.startswith("gemma4"):
-        for name in ("image", "boi", "eoi", "audio"):
-            number = getattr(vision.config, f"{name}_token_id")
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
-            setattr(tokenizer, f"{name}_token_id", number)
-        extractor = t.Gemma4AudioFeatureExtractor()
-        return t.Gemma4Processor(
-            extractor, vision.processor, tokenizer, t.Gemma4VideoProcessor(), image_seq_length=70
-        )
-    if kind == "gemma3":
-        tokenizer.boi_token, tokenizer.eoi_token = "<start_of_image>", "<end_of_image>"
-        tokenizer.image_token, tokenizer.boi_token_id = "<image_soft_token>", 513
-        tokenizer.image_token_id = vision.token_id
-        return t.Gemma3Processor(vision.processor, tokenizer, image_seq_length=4)
-    made = {
-        "smolvlm": (t.SmolVLMProcessor, t.SmolVLMVideoProcessor, {"image_seq_len": 4}),
-        "internvl": (t.InternVLProcessor, t.InternVLVideoProcessor, {"image_seq_length": 4}),
-        "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor, {}),
-        "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor, {}),
-    }
-    processor, video, others = made[kind]
-    if kind == "internvl":
-        tokenizer.start_image_token, tokenizer.end_image_token = "<img>", "</img>"
-        tokenizer.context_image_token, tokenizer.video_token = "<IMG_CONTEXT>", "<img>"
-        tokenizer.start_image_token_id, tokenizer.end_image_token_id = 513, 514
-        tokenizer.context_image_token_id = 512
-    return processor(vision.processor, tokenizer, video_processor=video(), **others)
+        found = compared(kind, tokenizer, own, Image.fromarray(noise))
+        assert found.tokens_equal and found.grids_equal and found.pixels_apart == 0, found
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
@@ -291,8 +224,6 @@ def test_a_path_that_mixes_pictures_up_is_found_out(
 
 def test_tokens_and_pixels_are_those_of_the_model_s_own_processor(llava: BaseModel) -> None:
     from transformers import LlavaProcessor
-
-    from mtl_lora_cli.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(llava)
     vision = tokenizer.vision()

@@ -112,6 +112,11 @@ class Vision:
         """Picture tokens of a picture of this size."""
         raise NotImplementedError
 
+    def tokens(self, height: int, width: int) -> list[int]:
+        """The same as the model reads it."""
+        text = self.text(height, width)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     @property
     def mark(self) -> str:
         """What the model's own chat template writes for a picture, which a processor makes `text` of."""

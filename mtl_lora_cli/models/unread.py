@@ -1,0 +1,54 @@
+"""Layers of a tower behind the last one that the language part is given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_NUMBER = re.compile(r"\.layers?\.(\d+)\.")
+
+
+def unread_layers(model: Any, paths: Iterable[str]) -> list[str]:
+    """Those of some modules whose output nobody reads: what learns there gets no gradient.
+
+    `vision_feature_layer` of a configuration counts what the tower's layers give from 0 on, the embeddings; −1 is what
+    the last one gives.
+    """
+    config = model.config
+    read, tower = (
+        getattr(config, name, None) for name in ("vision_feature_layer", "vision_config")
+    )
+    depth = getattr(tower, "num_hidden_layers", None)
+    if read is None or depth is None:
+        return []
+    numbers = read if isinstance(read, list | tuple) else [read]
+    last = max(number if number >= 0 else depth + 1 + number for number in numbers)
+    return [path for path in paths if _in_tower(path) and _number(path) >= last]
+
+
+def unread_line(model: Any, paths: Iterable[str]) -> str | None:
+    """The same in words; None: there are none."""
+    unread = unread_layers(model, paths)
+    if not unread:
+        return None
+    return (
+        f"adapter.target_modules: {named(unread)} of the tower: behind the last layer that the language part "
+        f"reads (vision_feature_layer: {model.config.vision_feature_layer}), so nothing is learned there"
+    )
+
+
+def named(paths: list[str], most: int = 3) -> str:
+    """The first few of them, and how many others there are."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
+def _in_tower(path: str) -> bool:
+    return any(part.startswith("vision") for part in path.split("."))
+
+
+def _number(path: str) -> int:
+    """Of the layer that a module belongs to; −1: it belongs to none."""
+    found = _NUMBER.search(path)
+    return -1 if found is None else int(found[1])
