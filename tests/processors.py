@@ -32,7 +32,7 @@ class Compared:
 def compared(kind: str, tokenizer: Any, own: Any, picture: Image.Image) -> Compared:
     """Ours beside `own`, the processor of that model type."""
     vision = tokenizer.vision()
-    mark = getattr(own, "boi_token", None) or own.image_token
+    mark = own.boi_token if kind == "gemma3" else own.image_token
     theirs = own(text=[f"one {mark} two"], images=[picture], return_tensors="pt")
     ids = ours_of(kind, tokenizer, f"one {vision.text(picture.height, picture.width)} two")
     right = theirs["input_ids"][0].tolist()
@@ -87,6 +87,9 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
             number = getattr(vision.config, f"{name}_token_id")
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
             setattr(tokenizer, f"{name}_token_id", number)
+        # It asks for the tokens around a sound, too, and for one that fills up: these folders have none.
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.boa_token, tokenizer.eoa_token = tokenizer.boi_token, tokenizer.eoi_token
         extractor = t.Gemma4AudioFeatureExtractor()
         return t.Gemma4Processor(
             extractor, vision.processor, tokenizer, t.Gemma4VideoProcessor(), image_seq_length=70

@@ -56,6 +56,15 @@ def own_processor(kind: str, tokenizer: Any) -> Any:
     )
 
 
+def name_tokens(folder: Path, tokenizer: Any) -> None:
+    """Write into a folder which tokens the processor asks its tokenizer for, as published folders have it."""
+    own = {n: v for n, v in vars(tokenizer).items() if n.endswith("_token") and isinstance(v, str)}
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "model_specific_special_tokens": own})
+    )
+
+
 def beside(kind: str, folder: Path) -> dict[str, Any]:
     """All pictures of a type, by both processors."""
     from transformers import AutoProcessor
@@ -67,6 +76,7 @@ def beside(kind: str, folder: Path) -> dict[str, Any]:
     own = own_processor(kind, tokenizer)
     found: dict[str, Any] = {"pictures": 0}
     own.save_pretrained(folder)
+    name_tokens(folder, tokenizer)
     auto = AutoProcessor.from_pretrained(folder)
     found["processor"] = type(auto).__name__
     fresh = load_tokenizer(base)
@@ -77,7 +87,8 @@ def beside(kind: str, folder: Path) -> dict[str, Any]:
             "image_processor": type(processor.image_processor).__name__,
             "tokens_equal": sum(one["tokens_equal"] for one in results),
             "grids_equal": sum(one["grids_equal"] for one in results),
-            "pixels_apart": max(one["pixels_apart"] for one in results),
+            "pixels_apart_noise": max(one["pixels_apart"] for one in results[::2]),
+            "pixels_apart_smooth": max(one["pixels_apart"] for one in results[1::2]),
             "tokens": sum(one["tokens"] for one in results),
         }
     return found
