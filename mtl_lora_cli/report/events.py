@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
@@ -24,9 +24,9 @@ class Events:
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
     gradients: list[dict[str, Any]]
-    unreached: list[dict[str, Any]]
     best: dict[str, Any] | None
     unreadable: int
+    unreached: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_events(run: RunFolder) -> Events:

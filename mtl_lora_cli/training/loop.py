@@ -90,8 +90,8 @@ class Trainer:
             zero=ready.zero,
             surgery=Surgery(self.adapter, self.settings.seed, self.processes) if operated else None,
         )
-        self._drawn_tasks: set[str] = set()
-        self._observers = (*observers, *more, self._unreached())
+        self._unreached = self._looking_for_silence()
+        self._observers = (*observers, *more, self._unreached)
         self._clock = StepClock(self.stepper.mark)
         self.saver = Saver(
             self.run.checkpoints, self.settings.keep_checkpoints, self.adapter.device
@@ -100,13 +100,12 @@ class Trainer:
         self._stop_asked = False  # of this process
         self._stop_agreed = False  # all know, since the same step
 
-    def _unreached(self) -> Unreached:
+    def _looking_for_silence(self) -> Unreached:
         """Who looks whether all of the adapter learns."""
         names = [task.name for task in self.data.tasks]
         text = self.host if isinstance(self.host, PackedModel) else None
         known = [] if text is None else unread_layers(text.model, self.adapter.layers)
-        update, drawn = self.stepper.update, self._drawn_tasks
-        return Unreached(self.adapter, update, names, drawn, self.total_steps, known)
+        return Unreached(self.adapter, self.stepper.update, names, self.total_steps, known)
 
     def resume(self, checkpoint: Path) -> Best | None:
         """Go back to a checkpoint; metrics written after it are cut off.
@@ -125,6 +124,9 @@ class Trainer:
         for one in self._following:
             one.restore(require_followed(position.following, one.name, checkpoint))
         self.position = replace(position, best=kept)
+        for event in self.run.events():
+            if event.get("step", math.inf) <= position.step:
+                self._unreached.hear(event)
         return best if kept is None else None
 
     @property
@@ -272,7 +274,7 @@ class Trainer:
             supervised_share = event["supervised"] / event["tokens"]
             event["floor_share"] = self._floor.share(event["tokens_per_second"], supervised_share)
         journal.step(event)
-        self._drawn_tasks |= event["examples"].keys()
+        self._unreached.hear(event)
         units = drawn.supervised.tolist()
         for one in self._following:
             seen = one.observe(drawn.number, task_loss, units)

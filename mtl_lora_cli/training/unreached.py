@@ -7,6 +7,7 @@ goes that way. AdamW's moments tell: they are zero as long as every gradient was
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,6 @@ class Unreached:
         adapter: what is trained.
         update: who updates it.
         tasks: of the run.
-        drawn: those that steps had so far; somebody else adds to them.
         total: steps of the run.
         known: modules of which it was said before the first step.
     """
@@ -40,14 +40,22 @@ class Unreached:
         adapter: Adapter,
         update: Updating,
         tasks: Sequence[str],
-        drawn: Collection[str],
         total: int,
         known: Collection[str] = (),
     ) -> None:
         self._adapter, self._update, self._tasks = adapter, update, tasks
-        self._drawn, self._total, self._known = drawn, total, known
+        self._total, self._known = total, known
+        self._drawn: set[str] = set()
         self._found: tuple[list[str], list[str]] = ([], [])
         self.every = FIRST
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """What the run's log says so far: whose rows a step had, and what was seen before the run was stopped."""
+        if event.get("event") == "step":
+            self._drawn.update(event["examples"])
+        elif event.get("event") == "unreached":
+            self._found = (event["modules"], event["tasks"])
+            self.every = _NEVER
 
     def look(self, step: int) -> Seen | None:
         """See `Observer`."""
