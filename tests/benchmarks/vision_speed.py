@@ -171,7 +171,18 @@ def vision_of(config: Any) -> Vision:
     return vision
 
 
-def rows_of(shape: Shape, row_length: int, rows: int, steps: int) -> list[PackedBatch]:
+_drawn: dict[tuple[Any, ...], list[PackedBatch]] = {}
+
+
+def rows_of(name: str, shape: Shape, row_length: int, rows: int, steps: int) -> list[PackedBatch]:
+    """`drawn_rows`, once for all cases of a shape."""
+    key = (name, row_length, rows, steps)
+    if key not in _drawn:
+        _drawn[key] = drawn_rows(shape, row_length, rows, steps)
+    return _drawn[key]
+
+
+def drawn_rows(shape: Shape, row_length: int, rows: int, steps: int) -> list[PackedBatch]:
     """Of each step one pass: examples of a picture and 20 to 120 words, 4 to 60 of them an answer."""
     draw = np.random.default_rng(0)
     vision, batches = vision_of(shape.config), []
@@ -520,19 +531,22 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
     dtype = pick_dtype("auto", device)
     shape = shape_of(name)
     steps = (WARM_UP + wanted.steps) * passes
-    batches = rows_of(shape, wanted.row_length, wanted.rows, steps)
     cut = stage == 3
     for column in columns.split(","):
         if processes.same(time.monotonic() - began > wanted.seconds):
             print(f"no time for {run}", flush=True)
             return
+        batches = rows_of(name, shape, wanted.row_length, wanted.rows, steps)
         made: dict[str, Any] = {}
         model = None
         try:
+            release(device)
+            made["held_gib"] = held_gib(device)  # what a case before left behind
             model = built(shape, device, dtype, quantization, cut)
             own = batches
             if column == "kept":
-                own, made = kept(model, shape, batches)
+                own, more = kept(model, shape, batches)
+                made |= more
             release(device)
             reset_peak(device)
             if column in ("ours", "kept"):
@@ -561,6 +575,10 @@ def measured(run: str, wanted: argparse.Namespace, processes: Processes, began: 
         del model
         gc.collect()
         release(device)
+
+
+def held_gib(device: torch.device) -> float:
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
 def _line(said: dict[str, Any], made: dict[str, Any]) -> str:

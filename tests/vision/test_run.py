@@ -129,6 +129,21 @@ def test_the_base_model_alone_has_its_own_projector(run: Run) -> None:
     assert all(torch.equal(tensor, learned[name]) for name, tensor in kept.items())
 
 
+def test_a_tower_s_layer_that_nobody_reads_is_named_at_the_start_and_in_the_report(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`vision_feature_layer: -2`: what the last of three layers gives goes nowhere."""
+    targets = "adapter.target_modules=[q_proj,'*.vision_tower.*.q_proj']"
+    folder = start(prepare(load(targets, "training.max_steps=2")), tmp_path / "one")
+    (event,) = [one for one in folder.events() if one["event"] == "unreached"]
+    (name,) = event["modules"]
+    assert name.endswith("vision_tower.encoder.layers.2.self_attn.q_proj") and not event["tasks"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"note: adapter.target_modules: {name} of the tower: behind the last layer" in said
+    line = f"1 module got no gradient in 2 steps and learned nothing: {name}"
+    assert line in said and line in gather([folder])["runs"][0]["notes"]
+
+
 REFUSED = {
     "images.size=[48,48]": "images.size: 48 x 48: Input image size (48*48) doesn't match",
     "images.augment.flip=true": "is for maps of pictures",
