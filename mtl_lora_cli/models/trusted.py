@@ -16,8 +16,9 @@ import torch
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
+from mtl_lora_cli.models.side_by_side import Difference
 from mtl_lora_cli.models.stand_in import device_of, dtype_of
-from mtl_lora_cli.models.trust import Difference, Trust, settle
+from mtl_lora_cli.models.trust import Trust, settle
 from mtl_lora_cli.runs.atomic import write_json
 from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder
