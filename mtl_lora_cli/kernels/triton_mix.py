@@ -1,7 +1,8 @@
 """Triton kernels of `mix.py`.
 
 Positions of a task stand together, so a block of them has few slots: for each of these the block is
-multiplied by one matrix on the tensor cores, and the rows of that slot are taken.
+multiplied by one matrix on the tensor cores, and the rows of that slot are taken. Where matrices are small,
+each position reads its own at once instead, which waits less.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 _POSITIONS = 64  # of one program
+_FEW_POSITIONS = 32  # of one program of `_adapter_mix_few`
+_FEW = 2048  # numbers of a matrix, rows a power of two, up to which each position reads its own
 _TILE = 64  # rows or columns of M at once
 _DEPTH = 32  # columns of z and M that are multiplied at once: two parts of a longer one take all registers
 _CHUNK = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
@@ -29,6 +32,35 @@ def _more(total, value, factor):
     else:
         total = tl.dot(value.to(tl.float32), factor, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _adapter_mix_few(
+    z, mixing, slot, u, z_stride, u_stride, z_width, u_width, positions, rows,
+    layer_stride, slot_stride, row_stride, column_stride,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < positions
+    own = tl.load(slot + at, mask=inside, other=-1)
+    active = own >= 0
+    row = tl.arange(0, ROWS)
+    matrices = (
+        mixing
+        + layer * layer_stride
+        + own.to(tl.int64)[:, None] * slot_stride
+        + row[None, :] * row_stride
+    )
+    wanted = active[:, None] & (row < rows)[None, :]
+    z += at.to(tl.int64) * z_stride + layer * z_width
+    total = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
+    for column in tl.range(COLUMNS, loop_unroll_factor=8):  # loads that do not wait for each other
+        value = tl.load(z + column, mask=active, other=0.0).to(tl.float32)
+        matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
+        total += value[:, None] * matrix
+    u += at.to(tl.int64)[:, None] * u_stride + layer * u_width + row[None, :]
+    tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < u_width)[None, :])
 
 
 @triton.jit
@@ -126,7 +158,16 @@ def mix(z: Tensor, matrices: Tensor, slot: Tensor, *, width: int, out: Tensor | 
     u = out
     if u is None:
         u = torch.empty(positions, layers * width, dtype=z.dtype, device=z.device)
-    if positions:
+    if not positions:
+        return u
+    every = triton.next_power_of_2(width)
+    if every * columns <= _FEW:
+        _adapter_mix_few[(triton.cdiv(positions, _FEW_POSITIONS), layers)](
+            z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
+            positions, rows, *matrices.stride(),
+            COLUMNS=columns, ROWS=every, BLOCK=_FEW_POSITIONS, num_warps=2,
+        )  # fmt: skip
+    else:
         down = tile(width)
         _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers, triton.cdiv(width, down))](
             z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
