@@ -16,7 +16,6 @@ _POSITIONS = 64  # of one program
 _FEW_POSITIONS = 32  # of one program of `_adapter_mix_few`
 _FEW = 2048  # numbers of a matrix, rows a power of two, up to which each position reads its own
 _TILE = 64  # rows or columns of M at once
-_DEPTH = 32  # columns of z and M that are multiplied at once: two parts of a longer one take all registers
 _CHUNK = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
 _SUMS = 2**25  # numbers of partial sums, at most
 
@@ -67,7 +66,7 @@ def _adapter_mix_few(
 def _adapter_mix(
     z, mixing, slot, u, z_stride, u_stride, z_width, u_width, positions, rows, columns,
     layer_stride, slot_stride, row_stride, column_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -80,13 +79,15 @@ def _adapter_mix(
     left = own
     mine = tl.max(left, axis=0)
     while mine >= 0:
-        chosen = (own == mine)[:, None]
+        chosen = own == mine
         matrix = mixing + mine.to(tl.int64) * slot_stride
+        left = tl.where(chosen, -1, left)
+        mine = tl.max(left, axis=0)
         product = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
-        for first in range(0, columns, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
+        for step in tl.static_range(STEPS):
+            column = step * COLUMNS + tl.arange(0, COLUMNS)
             known = column < columns
-            value = tl.load(z + column[None, :], mask=chosen & known[None, :], other=0.0)
+            value = tl.load(z + column[None, :], mask=chosen[:, None] & known[None, :], other=0.0)
             factor = tl.load(
                 matrix + column[:, None] * column_stride,
                 mask=known[:, None] & (row < rows)[None, :],
@@ -94,9 +95,7 @@ def _adapter_mix(
             )
             product = _more(product, value, factor.to(tl.float32))
         # Not masked before the product: a matrix that is no number would reach the other rows.
-        total = tl.where(chosen, product, total)
-        left = tl.where(left == mine, -1, left)
-        mine = tl.max(left, axis=0)
+        total = tl.where(chosen[:, None], product, total)
     u += at.to(tl.int64)[:, None] * u_stride + layer * u_width + row[None, :]
     tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < u_width)[None, :])
 
@@ -168,11 +167,12 @@ def mix(z: Tensor, matrices: Tensor, slot: Tensor, *, width: int, out: Tensor | 
             COLUMNS=columns, ROWS=every, BLOCK=_FEW_POSITIONS, num_warps=2,
         )  # fmt: skip
     else:
-        down = tile(width)
+        down, across = tile(width), tile(columns)
         _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers, triton.cdiv(width, down))](
             z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
             positions, rows, columns, *matrices.stride(),
-            ROWS=down, COLUMNS=min(_DEPTH, tile(columns)), BLOCK=_POSITIONS, num_warps=4,
+            ROWS=down, COLUMNS=across, STEPS=triton.cdiv(columns, across), BLOCK=_POSITIONS,
+            num_warps=4,
         )  # fmt: skip
     return u
 
