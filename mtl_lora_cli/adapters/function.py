@@ -36,6 +36,8 @@ from mtl_lora_cli.kernels.low_rank import add_product_
 from mtl_lora_cli.kernels.mix import filled_up, mix, mix_gradient, of_tasks
 from mtl_lora_cli.kernels.place import Place, place_each
 
+NARROW = 128  # columns of u up to which launches count
+
 
 class Factors(NamedTuple):
     """A group's adapters in the dtype of the activations.
@@ -216,20 +218,33 @@ class AdapterProducts:
         self, du: Tensor, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """dz [N, J·k], written to `out` if given, and dM (or None) from du [N, J·m]."""
+        dz = self._through_mixing(du, z, factors, slots, out)
+        return dz, self._mixing_gradient(du, z, factors, slots)
+
+    def _through_mixing(
+        self, du: Tensor, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None
+    ) -> Tensor:
         if self.spread_by == "task":
             assert factors.mixing is not None
             width = z.shape[1] // len(self.spans)
-            dz = mix(du, factors.mixing, slots.index, transposed=True, width=width, out=out)
-            return dz, mix_gradient(du, z, slots.index, factors.mixing.shape)
+            return mix(du, factors.mixing, slots.index, transposed=True, width=width, out=out)
         if self.spread_by == "own":
             dz = torch.where(self._own(z, factors, slots), du, 0.0)
-            return dz if out is None else out.copy_(dz), None
+            return dz if out is None else out.copy_(dz)
         if self.spread_by == "same":
-            return of_tasks(du, slots.index, slots.active, out), None
+            return of_tasks(du, slots.index, slots.active, out)
         if slots.active is not None:
             du = torch.where(slots.active, du, 0.0)
         dz = self._gate.gradient(du, z)
-        return dz if out is None else out.copy_(dz), None
+        return dz if out is None else out.copy_(dz)
+
+    def _mixing_gradient(
+        self, du: Tensor, z: Tensor, factors: Factors, slots: Slots
+    ) -> Tensor | None:
+        if self.spread_by != "task":
+            return None
+        assert factors.mixing is not None
+        return mix_gradient(du, z, slots.index, factors.mixing.shape)
 
     @property
     def _gate(self) -> TokenGate:
@@ -259,15 +274,35 @@ class AdapterProducts:
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """From dy [N, Σ out_j]: dz [N, J·k], written to `out` if given, dM (or None), and dy_jᵀ u_j
         [out_j, m] of each B_j."""
-        dups = []
-        for (start, stop), _, own in self._parts(factors.up, u):
-            dups.append(wide_product(dy[:, start:stop].T, own))
+        du, dz = self.through(dy, z, factors, slots, out)
+        return dz, *self.own_gradients(dy, u, du, z, factors, slots)
+
+    def through(
+        self, dy: Tensor, z: Tensor, factors: Factors, slots: Slots, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What comes through the adapters: du [N, J·m], and dz [N, J·k], which is written to `out` if given."""
         du = self._through_up(dy, factors)
-        return *self.unspread(du, z, factors, slots, out), dups
+        return du, self._through_mixing(du, z, factors, slots, out)
+
+    def own_gradients(
+        self, dy: Tensor, u: Tensor, du: Tensor, z: Tensor, factors: Factors, slots: Slots
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """What stays there: dM (or None), and dy_jᵀ u_j [out_j, m] of each B_j."""
+        return self._mixing_gradient(du, z, factors, slots), self._up_gradients(dy, u)
+
+    def _up_gradients(self, dy: Tensor, u: Tensor) -> list[Tensor]:
+        count = len(self.spans)
+        if _launches_count(dy, u):  # the other blocks are not read
+            every = wide_product(dy.T, u).chunk(count, dim=1)
+            return [part[start:stop] for (start, stop), part in zip(self.spans, every, strict=True)]
+        each = zip(self.spans, u.chunk(count, dim=1), strict=True)
+        return [wide_product(dy[:, start:stop].T, own) for (start, stop), own in each]
 
     def _through_up(self, dy: Tensor, factors: Factors) -> Tensor:
         """du [N, J·m], of each projection dy_j s B_j."""
         count, up = len(self.spans), factors.up
+        if count > 1 and _launches_count(dy, up):
+            return dy @ up  # outside of its blocks there are zeros
         each = zip(self.spans, up.chunk(count, dim=1), strict=True)
         products = [(dy[:, start:stop], block[start:stop]) for (start, stop), block in each]
         if count == 1 or not in_triton(dy):
@@ -320,9 +355,9 @@ class AdapterProducts:
             for part, shape in zip(ddown.chunk(len(downs)), downs, strict=True)
         ]
         for part, shape, scale in zip(dups, ups, self.scales, strict=True):
-            n, out, rank = shape
+            n, _, rank = shape
             gradient = torch.empty(shape, dtype=dtype, device=part.device)
-            own = part[:, : n * rank].view(out, n, rank)
+            own = part[:, : n * rank].unflatten(1, (n, rank))
             torch.mul(own.permute(1, 0, 2), scale, out=gradient)
             found.append(gradient)
         return found
@@ -395,6 +430,11 @@ def _split(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     middle = weights + adapters
     return tensors[:weights], tensors[weights:middle], tensors[middle:]
+
+
+def _launches_count(dy: Tensor, narrow: Tensor) -> bool:
+    """Whether the products of several projections are one: a launch takes longer than what that adds."""
+    return dy.is_cuda and narrow.shape[1] <= NARROW
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights, is_plain
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine import aside
 from mtl_lora_cli.engine.angles import Angles
 from mtl_lora_cli.engine.attention import Packing, pick_way, table_keys
 from mtl_lora_cli.engine.attention_block import AttentionBlock
@@ -208,6 +209,11 @@ class FusedDecoder:
         embedding = self._base.get_input_embeddings().weight  # in the dtype of the stream
         return all(pick_way(embedding, plan) == "triton" for plan in self._kinds)
 
+    @property
+    def width(self) -> int:
+        """d."""
+        return int(self._base.get_input_embeddings().weight.shape[1])
+
     def tables(self) -> list[tuple[int, bool]]:
         """The tile tables that a pass on our kernels reads; see `Segments.tiles`."""
         return table_keys({plan.head_dim for plan in self._kinds})
@@ -378,7 +384,8 @@ class FusedDecoder:
             if own.count == 0:
                 continue
             groups = [self.layers[number].carriers[place] for number, place in some]
-            for (number, place), part in zip(some, mixing_of_groups(groups, own), strict=True):
+            parts = aside.joined(mixing_of_groups(groups, own))
+            for (number, place), part in zip(some, parts, strict=True):
                 found[number][place] = part
         return found
 

@@ -13,6 +13,7 @@ from mtl_lora_cli.adapters.frozen import FrozenWeights, Room
 from mtl_lora_cli.adapters.function import AdapterProducts, Factors, Widths
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine import aside
 from mtl_lora_cli.kernels.fp8 import Form, Rounded, exactly
 from mtl_lora_cli.kernels.place import Place
 
@@ -158,13 +159,16 @@ class Group:
         if self.products is None or tape is None:
             return self.frozen.input_gradient(given, weights) if wanted else None, None
         dy = exactly(given)
-        u = self.products.spread(tape.z, tape.factors, slots)
         inside = wanted and roomy and self.room.rows and tape.mask is None
         room = None
         if inside and isinstance(wide, Tensor):
             room = wide[:, self.frozen.shape[0] :]
-        dz, dmixing, dups = self.products.gradients(dy, tape.z, u, tape.factors, slots, room)
-        found = Gradients(dz, dmixing, dups)
+        du, dz = self.products.through(dy, tape.z, tape.factors, slots, room)
+        with aside.work((dy, du, tape)):
+            u = self.products.spread(tape.z, tape.factors, slots)
+            found = Gradients(
+                dz, *self.products.own_gradients(dy, u, du, tape.z, tape.factors, slots)
+            )
         if not wanted:
             return None, found
         if room is not None:
@@ -188,16 +192,22 @@ class Group:
             return []
         if gradients is None or tape is None:
             return [None] * self.count
+        with aside.work((gradients, tape, x, norm)):
+            parameters = self._parameter_gradients(self.products, gradients, tape, x, norm)
+        return [gradients.dmixing, *parameters]
+
+    def _parameter_gradients(
+        self, products: AdapterProducts, given: Gradients, tape: Tape, x: Tensor, norm: Norm | None
+    ) -> list[Tensor]:
         if norm is None:
-            ddown = self.products.down_gradient(gradients.dz, x, tape.mask)
+            ddown = products.down_gradient(given.dz, x, tape.mask)
         else:
-            ddown = self.products.normed_down_gradient(gradients.dz, x, *norm, tape.mask)
+            ddown = products.normed_down_gradient(given.dz, x, *norm, tape.mask)
         half = len(tape.shapes) // 2
         dtype = self.adapted[0].lora_A.dtype
-        parameters = self.products.parameter_gradients(
-            tape.shapes[:half], tape.shapes[half:], dtype, ddown, gradients.dups
+        return products.parameter_gradients(
+            tape.shapes[:half], tape.shapes[half:], dtype, ddown, given.dups
         )
-        return [gradients.dmixing, *parameters]
 
     def _product(self, wide: Tensor | Rounded, tape: Tape, slots: Slots) -> Tensor:
         assert self.products is not None

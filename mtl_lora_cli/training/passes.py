@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import Slots
+from mtl_lora_cli.engine import aside
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.trees import KeyParts, Trees, slots_of
 from mtl_lora_cli.machine import threads
@@ -27,6 +28,7 @@ from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.capacity import SEGMENT, Capacity, PassSizes, padded, slot_table
 from mtl_lora_cli.training.update import gradients_of
 
+ASIDE = 2**24  # positions times features up to which adapters' own gradients run beside the rest
 _WARM_UP = 2  # passes that run as they are: kernels are compiled, gradients get their memory
 
 
@@ -185,6 +187,7 @@ class _Graph:
             **{name: own[name] for name in ("input_ids", "position_ids", "positions", "targets")},
         )
         every, chosen = slots_in(own, all_tasks=ready.capacity is None or not ready.capacity.slots)
+        assert packed.decoder is not None
         self._packed, self._x, self._dx = packed, None, None
         if batch.pictures is not None:
             x = packed.embedded(batch)[0]
@@ -195,7 +198,10 @@ class _Graph:
         self._held = (batch, every, chosen)  # the graph reads their memory, too
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed"):
+        small = batch.input_ids.numel() * packed.decoder.width <= ASIDE
+        beside = aside.Aside(device) if small else None
+        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="relaxed")
+        with capturing, aside.opened(beside):
             losses = -packed(batch, slots=(every, chosen))
             self._dx = add_gradients((losses * own["weights"]).sum(), parameters, self._x)
             packed.decoder.forget_expanded()
@@ -232,6 +238,7 @@ def add_gradients(
     *found, dx = (*torch.autograd.grad(loss, [*parameters, *also], allow_unused=True), None)
     if also:
         dx = found.pop()
+    aside.join()
     own = gradients_of(parameters)
     pairs = [(one, new) for one, new in zip(own, found, strict=True) if new is not None]
     torch._foreach_add_([one for one, _ in pairs], [new for _, new in pairs])
