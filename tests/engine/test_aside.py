@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl_lora_cli.adapters.function import AdapterProducts
 from mtl_lora_cli.engine import aside
+from mtl_lora_cli.engine.group import Group
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.training.passes import add_gradients
 from mtl_lora_cli.training.update import gradients_of
@@ -29,7 +31,7 @@ class Late(aside.Aside):
         self.works += 1
         yield
 
-    def keep(self, found: list[Tensor | None]) -> list[Tensor | None]:
+    def keep(self, found: Any) -> Any:
         for one in found:
             if one is not None:
                 self.made.append((one, one.clone()))
@@ -43,8 +45,6 @@ class Late(aside.Aside):
 
 
 def test_nobody_reads_what_is_not_there_yet(monkeypatch: Any) -> None:
-    from mtl_lora_cli.engine.group import Group
-
     model = tiny("llama")
     adapter = adapt_all(model)
     parameters = [one.requires_grad_() for one in adapter.tensors().values()]
@@ -54,17 +54,24 @@ def test_nobody_reads_what_is_not_there_yet(monkeypatch: Any) -> None:
         Late(),
     )
     found = []
-    own = Group._own_gradients
+    last, mixing = Group._parameter_gradients, AdapterProducts._mixing_gradient
     for stream in (None, late):
         gradients_of(parameters)
         with in_double(), packed.routed(batch), aside.opened(stream):
             if stream is not None:
-                monkeypatch.setattr(Group, "_own_gradients", lambda *given: late.keep(own(*given)))
+                monkeypatch.setattr(
+                    Group, "_parameter_gradients", lambda *given: late.keep(last(*given))
+                )
+                monkeypatch.setattr(
+                    AdapterProducts,
+                    "_mixing_gradient",
+                    lambda *given: late.keep([mixing(*given)])[0],
+                )
             add_gradients(packed(batch).sum(), parameters)
         found.append([one.grad.clone() for one in parameters if one.grad is not None])
         for one in parameters:
             one.grad = None
-    assert late.works == 4 * len(packed.decoder.layers) and not late.made
+    assert late.works == 8 * len(packed.decoder.layers) and not late.made
     for apart, beside in zip(*found, strict=True):
         assert torch.equal(apart, beside)
     assert any(one.any() for one in found[0])
