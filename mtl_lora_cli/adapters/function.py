@@ -244,7 +244,7 @@ class AdapterProducts:
         if self.spread_by != "task":
             return None
         assert factors.mixing is not None
-        return mix_gradient(du, z, slots.index, factors.mixing.shape)
+        return mix_gradient(du, z, slots.index, factors.mixing.shape, slots.runs)
 
     @property
     def _gate(self) -> TokenGate:

@@ -6,14 +6,16 @@ and hold for every position of the axes that follow them, up to the features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import moved
+from mtl_lora_cli.kernels.runs import Runs, runs_of
 
 BASE_ONLY = -1  # the id of activations that get the base model alone
 _KEPT = 16  # assignments of windows, whose slots are kept
@@ -34,6 +36,7 @@ class Slots:
         shared: the last of `present` is the id of what all tasks share.
         streams: the positions are as many equal pieces, each of another of `present`, in their order;
             0 where they are not.
+        make_runs: gives `runs`; None: nobody knows them.
     """
 
     present: Tensor
@@ -42,6 +45,12 @@ class Slots:
     all_tasks: bool = False
     shared: bool = False
     streams: int = 0
+    make_runs: Callable[[], Runs] | None = None
+
+    @cached_property
+    def runs(self) -> Runs | None:
+        """Where the positions of each slot stand, on the device; None: not known."""
+        return None if self.make_runs is None else self.make_runs()
 
     @property
     def tasks(self) -> Tensor:
@@ -207,7 +216,13 @@ def _slots(
         active,
         shared=shared is not None and present.numel() > 0 and int(present[-1]) == shared,
         streams=streams,
+        make_runs=partial(_runs, place, shape, len(present), device),
     )
+
+
+def _runs(place: Tensor, shape: torch.Size, count: int, device: torch.device) -> Runs:
+    found = runs_of(_led(place.to(torch.int32), shape).contiguous(), count)
+    return Runs(*(moved(one, device) for one in found))
 
 
 def _pieces(place: Tensor, count: int) -> int:

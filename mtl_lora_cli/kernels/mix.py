@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.runs import Runs
 
 
 def mix(
@@ -63,7 +64,9 @@ def mix(
     return u if out is None else out.copy_(u)
 
 
-def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, like: torch.Size) -> Tensor:
+def mix_gradient(
+    du: Tensor, z: Tensor, slot: Tensor, like: torch.Size, runs: Runs | None = None
+) -> Tensor:
     """dM_{j,p} = Σ_{i: slot(i) = p} du_ij z_ijᵀ.
 
     Args:
@@ -71,13 +74,16 @@ def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, like: torch.Size) -> Tenso
         z: [N, J·k'].
         slot: int32 [N].
         like: [J, P, m, k], of M.
+        runs: of `slot`, where they are known; kernels then take what the positions take, however many slots there are.
 
     Returns:
         [J, P, m, k], float32 (float64 for float64 inputs).
     """
     if in_triton(z):
-        from mtl_lora_cli.kernels import triton_mix
+        from mtl_lora_cli.kernels import triton_mix, triton_runs
 
+        if runs is not None:
+            return triton_runs.mix_gradient(du, z, runs, like)
         return triton_mix.mix_gradient(du, z, slot, like)
     layers, slots, rows, columns = like
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32

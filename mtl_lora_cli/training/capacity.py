@@ -32,7 +32,8 @@ class Capacity:
     """The sizes that one graph serves.
 
     Attributes:
-        positions, questions, segments: of a pass.
+        positions, questions: of a pass.
+        segments: of it, or runs of questions of one task.
         slots: tasks that may be present; 0: the matrices of all tasks are made.
         trees: whether segments are trees.
         shown: whether the graph begins behind the embeddings.
@@ -112,7 +113,10 @@ class PassSizes:
         positions = rows * self.row_length
         segments = len(batch.segments.bounds)
         segments += -(-(positions - batch.input_ids.numel()) // SEGMENT)
-        questions, present = len(batch.positions), len(tasks_in(batch.task_ids.view(-1)))
+        ids = batch.task_ids.view(-1)
+        questions, present = len(batch.positions), len(tasks_in(ids))
+        # Questions of trees need not stand as their trees do; those that are filled up are one run more.
+        segments = max(segments, int((ids[batch.positions].diff() != 0).sum()) + 2)
         if self.fullest is not None:
             asked = with_slack(self.fullest.asked, at_most=self.row_length)
             questions = max(questions, rows * asked)

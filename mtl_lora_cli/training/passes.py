@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.routing import Slots
 from mtl_lora_cli.engine import aside
 from mtl_lora_cli.engine.segments import Segments
+from mtl_lora_cli.kernels.runs import Runs, most_pieces, runs_of
 from mtl_lora_cli.kernels.trees import KeyParts, Trees, slots_of
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.models.batch import PackedBatch
@@ -255,8 +257,12 @@ _NAMES = (
     "present",
     "every_index",
     "every_active",
+    "every_pieces",
+    "every_ends",
     "chosen_index",
     "chosen_active",
+    "chosen_pieces",
+    "chosen_ends",
 )
 
 
@@ -268,24 +274,33 @@ def _contents(
     tables: Sequence[tuple[int, bool]],
 ) -> list[Tensor]:
     found = [batch.input_ids, batch.position_ids, batch.positions, batch.targets, weights]
-    found += routed(batch, tasks, capacity.slots)
+    found += routed(batch, tasks, capacity)
     return [*found, *_tables(batch.segments, capacity, tables)]
 
 
-def routed(batch: PackedBatch, tasks: int, slots: int) -> list[Tensor]:
-    """What `slots_in` reads: the tasks of the slots; the slot of every position, and whether it has one; the same of
-    those that are asked."""
+def routed(batch: PackedBatch, tasks: int, capacity: Capacity) -> list[Tensor]:
+    """What `slots_in` reads: the tasks of the slots; the slot of every position, whether it has one, and their runs;
+    the same of those that are asked."""
     ids = batch.task_ids.view(-1)
-    present, places = slot_table(ids, tasks, slots)
-    asked = ids[batch.positions]
-    each = [part for own in (ids, asked) for part in (places[own], (own >= 0).unsqueeze(1))]
-    return [present, *each]
+    present, places = slot_table(ids, tasks, capacity.slots)
+    found = [present]
+    for own in (ids, ids[batch.positions]):
+        index = places[own]
+        most = most_pieces(len(own), capacity.segments)
+        found += [index, (own >= 0).unsqueeze(1), *runs_of(index, len(present), most)]
+    return found
 
 
 def slots_in(own: Mapping[str, Tensor], *, all_tasks: bool) -> tuple[Slots, Slots]:
     """The routing of all positions, and of those that are asked, from tensors by their names in `_NAMES`."""
     every, chosen = (
-        Slots(own["present"], own[f"{name}_index"], own[f"{name}_active"], all_tasks=all_tasks)
+        Slots(
+            own["present"],
+            own[f"{name}_index"],
+            own[f"{name}_active"],
+            all_tasks=all_tasks,
+            make_runs=partial(Runs, own[f"{name}_pieces"], own[f"{name}_ends"]),
+        )
         for name in ("every", "chosen")
     )
     return every, chosen

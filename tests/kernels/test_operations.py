@@ -14,6 +14,7 @@ from mtl_lora_cli.kernels.grouped import grouped
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
 from mtl_lora_cli.kernels.place import Place, at_once, place_each
 from mtl_lora_cli.kernels.rotary import Turn, rotate_
+from mtl_lora_cli.kernels.runs import Runs, runs_of
 from mtl_lora_cli.kernels.stream import After, Norm, enter, enter_gradient
 
 pytestmark = pytest.mark.slow  # in the interpreter: make kernels
@@ -170,8 +171,25 @@ def test_mixing_is_the_formula(
     for each, exact, side in zip(found, right, (m, k), strict=False):
         torch.testing.assert_close(each[..., :side].double(), exact, rtol=1e-5, atol=1e-4)
         assert not each[..., side:].any()
-    dmixing = mix.mix_gradient(wide_du, wide_z, slot, mixing.shape)
-    torch.testing.assert_close(dmixing.double(), right[2], rtol=1e-5, atol=1e-3)
+    for pieces in (None, runs_of(slot.cpu(), 4), runs_of(slot.cpu(), 4, 40)):
+        there = None if pieces is None else Runs(*(one.to(DEVICE) for one in pieces))
+        dmixing = mix.mix_gradient(wide_du, wide_z, slot, mixing.shape, there)
+        torch.testing.assert_close(dmixing.double(), right[2], rtol=1e-5, atol=1e-3)
+
+
+def test_runs_are_the_positions_of_their_slots() -> None:
+    slot = torch.tensor([2] * 300 + [-1] * 5 + [0] * 128 + [2] + [1] * 129 + [-1]).int()
+    pieces, ends = runs_of(slot, slots=4, capacity=12)
+    assert ends.tolist() == [0, 1, 3, 7, 7], "of slot 3 there is none"
+    for number in range(4):
+        own = [range(*piece) for piece in pieces[ends[number] : ends[number + 1]].tolist()]
+        assert all(0 < len(one) <= 128 for one in own)
+        places = [place for one in own for place in one]
+        assert places == torch.nonzero(slot == number)[:, 0].tolist()
+    assert not pieces[7:].any()
+    with pytest.raises(ValueError, match="7 pieces do not fit a table of 6"):
+        runs_of(slot, slots=4, capacity=6)
+    assert runs_of(torch.full((9,), -1).int(), 2).ends.tolist() == [0, 0, 0]
 
 
 def test_mixing_rounds_no_matrix_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +227,9 @@ def test_mixing_keeps_one_tasks_infinities_from_the_others() -> None:
     assert torch.equal(before[slot != 1], after[slot != 1])
     assert after[slot == 1].isnan().all()
     z[slot == 1] = float("inf")
+    places = Runs(*(one.to(DEVICE) for one in runs_of(slot.cpu(), 3)))
+    gradient = mix.mix_gradient(before, z, slot, mixing.shape, places)
+    assert gradient[:, [0, 2]].isfinite().all()
     gradient = mix.mix_gradient(before, z, slot, mixing.shape)
     assert gradient[:, [0, 2]].isfinite().all()
 

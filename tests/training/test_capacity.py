@@ -67,7 +67,7 @@ def learn(packed: PackedModel, adapter: Adapter, batch: PackedBatch, *, fill: bo
         assert capacity.slots == 16
         assert capacity.positions == batch.input_ids.numel() == 128
         names = _NAMES[_NAMES.index("present") :]
-        found = routed(batch, TASKS, capacity.slots)
+        found = routed(batch, TASKS, capacity)
         slots = slots_in(dict(zip(names, found, strict=True)), all_tasks=False)
     with in_double(), packed.routed(batch):
         losses = -packed(batch, slots=slots)
