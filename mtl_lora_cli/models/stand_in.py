@@ -22,6 +22,8 @@ WINDOW, LIMIT, WORDS, INNER = 16, 24, 256, 256  # of the small model
 LONG = 3 * WINDOW  # tokens of an example of which most see less than all
 MOST_WEIGHTS = 2_000_000_000
 _REACHES = re.compile(r"window|attention_chunk_size|index(er)?_(topk|budget)|compress_rate")
+_EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+_MOST_KINDS = 4  # different numbers or words in a list that says the kind of each layer
 _TOKEN = re.compile(r"_token_(id|index)$")
 
 
@@ -148,6 +150,7 @@ def _shrink_text(config: Any, window: int) -> None:
     layers = config.num_hidden_layers
     few = min(layers, _enough_layers(config))
     _cut(config, "num_hidden_layers", few)
+    _fewer_experts(config)
     config.vocab_size = WORDS
     if getattr(config, "vocab_size_per_layer_input", None):
         config.vocab_size_per_layer_input = WORDS
@@ -161,14 +164,22 @@ def _shrink_text(config: Any, window: int) -> None:
 def _enough_layers(config: Any) -> int:
     """So many of the first layers that each kind is among them, and two at least: the last one is a case of its own."""
     given, layers = config.to_dict(), config.num_hidden_layers
-    named = [
-        value
-        for name, value in given.items()
-        if name.endswith("_types") and isinstance(value, list) and len(value) == layers
-    ]
-    kinds = list(zip(*named, strict=True))
+    lists = [one for one in given.values() if isinstance(one, list) and len(one) == layers]
+    named = [one for one in lists if all(isinstance(kind, str | int) for kind in one)]
+    kinds = list(zip(*(one for one in named if len(set(one)) <= _MOST_KINDS), strict=True))
     others = max(given.get(name) or 0 for name in ("first_k_dense_replace", "num_dense_layers"))
     return 1 + max(1, others, *(kinds.index(kind) for kind in kinds))
+
+
+def _fewer_experts(config: Any) -> None:
+    """Four times as many as a token is given to, in whole groups."""
+    given = config.to_dict()
+    asked = max(given.get(name) or 0 for name in ("num_experts_per_tok", "top_k_experts", "moe_k"))
+    groups = given.get("n_group") or 1
+    few = groups * -(-4 * max(2, asked) // groups)
+    for name, value in given.items():
+        if _EXPERTS.fullmatch(name) and isinstance(value, int) and value > few:
+            setattr(config, name, few)
 
 
 def _cut(config: Any, key: str, few: int) -> None:
