@@ -186,7 +186,8 @@ def _cut(config: Any, key: str, few: int) -> None:
     """Leave so many layers, narrow ones, and so many entries of what there is for each."""
     layers = getattr(config, key)
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == layers > few:
+        of_layers = "layer" in name or layers > _MOST_KINDS  # else it may be the sides of a picture
+        if isinstance(value, list) and len(value) == layers > few and of_layers:
             setattr(config, name, value[:few])
         if name.endswith("intermediate_size") and isinstance(value, int):
             setattr(config, name, min(value, INNER))
