@@ -74,4 +74,4 @@ class Pairs(NamedTuple):
             own = self.expert * slots.count + index
             index = torch.where(index >= 0, own, -1).to(torch.int32)
         active = None if slots.active is None else slots.active[self.position]
-        return replace(slots, index=index, active=active)
+        return replace(slots, index=index, active=active, make_runs=None)

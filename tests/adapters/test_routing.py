@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mtl_lora_cli.adapters.layer import MultiTaskLinear
-from mtl_lora_cli.adapters.routing import Routing
+from mtl_lora_cli.adapters.pairs import Pairs
+from mtl_lora_cli.adapters.routing import Routing, slots_of
 
 MakeLayer = Callable[..., MultiTaskLinear]
 
@@ -205,3 +206,18 @@ def test_there_is_a_number_for_each_position(ids: Tensor) -> None:
         slots = routing.slots(shape, torch.device("cpu"))
     assert slots.index.shape == (shape.numel(),)
     assert slots.index.is_contiguous()
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_runs_of_positions_are_not_those_of_pairs(each: bool) -> None:
+    """What is said of positions in their order says nothing of pairs, which are sorted by their experts."""
+    ids = torch.tensor([1, 1, 0, -1, 2, 2])
+    slots = slots_of(ids, ids.device)
+    assert slots.runs is not None
+    assert [range(*piece) for piece in slots.runs.pieces.tolist()] == [
+        range(2, 3),
+        range(2),
+        range(4, 6),
+    ]
+    chosen = torch.tensor([[0, 2], [1, 2], [2, 0], [0, 1], [1, 0], [2, 1]])
+    assert Pairs.of(chosen, experts=3).slots(slots, each=each).runs is None
