@@ -1,6 +1,7 @@
 """A model as transformers alone has it: the party that a check asks, and none of our code in it.
 
-Its own classes load it, with the attention that they choose; its own forward and `generate` answer. Each
+Its own classes load it, with the attention that they choose; its own forward and `generate` answer. (Bytes come to
+a card as those of any base model do, `models/straight.py`; tests hold that against safetensors' own reader.) Each
 example is asked by itself, and nothing is filled up to another one's length. Only candidates of one
 example, and of one length, share a pass; a candidate's last token is only asked for, so candidates
 that differ in it alone cost one row together.
@@ -27,6 +28,7 @@ from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import bits_and_bytes, compute_in, load_config, model_class
 from mtl_lora_cli.models.prequantised import expanding, kept_quantised, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
+from mtl_lora_cli.models.straight import straight_to
 
 _TOKENS_PER_PASS = {"cpu": 2048, "cuda": 32768}  # of one example's candidates together
 
@@ -50,7 +52,7 @@ def load_alone(
     kind = model_class(base, load_config(base))
     how = expanding(base, quantization) or bits_and_bytes(quantization, dtype)
     try:
-        with quiet_loading():
+        with quiet_loading(), straight_to(pick_device()):
             model, loading = kind.from_pretrained(
                 folder,
                 use_safetensors=True,

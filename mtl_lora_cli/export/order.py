@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Order:
         folder: where to.
         options: as the call asks.
         say: called with progress lines.
+        known: what a format has found out about it.
     """
 
     run: Run
@@ -54,6 +56,7 @@ class Order:
     folder: Path
     options: Options = Options()
     say: Say = lambda text: None
+    known: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def _lowered(self) -> tuple[dict[str, Update], Truncation | None]:

@@ -65,13 +65,13 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         **({} if packed.vision is None else {"vision": packed.vision.settings}),
         "versions": [version(name) for name in ("torch", "transformers")],
-        "code": _code(),
+        "code": code_fingerprint(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @cache
-def _code() -> str:
+def code_fingerprint() -> str:
     """A fingerprint of the code that is tested."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent

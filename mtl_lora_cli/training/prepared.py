@@ -27,6 +27,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import (
     Dataset,
     Host,
@@ -40,6 +41,7 @@ from mtl_lora_cli.models.load import (
 )
 from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.models.quiet import quiet_loading
+from mtl_lora_cli.models.rehearsal import rehearse
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
@@ -142,6 +144,8 @@ class Prepared:
 
     def _text(self) -> tuple[PackedModel, Adapter]:
         cut = self.recipe.distributed.zero_stage == 3
+        if self.data.eyes is None and not cut:
+            self._rehearse()
         model = load_model(
             self.base,
             dtype=self.dtype,
@@ -181,6 +185,18 @@ class Prepared:
                 {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
             )
         return packed, adapter
+
+    def _rehearse(self) -> None:
+        """Kernels are compiled beside each other before the model is there."""
+        training, data = self.recipe.training, self.data
+
+        def batch() -> PackedBatch:
+            rows = data.mixture.step(0)[1][: training.rows_per_pass]
+            return training_batch(rows, data.splits, loss_on=training.loss_on, share=data.shares)
+
+        names = [task.name for task in data.tasks]
+        adapter = self.recipe.adapter
+        rehearse(self.base, adapter, names, batch, dtype=self.dtype, device=self.device)
 
     def _keep_features(self, packed: PackedModel, adapter: Adapter) -> None:
         """A frozen tower sees each picture of the run once."""

@@ -125,6 +125,12 @@ class Merged(Format):
         )
 
     def _plan(self, order: Order) -> MergePlan:
+        if "plan" not in order.known:
+            order.known["plan"] = self._planned(order)
+        plan: MergePlan = order.known["plan"]
+        return plan
+
+    def _planned(self, order: Order) -> MergePlan:
         from mtl_lora_cli.export.merge import plan_merge
 
         how = self._quantised(order) if order.options.base == "dequantized" else None

@@ -1,0 +1,113 @@
+"""The kernels of a run's passes, compiled before its model is there.
+
+A model of the same widths with one layer of each kind, whose weights are whatever the memory holds, goes through
+one pass in which kernels are compiled and not run (`kernels/ahead.py`). It shares nothing with the run's own model
+but the compiled kernels, which Triton finds again. That is done once on a machine: its cache keeps them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtl_lora_cli.adapters.methods.base import Settings
+from mtl_lora_cli.kernels.ahead import compiled_beside
+from mtl_lora_cli.machine.cards import release
+from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.load import adapt, load_config, model_class
+from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.trusted import code_fingerprint
+from mtl_lora_cli.runs.atomic import write_json
+from mtl_lora_cli.runs.paths import cache_folder
+
+
+def rehearse(
+    base: BaseModel,
+    settings: Settings,
+    tasks: Sequence[str],
+    batch: Callable[[], PackedBatch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Have the kernels of a pass compiled; where that cannot be done, the pass itself will have it done.
+
+    Args:
+        base: the run's base model; of its files only the configuration is read.
+        settings, tasks: of its adapter.
+        batch: makes that of a pass, on the CPU.
+        dtype, device: in what and where it computes.
+    """
+    if device.type != "cuda":
+        return
+    with suppress(Exception), torch.random.fork_rng(devices=[device]):
+        config = _shallow(load_config(base))
+        done = _marker(config, settings, dtype, device)
+        if done.is_file() and _kept().is_dir():
+            return
+        _pass(base, config, settings, tasks, batch(), dtype, device)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        write_json(done, {})
+    release(device)
+
+
+def _pass(
+    base: BaseModel,
+    config: Any,
+    settings: Settings,
+    tasks: Sequence[str],
+    batch: PackedBatch,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    with torch.device("meta"):
+        model = model_class(base, config).from_config(config, dtype=dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    packed = PackedModel(model, adapt(model, settings, tasks)).train()
+    if packed.decoder is None or not packed.decoder.fixed_shapes():
+        return
+    moved = batch.to(device)
+    with compiled_beside(), packed.routed(moved):
+        packed.losses(moved).sum().backward()
+
+
+def _shallow(config: Any) -> Any:
+    """The configuration with one layer of each kind."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    few = 1 + max(kinds.index(kind) for kind in set(kinds)) if kinds else 1
+    text.num_hidden_layers = few
+    if kinds:
+        text.layer_types = list(kinds[:few])
+    return config
+
+
+def _marker(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Path:
+    """A file that is there once these kernels lie in Triton's cache."""
+    parts = {
+        "config": config.to_dict(),
+        "adapter": settings.model_dump(mode="json"),
+        "dtype": str(dtype),
+        "device": torch.cuda.get_device_name(device),
+        "kept": str(_kept()),
+        "versions": [version(name) for name in ("torch", "transformers", "triton")],
+        "code": code_fingerprint(),
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return cache_folder() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def _kept() -> Path:
+    """Where Triton keeps what it compiled."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()
