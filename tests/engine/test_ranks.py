@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from mtl_lora_cli.adapters import frozen, stack_products
 from mtl_lora_cli.engine.memory import sizes_of
+from mtl_lora_cli.models.packed import PackedModel
 
-from .double import adapt_all, tiny
+from .double import adapt_all, in_double, tiny
 from .test_families import CASES, CLOSE, furthest
+from .test_rows import grow
 
 CHANGES = {kind: changes for kind, variant, changes in CASES if not variant}
 
@@ -34,6 +37,16 @@ def test_gradients_are_those_of_transformers_alone(
     for module in (frozen, stack_products):
         monkeypatch.setattr(module, "step_of", lambda like, dtype: step)
     assert furthest(tiny(kind, **CHANGES[kind]), **settings) < CLOSE
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_rows_grow_as_in_transformers(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that are added one by one, with ranks that differ within q, k, v and within gate, up."""
+    monkeypatch.setattr(frozen, "step_of", lambda like, dtype: step)
+    model = tiny("llama")
+    adapter = adapt_all(model, rank_pattern={"k_proj": 5, "v_proj": 9, "up_proj": 1})
+    with torch.inference_mode(), in_double():
+        grow(PackedModel(model, adapter, engine="fused").eval())
 
 
 @pytest.mark.parametrize(("on_card", "rows", "columns"), [(True, 24, 40), (False, 17, 34)])

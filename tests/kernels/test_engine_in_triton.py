@@ -124,7 +124,8 @@ def test_rows_grow_as_on_the_plain_engine(
     base = find_base_model(str(stories_folder))
     torch.manual_seed(0)
     model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
-    adapter = inject(model, configure(target_modules=("*_proj",), rank=8), ("a", "b", "c"))
+    config = configure(target_modules=("*_proj",), rank=5, rank_pattern={"v_proj": 9})
+    adapter = inject(model, config, ("a", "b", "c"))
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))
