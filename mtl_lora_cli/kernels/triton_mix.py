@@ -16,7 +16,7 @@ _POSITIONS = 64  # of one program
 _FEW_POSITIONS = 32  # of one program of `_adapter_mix_few`
 _FEW = 2048  # numbers of a matrix, rows a power of two, up to which each position reads its own
 _TILE = 64  # rows or columns of M at once
-_CHUNK = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
+_PIECE = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
 _SUMS = 2**25  # numbers of partial sums, at most
 
 
@@ -103,7 +103,7 @@ def _adapter_mix(
 @triton.jit
 def _adapter_mix_gradient(
     du, z, slot, partial, du_stride, z_stride, du_width, z_width, positions, slots, rows, columns,
-    chunk, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    pieces, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mine = tl.program_id(1)
     across = tl.cdiv(columns, COLUMNS)
@@ -113,10 +113,16 @@ def _adapter_mix_gradient(
     row = (part // across) * ROWS + tl.arange(0, ROWS)
     column = (part % across) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, chunk, BLOCK):
-        at = tl.program_id(0) * chunk + start + tl.arange(0, BLOCK)
-        own = tl.load(slot + at, mask=at < positions, other=-1) == mine
-        if tl.sum(own.to(tl.int32), axis=0) > 0:
+    every = tl.arange(0, PIECE)
+    for piece in range(pieces):
+        begin = (tl.program_id(0) * pieces + piece) * PIECE
+        all_own = tl.load(slot + begin + every, mask=begin + every < positions, other=-1) == mine
+        first = tl.min(tl.where(all_own, every, PIECE), axis=0)
+        last = tl.max(tl.where(all_own, every, -1), axis=0)
+        # A slot's positions stand together: most programs have nothing to do, the others a few blocks.
+        for start in range(first // BLOCK * BLOCK, last + 1, BLOCK):
+            at = begin + start + tl.arange(0, BLOCK)
+            own = tl.load(slot + at, mask=at < positions, other=-1) == mine
             place = at.to(tl.int64)[:, None]
             gradient = tl.load(
                 du + place * du_stride + layer * du_width + row[None, :],
@@ -182,15 +188,15 @@ def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, like: torch.Size) -> Tenso
     layers, slots, rows, columns = like
     positions = len(slot)
     most = max(1, _SUMS // like.numel())
-    chunk = _CHUNK * max(1, triton.cdiv(triton.cdiv(positions, _CHUNK), most))
-    chunks = max(1, triton.cdiv(positions, chunk))
+    pieces = max(1, triton.cdiv(triton.cdiv(positions, _PIECE), most))
+    chunks = max(1, triton.cdiv(positions, _PIECE * pieces))
     partial = torch.empty(chunks, *like, dtype=torch.float32, device=z.device)
     down, across = tile(rows), tile(columns)
     tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across)
     _adapter_mix_gradient[(chunks, slots, layers * tiles)](
         du, z, slot, partial, du.stride(0), z.stride(0), du.shape[1] // layers,
-        z.shape[1] // layers, positions, slots, rows, columns, chunk,
-        ROWS=down, COLUMNS=across, BLOCK=64, num_warps=4,
+        z.shape[1] // layers, positions, slots, rows, columns, pieces,
+        ROWS=down, COLUMNS=across, PIECE=_PIECE, BLOCK=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial.sum(0)
 
