@@ -14,13 +14,13 @@ _MANY = 16  # pieces of a slot at once
 _VALUES = 256  # of M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # one compilation for any number of them
 def _adapter_run_sums(
-    du, z, pieces, last, partial, du_stride, z_stride, du_width, z_width, rows, columns,
+    du, z, pieces, ends, partial, du_stride, z_stride, du_width, z_width, rows, columns, slots,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     piece = tl.program_id(0)
-    if piece < tl.load(last):
+    if piece < tl.load(ends + slots):
         across = tl.cdiv(columns, COLUMNS)
         tiles = tl.cdiv(rows, ROWS) * across
         layer, part = tl.program_id(1) // tiles, tl.program_id(1) % tiles
@@ -81,8 +81,8 @@ def mix_gradient(du: Tensor, z: Tensor, runs: Runs, like: torch.Size) -> Tensor:
     tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across)
     if count:
         _adapter_run_sums[(count, layers * tiles)](
-            du, z, runs.pieces, runs.ends[-1:], partial, du.stride(0), z.stride(0),
-            du.shape[1] // layers, z.shape[1] // layers, rows, columns,
+            du, z, runs.pieces, runs.ends, partial, du.stride(0), z.stride(0),
+            du.shape[1] // layers, z.shape[1] // layers, rows, columns, slots,
             ROWS=down, COLUMNS=across, BLOCK=PIECE, num_warps=4,
         )  # fmt: skip
     _adapter_run_totals[(slots, layers, triton.cdiv(values, _VALUES))](
