@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.evaluation import choices
 from mtl_lora_cli.evaluation.choices import Request, Tree, build_requests, score
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
@@ -124,6 +125,26 @@ def test_scores_do_not_depend_on_the_place_in_a_batch(
     passes = [order[:1], order[1:9], order[9:]]
     monkeypatch.setattr("mtl_lora_cli.evaluation.choices.fill_passes", lambda costs, tokens: passes)
     same(together, scored(packed, requests))
+
+
+def test_scores_do_not_depend_on_what_fills_a_pass_up(
+    packed: PackedModel,
+    requests: list[Request],
+    together: list[np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a card; trees stand among them, and passes of any size."""
+    sizes = []
+
+    def batch(some: list[Request]) -> PackedBatch:
+        own = choices.filled(real(some))
+        sizes.append((own.input_ids.numel(), own.task_ids.numel(), len(own.positions)))
+        return own
+
+    real = choices._batch
+    monkeypatch.setattr(choices, "_batch", batch)
+    same(together, scored(packed, requests, 300))
+    assert not np.any(np.asarray(sizes) % 16)
 
 
 def test_scores_do_not_depend_on_the_order(
