@@ -169,6 +169,10 @@ def test_four_bit_expanded_ahead_or_left_expanded(
     """The same bits as expanded for each product, launch by launch and in a graph."""
     model, adapter = build(target_modules=targets, quantization="nf4")
     start = {name: tensor.detach().clone() for name, tensor in adapter.tensors().items()}
+    batches = [
+        make_batch([100 + 7 * number, 33, 400 - number, 1], [0, -1, 2, 3], every=5)
+        for number in range(5)
+    ]
 
     def run(left: int, *, ahead: bool) -> list[Tensor]:
         monkeypatch.setattr("mtl_lora_cli.engine.decoder.WORTH", 1 if ahead else 2**60)
@@ -179,13 +183,14 @@ def test_four_bit_expanded_ahead_or_left_expanded(
         packed = PackedModel(model, adapter, engine="fused", keep=keep).train()
         assert packed.decoder is not None
         packed.decoder.leave_expanded(left)
-        graphed = GraphedPasses(packed, adapter, 1024, EagerPasses(packed.losses, packed, CARD))
+        eager = EagerPasses(packed.losses, packed, CARD)
+        graphed = GraphedPasses(packed, adapter, PassSizes(1024, 4), eager)
         found = []
-        for number in range(5):
-            one = make_batch([100 + 7 * number, 33, 400 - number, 1], [0, -1, 2, 3], every=5)
+        for one in batches:
             weights = torch.linspace(1, 2, len(one.targets))
             found.append(graphed.run(graphed.prepare(one, weights)).clone())
             found += [t.grad.clone() for t in adapter.tensors().values() if t.grad is not None]
+        assert graphed.captures
         return found
 
     each = run(0, ahead=False)
