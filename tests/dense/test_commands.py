@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +289,17 @@ def test_a_folder_of_rows_becomes_maps_beside_a_table(
             assert (own["task"], own["size"]) == (task, list(right.shape[:2]))
             assert Path(own["map"]).parent.name.startswith("few-0000")
             np.testing.assert_allclose(mine, right, atol=1e-5)
+    if find_spec("ray") is not None:
+        own = [sys.executable, "-m", "mtl_lora_cli.cli.main", *arguments[:-1], "rayed", *more]
+        subprocess.run([*own, "--ray", "local", "--actors", "1"], cwd=place, check=True)
+        beside = parquet.read_table(place / "rayed" / "inner").to_pylist()
+        assert beside == found
+        for one in found:
+            for task in TASKS:
+                mine, other = (
+                    np.load(place / f / one["prediction"][task]["map"]) for f in ("done", "rayed")
+                )
+                np.testing.assert_allclose(mine, other, atol=1e-5)
     (folder / "few.parquet").unlink()
     bad = [*table[:2], {"id": 9, "image": "rooms/none.jpg"}]
     (folder / "few.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in bad))

@@ -6,6 +6,8 @@ import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,23 @@ def test_a_folder_of_rows_reads_pictures_beside_its_files(call: Call, place: Pat
             found = line.pop("prediction")
             assert line == row
             assert (found if task == "colour" else found["colour"])["label"] == row["colour"]
+    pytest.importorskip("ray")
+    own = [
+        sys.executable,
+        "-m",
+        "mtl_lora_cli.cli.main",
+        "predict",
+        "--task",
+        "colour",
+        "--input",
+        "many",
+    ]
+    more = ["--output", "rayed", "--part-rows", "3", "--ray", "local", "--actors", "1"]
+    said = subprocess.run([*own, *more], cwd=place, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout)["rows"] == 5
+    for path in sorted((place / "answers-6" / "inner").glob("*.jsonl")):
+        other = (place / "rayed" / "inner" / path.name).read_text().splitlines()
+        for line, beside in zip(path.read_text().splitlines(), other, strict=True):
+            one, two = (json.loads(text)["prediction"] for text in (line, beside))
+            assert one.pop("probabilities") == pytest.approx(two.pop("probabilities"), abs=1e-5)
+            assert one == two
