@@ -29,6 +29,7 @@ from mtl_lora_cli.models.load import (
     load_model,
     load_tokenizer,
     longest_of,
+    text_config,
 )
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import settled
@@ -41,6 +42,8 @@ from mtl_lora_cli.tasks.task import Task, require_text
 from mtl_lora_cli.visible import tell
 
 _READ = ("recipe", "tasks", "file", "adapter", "base", "tokenizer", "longest")
+
+_PASS, _WIDE, _LONGER = 2**15, 2048, 4  # tokens; values a token; times as many
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,16 @@ class Run:
 
     @property
     def tokens_per_pass(self) -> int:
-        """Tokens that are scored together: enough to keep the device busy, little memory."""
-        return 32768 if self.device.type == "cuda" else 2048
+        """Tokens that are scored together: enough to keep the device busy, little memory.
+
+        A card is done with a narrow model's pass before the next one is put together: such passes are longer.
+        """
+        if self.device.type != "cuda":
+            return 2048
+        if self.packed.decoder is None:
+            return _PASS
+        width = getattr(text_config(self.packed.model.config), "hidden_size", None) or _WIDE
+        return _PASS * min(_LONGER, max(1, _WIDE // width))
 
     def load(self, quantization: str | None = None) -> Any:
         """The base model as our own code takes it, without an adapter.

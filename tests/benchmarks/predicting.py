@@ -7,8 +7,8 @@ mixed, an adapter of four tasks far from its start. `own` is MODEL itself, anoth
 card, and MODEL's tokenizer. Of each shape, in one process:
 
 - *alone*: passes that were made ready before go through the model: no file, no template, no tokenizer, no answer.
-- *parts*: the same rows from Parquet files to Parquet files, and from JSON lines to JSON lines; rows a second between the
-  first answers and the last ones while all lanes have parts.
+- *parts*: the same rows from Parquet files to Parquet files, and from JSON lines to JSON lines; rows a second from the
+  first question that a lane puts to the last row that is written.
 - *memory*: `Predictor.predict` over a list of rows, in one thread.
 
 *Floor* is 2 N + 2 H σ FLOP a token at the rate of the device's own products, σ = positions that are asked / tokens.
@@ -43,6 +43,7 @@ from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.prediction.course import Course, Scorer
 from mtl_lora_cli.prediction.desks import How
+from mtl_lora_cli.prediction.in_hand import Question
 from mtl_lora_cli.prediction.order import Order, opened_work
 from mtl_lora_cli.recipe.load import dump_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -151,7 +152,11 @@ def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, 
         asked = predictor.questions(placed[start : start + size], task_column="task")
         ready.append((len(asked.together), Passes.build(asked.together, limit, tokens).batches))
     scorer = Scorer(opened)
-    scorer.ask(ready[0][1], Future())
+    warming = time.perf_counter()
+    for _, batches in ready:  # until all kernels are compiled
+        scorer.ask(batches, Future())
+        if time.perf_counter() - warming > 3:
+            break
     flush(scorer)
     done = sent = questions = passes = 0
     began = time.perf_counter()
@@ -174,23 +179,34 @@ def flush(scorer: Scorer) -> None:
 
 
 class Watched:
-    """The model's inbox, and how long nothing was in it while the model had nothing to do."""
+    """The model's inbox: when the first question came, and how long there was none while the model had nothing to do.
+
+    Args:
+        inbox: of a course.
+    """
 
     def __init__(self, inbox: Any) -> None:
-        self._inbox, self.waited = inbox, 0.0
-        self.get_nowait = inbox.get_nowait
+        self._inbox, self.began, self.waited = inbox, 0.0, 0.0
+
+    def _seen(self, message: Any) -> Any:
+        if not self.began and isinstance(message, Question):
+            self.began = time.perf_counter()
+        return message
+
+    def get_nowait(self) -> Any:
+        return self._seen(self._inbox.get_nowait())
 
     def get(self) -> Any:
-        began = time.perf_counter()
-        found = self._inbox.get()
-        self.waited += time.perf_counter() - began
-        return found
+        asked = time.perf_counter()
+        message = self._inbox.get()
+        self.waited += (time.perf_counter() - asked) * bool(self.began)
+        return self._seen(message)
 
 
 def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
-    """Everything, from files to files."""
+    """Everything, from files to files; the time is that from the first question to the last row that is written."""
     shutil.rmtree(order.output, ignore_errors=True)
-    times: list[tuple[float, int]] = []
+    times: list[float] = []
     began = time.perf_counter()
     with opened_work(opened, order) as work:
         planned = time.perf_counter() - began
@@ -199,25 +215,13 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
         inbox: Any = Watched(course._inbox)
         course._inbox = inbox
         started = time.perf_counter()
-        waits: list[float] = []
-
-        def told_of(rows: int) -> None:
-            times.append((time.perf_counter(), rows))
-            waits.append(inbox.waited)
-
         try:
-            work.follow(course.run(work.missing, told_of))
-            ended = time.perf_counter()
+            work.follow(course.run(work.missing, lambda n: times.append(time.perf_counter())))
         finally:
             course.close()
-    # Between the first tenth and the last tenth of the rows: while all lanes have parts in hand.
-    done = list(itertools.accumulate(count for _, count in times))
-    first = next(n for n, rows in enumerate(done) if rows >= 0.1 * total)
-    last = next(n for n, rows in enumerate(done) if rows >= 0.9 * total)
-    steady = (done[last] - done[first]) / max(1e-9, times[last][0] - times[first][0])
-    return {"rows_s": steady, "waited": (waits[last] - waits[first]) / max(1e-9, times[last][0] - times[first][0]),
-            "lanes": course._lanes.count, "whole_rows_s": total / (ended - times[0][0]), "plan_s": planned,
-            "first_s": times[0][0] - started, "parts": work.totals.parts}  # fmt: skip
+    took = times[-1] - inbox.began
+    return {"rows_s": total / took, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
+            "first_s": inbox.began - started, "parts": work.totals.parts}  # fmt: skip
 
 
 def memory(opened: Run, rows: list[dict[str, Any]], seconds: float) -> float:
@@ -287,9 +291,8 @@ def main() -> None:
             ratio = own["rows_s"] / found["rows_s"]
             told(
                 f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor; "
-                f"to the last row {own['whole_rows_s']:,.0f}; planned in {own['plan_s']:.2f} s, first answers after "
-                f"{own['first_s']:.1f} s, {own['parts']} parts, {own['lanes']} lanes, the model waited {own['waited']:.1%}; at "
-                f"{time.perf_counter() - began:.0f} s"
+                f"planned in {own['plan_s']:.2f} s, first question after {own['first_s']:.1f} s, {own['parts']} parts, "
+                f"{own['lanes']} lanes, the model waited {own['waited']:.1%}; at {time.perf_counter() - began:.0f} s"
             )
         if not wanted.no_memory:
             rate_of = memory(opened, rows, min(4.0, wanted.seconds))
