@@ -150,3 +150,23 @@ def test_a_blind_control_has_one_for_each_size(llava: BaseModel, files: list[Pic
     first, last = (eyes.seen([one])[0]["kept.0"] for one in (files[0], other))
     assert torch.equal(first, last)
     assert len(list(eyes.store.folder.glob("*"))) == 1 and first.std(dim=1).max() > 0
+
+
+def test_a_tower_is_hashed_once_while_it_stays_as_it_is(
+    llava: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, hashed = packed_of(llava), []
+    digest = Tower._digest
+    counted = staticmethod(lambda *given: hashed.append(1) or digest(*given))
+    monkeypatch.setattr(Tower, "_digest", counted)
+
+    def folder() -> Path:
+        assert packed.vision is not None
+        return Tower(packed.model, packed.vision, True).folder
+
+    first = folder()
+    assert (folder(), len(hashed)) == (first, 1)
+    weight = next(around(packed.model).vision_tower.parameters())
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert (folder() != first, len(hashed)) == (True, 2)
