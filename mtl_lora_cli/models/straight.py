@@ -42,10 +42,17 @@ _DTYPES = {
 
 @contextmanager
 def straight_to(device: torch.device) -> Iterator[None]:
-    """Inside, transformers reads safetensors onto a card in this way; for a CPU nothing is another."""
+    """Inside, transformers reads safetensors onto a card in this way; for a CPU nothing is another: it maps them."""
     if device.type != "cuda":
         yield
         return
+    with reading_to(device):
+        yield
+
+
+@contextmanager
+def reading_to(device: torch.device) -> Iterator[None]:
+    """The same, whatever the device."""
     from transformers import modeling_utils
 
     own: Any = modeling_utils.safe_open
@@ -131,7 +138,9 @@ class _Reader:
             OSError: the file ends within it.
         """
         whole = torch.empty(shape, dtype=dtype, device=self._device)
-        free = torch.cuda.current_stream(self._device).record_event()  # whose memory it was before
+        free = None
+        if whole.is_cuda:  # its memory was somebody else's before
+            free = torch.cuda.current_stream(self._device).record_event()
         target = whole.reshape(-1).view(torch.uint8)
         file = self._opened(place.path)
         pieces = range(0, place.size, _PIECE)
@@ -143,15 +152,13 @@ class _Reader:
             one.result()
         return whole
 
-    def _piece(self, file: int, start: int, target: Tensor, free: torch.cuda.Event) -> None:
-        """Some bytes of a file to their place on the card, waited for."""
+    def _piece(self, file: int, start: int, target: Tensor, free: torch.cuda.Event | None) -> None:
+        """Some bytes of a file to their place on the device, waited for."""
+        if free is None:
+            _read(file, start, target)
+            return
         pinned, stream = self._of_thread()
-        left = pinned.numpy().data[: target.numel()]
-        while left:
-            count = os.preadv(file, [left], start)
-            if not count:
-                raise OSError(f"a weights file ends before its tensors do, at byte {start}")
-            left, start = left[count:], start + count
+        _read(file, start, pinned[: target.numel()])
         with torch.cuda.stream(stream):
             stream.wait_event(free)
             target.copy_(pinned[: target.numel()], non_blocking=True)
@@ -169,6 +176,20 @@ class _Reader:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]
+
+
+def _read(file: int, start: int, target: Tensor) -> None:
+    """Fill memory, uint8 [bytes], from a place in a file on.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    left = target.numpy().data
+    while left:
+        count = os.preadv(file, [left], start)
+        if not count:
+            raise OSError(f"a weights file ends before its tensors do, at byte {start}")
+        left, start = left[count:], start + count
 
 
 def _places(path: str) -> dict[str, _Place]:

@@ -87,6 +87,28 @@ def test_version(invoke: Callable[..., Finished]) -> None:
     assert invoke("--version").stdout == f"mtl-lora {version('mtl-lora')}\n"
 
 
+AT_THE_END = """
+import atexit, sys, threading
+atexit.register(lambda: print("registered", file=sys.stderr))
+end = threading.main_thread().join
+threading.Thread(target=lambda: (end(), print("a thread", file=sys.stderr))).start()
+sys.argv = ["mtl-lora", "train", "no-such-recipe"]
+from mtl_lora_cli.cli.main import main
+main()
+"""
+
+
+def test_the_process_ends_at_once_and_in_order() -> None:
+    """What others have begun is ended as Python ends it, and the exit code is the command's."""
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False
+    )
+    first, *others = ended.stderr.splitlines()
+    assert first.startswith("error: no-such-recipe: no such recipe")
+    assert others == ["a thread", "registered"]
+    assert (ended.returncode, ended.stdout) == (2, "")
+
+
 def test_debug_shows_a_traceback(invoke: Callable[..., Finished]) -> None:
     finished = invoke("--debug", "train", "no-such-recipe")
     assert finished.returncode == 2

@@ -1,0 +1,95 @@
+"""Weights read by our reader are safetensors' own, however transformers asks for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.models import straight
+from mtl_lora_cli.models.base import find_base_model
+from mtl_lora_cli.models.load import load_model
+
+CPU = torch.device("cpu")
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture
+def several(stories_folder: Path, tmp_path: Path) -> Path:
+    """A model in two files: matrices in bfloat16, and norms in float32."""
+    folder = Path(shutil.copytree(stories_folder, tmp_path / "several"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = {n: t.bfloat16() if t.ndim > 1 else t for n, t in tensors.items()}
+    names, weight_map = sorted(halves), {}
+    for number in range(2):
+        file = f"model-{number + 1:05d}-of-00002.safetensors"
+        part = {name: halves[name] for name in names[number::2]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [1000, straight._PIECE])
+def test_every_tensor_is_the_files(
+    several: Path, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces that end within a number, too."""
+    monkeypatch.setattr(straight, "_PIECE", piece)
+    reads: list[str] = []
+    read = straight._Reader.read
+
+    def noted(self: straight._Reader, place: straight._Place, *form: object) -> torch.Tensor:
+        reads.append(place.path)
+        return read(self, place, *form)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(straight._Reader, "read", noted)
+    with straight.reading_to(CPU):
+        model = load_model(find_base_model(str(several)), dtype=dtype, device=CPU)
+    files = [load_file(path) for path in sorted(several.glob("*.safetensors"))]
+    stored = files[0] | files[1]
+    assert len(reads) == len(stored)
+    own = model.state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(own[name], tensor.to(dtype)), name
+
+
+def test_a_file_that_is_cut_short_is_refused(several: Path) -> None:
+    path = max(several.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UsageError, match="cannot be loaded"), straight.reading_to(CPU):
+        load_model(find_base_model(str(several)), dtype=torch.float32, device=CPU)
+
+
+def test_afterwards_transformers_reads_as_ever(stories_folder: Path) -> None:
+    from transformers import modeling_utils
+
+    before = modeling_utils.safe_open
+    with pytest.raises(ZeroDivisionError), straight.reading_to(CPU):
+        assert modeling_utils.safe_open is not before
+        1 / 0  # noqa: B018
+    assert modeling_utils.safe_open is before
+
+
+@pytest.mark.cuda
+@on_card
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_on_a_card_it_is_what_transformers_reads(several: Path, quantization: str) -> None:
+    base, card = find_base_model(str(several)), torch.device("cuda", 0)
+    how = {"dtype": torch.bfloat16, "device": card, "quantization": quantization}
+    ours = load_model(base, **how).state_dict()  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mtl_lora_cli.models.load.straight_to", lambda device: straight.straight_to(CPU)
+        )
+        theirs = load_model(base, **how).state_dict()  # type: ignore[arg-type]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
