@@ -45,7 +45,7 @@ NOT_COPIED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf
 
 # What is no float and no part of a quantised weight: places, masks.
 _NUMBERS = ("I64", "BOOL")
-_THREADS = 4  # each has some blocks in memory
+_THREADS = 8  # each has some blocks in memory
 _SCALES = ".absmax"  # what bitsandbytes stores beside a weight of 4 bits
 _AGAIN = (
     "a sum would have to be quantised again, which is not merging; export --format peft leaves the base "
@@ -313,7 +313,7 @@ def _with(
 
 
 def _as_it_is(stored: Stored) -> Planned:
-    return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks)
+    return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks, stored)
 
 
 def _require_plain(base: BaseModel, updated: Iterable[str], names: Container[str]) -> None:
