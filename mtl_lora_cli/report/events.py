@@ -87,8 +87,8 @@ def _is_best(event: Mapping[str, Any]) -> bool:
 
 
 def _is_unreached(event: Mapping[str, Any]) -> bool:
-    named = [event.get(key) for key in ("modules", "tasks")]
-    return all(isinstance(one, list) and all(isinstance(n, str) for n in one) for one in named)
+    modules = event.get("modules")
+    return isinstance(modules, list) and all(isinstance(one, str) for one in modules)
 
 
 _USABLE = {

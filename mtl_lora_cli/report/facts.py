@@ -28,7 +28,7 @@ from mtl_lora_cli.runs.folder import RunFolder, read_json
 from mtl_lora_cli.runs.listing import summary
 from mtl_lora_cli.tasks.chosen import read_tasks
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.signs import signs, undrawn
 from mtl_lora_cli.training.spikes import spikes, told
 
 FORMAT_VERSION = 1
@@ -81,6 +81,9 @@ def _facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         notes.append(f"no results yet; get them with: mtl-lora eval --run {run.path} --task all")
     notes += source
     notes += signs([*events.steps, *events.validations, *events.unreached])
+    notes += (
+        undrawn(events.steps, list(plan.get("examples", names))) if run.adapter.is_dir() else []
+    )
     clipped = recipe.training.clipping is not None
     notes += told(spikes(events.steps), len(events.steps), clipped=clipped)
     notes += [

@@ -46,7 +46,7 @@ from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import Prepared, ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
-from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.signs import signs, undrawn
 from mtl_lora_cli.training.spikes import spikes, told
 from mtl_lora_cli.training.trackers import tracked
 from mtl_lora_cli.training.unchanged import (
@@ -351,7 +351,9 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
         events = list(run.events())
         found = spikes(events)
         clipped = recipe.training.clipping is not None
-        for line in (*signs(events), *told(found, trainer.position.step, clipped=clipped)):
+        names = [task.name for task in prepared.data.tasks]
+        said = (*signs(events), *undrawn(events, names))
+        for line in (*said, *told(found, trainer.position.step, clipped=clipped)):
             progress.say(f"note: {line}")
         if (yielded := threads.note()) is not None:
             progress.say(f"note: {yielded}")

@@ -29,21 +29,24 @@ def signs(events: Iterable[Mapping[str, Any]]) -> list[str]:
         found += _guessing(task, looks)
         found += _parted(task, looks, steps)
     unreached = [event for event in every if event.get("event") == "unreached"]
-    line = unreached_line(unreached[-1]) if unreached else ""
-    return [*found, line] if line else found
+    silent = unreached and unreached[-1]["modules"]
+    return [*found, unreached_line(unreached[-1])] if silent else found
 
 
 def unreached_line(event: Mapping[str, Any]) -> str:
-    """What of a run got no gradient, in words; empty: all did."""
-    modules, tasks, said = list(event["modules"]), list(event["tasks"]), []
-    if modules:
-        some = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
-        said.append(
-            f"{some} got no gradient in {event['step']} steps and learned nothing: {named(modules)}"
-        )
-    if tasks:
-        said.append(f"no step had a row of {named(tasks)}: what is theirs alone learned nothing")
-    return "; ".join(said)
+    """What of a run got no gradient, in words."""
+    modules = list(event["modules"])
+    some = "1 module" if len(modules) == 1 else f"{len(modules)} modules"
+    return f"{some} got no gradient in {event['step']} steps and learned nothing: {named(modules)}"
+
+
+def undrawn(steps: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
+    """A line where no step of a finished run had a row of some task."""
+    every = [one["examples"] for one in steps if isinstance(one.get("examples"), dict)]
+    never = [task for task in tasks if not any(task in examples for examples in every)]
+    if not every or not never:
+        return []
+    return [f"no step had a row of {named(never)}: what is theirs alone learned nothing"]
 
 
 def _one_sided(task: str, look: Look) -> Iterator[str]:

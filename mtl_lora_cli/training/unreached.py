@@ -46,7 +46,7 @@ class Unreached:
         self._adapter, self._update, self._tasks = adapter, update, tasks
         self._total, self._known = total, known
         self._drawn: set[str] = set()
-        self._found: tuple[list[str], list[str]] = ([], [])
+        self._found: list[str] = []
         self.every = FIRST
 
     def hear(self, event: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class Unreached:
         if event.get("event") == "step":
             self._drawn.update(event["examples"])
         elif event.get("event") == "unreached":
-            self._found = (event["modules"], event["tasks"])
+            self._found = event["modules"]
             self.every = _NEVER
 
     def look(self, step: int) -> Seen | None:
@@ -66,13 +66,13 @@ class Unreached:
         self.every = _NEVER
         trained = self._adapter.trained()
         modules = still_at_zero(trained, self._update.state(trained), waiting)
-        before, self._found = self._found, (modules, waiting)
-        if self._found == before:
+        before, self._found = self._found, modules
+        if modules == before:
             return None
-        event = {"event": "unreached", "step": step, "modules": modules, "tasks": waiting}
-        new = [one for one in modules if one not in before[0] and one not in self._known]
-        line = unreached_line({**event, "modules": new})
-        return Seen(event, f"note: {line}" if line else None)
+        event = {"event": "unreached", "step": step, "modules": modules}
+        new = [one for one in modules if one not in before and one not in self._known]
+        line = f"note: {unreached_line({**event, 'modules': new})}" if new else None
+        return Seen(event, line)
 
 
 def still_at_zero(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtl_lora_cli.training.signs import signs
+from mtl_lora_cli.training.signs import signs, undrawn
 from mtl_lora_cli.training.unreached import FIRST, Unreached, still_at_zero
 
 TRAINED = (
@@ -89,13 +89,15 @@ def test_one_of_two_tensors_is_enough_and_what_is_known_is_not_said_again() -> N
     assert signs([seen.event, last.event]) == []
 
 
-def test_a_task_that_no_step_had_is_named_at_the_end() -> None:
+def test_a_task_that_no_step_had_is_named_at_the_end_and_its_decoder_is_not() -> None:
     observer = looking(Held(*REACHED[:2], "tower.layers.1.q_proj.lora_A"))
-    observer.hear(drawn(1, "one"))
-    assert observer.look(FIRST) is None
-    seen = observer.look(40)
-    assert seen is not None
-    assert seen.line == "note: no step had a row of depth: what is theirs alone learned nothing"
+    steps = [drawn(1, "one"), drawn(2, "one")]
+    for event in steps:
+        observer.hear(event)
+    assert observer.look(FIRST) is None and observer.look(40) is None
+    (line,) = undrawn(steps, Held.tasks)
+    assert line == "no step had a row of depth: what is theirs alone learned nothing"
+    assert undrawn([*steps, drawn(3, "depth")], Held.tasks) == undrawn([], Held.tasks) == []
 
 
 def test_after_a_resume_it_is_not_said_again() -> None:
