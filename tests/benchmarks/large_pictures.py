@@ -1,8 +1,9 @@
 """Rows that show pictures, more of them than memory holds: how much memory, and how long, encoding and first steps take.
 
-    python -m tests.benchmarks.large_pictures [--rows 200000] [--folder FOLDER] [--features run]
+    python -m tests.benchmarks.large_pictures [--rows 200000] [--folder FOLDER] [--features run] [--dense]
 
-Pictures are small, no two alike, each a file of its own; the model is a tiny LLaVA. Training is a process of its
+Pictures are small, no two alike, each a file of its own; the model is a tiny LLaVA. With `--dense` the bundled rooms are
+learned as maps by a tiny Swin instead, their files under links of their own for each row. Training is a process of its
 own, begun twice: the first time rows are encoded. Memory is that of all its processes together, as large.py sums it.
 """
 
@@ -17,11 +18,14 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mtl_lora_cli.machine.pool import in_pieces
+from mtl_lora_cli.resources import bundled
 from tests.benchmarks.large import MODEL, memory
 from tests.sights import COLOUR, COLOURS, tiny_llava
 
@@ -40,6 +44,51 @@ def write_pictures(folder: Path, first: int, last: int) -> list[str]:
         Image.fromarray(pixels).save(folder / place, compress_level=1)
         lines.append(json.dumps({"image": str(place), "colour": colour}) + "\n")
     return lines
+
+
+def write_links(rooms: Path, folder: Path, first: int, last: int) -> list[str]:
+    """Some rows, as lines, and links to the pictures and the depth of some rooms."""
+    known = [json.loads(line) for line in (rooms / "train.jsonl").read_text().splitlines()]
+    lines = []
+    for number in range(first, last):
+        room, row = known[number % len(known)], {}
+        for key in ("image", "depth"):
+            row[key] = f"{key}/{number // _FOLDER}/{number}{Path(room[key]).suffix}"
+            (folder / row[key]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / row[key]).symlink_to(rooms / room[key])
+        lines.append(json.dumps(row) + "\n")
+    return lines
+
+
+def tiny_swin(folder: Path) -> None:
+    """Of random weights."""
+    from transformers import AutoModel, SwinConfig
+
+    config = SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+
+
+def about_text(folder: Path, features: str) -> tuple[str, Any]:
+    """What a recipe says of an image-text run, and how its rows are written."""
+    tiny_llava(MODEL, folder / "model")
+    (folder / "colour.yaml").write_text(json.dumps(COLOUR), encoding="utf-8")
+    return (
+        f"images: {{features: {features}}}\n"
+        "tasks: [{name: colour, template: colour.yaml, source: {path: train.jsonl}}]\n"
+        "training: {row_length: 512, "
+    ), partial(write_pictures, folder)
+
+
+def about_maps(folder: Path) -> tuple[str, Any]:
+    """The same of a dense run."""
+    tiny_swin(folder / "model")
+    rooms = bundled("data_templates") / "samples" / "rooms"
+    return (
+        "images: {size: [32, 48]}\nadapter: {method: lora, rank: 2, target_modules: [q_proj]}\n"
+        "tasks: [{name: depth, template: samples/room_depth, source: {path: train.jsonl}}]\n"
+        "training: {"
+    ), partial(write_links, rooms, folder)
 
 
 def watched(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
@@ -61,18 +110,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--features", default="run")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--dense", action="store_true")
     wanted = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=wanted.folder) as name:
         folder, began = Path(name), time.perf_counter()
-        tiny_llava(MODEL, folder / "model")
-        (folder / "colour.yaml").write_text(json.dumps(COLOUR), encoding="utf-8")
+        about, write = about_maps(folder) if wanted.dense else about_text(folder, wanted.features)
         with (folder / "train.jsonl").open("w", encoding="utf-8") as out:
-            for lines in in_pieces(partial(write_pictures, folder), wanted.rows, _FOLDER):
+            for lines in in_pieces(write, wanted.rows, _FOLDER):
                 out.writelines(lines)
         (folder / "recipe.yaml").write_text(
-            f"base_model: {folder / 'model'}\nimages: {{features: {wanted.features}}}\n"
-            "tasks: [{name: colour, template: colour.yaml, source: {path: train.jsonl}}]\n"
-            f"training: {{row_length: 512, rows_per_step: 4, max_steps: {wanted.steps}}}\n",
+            f"base_model: {folder / 'model'}\n{about}rows_per_step: 4, max_steps: {wanted.steps}}}\n",
             encoding="utf-8",
         )
         print(
