@@ -97,6 +97,8 @@ def stand_in(
     Raises:
         NoStandIn: the configuration does not take that, or is wide beyond `MOST_WEIGHTS` all the same.
     """
+    from transformers.initialization import no_init_weights
+
     text = real.get_text_config()
     taken = real if whole or auto_class(text) is None else text
     auto = auto_class(taken)
@@ -109,7 +111,7 @@ def stand_in(
         count = sum(parameter.numel() for parameter in empty.parameters())
         if count > MOST_WEIGHTS:
             raise NoStandIn(f"with few layers, too, it has {count:,} weights")
-        with torch.random.fork_rng(), device:
+        with torch.random.fork_rng(), device, no_init_weights():  # all of them are set here
             torch.manual_seed(0)
             model = auto.from_config(config, dtype=dtype)
             _fill(model)
@@ -125,11 +127,17 @@ def stand_in(
 
 def _fill(model: Any) -> None:
     """Weights so large that attention is far from even; norms, biases and single factors that are not all the same."""
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
-    for tensor in model.state_dict().values():
-        if tensor.ndim <= 1 and tensor.is_floating_point():
+        else:
+            parameter.data.uniform_(-0.2, 0.2).add_(0.0 if name.endswith("bias") else 1.0)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for (
+        name,
+        tensor,
+    ) in model.state_dict().items():  # numbers of a layer that are saved and do not learn
+        if name not in parameters and tensor.ndim <= 1 and tensor.is_floating_point():
             tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2))
 
 
@@ -142,7 +150,7 @@ def small_config(real: Any, window: int = WINDOW) -> tuple[Any, dict[int, int]]:
         part for part in vars(config).values() if hasattr(part, "to_dict") and part is not text
     ]
     for part in beside:
-        _shrink_beside(part, getattr(config, "vision_feature_layer", None))
+        _shrink_beside(part, getattr(config, "vision_feature_layer", None), text.num_hidden_layers)
     return config, _rename_words([text, config, *beside])
 
 
@@ -194,20 +202,21 @@ def _cut(config: Any, key: str, few: int) -> None:
     setattr(config, key, few)
 
 
-def _shrink_beside(config: Any, read: int | list[int] | None) -> None:
+def _shrink_beside(config: Any, read: int | list[int] | None, layers: int) -> None:
     """A tower of few layers.
 
     Args:
         config: the tower's.
         read: whose outputs the language part is given, as `vision_feature_layer` has it.
+        layers: of the language part; so many levels of features enter it.
     """
     given = config.to_dict()
     key = next((name for name in ("num_hidden_layers", "depth") if name in given), None)
     if key is None:
         return
-    levels = given.get("deepstack_visual_indexes")
+    levels = (given.get("deepstack_visual_indexes") or ())[:layers]
     numbers = read if isinstance(read, list) else [] if read is None else [read]
-    few = max(1, *(abs(number) for number in numbers), len(levels or ()))
+    few = max(1, *(abs(number) for number in numbers), len(levels))
     if levels:
         config.deepstack_visual_indexes = list(range(len(levels)))
     _cut(config, key, min(few, given[key]))
