@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mtl_lora_cli.training import checkpoints, saving
 from mtl_lora_cli.training.checkpoints import newest_checkpoint, write_checkpoint
@@ -192,3 +194,26 @@ def test_a_kill_while_one_is_written_leaves_the_one_before(
     assert all((again.tensors[name] == tensor).all() for name, tensor in whole.tensors.items())
     assert again.losses == whole.losses
     assert not list(run.run.checkpoints.glob(".*"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("room", [0.0, 1.0])
+def test_a_cards_tensors_are_those_of_the_moment(
+    room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for copies on the card and without; the next step changes them at once."""
+    monkeypatch.setattr(saving, "_SHARE", room)
+    card = torch.device("cuda", 0)
+    tensor = torch.rand(2**24, device=card)
+    before = tensor.cpu()
+    saver = Saver(tmp_path / "checkpoints", 1, card)
+    for _ in range(200):  # the copy waits behind other work
+        tensor.add_(0)
+    position = checkpoints.Position(1, 0, 0.0, 0)
+    saver.save(position, saving.AdapterState({}, {"x": tensor}), {"x/exp_avg": tensor}, [])
+    tensor.zero_()
+    saver.wait()
+    folder = tmp_path / "checkpoints" / "step-000001"
+    assert torch.equal(load_file(folder / "mtl_lora.safetensors")["x"], before)
+    assert torch.equal(load_file(folder / "optimizer.safetensors")["x/exp_avg"], before)
