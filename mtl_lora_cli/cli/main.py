@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
-import threading
 
 from mtl_lora_cli.cli import interrupts
 from mtl_lora_cli.machine import collector
+from mtl_lora_cli.machine.leaving import leave
 
 
 def main() -> None:
@@ -17,7 +16,7 @@ def main() -> None:
         command()
     except SystemExit as leaving:
         if leaving.code is None or isinstance(leaving.code, int):
-            _leave(leaving.code or 0)
+            leave(leaving.code or 0)
         raise
 
 
@@ -32,14 +31,6 @@ def command() -> None:
     finally:
         sys.stdout.flush()
         os.dup2(2, 1)  # what libraries print at exit is no result
-
-
-def _leave(code: int) -> None:
-    """End as Python does, but for taking millions of objects apart, which the system does at once."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that have to end by themselves
-    atexit._run_exitfuncs()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from mtl_lora_cli.machine import collector
+from mtl_lora_cli.machine.leaving import leave
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     request = json.loads(lines.get())
     with open(stdout, "w", encoding="utf-8") as file:  # noqa: PTH123 - it is a descriptor
         json.dump(answer(request, lines.get), file)
+    leave(0)
 
 
 def _load() -> None:
