@@ -535,16 +535,19 @@ class Passes:
     def build(
         cls, requests: Sequence[Request], shared_up_to: int | None, tokens_per_pass: int
     ) -> Passes:
-        """As `score` would put them together.
+        """As `score` would put them together, but in passes alike: none is left with a few tokens.
 
         Args:
             requests: of any tasks, in any order.
             shared_up_to: see `shared_up_to`.
-            tokens_per_pass: as of `score`.
+            tokens_per_pass: as of `score`; a pass may have half as many more.
         """
         some = [_apart_beyond(request, shared_up_to) for request in requests]
         parts = [part for one in some for part in one]
-        numbers = list(fill_passes([part.cost for part in parts], tokens_per_pass))
+        costs = [part.cost for part in parts]
+        wanted = max(1, round(sum(costs) / tokens_per_pass))
+        room = sum(costs) // wanted + max(costs, default=0)  # so these passes suffice
+        numbers = list(fill_passes(costs, room))
         held = [[parts[number] for number in own] for own in numbers]
         trees = [[part.tree for part in own] for own in held]
         return cls([_batch(own) for own in held], trees, numbers, [len(one) for one in some])

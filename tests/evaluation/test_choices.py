@@ -14,7 +14,7 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import choices
-from mtl_lora_cli.evaluation.choices import Request, Tree, build_requests, score
+from mtl_lora_cli.evaluation.choices import Passes, Request, Tree, build_requests, score
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
@@ -112,6 +112,30 @@ def test_scores_do_not_depend_on_what_passes_together(
     packed: PackedModel, requests: list[Request], together: list[np.ndarray], tokens: int
 ) -> None:
     same(together, scored(packed, requests, tokens))
+
+
+@pytest.mark.parametrize("shared_up_to", [None, 0])
+def test_passes_by_another_hand_are_alike_and_score_the_same(
+    packed: PackedModel,
+    requests: list[Request],
+    together: list[np.ndarray],
+    shared_up_to: int | None,
+) -> None:
+    whole = Passes.build(requests, shared_up_to, 10**6)
+    assert len(whole.batches) == 1
+    total = whole.batches[0].input_ids.numel()
+    found = Passes.build(
+        requests, shared_up_to, int(total / 3.3)
+    )  # 4 where all but the last are full
+    sizes = [batch.input_ids.numel() for batch in found.batches]
+    assert (len(sizes), sum(sizes)) == (3, total)
+    assert min(sizes) > 0.5 * max(sizes)
+    with torch.no_grad():
+        values = []
+        for batch in found.batches:
+            with packed.routed(batch):
+                values.append(packed(batch).double().numpy())
+    same(together, found.scores(values))
 
 
 def test_scores_do_not_depend_on_the_place_in_a_batch(
