@@ -157,7 +157,11 @@ def small_config(real: Any, window: int = WINDOW) -> tuple[Any, dict[int, int]]:
 def _shrink_text(config: Any, window: int) -> None:
     layers = config.num_hidden_layers
     few = min(layers, _enough_layers(config))
-    _cut(config, "num_hidden_layers", few)
+    shared = getattr(config, "num_kv_shared_layers", None)
+    _cut(config, "num_hidden_layers", min(layers, 2 * few) if shared else few)
+    if shared:  # the first of each kind give their keys to the others
+        config.num_kv_shared_layers = config.num_hidden_layers - few
+        config.layer_types = (2 * config.layer_types[:few])[: config.num_hidden_layers]
     _fewer_experts(config)
     config.vocab_size = WORDS
     if getattr(config, "vocab_size_per_layer_input", None):

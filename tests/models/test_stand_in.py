@@ -41,3 +41,15 @@ def test_no_sort_of_layer_is_left_out_and_none_is_large(model_type: str) -> None
     with torch.device("meta"):
         model = auto.from_config(small)
     assert sum(one.numel() for one in model.parameters()) < MOST_WEIGHTS / 4
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_take_others_keys_have_whose(model_type: str) -> None:
+    real = CONFIG_MAPPING[model_type](num_kv_shared_layers=12)
+    small, _ = small_config(real)
+    own = small.num_hidden_layers - small.num_kv_shared_layers
+    assert small.num_kv_shared_layers > 0
+    assert {*small.layer_types[:own]} == {*small.layer_types[own:]} == {*real.layer_types}
+    auto: Any = auto_class(real)
+    with torch.device("meta"):
+        assert auto.from_config(small)
