@@ -104,6 +104,7 @@ def _asked(
     left, right = pairs[int(draw.integers(len(pairs)))]
     is_left = (number // 12) % 2 == 0  # neither colours nor counts say which
     first, second = (left, right) if is_left else (right, left)
+    named = [" ".join(shapes[index]) for index in np.argsort(places)]
     there = (number // 2) % 2 == 0
     others = [(c, f) for c in COLOURS for f in FORMS if ((c, f) in shapes) == there]
     exists = others[int(draw.integers(len(others)))]
@@ -115,6 +116,7 @@ def _asked(
         "one": " ".join(shapes[first]),
         "other": " ".join(shapes[second]),
         "side": "left" if is_left else "right",
+        "caption": ", ".join(named),  # from the upper left on, row by row
     }
 
 

@@ -8,6 +8,7 @@ itself gives is kept; otherwise what takes the places of tokens, deeper levels a
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,15 @@ if TYPE_CHECKING:
     from mtl_lora_cli.data.pictured import Eyes
     from mtl_lora_cli.pictures.shown import Picture
 
+_OF_NO_PICTURE = {
+    "text_config",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "_attn_implementation",
+}
 KIND = "features"  # of cache entries
 MOST = 10 * GIB  # bytes that are kept without being asked to
 _FILE = 2**28  # bytes of features in one file
@@ -145,7 +155,10 @@ class Tower:
     def folder(self) -> Path:
         """Of the cache, by all that decides what is kept. A tower that stays as it is is hashed once."""
         named = self._state()
-        about = f"{self.vision.settings} {tower_dtype(self.model)}"
+        config = json.dumps(
+            _without_text(around(self.model).config.to_dict()), sort_keys=True, default=str
+        )
+        about = f"{self.vision.settings} {tower_dtype(self.model)} {config}"
         state = tuple(
             (one.data_ptr(), one._version) for own in named.values() for one in own.values()
         )
@@ -174,6 +187,13 @@ class Tower:
 
 
 _DIGESTS: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()  # by transformers' models
+
+
+def _without_text(config: Any) -> Any:
+    """What a configuration says of pictures: which of the tower's levels are given on, and how."""
+    if not isinstance(config, dict):
+        return config if isinstance(config, str | int | float | list) else str(config)
+    return {k: _without_text(v) for k, v in config.items() if k not in _OF_NO_PICTURE}
 
 
 def _leading(seen: Seen) -> int:

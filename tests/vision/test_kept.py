@@ -109,6 +109,21 @@ def test_a_tower_runs_once_a_picture_and_another_tower_has_an_entry_of_its_own(
     assert len(entries()) == 2
 
 
+def test_another_level_of_the_same_tower_has_an_entry_of_its_own(
+    llava: BaseModel, files: list[Picture]
+) -> None:
+    """Both are as wide: of one entry, one model would learn from what the other one sees."""
+    packed = packed_of(llava)
+    held = []
+    for level in (-2, -3):
+        around(packed.model).config.vision_feature_layer = level
+        eyes = Eyes(packed.vision)  # type: ignore[arg-type]
+        keep_features(packed.model, packed.adapter, eyes, files, "keep", ALONE)
+        held.append(eyes.seen(files)[0])
+    assert len(entries()) == 2
+    assert any(not torch.equal(held[0][name], held[1][name]) for name in held[0])
+
+
 def test_a_cache_that_cannot_be_written_ends_nothing_that_did_not_ask_for_it(
     llava: BaseModel, files: list[Picture], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
