@@ -1,7 +1,7 @@
 """An image encoder and a language model, joined to an ordinary LLaVA folder, once.
 
 The projector between them is fresh, from a fixed seed: it has to be learned (`adapter.whole_modules`) before the language
-model makes anything of a picture. A picture is resized to 224 x 224, whatever its sides: 256 tokens.
+model makes anything of a picture. It is given features of three of the encoder's layers. A picture is resized to 224 x 224, whatever its sides: 256 tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
-CONVERSION = 1  # raise it when a folder comes out otherwise than before
+CONVERSION = 2  # raise it when a folder comes out otherwise than before
 _SIDE = 224
-_LEVELS: int | list[int] = -2  # of the encoder, whose features the projector is given
 _TOKEN = "<filename>"  # of SmolLM2's control tokens one that text for reading pictures never has
 _MEAN, _DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the encoder's training
 
@@ -68,7 +67,7 @@ def _joined(text: Any, tower: Any, token: int) -> Any:
         vision_config=tower.config,
         text_config=text.config,
         image_token_index=token,
-        vision_feature_layer=_LEVELS,
+        vision_feature_layer=levels_of(tower.config.num_hidden_layers),
         image_seq_length=(_SIDE // tower.config.patch_size) ** 2,
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
@@ -81,6 +80,14 @@ def _joined(text: Any, tower: Any, token: int) -> Any:
     model.lm_head.load_state_dict(text.lm_head.state_dict())
     model.tie_weights()
     return model
+
+
+def levels_of(layers: int) -> list[int]:
+    """Of which of an encoder's layers the projector is given the features, side by side.
+
+    A quarter up, half-way and the last but one: early layers know colours, late ones kinds of things.
+    """
+    return [layers // 4, 7 * layers // 12, layers - 1]
 
 
 def _processor() -> Any:

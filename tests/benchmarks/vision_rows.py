@@ -9,10 +9,12 @@ PRODUCTS and NLVR hold `images/` and rows of JSON. OUT gets `images`, a link, an
 one true and one false title a photo, the false one of the same type and audience with another colour named in it,
 drawn by a seed within the split; of statements those of the test split that stand in the training split, too, are left
 out. Titles of test photos that stand in training, too, are left out of `titles/`. To learn from, `titles/` has four more
-a photo, made of its colour, type and audience: a title's words alone never say whether they are true. `boxes` are the
+a photo, made of its colour, type and audience: a title's words alone never say whether they are true. Each training
+photo stands there three times, twice as a part of itself, in `crops/`. `boxes` are the
 same statements with each box as a picture of its own, and, of the training pictures alone, statements that a script makes
-of what is in the boxes, of all three (`made/`) and of one (`inside/`), and questions of how many there are (`counts/`). DATA is the folder `data` of the package easy-vqa:
-a folder for each kind of question.
+of what is in the boxes, of all three (`made/`) and of one (`inside/`), and
+questions of how many there are (`counts/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
+question.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from nlvr_statements import counts_of, in_order, statements_of
-from PIL import Image
+from PIL import Image, ImageOps
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -52,6 +54,12 @@ def main() -> int:
     return 0
 
 
+def made_folder(folder: Path) -> Path:
+    """It, made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def link(folder: Path, source: Path, name: str = "images") -> Path:
     """A folder of rows whose pictures lie elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +72,10 @@ def products(source: Path, out: Path) -> None:
     """Rows and titles of each split."""
     for folder in ("rows", "titles"):
         link(out / folder, source / "images")
+        link(out / folder, made_folder(out / "crops"), "crops")
     rows = {split: read(source / f"{split}.jsonl") for split in SPLITS}
     learned = {row["title"] for row in rows["train"]}
+    rows["train"] = [one for row in rows["train"] for one in (row, *crops(row, source, out))]
     for split, own in rows.items():
         write(out / "rows" / f"{split}.jsonl", own)
         kept = own if split == "train" else [row for row in own if row["title"] not in learned]
@@ -74,6 +84,21 @@ def products(source: Path, out: Path) -> None:
             found += made_titles(kept)
         write(out / "titles" / f"{split}.jsonl", found)
         print(f"{split}: {len(own)} photos, {len(found)} titles of {len(kept)} photos")
+
+
+def crops(row: Row, source: Path, out: Path) -> Iterator[Row]:
+    """Two parts of a photo, one of them mirrored: as much as half of it is left out."""
+    stem = Path(row["image"]).stem
+    draw = random.Random(f"{SEED} {stem}")
+    with Image.open(source / row["image"]) as photo:
+        whole = photo.convert("RGB")
+    for number in range(2):
+        width, height = (int(side * draw.uniform(0.72, 0.97)) for side in whole.size)
+        x, y = draw.randint(0, whole.width - width), draw.randint(0, whole.height - height)
+        part = whole.crop((x, y, x + width, y + height))
+        name = f"{stem}-{number}.jpg"
+        (ImageOps.mirror(part) if number else part).save(out / "crops" / name, quality=92)
+        yield {**row, "image": f"crops/{name}"}
 
 
 def titles(rows: Sequence[Row]) -> Iterator[Row]:

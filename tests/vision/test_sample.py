@@ -85,10 +85,12 @@ def test_a_joined_model_is_its_encoder_a_projector_and_its_language_model(
     ids = torch.tensor([[5, *[7] * 6, 9, 11]])
     with torch.no_grad():
         found = model(input_ids=ids, pixel_values=pixels).logits
-        seen = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        levels = tower(pixels, output_hidden_states=True).hidden_states
+        seen = torch.cat([levels[number][:, 1:] for number in (0, 1, 2)], dim=-1)
         embedded = text.get_input_embeddings()(ids)
         embedded[:, 1:7] = model.model.multi_modal_projector(seen)
         expected = text(inputs_embeds=embedded).logits
     assert (found - expected).abs().max() < 1e-5
+    assert joined.levels_of(12) == [3, 7, 11]
     again = joined._joined(text, tower, 7).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
