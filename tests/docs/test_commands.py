@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 INDEX = "installs from a package index"
 MEASURES = "measures, for minutes and on large cards"
+PHOTOS = "learns from photos that are not in the project"
 MAPS = "is asked of a run of maps, which tests/dense has"
 # A command, or the first line of a block of Python, as it stands in a page → why it is not run.
 NOT_RUN = {
@@ -61,6 +62,9 @@ NOT_RUN = {
     "mtl-lora merge --task depth --output depth-model": MAPS,
     "mtl-lora merge --task all": MAPS,
     "mtl-lora export --task all --format onnx": MAPS,
+    "mtl-lora train vision-products-first run.name=first": PHOTOS,
+    "mtl-lora merge --run first --task type --output first-model": PHOTOS,
+    "mtl-lora train vision-products base_model=first-model run.name=products": PHOTOS,
     "make benchmark": "measures; tests/benchmarks/test_speed.py is what it runs",
     "mtl-lora bench --case yardstick --steps 10 --warmup 4 --json": MEASURES,
     "mtl-lora bench --shape smollm2-135m --case growth --steps 10 --warmup 4": MEASURES,
