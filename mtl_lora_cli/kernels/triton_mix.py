@@ -1,8 +1,7 @@
 """Triton kernels of `mix.py`.
 
 Positions of a task stand together, so a block of them has few slots: for each of these the block is
-multiplied by one matrix on the tensor cores, and the rows of that slot are taken. Where matrices are small,
-each position reads its own at once instead, which waits less.
+multiplied by one matrix on the tensor cores, and the rows of that slot are taken.
 """
 
 from __future__ import annotations
@@ -12,11 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_POSITIONS = 64  # of one program
-_FEW_POSITIONS = 32  # of one program of `_adapter_mix_few`
-_FEW = 2048  # numbers of a matrix, rows a power of two, up to which each position reads its own
 _TILE = 64  # rows or columns of M at once
-_PIECE = 512  # positions of one program of `_adapter_mix_gradient`, where its sums are few
 _SUMS = 2**25  # numbers of partial sums, at most
 
 
@@ -31,35 +26,6 @@ def _more(total, value, factor):
     else:
         total = tl.dot(value.to(tl.float32), factor, total, input_precision="ieee")
     return total
-
-
-@triton.jit
-def _adapter_mix_few(
-    z, mixing, slot, u, z_stride, u_stride, z_width, u_width, positions, rows,
-    layer_stride, slot_stride, row_stride, column_stride,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    layer = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < positions
-    own = tl.load(slot + at, mask=inside, other=-1)
-    active = own >= 0
-    row = tl.arange(0, ROWS)
-    matrices = (
-        mixing
-        + layer * layer_stride
-        + own.to(tl.int64)[:, None] * slot_stride
-        + row[None, :] * row_stride
-    )
-    wanted = active[:, None] & (row < rows)[None, :]
-    z += at.to(tl.int64) * z_stride + layer * z_width
-    total = tl.zeros((BLOCK, ROWS), dtype=tl.float32)
-    for column in tl.range(COLUMNS, loop_unroll_factor=8):  # loads that do not wait for each other
-        value = tl.load(z + column, mask=active, other=0.0).to(tl.float32)
-        matrix = tl.load(matrices + column * column_stride, mask=wanted, other=0.0).to(tl.float32)
-        total += value[:, None] * matrix
-    u += at.to(tl.int64)[:, None] * u_stride + layer * u_width + row[None, :]
-    tl.store(u, total.to(u.dtype.element_ty), mask=inside[:, None] & (row < u_width)[None, :])
 
 
 @triton.jit
@@ -165,21 +131,15 @@ def mix(z: Tensor, matrices: Tensor, slot: Tensor, *, width: int, out: Tensor | 
         u = torch.empty(positions, layers * width, dtype=z.dtype, device=z.device)
     if not positions:
         return u
-    every = triton.next_power_of_2(width)
-    if every * columns <= _FEW:
-        _adapter_mix_few[(triton.cdiv(positions, _FEW_POSITIONS), layers)](
-            z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
-            positions, rows, *matrices.stride(),
-            COLUMNS=columns, ROWS=every, BLOCK=_FEW_POSITIONS, num_warps=2,
-        )  # fmt: skip
-    else:
-        down, across = tile(width), tile(columns)
-        _adapter_mix[(triton.cdiv(positions, _POSITIONS), layers, triton.cdiv(width, down))](
-            z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
-            positions, rows, columns, *matrices.stride(),
-            ROWS=down, COLUMNS=across, STEPS=triton.cdiv(columns, across), BLOCK=_POSITIONS,
-            num_warps=4,
-        )  # fmt: skip
+    down, across = tile(width), tile(columns)
+    steps = triton.cdiv(columns, across)
+    # Measured on one H200: small matrices by few positions, which seldom have a second slot.
+    block, warps = (32, 2) if down * across * steps <= 1024 else (64, 4)
+    _adapter_mix[(triton.cdiv(positions, block), layers, triton.cdiv(width, down))](
+        z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
+        positions, rows, columns, *matrices.stride(),
+        ROWS=down, COLUMNS=across, STEPS=steps, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return u
 
 
@@ -188,15 +148,17 @@ def mix_gradient(du: Tensor, z: Tensor, slot: Tensor, like: torch.Size) -> Tenso
     layers, slots, rows, columns = like
     positions = len(slot)
     most = max(1, _SUMS // like.numel())
-    pieces = max(1, triton.cdiv(triton.cdiv(positions, _PIECE), most))
-    chunks = max(1, triton.cdiv(positions, _PIECE * pieces))
+    # Measured there, too: partial sums cost more than waiting only where they are large.
+    piece = 128 if like.numel() <= 2**15 else 256 if like.numel() <= 2**16 else 512
+    pieces = max(1, triton.cdiv(triton.cdiv(positions, piece), most))
+    chunks = max(1, triton.cdiv(positions, piece * pieces))
     partial = torch.empty(chunks, *like, dtype=torch.float32, device=z.device)
     down, across = tile(rows), tile(columns)
     tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across)
     _adapter_mix_gradient[(chunks, slots, layers * tiles)](
         du, z, slot, partial, du.stride(0), z.stride(0), du.shape[1] // layers,
         z.shape[1] // layers, positions, slots, rows, columns, pieces,
-        ROWS=down, COLUMNS=across, PIECE=_PIECE, BLOCK=64, num_warps=4, num_stages=2,
+        ROWS=down, COLUMNS=across, PIECE=piece, BLOCK=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return partial.sum(0)
 
