@@ -290,6 +290,7 @@ class Trainer:
 
     def _no_number(self, running: Running[Drawn]) -> str:
         self.saver.join()
+        self.processes.wait()  # all are here, and name the same one
         last = newest_checkpoint(self.run.checkpoints)
         return no_number(
             running,
