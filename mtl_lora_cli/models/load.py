@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -21,6 +22,9 @@ from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.straight import straight_to
 from mtl_lora_cli.models.unread import unread_line
+
+BUILDING = threading.RLock()
+"""Held while transformers builds a model: it sets torch's default dtype meanwhile, which is every thread's."""
 
 
 def load_config(base: BaseModel) -> Any:
@@ -110,7 +114,7 @@ def skeleton(base: BaseModel, kind: Any = None) -> Any:
         UsageError: as `load_config` and `model_class`.
     """
     config = load_config(base)
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         return model_class(base, config).from_config(config) if kind is None else kind(config)
 
 
@@ -221,7 +225,7 @@ def load_model(
     kept = None if quantization == "none" or tower else _sixteen_bit(base, config)
     how = expanding(base, quantization) or bits_and_bytes(quantization, dtype, storage, kept)
     try:
-        with quiet_loading(), quantising_stacks(quantization), straight_to(device):
+        with BUILDING, quiet_loading(), quantising_stacks(quantization), straight_to(device):
             kind = model_class(base, config)
             model, loading = kind.from_pretrained(
                 base.folder,

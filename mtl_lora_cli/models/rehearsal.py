@@ -24,7 +24,7 @@ from mtl_lora_cli.kernels.ahead import compiled_beside
 from mtl_lora_cli.machine.cards import release
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.batch import PackedBatch
-from mtl_lora_cli.models.load import adapt, load_config, model_class
+from mtl_lora_cli.models.load import BUILDING, adapt, load_config, model_class
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.trusted import code_fingerprint
 from mtl_lora_cli.runs.atomic import write_json
@@ -70,7 +70,7 @@ def _pass(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model = model_class(base, config).from_config(config, dtype=dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
     packed = PackedModel(model, adapt(model, settings, tasks)).train()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtl_lora_cli.models.load import auto_class
+from mtl_lora_cli.models.load import BUILDING, auto_class
 
 BEYOND = 5  # how much longer than a window or a limit an example is
 WINDOW, LIMIT, WORDS, INNER = 16, 24, 256, 256  # of the small model
@@ -106,12 +106,17 @@ def stand_in(
         raise NoStandIn(f"transformers has no class for '{taken.model_type}'")
     try:
         config, words = small_config(taken, window)
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             empty = auto.from_config(config, dtype=dtype)
         count = sum(parameter.numel() for parameter in empty.parameters())
         if count > MOST_WEIGHTS:
             raise NoStandIn(f"with few layers, too, it has {count:,} weights")
-        with torch.random.fork_rng(), device, no_init_weights():  # all of them are set here
+        with (
+            BUILDING,
+            torch.random.fork_rng(),
+            device,
+            no_init_weights(),
+        ):  # all of them are set here
             torch.manual_seed(0)
             model = auto.from_config(config, dtype=dtype)
             _fill(model)
