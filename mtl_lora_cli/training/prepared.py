@@ -45,6 +45,7 @@ from mtl_lora_cli.models.rehearsal import rehearse
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.capacity import PassSizes, padded
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.gradient_start import require_gradients
 from mtl_lora_cli.training.observers import Observer
@@ -192,7 +193,9 @@ class Prepared:
 
         def batch() -> PackedBatch:
             rows = data.mixture.step(0)[1][: training.rows_per_pass]
-            return training_batch(rows, data.splits, loss_on=training.loss_on, share=data.shares)
+            found = training_batch(rows, data.splits, loss_on=training.loss_on, share=data.shares)
+            sizes = PassSizes(training.row_length, len(data.tasks), rows=(training.rows_per_pass,))
+            return padded(found, sizes.capacity(found))  # kernels know whether sizes are round
 
         names = [task.name for task in data.tasks]
         adapter = self.recipe.adapter
