@@ -137,8 +137,10 @@ def asking(
     """Rows are made questions by another thread, while inside the block the model is loaded.
 
     What it gives waits for them; None where there are none to be made ahead. Its errors are those of `evaluate`.
+    Questions about pictures are not made ahead: an empty model is made for them, and while a model is made or loaded
+    transformers sets torch's default dtype, which all threads share: the other model got weights of the wrong one.
     """
-    if opened.of_maps or setting.protocol == LM_EVAL:
+    if opened.of_maps or setting.protocol == LM_EVAL or opened.vision is not None:
         yield lambda: None
         return
     held = cast(Sequence[Examples], rows)

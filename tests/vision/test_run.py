@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.answers import answer
-from mtl_lora_cli.evaluation.evaluate import evaluate, held_out
+from mtl_lora_cli.evaluation.evaluate import asking, evaluate, find_rows, held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.evaluation.protocols import Setting
@@ -111,6 +112,23 @@ def test_predictions_read_pictures_from_their_root_and_a_blind_control_does_not(
     assert blind.scores is not None
     first, *others = (scores.tolist() for scores in blind.scores)
     assert all(scores == pytest.approx(first, abs=1e-5) for scores in others)
+
+
+def test_models_are_made_by_one_thread_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's default dtype is all threads': who sets it while another model is loaded gives that one weights of his."""
+    makers, own = set(), torch.set_default_dtype
+
+    def setting_it(dtype: torch.dtype) -> None:
+        makers.add(threading.current_thread())
+        own(dtype)
+
+    monkeypatch.setattr(torch, "set_default_dtype", setting_it)
+    fresh, setting = Run(run.folder), Setting(limit=4)
+    rows = find_rows(fresh.tasks, setting)
+    with asking(fresh, fresh.tasks, setting, rows) as questions:
+        assert fresh.packed.vision is not None
+        questions()
+    assert makers == {threading.current_thread()}
 
 
 def test_a_picture_that_is_missing_is_told_with_its_row_once(run: Run, tmp_path: Path) -> None:
