@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.adapters.expanded import Ahead, buffer, laid, pitched
+from mtl_lora_cli.adapters.expanded import buffer, laid, pitched
 from mtl_lora_cli.kernels import fp8, int8, nf4
 from mtl_lora_cli.kernels.backend import in_triton
 
@@ -74,7 +74,6 @@ class FrozenWeights:
     Attributes:
         exact: multiply as without `round_to_fp8`.
         gone: W is there in 8 bits alone.
-        ahead: makes the matrix of quantised weights beside the product before; None: each product makes its own.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -86,8 +85,7 @@ class FrozenWeights:
         self._together: Tensor | None = None
         self._rows: tuple[fp8.ScaledRows, fp8.ScaledRows] | None = None
         self._left: Tensor | None = None
-        self.ahead: Ahead | None = None
-        self._apart: tuple[Tensor, Tensor] | None = None  # s B and A, where W has 8 bits
+        self._apart: tuple[Tensor, Tensor] | None = None  # s B and A, where W has fewer bits
         self.exact = False
         self.gone = False
 
@@ -126,6 +124,8 @@ class FrozenWeights:
         weight = self.layers[0].weight
         if self.step == ALIGNMENT and not any(side % ALIGNMENT for side in wanted):
             self._room = wanted
+        if self.quantised and resident and self._room.columns:
+            self._apart = self._by_themselves(self.dtype)
         if self.quantised or not resident or (len(self.layers) == 1 and self._room == Room()):
             return
         together = laid(weight.new_zeros(pitched(self.outer)), self.outer)
@@ -146,7 +146,7 @@ class FrozenWeights:
         if self._left is None and self.quantised:
             device = self.layers[0].weight.device
             memory = torch.empty(pitched(self.outer), dtype=self.dtype, device=device)
-            self._left = self.fill(laid(memory, self.outer))
+            self._left = self._filled(laid(memory, self.outer), self.weights())
 
     def factor_space(
         self, columns: int, rows: int, dtype: torch.dtype, *, filled_up: bool
@@ -156,17 +156,21 @@ class FrozenWeights:
         What lies outside the blocks of s B is zero and stays so; of A, where it is `filled_up`, too.
         """
         (out, width), margins = self.shape, self.margins()
-        if margins is not None and (margins[0].shape[1], len(margins[1])) == (columns, rows):
+        wanted = columns, rows, dtype
+        if (
+            margins is not None
+            and (margins[0].shape[1], len(margins[1]), margins[0].dtype) == wanted
+        ):
             return margins
         where: dict[str, Any] = {"dtype": dtype, "device": self.layers[0].weight.device}
         below = torch.zeros if filled_up else torch.empty
         return torch.zeros(out, columns, **where), below(rows, width, **where)
 
     def margins(self) -> tuple[Tensor, Tensor] | None:
-        """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W, or, where it has 8 bits, by
+        """The places of s B [Σ out_j, columns] and A [rows, in] beside and below W, or, where it has fewer bits, by
         themselves; None: it has none."""
         out, width = self.shape
-        if self.rounds:
+        if self.rounds or self._apart is not None:
             return self._apart
         if self._together is None or not self.room.columns:
             return None
@@ -195,9 +199,14 @@ class FrozenWeights:
         """
         dense = self._dense(self.weights(), self.dtype)
         self._rows = fp8.to_rows(dense), fp8.to_rows(dense.T.contiguous())
+        if self._room.columns:
+            self._apart = self._by_themselves(dense.dtype)
+
+    def _by_themselves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Memory for s B and A outside of W."""
         (out, width), (columns, rows) = self.shape, self._room
-        if columns:
-            self._apart = dense.new_zeros(out, columns), dense.new_zeros(rows, width)
+        where: dict[str, Any] = {"dtype": dtype, "device": self.layers[0].weight.device}
+        return torch.zeros(out, columns, **where), torch.zeros(rows, width, **where)
 
     def let_go(self) -> None:
         """Free W in its own dtype: from now on it is there in 8 bits alone.
@@ -264,7 +273,7 @@ class FrozenWeights:
             return fp8.product(fp8.rounded(dy).rows, self._rounded[1], dy.dtype)
         dy = fp8.exactly(dy)
         if down is None:
-            return dy @ self._dense(weights, dy.dtype, backward=True)
+            return dy @ self._dense(weights, dy.dtype)
         return dy @ self._with_margins(weights, dy.dtype, down=down)[:, : self.shape[1]]
 
     @property
@@ -286,20 +295,14 @@ class FrozenWeights:
         """Rows and columns of W with its margins."""
         return self.shape[0] + self._room.rows, self.shape[1] + self._room.columns
 
-    def fill(self, out: Tensor, programs: int | None = None) -> Tensor:
-        """Write W into a matrix [outer], its margins left as they are; `programs`: see `kernels/nf4.py`."""
-        return self._filled(out, self.weights(), programs)
-
-    def _dense(
-        self, weights: Sequence[Tensor], dtype: torch.dtype, *, backward: bool = False
-    ) -> Tensor:
+    def _dense(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """W [Σ out_j, in]."""
         if len(weights) == 1 and not _is_quantised(weights[0]):
             return weights[0].to(dtype)
         rows, columns = self.shape
         if self._together is not None:
             return self._together[:rows, :columns].to(dtype)
-        return self._matrix(weights, dtype, backward)[:rows, :columns]
+        return self._matrix(weights, dtype)[:rows, :columns]
 
     def _with_margins(
         self,
@@ -313,29 +316,25 @@ class FrozenWeights:
         if self._together is not None:  # the factors stand there already
             return self._together
         rows, columns = self.shape
-        out = self._matrix(weights, dtype, down is not None)
+        out = self._matrix(weights, dtype)
         if up is not None:
             out[:rows, columns:].copy_(up)
         if down is not None:
             out[rows:, :columns].copy_(down)
         return out
 
-    def _matrix(self, weights: Sequence[Tensor], dtype: torch.dtype, backward: bool) -> Tensor:
-        """W in a matrix with margins, made now, made ahead or left from before."""
+    def _matrix(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """W in a matrix with margins, made now or left from before: the same bits in rows of the same pitch."""
         if self._left is not None and self._left.dtype == dtype:
             return self._left
-        if self.ahead is not None and self.ahead.dtype == dtype:
-            return self.ahead.matrix(self, backward=backward)
         return self._filled(buffer(self.outer, weights[0].device, dtype), weights)
 
-    def _filled(
-        self, out: Tensor, weights: Sequence[Tensor], programs: int | None = None
-    ) -> Tensor:
+    def _filled(self, out: Tensor, weights: Sequence[Tensor]) -> Tensor:
         for weight, (start, stop) in zip(weights, self.spans, strict=True):
             part = out[start:stop, : self.shape[1]]
             state = getattr(weight, "quant_state", None)
             if state is not None:
-                nf4.expand(weight, state, part, programs)
+                nf4.expand(weight, state, part)
             elif weight.dtype == torch.int8:
                 int8.expand(weight, cast(Any, weight).SCB, part)
             else:

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mtl_lora_cli.adapters.expanded import WORTH, Ahead, pitched
 from mtl_lora_cli.adapters.frozen import FrozenWeights, is_plain
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.layer import MultiTaskLinear, TaskLayer
@@ -47,7 +46,6 @@ from mtl_lora_cli.engine.plan import (
 from mtl_lora_cli.engine.saved import Keep, Pass, Saved, both_gradients, entry_of, opened
 from mtl_lora_cli.engine.segment_forms import Rule
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.kernels.backend import in_triton
 
 _QKV = 0
 
@@ -159,7 +157,6 @@ class FusedDecoder:
             self.layers.append(Layer.of(module, plan, end, resident=resident))
             end = self.layers[-1].mlp.end
         self.layer_calls: list[LayerCall] = [partial(_run_layer, layer) for layer in self.layers]
-        self._ahead = self._looking_ahead()
         self._margins = Margins([group for layer in self.layers for group in layer.groups])
         self._kinds = list(self.plan.attentions)
         self.angles = {plan: Angles(self._base, plan) for plan in self.plan.rotaries}
@@ -175,27 +172,6 @@ class FusedDecoder:
         for layer in self.layers[:count]:
             for group in layer.groups:
                 group.frozen.leave_expanded()
-                group.frozen.ahead = None
-        self._ahead = self._looking_ahead(count)
-
-    def forget_expanded(self) -> None:
-        """Take no expanded weights for granted: a pass begins, or the capture of one ends."""
-        if self._ahead is not None:
-            self._ahead.forget()
-
-    def _looking_ahead(self, left: int = 0) -> Ahead | None:
-        """Let quantised weights behind the first layers be expanded one product ahead, where that is worth it."""
-        every = [group.frozen for layer in self.layers[left:] for group in layer.groups]
-        some = [one for one in every if one.quantised and pitched(one.outer) >= WORTH]
-        if not some or not self.resident:
-            return None
-        first = some[0]
-        if not in_triton(first.layers[0].weight) or first.dtype.itemsize != 2:
-            return None
-        ahead = Ahead(some, first.layers[0].weight.device, first.dtype)
-        for one in some:
-            one.ahead = ahead
-        return ahead
 
     def fixed_shapes(self) -> bool:
         """Whether a pass launches the same kernels whatever the segments are, up to `Plan.limit`.
@@ -307,7 +283,6 @@ class FusedDecoder:
         learn = torch.is_grad_enabled()
         packings = self._packings(x, position_ids, segments, grid)
         out = None
-        self.forget_expanded()
         self._margins.write()
         mixings = self.mixings(slots, chosen_slots)
         for number in range(len(self.layers)):

@@ -121,7 +121,7 @@ class Group:
         mixing, rest = tensors[0], tensors[1:]
         count = len(self.adapted)
         factors = self.products.in_margins(self.frozen, mixing) if written else None
-        if factors is None:
+        if factors is None or factors.down.dtype != x.dtype:
             downs, ups = rest[:count], rest[count:]
             factors = self.products.factors(self.frozen, x.dtype, downs, ups, mixing)
         mask = self.products.mask(x) if training else None

@@ -64,7 +64,7 @@ def fixed_bytes(sizes: ModelSizes) -> int:
     groups = [group for layer in sizes.layers for group in layer.groups]
     found = weight_bytes(sizes) + 4 * sizes.trained * VALUE_BYTES
     if sizes.expanded:
-        found += sizes.matrices * sizes.value
+        found += sizes.matrix_values * sizes.value
         left = sizes.layers[: sizes.left_expanded]
         found += sum(dense_bytes(sizes, layer) for layer in left)
     else:

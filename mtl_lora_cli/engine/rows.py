@@ -319,7 +319,6 @@ class KeptRows:
         return graph, logits
 
     def _step(self, count: int) -> Tensor:
-        self._decoder.forget_expanded()  # a graph reads nothing that it did not make
         places, slot = self._places[:count], self._slot[:count]
         longest = max(self._lengths[:count])
         x, pending = self._decoder.embed(self._tokens[None, :count]), None

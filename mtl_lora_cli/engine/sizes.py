@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mtl_lora_cli.adapters.expanded import WORTH
 from mtl_lora_cli.adapters.frozen import ALIGNMENT
 from mtl_lora_cli.engine.plan import ExpertsPlan, LayerPlan
 from mtl_lora_cli.kernels.backend import PITCH
@@ -178,14 +177,11 @@ class ModelSizes:
         return self.four_bit or self.eight_bit or self.parts > 1
 
     @property
-    def matrices(self) -> int:
-        """Values of the memory in which weights are expanded: one matrix, or two that take turns, and one of
-        experts' stacks; see `adapters/expanded.py`."""
-        most = max(self.matrix(group) for layer in self.layers for group in layer.groups)
-        turns = self.kernels and self.value == 2 and self.parts == 1 and most >= WORTH
+    def matrix_values(self) -> int:
+        """Values of the memory in which weights are expanded, one matrix after the other."""
+        groups = [self.matrix(group) for layer in self.layers for group in layer.groups]
         stacks = [stack.values for layer in self.layers for stack in layer.stacks]
-        stack = max(stacks, default=0) if self.four_bit else 0
-        return 2 * most + stack if turns else max(most, stack)
+        return max(groups + (stacks if self.four_bit else []))
 
     @property
     def let_go(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl_lora_cli.kernels.backend import in_triton
 
 
-def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None) -> Tensor:
+def expand(packed: Tensor, state: Any, out: Tensor) -> Tensor:
     """w_k = code[q_k] · c_⌊k/64⌋, written to `out` in its dtype.
 
     The block constants c are 8-bit themselves where the quantisation is double:
@@ -20,8 +20,6 @@ def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None)
         packed: the 4-bit values, two a byte, in any storage dtype.
         state: bitsandbytes' `QuantState` of them.
         out: [out, in], rows contiguous; the row stride may be larger than `in`.
-        programs: of our kernel, beside another one that needs the rest of the card; None: as many as there is
-            work for.
 
     Returns:
         out.
@@ -29,7 +27,7 @@ def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None)
     if in_triton(packed) and state.nested and out.shape[1] % 2 == 0:
         from mtl_lora_cli.kernels import triton_nf4
 
-        return triton_nf4.expand(packed, state, out, programs)
+        return triton_nf4.expand(packed, state, out)
     import bitsandbytes.functional as bnb
 
     with torch.no_grad():

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BYTES = 1024  # of one program
-_WORDS = 1024  # of a program at a time, one a thread; it has half of what a multiprocessor holds
+_WORDS = 1024  # of a program at a time, one a thread
+_BESIDE = 2  # programs on a multiprocessor, which holds no more
 _MOST_WORDS = 2**28  # places are counted in 32 bits
 
 
@@ -126,12 +127,8 @@ def _store(kind: str) -> str:
 _STORES = {torch.bfloat16: _store("bf16"), torch.float16: _store("f16")}
 
 
-def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None) -> Tensor:
-    """See `nf4.expand`; double quantisation only.
-
-    Args:
-        programs: how many run, each with a multiprocessor to itself; None: as many as the card holds.
-    """
+def expand(packed: Tensor, state: Any, out: Tensor) -> Tensor:
+    """See `nf4.expand`; double quantisation only."""
     data = packed.detach().reshape(-1).view(torch.uint8)
     inner = state.state2
     tables = (state.code, state.absmax, inner.code, inner.absmax, state.offset, out)
@@ -145,7 +142,7 @@ def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None)
             BLOCKSIZE=state.blocksize, ABSMAX_BLOCKSIZE=inner.blocksize, BYTES=_BYTES, num_warps=4,
         )  # fmt: skip
         return out
-    most = 2 * multiprocessors(out.device) if programs is None else programs
+    most = _BESIDE * _multiprocessors(out.device)
     count = data.numel() // 4
     _nf4_expand_words[(min(triton.cdiv(count, _WORDS), most),)](
         data.view(torch.int32), *tables, count, out.stride(0),
@@ -156,6 +153,6 @@ def expand(packed: Tensor, state: Any, out: Tensor, programs: int | None = None)
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     """That a card has."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -206,7 +206,6 @@ class _Graph:
         with capturing, aside.opened(beside):
             losses = -packed(batch, slots=(every, chosen))
             self._dx = add_gradients((losses * own["weights"]).sum(), parameters, self._x)
-            packed.decoder.forget_expanded()
         self._losses = losses.detach()
 
     def replay(self, ready: Ready) -> Tensor:
