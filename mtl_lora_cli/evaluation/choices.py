@@ -381,7 +381,7 @@ def ask(
     Returns:
         For each request float64 [choices, K], in request order.
     """
-    parts = [_apart(packed, request) for request in requests]
+    parts = _apart(packed, requests)
     requests = [part for some in parts for part in some]
     own = processes.share([request.cost for request in requests])
     results: dict[int, np.ndarray] = {}
@@ -418,10 +418,10 @@ def ask(
     return [np.concatenate([next(found) for _ in some]) for some in parts]
 
 
-def _apart(packed: PackedModel, request: Request) -> list[Request]:
-    """A request as it is, or a candidate each, where the model cannot share what candidates share."""
-    longest = len(request.prompt) + max(len(choice) for choice in request.choices) - 1
-    return [request] if packed.shares(longest) else _each_alone(request)
+def _apart(packed: PackedModel, requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests as they are, or a candidate each, where the model cannot share what candidates share."""
+    limit = shared_up_to(packed)  # asked once: it looks at every layer
+    return [_apart_beyond(request, limit) for request in requests]
 
 
 def _each_alone(request: Request) -> list[Request]:
