@@ -134,7 +134,7 @@ def mix(z: Tensor, matrices: Tensor, slot: Tensor, *, width: int, out: Tensor | 
     down, across = tile(width), tile(columns)
     steps = triton.cdiv(columns, across)
     # Measured on one H200: small matrices by few positions, which seldom have a second slot.
-    block, warps = (32, 2) if down * across * steps <= 1024 else (64, 4)
+    block, warps = (32, 2) if down * across * steps <= 2048 else (64, 4)
     _adapter_mix[(triton.cdiv(positions, block), layers, triton.cdiv(width, down))](
         z, matrices, slot, u, z.stride(0), u.stride(0), z.shape[1] // layers, width,
         positions, rows, columns, *matrices.stride(),
