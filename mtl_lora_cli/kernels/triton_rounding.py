@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,50 +16,54 @@ from mtl_lora_cli.kernels.triton_fp8 import Targets, put_eight, put_row, scale_o
 from mtl_lora_cli.kernels.triton_gated import active_of, gradients_of
 
 WIDEST = 32768  # features of an activation that a program holds
+WIDE = 8192  # from which on a program is alone on its multiprocessor, or nearly so
 
 
 @triton.jit
 def _gated_rows(
-    both, exact, values, scale, half,
+    both, exact, values, scale, rows, half,
     GELU: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
-    ROOT: tl.constexpr, CUBE: tl.constexpr,
+    STAGES: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < half
-    gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
-    value = active_of(gate, GELU, ROOT, CUBE) * up
-    put_row(value, exact, values, scale, row, at, inside, half, half, EXACT, EIGHT)
+    mine = tl.program_id(0).to(tl.int64)
+    for row in tl.range(mine, rows, tl.num_programs(0), num_stages=STAGES):
+        gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
+        value = active_of(gate, GELU, ROOT, CUBE) * up
+        put_row(value, exact, values, scale, row, at, inside, half, half, EXACT, EIGHT)
 
 
 @triton.jit
 def _gated_gradient_rows(
-    da, both, exact, values, scale, out, half,
+    da, both, exact, values, scale, out, rows, half,
     GELU: tl.constexpr, AGAIN: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr,
-    BLOCK: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < half
-    first, second = row * 2 * half + at, row * 2 * half + half + at
-    gate = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + second, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(da + row * half + at, mask=inside, other=0.0).to(tl.float32)
-    dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
-    if AGAIN:
-        tl.store(out + row * half + at, (active * up).to(out.dtype.element_ty), mask=inside)
-    dgate = dgate.to(exact.dtype.element_ty)
-    dup = (gradient * active).to(exact.dtype.element_ty)
-    if EXACT:
-        tl.store(exact + first, dgate, mask=inside)
-        tl.store(exact + second, dup, mask=inside)
-    if EIGHT:
-        one, two = dgate.to(tl.float32), dup.to(tl.float32)
-        factor = scale_of(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=0))
-        tl.store(scale + row, factor)
-        put_eight(one, 1.0 / factor, values + first, inside)
-        put_eight(two, 1.0 / factor, values + second, inside)
+    mine = tl.program_id(0).to(tl.int64)
+    for row in tl.range(mine, rows, tl.num_programs(0), num_stages=STAGES):
+        first = row * 2 * half + at
+        second = first + half
+        gate = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(both + second, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(da + row * half + at, mask=inside, other=0.0).to(tl.float32)
+        dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
+        if AGAIN:
+            tl.store(out + row * half + at, (active * up).to(out.dtype.element_ty), mask=inside)
+        dgate = dgate.to(exact.dtype.element_ty)
+        dup = (gradient * active).to(exact.dtype.element_ty)
+        if EXACT:
+            tl.store(exact + first, dgate, mask=inside)
+            tl.store(exact + second, dup, mask=inside)
+        if EIGHT:
+            one, two = dgate.to(tl.float32), dup.to(tl.float32)
+            factor = scale_of(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=0))
+            tl.store(scale + row, factor)
+            put_eight(one, 1.0 / factor, values + first, inside)
+            put_eight(two, 1.0 / factor, values + second, inside)
 
 
 @triton.jit
@@ -101,7 +105,10 @@ def gated(both: Tensor, activation: Activation, form: Form) -> Rounded:
     rows, half = both.shape[0], both.shape[1] // 2
     made = Targets(both, rows, half, 0, form)
     if rows:
-        _gated_rows[(rows,)](both, *made.pointers, half, **made.flags, **_launch(half, activation))
+        how = launch(both, half, tensors=2)
+        _gated_rows[(min(rows, how.programs),)](
+            both, *made.pointers, rows, half, **made.flags, **how.named, **_named(activation)
+        )
     return made.rounded()
 
 
@@ -113,9 +120,10 @@ def gated_gradient(
     made = Targets(both, rows, 2 * half, 0, form, given=None if form == "eight" else both)
     out = torch.empty_like(da) if again else None
     if rows:
-        _gated_gradient_rows[(rows,)](
-            da, both, *made.pointers, out, half,
-            AGAIN=again, **made.flags, **_launch(half, activation),
+        how = launch(both, half, tensors=3)
+        _gated_gradient_rows[(min(rows, how.programs),)](
+            da, both, *made.pointers, out, rows, half,
+            AGAIN=again, **made.flags, **how.named, **_named(activation),
         )  # fmt: skip
     return made.rounded(), out
 
@@ -136,12 +144,37 @@ def rotate_back(dqkv: Tensor, turn: Turn, form: Form, *, heads: int) -> Rounded:
     return made.rounded()
 
 
-def _launch(half: int, activation: Activation) -> dict[str, Any]:
+class Launch(NamedTuple):
+    """How rows of an activation are dealt out.
+
+    Attributes:
+        programs: at most.
+        named: arguments of the kernels.
+    """
+
+    programs: int
+    named: dict[str, Any]
+
+
+def launch(both: Tensor, half: int, *, tensors: int) -> Launch:
+    """A program a row; where one fills a multiprocessor, it takes row after row, and reads the next one meanwhile.
+
+    Args:
+        both: what is read.
+        half: features of a row.
+        tensors: how many such rows are read together.
+    """
     block = triton.next_power_of_2(half)
-    return {
-        "GELU": activation == "gelu_tanh",
-        "BLOCK": block,
-        "ROOT": ROOT,
-        "CUBE": CUBE,
-        "num_warps": min(16, max(1, block // 1024)),
-    }
+    named = {"BLOCK": block, "STAGES": 1, "num_warps": min(16, max(1, block // 1024))}
+    needed = 2 * tensors * block * both.element_size()
+    if not both.is_cuda or block < WIDE:
+        return Launch(2**31 - 1, named)
+    card = torch.cuda.get_device_properties(both.device)
+    if needed > card.shared_memory_per_block_optin - 2**13:
+        return Launch(2**31 - 1, named)
+    many = max(1, card.shared_memory_per_multiprocessor // (needed + 2**13))
+    return Launch(many * card.multi_processor_count, named | {"STAGES": 2})
+
+
+def _named(activation: Activation) -> dict[str, Any]:
+    return {"GELU": activation == "gelu_tanh", "ROOT": ROOT, "CUBE": CUBE}
