@@ -118,7 +118,7 @@ def rotate_back(dqkv: Tensor, turn: Turn, form: Form, *, heads: int, key_heads: 
     if form != "exact" and in_triton(dqkv) and whole:
         from mtl_lora_cli.kernels import triton_rounding
 
-        return triton_rounding.rotate_back(dqkv, turn, form, heads=heads + key_heads)
+        return triton_rounding.rotate_back(dqkv, turn, form, heads=heads, key_heads=key_heads)
     rotate_(dqkv, turn, heads=heads, key_heads=key_heads, back=True)
     return dqkv if form == "exact" else rounded(dqkv, form)
 

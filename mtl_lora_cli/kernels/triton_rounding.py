@@ -67,37 +67,48 @@ def _gated_gradient_rows(
 
 
 @triton.jit
+def _turned_back(x, cos, sin, first, half, inside, EXACT: tl.constexpr):
+    """Heads whose first halves stand at `first`, turned by −θ and rounded to their dtype, as float32."""
+    one = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(x + first + half, mask=inside, other=0.0).to(tl.float32)
+    turned = (one * cos + two * sin).to(x.dtype.element_ty)
+    other = (two * cos - one * sin).to(x.dtype.element_ty)
+    if EXACT:
+        tl.store(x + first, turned, mask=inside)
+        tl.store(x + first + half, other, mask=inside)
+    one, two = turned.to(tl.float32), other.to(tl.float32)
+    return one, two, tl.max(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=1), axis=0)
+
+
+@triton.jit
 def _rotary_rows(
-    x, cos, sin, values, scale, stride, angle_stride, heads, half, width,
-    EXACT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    x, cos, sin, values, scale, stride, angle_stride, heads, key_heads, half, width,
+    EXACT: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     values += row * width
-    head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (column < half)
-    c = tl.load(cos + row * angle_stride + column, mask=column < half, other=1.0)
-    s = tl.load(sin + row * angle_stride + column, mask=column < half, other=0.0)
-    first = head * 2 * half + column
-    second = first + half
-    one = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(x + second, mask=inside, other=0.0).to(tl.float32)
-    turned = (one * c + two * s).to(x.dtype.element_ty)
-    other = (two * c - one * s).to(x.dtype.element_ty)
-    if EXACT:
-        tl.store(x + first, turned, mask=inside)
-        tl.store(x + second, other, mask=inside)
-    one, two = turned.to(tl.float32), other.to(tl.float32)
-    behind = heads * 2 * half + tl.arange(0, REST)
-    there = behind < width
-    rest = tl.load(x + behind, mask=there, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=1), axis=0)
-    factor = scale_of(tl.maximum(largest, tl.max(tl.abs(rest), axis=0)))
+    there = column < half
+    c = tl.load(cos + row * angle_stride + column, mask=there, other=1.0)
+    s = tl.load(sin + row * angle_stride + column, mask=there, other=0.0)
+    query, key = tl.arange(0, HEADS)[:, None], tl.arange(0, KEY_HEADS)[:, None]
+    q, k = query * 2 * half + column, (heads + key) * 2 * half + column
+    of_q, of_k = there & (query < heads), there & (key < key_heads)
+    q_one, q_two, most = _turned_back(x, c, s, q, half, of_q, EXACT)
+    k_one, k_two, more = _turned_back(x, c, s, k, half, of_k, EXACT)
+    v = (heads + key_heads) * 2 * half + tl.arange(0, REST)
+    of_v = v < width
+    rest = tl.load(x + v, mask=of_v, other=0.0).to(tl.float32)
+    factor = scale_of(tl.maximum(tl.maximum(most, more), tl.max(tl.abs(rest), axis=0)))
     tl.store(scale + row, factor)
-    put_eight(one, 1.0 / factor, values + first, inside)
-    put_eight(two, 1.0 / factor, values + second, inside)
-    put_eight(rest, 1.0 / factor, values + behind, there)
+    inverse = 1.0 / factor
+    put_eight(q_one, inverse, values + q, of_q)
+    put_eight(q_two, inverse, values + q + half, of_q)
+    put_eight(k_one, inverse, values + k, of_k)
+    put_eight(k_two, inverse, values + k + half, of_k)
+    put_eight(rest, inverse, values + v, of_v)
 
 
 def gated(both: Tensor, activation: Activation, form: Form) -> Rounded:
@@ -128,18 +139,18 @@ def gated_gradient(
     return made.rounded(), out
 
 
-def rotate_back(dqkv: Tensor, turn: Turn, form: Form, *, heads: int) -> Rounded:
+def rotate_back(dqkv: Tensor, turn: Turn, form: Form, *, heads: int, key_heads: int) -> Rounded:
     """See `rounding.rotate_back`; contiguous, in place, the halves of whole heads."""
     rows, width = dqkv.shape
     half = turn.cos.shape[1]
     made = Targets(dqkv, rows, width, 0, form, given=None if form == "eight" else dqkv)
     _, values, scale = made.pointers
     if rows:
+        sides = (heads, key_heads, half, width - 2 * (heads + key_heads) * half)
         _rotary_rows[(rows,)](
             dqkv, turn.cos, turn.sin, values, scale, dqkv.stride(0), turn.cos.stride(0), heads,
-            half, width, EXACT=form != "eight", HEADS=triton.next_power_of_2(heads),
-            HALF=triton.next_power_of_2(half),
-            REST=triton.next_power_of_2(width - 2 * heads * half), num_warps=8,
+            key_heads, half, width, form != "eight", *map(triton.next_power_of_2, sides),
+            num_warps=4,
         )  # fmt: skip
     return made.rounded()
 
