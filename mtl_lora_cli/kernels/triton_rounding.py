@@ -20,18 +20,33 @@ WIDE = 8192  # from which on a program is alone on its multiprocessor, or nearly
 
 
 @triton.jit
+def _read(x, row, width, start, at, inside):
+    """Part of a row."""
+    return tl.load(x + row * width + start + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _gated_rows(
     both, exact, values, scale, rows, half,
     GELU: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     inside = at < half
-    mine = tl.program_id(0).to(tl.int64)
-    for row in tl.range(mine, rows, tl.num_programs(0), num_stages=STAGES):
-        gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
-        value = active_of(gate, GELU, ROOT, CUBE) * up
+    mine, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    if AHEAD:
+        next_gate = _read(both, mine, 2 * half, 0, at, inside)
+        next_up = _read(both, mine, 2 * half, half, at, inside)
+    for row in tl.range(mine, rows, step, num_stages=STAGES):
+        if AHEAD:
+            gate, up = next_gate, next_up
+            later = tl.minimum(row + step, rows - 1)
+            next_gate = _read(both, later, 2 * half, 0, at, inside)
+            next_up = _read(both, later, 2 * half, half, at, inside)
+        else:
+            gate = _read(both, row, 2 * half, 0, at, inside)
+            up = _read(both, row, 2 * half, half, at, inside)
+        value = active_of(gate.to(tl.float32), GELU, ROOT, CUBE) * up.to(tl.float32)
         put_row(value, exact, values, scale, row, at, inside, half, half, EXACT, EIGHT)
 
 
@@ -39,17 +54,30 @@ def _gated_rows(
 def _gated_gradient_rows(
     da, both, exact, values, scale, out, rows, half,
     GELU: tl.constexpr, AGAIN: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, ROOT: tl.constexpr,
+    CUBE: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     inside = at < half
-    mine = tl.program_id(0).to(tl.int64)
-    for row in tl.range(mine, rows, tl.num_programs(0), num_stages=STAGES):
+    mine, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    if AHEAD:
+        next_gate = _read(both, mine, 2 * half, 0, at, inside)
+        next_up = _read(both, mine, 2 * half, half, at, inside)
+        next_gradient = _read(da, mine, half, 0, at, inside)
+    for row in tl.range(mine, rows, step, num_stages=STAGES):
+        if AHEAD:
+            gate, up, gradient = next_gate, next_up, next_gradient
+            later = tl.minimum(row + step, rows - 1)
+            next_gate = _read(both, later, 2 * half, 0, at, inside)
+            next_up = _read(both, later, 2 * half, half, at, inside)
+            next_gradient = _read(da, later, half, 0, at, inside)
+        else:
+            gate = _read(both, row, 2 * half, 0, at, inside)
+            up = _read(both, row, 2 * half, half, at, inside)
+            gradient = _read(da, row, half, 0, at, inside)
         first = row * 2 * half + at
         second = first + half
-        gate = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(both + second, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.load(da + row * half + at, mask=inside, other=0.0).to(tl.float32)
+        gate, up, gradient = gate.to(tl.float32), up.to(tl.float32), gradient.to(tl.float32)
         dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
         if AGAIN:
             tl.store(out + row * half + at, (active * up).to(out.dtype.element_ty), mask=inside)
@@ -176,7 +204,8 @@ def launch(both: Tensor, half: int, *, tensors: int) -> Launch:
         tensors: how many such rows are read together.
     """
     block = triton.next_power_of_2(half)
-    named = {"BLOCK": block, "STAGES": 1, "num_warps": min(16, max(1, block // 1024))}
+    warps = min(16, max(1, block // 1024))
+    named = {"BLOCK": block, "STAGES": 1, "AHEAD": False, "num_warps": warps}
     needed = 2 * tensors * block * both.element_size()
     if not both.is_cuda or block < WIDE:
         return Launch(2**31 - 1, named)

@@ -103,6 +103,19 @@ def test_gated(form: Form, activation: gated.Activation, width: int, dtype: torc
         assert active is None or torch.equal(found[1], active)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_programs_that_take_row_after_row(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtl_lora_cli.kernels import triton_rounding
+
+    named = {"BLOCK": 64, "STAGES": 2, "AHEAD": ahead, "num_warps": 1}
+    two = triton_rounding.Launch(2, named)
+    monkeypatch.setattr(triton_rounding, "launch", lambda *_, **__: two)
+    both, da = normal(5, 96), normal(5, 48, seed=1)
+    require_same(rounding.gated(both, "silu", "eight"), gated.gated(both, "silu"), "eight")
+    right = gated.gated_gradient(da, both.clone(), "silu")[0]
+    require_same(rounding.gated_gradient(da, both, "silu", "both")[0], right, "both")
+
+
 def test_activations_too_wide_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from mtl_lora_cli.kernels import triton_rounding
 
