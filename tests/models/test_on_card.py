@@ -326,7 +326,10 @@ def test_eight_bit_floats_stay_near(batch: PackedBatch) -> None:
     model, adapter = build(target_modules=SEVEN)
     exact = learned(PackedModel(model, adapter, engine="fused"), adapter, batch)
     packed = PackedModel(model, adapter, engine="fused", base_compute="fp8")
-    logprobs, gradients = distances(learned(packed, adapter, batch), exact)
+    found = learned(packed, adapter, batch)
+    logprobs, gradients = distances(found, exact)
+    assert packed.let_go() is None
+    assert distances(learned(packed, adapter, batch), found) == (0.0, 0.0)
     print(f"fp8: log-probabilities {logprobs:.3f}, gradients {gradients:.3f}")
     assert logprobs < 0.02
     assert gradients < 0.15
