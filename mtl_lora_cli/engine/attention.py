@@ -22,7 +22,6 @@ from mtl_lora_cli.kernels import rounding
 from mtl_lora_cli.kernels.backend import in_triton, roomy, with_room
 from mtl_lora_cli.kernels.fp8 import Form
 from mtl_lora_cli.kernels.head_norm import HeadNorms, head_norm, head_norm_gradient_
-from mtl_lora_cli.kernels.low_rank import add_and_turn_
 from mtl_lora_cli.kernels.rotary import Turn, rotate_
 from mtl_lora_cli.kernels.tiles import (
     FORWARD,
@@ -77,15 +76,6 @@ class Packing:
         elif self._turn is not None:
             rotate_(qkv, self._turn, heads=self.heads, key_heads=self.key_heads)
         return self._scaled_(qkv)
-
-    def turns_at_once(self, norms: HeadNorms | None) -> bool:
-        """Whether nothing but the rotation becomes of what the projections gave."""
-        return norms is None and self._turn is not None and self.query_scale is None
-
-    def add_and_turn_(self, qkv: Tensor, u: Tensor, up: Tensor) -> None:
-        """Where `turns_at_once`: the adapters' s u Bᵀ added to the buffer, and `ready` of that, in place."""
-        assert self._turn is not None
-        add_and_turn_(qkv, u, up, self._turn, heads=self.heads, key_heads=self.key_heads)
 
     def gradient_(self, dqkv: Tensor, qkv: Tensor, norms: HeadNorms | None) -> None:
         """The gradient of what `ready` was given, in the place of that of what it gave.

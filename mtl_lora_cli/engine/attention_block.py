@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtl_lora_cli.adapters.function import Factors
-from mtl_lora_cli.engine.attention import Packing, attend, attend_gradient, kernels_know
-from mtl_lora_cli.engine.group import Add
+from mtl_lora_cli.engine.attention import attend, attend_gradient, kernels_know
 from mtl_lora_cli.engine.halves import AttentionHalf
 from mtl_lora_cli.engine.heads import HeadLayout
 from mtl_lora_cli.engine.plan import AttentionPlan
@@ -33,38 +31,6 @@ from mtl_lora_cli.engine.saved import (
     spread_out,
 )
 from mtl_lora_cli.engine.sizes import LayerSizes, Load, ModelSizes
-
-
-class _Turned:
-    """Adds the adapters' products to q, k and v and turns them at once, where a group asks for the first.
-
-    Args:
-        half: the layer's.
-        packing: attention's view of the positions.
-
-    Attributes:
-        done: it was asked.
-    """
-
-    def __init__(self, half: AttentionHalf, packing: Packing) -> None:
-        self.done = False
-        self._half, self._packing = half, packing
-
-    @property
-    def add(self) -> Add | None:
-        """What `Group.forward` is given; None where more becomes of what the projections give."""
-        half = self._half
-        three = len(half.qkv.adapted) == len(half.qkv.frozen.spans) == 3
-        plain = half.layout.plain and self._packing.turns_at_once(half.heads)
-        return self._add if three and plain else None
-
-    def _add(self, y: Tensor, u: Tensor, factors: Factors) -> None:
-        self._packing.add_and_turn_(y, u, factors.up)
-        self.done = True
-
-    def ready(self, heads: Tensor) -> Tensor:
-        """q and k normed and turned, if they are not yet."""
-        return heads if self.done else self._packing.ready(heads, self._half.heads)
 
 
 class AttentionBlock(torch.autograd.Function):
@@ -86,9 +52,8 @@ class AttentionBlock(torch.autograd.Function):
         assert call.packing is not None
         count, packing = half.qkv.count, call.packing.of_layer(half.sinks)
         entry, h = half.begin.forward_for(half.qkv, x, before)
-        turned = _Turned(half, packing)
-        qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training, turned.add)
-        ready = turned.ready(half.layout.apart(qkv))
+        qkv, qkv_tape = half.qkv.forward(h, tensors[:count], call.slots, call.training)
+        ready = packing.ready(half.layout.apart(qkv), half.heads)
         if call.told is not None:
             call.told(ready)
         o_room = half.o.room.columns
@@ -123,10 +88,9 @@ class AttentionBlock(torch.autograd.Function):
         qkv, attended = saved.get("qkv"), saved.get("attended")
         if qkv is None:
             h = half.begin.again_for(half.qkv, entry)
-            turned = _Turned(half, packing)
-            qkv = half.qkv.again(h, qkv_tape, slots, turned.add)
+            qkv = half.qkv.again(h, qkv_tape, slots)
             heads = half.layout.apart(qkv)
-            ready = turned.ready(heads)
+            ready = packing.ready(heads, half.heads)
         elif half.heads is None and half.layout.plain:
             ready = heads = qkv
         else:  # what the norms were given was kept, and they are as cheap as a copy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from mtl_lora_cli.kernels.fp8 import Form, Rounded, exactly
 from mtl_lora_cli.kernels.place import Place
 
 _MOST_OWN_ROWS = 128
-Add = Callable[[Tensor, Tensor, Factors], None]  # y, u and s B: see `AdapterProducts.add_up`
 Norm = tuple[Tensor, Tensor]  # r [N] and w [d] of h = w ⊙ (r x)
 
 
@@ -112,22 +111,9 @@ class Group:
         return self.products.margin_places(self.frozen, downs, ups)
 
     def forward(
-        self,
-        wide: Tensor | Rounded,
-        tensors: Sequence[Any],
-        slots: Slots,
-        training: bool,
-        add: Add | None = None,
+        self, wide: Tensor | Rounded, tensors: Sequence[Any], slots: Slots, training: bool
     ) -> tuple[Tensor, Tape | None]:
-        """y from [x | room], and what the backward pass needs of the adapters.
-
-        Args:
-            wide: in the group's form.
-            tensors: see `tensors`.
-            slots: the routing.
-            training: dropout is on.
-            add: is called where without room y = x Wᵀ + b has yet to get s u Bᵀ, instead of adding it.
-        """
+        """y from [x | room], and what the backward pass needs of the adapters."""
         written, self.written = self.written, False
         if self.products is None or slots.count == 0:
             return self._frozen_product(wide), None
@@ -141,15 +127,13 @@ class Group:
         mask = self.products.mask(x) if training else None
         z = self.products.narrow(x, mask, factors)
         tape = Tape(factors, z, mask, tuple(like.shape for like in rest))
-        return self._product(wide, tape, slots, add), tape
+        return self._product(wide, tape, slots), tape
 
-    def again(
-        self, wide: Tensor | Rounded, tape: Tape | None, slots: Slots, add: Add | None = None
-    ) -> Tensor:
+    def again(self, wide: Tensor | Rounded, tape: Tape | None, slots: Slots) -> Tensor:
         """y once more."""
         if tape is None:
             return self._frozen_product(wide)
-        return self._product(wide, tape, slots, add)
+        return self._product(wide, tape, slots)
 
     def input(self, wide: Tensor | Rounded) -> Tensor:
         """x of [x | room]."""
@@ -225,15 +209,14 @@ class Group:
             tape.shapes[:half], tape.shapes[half:], dtype, ddown, given.dups
         )
 
-    def _product(self, wide: Tensor | Rounded, tape: Tape, slots: Slots, add: Add | None) -> Tensor:
+    def _product(self, wide: Tensor | Rounded, tape: Tape, slots: Slots) -> Tensor:
         assert self.products is not None
         weights = self.frozen.weights()
         if self.room.columns and isinstance(wide, Tensor):
             self.products.spread(tape.z, tape.factors, slots, out=wide[:, self.frozen.shape[1] :])
             return self.frozen.product(wide, weights, tape.factors.up)
         y = self.frozen.product(wide, weights)
-        u = self.products.spread(tape.z, tape.factors, slots)
-        (add or self.products.add_up)(y, u, tape.factors)
+        self.products.add_up(y, self.products.spread(tape.z, tape.factors, slots), tape.factors)
         return y
 
 

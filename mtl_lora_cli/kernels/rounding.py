@@ -1,7 +1,7 @@
 """Operations whose result a product takes in 8-bit floats: rounded where it is made, not in another pass over it.
 
-Each gives what the operation of its name gives, and then `fp8.to_rows` of that, bit for bit; in the `eight` form
-the numbers in their own dtype are never written.
+Each gives what the operation of its name gives, up to the order of float32's operations, and then `fp8.to_rows` of
+that, bit for bit; in the `eight` form the numbers in their own dtype are never written.
 """
 
 from __future__ import annotations

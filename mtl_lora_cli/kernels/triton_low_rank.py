@@ -1,4 +1,4 @@
-"""Triton kernels of `low_rank.py`: a program some blocks of Y below each other, each read and written once."""
+"""Triton kernel of `low_rank.py`: a program some blocks of Y below each other, each read and written once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mtl_lora_cli.kernels.rotary import Turn
-
-ROWS, COLUMNS, BLOCKS, WARPS = 32, 128, 4, 4
+ROWS, COLUMNS, BLOCKS, WARPS = 64, 128, 2, 4
 
 
 @triton.jit
@@ -48,44 +46,6 @@ def _adapter_add(
         tl.store(place, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _adapter_rotary(
-    y, u, v, cos, sin, rows, rank, half, heads, turned, y_stride, u_stride, u_step, v_stride, v_step,
-    angle_stride,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0)
-    part = (head >= heads).to(tl.int32) + (head >= turned).to(tl.int32)  # q, k or v
-    column = tl.arange(0, HALF)
-    along = tl.arange(0, RANK)
-    there = (column < half)[:, None] & (along < rank)[None, :]
-    block_of = v + part * rank * v_step + along[None, :] * v_step
-    first = head * 2 * half + column
-    above = tl.load(block_of + first[:, None] * v_stride, mask=there, other=0.0)
-    below = tl.load(block_of + (first + half)[:, None] * v_stride, mask=there, other=0.0)
-    above, below = tl.trans(above), tl.trans(below)
-    for block in range(BLOCKS):
-        row = (tl.program_id(1) * BLOCKS + block) * ROWS + tl.arange(0, ROWS)
-        row = row.to(tl.int64)[:, None]
-        place = y + row * y_stride + first[None, :]
-        inside = (row < rows) & (column < half)[None, :]
-        left = tl.load(
-            u + row * u_stride + (part * rank + along)[None, :] * u_step,
-            mask=(row < rows) & (along < rank)[None, :],
-            other=0.0,
-        )
-        one = tl.load(place, mask=inside, other=0.0).to(tl.float32) + tl.dot(left, above)
-        two = tl.load(place + half, mask=inside, other=0.0).to(tl.float32) + tl.dot(left, below)
-        one = one.to(y.dtype.element_ty).to(tl.float32)
-        two = two.to(y.dtype.element_ty).to(tl.float32)
-        turns = inside & (first < turned * 2 * half)[None, :]
-        angle = row * angle_stride + column[None, :]
-        c = tl.load(cos + angle, mask=turns, other=1.0)
-        s = tl.load(sin + angle, mask=turns, other=0.0)
-        tl.store(place, (one * c - two * s).to(y.dtype.element_ty), mask=inside)
-        tl.store(place + half, (two * c + one * s).to(y.dtype.element_ty), mask=inside)
-
-
 def add_product_(y: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """See `low_rank.add_product_`; the columns of y stand beside each other."""
     (rows, columns), rank = y.shape, u.shape[1]
@@ -97,18 +57,3 @@ def add_product_(y: Tensor, u: Tensor, v: Tensor) -> Tensor:
             BESIDE=v.stride(0) == 1, num_warps=WARPS,
         )  # fmt: skip
     return y
-
-
-def add_and_turn_(
-    qkv: Tensor, u: Tensor, v: Tensor, turn: Turn, *, heads: int, key_heads: int
-) -> Tensor:
-    """See `low_rank.add_and_turn_`; the halves of whole heads, cos and sin in float32 with equal strides."""
-    (rows, _), rank, half = qkv.shape, u.shape[1] // 3, turn.cos.shape[1]
-    if rows:
-        _adapter_rotary[(heads + 2 * key_heads, triton.cdiv(rows, ROWS * BLOCKS))](
-            qkv, u, v, turn.cos, turn.sin, rows, rank, half, heads, heads + key_heads,
-            qkv.stride(0), *u.stride(), *v.stride(), turn.cos.stride(0),
-            ROWS=ROWS, BLOCKS=BLOCKS, RANK=max(16, triton.next_power_of_2(rank)),
-            HALF=max(16, triton.next_power_of_2(half)), num_warps=WARPS,
-        )  # fmt: skip
-    return qkv

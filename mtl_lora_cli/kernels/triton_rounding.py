@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,82 +16,50 @@ from mtl_lora_cli.kernels.triton_fp8 import Targets, put_eight, put_row, scale_o
 from mtl_lora_cli.kernels.triton_gated import active_of, gradients_of
 
 WIDEST = 32768  # features of an activation that a program holds
-WIDE = 8192  # from which on a program is alone on its multiprocessor, or nearly so
-
-
-@triton.jit
-def _read(x, row, width, start, at, inside):
-    """Part of a row."""
-    return tl.load(x + row * width + start + at, mask=inside, other=0.0)
 
 
 @triton.jit
 def _gated_rows(
-    both, exact, values, scale, rows, half,
+    both, exact, values, scale, half,
     GELU: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
+    ROOT: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < half
-    mine, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    if AHEAD:
-        next_gate = _read(both, mine, 2 * half, 0, at, inside)
-        next_up = _read(both, mine, 2 * half, half, at, inside)
-    for row in tl.range(mine, rows, step, num_stages=STAGES):
-        if AHEAD:
-            gate, up = next_gate, next_up
-            later = tl.minimum(row + step, rows - 1)
-            next_gate = _read(both, later, 2 * half, 0, at, inside)
-            next_up = _read(both, later, 2 * half, half, at, inside)
-        else:
-            gate = _read(both, row, 2 * half, 0, at, inside)
-            up = _read(both, row, 2 * half, half, at, inside)
-        value = active_of(gate.to(tl.float32), GELU, ROOT, CUBE) * up.to(tl.float32)
-        put_row(value, exact, values, scale, row, at, inside, half, half, EXACT, EIGHT)
+    gate = tl.load(both + row * 2 * half + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * half + half + at, mask=inside, other=0.0).to(tl.float32)
+    value = active_of(gate, GELU, ROOT, CUBE) * up
+    put_row(value, exact, values, scale, row, at, inside, half, half, EXACT, EIGHT)
 
 
 @triton.jit
 def _gated_gradient_rows(
-    da, both, exact, values, scale, out, rows, half,
+    da, both, exact, values, scale, out, half,
     GELU: tl.constexpr, AGAIN: tl.constexpr, EXACT: tl.constexpr, EIGHT: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, ROOT: tl.constexpr,
-    CUBE: tl.constexpr,
+    BLOCK: tl.constexpr, ROOT: tl.constexpr, CUBE: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < half
-    mine, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    if AHEAD:
-        next_gate = _read(both, mine, 2 * half, 0, at, inside)
-        next_up = _read(both, mine, 2 * half, half, at, inside)
-        next_gradient = _read(da, mine, half, 0, at, inside)
-    for row in tl.range(mine, rows, step, num_stages=STAGES):
-        if AHEAD:
-            gate, up, gradient = next_gate, next_up, next_gradient
-            later = tl.minimum(row + step, rows - 1)
-            next_gate = _read(both, later, 2 * half, 0, at, inside)
-            next_up = _read(both, later, 2 * half, half, at, inside)
-            next_gradient = _read(da, later, half, 0, at, inside)
-        else:
-            gate = _read(both, row, 2 * half, 0, at, inside)
-            up = _read(both, row, 2 * half, half, at, inside)
-            gradient = _read(da, row, half, 0, at, inside)
-        first = row * 2 * half + at
-        second = first + half
-        gate, up, gradient = gate.to(tl.float32), up.to(tl.float32), gradient.to(tl.float32)
-        dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
-        if AGAIN:
-            tl.store(out + row * half + at, (active * up).to(out.dtype.element_ty), mask=inside)
-        dgate = dgate.to(exact.dtype.element_ty)
-        dup = (gradient * active).to(exact.dtype.element_ty)
-        if EXACT:
-            tl.store(exact + first, dgate, mask=inside)
-            tl.store(exact + second, dup, mask=inside)
-        if EIGHT:
-            one, two = dgate.to(tl.float32), dup.to(tl.float32)
-            factor = scale_of(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=0))
-            tl.store(scale + row, factor)
-            put_eight(one, 1.0 / factor, values + first, inside)
-            put_eight(two, 1.0 / factor, values + second, inside)
+    first, second = row * 2 * half + at, row * 2 * half + half + at
+    gate = tl.load(both + first, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + second, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(da + row * half + at, mask=inside, other=0.0).to(tl.float32)
+    dgate, active = gradients_of(gradient, gate, up, GELU, ROOT, CUBE)
+    if AGAIN:
+        tl.store(out + row * half + at, (active * up).to(out.dtype.element_ty), mask=inside)
+    dgate = dgate.to(exact.dtype.element_ty)
+    dup = (gradient * active).to(exact.dtype.element_ty)
+    if EXACT:
+        tl.store(exact + first, dgate, mask=inside)
+        tl.store(exact + second, dup, mask=inside)
+    if EIGHT:
+        one, two = dgate.to(tl.float32), dup.to(tl.float32)
+        factor = scale_of(tl.max(tl.maximum(tl.abs(one), tl.abs(two)), axis=0))
+        tl.store(scale + row, factor)
+        put_eight(one, 1.0 / factor, values + first, inside)
+        put_eight(two, 1.0 / factor, values + second, inside)
 
 
 @triton.jit
@@ -144,10 +112,8 @@ def gated(both: Tensor, activation: Activation, form: Form) -> Rounded:
     rows, half = both.shape[0], both.shape[1] // 2
     made = Targets(both, rows, half, 0, form)
     if rows:
-        how = launch(both, half, tensors=2)
-        _gated_rows[(min(rows, how.programs),)](
-            both, *made.pointers, rows, half, **made.flags, **how.named, **_named(activation)
-        )
+        how = _launch(half, activation, each=32)
+        _gated_rows[(rows,)](both, *made.pointers, half, **made.flags, **how)
     return made.rounded()
 
 
@@ -159,11 +125,10 @@ def gated_gradient(
     made = Targets(both, rows, 2 * half, 0, form, given=None if form == "eight" else both)
     out = torch.empty_like(da) if again else None
     if rows:
-        how = launch(both, half, tensors=3)
-        _gated_gradient_rows[(min(rows, how.programs),)](
-            da, both, *made.pointers, out, rows, half,
-            AGAIN=again, **made.flags, **how.named, **_named(activation),
-        )  # fmt: skip
+        how = _launch(half, activation, each=16)
+        _gated_gradient_rows[(rows,)](
+            da, both, *made.pointers, out, half, AGAIN=again, **made.flags, **how
+        )
     return made.rounded(), out
 
 
@@ -183,38 +148,13 @@ def rotate_back(dqkv: Tensor, turn: Turn, form: Form, *, heads: int, key_heads: 
     return made.rounded()
 
 
-class Launch(NamedTuple):
-    """How rows of an activation are dealt out.
-
-    Attributes:
-        programs: at most.
-        named: arguments of the kernels.
-    """
-
-    programs: int
-    named: dict[str, Any]
-
-
-def launch(both: Tensor, half: int, *, tensors: int) -> Launch:
-    """A program a row; where one fills a multiprocessor, it takes row after row, and reads the next one meanwhile.
-
-    Args:
-        both: what is read.
-        half: features of a row.
-        tensors: how many such rows are read together.
-    """
+def _launch(half: int, activation: Activation, *, each: int) -> dict[str, Any]:
+    """The shape of a program whose threads hold so many features each."""
     block = triton.next_power_of_2(half)
-    warps = min(16, max(1, block // 1024))
-    named = {"BLOCK": block, "STAGES": 1, "AHEAD": False, "num_warps": warps}
-    needed = 2 * tensors * block * both.element_size()
-    if not both.is_cuda or block < WIDE:
-        return Launch(2**31 - 1, named)
-    card = torch.cuda.get_device_properties(both.device)
-    if needed > card.shared_memory_per_block_optin - 2**13:
-        return Launch(2**31 - 1, named)
-    many = max(1, card.shared_memory_per_multiprocessor // (needed + 2**13))
-    return Launch(many * card.multi_processor_count, named | {"STAGES": 2})
-
-
-def _named(activation: Activation) -> dict[str, Any]:
-    return {"GELU": activation == "gelu_tanh", "ROOT": ROOT, "CUBE": CUBE}
+    return {
+        "GELU": activation == "gelu_tanh",
+        "BLOCK": block,
+        "ROOT": ROOT,
+        "CUBE": CUBE,
+        "num_warps": min(32, max(1, block // (32 * each))),
+    }

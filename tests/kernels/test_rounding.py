@@ -14,7 +14,7 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.kernels import fp8, gated, norm, rotary, rounding, stream
 from mtl_lora_cli.kernels.fp8 import Form, Rounded
-from mtl_lora_cli.kernels.low_rank import add_and_turn_, add_product_
+from mtl_lora_cli.kernels.low_rank import add_product_
 from mtl_lora_cli.kernels.rotary import Turn
 from mtl_lora_cli.kernels.stream import After, Norm
 from mtl_lora_cli.models.packed import PackedModel
@@ -103,19 +103,6 @@ def test_gated(form: Form, activation: gated.Activation, width: int, dtype: torc
         assert active is None or torch.equal(found[1], active)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_programs_that_take_row_after_row(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtl_lora_cli.kernels import triton_rounding
-
-    named = {"BLOCK": 64, "STAGES": 2, "AHEAD": ahead, "num_warps": 1}
-    two = triton_rounding.Launch(2, named)
-    monkeypatch.setattr(triton_rounding, "launch", lambda *_, **__: two)
-    both, da = normal(5, 96), normal(5, 48, seed=1)
-    require_same(rounding.gated(both, "silu", "eight"), gated.gated(both, "silu"), "eight")
-    right = gated.gated_gradient(da, both.clone(), "silu")[0]
-    require_same(rounding.gated_gradient(da, both, "silu", "both")[0], right, "both")
-
-
 def test_activations_too_wide_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from mtl_lora_cli.kernels import triton_rounding
 
@@ -155,26 +142,6 @@ def test_a_product_of_low_rank_is_added_in_place(rank: int, dtype: torch.dtype) 
     torch.testing.assert_close(y.double(), right, rtol=step, atol=step)
     assert torch.equal(wide[:, :100], before[:, :100])
     assert torch.equal(wide[:, 240:], before[:, 240:])
-
-
-@pytest.mark.parametrize(("columns", "pairs"), [(12, False), (8, False), (12, True)])
-def test_a_product_of_low_rank_is_added_and_turned(
-    columns: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against float64; v is added and does not turn."""
-    angles = normal(70, columns // 2, seed=4)
-    turn = Turn(angles.cos(), angles.sin(), pairs)
-    qkv, u = normal(70, 10 * 12), normal(70, 9, seed=1)
-    v = torch.zeros(120, 9, device=DEVICE)
-    for part, (start, stop) in enumerate(((0, 72), (72, 96), (96, 120))):
-        v[start:stop, 3 * part : 3 * part + 3] = normal(stop - start, 3, seed=5 + part)
-    right = qkv.double() + u.double() @ v.double().T
-    wide = Turn(angles.double().cos(), angles.double().sin(), pairs)
-    with monkeypatch.context() as patch:
-        patch.setenv("MTL_LORA_KERNELS", "plain")
-        rotary.rotate_(right, wide, heads=6, key_heads=2)
-    assert add_and_turn_(qkv, u, v, turn, heads=6, key_heads=2) is qkv
-    torch.testing.assert_close(qkv.double(), right, rtol=1e-4, atol=1e-4)
 
 
 FOUR = ("q_proj", "k_proj", "v_proj", "o_proj")
