@@ -199,6 +199,7 @@ def started(
 ) -> RunFolder | None:
     """Train a new run, one that adds tasks to another, or one that begins at another's adapter; None where
     it was only shown."""
+    from mtl_lora_cli.models.read_ahead import read_ahead
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
     from mtl_lora_cli.training import run as training
     from mtl_lora_cli.training.add_task import load_addition
@@ -214,6 +215,8 @@ def started(
     else:
         loaded = load_recipe(path, overrides)
     folder = training.new_run_path(loaded, runs, processes)
+    if not dry_run:
+        read_ahead(loaded.recipe.base_model, loaded.base)
     prepared = prepare(loaded, processes, extends=extends, begins=begins)
     require_fit(prepared)
     if dry_run:

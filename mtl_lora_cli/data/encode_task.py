@@ -38,7 +38,7 @@ from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.visible import tell
 
 _PIECE = 2048  # rows
-_MANY = 8 * _PIECE  # rows from which on processes are started for them
+MANY_ROWS = 8 * _PIECE  # rows from which on processes are started for them
 _SILENT = 10.0  # seconds between two lines about how far it is
 _HASHES = ("traces", "asked", "said")
 
@@ -295,13 +295,13 @@ def _looked_at(rows: TaskRows, encoder: Encoder | None) -> Seen:
 
     if not len(rows):
         return look(0, 0)
-    processes = None if len(rows) >= _MANY else 1
+    processes = None if len(rows) >= MANY_ROWS else 1
     return together(list(in_pieces(look, len(rows), _PIECE, processes=processes)))
 
 
 def _pieces(learn: partial[_Learned], rows: TaskRows, begin: int) -> Iterator[_Learned]:
     """All pieces from a row on; now and then it is said how far they are."""
-    many = len(rows) >= _MANY
+    many = len(rows) >= MANY_ROWS
     left = max(0, len(rows) - begin)
     started = told = time.monotonic()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from mtl_lora_cli.data.across import across
 from mtl_lora_cli.data.audit import Audit, require_no_blank
 from mtl_lora_cli.data.beginnings import Beginnings
 from mtl_lora_cli.data.dynamic import DynamicMixture
-from mtl_lora_cli.data.encode_task import encode_task, encode_window
+from mtl_lora_cli.data.encode_task import MANY_ROWS, encode_task, encode_window
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
@@ -40,7 +43,8 @@ from mtl_lora_cli.data.sources import (
 from mtl_lora_cli.data.stages import Part, StagedMixture
 from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
 from mtl_lora_cli.data.windows import Windows, streaming
-from mtl_lora_cli.errors import ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.errors import MtlLoraError, ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.recipe.load import LoadedRecipe
 from mtl_lora_cli.recipe.mixing import DynamicMixing, TemperatureMixing
 from mtl_lora_cli.recipe.schema import Recipe
@@ -54,6 +58,9 @@ from mtl_lora_cli.tasks.task import Task, measured_by, overlaid
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
 
+_LONG = (
+    0.3  # seconds that a task's encoding takes: then processes for the others are worth their start
+)
 _MOST_DRAWN = 2**28  # examples an epoch: each takes 8 bytes, and 25 while rows are packed
 
 
@@ -276,9 +283,12 @@ def prepare_training(
     encoder = Encoder.of(tokenizer, recipe)
     limit = min(training.row_length, longest)
     bound, splits, audits, seen = [], [], [], []
-    for task in tasks:
+    for number, task in enumerate(tasks):
+        began = time.monotonic()
         with _no_collection():
             known, encoded, found, rows = _prepare_task(task, recipe, encoder, limit)
+        if number == 0 and (time.monotonic() - began) * (len(tasks) - 1) > _LONG:
+            _keep_beside(tasks[1:], recipe, encoder, limit)
         if recipe.blank_fields == "error":
             require_no_blank(task.name, found.blank)
         bound.append(known)
@@ -489,6 +499,24 @@ def _prepare_task(
     bound = with_fingerprints(task)
     key = _key(task, bound.fingerprints, recipe, encoder, limit)
     return bound, *_stored(key, task, partial(encode_task, task, recipe, encoder, limit))
+
+
+def _keep_beside(tasks: Sequence[Task], recipe: Recipe, encoder: Encoder, limit: int) -> None:
+    """Encode tasks in processes beside each other, for the cache. What fails there is done again, and told, here."""
+    small = [task for task in tasks if not (task.template.images or task.source.stream)]
+    if len(small) < 2:
+        return
+
+    def keep(first: int, last: int) -> None:
+        with redirect_stderr(io.StringIO()), suppress(Exception):
+            (task,) = small[first:last]
+            at_most, seed = task.max_examples, recipe.training.seed
+            rows = task_rows(task, "train", at_most=at_most, seed=seed)
+            if rows is not None and len(rows) < MANY_ROWS:  # more have processes of their own
+                _prepare_task(task, recipe, encoder, limit)
+
+    with suppress(MtlLoraError):
+        deque(in_pieces(keep, len(small), 1), maxlen=0)
 
 
 def _key(task: Task, found: Mapping[str, str], recipe: Recipe, encoder: Encoder, limit: int) -> str:

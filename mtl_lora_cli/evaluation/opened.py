@@ -32,6 +32,7 @@ from mtl_lora_cli.models.load import (
     text_config,
 )
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.read_ahead import read_ahead
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -264,7 +265,7 @@ def open_run(folder: RunFolder, *, force: bool | None = None) -> Run:
     for task in run.tasks:
         if task.objective not in MAPS:
             require_text(task.name, task.objective)
-    run.base  # noqa: B018 - likewise
+    read_ahead(run.base.folder)  # one that is gone, or another one, is refused likewise
     if (
         not run.of_maps
         and not is_complete(run.file.base_model)

@@ -72,7 +72,7 @@ def test_several_processes_and_pieces_give_what_one_gives(
     assert found.repeated and found.contradictory and found.leaks and found.blank and found.dropped
     assert any("control token" in note for note in found.notes)
     monkeypatch.setattr(encode_task, "_PIECE", 64)
-    monkeypatch.setattr(encode_task, "_MANY", 1)
+    monkeypatch.setattr(encode_task, "MANY_ROWS", 1)
     monkeypatch.setattr("mtl_lora_cli.machine.pool.cores", lambda: 3)
     monkeypatch.setattr(parts, "_IN_MEMORY", 256)  # arrays in files, and mapped
     monkeypatch.setenv("MTL_LORA_CACHE", str(folder / "other"))
@@ -86,7 +86,7 @@ def test_an_error_of_a_later_piece_names_its_line(
     folder: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode_task, "_PIECE", 16)
-    monkeypatch.setattr(encode_task, "_MANY", 1)
+    monkeypatch.setattr(encode_task, "MANY_ROWS", 1)
     monkeypatch.setattr("mtl_lora_cli.machine.pool.cores", lambda: 2)
     rows = [{"text": f"row {n}", "label": n % 2} for n in range(100)]
     write_rows(folder / "d" / "train.jsonl", [*rows, {"text": "late", "label": 7}])

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from mtl_lora_cli.data import cache
+from mtl_lora_cli.data import prepare as preparing
 from mtl_lora_cli.data.audit import Leak
 from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, read_examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.machine import pool
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.recipe.load import load_recipe
+from mtl_lora_cli.tasks.task import Task
 
 TEMPLATE = """description: a task of a user's own
 prompt: "{{ text }}"
@@ -356,3 +359,52 @@ def test_mixing_that_means_nothing_is_refused(
     with pytest.raises(MtlLoraError) as error:
         prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n", override)
     assert any(message in line for line in error.value.lines), error.value.lines
+
+
+def three_tasks(folder: Path) -> str:
+    lines = []
+    for number, name in enumerate(("one", "two", "three")):
+        write_rows(folder / name / "train.jsonl", rows_of(20 + number, 100 * number))
+        lines.append(f"- {{name: {name}, template: own.yaml, source: {folder / name}}}\n")
+    return "".join(lines)
+
+
+def test_where_it_takes_long_tasks_are_encoded_beside_each_other(
+    folder: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process encodes the first one only, and all is what it would have made of them alone."""
+    tasks = three_tasks(folder)
+    alone = prepare(folder, stories_folder, tasks)
+    monkeypatch.setenv("MTL_LORA_CACHE", str(folder / "another"))
+    monkeypatch.setattr(preparing, "_LONG", -1.0)
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+    here: list[str] = []
+    encode = preparing.encode_task
+
+    def noted(task: Task, *others: Any) -> Any:
+        here.append(task.name)
+        return encode(task, *others)
+
+    monkeypatch.setattr(preparing, "encode_task", noted)
+    beside = prepare(folder, stories_folder, tasks)
+    assert here == ["one"]
+    assert [task.fingerprints for task in alone.tasks] == [t.fingerprints for t in beside.tasks]
+    for one, other in zip(alone.splits, beside.splits, strict=True):
+        for name in ("tokens", "starts", "prompt_lengths"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+    assert alone.audits == beside.audits
+
+
+def test_a_fault_beside_is_told_here(
+    folder: Path,
+    stories_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tasks = three_tasks(folder)
+    write_rows(folder / "three" / "train.jsonl", [*rows_of(3), {"text": "x", "label": 7}])
+    monkeypatch.setattr(preparing, "_LONG", -1.0)
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+    with pytest.raises(UsageError, match=r"three/train\.jsonl:4: "):
+        prepare(folder, stories_folder, tasks)
+    assert capfd.readouterr().err == ""

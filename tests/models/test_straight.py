@@ -1,9 +1,11 @@
-"""Weights read by our reader are safetensors' own, however transformers asks for them."""
+"""Weights read by our reader are safetensors' own, however transformers asks for them; files are read ahead."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.models import straight
+from mtl_lora_cli.models import read_ahead, straight
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 
@@ -67,6 +69,44 @@ def test_a_file_that_is_cut_short_is_refused(several: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UsageError, match="cannot be loaded"), straight.reading_to(CPU):
         load_model(find_base_model(str(several)), dtype=torch.float32, device=CPU)
+
+
+def in_memory(path: Path) -> bool:
+    """Whether the system has a file's last bytes at hand."""
+    with path.open("rb") as file:
+        place = max(0, path.stat().st_size - 4096)
+        try:
+            return os.preadv(file.fileno(), [bytearray(4096)], place, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            pytest.skip(f"this file system does not say what it has at hand: {error}")
+
+
+def test_a_models_files_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "base" / "model.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(os.urandom(2**23))
+
+    def forget() -> None:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    forget()
+    if in_memory(file):
+        pytest.skip("this file system lies in memory")
+    read_ahead.read_ahead("base", beside=tmp_path)
+    deadline = time.monotonic() + 10
+    while not in_memory(file):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    forget()
+    monkeypatch.setattr(read_ahead, "_free", lambda: 2**23)  # it would take most of it
+    read_ahead.read_ahead(file.parent)
+    time.sleep(0.1)
+    assert not in_memory(file)
+    read_ahead.read_ahead("no-such/model")
 
 
 def test_afterwards_transformers_reads_as_ever(stories_folder: Path) -> None:
