@@ -95,12 +95,17 @@ class Course:
         self._inbox: Inbox = queue.SimpleQueue()
         self._scorer: Scorer | None = None
         self._lanes: Threads | Processes
+        self._threads: int | None = None  # of torch, before
         scored = not opened.of_maps and of_choices(opened, job.how)
         if processes is None:
             processes = opened.device.type == "cuda"
         if processes and scored and opened.vision is None:
             count = lanes or max(1, min(_MOST_PROCESSES, _cores() - 1))
             self._lanes = Processes(job, count, self._inbox)  # they start while the model is loaded
+            if opened.device.type == "cuda":
+                # Lanes have the cores: what torch does here for a card would wait for threads that get none.
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
             self._scorer = Scorer(opened)
             self._lanes.know(Fit.of(opened))
         else:
@@ -158,6 +163,8 @@ class Course:
     def close(self) -> list[Done]:
         """Give up what is in hand; parts that are done stay, also those that `run` has not given yet."""
         self._lanes.close()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         messages = []
         with suppress(queue.Empty):
             while True:

@@ -19,6 +19,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mtl_lora_cli.errors import MtlLoraError
@@ -305,8 +306,10 @@ def _unpacked(sent: Packed) -> PackedBatch:
     from mtl_lora_cli.engine.segments import Segments
 
     arrays, lengths, reach = sent
+    # By NumPy: torch would ask threads for it, which wait for cores that lanes have.
     fields: dict[str, Any] = {
-        name: torch.from_numpy(array).long() for name, array in zip(_FIELDS, arrays, strict=True)
+        name: torch.from_numpy(array.astype(np.int64))
+        for name, array in zip(_FIELDS, arrays, strict=True)
     }
     until = None if reach is None else torch.from_numpy(reach)
     return PackedBatch(segments=Segments.build(lengths, until), **fields)
