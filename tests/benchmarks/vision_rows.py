@@ -1,4 +1,4 @@
-"""Rows for the recipes vision-products, vision-statements and vision-four, from photos of products, NLVR and easy-VQA.
+"""Rows for the recipes vision-products, vision-statements and vision-questions, from photos of products, NLVR and easy-VQA.
 
     python tests/benchmarks/vision_rows.py products PRODUCTS OUT
     python tests/benchmarks/vision_rows.py statements NLVR OUT
