@@ -192,5 +192,6 @@ def test_the_engine_rounds_as_the_formula_and_where_numbers_are_made(
         near = learned(bare, packed, adapter)
     assert near[0] < 5e-3 and near[1] < 0.15
     layers = len(model.model.layers)
-    # Attention's result; where neighbours turn, its gradient; where a norm follows, nothing before the first layer.
-    assert len(passes) == layers * (2 if "pairs" in name else 1)
+    # Attention's result; where neighbours turn, or queries are normed, its gradient; what the first layer of OLMo reads
+    # without a norm, and nobody wants the gradient there.
+    assert len(passes) == layers * (2 if "pairs" in name or name == "olmo2" else 1)
