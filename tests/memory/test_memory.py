@@ -28,6 +28,7 @@ from mtl_lora_cli.engine.memory import (
     kept_bytes,
     needed_bytes,
     peak_bytes,
+    peak_parts,
     recompute_of,
     sizes_of,
     weight_bytes,
@@ -137,6 +138,16 @@ def test_fixed_by_hand() -> None:
     both = replace(SMALL, fp8=True, four_bit=True)  # what is quantised stays
     assert fixed_bytes(both) == fixed_bytes(replace(SMALL, four_bit=True)) + 2 * 1152
     assert fixed_bytes(replace(SMALL, four_bit=True)) == 2595 + 1600 + 2 * 8 * 32
+
+
+def test_before_the_first_step_weights_are_there_in_both_forms() -> None:
+    sizes, recompute = replace(EIGHT_B, fp8=True), recompute_of(False, 32)
+    inside = 32 * (4096 * (6144 + 4096 + 28672) + 14336 * 4096)
+    long = peak_parts(sizes, recompute, Load(8192, 768))
+    assert long["weights"] == weight_bytes(sizes) == weight_bytes(EIGHT_B) - 2 * inside
+    short = peak_parts(sizes, recompute, Load(512, 64))
+    assert short["weights"] == weight_bytes(EIGHT_B) and short["activations"] == 0
+    assert short["buffers"] >= 2 * inside
 
 
 def test_margins_by_hand() -> None:
