@@ -14,12 +14,16 @@ import sys
 import warnings
 from multiprocessing.connection import Connection
 
+from mtl_lora_cli.machine import collector
+from mtl_lora_cli.machine.leaving import leave
+
 
 def main() -> None:
     """Do jobs until there are no more."""
     connection = Connection(int(sys.argv[1]))
     planned = connection.recv_bytes()  # before libraries are loaded: whoever sends it waits
     warnings.filterwarnings("ignore")
+    collector.loading()
     # Ctrl-C is passed on by whoever asked, who says it, too.
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         from mtl_lora_cli.compare.work import Work
@@ -30,6 +34,7 @@ def main() -> None:
         work = Work(study)
         while True:
             connection.send(work.attempt(connection.recv()))
+    leave(0)
 
 
 if __name__ == "__main__":
