@@ -16,6 +16,7 @@ from torch import Tensor
 from mtl_lora_cli.errors import CheckError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export import merge as merging
+from mtl_lora_cli.export import weight_check
 from mtl_lora_cli.export.formats.merged import Merged
 from mtl_lora_cli.export.order import Options, Order
 
@@ -128,9 +129,7 @@ def test_what_was_written_has_no_fault(run: Run, merged: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["the update", "one row of it", "another task's"])
-def test_in_16_bits_an_update_below_their_rounding_is_seen(
-    half_run: Run, tmp_path: Path, missing: str
-) -> None:
+def test_in_16_bits_a_missing_update_is_seen(half_run: Run, tmp_path: Path, missing: str) -> None:
     """No value need be further off than rounding may put it: that some are not rounded from the sum is seen."""
     folder = written(half_run, tmp_path / "right", 1)
     assert fault(half_run, folder, 1) is None
@@ -150,6 +149,23 @@ def test_in_16_bits_an_update_below_their_rounding_is_seen(
 
     found = fault(half_run, spoiled(folder, tmp_path / "out", spoil), 1)
     assert found is not None and DOWN in found
+
+
+def test_an_update_near_the_rounding_of_16_bits_is_seen() -> None:
+    """No value is off by more than a neighbour: what is not rounded from the sum is not the sum."""
+    torch.manual_seed(0)
+    base = (1 + torch.rand(64, 48)).bfloat16()  # neighbours are 2⁻⁷ apart
+    update = (torch.rand(4, 48), torch.rand(64, 4), 2.0**-9)
+    exact = base.double() + update[2] * (update[1].double() @ update[0].double())
+    right = exact.bfloat16()
+    assert 0 < (right != base).float().mean() < 0.3
+    assert (base.double() - exact).abs().max() < 2.0**-7, "nearer than neighbours are"
+    assert weight_check._is_sum(right, base, update, 0, None)
+    assert not weight_check._is_sum(base, base, update, 0, None)
+    one = right.clone()
+    row, column = (right != base).nonzero()[0].tolist()
+    one[row, column] = base[row, column]
+    assert not weight_check._is_sum(one, base, update, 0, None)
 
 
 def changed(name: str, **keys: Any) -> Callable[[Path], None]:
