@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent / "shapes"
-COUNTS = {"train": 288, "test": 72}
+COUNTS = {"train": 1152, "test": 144}
 CELL = 28  # pixels of a place
 COLOURS = {
     "red": (220, 40, 40),
@@ -81,7 +81,7 @@ def scene(split: str, number: int) -> tuple[dict[str, str], np.ndarray]:
     pixels = np.full((2 * CELL, 3 * CELL, 3), GROUND, np.uint8)
     for place, (colour, form) in zip(places, shapes, strict=True):
         _paint(pixels, int(place), colour, form, draw)
-    return {"image": f"{split}/{number:03d}.png", "count": str(count), **row}, pixels
+    return {"image": f"{split}/{number:04d}.png", "count": str(count), **row}, pixels
 
 
 def _asked(
