@@ -64,7 +64,7 @@ def test_the_gradient_of_each_experts_mixing() -> None:
     for number, place in enumerate(slot.tolist()):
         if place >= 0:
             wanted[place] += torch.outer(du[number], z[number])
-    found = pair_mix_gradient(du, z, slot, ends, 6)
+    found = pair_mix_gradient(du, z, slot, ends, torch.Size((6, 5, 3)))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 

@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base_model": "mamba",
         "adapter": {"rank": 4, "target_modules": ["in_proj"]},
         "tasks": [{"name": name, "template": f"samples/{name}"} for name in ("animals", "uses")],
-        "training": {"max_steps": 3, "learning_rate": 1e-2, "row_length": 96, "rows_per_step": 4},
+        "training": {"max_steps": 3, "learning_rate": 1e-2, "row_length": 128, "rows_per_step": 4},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder

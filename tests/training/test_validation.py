@@ -64,7 +64,7 @@ def test_the_untrained_loss_is_the_plain_models(
     small: Callable[..., Any], prepared: Prepared, stories_folder: Path, loss_on: str
 ) -> None:
     run = small(validation=Settings(examples=8), loss_on=loss_on)
-    (observer,) = run.trainer._observers
+    (observer,) = (one for one in run.trainer._observers if isinstance(one, Validation))
     expected = plain_losses(prepared, stories_folder, loss_on)
     assert observer.losses() == pytest.approx(expected, abs=1e-4)
 
@@ -134,7 +134,7 @@ def test_a_line_is_shown_and_names_each_task(small: Callable[..., Any]) -> None:
 
 def test_a_loss_that_is_no_number_is_null(small: Callable[..., Any]) -> None:
     run = small(validation=Settings(examples=2))
-    (observer,) = run.trainer._observers
+    (observer,) = (one for one in run.trainer._observers if isinstance(one, Validation))
     assert isinstance(observer, Validation)
     assert None not in observer.look(1).event["metric"].values()
     with torch.no_grad():
