@@ -1,4 +1,4 @@
-"""Layers of a tower behind the last one that the language part is given."""
+"""Layers of a tower that the language part is given nothing of: behind the last one that it reads, or of a pooling head."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+_HEAD = "head"
 _NUMBER = re.compile(r"\.layers?\.(\d+)\.")
 
 
@@ -13,8 +14,14 @@ def unread_layers(model: Any, paths: Iterable[str]) -> list[str]:
     """Those of some modules whose output nobody reads: what learns there gets no gradient.
 
     `vision_feature_layer` of a configuration counts what the tower's layers give from 0 on, the embeddings; −1 is what
-    the last one gives.
+    the last one gives. A tower's pooling head (SigLIP's `head`) makes one vector of a picture, which no such model reads.
     """
+    inside = [path for path in paths if _in_tower(path)]
+    behind = set(_behind(model, inside))
+    return [path for path in inside if path in behind or _HEAD in path.split(".")]
+
+
+def _behind(model: Any, paths: Iterable[str]) -> list[str]:
     config = model.config
     read, tower = (
         getattr(config, name, None) for name in ("vision_feature_layer", "vision_config")
@@ -24,7 +31,7 @@ def unread_layers(model: Any, paths: Iterable[str]) -> list[str]:
         return []
     numbers = read if isinstance(read, list | tuple) else [read]
     last = max(number if number >= 0 else depth + 1 + number for number in numbers)
-    return [path for path in paths if _in_tower(path) and _number(path) >= last]
+    return [path for path in paths if _number(path) >= last]
 
 
 def unread_line(model: Any, paths: Iterable[str]) -> str | None:
@@ -32,9 +39,12 @@ def unread_line(model: Any, paths: Iterable[str]) -> str | None:
     unread = unread_layers(model, paths)
     if not unread:
         return None
+    read = getattr(model.config, "vision_feature_layer", None)
+    where = "of a pooling head, or " if any(_HEAD in path.split(".") for path in unread) else ""
+    layer = "" if read is None else f" (vision_feature_layer: {read})"
     return (
-        f"adapter.target_modules: {named(unread)} of the tower: behind the last layer that the language part "
-        f"reads (vision_feature_layer: {model.config.vision_feature_layer}), so nothing is learned there"
+        f"adapter.target_modules: {named(unread)} of the tower: {where}behind the last layer that the language part "
+        f"reads{layer}, so nothing is learned there"
     )
 
 
