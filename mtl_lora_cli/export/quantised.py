@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from mtl_lora_cli.kernels import int8, nf4
 from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
-from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.load import BUILDING, load_model
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Quantised:
     def rounded(self, weight: Tensor) -> Tensor:
         """Ŵ: the weight quantised as `models/load.py` has it done, and expanded again.
 
+        It waits while a model is loaded: bitsandbytes makes numbers in torch's default dtype, which that sets for all threads.
+
         Args:
             weight: [out, in], or a stack [E, out, in], as the file stores it.
 
@@ -46,6 +49,10 @@ class Quantised:
         """
         import bitsandbytes.functional as bnb
 
+        with BUILDING:
+            return self._rounded(weight, bnb)
+
+    def _rounded(self, weight: Tensor, bnb: Any) -> Tensor:
         weight = weight.to(self.device, self.dtype)
         out = torch.empty_like(weight.flatten(0, -2))
         if self.kind == "int8":
