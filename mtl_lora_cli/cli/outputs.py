@@ -91,6 +91,9 @@ def written_as_json(result: WrittenFolder) -> dict[str, Any]:
         "examples": comparison.examples,
         "largest_difference": comparison.largest,
         "equal_answers": comparison.equal,
+        "largest_difference_unrounded": None
+        if comparison.unrounded is None
+        else comparison.unrounded.largest,
         "scores": {
             label: {name: asdict(measured) for name, measured in metrics.items()}
             for label, metrics in scores.items()
@@ -106,6 +109,7 @@ def written_as_line(result: WrittenFolder) -> str:
     line = (
         f"{result.folder}: on {comparison.examples} held-out rows the largest difference of "
         f"log-probabilities is {comparison.largest:.2e}, equal answers {comparison.equal:.1%}"
+        f"{comparison.told and f', {comparison.told}'}"
     )
     for name, measured in list(comparison.metrics.items())[:1]:
         others = [

@@ -293,8 +293,12 @@ def _check(comparison: Comparison | None) -> str:
     return (
         f"Loaded again after writing, in a process of its own, and compared on {c.examples:,} "
         f"{c.split} rows in {c.dtype}, with 95 % intervals. The first model below this one had to "
-        f"agree {c.asked}:\n\n" + _table(rows)
+        f"agree {c.asked}:\n\n" + _table(rows) + (c.told and f"\n\n{_sentence(c.told)}")
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _measured(measured: Measured) -> str:

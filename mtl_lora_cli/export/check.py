@@ -23,9 +23,16 @@ from mtl_lora_cli.errors import CheckError, MtlLoraError, UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export.check_start import send, started
-from mtl_lora_cli.export.comparison import Comparison, compared
-from mtl_lora_cli.export.formats import FORMATS, Reference, blamed
+from mtl_lora_cli.export.comparison import (
+    Comparison,
+    Unrounded,
+    compared,
+    furthest,
+    largest_difference,
+)
+from mtl_lora_cli.export.formats import FORMATS, Format, Reference, blamed
 from mtl_lora_cli.export.low_rank import ask_at
+from mtl_lora_cli.export.nudged import nudge
 from mtl_lora_cli.export.questions import Questions, Scored
 from mtl_lora_cli.export.shards import matrix_dtypes, read_shard
 from mtl_lora_cli.machine.cards import free_memory, pick_device, release
@@ -37,6 +44,10 @@ from mtl_lora_cli.tasks.task import Task
 # are far from likely; stored weights alone stay ten times below.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 _SAFETENSORS = "*.safetensors"
+_TIMES = (
+    3.0  # as far as one more rounding moves a model; merged and loaded by another program two do
+)
+_ASKED_AGAIN = 8  # rows
 _BYTES_A_VALUE = 5  # of a model in float32, with what a pass takes
 
 
@@ -105,13 +116,22 @@ class WrittenCheck:
             written: waits until it is.
         """
         kind = FORMATS[self.format]()
-        others = {one.label: answers_of(one, questions) for one in self.references}
+        first, *more = self.references
+        judged = self.tolerance is None
+        own, noise = answers_and_noise(first, questions, measured=judged)
+        others = {first.label: own} | {one.label: answers_of(one, questions) for one in more}
         release(questions.run.device)  # before the next model comes
         written()
         with blamed(kind):
             found = kind.read(questions, folder)
-        allowed = _allowed(questions, folder) if self.tolerance is None else self.tolerance
-        return compared(questions, found, others, allowed)
+            unrounded = _unrounded(kind, questions, folder, first, own, found) if judged else None
+        if self.tolerance is not None:
+            allowed = self.tolerance
+        elif unrounded is not None:
+            allowed = TOLERANCE[questions.dtype]
+        else:
+            allowed = max(_allowed(questions, folder), _TIMES * (noise or 0.0))
+        return compared(questions, found, others, allowed, unrounded=unrounded, noise=noise)
 
 
 def _answered(process: Popen[str]) -> Comparison:
@@ -123,6 +143,40 @@ def _answered(process: Popen[str]) -> Comparison:
     if not text:
         raise MtlLoraError(f"the check's process ended with code {process.returncode}")
     return received(json.loads(text))
+
+
+def _unrounded(
+    kind: Format,
+    questions: Questions,
+    folder: Path,
+    reference: Reference,
+    own: Scored,
+    found: Scored,
+) -> Unrounded | None:
+    """Ask the rows that differ most again, with the rounding of the written weights taken back."""
+    ask = kind.unrounded(questions, folder, reference)
+    if ask is None:
+        return None
+    rows = furthest(own.scores, found.scores, _ASKED_AGAIN)
+    gap = largest_difference(ask(rows), [own.scores[row] for row in rows])
+    (coarsest, *_) = sorted(
+        matrix_dtypes(weight_files(folder)), key=lambda dtype: -torch.finfo(dtype).eps
+    )
+    return Unrounded(len(rows), gap, str(coarsest).removeprefix("torch."))
+
+
+def answers_and_noise(
+    reference: Reference, questions: Questions, *, measured: bool
+) -> tuple[Scored, float | None]:
+    """`answers_of`, and what one more rounding moves them by, where it is `measured` and sums are in 16 bits."""
+    if not measured or questions.dtype == torch.float32:
+        return answers_of(reference, questions), None
+    kind = reference.quantization or questions.run.quantization
+    packed = questions.run.but(instead=None, quantization=kind).packed
+    own = questions.ask(packed) if reference.rank is None else answers_of(reference, questions)
+    before = questions.scores_of(packed)
+    nudge(packed.model)
+    return own, largest_difference(before, questions.scores_of(packed))
 
 
 def answers_of(reference: Reference, questions: Questions) -> Scored:

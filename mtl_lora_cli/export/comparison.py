@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,21 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Unrounded:
+    """The written model again, with what the dtype of its weights rounds taken back.
+
+    Attributes:
+        rows: so many were asked again: those on which it differs most from the reference.
+        largest: difference of any candidate's log-probability there from the reference's.
+        dtype: that rounds.
+    """
+
+    rows: int
+    largest: float
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How a written model compared.
 
@@ -41,8 +57,11 @@ class Comparison:
         dtype: that all models computed in, whatever their weights are stored in.
         metrics: the written model's scores.
         models: label → another model; the reference first.
-        allowed: what the reference's `largest` may be.
+        allowed: what the reference's `largest` may be; of an unrounded model, what its own may be.
         titles: metrics as tables show them, where that is not their name.
+        unrounded: where weights were rounded when they were written: what is judged in the place of the
+            reference's `largest`, which is what rounding does.
+        noise: where models were asked in 16 bits: largest difference by which one more rounding moves the run.
     """
 
     split: str
@@ -52,6 +71,8 @@ class Comparison:
     models: Mapping[str, Distance]
     allowed: float
     titles: Mapping[str, str] = field(default_factory=dict)
+    unrounded: Unrounded | None = None
+    noise: float | None = None
 
     def title(self, metric: str) -> str:
         """A metric as tables show it."""
@@ -75,18 +96,35 @@ class Comparison:
     @property
     def holds(self) -> bool:
         """Whether the two agree within tolerance; NaN never does."""
+        if self.unrounded is not None:
+            return self.unrounded.largest <= self.allowed and not math.isnan(self.largest)
         return self.largest <= self.allowed and (self.equal == 1 or not self.predictions_count)
 
     @property
     def predictions_count(self) -> bool:
         """Whether the predictions have to be equal, too."""
-        return self.allowed <= _PREDICTIONS_EQUAL
+        return self.unrounded is None and self.allowed <= _PREDICTIONS_EQUAL
 
     @property
     def asked(self) -> str:
         """What had to hold, in words."""
+        if self.unrounded is not None:
+            taken = f"with the rounding of its weights to {self.unrounded.dtype} taken back"
+            return f"to {self.allowed:g} in log-probabilities {taken}"
         predictions = " and in all predictions" if self.predictions_count else ""
-        return f"to {self.allowed:g} in log-probabilities{predictions}"
+        return f"to {self.allowed:.3g} in log-probabilities{predictions}"
+
+    @property
+    def told(self) -> str:
+        """What was found beside differences as they are, in words; nothing where nothing was."""
+        if self.unrounded is not None:
+            return (
+                f"with the rounding of its weights to {self.unrounded.dtype} taken back {self.unrounded.largest:.2e} "
+                f"on the {self.unrounded.rows} rows that differ most"
+            )
+        if self.noise is not None:
+            return f"one more rounding of the run's embedding moves it by {self.noise:.2e}"
+        return ""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Comparison:
@@ -95,11 +133,25 @@ class Comparison:
             label: Distance(_metrics(found["metrics"]), found["largest"], found["equal"])
             for label, found in content["models"].items()
         }
-        return cls(**{**content, "metrics": _metrics(content["metrics"]), "models": models})
+        undone = content["unrounded"]
+        return cls(
+            **{
+                **content,
+                "metrics": _metrics(content["metrics"]),
+                "models": models,
+                "unrounded": None if undone is None else Unrounded(**undone),
+            }
+        )
 
 
 def compared(
-    questions: Questions, written: Scored, others: Mapping[str, Scored], allowed: float
+    questions: Questions,
+    written: Scored,
+    others: Mapping[str, Scored],
+    allowed: float,
+    *,
+    unrounded: Unrounded | None = None,
+    noise: float | None = None,
 ) -> Comparison:
     """Hold a written model's answers against others'.
 
@@ -107,7 +159,7 @@ def compared(
         questions: that all were asked.
         written: its answers.
         others: label → a model's; the first is the reference.
-        allowed: what the reference's difference may be.
+        allowed, unrounded, noise: as of `Comparison`.
     """
     return Comparison(
         split=questions.examples.split,
@@ -124,6 +176,8 @@ def compared(
         },
         allowed=allowed,
         titles={n: questions.task.template.title(n) for n in questions.task.template.metrics},
+        unrounded=unrounded,
+        noise=noise,
     )
 
 
@@ -135,6 +189,12 @@ def _measured(task: Task, answers: Scored) -> dict[str, Measured]:
 
 def _metrics(content: Mapping[str, Any]) -> dict[str, Measured]:
     return {name: Measured(**measured) for name, measured in content.items()}
+
+
+def furthest(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], count: int) -> list[int]:
+    """The rows that differ most, no number first."""
+    gaps = np.array([np.abs(a - b).max(initial=0) for a, b in zip(ours, theirs, strict=True)])
+    return [int(row) for row in np.argsort(-np.where(np.isnan(gaps), np.inf, gaps))[:count]]
 
 
 def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:

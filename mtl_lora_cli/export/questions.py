@@ -103,9 +103,13 @@ class Questions:
         if own.scores is not None:
             return Scored(own.scores, own.outcome)
         # Free answers were generated; these are the log-probabilities of the right ones.
-        tokens = opened.tokens_per_pass
-        scores = score(packed, self.requests, device=opened.device, tokens_per_pass=tokens)
-        return Scored(scores, own.outcome)
+        return Scored(self.scores_of(packed), own.outcome)
+
+    def scores_of(self, packed: PackedModel) -> list[np.ndarray]:
+        """The log-probabilities alone, of a model in this process."""
+        run = self.run.but(instead=packed)
+        tokens = run.tokens_per_pass
+        return score(packed, self.requests, device=run.device, tokens_per_pass=tokens)
 
     def ask_alone(self, model: Any) -> Scored:
         """Put them to a model of transformers', or of PEFT's on it, and to none of our own code."""

@@ -104,7 +104,7 @@ def _same_but_format(name: str, found: bytes, wanted: bytes, meant: Meant) -> bo
 
 def _weights(folder: Path, meant: Meant) -> str | None:
     """The first tensor that is not what it has to be."""
-    before, after = (_tensors(place) for place in (meant.base.folder, folder))
+    before, after = (stored_tensors(place) for place in (meant.base.folder, folder))
     for name in sorted(before.keys() ^ after.keys()):
         return f"tensor '{name}' {'is missing' if name in before else 'does not belong there'}"
     names = weight_names(meant.base)
@@ -127,7 +127,7 @@ def _weights(folder: Path, meant: Meant) -> str | None:
     return next((one for one in beside_each_other(work, threads) if one is not None), None)
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors of a folder by name.
 
     Raises:
@@ -219,7 +219,7 @@ def _is_sum(
     """Whether rows [n, in] of a merged tensor are round(W + s · B' A'), or round(m ∘ V / ‖V‖) of that V."""
     if update is None:
         return bool(((rows == base) | (rows.isnan() & base.isnan())).all())
-    exact = base.double() + _delta(update, first, len(base), magnitude=False)
+    exact = base.double() + delta(update, first, len(base), magnitude=False)
     factor: Tensor | None = None
     if lengths is not None:
         factor = (lengths[first : first + len(base)].double() / exact.norm(dim=1)).unsqueeze(1)
@@ -229,7 +229,7 @@ def _is_sum(
     some = other.any(dim=1)
     if not some.any():
         return True
-    sizes = base.double().abs() + _delta(update, first, len(base), magnitude=True)
+    sizes = base.double().abs() + delta(update, first, len(base), magnitude=True)
     epsilon = torch.finfo(torch.promote_types(base.dtype, torch.float32)).eps
     error = epsilon * (update[0].shape[-2] + 4) * sizes
     if factor is not None:
@@ -239,7 +239,7 @@ def _is_sum(
     return not bool(wrong.any())
 
 
-def _delta(update: Update, first: int, count: int, *, magnitude: bool) -> Tensor:
+def delta(update: Update, first: int, count: int, *, magnitude: bool) -> Tensor:
     """Some rows of s · B' A' in float64, a stack's matrices below each other; or of |s| |B'| |A'|."""
     down, up, scale = update
     if magnitude:
@@ -252,7 +252,7 @@ def _delta(update: Update, first: int, count: int, *, magnitude: bool) -> Tensor
         expert, start = divmod(first + done, height)
         some = min(height - start, count - done)
         found.append(
-            _delta((down[expert], up[expert], scale), start, some, magnitude=False)
+            delta((down[expert], up[expert], scale), start, some, magnitude=False)
         )  # both are magnitudes already where they have to be
         done += some
     return torch.cat(found)

@@ -133,8 +133,8 @@ def _compared(form: Format, order: Order, temporary: Path) -> Comparison:
     if not comparison.holds:
         reason = (
             f"{form.differs} on task '{order.task.name}': largest difference of log-probabilities "
-            f"{comparison.largest:.3g}, equal answers {comparison.equal:.1%}; they had to agree "
-            f"{comparison.asked}"
+            f"{comparison.largest:.3g}, equal answers {comparison.equal:.1%}"
+            f"{comparison.told and f', {comparison.told}'}; they had to agree {comparison.asked}"
         )
         raise CheckError(set_aside(temporary, order.folder, reason))
     return comparison

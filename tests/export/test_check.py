@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.export import check, check_process
 from mtl_lora_cli.export import merge as merging
 from mtl_lora_cli.export.check import WrittenCheck, questions_about, received
-from mtl_lora_cli.export.comparison import Comparison, Distance, compared
+from mtl_lora_cli.export.comparison import Comparison, Distance, Unrounded, compared
 from mtl_lora_cli.export.formats import Reference
 from mtl_lora_cli.export.formats.merged import Merged
 from mtl_lora_cli.export.order import WrittenFolder
@@ -139,11 +140,66 @@ def test_sixteen_bits_round_what_is_written_and_not_the_comparison(
     run = train(half, dtype="bfloat16", steps=12)
     found = merge(run, tmp_path / "out").comparison
     assert found is not None
-    assert (found.dtype, found.allowed, found.equal) == ("float32", 0.5, 1)
+    assert (found.dtype, found.allowed, found.equal) == ("float32", 1e-3, 1)
+    assert found.unrounded is not None
+    assert 100 * found.unrounded.largest < found.largest, "rounding is all that they differ by"
     in_16_bits = compare(run, tmp_path / "out")
     assert (in_16_bits.dtype, in_16_bits.allowed) == ("bfloat16", 0.5)
+    assert in_16_bits.unrounded is None
     assert 0 < 3 * found.largest < in_16_bits.largest
+    assert in_16_bits.noise is not None
+    assert in_16_bits.noise / 5 < in_16_bits.largest < 5 * in_16_bits.noise
     assert not compare(run, merge(run, tmp_path / "other", 1, checked=False).folder, 0).holds
+
+
+@pytest.fixture(scope="module")
+def loud(train: Callable[..., Run], half: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose logits, and all that moves them, are 32 times as large: rounding takes them far."""
+    folder = Path(shutil.copytree(half, tmp_path_factory.mktemp("base") / "loud"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 32
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return train(folder, dtype="bfloat16", steps=2)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_however_far_rounding_takes_answers_a_right_merge_holds(loud: Run, tmp_path: Path) -> None:
+    found = merge(loud, tmp_path / "out").comparison
+    assert found is not None
+    assert found.largest > 0.5, "more than was ever allowed"
+    assert found.unrounded is not None
+    assert found.unrounded.largest < found.allowed == 1e-3
+    assert "with the rounding of its weights to bfloat16 taken back" in found.asked
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"taken back {found.unrounded.largest:.2e} on the 8 rows that differ most." in readme
+    in_16_bits = compare(loud, tmp_path / "out")
+    assert in_16_bits.noise is not None
+    assert 0.5 < in_16_bits.largest < in_16_bits.allowed == 3 * in_16_bits.noise
+
+
+@pytest.mark.parametrize("how", ["no update", "half of one", "another's place", "another norm"])
+def test_a_wrong_merge_does_not_hold_however_far_rounding_goes(
+    loud: Run, tmp_path: Path, how: str
+) -> None:
+    """By its answers alone: nobody looks at its tensors here, and all of these move them less than rounding may."""
+    folder = merge(loud, tmp_path / "out", checked=False).folder
+    file, name = folder / "model.safetensors", "model.layers.2.self_attn.q_proj.weight"
+    tensors, before = load_file(file), load_file(loud.base.folder / "model.safetensors")
+    if how == "no update":
+        tensors[name] = before[name]
+    elif how == "half of one":
+        tensors[name] = ((tensors[name].float() + before[name].float()) / 2).bfloat16()
+    elif how == "another's place":
+        other = name.replace("2", "3")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    else:
+        tensors["model.layers.1.input_layernorm.weight"] *= 1.02
+    save_file(tensors, file, metadata={"format": "pt"})
+    check = WrittenCheck("merged", [Reference("run")], 8)
+    found = check.compare(questions_about(folder, loud, loud.tasks[0], 8), folder)
+    assert not found.holds
+    assert found.unrounded is not None
+    assert found.unrounded.largest > 1e-3
 
 
 @pytest.mark.usefixtures("in_process")
@@ -153,7 +209,8 @@ def test_a_run_in_float32_on_weights_in_16_bits_is_merged(
     found = merge(train(half, steps=12), tmp_path / "out").comparison
     assert found is not None
     assert found.dtype == "float32"
-    assert 1e-3 < found.largest < found.allowed, "the checkpoint's own rounding"
+    assert found.allowed == 1e-3 < found.largest, "the checkpoint's own rounding"
+    assert found.holds
 
 
 @pytest.mark.usefixtures("in_process")
@@ -165,10 +222,8 @@ def test_a_quantised_run_in_16_bits_is_checked_in_float32(
     run = train(stories_folder, dtype="bfloat16", quantization="nf4", steps=12)
     found = merge(run, tmp_path / "out", base=base).comparison
     assert found is not None
-    assert (found.dtype, found.allowed) == (
-        "float32",
-        {"original": 1e-3, "dequantized": 0.5}[base],
-    )
+    assert (found.dtype, found.allowed) == ("float32", 1e-3)
+    assert (found.unrounded is None) == (base == "original"), "the files are in float32"
     assert found.holds
 
 
@@ -232,7 +287,8 @@ def test_near_ties_may_fall_differently_where_the_dtype_has_some() -> None:
 def test_a_comparison_travels_as_json() -> None:
     measured = {"accuracy": Measured(0.5, 0.25, 0.75), "f1": Measured(None, why="one class")}
     models = {"a": Distance(measured, 0.1, 1.0), "b": Distance({}, float("nan"), 0.0)}
-    sent = Comparison("test", 3, "float32", measured, models, 0.001)
+    undone = Unrounded(8, 1e-5, "bfloat16")
+    sent = Comparison("test", 3, "float32", measured, models, 0.001, {}, undone, 0.25)
     received = Comparison.from_json(json.loads(json.dumps(asdict(sent))))
     assert repr(received) == repr(sent)  # NaN equals nothing
     assert list(received.models) == ["a", "b"]

@@ -15,7 +15,7 @@ here loads a large library: a format does so where it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,6 +26,8 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.extensions import fault_of, is_ours, require_new
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.order import Order
@@ -112,6 +114,21 @@ class Format:
     def read(self, questions: Questions, folder: Path) -> Scored:
         """Put the check's questions to what was written, by code that had no part in writing it."""
         raise NotImplementedError
+
+    def unrounded(
+        self, questions: Questions, folder: Path, reference: Reference
+    ) -> Callable[[Sequence[int]], list[np.ndarray]] | None:
+        """Take back what the dtype of the written weights rounds, in what `read` has read.
+
+        Args:
+            questions: that were asked.
+            folder: what was read.
+            reference: the run as it has to equal it.
+
+        Returns:
+            Scores some rows again, as `Scored.scores`; None where nothing was rounded, or cannot be taken back.
+        """
+        return None
 
     def references(self, order: Order) -> list[Reference]:
         """What it is compared with; what it must equal stands first."""

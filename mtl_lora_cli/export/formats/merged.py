@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.formats import Format, Reference, export_format
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mtl_lora_cli.evaluation.opened import Run
     from mtl_lora_cli.export.comparison import Comparison
     from mtl_lora_cli.export.merge import MergePlan
     from mtl_lora_cli.export.order import Order
     from mtl_lora_cli.export.quantised import Quantised, WeightRounding
     from mtl_lora_cli.export.questions import Questions, Scored
+    from mtl_lora_cli.export.weight_check import Meant
 
 BASES = ("original", "dequantized")
 _USE = """\
@@ -48,6 +52,7 @@ class Merged(Format):
     early = True
 
     _rounding: WeightRounding | None = None
+    _model: Any = None  # as transformers has read it
 
     @property
     def root(self) -> Path:
@@ -82,19 +87,47 @@ class Merged(Format):
 
     def fault(self, order: Order, folder: Path) -> str | None:
         """Every tensor against the sum in float64."""
-        from mtl_lora_cli.export.weight_check import Meant, fault_in
+        from mtl_lora_cli.export.weight_check import fault_in
+
+        return fault_in(folder, self._meant(order))
+
+    def _meant(self, order: Order) -> Meant:
+        """What the folder has to hold."""
+        from mtl_lora_cli.export.weight_check import Meant
 
         run = order.run
         how = self._quantised(order) if order.options.base == "dequantized" else None
         updates, lengths = order.parts
-        meant = Meant(run.base, updates, how, lengths, run.adapter.whole, _sight(run))
-        return fault_in(folder, meant)
+        return Meant(run.base, updates, how, lengths, run.adapter.whole, _sight(run))
 
     def read(self, questions: Questions, folder: Path) -> Scored:
         """By transformers alone, as any user would."""
         from mtl_lora_cli.models.base import find_base_model
 
-        return questions.ask_alone(questions.load_alone(find_base_model(str(folder)).folder))
+        self._model = questions.load_alone(find_base_model(str(folder)).folder)
+        return questions.ask_alone(self._model)
+
+    def unrounded(
+        self, questions: Questions, folder: Path, reference: Reference
+    ) -> Callable[[Sequence[int]], list[np.ndarray]] | None:
+        """By transformers alone, with the sums that the files' dtype has rounded."""
+        import torch
+
+        from mtl_lora_cli.export.alone import score_alone
+        from mtl_lora_cli.export.order import Options, Order
+        from mtl_lora_cli.export.shards import matrix_dtypes
+        from mtl_lora_cli.export.unrounded import take_rounding_back
+        from mtl_lora_cli.models.files import weight_files
+
+        rounded = matrix_dtypes(weight_files(folder)) & {torch.float16, torch.bfloat16}
+        if questions.dtype != torch.float32 or not rounded:
+            return None
+        base = "original" if reference.quantization == "none" else "dequantized"
+        run = questions.run.but(in_float32=False)
+        order = Order(run, questions.task, folder, Options(base=base))
+        coarsest = max(rounded, key=lambda dtype: torch.finfo(dtype).eps)
+        take_rounding_back(self._model, self._meant(order), coarsest)
+        return lambda rows: score_alone(self._model, [questions.requests[row] for row in rows])
 
     def references(self, order: Order) -> list[Reference]:
         found = super().references(order)
