@@ -133,36 +133,65 @@ def _of_towers(
     blocks, fits = _amount(high, "block", draw, ("", "exactly", "only", "at least", "more than"))
     ends = [tower[at] == colour for tower in towers]
     stacked = [(other, colour) in pairwise(tower) for tower in towers]
-    there = f"There {_are(number)} {amount}"
-    kind = draw.randrange(10)
+    said = f"There {_are(number)} {amount}"
+    having = draw.choice(["with", "with", "having", "that has", "which has"])
+    place = draw.choice([f"at the {end}", f"at the {end}", f"as the {end}"])
+    over = draw.choice(["over", "above", "on top of", "on"])
+    kind = draw.randrange(18)
     if kind == 0:
-        return f"{there} with {blocks}", holds(sum(fits(len(tower)) for tower in towers))
-    if kind == 1:
-        return f"{there} with a {colour} block at the {end}", holds(sum(ends))
-    if kind == 2:
-        both = [top and fits(len(tower)) for top, tower in zip(ends, towers, strict=True)]
-        return f"There is a tower with {blocks} with a {colour} block at the {end}", any(both)
-    if kind == 3:
-        both = [top and fits(len(tower)) for top, tower in zip(ends, towers, strict=True)]
-        return f"There is a {colour} block as the {end} of a tower with {blocks}", any(both)
-    if kind == 4:
-        over = draw.choice(["over", "above", "on top of"])
-        return f"{there} with a {colour} block {over} a {other} block", holds(sum(stacked))
+        return f"{said} {having} {blocks}", holds(sum(fits(len(tower)) for tower in towers))
+    if kind in (1, 2):
+        return f"{said} {having} a {colour} block {place}", holds(sum(ends))
+    if kind in (3, 4):
+        both = [one and fits(len(tower)) for one, tower in zip(ends, towers, strict=True)]
+        first = f"There is a tower {having} {blocks} {having} a {colour} block at the {end}"
+        second = f"There is a {colour} block as the {end} of a tower with {blocks}"
+        return first if kind == 3 else second, any(both)
     if kind == 5:
-        return f"{there} with only {colour} blocks", holds(sum({*t} == {colour} for t in towers))
+        return f"{said} {having} a {colour} block {over} a {other} block", holds(sum(stacked))
     if kind == 6:
+        alone = [{*tower} == {colour} for tower in towers]
+        return f"{said} {having} only {colour} blocks", holds(sum(alone))
+    if kind == 7:
         total, right = _amount(draw.randint(1, 6), f"{colour} block", draw)
         return f"There are {total}", right(sum(tower.count(colour) for tower in towers))
-    if kind == 7:
-        own, right = _amount(draw.randint(1, 3), f"{colour} block", draw)
-        return f"There is a tower with {own}", any(right(t.count(colour)) for t in towers)
     if kind == 8:
-        place = draw.randint(1, 2)
-        named = f"the {['second', 'third'][place - 1]} block from the base is {colour}"
-        return f"There is a tower where {named}", any(
-            t[place : place + 1] == [colour] for t in towers
+        own, right = _amount(draw.randint(1, 3), f"{colour} block", draw)
+        return f"There is a tower {having} {own}", any(right(t.count(colour)) for t in towers)
+    if kind == 9:
+        step = draw.randint(1, 2)
+        named = f"the {['second', 'third'][step - 1]} block from the base is {colour}"
+        of_it = [tower[step : step + 1] == [colour] for tower in towers]
+        return f"There is a tower where {named}", any(of_it)
+    if kind == 10:
+        return f"{said} that has only one colour", holds(
+            sum(len({*tower}) == 1 for tower in towers)
         )
-    return f"{there} that has only one colour", holds(sum(len({*tower}) == 1 for tower in towers))
+    if kind == 11:
+        return f"There is a {colour} block {over} a {other} block", any(stacked)
+    if kind == 12:
+        total, right = _amount(number, f"{colour} block", draw, ("", "exactly", "at least", "only"))
+        return f"There {_are(number)} {total} as the {end} of a tower", right(sum(ends))
+    if kind == 13:
+        own, right = _amount(draw.randint(1, 3), f"{colour} block", draw)
+        return f"{said} {having} {own}", holds(sum(right(t.count(colour)) for t in towers))
+    if kind == 14:
+        only = [{*tower} == {colour, other} for tower in towers]
+        both_named = f"only {colour} and {other} blocks" if colour != other else f"{colour} blocks"
+        some = only if colour != other else [colour in tower for tower in towers]
+        return f"{said} {having} {both_named}", holds(sum(some))
+    if kind == 15:
+        high = draw.choice([len(tower) for tower in towers])
+        word = NUMBERS[high]
+        right_one = [one for one, t in zip(ends, towers, strict=True) if len(t) == high]
+        shown = f"The tower with {word} block{'' if high == 1 else 's'} has"
+        return f"{shown} a {colour} block at the {end}", any(right_one)
+    if kind == 16:
+        all_three = [len({*tower}) == 3 for tower in towers]
+        return f"{said} with blocks of all 3 colours", holds(sum(all_three))
+    heights = [len(tower) for tower in towers]
+    same = max(heights.count(height) for height in heights)
+    return f"There are {draw.choice(['', 'at least '])}two towers with the same height", same >= 2
 
 
 def _of_a_tower(
@@ -206,7 +235,12 @@ def _of_boxes(
     amount, holds = _amount(number, "box", draw)
     amount = amount.replace("boxs", "boxes")
     things, fits = _amount(draw.randint(1, 5), thing, draw)
-    kind = draw.randrange(9)
+    kind = draw.randrange(13)
+    if kind >= 9:
+        told = _edges(boxes, crops, draw)
+        if told is not None:
+            return told
+        kind = draw.randrange(8)
     if kind == 0:
         return f"There is a box with {things}", any(fits(count) for count in inside)
     if kind == 1:
@@ -234,6 +268,27 @@ def _of_boxes(
     amount = amount.replace("boxs", "boxes")
     said = f"There {_are(number)} {amount} with a {colour} item touching the wall"
     return said, holds(sum(touched))
+
+
+def _edges(
+    boxes: Sequence[Sequence[Row]], crops: Sequence[np.ndarray], draw: random.Random
+) -> Claim | None:
+    """How many things of a kind touch an edge, or touch none; nothing where the pixels do not say it of each."""
+    colour, shape = draw.choice(list(PIXELS)), draw.choice([*SHAPES, "object"])
+    reached, free = 0, 0
+    for box, crop in zip(boxes, crops, strict=True):
+        same = [one for one in box if COLOURS[one["color"]] == colour]
+        kept = [one for one in same if shape in (one["type"], "object")]
+        there = bool(touching(crop)[colour])
+        if there and len(same) > 1 and kept:
+            return None
+        reached, free = reached + there * len(kept), free + (not there) * len(kept)
+    number = draw.randint(1, 3)
+    amount, fits = _amount(number, f"{colour} {shape}", draw)
+    start = f"There {_are(number)} {amount}"
+    if draw.random() < 0.5:
+        return f"{start} touching {draw.choice(['the edge', 'an edge', 'the wall'])}", fits(reached)
+    return f"{start} not touching {draw.choice(['any edge', 'the edge'])}", fits(free)
 
 
 def _wall(draw: random.Random) -> tuple[str, set[str]]:
@@ -268,6 +323,22 @@ def _of_a_box(
         }
     wall, names = _wall(draw)
     return f"There is a {colour} item touching the {wall}", bool(names & touching(crops[0])[colour])
+
+
+def described(items: Sequence[Row], crop: np.ndarray) -> str:
+    """What is in a box, in words: a tower's blocks from its base on; or how many of each kind, and which walls they touch."""
+    if are_towers([items]):
+        tower = [COLOURS[one["color"]] for one in items]
+        return f"a tower of {len(tower)}: {', '.join(tower)}"
+    found: dict[str, int] = {}
+    for one in items:
+        size = {10: "small", 20: "medium", 30: "big"}[one["size"]]
+        kind = f"{size} {COLOURS[one['color']]} {one['type']}"
+        found[kind] = found.get(kind, 0) + 1
+    walls = touching(crop)
+    touched = [f"{colour} {' '.join(sorted(walls[colour]))}" for colour in PIXELS if walls[colour]]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items()))
+    return f"{len(items)} items: {kinds}; touching: {', '.join(touched) or 'nothing'}"
 
 
 def counts_of(items: Sequence[Row], draw: random.Random) -> Iterator[tuple[str, int]]:

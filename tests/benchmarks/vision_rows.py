@@ -12,8 +12,8 @@ out. Titles of test photos that stand in training, too, are left out of `titles/
 a photo, made of its colour, type and audience: a title's words alone never say whether they are true. Each training
 photo stands there three times, twice as a part of itself, in `crops/`. `boxes` are the
 same statements with each box as a picture of its own, and, of the training pictures alone, statements that a script makes
-of what is in the boxes, of all three (`made/`) and of one (`inside/`), and
-questions of how many there are (`counts/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
+of what is in the boxes, of all three (`made/`) and of one (`inside/`),
+questions of how many there are (`counts/`), and what is in each box in words (`described/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
 question.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nlvr_statements import counts_of, in_order, statements_of
+from nlvr_statements import counts_of, described, in_order, statements_of
 from PIL import Image, ImageOps
 
 Row = dict[str, Any]
@@ -121,23 +121,39 @@ def titles(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def made_titles(rows: Sequence[Row]) -> Iterator[Row]:
-    """Of each photo four: two of its own colour, two of another one, drawn as often as it is some photo's.
+    """Of each photo six, three of its own colour, three of another one: its words never say whether a title is true.
 
-    Three are so short that many photos share them, true of some and false of others; one is the photo's own title with its
-    colour exchanged.
+    Three are so short that many photos share them; one is the photo's own title with its colour exchanged, and two are
+    titles of other products of its type and audience that name a colour, with the photo's own in its place and with another.
+    Other colours are drawn as often as they are some photo's, those of the same type and audience half the time.
     """
     draw = random.Random(SEED)
     colours = [row["colour"] for row in rows]
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        own, title = row["colour"], row["title"]
+        groups.setdefault((row["type"], row["audience"]), []).append(row)
+    for row in rows:
+        own, group = row["colour"], groups[row["type"], row["audience"]]
         others = [one for one in colours if one != own]
-        other = draw.choice(others)
-        yield {"image": row["image"], "title": short(row, own, True), "fits": "yes"}
-        yield {"image": row["image"], "title": short(row, own, False), "fits": "yes"}
-        yield {"image": row["image"], "title": short(row, other, draw.random() < 0.5), "fits": "no"}
-        other = draw.choice(others)
-        changed = title.replace(own, other) if own in title else short(row, other, True)
-        yield {"image": row["image"], "title": changed, "fits": "no"}
+        near = [one["colour"] for one in group if one["colour"] != own] or others
+        named = [one for one in group if one["colour"] in one["title"]] or [row]
+
+        def other(others: list[str] = others, near: list[str] = near) -> str:
+            return draw.choice(near if draw.random() < 0.5 else others)
+
+        def exchanged(one: Row, colour: str, row: Row = row) -> str:
+            known = one["colour"] in one["title"]
+            return (
+                one["title"].replace(one["colour"], colour) if known else short(row, colour, True)
+            )
+
+        for fitting, false in (
+            (short(row, own, True), short(row, other(), draw.random() < 0.5)),
+            (short(row, own, False), exchanged(row, other())),
+            (exchanged(draw.choice(named), own), exchanged(draw.choice(named), other())),
+        ):
+            yield {"image": row["image"], "title": fitting, "fits": "yes"}
+            yield {"image": row["image"], "title": false, "fits": "no"}
 
 
 def short(row: Row, colour: str, audience: bool) -> str:
@@ -171,7 +187,7 @@ def boxes(source: Path, out: Path) -> None:
     crops = out / "crops"
     crops.mkdir(parents=True, exist_ok=True)
     shown = {row["image"]: cropped(source, row["image"], crops) for row in [*learned, *kept]}
-    for folder in ("statements", "made", "inside", "counts"):
+    for folder in ("statements", "made", "inside", "counts", "described"):
         link(out / folder, crops)
     for split, rows in (("train", learned), ("test", kept)):
         write(
@@ -183,6 +199,7 @@ def boxes(source: Path, out: Path) -> None:
         )
     draw = random.Random(SEED)
     made, inside, counts = [], [], []
+    words: dict[str, str] = {}
     for row in learned:
         names = shown[row["image"]]
         arrays = [np.asarray(Image.open(crops / Path(name).name)) for name in names]
@@ -192,6 +209,7 @@ def boxes(source: Path, out: Path) -> None:
             for sentence, truth in statements_of(items, arrays, draw, MADE)
         ]
         for name, own, array in zip(names, items, arrays, strict=True):
+            words[name] = described(own, array)
             inside += [
                 {"image": name, "sentence": sentence, "label": "true" if truth else "false"}
                 for sentence, truth in statements_of([own], [array], draw, INSIDE)
@@ -200,7 +218,13 @@ def boxes(source: Path, out: Path) -> None:
                 {"image": name, "thing": thing, "count": str(count)}
                 for thing, count in counts_of(own, draw)
             ]
-    for folder, rows in (("made", made), ("inside", inside), ("counts", counts)):
+    said = [{"image": name, "description": text} for name, text in words.items()]
+    for folder, rows in (
+        ("made", made),
+        ("inside", inside),
+        ("counts", counts),
+        ("described", said),
+    ):
         write(out / folder / "train.jsonl", rows)
     print(
         f"train: {len(learned)} statements, {len(made)} made of three boxes, {len(inside)} of one, "
