@@ -124,8 +124,8 @@ def made_titles(rows: Sequence[Row]) -> Iterator[Row]:
     """Of each photo six, three of its own colour, three of another one: its words never say whether a title is true.
 
     Three are so short that many photos share them; one is the photo's own title with its colour exchanged, and two are
-    titles of other products of its type and audience that name a colour, with the photo's own in its place and with another.
-    Other colours are drawn as often as they are some photo's, those of the same type and audience half the time.
+    titles of its type and audience that name a colour, with the photo's own in its place and with another. Other colours
+    are drawn as often as they are some photo's, half of them among photos of the same type and audience.
     """
     draw = random.Random(SEED)
     colours = [row["colour"] for row in rows]

@@ -1,4 +1,4 @@
-"""Statements that a benchmark's script makes of pictures of towers are what the pictures show: read off the pixels."""
+"""Rows that benchmarks' scripts make: statements are what the pictures show, read off the pixels; titles what a photo's row says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "nlvr_statements.py"
 GROUND = (211, 211, 211)
-WORDS = {"one": 1, "two": 2, "three": 3, "four": 4}
+WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,96 @@ def test_statements_of_a_tower_are_what_its_pixels_say(script: ModuleType) -> No
                         asked[pattern] += 1
                         assert rule(seen, match) == truth, (seen, sentence)
     assert min(asked.values()) > 5, asked
+
+
+OF_THREE: list[tuple[str, Callable[[list[list[str]], re.Match[str]], bool]]] = [
+    (
+        r"There is a (\w+) block (?:over|above|on top of|on) a (\w+) block",
+        lambda all, m: any([m[2], m[1]] == t[n : n + 2] for t in all for n in range(3)),
+    ),
+    (
+        r"The tower with (\w+) blocks? has a (\w+) block at the top",
+        lambda all, m: any(len(t) == _number(m[1]) and t[-1] == m[2] for t in all),
+    ),
+    (
+        r"There are at least (\w+) (\w+) blocks",
+        lambda all, m: sum(t.count(m[2]) for t in all) >= _number(m[1]),
+    ),
+    (
+        r"There is exactly (?:one|1) tower with only (\w+) blocks",
+        lambda all, m: sum(set(t) == {m[1]} for t in all) == 1,
+    ),
+    (
+        r"There is at least (?:one|1) tower with blocks of all 3 colours",
+        lambda all, _: any(len(set(t)) == 3 for t in all),
+    ),
+    (
+        r"There are (?:at least )?two towers with the same height",
+        lambda all, _: len({len(t) for t in all}) < 3,
+    ),
+]
+
+
+def test_statements_of_three_towers_are_what_their_pixels_say(script: ModuleType) -> None:
+    draw = random.Random(5)
+    names = {name: code for code, name in script.COLOURS.items()}
+    asked = {pattern: 0 for pattern, _ in OF_THREE}
+    for _ in range(80):
+        towers = [draw.choices(list(script.PIXELS), k=draw.randint(1, 4)) for _ in range(3)]
+        boxes = [[{"type": "square", "size": 20, "color": names[one]} for one in t] for t in towers]
+        crops = [_drawn(tower, script.PIXELS, draw.randrange(80)) for tower in towers]
+        seen = [_read(crop, script.PIXELS) for crop in crops]
+        for crop, items, tower in zip(crops, boxes, seen, strict=True):
+            assert script.described(items, crop) == f"a tower of {len(tower)}: {', '.join(tower)}"
+        for sentence, truth in script.statements_of(boxes, crops, draw, 12):
+            for pattern, rule in OF_THREE:
+                match = re.fullmatch(pattern, sentence)
+                if match is not None:
+                    asked[pattern] += 1
+                    assert rule(seen, match) == truth, (seen, sentence)
+    assert min(asked.values()) > 2, asked
+
+
+def test_things_at_an_edge_are_counted_where_the_pixels_say_it(script: ModuleType) -> None:
+    """Of a blue circle at the left wall and two black squares that touch none."""
+    crop = np.full((10, 10, 3), GROUND, np.uint8)
+    crop[4:5, 0:1] = script.PIXELS["blue"]
+    crop[6:7, 3:4] = crop[2:3, 7:8] = script.PIXELS["black"]
+    codes = {name: code for code, name in script.COLOURS.items()}
+    kinds = [("circle", "blue"), ("square", "black"), ("square", "black")]
+    box = [{"type": kind, "size": 10, "color": codes[colour]} for kind, colour in kinds]
+    empty = np.full((10, 10, 3), GROUND, np.uint8)
+    draw = random.Random(0)
+    told = dict(script._edges([box, [], []], [crop, empty, empty], draw) for _ in range(4000))
+    assert told["There is exactly one blue circle touching the edge"] is True
+    assert told["There are exactly two black squares not touching any edge"] is True
+    assert told["There is exactly one black square touching the edge"] is False
+    said = "3 items: 2 small black square, 1 small blue circle; touching: blue left"
+    assert script.described(box, crop) == said
+
+
+def test_words_of_made_titles_never_say_whether_they_are_true(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    rows = importlib.import_module("vision_rows")
+    colours = ["Red", "Blue", "Black", "White"]
+    photos = [
+        {
+            "image": f"{n}.jpg",
+            "type": "Shirts",
+            "audience": "Men",
+            "colour": colours[n % 4],
+            "title": f"Maker{n} Men {colours[n % 4]} Shirt",
+        }
+        for n in range(40)
+    ]
+    own = {row["image"]: row["colour"] for row in photos}
+    made = list(rows.made_titles(photos))
+    assert [row["fits"] for row in made] == ["yes", "no"] * (3 * len(photos))
+    for row in made:
+        named = [colour for colour in colours if colour in row["title"].split()]
+        assert len(named) == 1
+        assert (named == [own[row["image"]]]) == (row["fits"] == "yes"), row
+    per_title = {row["title"] for row in made if row["fits"] == "yes"}
+    assert len(per_title & {row["title"] for row in made if row["fits"] == "no"}) > 10
