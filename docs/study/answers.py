@@ -1,7 +1,9 @@
 """The study's answers: of every stage one compressed file, and what becomes of it.
 
     python docs/study/answers.py unpack FOLDER         each stage's plan and results, as `compare` reads them
-    python docs/study/answers.py pack FOLDER           the other way, from comparisons that have ended
+    python docs/study/answers.py pack FOLDER           the other way, of the stages that FOLDER has
+
+The next study's stages are `next/0`, `next/1` and so on, as far as they are in.
 
 `answers.json.xz` of a stage holds every result file of its runs: recipe, versions, metrics, and of each
 example the right answer, the model's, and its score, rounded to five decimals; nothing else is left
@@ -21,6 +23,8 @@ from typing import Any
 
 STUDY = Path(__file__).resolve().parent
 STAGES = ("rates", "forms", "search", "parts", "field", "single", "confirm", "unbalanced")
+# Of the next study; a later stage stands here before it has a run.
+NEXT = ("next/0", "next/1", "next/2", "next/3", "next/4-0", "next/4-1", "next/4-2")
 ANSWERS, HASHES = "answers.json.xz", "results.sha256"
 DIGITS = 5
 Result = dict[str, Any]
@@ -89,7 +93,10 @@ def unpack(stage: str, folder: Path) -> None:
 
 
 def pack(stage: str, folder: Path) -> None:
-    """Compress the result files of an ended stage."""
+    """Keep a stage's plan and compress its result files."""
+    (STUDY / stage).mkdir(parents=True, exist_ok=True)
+    if (folder / stage / "plan.json").is_file():
+        shutil.copy(folder / stage / "plan.json", STUDY / stage / "plan.json")
     paths = sorted((folder / stage).rglob("results/*.json"))
     results = {
         path.relative_to(folder / stage).as_posix(): json.loads(path.read_text(encoding="utf-8"))
@@ -103,8 +110,10 @@ def main() -> None:
     ways = {"pack": pack, "unpack": unpack}
     if len(sys.argv) != 3 or sys.argv[1] not in ways:
         sys.exit(__doc__)
-    for stage in STAGES:
-        ways[sys.argv[1]](stage, Path(sys.argv[2]))
+    there = Path(sys.argv[2]) if sys.argv[1] == "pack" else STUDY
+    for stage in (*STAGES, *NEXT):
+        if (there / stage).is_dir():
+            ways[sys.argv[1]](stage, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The next study (docs/study.md): 300 runs in five stages, a result file a run, going on where it stopped; by hand:
 
     python tests/benchmarks/next_study.py OUTPUT STAGE [--jobs 3] [--dry-run] [--runs N] [--base-model FILE]
-                                                       STAGE 0 to 4, or status
+                                                       STAGE 0 to 4, status or report
 
 Arms, spaces, seeds and mixtures stand here and were committed before the first run. A stage is one comparison or
 several in OUTPUT/STAGE…, each a queue of its own: what has a result is passed over. A later stage reads what the
 one before chose: 0 the spike control, on LoRA alone; 1 the rates of each arm, by the mean validation score of
 two seeds. All runs of a study are of one revision and one type of card: another one is refused, unless
-`--mixed` says that it is known. `--runs` stops after so many more. `MTL_LORA_DATA` names the data; it, OUTPUT and the
+`--mixed` says that it is known. `--runs` stops after so many more. `report` prints the tables of the page. `MTL_LORA_DATA` names the data; it, OUTPUT and the
 file of `--base-model` stay where they are from session to session, for they stand in the plan.
 """
 
@@ -271,10 +271,48 @@ def status(output: Path) -> dict[str, int]:
     }
 
 
+def report(output: Path) -> Iterator[str]:
+    """The tables of the stages that choose, of the runs that are there; the others have `compare --report-only`."""
+    yield from _controls_table(results(output / "0"))
+    yield ""
+    yield from _search_table(results(output / "1"))
+
+
+def _controls_table(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Stage 0: mean validation score, in brackets the steps that were spikes."""
+    yield "| spike control, β₂ | η_B 4e-3 | η_B 8e-3 | mean |"
+    yield "| --- | --- | --- | --- |"
+    for name in controls():
+        own = [every.get(f"{name}-up{up}-seed0") for up in ("4e-3", "8e-3")]
+        cells = [f"{_percent(one)} ({one['spikes']})" if one else "" for one in own]
+        both = [100 * average(one[VALIDATION]) for one in own if one]
+        cells.append(f"{fmean(both):.2f}" if len(both) == 2 else "")
+        yield f"| {name.replace('-b', ', ')} | {' | '.join(cells)} |"
+
+
+def _search_table(every: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Stage 1: mean validation score of the seeds that are there; with one alone a star."""
+    yield f"| η; factors of B, Λ, G, e | {' | '.join(SEARCHED)} |"
+    yield "| --- |" + " --- |" * len(SEARCHED)
+    for number, drawn in enumerate(draws()):
+        cells = []
+        for arm in SEARCHED:
+            ids = [f"{arm}-{number}-seed{seed}" for seed in SEEDS["1"]]
+            own = [100 * average(every[one][VALIDATION]) for one in ids if one in every]
+            star = "" if len(own) == len(ids) else "*"
+            cells.append(f"{fmean(own):.2f}{star}" if own else "")
+        factors = ", ".join(f"{drawn[part]:g}" for part in FINE_PARTS)
+        yield f"| {drawn['rate']:.3g}; {factors} | {' | '.join(cells)} |"
+
+
+def _percent(result: Mapping[str, Any]) -> str:
+    return f"{100 * average(result[VALIDATION]):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("stage", choices=[*RUNS, "status"])
+    parser.add_argument("stage", choices=[*RUNS, "status", "report"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--mixed", action="store_true")
@@ -287,6 +325,9 @@ def main() -> None:
             "\n".join(f"stage {stage}: {there[stage]} of {count}" for stage, count in RUNS.items())
         )
         print(f"{sum(there.values())} of {sum(RUNS.values())} runs are in")
+        return
+    if options.stage == "report":
+        print("\n".join(report(options.output)))
         return
     changes = [f"base_model={options.base_model}"] if options.base_model else []
     for study in studies(options.stage, options.output, *changes):

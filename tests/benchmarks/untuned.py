@@ -10,8 +10,8 @@ which favours it. Looks and checkpoints are left out: they change nothing that i
 
 It is a queue: OUTPUT keeps a file a run, what is there is not done again, and each of `--jobs` processes takes the
 next run until `--minutes` are over. A run is begun only where the longest one so far would still end; whatever
-goes on then is given up. On a card MPS lets small models compute side by side (docs/comparing.md). The table
-is that of docs/study.md. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
+goes on then is given up. On a card MPS lets small models compute side by side (docs/comparing.md). The tables
+are those of docs/study.md: the seeds asked for, and all seeds together. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 DRAWN_BY = 20261130
@@ -62,6 +62,7 @@ BEFORE = (
 )
 READY = "ready"  # beside the results: the base model and the recipes are there
 CLAIMED = ".claimed"
+SEEDS = 10  # of the second table, as many as there are
 
 
 def mixtures(count: int) -> list[tuple[str, ...]]:
@@ -238,6 +239,27 @@ def _rows(head: str, tasks: Sequence[str], there: Mapping[str, Mapping[str, Any]
     yield f"| {head} | mean | | {' | '.join(means)}{rate} | |"
 
 
+def over_seeds(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
+    """The table of what `init` writes over the seeds that are there: a row for each task of a mixture.
+
+    A score is the mean over seeds, with its standard deviation; the last column says in how many of the
+    seeds the interval lies above the majority answer's score.
+    """
+    yield "| mixture | task | majority | mean (SD) | lowest | highest | above the majority |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for number, tasks in enumerate(mixtures(count)):
+        files = [result_file(folder, number, WRITTEN, seed) for seed in seeds]
+        there = [json.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
+        for task in tasks if len(there) > 1 else ():
+            own = [one["tasks"][task] for one in there]
+            values = [one["value"] for one in own]
+            yield (
+                f"| {number} | {task}, {own[0]['metric']} | {own[0]['majority']:.3f} | {fmean(values):.3f} "
+                f"({stdev(values):.3f}) | {min(values):.3f} | {max(values):.3f} | "
+                f"{sum(map(is_above, own))} of {len(own)} |"
+            )
+
+
 def mean(result: Mapping[str, Any]) -> float:
     """Of its tasks' scores."""
     return fmean(task["value"] for task in result["tasks"].values())
@@ -333,7 +355,8 @@ def main() -> None:
     if not options.report_only:
         run_queue(options, time.time() + 60 * options.minutes)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    print("\n".join(report(options.output, options.mixtures, seeds)))
+    print("\n".join(report(options.output, options.mixtures, seeds)), end="\n\n")
+    print("\n".join(over_seeds(options.output, options.mixtures, range(SEEDS))))
 
 
 def run_queue(options: argparse.Namespace, until: float) -> None:

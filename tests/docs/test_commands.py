@@ -122,6 +122,19 @@ NOT_RUN = {
     "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --jobs 6": (
         "trains for minutes on a card"
     ),
+    "git worktree add --detach ../frozen 7397dae853aba54341cc3d552909f06e94feb267": (
+        "needs a clone with its history"
+    ),
+    "env --chdir=../frozen PYTHONPATH=. python tests/benchmarks/next_study.py $STUDY/next 1 "
+    "--base-model $MODEL --jobs 4": "trains for half an hour on a card",
+    **dict.fromkeys(
+        (
+            "python docs/study/answers.py unpack $STUDY",
+            "python docs/study/answers.py pack $STUDY",
+            "python tests/benchmarks/next_study.py $STUDY/next report",
+        ),
+        "reads the files of this repository; tests/docs/test_next_study.py does it",
+    ),
     "# rotated.py": "tests/extensions/test_method.py trains it, in processes of its own",
     "python docs/study/answers.py unpack comparisons/study": (
         "reads the files of this repository; tests/docs/test_study.py does it"

@@ -13,6 +13,8 @@ import pytest
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.adapters.methods.base import Settings
 
+from .pages import imported
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
 # SmolLM2-135M: module → (out, in), in each of 30 layers.
@@ -89,8 +91,40 @@ def test_a_later_stage_waits_for_the_one_before(plan: Any, tmp_path: Path) -> No
     assert plan.status(tmp_path) == dict.fromkeys("01234", 0)
 
 
-def test_the_table_of_who_tunes_nothing_is_made_of_its_result_files() -> None:
+def test_the_tables_of_who_tunes_nothing_are_made_of_its_result_files() -> None:
     untuned = benchmark("untuned")
-    lines = list(untuned.report(ROOT / "docs" / "study" / "untuned", 5, range(10)))
+    kept = ROOT / "docs" / "study" / "untuned"
+    lines = list(untuned.report(kept, 5, [0]))
     assert len(lines) > 2
     assert "\n".join(lines) in PAGE
+    seeds = list(untuned.over_seeds(kept, 5, range(10)))
+    assert len(seeds) == 2 or "\n".join(seeds) in PAGE  # 2: no mixture has a second seed yet
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs that are in, as the queue left them."""
+    folder = tmp_path_factory.mktemp("next")
+    answers = imported("study/answers")
+    for stage in answers.NEXT:
+        if (answers.STUDY / stage).is_dir():
+            answers.unpack(stage, folder)
+            text = answers.hashes(answers.files(stage))
+            assert text == (answers.STUDY / stage / answers.HASHES).read_text(encoding="utf-8")
+    return folder / "next"
+
+
+def test_the_page_says_how_many_runs_are_in_and_of_which_commit(plan: Any, kept: Path) -> None:
+    count = sum(plan.status(kept).values()) if kept.is_dir() else 0
+    assert f"**{count} of {sum(plan.RUNS.values())} runs are in.**" in PAGE
+    (commit,) = re.findall(r"^git worktree add .* ([0-9a-f]{40})$", PAGE, re.MULTILINE)
+    for stage in plan.status(kept):
+        for name, result in plan.results(kept / stage).items():
+            assert result["environment"]["git_revision"] == commit, name
+
+
+def test_the_tables_of_the_stages_are_made_of_their_runs(plan: Any, kept: Path) -> None:
+    controls, searched = "\n".join(plan.report(kept)).split("\n\n")
+    for stage, table in (("0", controls), ("1", searched)):
+        if plan.results(kept / stage):
+            assert table in PAGE
