@@ -217,7 +217,7 @@ def started(
     folder = training.new_run_path(loaded, runs, processes)
     if not dry_run:
         read_ahead(loaded.recipe.base_model, loaded.base)
-    prepared = prepare(loaded, processes, extends=extends, begins=begins)
+    prepared = prepare(loaded, processes, extends=extends, begins=begins, learned=not dry_run)
     require_fit(prepared)
     if dry_run:
         if processes.main:

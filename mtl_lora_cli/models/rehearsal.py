@@ -25,7 +25,12 @@ from mtl_lora_cli.machine.cards import release
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import BUILDING, adapt, load_config, model_class
+from mtl_lora_cli.models.noise import draw
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.side_by_side import LIKELIEST, MOST_ASKED, Asked, together
+from mtl_lora_cli.models.small import small_of
+from mtl_lora_cli.models.stand_in import LONG, critical_lengths
+from mtl_lora_cli.models.trust import SHORT
 from mtl_lora_cli.models.trusted import code_fingerprint
 from mtl_lora_cli.runs.atomic import write_json
 from mtl_lora_cli.runs.paths import cache_folder
@@ -55,7 +60,10 @@ def rehearse(
         done = _marker(config, settings, dtype, device)
         if done.is_file() and _kept().is_dir():
             return
-        _pass(base, config, settings, tasks, batch(), dtype, device)
+        with compiled_beside():
+            _pass(base, config, settings, tasks, batch(), dtype, device)
+            with suppress(Exception):  # there may be no small model
+                _small(load_config(base), device)
         done.parent.mkdir(parents=True, exist_ok=True)
         write_json(done, {})
     release(device)
@@ -77,8 +85,25 @@ def _pass(
     if packed.decoder is None or not packed.decoder.fixed_shapes():
         return
     moved = batch.to(device)
-    with compiled_beside(), packed.routed(moved):
+    with packed.routed(moved):
         packed.losses(moved).sum().backward()
+    _asked(packed.eval(), draw(SHORT, config))
+
+
+def _small(config: Any, device: torch.device) -> None:
+    """The small model of the self-test, in 32 bits."""
+    packed = PackedModel(small_of(config, None, device, torch.float32).model).eval()
+    if packed.decoder is not None:
+        critical = critical_lengths(packed.model.config.get_text_config())
+        _asked(packed, draw([LONG, *critical, *SHORT], packed.model.config))
+
+
+@torch.no_grad()
+def _asked(packed: PackedModel, examples: Sequence[torch.Tensor]) -> None:
+    """The self-test's questions; what they say means nothing here."""
+    counts = [min(len(example) - 1, MOST_ASKED) for example in examples]
+    nothing = [torch.zeros(count, LIKELIEST, dtype=torch.long) for count in counts]
+    together(packed, examples, [Asked(tokens, tokens.float()) for tokens in nothing])
 
 
 def _shallow(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,6 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.host import (
     Dataset,
     Host,
@@ -41,15 +41,14 @@ from mtl_lora_cli.models.load import (
 )
 from mtl_lora_cli.models.packed import PackedModel, Rounding
 from mtl_lora_cli.models.quiet import quiet_loading
-from mtl_lora_cli.models.rehearsal import rehearse
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.capacity import PassSizes, padded
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.gradient_start import require_gradients
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
+from mtl_lora_cli.training.rehearsed import begin
 from mtl_lora_cli.training.validation import (
     HeldOut,
     Validation,
@@ -77,6 +76,7 @@ class Prepared:
         begins: the run at whose adapter this one begins; None: it begins afresh.
         objective: what learns the tasks where they are no text.
         held: then the examples that `training.validation` looks at.
+        rehearsed: waits until kernels are compiled (`rehearsed.begin`); None: that was not begun.
     """
 
     recipe: Recipe
@@ -95,6 +95,7 @@ class Prepared:
     begins: RunFolder | None = None
     objective: Objective | None = None
     held: Dataset | None = None
+    rehearsed: Callable[[], None] | None = None
 
     @property
     def unvalidated(self) -> list[str]:
@@ -120,6 +121,7 @@ class Prepared:
             UsageError: the recipe names a layer or a part of the adapter that does not exist.
             MtlLoraError: the adapter of the run that is extended is damaged or another one by now.
         """
+        self.rehearse()
         set_seed(self.recipe.training.seed)
         host: Host
         if self.objective is None:
@@ -133,6 +135,14 @@ class Prepared:
             torch.manual_seed(hash((self.recipe.training.seed, self.processes.rank)) % 2**63)
         return host, adapter
 
+    def rehearse(self) -> None:
+        """Have kernels compiled beside each other before the model is there, or wait until they are."""
+        if self.objective is None and self.rehearsed is None:
+            tasks = self.data.tasks
+            self.rehearsed = begin(self.recipe, self.base, tasks, self.dtype, self.device)
+        if self.rehearsed is not None:
+            self.rehearsed()
+
     def _learning(self, adapter: Adapter) -> Adapter:
         """A fresh adapter, all of which learns, or what is added to a run's."""
         if self.extends is not None:
@@ -145,8 +155,6 @@ class Prepared:
 
     def _text(self) -> tuple[PackedModel, Adapter]:
         cut = self.recipe.distributed.zero_stage == 3
-        if self.data.eyes is None and not cut:
-            self._rehearse()
         model = load_model(
             self.base,
             dtype=self.dtype,
@@ -186,20 +194,6 @@ class Prepared:
                 {"use_reentrant": False, "context_fn": adapter.routing.recomputed}
             )
         return packed, adapter
-
-    def _rehearse(self) -> None:
-        """Kernels are compiled beside each other before the model is there."""
-        training, data = self.recipe.training, self.data
-
-        def batch() -> PackedBatch:
-            rows = data.mixture.step(0)[1][: training.rows_per_pass]
-            found = training_batch(rows, data.splits, loss_on=training.loss_on, share=data.shares)
-            sizes = PassSizes(training.row_length, len(data.tasks), rows=(training.rows_per_pass,))
-            return padded(found, sizes.capacity(found))  # kernels know whether sizes are round
-
-        names = [task.name for task in data.tasks]
-        adapter = self.recipe.adapter
-        rehearse(self.base, adapter, names, batch, dtype=self.dtype, device=self.device)
 
     def _keep_features(self, packed: PackedModel, adapter: Adapter) -> None:
         """A frozen tower sees each picture of the run once."""
