@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mtl_lora_cli.machine.processes import Processes
+    from mtl_lora_cli.recipe.load import LoadedRecipe
     from mtl_lora_cli.runs.folder import RunFolder
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
@@ -89,7 +90,11 @@ def train(
         if resume:
             _require_idle(run, runs)
         elif recipe is not None and begins is None and alone():
-            _require_valid(recipe, overrides or [])
+            loaded = _loaded(recipe, overrides or [])
+            if not dry_run and (num_processes or 1) == 1:
+                from mtl_lora_cli.training.rehearsal_start import begin
+
+                begin(loaded, overrides or [])
         if num_processes is not None and num_processes > 1 and not dry_run:
             raise typer.Exit(launched(num_processes))
         status("loading libraries")
@@ -168,11 +173,11 @@ def _require_idle(run: str | None, runs: Path) -> None:
     require_idle(find_run(run, runs))
 
 
-def _require_valid(recipe: str, overrides: list[str]) -> None:
+def _loaded(recipe: str, overrides: list[str]) -> LoadedRecipe:
     """A fault of the recipe is told at once, not when the libraries are loaded."""
     from mtl_lora_cli.recipe.load import find_recipe, load_recipe
 
-    load_recipe(find_recipe(recipe), overrides)
+    return load_recipe(find_recipe(recipe), overrides)
 
 
 def _resumed(
@@ -217,7 +222,7 @@ def started(
     folder = training.new_run_path(loaded, runs, processes)
     if not dry_run:
         read_ahead(loaded.recipe.base_model, loaded.base)
-    prepared = prepare(loaded, processes, extends=extends, begins=begins, learned=not dry_run)
+    prepared = prepare(loaded, processes, extends=extends, begins=begins)
     require_fit(prepared)
     if dry_run:
         if processes.main:

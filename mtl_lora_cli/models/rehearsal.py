@@ -8,12 +8,8 @@ but the compiled kernels, which Triton finds again. That is done once on a machi
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +23,12 @@ from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import BUILDING, adapt, load_config, model_class
 from mtl_lora_cli.models.noise import draw
 from mtl_lora_cli.models.packed import PackedModel
+from mtl_lora_cli.models.rehearsal_start import is_kept
 from mtl_lora_cli.models.side_by_side import LIKELIEST, MOST_ASKED, Asked, together
 from mtl_lora_cli.models.small import small_of
 from mtl_lora_cli.models.stand_in import LONG, critical_lengths
 from mtl_lora_cli.models.trust import SHORT
-from mtl_lora_cli.models.trusted import code_fingerprint
 from mtl_lora_cli.runs.atomic import write_json
-from mtl_lora_cli.runs.paths import cache_folder
 
 
 def rehearse(
@@ -44,6 +39,7 @@ def rehearse(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    kept: Path,
 ) -> None:
     """Have the kernels of a pass compiled; where that cannot be done, the pass itself will have it done.
 
@@ -52,20 +48,18 @@ def rehearse(
         settings, tasks: of its adapter.
         batch: makes that of a pass, on the CPU.
         dtype, device: in what and where it computes.
+        kept: the file that is there once that is done (`rehearsal_start.kept_file`).
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or is_kept(kept):
         return
     with suppress(Exception), torch.random.fork_rng(devices=[device]):
         config = _shallow(load_config(base))
-        done = _marker(config, settings, dtype, device)
-        if done.is_file() and _kept().is_dir():
-            return
         with compiled_beside():
             _pass(base, config, settings, tasks, batch(), dtype, device)
             with suppress(Exception):  # there may be no small model
                 _small(load_config(base), device)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        write_json(done, {})
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {})
     release(device)
 
 
@@ -116,23 +110,3 @@ def _shallow(config: Any) -> Any:
     if kinds:
         text.layer_types = list(kinds[:few])
     return config
-
-
-def _marker(config: Any, settings: Settings, dtype: torch.dtype, device: torch.device) -> Path:
-    """A file that is there once these kernels lie in Triton's cache."""
-    parts = {
-        "config": config.to_dict(),
-        "adapter": settings.model_dump(mode="json"),
-        "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device),
-        "kept": str(_kept()),
-        "versions": [version(name) for name in ("torch", "transformers", "triton")],
-        "code": code_fingerprint(),
-    }
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return cache_folder() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-
-
-def _kept() -> Path:
-    """Where Triton keeps what it compiled."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser()

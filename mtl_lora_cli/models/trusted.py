@@ -6,7 +6,6 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.own_code import code_fingerprint
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.side_by_side import Difference
@@ -22,8 +22,6 @@ from mtl_lora_cli.models.trust import Trust, settle
 from mtl_lora_cli.runs.atomic import write_json
 from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder
-
-_ROOMS = ("models", "engine", "adapters", "kernels")  # what decides what our path computes
 
 
 def settled(
@@ -68,17 +66,6 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "code": code_fingerprint(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@cache
-def code_fingerprint() -> str:
-    """A fingerprint of the code that is tested."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for room in _ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> Trust | None:

@@ -30,6 +30,7 @@ from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.choice import plan_memory
 from mtl_lora_cli.memory.maps import plan_maps
 from mtl_lora_cli.metrics.declare import direction
+from mtl_lora_cli.models import rehearsal_start
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.host import (
     Dataset,
@@ -55,7 +56,6 @@ from mtl_lora_cli.tasks.maps import MAPS, spec_of
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.reference import with_reference
-from mtl_lora_cli.training.rehearsed import begin
 from mtl_lora_cli.training.trackers import require_trackers
 from mtl_lora_cli.training.validation import (
     LOOKED_AT,
@@ -71,7 +71,6 @@ def prepare(
     *,
     extends: RunFolder | None = None,
     begins: RunFolder | None = None,
-    learned: bool = False,
 ) -> Prepared:
     """Find, read, render and encode everything that a recipe names; write nothing but the cache.
 
@@ -80,7 +79,6 @@ def prepare(
         processes: this one among those of the run; the first of each host fills the cache.
         extends: the run that the recipe's tasks are added to, if they are.
         begins: the run at whose adapter this one begins, if it does.
-        learned: it will be built at once: kernels are compiled meanwhile.
 
     Raises:
         UsageError: anything that the recipe names is missing or wrong.
@@ -91,16 +89,14 @@ def prepare(
     loaded = with_reference(loaded)
     now = processes.same(datetime.now().isoformat(timespec="seconds"))
     with processes.one_after_another():
-        prepared = _prepare(loaded, processes, now, learned=learned)
-        prepared = replace(prepared, extends=extends, begins=begins)
+        prepared = replace(_prepare(loaded, processes, now), extends=extends, begins=begins)
     if prepared.recipe.training.memory != "auto":
         return prepared
     if isinstance(prepared.objective, DenseObjective):
         device, dtype = prepared.device, prepared.dtype
         recipe, memory = plan_maps(prepared.objective, prepared.recipe, device, dtype, processes)
         return replace(prepared, recipe=recipe, memory=memory)
-    if prepared.rehearsed is not None:
-        prepared.rehearsed()  # what it takes of a card is not the run's
+    rehearsal_start.wait()  # what compiling takes of a card is not the run's
     situation = prepared.situation()
     assert situation is not None, "memory: auto is for text and maps"
     recipe, memory = plan_memory(situation, processes)
@@ -125,9 +121,7 @@ def _require_nothing_shared(loaded: LoadedRecipe) -> None:
         raise loaded.problem(("training", "balance"), f"{training.balance.method} {why}")
 
 
-def _prepare(
-    loaded: LoadedRecipe, processes: Processes, now: str, *, learned: bool = False
-) -> Prepared:
+def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
     deepspeed = _own_deepspeed(loaded)
     tasks = bind_tasks(loaded)
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
@@ -143,15 +137,8 @@ def _prepare(
     tokenizer = load_tokenizer(base)
     recipe = _dated(loaded.recipe, tokenizer, now)
     longest = longest_of(load_config(base))
+    data = prepare_training(tasks, recipe, tokenizer, longest)
     device = pick_device()
-    dtype = pick_dtype(recipe.dtype, device)
-    rehearsed = begin(recipe, base, tasks, dtype, device) if learned else None
-    try:
-        data = prepare_training(tasks, recipe, tokenizer, longest)
-    except BaseException:
-        if rehearsed is not None:
-            rehearsed()  # no thread is left that compiles
-        raise
     return Prepared(
         recipe=_resolved(recipe, data, base, deepspeed),
         base=base,
@@ -159,10 +146,9 @@ def _prepare(
         data=data,
         total_steps=_steps(recipe, data),
         device=device,
-        dtype=dtype,
+        dtype=pick_dtype(recipe.dtype, device),
         longest=longest,
         validation=_validation(loaded, recipe, data, tokenizer, longest),
-        rehearsed=rehearsed,
         processes=processes,
         deepspeed=deepspeed,
     )

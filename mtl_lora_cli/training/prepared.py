@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +26,7 @@ from mtl_lora_cli.engine.plan import Plan
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
+from mtl_lora_cli.models import rehearsal_start
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.host import (
     Dataset,
@@ -48,7 +48,7 @@ from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.gradient_start import require_gradients
 from mtl_lora_cli.training.observers import Observer
 from mtl_lora_cli.training.parts import require_parts
-from mtl_lora_cli.training.rehearsed import begin
+from mtl_lora_cli.training.rehearsed import compile_kernels
 from mtl_lora_cli.training.validation import (
     HeldOut,
     Validation,
@@ -76,7 +76,6 @@ class Prepared:
         begins: the run at whose adapter this one begins; None: it begins afresh.
         objective: what learns the tasks where they are no text.
         held: then the examples that `training.validation` looks at.
-        rehearsed: waits until kernels are compiled (`rehearsed.begin`); None: that was not begun.
     """
 
     recipe: Recipe
@@ -95,7 +94,6 @@ class Prepared:
     begins: RunFolder | None = None
     objective: Objective | None = None
     held: Dataset | None = None
-    rehearsed: Callable[[], None] | None = None
 
     @property
     def unvalidated(self) -> list[str]:
@@ -137,11 +135,10 @@ class Prepared:
 
     def rehearse(self) -> None:
         """Have kernels compiled beside each other before the model is there, or wait until they are."""
-        if self.objective is None and self.rehearsed is None:
-            tasks = self.data.tasks
-            self.rehearsed = begin(self.recipe, self.base, tasks, self.dtype, self.device)
-        if self.rehearsed is not None:
-            self.rehearsed()
+        rehearsal_start.wait()
+        if self.objective is None and self.data.eyes is None:
+            names = [task.name for task in self.data.tasks]
+            compile_kernels(self.recipe, self.base, names, self.dtype, self.device)
 
     def _learning(self, adapter: Adapter) -> Adapter:
         """A fresh adapter, all of which learns, or what is added to a run's."""

@@ -1,4 +1,4 @@
-"""A run's kernels compiled while its rows are still read and encoded.
+"""A run's kernels, compiled before its rows are known.
 
 What a kernel is depends on a pass' sizes and not on its words. So a row as full as the run's, of words that mean nothing,
 is known before any data is.
@@ -6,8 +6,7 @@ is known before any data is.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,33 +18,33 @@ from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.rehearsal import rehearse
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.training import Training
-from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.training.capacity import PassSizes, padded
+from mtl_lora_cli.training.rehearsal_start import compiles, kept_file
 
 _TOKENS, _ANSWER = 120, 3  # of a made-up example
 _WORDS = 100  # that it is made of: any tokenizer has so many
 
 
-def begin(
-    recipe: Recipe, base: BaseModel, tasks: Sequence[Task], dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
-    """Begin to compile in a thread of its own, where there is something to compile.
+def compile_kernels(
+    recipe: Recipe, base: BaseModel, tasks: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile them, unless that is done.
 
-    Returns:
-        Waits until it is done. Call it before random numbers are drawn or a card's memory is measured.
+    Args:
+        recipe, base, tasks: of the run.
+        dtype, device: in what and where it computes.
     """
-    shown = any(task.template.images for task in tasks)
-    if device.type != "cuda" or shown or recipe.distributed.zero_stage == 3:
-        return lambda: None
-    names = [task.name for task in tasks]
-    work = threading.Thread(
-        target=rehearse,
-        args=(base, recipe.adapter, names, lambda: made_up(recipe.training, len(names))),
-        kwargs={"dtype": dtype, "device": device},
-        daemon=True,
+    if device.type != "cuda" or not compiles(recipe):
+        return
+    rehearse(
+        base,
+        recipe.adapter,
+        tasks,
+        lambda: made_up(recipe.training, len(tasks)),
+        dtype=dtype,
+        device=device,
+        kept=kept_file(recipe, base.folder),
     )
-    work.start()
-    return work.join
 
 
 def made_up(training: Training, tasks: int) -> PackedBatch:

@@ -250,7 +250,7 @@ def _go_on(
         given = load_recipe(recipe_path or run.recipe, overrides, heir_of=heir_of)
         wanted = prepare(_as_picked(given, own.recipe), processes, extends=extends, begins=begins)
         own = replace(own, recipe=_with_free(own.recipe, wanted.recipe, run))
-    prepared = prepare(as_begun(run, own), processes, extends=extends, begins=begins, learned=True)
+    prepared = prepare(as_begun(run, own), processes, extends=extends, begins=begins)
     require_same_rows(run, prepared)
     if processes.main:
         for line in changes_around(run, prepared):

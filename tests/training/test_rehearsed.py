@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from mtl_lora_cli.models import rehearsal_start
 from mtl_lora_cli.recipe.training import Training
-from mtl_lora_cli.training.rehearsed import begin, made_up
+from mtl_lora_cli.training.rehearsed import made_up
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -34,6 +34,37 @@ def test_a_made_up_pass_is_a_whole_one(
     assert len(batch.positions) % 16 == 0, "round, as a run's"
 
 
-def test_on_a_cpu_nothing_is_begun(tmp_path: Path) -> None:
-    nobody: Any = None
-    begin(nobody, nobody, [], torch.float32, torch.device("cpu"))()
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file that says that kernels are compiled, on a machine that has a card."""
+    monkeypatch.setattr(rehearsal_start, "_CARDS", (tmp_path,))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path / "kept.json"
+
+
+def test_a_process_is_begun_where_something_is_to_be_compiled_and_waited_for(kept: Path) -> None:
+    rehearsal_start.begin("platform", {"recipe": "x"}, kept)
+    (process,) = rehearsal_start._begun
+    rehearsal_start.wait()
+    assert process.returncode == 0
+    assert not rehearsal_start._begun
+    kept.touch()
+    rehearsal_start.begin("platform", {}, kept)
+    assert not rehearsal_start._begun, "it is done"
+
+
+def test_without_a_card_none_is_begun(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal_start, "_CARDS", (kept,))
+    rehearsal_start.begin("platform", {}, kept)
+    assert not rehearsal_start._begun
+
+
+def test_what_was_compiled_for_one_recipe_is_not_taken_for_another(
+    stories_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((stories_folder / "config.json").read_bytes())
+    same = rehearsal_start.kept_file(tmp_path, rank=8)
+    assert same == rehearsal_start.kept_file(stories_folder, rank=8)
+    assert same != rehearsal_start.kept_file(tmp_path, rank=16)
+    (tmp_path / "config.json").write_text("{}")
+    assert same != rehearsal_start.kept_file(tmp_path, rank=8)
