@@ -14,7 +14,7 @@ from mtl_lora_cli.cli.eval_table import as_json as results_as_json
 from mtl_lora_cli.cli.eval_table import as_table, delta_line
 from mtl_lora_cli.cli.frame import emit, emit_json, framed, say, status
 from mtl_lora_cli.cli.options import RUNS, JsonOption, RunOption, RunsOption, TaskOption
-from mtl_lora_cli.cli.processes import ProcessesOption, launched
+from mtl_lora_cli.cli.processes import ProcessesOption, alone, launched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,6 +141,10 @@ def evaluate(
             raise UsageError("--blind goes without --against")
         if num_processes is not None and num_processes > 1:
             raise typer.Exit(launched(num_processes))
+        if alone() and not base_only:
+            from mtl_lora_cli.evaluation.rehearsal_start import begin
+
+            begin(folder)
         status("loading libraries")
         from mtl_lora_cli.data.prepare import untrained
         from mtl_lora_cli.evaluation import evaluate as room

@@ -20,6 +20,7 @@ from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.dense.opened import open_host
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype
+from mtl_lora_cli.models import rehearsal_start
 from mtl_lora_cli.models.base import BaseModel, find_base_model, is_complete
 from mtl_lora_cli.models.host import Host
 from mtl_lora_cli.models.load import (
@@ -235,6 +236,7 @@ class Run:
             return self.instead
         with _as_usage():
             tensors = self.file.tensors
+        rehearsal_start.wait()
         model = self.load()
         adapter = adapt(model, self.file.config, self.file.tasks)
         first = {name: tensor.detach().clone() for name, tensor in adapter.whole.items()}

@@ -1,7 +1,7 @@
-"""The kernels of a run's passes, compiled before its model is there.
+"""The kernels of a command's passes, and of the self-test before them, compiled before its model is there.
 
 A model of the same widths with one layer of each kind, whose weights are whatever the memory holds, goes through
-one pass in which kernels are compiled and not run (`kernels/ahead.py`). It shares nothing with the run's own model
+a pass in which kernels are compiled and not run (`kernels/ahead.py`). It shares nothing with the run's own model
 but the compiled kernels, which Triton finds again. That is done once on a machine: its cache keeps them.
 """
 
@@ -19,7 +19,6 @@ from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.kernels.ahead import compiled_beside
 from mtl_lora_cli.machine.cards import release
 from mtl_lora_cli.models.base import BaseModel
-from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import BUILDING, adapt, load_config, model_class
 from mtl_lora_cli.models.noise import draw
 from mtl_lora_cli.models.packed import PackedModel
@@ -35,18 +34,18 @@ def rehearse(
     base: BaseModel,
     settings: Settings,
     tasks: Sequence[str],
-    batch: Callable[[], PackedBatch],
+    work: Callable[[PackedModel], object],
     *,
     dtype: torch.dtype,
     device: torch.device,
     kept: Path,
 ) -> None:
-    """Have the kernels of a pass compiled; where that cannot be done, the pass itself will have it done.
+    """Have the kernels of passes compiled; where that cannot be done, the pass itself will have it done.
 
     Args:
         base: the run's base model; of its files only the configuration is read.
         settings, tasks: of its adapter.
-        batch: makes that of a pass, on the CPU.
+        work: has a model of the same widths do what the command will do.
         dtype, device: in what and where it computes.
         kept: the file that is there once that is done (`rehearsal_start.kept_file`).
     """
@@ -55,7 +54,7 @@ def rehearse(
     with suppress(Exception), torch.random.fork_rng(devices=[device]):
         config = _shallow(load_config(base))
         with compiled_beside():
-            _pass(base, config, settings, tasks, batch(), dtype, device)
+            _pass(base, config, settings, tasks, work, dtype, device)
             with suppress(Exception):  # there may be no small model
                 _small(load_config(base), device)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -68,19 +67,17 @@ def _pass(
     config: Any,
     settings: Settings,
     tasks: Sequence[str],
-    batch: PackedBatch,
+    work: Callable[[PackedModel], object],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     with BUILDING, torch.device("meta"):
         model = model_class(base, config).from_config(config, dtype=dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
-    packed = PackedModel(model, adapt(model, settings, tasks)).train()
+    packed = PackedModel(model, adapt(model, settings, tasks))
     if packed.decoder is None or not packed.decoder.fixed_shapes():
         return
-    moved = batch.to(device)
-    with packed.routed(moved):
-        packed.losses(moved).sum().backward()
+    work(packed)
     _asked(packed.eval(), draw(SHORT, config))
 
 

@@ -7,6 +7,7 @@ is known before any data is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.batch import PackedBatch
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.rehearsal import rehearse
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.training import Training
@@ -40,11 +42,18 @@ def compile_kernels(
         base,
         recipe.adapter,
         tasks,
-        lambda: made_up(recipe.training, len(tasks)),
+        partial(_learn, made_up(recipe.training, len(tasks))),
         dtype=dtype,
         device=device,
         kept=kept_file(recipe, base.folder),
     )
+
+
+def _learn(batch: PackedBatch, packed: PackedModel) -> None:
+    """Forward and backward, with nothing in it."""
+    moved = batch.to(next(packed.model.parameters()).device)
+    with packed.train().routed(moved):
+        packed.losses(moved).sum().backward()
 
 
 def made_up(training: Training, tasks: int) -> PackedBatch:
