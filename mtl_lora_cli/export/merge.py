@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,12 @@ from mtl_lora_cli.export.shards import (
     read_shard,
     write_shard,
 )
-from mtl_lora_cli.export.weight_names import WeightNames, weight_names
+from mtl_lora_cli.export.weight_names import (
+    WeightNames,
+    require_meant,
+    same_names,
+    weight_names,
+)
 from mtl_lora_cli.machine.cores import cores
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
@@ -113,6 +119,7 @@ class MergePlan:
         texts: small files that are written anew: name → content.
         changing: tensors that the updates must change.
         changed: those that writing has changed so far.
+        names: by which weights were found; where nobody asked transformers yet, that is done in the end.
         threads: so many tensors are computed beside each other.
     """
 
@@ -122,6 +129,7 @@ class MergePlan:
     texts: Mapping[str, str]
     changing: frozenset[str]
     changed: set[str]
+    names: WeightNames
     threads: int = 1
 
     def size(self, place: Path) -> int:
@@ -156,7 +164,8 @@ def plan_merge(
         UsageError: no update changes anything; a weight is missing from the base model, or has another
             shape or no dtype of floating point; a weights file is missing or damaged.
     """
-    names = weight_names(base)
+    needed = [*updates, *(lengths or ()), *(whole or ())]
+    names = (same_names(base, needed) if how is None else None) or weight_names(base)
     left = by_tensor(names, updates)
     rows = {names.tensor(weight): length for weight, length in (lengths or {}).items()}
     learned = {names.tensor(weight): value for weight, value in (whole or {}).items()}
@@ -195,7 +204,7 @@ def plan_merge(
         and path.name not in ("README.md", *texts)
     ]
     threads = min(_THREADS, cores()) if how is None else 1  # a device rounds one after another
-    return MergePlan(shards, kept, copied, texts, frozenset(changing), changed, threads)
+    return MergePlan(shards, kept, copied, texts, frozenset(changing), changed, names, threads)
 
 
 def by_tensor(names: WeightNames, updates: Mapping[str, Update]) -> dict[str, Update]:
@@ -226,8 +235,17 @@ def write_merged(
         say: called with a line for each shard.
 
     Raises:
-        CheckError: a tensor that an update falls on has stayed as it was.
+        CheckError: a tensor that an update falls on has stayed as it was, or is not the weight of its name.
     """
+    with ThreadPoolExecutor(
+        1
+    ) as beside:  # what it loads takes seconds, and writing needs little of Python
+        meant = beside.submit(require_meant, plan.names)
+        _write(plan, folder, say)
+        meant.result()
+
+
+def _write(plan: MergePlan, folder: Path, say: Callable[[str], None]) -> None:
     for number, shard in enumerate(plan.shards, start=1):
         say(f"merging {shard.name} ({number} of {len(plan.shards)})")
         write_shard(folder / shard.name, shard.tensors, shard.metadata, plan.threads)
@@ -247,8 +265,10 @@ def write_merged(
 
 
 def _is_any(update: Update) -> bool:
-    """Whether B' A' is not zero: ‖B' A'‖² = Σ (B'ᵀ B') ∘ (A' A'ᵀ)."""
+    """Whether B' A' is not zero: a row of it is not, or ‖B' A'‖² = Σ (B'ᵀ B') ∘ (A' A'ᵀ) is not."""
     down, up, _ = update
+    if up.shape[-2] and bool((up[..., :1, :] @ down != 0).any()):
+        return True
     return bool(((up.mT @ up) * (down @ down.mT)).sum() != 0)
 
 

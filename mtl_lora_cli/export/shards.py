@@ -55,12 +55,17 @@ class Stored:
     size: int
 
     def blocks(self, size: int | None = None) -> Iterator[np.ndarray]:
-        """Its bytes in order, `size` at a time (default: a block): uint8 [bytes]."""
+        """Its bytes in order, `size` at a time (default: a block): uint8 [bytes].
+
+        Each block lies where the one before it lay: new memory for every one would take the system longer than
+        reading does.
+        """
         size = size or BLOCK
-        with self.file.open("rb") as file:
+        place = np.empty(min(size, self.size), dtype=np.uint8)
+        with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             for start in range(0, self.size, size):
-                yield self._read(file, min(size, self.size - start))
+                yield self._read(file, place[: min(size, self.size - start)])
 
     @property
     def rows_in_block(self) -> int:
@@ -81,11 +86,14 @@ class Stored:
         (block,) = self.blocks(self.size)
         return torch.from_numpy(block).view(FLOATS[self.dtype]).view(self.shape)
 
-    def _read(self, file: Any, count: int) -> np.ndarray:
-        found = np.fromfile(file, dtype=np.uint8, count=count)
-        if len(found) < count:
-            raise UsageError(f"{self.file}: damaged: it ends within tensor '{self.name}'")
-        return found
+    def _read(self, file: Any, place: np.ndarray) -> np.ndarray:
+        left = place.data
+        while left:
+            found = file.readinto(left)
+            if not found:
+                raise UsageError(f"{self.file}: damaged: it ends within tensor '{self.name}'")
+            left = left[found:]
+        return place
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +32,7 @@ from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import CONFIG, INDEX, weight_files
 
 _THREADS = 8
+_VALUES = 2**16  # that are compared at a time
 _TOLD = {
     "dtype",
     "torch_dtype",
@@ -197,13 +199,36 @@ def _same_bytes(before: Stored, after: Stored) -> bool:
     if before.file.samefile(after.file):
         return (before.start, before.size) == (after.start, after.size)
     blocks = zip(before.blocks(), after.blocks(), strict=True)
-    return all(bool((one == other).all()) for one, other in blocks)
+    return all(bytes_equal(one, other) for one, other in blocks)
+
+
+def bytes_equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether uint8 [bytes] are the same; eight of them are compared at once."""
+    whole = len(one) // 8 * 8
+    return bool(
+        np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64))
+        and np.array_equal(one[whole:], other[whole:])
+    )
 
 
 def _both(
     before: Stored, after: Stored, how: Quantised | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First row, some rows of the merged tensor, and the same of the base model's, [n, in] each."""
+    """First row, some rows of the merged tensor, and the same of the base model's, [n, in] each.
+
+    Few enough at a time that all that is computed of them in float64 stays in a core's own cache.
+    """
+    step = max(1, _VALUES // before.shape[-1])
+    for first, rows, base in _blocks_of_both(before, after, how):
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            yield first + start, rows[part], base[part]
+
+
+def _blocks_of_both(
+    before: Stored, after: Stored, how: Quantised | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The same, as many at a time as are read."""
     if how is not None and before.name in how.names:
         weight = how.rounded(before.whole())
         for first, rows in after.rows():

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import CheckError, UsageError
 from mtl_lora_cli.export.shards import read_shard
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import load_config, skeleton
+from mtl_lora_cli.models.prequantised import method_of
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,33 @@ class WeightNames:
             else ""
         )
         raise UsageError(f"{self.base.folder}: no weight '{weight}' to merge into{why}")
+
+
+def same_names(base: BaseModel, weights: Iterable[str]) -> WeightNames | None:
+    """Names that are called alike in files and model; None where one is not among the files' own.
+
+    Nothing of transformers is loaded to see that. Whether they mean the same is for `require_meant` to say, when there
+    is time.
+    """
+    found = set(_names(base))
+    wanted = list(weights)
+    if not found.issuperset(wanted) or method_of(base) is not None:
+        return None
+    return WeightNames(base, {name: name for name in wanted}, frozenset())
+
+
+def require_meant(names: WeightNames) -> None:
+    """Refuse names that transformers' rules read otherwise.
+
+    Raises:
+        CheckError: naming the first.
+    """
+    meant = weight_names(names.base)
+    for weight, tensor in names.tensors.items():
+        if meant.tensors.get(weight) != tensor:
+            raise CheckError(
+                f"tensor '{tensor}' is not the weight of that name: transformers loads it as another one"
+            )
 
 
 @lru_cache(maxsize=4)

@@ -19,7 +19,13 @@ from mtl_lora_cli.export.alone import load_alone
 from mtl_lora_cli.export.merge import Update, plan_merge, write_merged
 from mtl_lora_cli.export.peft_files import write_peft
 from mtl_lora_cli.export.peft_names import peft_names, require_named
-from mtl_lora_cli.export.weight_names import weight_names, wrapper_class
+from mtl_lora_cli.export.weight_names import (
+    WeightNames,
+    require_meant,
+    same_names,
+    weight_names,
+    wrapper_class,
+)
 from mtl_lora_cli.models.base import find_base_model
 
 from ..families.build import build
@@ -239,3 +245,29 @@ def test_what_the_files_hold_in_pieces_is_refused(
         match=r"no weight 'model\.layers\.0\.mlp\.experts\.down_proj' to merge into: .* in pieces",
     ):
         weight_names(base).tensor("model.layers.0.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize(("kind", "alike"), [("qwen2", True), ("gemma3-window", False)])
+def test_names_that_are_alike_are_known_without_asking_and_asked_in_the_end(
+    folder_of: Callable[[str], Path], kind: str, alike: bool
+) -> None:
+    base = find_base_model(str(folder_of(kind)))
+    meant = weight_names(base)
+    weights = [name for name in meant.tensors if "q_proj" in name or "down_proj" in name]
+    found = same_names(base, weights)
+    assert (found is not None) == alike
+    if found is not None:
+        assert found.tensors == {name: meant.tensors[name] for name in weights}
+        require_meant(found)
+
+
+def test_a_name_that_transformers_reads_otherwise_does_not_hold(
+    folder_of: Callable[[str], Path],
+) -> None:
+    base = find_base_model(str(folder_of("gemma3-window")))
+    meant = weight_names(base)
+    weight, tensor = next((w, t) for w, t in meant.tensors.items() if w != t)
+    assert same_names(base, [tensor]) is not None, "there is a tensor of that name"
+    with pytest.raises(CheckError, match="is not the weight of that name"):
+        require_meant(WeightNames(base, {tensor: tensor}, frozenset()))
+    require_meant(WeightNames(base, {weight: tensor}, frozenset()))
