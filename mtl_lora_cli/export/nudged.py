@@ -20,6 +20,8 @@ _CHANCE = 1 / 12
 def nudge(model: Any, seed: int = 0) -> None:
     """Round the embedding of a transformers model of 16 bits once more, in place."""
     weight: Tensor = model.get_input_embeddings().weight
+    if weight.element_size() != 2:
+        return
     drawn = torch.Generator(device=weight.device).manual_seed(seed)
     chance = torch.rand(weight.shape, generator=drawn, device=weight.device)
     step = (chance < _CHANCE / 2).to(torch.int16) - (chance > 1 - _CHANCE / 2).to(torch.int16)

@@ -57,6 +57,7 @@ def rehearse(
             _pass(base, config, settings, tasks, work, dtype, device)
             with suppress(Exception):  # there may be no small model
                 _small(load_config(base), device)
+    with suppress(OSError):  # what failed here would fail again
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, {})
     release(device)
