@@ -121,6 +121,9 @@ class WrittenCheck:
         own, noise = answers_and_noise(first, questions, measured=judged)
         others = {first.label: own} | {one.label: answers_of(one, questions) for one in more}
         release(questions.run.device)  # before the next model comes
+        if judged:
+            with blamed(kind):
+                kind.expect(questions, first)
         written()
         with blamed(kind):
             found = kind.read(questions, folder)

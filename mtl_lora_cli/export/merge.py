@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,16 +66,28 @@ Update = tuple[Tensor, Tensor, float]
 def task_updates(adapter: Adapter, task: int) -> dict[str, Update]:
     """The task's ordinary LoRA for every adapted weight, under the weight's name, on the CPU."""
     updates = {}
-    for path, layer in adapter.layers.items():
-        down, up = layer.task_update(task)
-        if isinstance(layer, MultiTaskStack) and layer.frozen.transposed:
-            down, up = up.mT, down.mT
-        updates[layer.weight_name(path)] = (
-            down.float().cpu(),
-            up.float().cpu(),
-            adapter.config.scale(layer.rank),
-        )
+    with one_thread():
+        for path, layer in adapter.layers.items():
+            down, up = layer.task_update(task)
+            if isinstance(layer, MultiTaskStack) and layer.frozen.transposed:
+                down, up = up.mT, down.mT
+            updates[layer.weight_name(path)] = (
+                down.float().cpu(),
+                up.float().cpu(),
+                adapter.config.scale(layer.rank),
+            )
     return updates
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one thread: hundreds of small products wait longer for others than they take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def directions(adapter: Adapter) -> tuple[dict[str, Update], dict[str, Tensor]]:

@@ -7,9 +7,10 @@ launch only begins to compile. Nothing is run on the card by it: what such a pas
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +19,9 @@ _THREADS = 16
 
 @contextmanager
 def compiled_beside() -> Iterator[None]:
-    """Inside, launches of Triton's kernels compile and launch nothing; at the end all are compiled.
+    """Inside, launches of Triton's kernels compile and launch nothing; at the end all could be launched.
+
+    What launches a kernel is compiled, too, by older versions of Triton, and by a C compiler for each.
 
     Raises:
         ImportError: Triton is not installed, or cannot do that.
@@ -29,10 +32,13 @@ def compiled_beside() -> Iterator[None]:
     launch = JITFunction.run
     with ThreadPoolExecutor(_THREADS, "kernels") as pool:
         compiling: Any = own.AsyncCompileMode(pool)
+        found: dict[int, Any] = {}
 
         def begin(kernel: Any, *arguments: Any, **named: Any) -> Any:
             with _active(own, compiling):
-                return launch(kernel, *arguments, **{**named, "warmup": True})
+                one = launch(kernel, *arguments, **{**named, "warmup": True})
+            found[id(one)] = one
+            return one
 
         JITFunction.run = begin
         try:
@@ -40,6 +46,14 @@ def compiled_beside() -> Iterator[None]:
         finally:
             JITFunction.run = launch
             compiling.__exit__(None, None, None)
+        deque(pool.map(_made_ready, found.values()), maxlen=0)
+
+
+def _made_ready(compiled: Any) -> None:
+    """Have a kernel loaded onto the card, and what launches it compiled."""
+    with suppress(Exception):  # whoever launches it is told
+        kernel = compiled.result() if hasattr(compiled, "result") else compiled
+        kernel.run  # noqa: B018 - it is made when it is first asked for
 
 
 @contextmanager

@@ -115,6 +115,9 @@ class Format:
         """Put the check's questions to what was written, by code that had no part in writing it."""
         raise NotImplementedError
 
+    def expect(self, questions: Questions, reference: Reference) -> None:
+        """Make ready for `unrounded` what can be, before anything is written: a check's process waits meanwhile."""
+
     def unrounded(
         self, questions: Questions, folder: Path, reference: Reference
     ) -> Callable[[Sequence[int]], list[np.ndarray]] | None:

@@ -53,6 +53,7 @@ class Merged(Format):
 
     _rounding: WeightRounding | None = None
     _model: Any = None  # as transformers has read it
+    _expected: Meant | None = None
 
     @property
     def root(self) -> Path:
@@ -107,6 +108,20 @@ class Merged(Format):
         self._model = questions.load_alone(find_base_model(str(folder)).folder)
         return questions.ask_alone(self._model)
 
+    def expect(self, questions: Questions, reference: Reference) -> None:
+        """The update, and the names of its weights."""
+        from mtl_lora_cli.export.order import Options, Order
+        from mtl_lora_cli.export.weight_names import weight_names
+
+        if self._expected is not None or str(questions.dtype) != "torch.float32":
+            return
+        base = "original" if reference.quantization == "none" else "dequantized"
+        run = questions.run.but(in_float32=False)
+        self._expected = self._meant(
+            Order(run, questions.task, run.folder.path, Options(base=base))
+        )
+        weight_names(run.base)
+
     def unrounded(
         self, questions: Questions, folder: Path, reference: Reference
     ) -> Callable[[Sequence[int]], list[np.ndarray]] | None:
@@ -114,7 +129,6 @@ class Merged(Format):
         import torch
 
         from mtl_lora_cli.export.alone import score_alone
-        from mtl_lora_cli.export.order import Options, Order
         from mtl_lora_cli.export.shards import matrix_dtypes
         from mtl_lora_cli.export.unrounded import take_rounding_back
         from mtl_lora_cli.models.files import weight_files
@@ -122,11 +136,10 @@ class Merged(Format):
         rounded = matrix_dtypes(weight_files(folder)) & {torch.float16, torch.bfloat16}
         if questions.dtype != torch.float32 or not rounded:
             return None
-        base = "original" if reference.quantization == "none" else "dequantized"
-        run = questions.run.but(in_float32=False)
-        order = Order(run, questions.task, folder, Options(base=base))
+        self.expect(questions, reference)
+        assert self._expected is not None
         coarsest = max(rounded, key=lambda dtype: torch.finfo(dtype).eps)
-        take_rounding_back(self._model, self._meant(order), coarsest)
+        take_rounding_back(self._model, self._expected, coarsest)
         return lambda rows: score_alone(self._model, [questions.requests[row] for row in rows])
 
     def references(self, order: Order) -> list[Reference]:
