@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter, besides t
 _SCALARS = ("step", USUAL)
 _BETA1 = 0.9
 _WARM_UP = 2  # updates that run as they are: state gets its memory
+_BESIDE = 6  # parts of a captured update that run beside each other
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ class Update:
             norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         else:
             norm = self._clipping.clip(gradients_of(self._parameters))
-        self.optimizer.step()
+        if self._graphed and torch.cuda.is_current_stream_capturing():
+            _step_beside(self.optimizer)
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self._graphed)
         return norm
 
@@ -220,6 +225,31 @@ class Update:
                 # `step` is a scalar that torch's AdamW keeps on the CPU, unless it is one kernel.
                 device = value.device if key == "step" and not on_card else tensor.device
                 self.optimizer.state[tensor][key] = value.to(device, copy=True)
+
+
+@contextmanager
+def part_of(optimizer: torch.optim.Optimizer, number: int, count: int) -> Iterator[None]:
+    """Inside the block the optimiser knows every `count`-th parameter of each group, from `number` on, and no others."""
+    whole = optimizer.param_groups
+    some = [{**group, "params": group["params"][number::count]} for group in whole]
+    optimizer.param_groups = [group for group in some if group["params"]]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = whole
+
+
+def _step_beside(optimizer: torch.optim.Optimizer) -> None:
+    """One step, of which parts run beside each other: torch's kernel takes some thirty tensors a launch, and as many
+    blocks of a card if they are as small as adapters are."""
+    main = torch.cuda.current_stream()
+    streams = [torch.cuda.Stream() for _ in range(_BESIDE)]
+    for number, stream in enumerate(streams):
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream), part_of(optimizer, number, len(streams)):
+            optimizer.step()
+    for stream in streams:
+        main.wait_stream(stream)
 
 
 def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:

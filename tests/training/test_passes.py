@@ -1,4 +1,4 @@
-"""Gradients of a captured pass: added together, bit by bit what autograd adds one by one."""
+"""What a captured step does otherwise: gradients added together, an update in parts; bit by bit the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.training.capacity import PassSizes, padded
 from mtl_lora_cli.training.passes import _segments, _tables, add_gradients
-from mtl_lora_cli.training.update import gradients_of
+from mtl_lora_cli.training.update import ParameterGroup, gradients_of, make_optimizer, part_of
 
 from ..engine.test_shared_beginnings import of
 
@@ -63,3 +63,27 @@ def test_one_graph_serves_any_trees() -> None:
             assert torch.equal(ours[: len(alone)], alone)
             assert (ours[len(alone) :, 0] == -1).all()
     assert len(sizes) == 1
+
+
+def test_an_update_in_parts_is_the_update() -> None:
+    """Bit by bit, its state, too; of groups of other sizes and rates."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(3, 5, generator=generator) for _ in range(7)]
+    found = []
+    for count in (1, 4, 9):
+        own = [one.clone().requires_grad_() for one in made]
+        optimizer = make_optimizer(
+            [ParameterGroup(own[:6], 1e-2, 0.1), ParameterGroup(own[6:], 1e-3, 0.0)], graphed=False
+        )
+        for seed in range(3):
+            for one in own:
+                one.grad = torch.sin(one.detach() + seed)
+            for number in range(count):
+                with part_of(optimizer, number, count):
+                    optimizer.step()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [6, 1]
+        state = [value for one in own for value in optimizer.state[one].values()]
+        found.append([*(one.detach() for one in own), *state])
+    for other in found[1:]:
+        assert len(other) == len(found[0])
+        assert all(map(torch.equal, found[0], other))
