@@ -11,7 +11,7 @@ drawn by a seed within the split; of statements those of the test split that sta
 out. Titles of test photos that stand in training, too, are left out of `titles/`. To learn from, `titles/` has four more
 a photo, made of its colour, type and audience: a title's words alone never say whether they are true. Each training
 photo stands there three times, twice as a part of itself, in `crops/`. `boxes` are the
-same statements with each box as a picture of its own, and, of the training pictures alone, statements that a script makes
+same statements with each box as a picture of its own, to learn from in each of six orders, and, of the training pictures alone, statements that a script makes
 of what is in the boxes, of all three (`made/`) and of one (`inside/`),
 questions of how many there are (`counts/`), and what is in each box in words (`described/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
 question.
@@ -24,6 +24,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,9 @@ def boxes(source: Path, out: Path) -> None:
         write(
             out / "statements" / f"{split}.jsonl",
             (
-                {"boxes": shown[row["image"]], "sentence": row["sentence"], "label": row["label"]}
+                {"boxes": order, "sentence": row["sentence"], "label": row["label"]}
                 for row in rows
+                for order in orders(shown[row["image"]], split)
             ),
         )
     draw = random.Random(SEED)
@@ -230,6 +232,11 @@ def boxes(source: Path, out: Path) -> None:
         f"train: {len(learned)} statements, {len(made)} made of three boxes, {len(inside)} of one, "
         f"{len(counts)} counts"
     )
+
+
+def orders(boxes: list[str], split: str) -> list[list[str]]:
+    """Of boxes to learn from all six: no sentence of NLVR says which box is which, and the whole of it has them all."""
+    return [list(order) for order in permutations(boxes)] if split == "train" else [boxes]
 
 
 def cropped(source: Path, image: str, crops: Path) -> list[str]:

@@ -181,3 +181,15 @@ def test_words_of_made_titles_never_say_whether_they_are_true(
         assert (named == [own[row["image"]]]) == (row["fits"] == "yes"), row
     per_title = {row["title"] for row in made if row["fits"] == "yes"}
     assert len(per_title & {row["title"] for row in made if row["fits"] == "no"}) > 10
+
+
+def test_boxes_to_learn_from_stand_in_each_order_others_in_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    rows = importlib.import_module("vision_rows")
+    found = rows.orders(["a", "b", "c"], "train")
+    assert len({tuple(one) for one in found}) == 6 and all(
+        sorted(o) == ["a", "b", "c"] for o in found
+    )
+    assert rows.orders(["a", "b", "c"], "test") == [["a", "b", "c"]]
