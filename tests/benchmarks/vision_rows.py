@@ -13,7 +13,7 @@ a photo, made of its colour, type and audience: a title's words alone never say 
 photo stands there three times, twice as a part of itself, in `crops/`. `boxes` are the
 same statements with each box as a picture of its own, to learn from in each of six orders, and, of the training pictures alone, statements that a script makes
 of what is in the boxes, of all three (`made/`) and of one (`inside/`),
-questions of how many there are (`counts/`), and what is in each box in words (`described/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
+eight at a time (`listed/`), questions of how many there are (`counts/`), and what is in each box in words (`described/`). DATA is the folder `data` of the package easy-vqa: a folder for each kind of
 question.
 """
 
@@ -35,7 +35,8 @@ from PIL import Image, ImageOps
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 SEED = 0
-MADE, INSIDE = 12, 4  # statements of a picture, and of each of its boxes
+MADE, INSIDE = 24, 4  # statements of a picture, and of each of its boxes
+LISTED = 8  # statements of a picture that are asked at once
 
 
 def main() -> int:
@@ -188,7 +189,7 @@ def boxes(source: Path, out: Path) -> None:
     crops = out / "crops"
     crops.mkdir(parents=True, exist_ok=True)
     shown = {row["image"]: cropped(source, row["image"], crops) for row in [*learned, *kept]}
-    for folder in ("statements", "made", "inside", "counts", "described"):
+    for folder in ("statements", "made", "listed", "inside", "counts", "described"):
         link(out / folder, crops)
     for split, rows in (("train", learned), ("test", kept)):
         write(
@@ -200,15 +201,21 @@ def boxes(source: Path, out: Path) -> None:
             ),
         )
     draw = random.Random(SEED)
-    made, inside, counts = [], [], []
+    made, together, inside, counts = [], [], [], []
     words: dict[str, str] = {}
     for row in learned:
         names = shown[row["image"]]
         arrays = [np.asarray(Image.open(crops / Path(name).name)) for name in names]
         items = in_order(row["boxes"], arrays)
+        claims = statements_of(items, arrays, draw, MADE)
+        draw.shuffle(claims)
         made += [
             {"boxes": names, "sentence": sentence, "label": "true" if truth else "false"}
-            for sentence, truth in statements_of(items, arrays, draw, MADE)
+            for sentence, truth in claims[: MADE // 2]
+        ]
+        together += [
+            listed(draw.sample(names, 3), claims[first : first + LISTED])
+            for first in range(0, len(claims) - LISTED + 1, LISTED)
         ]
         for name, own, array in zip(names, items, arrays, strict=True):
             words[name] = described(own, array)
@@ -223,6 +230,7 @@ def boxes(source: Path, out: Path) -> None:
     said = [{"image": name, "description": text} for name, text in words.items()]
     for folder, rows in (
         ("made", made),
+        ("listed", together),
         ("inside", inside),
         ("counts", counts),
         ("described", said),
@@ -232,6 +240,17 @@ def boxes(source: Path, out: Path) -> None:
         f"train: {len(learned)} statements, {len(made)} made of three boxes, {len(inside)} of one, "
         f"{len(counts)} counts"
     )
+
+
+def listed(boxes: list[str], claims: Sequence[tuple[str, bool]]) -> Row:
+    """Several statements of the same three boxes, and of each whether it is true: many answers for the tokens of one picture."""
+    return {
+        "boxes": boxes,
+        "statements": "\n".join(f"{n}. {sentence}" for n, (sentence, _) in enumerate(claims, 1)),
+        "answers": " ".join(
+            f"{n} {'yes' if true else 'no'}" for n, (_, true) in enumerate(claims, 1)
+        ),
+    }
 
 
 def orders(boxes: list[str], split: str) -> list[list[str]]:

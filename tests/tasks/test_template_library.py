@@ -180,6 +180,10 @@ HUB: dict[str, tuple[dict[str, Any], str]] = {
     "instruct/alpaca": ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "3"),
     "instruct/completion": ({"prompt": "1 + 2 =", "completion": " 3"}, "3"),
     "ads/click": ({"query": "shoes", "ad": "Shoes!", "click": 0}, "no"),
+    "vision/statements_listed": (
+        {"boxes": ["1.png", "2.png", "3.png"], "statements": "1. x", "answers": "1 no"},
+        "1 no",
+    ),
     "vision/box_described": (
         {"image": "1.png", "description": "a tower of 1: blue"},
         "a tower of 1: blue",

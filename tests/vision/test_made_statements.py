@@ -193,3 +193,14 @@ def test_boxes_to_learn_from_stand_in_each_order_others_in_their_own(
         sorted(o) == ["a", "b", "c"] for o in found
     )
     assert rows.orders(["a", "b", "c"], "test") == [["a", "b", "c"]]
+
+
+def test_listed_statements_have_an_answer_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    rows = importlib.import_module("vision_rows")
+    found = rows.listed(["a", "b", "c"], [("There is a box", True), ("There is none", False)])
+    assert found == {
+        "boxes": ["a", "b", "c"],
+        "statements": "1. There is a box\n2. There is none",
+        "answers": "1 yes 2 no",
+    }
