@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise, permutations
 from typing import Any
 
@@ -43,7 +44,12 @@ def shown(crop: np.ndarray, colour: str) -> np.ndarray:
 
 def touching(crop: np.ndarray) -> dict[str, set[str]]:
     """Colour → the walls of its box that something of it touches."""
-    found = {}
+    return _touching(crop.tobytes(), crop.shape)
+
+
+@lru_cache(maxsize=8)
+def _touching(pixels: bytes, shape: tuple[int, ...]) -> dict[str, set[str]]:
+    crop, found = np.frombuffer(pixels, np.uint8).reshape(shape), {}
     for colour in PIXELS:
         there = shown(crop, colour)
         walls = {"top": there[0], "bottom": there[-1], "left": there[:, 0], "right": there[:, -1]}
