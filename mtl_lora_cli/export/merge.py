@@ -29,11 +29,11 @@ from mtl_lora_cli.export.quantised import Quantised
 from mtl_lora_cli.export.shards import (
     FLOATS,
     Planned,
+    Shard,
     Stored,
     as_bytes,
-    planned_size,
     read_shard,
-    write_shard,
+    write_shards,
 )
 from mtl_lora_cli.export.weight_names import (
     WeightNames,
@@ -99,26 +99,6 @@ def directions(adapter: Adapter) -> tuple[dict[str, Update], dict[str, Tensor]]:
         updates[weight] = (down.float().cpu(), up.float().cpu(), adapter.config.scale(layer.rank))
         lengths[weight] = cast(Tensor, layer.magnitude).detach().float().cpu()
     return updates, lengths
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A weights file to write.
-
-    Attributes:
-        name: of the file.
-        tensors: in the order of their bytes.
-        metadata: of the header.
-    """
-
-    name: str
-    tensors: Sequence[Planned]
-    metadata: Mapping[str, str]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return planned_size(self.tensors, self.metadata)
 
 
 @dataclass(frozen=True)
@@ -259,10 +239,13 @@ def write_merged(
 
 
 def _write(plan: MergePlan, folder: Path, say: Callable[[str], None]) -> None:
-    for number, shard in enumerate(plan.shards, start=1):
-        say(f"merging {shard.name} ({number} of {len(plan.shards)})")
-        write_shard(folder / shard.name, shard.tensors, shard.metadata, plan.threads)
-        begin_sync(folder / shard.name)  # the disk works while the next file is computed
+    for first in range(0, len(plan.shards), plan.threads):
+        together = plan.shards[first : first + plan.threads]
+        for number, shard in enumerate(together, start=first + 1):
+            say(f"merging {shard.name} ({number} of {len(plan.shards)})")
+        write_shards(folder, together, plan.threads)
+        for shard in together:
+            begin_sync(folder / shard.name)  # the disk works while the next files are computed
     unchanged = sorted(plan.changing - plan.changed)
     if unchanged:
         raise CheckError(
@@ -346,7 +329,7 @@ def _with(
 
 
 def _as_it_is(stored: Stored) -> Planned:
-    return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks, stored)
+    return Planned(stored.name, stored.dtype, stored.shape, stored.size, stored.blocks)
 
 
 def _require_plain(base: BaseModel, updated: Iterable[str], names: Container[str]) -> None:

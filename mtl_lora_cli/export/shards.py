@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +104,6 @@ class Planned:
     Attributes:
         name, dtype, shape, size: for the header; the size in bytes.
         blocks: gives its bytes in order.
-        source: the tensor of another file whose bytes they are.
     """
 
     name: str
@@ -111,7 +111,6 @@ class Planned:
     shape: tuple[int, ...]
     size: int
     blocks: Callable[[], Iterator[np.ndarray]]
-    source: Stored | None = None
 
 
 def read_shard(path: Path) -> tuple[list[Stored], dict[str, str]]:
@@ -155,29 +154,57 @@ def matrix_dtypes(files: Iterable[Path]) -> set[torch.dtype]:
 
 
 def planned_size(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that `write_shard` writes."""
+    """Bytes of the file that `write_shards` writes."""
     return len(_header(tensors, metadata)) + sum(tensor.size for tensor in tensors)
 
 
-def write_shard(
-    path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str], threads: int = 1
-) -> None:
-    """Write a safetensors file.
+@dataclass(frozen=True)
+class Shard:
+    """A weights file to write.
 
-    Args:
-        path: where; it must not exist.
+    Attributes:
+        name: of the file.
         tensors: in the order of their bytes.
         metadata: of the header.
+    """
+
+    name: str
+    tensors: Sequence[Planned]
+    metadata: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return planned_size(self.tensors, self.metadata)
+
+
+def write_shards(folder: Path, shards: Sequence[Shard], threads: int = 1) -> None:
+    """Write safetensors files, all of them at once: several threads in one file wait for each other.
+
+    Args:
+        folder: where; the files must not exist.
+        shards: the files.
         threads: so many tensors are made and written beside each other.
     """
-    header = _header(tensors, metadata)
-    with path.open("xb", buffering=0) as file:
-        _put(file.fileno(), np.frombuffer(header, dtype=np.uint8), 0)
-        work, place = [], len(header)
-        for tensor in tensors:
-            work.append(partial(_put_tensor, file.fileno(), tensor, place))
-            place += tensor.size
-        beside_each_other(work, threads)
+    with ExitStack() as opened:
+        work = []
+        for shard in shards:
+            file = opened.enter_context((folder / shard.name).open("xb", buffering=0))
+            work.append(_tensors_of(shard, file.fileno()))
+        in_turns = [one for some in zip_longest(*work) for one in some if one is not None]
+        beside_each_other(in_turns, threads)
+
+
+def _tensors_of(shard: Shard, file: int) -> list[Callable[[], None]]:
+    """Write a file's header; what writes its tensors, one after another."""
+    header = _header(shard.tensors, shard.metadata)
+    _put(file, np.frombuffer(header, dtype=np.uint8), 0)
+    work: list[Callable[[], None]] = []
+    place = len(header)
+    for tensor in shard.tensors:
+        work.append(partial(_put_tensor, file, tensor, place))
+        place += tensor.size
+    return work
 
 
 def beside_each_other(work: Sequence[Callable[[], T]], threads: int) -> list[T]:
@@ -221,25 +248,10 @@ def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
 
 def _put_tensor(file: int, tensor: Planned, place: int) -> None:
     """Write a tensor at its place in an open file."""
-    if tensor.source is not None and _copied(file, tensor.source, place):
-        return
     end = place
     for block in tensor.blocks():
         end = _put(file, block, end)
     assert end - place == tensor.size, f"{tensor.name}: {end - place} bytes of {tensor.size}"
-
-
-def _copied(file: int, source: Stored, place: int) -> bool:
-    """Whether the system copied a tensor from file to file: then its bytes do not pass through this process."""
-    done = 0
-    with suppress(OSError, AttributeError), source.file.open("rb") as own:
-        while done < source.size:
-            left, there, here = source.size - done, source.start + done, place + done
-            count = os.copy_file_range(own.fileno(), file, left, there, here)
-            if not count:
-                break
-            done += count
-    return done == source.size
 
 
 def _put(file: int, block: np.ndarray, place: int) -> int:
