@@ -54,10 +54,19 @@ def make_base(folder: Path, layers: int, shards: int) -> BaseModel:
         tensors = {name: torch.randn(shapes[name]).mul_(0.02).bfloat16() for name in part}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "config.json").write_text("{}")
+    config = {
+        "model_type": "llama",
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 3,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return BaseModel("random", folder, None, "")
+    return BaseModel("random", folder, None, "", "", None)
 
 
 def make_updates(layers: int) -> dict[str, Update]:
@@ -113,7 +122,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mtl_lora_cli.export.write"])
+    preload = ["mtl_lora_cli.export.write", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload(preload)
     seconds: dict[str, list[float]] = {"copy": [], "merge": []}
     peaks = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
