@@ -64,11 +64,15 @@ class Scorer:
         if not every:
             answer.set_result([])
         for number, batch in enumerate(every):
-            moved = (filled(batch) if self._fills else batch).to(self._device)
-            with torch.inference_mode(), self._packed.routed(moved):
-                self._running.append((question, number, Readout(self._packed(moved))))
+            self._running.append((question, number, self.begin(batch)))
             while len(self._running) > _AHEAD:
                 self.read()
+
+    def begin(self, batch: PackedBatch) -> Readout:
+        """Have a pass computed."""
+        moved = (filled(batch) if self._fills else batch).to(self._device)
+        with torch.inference_mode(), self._packed.routed(moved):
+            return Readout(self._packed(moved))
 
     def read(self) -> None:
         """Wait for the oldest pass."""

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -36,9 +36,12 @@ from mtl_lora_cli.prediction.in_hand import (
     answer_parts,
 )
 from mtl_lora_cli.prediction.inputs import Part
+from mtl_lora_cli.prediction.lent import Borrowed, Lent, New, Place
 from mtl_lora_cli.prediction.manifest import Done
 from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder
+
+_NICE = int(os.environ.get("MTL_LORA_NICE", "5"))
 
 Parts = Iterator[Part]
 Outbox = queue.SimpleQueue[Any]
@@ -160,21 +163,27 @@ class Processes:
             if answer.exception() is None:
                 outbox.put(answer.result())
 
+        lent: list[Borrowed] = []
         try:
             outbox.put(Start())
             while not isinstance(message := end.recv(), Idle):
-                if isinstance(message, Want):
+                if isinstance(message, New):
+                    lent.append(Borrowed(end))
+                elif isinstance(message, Want):
                     outbox.put(Given(next(parts, None)))
                 elif isinstance(message, (Done, Fail, Rows)):
                     self._inbox.put(message)
                 else:
-                    question = Question([_unpacked(one) for one in message], Future())
+                    assert isinstance(message, _Sent)
+                    question = Question(message.passes(lent[message.number]), Future())
                     question.answer.add_done_callback(answered)
                     self._inbox.put(question)
         except (EOFError, OSError):
             self._inbox.put(
                 Fail(MtlLoraError("a process that prepares rows has ended: out of memory?"))
             )
+        for memory in lent:
+            memory.close()
         outbox.put(None)
         self._inbox.put(Idle())
 
@@ -216,7 +225,9 @@ class _Elsewhere:
 
     def __init__(self, end: Any) -> None:
         self._end = end
-        self._unanswered: deque[Future[Any]] = deque()
+        self._unanswered: deque[tuple[Future[Any], Lent]] = deque()
+        self._free: list[Lent] = []
+        self._lent = 0
         self._given: deque[Part | None] = deque()
 
     def receive(self) -> None:
@@ -225,7 +236,9 @@ class _Elsewhere:
         if isinstance(message, Given):
             self._given.append(message.part)
         else:
-            self._unanswered.popleft().set_result(message)
+            answer, memory = self._unanswered.popleft()
+            self._free.append(memory)
+            answer.set_result(message)
 
     def parts(self) -> Iterator[Part]:
         """Parts that nobody else takes."""
@@ -241,9 +254,14 @@ class _Elsewhere:
     def ask(self, payload: Payload) -> Future[Any]:
         """Put passes to the model."""
         assert not callable(payload)
-        self._end.send([_packed(batch) for batch in payload])
+        if self._free:
+            memory = self._free.pop()
+        else:
+            memory = Lent(self._end, self._lent)
+            self._lent += 1
+        self._end.send(_Sent.of(payload, memory))
         answer = _Answer(self.receive)
-        self._unanswered.append(answer)
+        self._unanswered.append((answer, memory))
         return answer
 
 
@@ -263,6 +281,7 @@ class _Answer(Future[Any]):
 def _lane_process(end: Any, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is asked, and ends this one
     torch.set_num_threads(1)
+    os.nice(_NICE)  # the thread that launches kernels gets a core whenever it wants one
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     with suppress(EOFError, BrokenPipeError):
         try:
@@ -291,25 +310,44 @@ def _plain(error: Exception) -> Exception:
 
 
 _FIELDS = ("input_ids", "position_ids", "task_ids", "positions", "owner", "targets")
-Packed = tuple[list[Any], list[int], Any]
+_ARRAYS = len(_FIELDS) + 2  # of a pass: the lengths of its segments, and where they reach, too
 
 
-def _packed(batch: PackedBatch) -> Packed:
-    """A batch of texts as arrays of 32 bits, which cost half as much on their way."""
-    arrays = [getattr(batch, name).to(torch.int32).numpy() for name in _FIELDS]
-    reach = batch.segments.reach
-    lengths = [end - start for start, end in batch.segments.bounds]
-    return arrays, lengths, None if reach is None else reach.numpy()
+class _Sent(NamedTuple):
+    """Passes of texts on their way from a lane.
+
+    Attributes:
+        number, size: of the memory that they lie in, see `lent`.
+        places: of a pass's arrays, one pass behind the other.
+    """
+
+    number: int
+    size: int
+    places: list[Place]
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch], memory: Lent) -> _Sent:
+        """Written there."""
+        places = memory.fill([array for batch in batches for array in _arrays(batch)])
+        return cls(memory.number, memory.size, places)
+
+    def passes(self, memory: Borrowed) -> list[PackedBatch]:
+        """Read where they lie."""
+        every = memory.arrays(self.places, self.size)
+        return [_batch(every[n : n + _ARRAYS]) for n in range(0, len(every), _ARRAYS)]
 
 
-def _unpacked(sent: Packed) -> PackedBatch:
+def _arrays(batch: PackedBatch) -> list[np.ndarray]:
+    reach, bounds = batch.segments.reach, batch.segments.bounds
+    lengths = np.asarray([end - start for start, end in bounds])
+    until = np.zeros(0, np.int32) if reach is None else reach.numpy()
+    return [*(getattr(batch, name).numpy() for name in _FIELDS), lengths, until]
+
+
+def _batch(arrays: list[np.ndarray]) -> PackedBatch:
     from mtl_lora_cli.engine.segments import Segments
 
-    arrays, lengths, reach = sent
-    # By NumPy: torch would ask threads for it, which wait for cores that lanes have.
-    fields: dict[str, Any] = {
-        name: torch.from_numpy(array.astype(np.int64))
-        for name, array in zip(_FIELDS, arrays, strict=True)
-    }
-    until = None if reach is None else torch.from_numpy(reach)
-    return PackedBatch(segments=Segments.build(lengths, until), **fields)
+    *fields, lengths, until = arrays
+    reach = torch.from_numpy(until) if until.size else None
+    named: dict[str, Any] = dict(zip(_FIELDS, map(torch.from_numpy, fields), strict=True))
+    return PackedBatch(segments=Segments.build(lengths.tolist(), reach), **named)

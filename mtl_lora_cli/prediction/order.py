@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,10 +158,16 @@ class Work:
         self, answers: Iterable[Done], told: Callable[[Done], None] = lambda done: None
     ) -> None:
         """Remember parts as they are answered."""
-        for done in answers:
-            self._output.add(done)
-            self._done[done.part] = done
-            told(done)
+        with ThreadPoolExecutor(1) as notes:  # a disk may be slow, and a model wants its thread
+            noted: deque[Future[None]] = deque()
+            for done in answers:
+                noted.append(notes.submit(self._output.add, done))
+                self._done[done.part] = done
+                told(done)
+                while noted and noted[0].done():
+                    noted.popleft().result()
+            for one in noted:
+                one.result()
 
     def look_again(self) -> None:
         """Know what the folder knows, after an interruption at any moment."""

@@ -11,16 +11,23 @@ card, and MODEL's tokenizer. Of each shape, in one process:
   first question that a lane puts to the last row that is written.
 - *memory*: `Predictor.predict` over a list of rows, in one thread.
 
+Of both it says where the time of the model's thread goes: passes launched, the card waited for, rows waited for, parts noted
+down, Python's collector, the rest; and the card's share without a pass. `--busy N` measures *alone* again beside so many
+processes that compute: what cores cost that are not free, without any row.
+
 *Floor* is 2 N + 2 H σ FLOP a token at the rate of the device's own products, σ = positions that are asked / tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -151,13 +158,15 @@ def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, 
     for start in range(0, len(placed), size):
         asked = predictor.questions(placed[start : start + size], task_column="task")
         ready.append((len(asked.together), Passes.build(asked.together, limit, tokens).batches))
-    scorer = Scorer(opened)
+    scorer = Timed(opened)
     warming = time.perf_counter()
     for _, batches in ready:  # until all kernels are compiled
         scorer.ask(batches, Future())
         if time.perf_counter() - warming > 3:
             break
     flush(scorer)
+    pure = pure_pass(scorer, ready)
+    scorer.clear()
     done = sent = questions = passes = 0
     began = time.perf_counter()
     for count, batches in itertools.cycle(ready):
@@ -170,7 +179,84 @@ def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, 
     flush(scorer)
     took = time.perf_counter() - began
     return {"rows_s": done / took, "tokens_s": sent / took, "asked": questions / sent,
-            "tokens_row": sent / done, "tokens_pass": sent / passes}  # fmt: skip
+            "tokens_row": sent / done, "tokens_pass": sent / passes, "pure": pure,
+            "where": scorer.where(took)}  # fmt: skip
+
+
+def pure_pass(scorer: Timed, ready: list[Any]) -> float:
+    """Milliseconds that a card takes for a pass that was launched before it begins."""
+    if not CUDA:
+        return 0.0
+    torch.cuda._sleep(1_000_000_000)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    marks[0].record()
+    scorer.begin(ready[0][1][0])
+    marks[1].record()
+    torch.cuda.synchronize()
+    return float(marks[0].elapsed_time(marks[1]))
+
+
+class Timed(Scorer):
+    """A scorer whose steps are timed."""
+
+    def __init__(self, opened: Run) -> None:
+        super().__init__(opened)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seconds = {"launch": 0.0, "card": 0.0, "rows": 0.0, "noted": 0.0, "collector": 0.0}
+        self.launches: list[float] = []
+        self.marks: list[Any] = []
+
+    def begin(self, batch: Any) -> Any:
+        started = time.perf_counter()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if CUDA else []
+        for mark in marks[:1]:
+            mark.record()
+        found = super().begin(batch)
+        for mark in marks[1:]:
+            mark.record()
+        self.launches.append(time.perf_counter() - started)
+        self.seconds["launch"] += self.launches[-1]
+        self.marks.append(marks)
+        return found
+
+    def read(self) -> None:
+        started = time.perf_counter()
+        super().read()
+        self.last = time.perf_counter()
+        self.seconds["card"] += self.last - started
+
+    def collected(self, phase: str, info: Any) -> None:
+        """For `gc.callbacks`."""
+        at = time.perf_counter()
+        if phase == "start":
+            self._since = at
+        else:
+            self.seconds["collector"] += at - self._since
+
+    def where(self, took: float) -> str:
+        """A line."""
+        parts = ", ".join(f"{name} {value / took:.1%}" for name, value in self.seconds.items())
+        rest = 1 - sum(v for n, v in self.seconds.items() if n != "collector") / took
+        launches = sorted(self.launches)
+        middle, high = launches[len(launches) // 2], launches[int(len(launches) * 0.95)]
+        line = f"{parts}, rest {rest:.1%}; a launch {middle * 1e3:.1f} ms (95 %: {high * 1e3:.1f})"
+        if not CUDA:
+            return line
+        torch.cuda.synchronize()
+        own = sorted(one.elapsed_time(other) for one, other in self.marks)
+        gaps = sum(
+            max(0.0, one[1].elapsed_time(other[0])) for one, other in itertools.pairwise(self.marks)
+        )
+        return f"{line}; a pass on the card {own[len(own) // 2]:.1f} ms, between passes {gaps / 1e3 / took:.1%}"
+
+
+def busy_beside(count: int) -> list[Any]:
+    """So many processes that compute."""
+    code = "import os\nos.nice(int(os.environ.get('MTL_LORA_NICE', '5')))\nwhile True: sum(i * i for i in range(10000))"
+    return [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
 
 
 def flush(scorer: Scorer) -> None:
@@ -187,6 +273,7 @@ class Watched:
 
     def __init__(self, inbox: Any) -> None:
         self._inbox, self.began, self.waited = inbox, 0.0, 0.0
+        self.scorer: Timed | None = None
 
     def _seen(self, message: Any) -> Any:
         if not self.began and isinstance(message, Question):
@@ -199,7 +286,10 @@ class Watched:
     def get(self) -> Any:
         asked = time.perf_counter()
         message = self._inbox.get()
-        self.waited += (time.perf_counter() - asked) * bool(self.began)
+        waited = (time.perf_counter() - asked) * bool(self.began)
+        self.waited += waited
+        if self.scorer is not None:
+            self.scorer.seconds["rows"] += waited
         return self._seen(message)
 
 
@@ -211,17 +301,33 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
     with opened_work(opened, order) as work:
         planned = time.perf_counter() - began
         total = work.totals.rows
-        course = Course(opened, work.job, lanes)
+        course = Course(opened, work.job, lanes, processes=None if CUDA or lanes is None else True)
         inbox: Any = Watched(course._inbox)
         course._inbox = inbox
+        if course._scorer is not None:
+            inbox.scorer = course._scorer = Timed(opened)
+            gc.callbacks.append(inbox.scorer.collected)
         started = time.perf_counter()
         try:
-            work.follow(course.run(work.missing, lambda n: times.append(time.perf_counter())))
+            run = course.run(work.missing, lambda n: times.append(time.perf_counter()))
+            work.follow(noted(run, inbox.scorer))
         finally:
+            gc.callbacks.clear()
             course.close()
     took = times[-1] - inbox.began
     return {"rows_s": total / took, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
-            "first_s": inbox.began - started, "parts": work.totals.parts}  # fmt: skip
+            "first_s": inbox.began - started, "parts": work.totals.parts,
+            "where": inbox.scorer.where(took) if inbox.scorer else "",
+            "tail": times[-1] - inbox.scorer.last if inbox.scorer else 0.0}  # fmt: skip
+
+
+def noted(answers: Any, scorer: Timed | None) -> Any:
+    """Answers; what is done with them is timed."""
+    for done in answers:
+        at = time.perf_counter()
+        yield done
+        if scorer is not None:
+            scorer.seconds["noted"] += time.perf_counter() - at
 
 
 def memory(opened: Run, rows: list[dict[str, Any]], seconds: float) -> float:
@@ -252,6 +358,7 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--lanes", type=int)
+    parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--forms", nargs="+", default=["parquet", "jsonl"])
     wanted = parser.parse_args()
     began = time.perf_counter()
@@ -276,10 +383,23 @@ def main() -> None:
             f"{shape}: {layers / 1e6:,.0f} M weights; {opened.packed.engine_line()}; at "
             f"{time.perf_counter() - began:.0f} s"
         )
+        found_busy = ""
+        if wanted.busy:
+            beside = busy_beside(wanted.busy)
+            own = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
+            for process in beside:
+                process.kill()
+                process.wait()
+            found_busy = (
+                f"  beside {wanted.busy} busy processes {own['rows_s']:,.0f} rows/s; {own['where']}"
+            )
         told(
             f"  alone    {found['rows_s']:9,.0f} rows/s {found['tokens_s']:11,.0f} tokens/s, {share:.3f} of the floor "
-            f"({found['tokens_row']:.0f} tokens a row, {found['tokens_pass']:,.0f} a pass, asked {found['asked']:.3f})"
+            f"({found['tokens_row']:.0f} tokens a row, {found['tokens_pass']:,.0f} a pass, asked {found['asked']:.3f}); "
+            f"a pass whose launches lie ready: {found['pure']:.1f} ms; {found['where']}"
         )
+        if found_busy:
+            told(found_busy)
         for form in wanted.forms:
             how = How(task_column="task")
             order = Order(place / form, place / f"{form}-out", how, {}, part_rows=part_rows)
@@ -292,8 +412,10 @@ def main() -> None:
             told(
                 f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor; "
                 f"planned in {own['plan_s']:.2f} s, first question after {own['first_s']:.1f} s, {own['parts']} parts, "
-                f"{own['lanes']} lanes, the model waited {own['waited']:.1%}; at {time.perf_counter() - began:.0f} s"
+                f"{own['lanes']} lanes, the model waited {own['waited']:.1%}; last pass to last row {own['tail']:.2f} s; at "
+                f"{time.perf_counter() - began:.0f} s"
             )
+            told(f"           {own['where']}")
         if not wanted.no_memory:
             rate_of = memory(opened, rows, min(4.0, wanted.seconds))
             told(f"  memory   {rate_of:9,.0f} rows/s, one thread")
