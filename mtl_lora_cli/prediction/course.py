@@ -21,6 +21,7 @@ from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, FreeDesk, How, MapDesk
+from mtl_lora_cli.prediction.graphs import Graphs
 from mtl_lora_cli.prediction.in_hand import Fail, Idle, Inbox, Job, Question, Rows
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.lanes import Processes, Threads
@@ -50,6 +51,7 @@ class Scorer:
     def __init__(self, opened: Run) -> None:
         self._packed, self._device = opened.packed.eval(), opened.device
         self._running: deque[tuple[_Open, int, Readout]] = deque()
+        self.graphs = Graphs(self._packed) if Graphs.possible(self._packed, self._device) else None
         self._fills = self._packed.decoder is not None and self._device.type == "cuda"
 
     @property
@@ -70,9 +72,12 @@ class Scorer:
 
     def begin(self, batch: PackedBatch) -> Readout:
         """Have a pass computed."""
-        moved = (filled(batch) if self._fills else batch).to(self._device)
-        with torch.inference_mode(), self._packed.routed(moved):
-            return Readout(self._packed(moved))
+        with torch.inference_mode():
+            if self.graphs is not None and self.graphs.serves(batch):
+                return Readout(self.graphs(batch))
+            moved = (filled(batch) if self._fills else batch).to(self._device)
+            with self._packed.routed(moved):
+                return Readout(self._packed(moved))
 
     def read(self) -> None:
         """Wait for the oldest pass."""
