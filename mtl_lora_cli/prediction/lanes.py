@@ -41,7 +41,7 @@ from mtl_lora_cli.prediction.manifest import Done
 from mtl_lora_cli.recipe.load import load_extensions_of
 from mtl_lora_cli.runs.folder import RunFolder
 
-_NICE = int(os.environ.get("MTL_LORA_NICE", "5"))
+_NICE = 5  # how far a lane stands back where cores are few
 
 Parts = Iterator[Part]
 Outbox = queue.SimpleQueue[Any]

@@ -5,6 +5,7 @@ The model's thread would wait for Python's lock meanwhile, at each of the thousa
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -65,10 +66,16 @@ class Borrowed:
 
     Args:
         end: of the pipe from the lane, which has sent `New`.
+
+    Raises:
+        EOFError, OSError: the lane has ended, or this process has too many files open.
     """
 
     def __init__(self, end: Any) -> None:
-        self._handle = recv_handle(end)
+        try:
+            self._handle = recv_handle(end)
+        except RuntimeError as error:  # the handle was taken off the message
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
         self._map: mmap.mmap | None = None
 
     def arrays(self, places: Sequence[Place], size: int) -> list[np.ndarray]:

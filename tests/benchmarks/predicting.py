@@ -281,7 +281,7 @@ class Timed(Scorer):
 
 def busy_beside(count: int) -> list[Any]:
     """So many processes that compute."""
-    code = "import os\nos.nice(int(os.environ.get('MTL_LORA_NICE', '5')))\nwhile True: sum(i * i for i in range(10000))"
+    code = "import os\nos.nice(5)\nwhile True: sum(i * i for i in range(10000))"
     return [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
 
 
