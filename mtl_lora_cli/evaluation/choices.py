@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise, takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,43 +71,74 @@ class Tree:
     def build(
         cls, prompt: list[int], choices: list[list[int]], passed: Sequence[int] | None = None
     ) -> Tree:
-        """Sorted candidates that begin alike stand together, so each adds what the last one lacks."""
-        start = len(prompt)
-        tokens, places, reach = list(prompt), list(range(start)), [-1] * start
-        owners: list[list[int]] = [[] for _ in choices]
-        path: list[int] = []  # positions of the last candidate's tokens, all but its own last one
-        for number, inner, kept in _inner(choices):
-            for position in path[kept:]:
-                reach[position] = len(tokens)
-            added = len(inner) - kept
-            path = [*path[:kept], *range(len(tokens), len(tokens) + added)]
-            tokens += inner[kept:]
-            places += range(start + kept, start + len(inner))
-            reach += [-1] * added
-            owners[number] = [start - 1, *path][: len(choices[number])]
-        ends = np.asarray(reach, dtype=np.int32)
-        ends[ends < 0] = len(tokens)
+        """A prompt's own tokens, and what its candidates add to any prompt."""
+        start, own = len(prompt), branches_of(choices, passed)
+        count = start + len(own.tokens)
+        reach = np.full(count, count, dtype=np.int32)
+        inside = own.reach >= 0
+        reach[start:][inside] = own.reach[inside] + start
         if passed is None:
-            asked = np.arange(start - 1, len(tokens), dtype=np.int32)
+            asked = np.arange(start - 1, count, dtype=np.int32)
         else:
-            owners = [own[count:] for own, count in zip(owners, passed, strict=True)]
-            choices = [own[count:] for own, count in zip(choices, passed, strict=True)]
-            asked = np.asarray(sorted({p for own in owners for p in own}), dtype=np.int32)
-        owner = np.asarray([place for some in owners for place in some], dtype=np.int32)
+            asked = np.unique(own.owner + start).astype(np.int32)
         return cls(
-            tokens=np.asarray(tokens, dtype=np.int32),
-            places=np.asarray(places, dtype=np.int32),
-            reach=ends,
-            owner=owner,
-            targets=np.asarray([token for some in choices for token in some], dtype=np.int32),
-            lengths=np.asarray([len(some) for some in choices], dtype=np.int32),
+            tokens=np.concatenate([np.asarray(prompt, dtype=np.int32), own.tokens]),
+            places=np.concatenate([np.arange(start, dtype=np.int32), own.places + start]),
+            reach=reach,
+            owner=own.owner + start,
+            targets=own.targets,
+            lengths=own.lengths,
             asked=asked,
         )
 
 
-def _inner(choices: Sequence[list[int]]) -> Iterator[tuple[int, list[int], int]]:
+class Branches(NamedTuple):
+    """What candidates are behind any prompt, whose last position has the place −1; see `Tree`."""
+
+    tokens: np.ndarray
+    places: np.ndarray
+    reach: np.ndarray  # −1: up to the end
+    owner: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+
+
+def branches_of(choices: Sequence[Sequence[int]], passed: Sequence[int] | None) -> Branches:
+    """Of candidates; a task's are the same for most of its rows, and made once."""
+    some = tuple(tuple(choice) for choice in choices)
+    return _branches(some, None if passed is None else tuple(passed))
+
+
+@lru_cache(maxsize=512)
+def _branches(choices: Sequence[Sequence[int]], passed: Sequence[int] | None) -> Branches:
+    """Sorted candidates that begin alike stand together, so each adds what the last one lacks."""
+    tokens: list[int] = []
+    places: list[int] = []
+    reach: list[int] = []
+    owners: list[list[int]] = [[] for _ in choices]
+    path: list[int] = []  # positions of the last candidate's tokens, all but its own last one
+    for number, inner, kept in _inner(choices):
+        for position in path[kept:]:
+            reach[position] = len(tokens)
+        added = len(inner) - kept
+        path = [*path[:kept], *range(len(tokens), len(tokens) + added)]
+        tokens += inner[kept:]
+        places += range(kept, len(inner))
+        reach += [-1] * added
+        owners[number] = [-1, *path][: len(choices[number])]
+    if passed is not None:
+        owners = [own[count:] for own, count in zip(owners, passed, strict=True)]
+        choices = [own[count:] for own, count in zip(choices, passed, strict=True)]
+    every = (
+        tokens, places, reach, [place for some in owners for place in some],
+        [token for some in choices for token in some], [len(some) for some in choices],
+    )  # fmt: skip
+    return Branches(*(np.asarray(one, dtype=np.int32) for one in every))
+
+
+def _inner(choices: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[int], int]]:
     """Candidates sorted, each with its tokens but the last, and how many of them the one before has, too."""
-    before: list[int] = []
+    before: Sequence[int] = []
     for number in sorted(range(len(choices)), key=lambda number: choices[number]):
         inner = choices[number][:-1]
         same = zip(before, inner, strict=False)
@@ -160,7 +192,7 @@ class Request:
     @cached_property
     def cost(self) -> int:
         """Tokens that go through the model: of the tree, which need not be there yet."""
-        return len(self.prompt) + sum(len(inner) - kept for _, inner, kept in _inner(self.choices))
+        return len(self.prompt) + len(branches_of(self.choices, self.passed).tokens)
 
 
 def build_requests(

@@ -46,12 +46,14 @@ class Scorer:
 
     Args:
         opened: the run.
+        graphed: passes of a narrow model are replayed as graphs, see `graphs`.
     """
 
-    def __init__(self, opened: Run) -> None:
+    def __init__(self, opened: Run, *, graphed: bool = False) -> None:
         self._packed, self._device = opened.packed.eval(), opened.device
         self._running: deque[tuple[_Open, int, Readout]] = deque()
-        self.graphs = Graphs(self._packed) if Graphs.possible(self._packed, self._device) else None
+        possible = graphed and Graphs.possible(self._packed, self._device)
+        self.graphs = Graphs(self._packed) if possible else None
         self._fills = self._packed.decoder is not None and self._device.type == "cuda"
 
     @property

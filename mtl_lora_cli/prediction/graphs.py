@@ -21,7 +21,11 @@ from mtl_lora_cli.kernels.trees import Trees
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.packed import PackedModel
 
-_POSITIONS, _ASKED, _TILES, _PIECES = 4096, 1024, 1024, 256  # sizes are whole multiples of these
+_POSITIONS, _ASKED, _ROWS = (
+    4096,
+    2048,
+    4096,
+)  # sizes, and rows of tables, are whole multiples of these
 _SEGMENT = 256  # positions of a segment of padding
 _NARROW = 2**36  # positions times features²: beyond, a card computes longer than it takes to launch
 _GRAPHS = 16  # as many have room
@@ -57,6 +61,9 @@ class Graphs:
         self._seen: set[_Sizes] = set()
         self._graphs: dict[_Sizes, _Graph] = {}
         self._fits = True
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
     def possible(packed: PackedModel, device: torch.device) -> bool:
@@ -105,15 +112,19 @@ class Graphs:
             return self._packed(batch, slots=slots)
 
     def _record(self, sizes: _Sizes, there: list[Tensor], asked: Any) -> None:
-        torch.cuda.synchronize(self._device)
-        pool = next((one.graph.pool() for one in self._graphs.values()), None)
+        """Capture a pass, while the card is busy with those before it: `torch.cuda.graph` would wait for them."""
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+            try:
                 values = self._launched(asked)
+            except torch.OutOfMemoryError:
+                self._fits = False
+            finally:
+                graph.capture_end()
+        if self._fits:
             self._graphs[sizes] = _Graph(graph, there, values, asked)
-        except torch.OutOfMemoryError:
-            self._fits = False
+        else:
             torch.cuda.empty_cache()
 
 
@@ -147,10 +158,10 @@ def _ready(batch: PackedBatch, blocks: list[int]) -> tuple[PackedBatch, _Sizes, 
     for own in (ids, ids[filled.positions]):
         index = places[own]
         found = runs_of(index, len(present))
-        pieces.append(_multiple(len(found.pieces), _PIECES))
+        pieces.append(_multiple(len(found.pieces), _ROWS))
         contents += [index, *runs_of(index, len(present), pieces[-1])]
     tables = [filled.segments.tile_table(block) for block in blocks]
-    rows = [_multiple(len(table), _TILES) for table in tables]
+    rows = [_multiple(len(table), _ROWS) for table in tables]
     contents += [
         filled.segments.tile_table(block, capacity=most)
         for block, most in zip(blocks, rows, strict=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 from mtl_lora_cli.tasks.task import Task
@@ -80,24 +82,32 @@ def as_type(value: Any, kind: Any) -> Any:
         value: an answer, or a part of it.
         kind: its type.
     """
-    import json
+    return _reader(kind)(value)
 
+
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What is done with each value of a type: found once, for millions of rows have the same."""
     import pyarrow as pa
 
+    if pa.types.is_map(kind):
+        return lambda value: None if value is None else list(value.items())
+    if pa.types.is_struct(kind):
+        fields = [(field.name, _missing(field), _reader(field.type)) for field in kind]
+        return partial(_struct, fields)
+    return _text if pa.types.is_string(kind) else lambda value: value
+
+
+def _struct(fields: Sequence[tuple[str, Any, Callable[[Any], Any]]], value: Any) -> Any:
     if value is None:
         return None
-    if pa.types.is_map(kind):
-        return list(value.items())
-    if pa.types.is_struct(kind):
-        return {
-            field.name: _missing(field)
-            if field.name not in value
-            else as_type(value[field.name], field.type)
-            for field in kind
-        }
-    if pa.types.is_string(kind) and not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return value
+    return {name: read(value[name]) if name in value else missing for name, missing, read in fields}
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _missing(field: Any) -> Any:

@@ -6,7 +6,8 @@ MODEL is a base model (a folder or a GGUF file), DATA has `glue/` and `ads/` as 
 mixed, an adapter of four tasks far from its start. `own` is MODEL itself, another shape has random weights in NF4 on a
 card, and MODEL's tokenizer. Of each shape, in one process:
 
-- *alone*: passes that were made ready before go through the model: no file, no template, no tokenizer, no answer.
+- *alone*: passes that were made ready before go through the model: no file, no template, no tokenizer, no answer. Of as many
+  rows (`--alone-rows`) as there are different ones, for some are longer than others.
 - *parts*: the same rows from Parquet files to Parquet files, and from JSON lines to JSON lines; rows a second from the
   first question that a lane puts to the last row that is written.
 - *memory*: `Predictor.predict` over a list of rows, in one thread.
@@ -224,9 +225,7 @@ class Timed(Scorer):
     graphed = False  # passes are replayed as CUDA graphs where they can be
 
     def __init__(self, opened: Run) -> None:
-        super().__init__(opened)
-        if not self.graphed:
-            self.graphs = None
+        super().__init__(opened, graphed=self.graphed)
         self.clear()
 
     def clear(self) -> None:
@@ -323,6 +322,12 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
     """Everything, from files to files; the time is that from the first question to the last row that is written."""
     shutil.rmtree(order.output, ignore_errors=True)
     times: list[float] = []
+    written: list[int] = []
+
+    def told_of(rows: int) -> None:
+        times.append(time.perf_counter())
+        written.append(rows)
+
     began = time.perf_counter()
     with opened_work(opened, order) as work:
         planned = time.perf_counter() - began
@@ -335,13 +340,17 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
             gc.callbacks.append(inbox.scorer.collected)
         started = time.perf_counter()
         try:
-            run = course.run(work.missing, lambda n: times.append(time.perf_counter()))
+            run = course.run(work.missing, told_of)
             work.follow(noted(run, inbox.scorer))
         finally:
             gc.callbacks.clear()
             course.close()
     took = times[-1] - inbox.began
-    return {"rows_s": total / took, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
+    done = list(itertools.accumulate(written))
+    tenth = next(place for place, rows in enumerate(done) if 10 * rows >= total)
+    steady = (total - done[tenth]) / (times[-1] - times[tenth])
+    graphs = inbox.scorer.graphs if inbox.scorer else None
+    return {"rows_s": total / took, "steady": steady, "graphs": len(graphs._graphs) if graphs else 0, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
             "first_s": inbox.began - started, "parts": work.totals.parts,
             "where": inbox.scorer.where(took) if inbox.scorer else "",
             "tail": times[-1] - inbox.scorer.last if inbox.scorer else 0.0}  # fmt: skip
@@ -438,9 +447,10 @@ def main() -> None:
                     continue
                 ratio = own["rows_s"] / found["rows_s"]
                 told(
-                    f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor; "
+                    f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor "
+                    f"(behind the first tenth {own['steady']:,.0f} = {own['steady'] / found['rows_s']:.3f}); "
                     f"planned in {own['plan_s']:.2f} s, first question after {own['first_s']:.1f} s, {own['parts']} parts, "
-                    f"{own['lanes']} lanes, the model waited {own['waited']:.1%}; last pass to last row {own['tail']:.2f} s; at "
+                    f"{own['lanes']} lanes, {own['graphs']} graphs, the model waited {own['waited']:.1%}; last pass to last row {own['tail']:.2f} s; at "
                     f"{time.perf_counter() - began:.0f} s"
                 )
                 told(f"           {own['where']}")

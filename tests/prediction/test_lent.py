@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,8 @@ def test_what_was_borrowed_is_given_back() -> None:
     memory = Lent(theirs, 0)
     places = memory.fill(LARGER)
     assert isinstance(ours.recv(), New)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     borrowed = Borrowed(ours)
     borrowed.arrays(places, memory.size)
     borrowed.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
