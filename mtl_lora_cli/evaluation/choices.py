@@ -110,7 +110,7 @@ def branches_of(choices: Sequence[Sequence[int]], passed: Sequence[int] | None) 
 
 
 @lru_cache(maxsize=512)
-def _branches(choices: Sequence[Sequence[int]], passed: Sequence[int] | None) -> Branches:
+def _branches(choices: Sequence[tuple[int, ...]], passed: Sequence[int] | None) -> Branches:
     """Sorted candidates that begin alike stand together, so each adds what the last one lacks."""
     tokens: list[int] = []
     places: list[int] = []
@@ -136,9 +136,9 @@ def _branches(choices: Sequence[Sequence[int]], passed: Sequence[int] | None) ->
     return Branches(*(np.asarray(one, dtype=np.int32) for one in every))
 
 
-def _inner(choices: Sequence[Sequence[int]]) -> Iterator[tuple[int, Sequence[int], int]]:
+def _inner(choices: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...], int]]:
     """Candidates sorted, each with its tokens but the last, and how many of them the one before has, too."""
-    before: Sequence[int] = []
+    before: tuple[int, ...] = ()
     for number in sorted(range(len(choices)), key=lambda number: choices[number]):
         inner = choices[number][:-1]
         same = zip(before, inner, strict=False)

@@ -192,7 +192,7 @@ def _asked(
     tables = {(block, False): table for block, table in zip(blocks, rest, strict=False)}
     trees = Trees(*rest[len(blocks) :]) if filled.segments.reach is not None else None
     segments = replace(filled.segments.ready(tables, trees), device=present.device)
-    named = dict(zip(_FIELDS, fields, strict=True))
+    named: dict[str, Any] = dict(zip(_FIELDS, fields, strict=True))
     return replace(filled, segments=segments, **named), (slots[0], slots[1])
 
 
