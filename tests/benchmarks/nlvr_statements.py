@@ -18,6 +18,7 @@ Row = dict[str, Any]
 Claim = tuple[str, bool]
 COLOURS = {"#0099ff": "blue", "Black": "black", "Yellow": "yellow"}
 PIXELS = {"blue": (0, 153, 255), "black": (0, 0, 0), "yellow": (255, 255, 0)}
+GROUND = 211  # of a box, grey
 SHAPES = ("square", "triangle", "circle")
 AREAS = {"square": 1.0, "triangle": 0.5, "circle": 0.785}  # of a square as wide
 NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -37,23 +38,29 @@ def _area(box: Sequence[Row], colour: str) -> float:
 
 
 def shown(crop: np.ndarray, colour: str) -> np.ndarray:
-    """Where a crop has a colour, bool [100, 100]."""
-    found: np.ndarray = (crop == np.array(PIXELS[colour], np.uint8)).all(-1)
+    """Where a crop has a colour, bool [100, 100]: NLVR's yellow is (254, 254, 0)."""
+    found: np.ndarray = (abs(crop.astype(int) - PIXELS[colour]) <= 16).all(-1)
     return found
 
 
 def touching(crop: np.ndarray) -> dict[str, set[str]]:
-    """Colour → the walls of its box that something of it touches."""
+    """Colour → the walls of its box that something of it touches, be it by a pixel that is nearly the ground's."""
     return _touching(crop.tobytes(), crop.shape)
 
 
 @lru_cache(maxsize=8)
 def _touching(pixels: bytes, shape: tuple[int, ...]) -> dict[str, set[str]]:
-    crop, found = np.frombuffer(pixels, np.uint8).reshape(shape), {}
-    for colour in PIXELS:
-        there = shown(crop, colour)
-        walls = {"top": there[0], "bottom": there[-1], "left": there[:, 0], "right": there[:, -1]}
-        found[colour] = {wall for wall, line in walls.items() if line.any()}
+    crop = np.frombuffer(pixels, np.uint8).reshape(shape).astype(float) - GROUND
+    lines = {"top": crop[0], "bottom": crop[-1], "left": crop[:, 0], "right": crop[:, -1]}
+    found = {}
+    for colour, full in PIXELS.items():
+        whole = np.array(full, float) - GROUND
+        share = {wall: line @ whole / (whole @ whole) for wall, line in lines.items()}
+        mixed = {
+            wall: abs(lines[wall] - own[:, None] * whole).max(-1) < 12
+            for wall, own in share.items()
+        }
+        found[colour] = {wall for wall in lines if (mixed[wall] & (share[wall] > 0.1)).any()}
     return found
 
 

@@ -204,3 +204,14 @@ def test_listed_statements_have_an_answer_each(monkeypatch: pytest.MonkeyPatch) 
         "statements": "1. There is a box\n2. There is none",
         "answers": "1 yes 2 no",
     }
+
+
+def test_what_is_drawn_smoothly_is_seen_by_its_share_of_a_pixel(script: ModuleType) -> None:
+    """NLVR's own yellow, a corner that covers a quarter of a pixel at the wall, and one that stays a pixel away."""
+    crop = np.full((10, 10, 3), GROUND, np.uint8)
+    crop[4:6, 4:6] = (254, 254, 0)
+    assert script.shown(crop, "yellow").sum() == 4
+    assert script.touching(crop) == {"blue": set(), "black": set(), "yellow": set()}
+    crop[0, 3] = [round(0.75 * 211 + 0.25 * part) for part in script.PIXELS["blue"]]
+    crop[5, 9] = (222, 222, 158)
+    assert script.touching(crop) == {"blue": {"top"}, "black": set(), "yellow": {"right"}}
