@@ -25,11 +25,30 @@ NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 def in_order(boxes: Sequence[Sequence[Row]], crops: Sequence[np.ndarray]) -> list[list[Row]]:
-    """What is in each of three crops, uint8 [100, 100, 3]: the order in which areas of colours agree best."""
-    seen = np.array([[shown(crop, colour).sum() for colour in PIXELS] for crop in crops])
-    said = np.array([[_area(box, colour) for colour in PIXELS] for box in boxes])
-    best = min(permutations(range(3)), key=lambda order: abs(said[list(order)] - seen).sum())
+    """What is in each of three crops, uint8 [100, 100, 3]: the order in which towers, or areas of colours, agree best."""
+    if are_towers(boxes):
+        seen = np.array([_tower(crop) for crop in crops])
+        said = np.array([[*(_number(one) for one in box), 0, 0, 0, 0][:4] for box in boxes])
+        unlike = (said[:, None] != seen).sum(-1)
+    else:
+        seen = np.array([[shown(crop, colour).sum() for colour in PIXELS] for crop in crops])
+        said = np.array([[_area(box, colour) for colour in PIXELS] for box in boxes])
+        unlike = abs(said[:, None] - seen).sum(-1)
+    best = min(permutations(range(3)), key=lambda order: sum(unlike[list(order), range(3)]))
     return [list(boxes[number]) for number in best]
+
+
+def _number(block: Row) -> int:
+    return 1 + list(PIXELS).index(COLOURS[block["color"]])
+
+
+def _tower(crop: np.ndarray) -> list[int]:
+    """Which colour each of four blocks of 20 pixels has, from the base on: its number, or 0."""
+    found = []
+    for y in (90, 70, 50, 30):
+        counts = [shown(crop[y : y + 1], colour).sum() for colour in PIXELS]
+        found.append(1 + int(np.argmax(counts)) if max(counts) > 5 else 0)
+    return found
 
 
 def _area(box: Sequence[Row], colour: str) -> float:
