@@ -169,7 +169,20 @@ def _of_towers(
     having = draw.choice(["with", "with", "having", "that has", "which has"])
     place = draw.choice([f"at the {end}", f"at the {end}", f"as the {end}"])
     over = draw.choice(["over", "above", "on top of", "on"])
-    kind = draw.randrange(18)
+    kind = draw.randrange(21)
+    if kind == 18:
+        doubled = [(colour, colour) in pairwise(tower) for tower in towers]
+        return f"{said} {having} 2 {colour} blocks stacked together", holds(sum(doubled))
+    if kind == 19:
+        word = NUMBERS[high]
+        tall = [one for one, t in zip(ends, towers, strict=True) if len(t) == high]
+        return f"The {end} of a {word} block{'' if high == 1 else 's'} tower is {colour}", any(tall)
+    if kind == 20:
+        many = ["One tower has", "At least two of the towers have", "All 3 towers have"]
+        least = draw.randint(1, 3)
+        return f"{many[least - 1]} a {colour} {end}", (
+            sum(ends) == 1 if least == 1 else sum(ends) >= least
+        )
     if kind == 0:
         return f"{said} {having} {blocks}", holds(sum(fits(len(tower)) for tower in towers))
     if kind in (1, 2):
@@ -267,7 +280,9 @@ def _of_boxes(
     amount, holds = _amount(number, "box", draw)
     amount = amount.replace("boxs", "boxes")
     things, fits = _amount(draw.randint(1, 5), thing, draw)
-    kind = draw.randrange(13)
+    kind = draw.randrange(18)
+    if kind >= 13:
+        return _of_several_things(boxes, draw)
     if kind >= 9:
         told = _edges(boxes, crops, draw)
         if told is not None:
@@ -300,6 +315,37 @@ def _of_boxes(
     amount = amount.replace("boxs", "boxes")
     said = f"There {_are(number)} {amount} with a {colour} item touching the wall"
     return said, holds(sum(touched))
+
+
+def _of_several_things(boxes: Sequence[Sequence[Row]], draw: random.Random) -> Claim:
+    """Of what lies in one box together: two kinds of things, a number of items, colours alone."""
+    found = [kinds_in(box) for box in boxes]
+    colours = [{COLOURS[one["color"]] for one in box} for box in boxes]
+    one, other = draw.sample(list(PIXELS), 2)
+    kind, number = draw.randrange(4), draw.randint(1, 3)
+    if kind == 0:
+        first, second = f"{one} {draw.choice([*SHAPES, 'item'])}", f"{other} {draw.choice(SHAPES)}"
+        both = any(box[first] and box[second] for box in found)
+        return f"There is a box with a {first} and a {second}", both
+    if kind == 1:
+        things, fits = _amount(number, f"{other} item", draw)
+        thing = f"{one} {draw.choice(SHAPES)}"
+        right = any(box[thing] and fits(box[f"{other} item"]) for box in found)
+        return f"There is a box with a {thing} and {things}", right
+    if kind == 2:
+        items = _many(draw.choice([len(box) for box in boxes] + [number]), "item", draw)
+        count, many = items.split()[0], draw.randint(1, 3)
+        total = int(count) if count.isdigit() else NUMBERS.index(count)
+        how = ["of only one colour", f"of only {one} and {other} colour", "of all 3 colours"]
+        right = any(
+            len(box) == total and (own == {one, other} if many == 2 else len(own) == many)
+            for box, own in zip(boxes, colours, strict=True)
+        )
+        return f"There is a box with {items} {how[many - 1]}", right
+    amount, holds = _amount(draw.randint(1, 2), "box", draw)
+    amount = amount.replace("boxs", "boxes")
+    some = f"{'is' if amount.endswith('box') else 'are'} {amount} with only {one} and {other} items"
+    return f"There {some}", holds(sum(own == {one, other} for own in colours))
 
 
 def _edges(

@@ -108,6 +108,15 @@ OF_THREE: list[tuple[str, Callable[[list[list[str]], re.Match[str]], bool]]] = [
         lambda all, _: any(len(set(t)) == 3 for t in all),
     ),
     (
+        r"There is exactly (?:one|1) tower with 2 (\w+) blocks stacked together",
+        lambda all, m: sum(any(t[n : n + 2] == [m[1]] * 2 for n in range(3)) for t in all) == 1,
+    ),
+    (
+        r"The base of a (\w+) blocks? tower is (\w+)",
+        lambda all, m: any(len(t) == _number(m[1]) and t[0] == m[2] for t in all),
+    ),
+    (r"All 3 towers have a (\w+) top", lambda towers, m: all(t[-1] == m[1] for t in towers)),
+    (
         r"There are (?:at least )?two towers with the same height",
         lambda all, _: len({len(t) for t in all}) < 3,
     ),
@@ -118,7 +127,7 @@ def test_statements_of_three_towers_are_what_their_pixels_say(script: ModuleType
     draw = random.Random(5)
     names = {name: code for code, name in script.COLOURS.items()}
     asked = {pattern: 0 for pattern, _ in OF_THREE}
-    for _ in range(80):
+    for _ in range(200):
         towers = [draw.choices(list(script.PIXELS), k=draw.randint(1, 4)) for _ in range(3)]
         boxes = [[{"type": "square", "size": 20, "color": names[one]} for one in t] for t in towers]
         crops = [_drawn(tower, script.PIXELS, draw.randrange(80)) for tower in towers]
@@ -211,3 +220,23 @@ def test_what_is_drawn_smoothly_is_seen_by_its_share_of_a_pixel(script: ModuleTy
     crop[0, 3] = [round(0.75 * 211 + 0.25 * part) for part in script.PIXELS["blue"]]
     crop[5, 9] = (222, 222, 158)
     assert script.touching(crop) == {"blue": {"top"}, "black": set(), "yellow": {"right"}}
+
+
+def test_things_that_lie_together_are_what_the_row_says(script: ModuleType) -> None:
+    """A box of a yellow circle and two black items, one with a blue square, one with nothing."""
+    codes = {name: code for code, name in script.COLOURS.items()}
+    box = [("circle", "yellow"), ("square", "black"), ("circle", "black")]
+    boxes = [
+        [{"type": kind, "size": 10, "color": codes[colour]} for kind, colour in one]
+        for one in (box, [("square", "blue")], [])
+    ]
+    draw = random.Random(0)
+    told = dict(script._of_several_things(boxes, draw) for _ in range(6000))
+    assert told["There is a box with a yellow circle and a black square"] is True
+    assert told["There is a box with a black square and a blue square"] is False
+    assert told["There is a box with a yellow circle and exactly two black items"] is True
+    assert told["There is a box with a yellow circle and at least three black items"] is False
+    assert told["There is a box with one item of only one colour"] is True
+    assert told["There is a box with 3 items of only yellow and black colour"] is True
+    assert told["There is a box with three items of all 3 colours"] is False
+    assert told["There is exactly 1 box with only black and yellow items"] is True
