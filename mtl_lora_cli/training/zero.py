@@ -40,6 +40,7 @@ from mtl_lora_cli.models.plain import Way
 from mtl_lora_cli.models.quiet import quiet_deepspeed
 from mtl_lora_cli.recipe.schema import Distributed
 from mtl_lora_cli.training.clipping import RelativeClipping
+from mtl_lora_cli.training.cut_embedding import CutEmbedding, is_ours_to_cut
 from mtl_lora_cli.training.update import (
     MOMENTS,
     ParameterGroup,
@@ -385,7 +386,8 @@ def _cut(
     deepspeed: Any, host: PackedModel | Cuttable, config: Mapping[str, Any]
 ) -> _CutModel | _CutHost:
     """Cut the frozen weights; what is called with a batch from then on."""
-    model = _CutModel(host) if isinstance(host, PackedModel) else _CutHost(host)
+    offloaded = "offload_param" in config["zero_optimization"]
+    model = _CutModel(host, offloaded) if isinstance(host, PackedModel) else _CutHost(host)
     engine, *_ = deepspeed.initialize(
         model=model, config=_of_the_base(config, model.largest), dist_init_required=False
     )
@@ -539,11 +541,12 @@ def require_cuttable(packed: PackedModel, processes: Processes) -> None:
 class _CutModel(nn.Module):
     """The model as DeepSpeed shall see it: frozen weights alone, and what is gathered when.
 
-    Its layers take the place of the decoder's calls, or of transformers' own layers. Embedding and
-    head are modules as they are; an adapted head stays whole, and so does the last norm.
+    Its layers take the place of the decoder's calls, or of transformers' own layers. The head is a
+    module as it is, and so is an embedding that is offloaded or shares its weight; any other is cut apart
+    (`CutEmbedding`). An adapted head stays whole, and so does the last norm.
     """
 
-    def __init__(self, packed: PackedModel) -> None:
+    def __init__(self, packed: PackedModel, offloaded: bool) -> None:
         super().__init__()
         base, decoder = packed.model.base_model, packed.decoder
         layers = list(base.layers) if decoder is None else decoder.modules
@@ -556,9 +559,12 @@ class _CutModel(nn.Module):
             base.layers = self.layers
         else:
             decoder.layer_calls = list(self.layers)
-        self.embedding = packed.model.get_input_embeddings()
-        head = packed.model.get_output_embeddings()
+        embedding, head = packed.model.get_input_embeddings(), packed.model.get_output_embeddings()
         self.head = None if isinstance(head, MultiTaskLinear) else head
+        ours = not offloaded and is_ours_to_cut(embedding, head)
+        self.embedding = None if ours else embedding
+        if ours:
+            CutEmbedding(embedding).fetch_behind(self.layers[0])
         self.engine: tuple[Any, ...] = ()
         self._packed = (packed,)
 
