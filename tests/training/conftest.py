@@ -117,18 +117,24 @@ def poison(
     def make(prepared: Prepared, after: int) -> Poison:
         step, (task, number), token = _first_fresh_token(prepared, after)
         folder = tmp_path_factory.mktemp("poisoned")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(stories_folder / name, folder)
-        config = json.loads((stories_folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-        weights = load_file(stories_folder / "model.safetensors")
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        weights["model.embed_tokens.weight"][token] = float("nan")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        apart(stories_folder, folder, token)
         name = prepared.data.tasks[task].name
         return Poison(folder, step, f"'{name}' {small_data / name}/train.jsonl:{number + 1}")
 
     return make
+
+
+def apart(stories_folder: Path, folder: Path, poisoned: int | None = None) -> None:
+    """The tiny model into `folder`, its head no longer the embedding; no number for one of the tokens."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stories_folder / name, folder)
+    config = json.loads((stories_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(stories_folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if poisoned is not None:
+        weights["model.embed_tokens.weight"][poisoned] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _first_fresh_token(prepared: Prepared, after: int) -> tuple[int, Place, int]:

@@ -16,13 +16,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.machine.processes import Processes, joined
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.cut_embedding import CutEmbedding
 from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepare import prepare
@@ -73,6 +77,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "clipped-3": (*CLIPPED, *CUT, *SHORT),
     "offload-optimizer": ("distributed.zero_stage=2", "distributed.offload=optimizer", *SHORT),
     "offload-all": (*CUT, "distributed.offload=all", *SHORT),
+    "apart-3": (*CUT, *SHORT),
     "dropout-2": ("adapter.dropout=0.1", "distributed.zero_stage=2", *PARTS, *CLIPPED[:1]),
     "dropout-3": ("adapter.dropout=0.1", *CUT, *PARTS),
 }
@@ -193,6 +198,33 @@ class _Run:
 
         layer.register_forward_pre_hook(remember)
 
+    def embedded(self) -> None:
+        """When the parts of an embedding are put together, and what it then says."""
+        table = torch.arange(21.0).view(7, 3)  # odd: the parts are filled up
+        embedding, layer = nn.Embedding.from_pretrained(table.clone()), nn.Linear(3, 1)
+        ids, when, gather = torch.tensor([6, 0, 3]), list[str](), dist.all_gather_into_tensor
+
+        def gathered(*given: Any, **named: Any) -> Any:
+            when.append(moment)
+            return gather(*given, **named)
+
+        dist.all_gather_into_tensor = gathered
+        CutEmbedding(embedding).fetch_behind(layer)
+        same, sizes = [], []
+        for count in range(2):
+            moment = f"forward {count}"
+            found = embedding(ids)
+            moment = f"backward {count}"
+            layer(found).sum().backward()
+            same.append(torch.equal(found, table[ids]))
+            sizes.append(embedding.weight.numel())
+        moment = "without"
+        with torch.no_grad():
+            layer(embedding(ids))
+            layer(embedding(ids))
+        dist.all_gather_into_tensor = gather
+        self.note("embedded", {"when": when, "same": same, "sizes": sizes})
+
     def failing(self, name: str, train: Callable[[], object]) -> None:
         try:
             train()
@@ -225,7 +257,8 @@ def main(recipe: Path, folder: Path) -> None:
     with joined() as processes:
         run = _Run(processes, recipe, folder)
         for name, overrides in CASES.items():
-            start(run.prepared(overrides), folder / name)
+            own = recipe.with_name("apart.yaml") if name.startswith("apart") else None
+            start(run.prepared(overrides, own), folder / name)
         for name in ("dropout-2", "dropout-3"):
             run.resumed(name)
         for name in BEST:
@@ -236,6 +269,7 @@ def main(recipe: Path, folder: Path) -> None:
             run.poisoned(name)
         for name in NO_GRADIENT:
             run.no_gradient(name)
+        run.embedded()
 
 
 if __name__ == "__main__":

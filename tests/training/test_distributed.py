@@ -33,7 +33,7 @@ from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 from mtl_lora_cli.training.validation import Validation
 
-from .conftest import Poison, together
+from .conftest import Poison, apart, together
 from .distributed_worker import (
     BEST,
     CASES,
@@ -95,12 +95,14 @@ class Trained:
 
         In float32 two engines' roundings are further apart after ten steps than two processes' are.
         """
-        return f"alone-{'plain' if name == 'float32-3-plain' else name.partition('-')[0]}"
+        others = {"float32-3-plain": "plain", "apart-3": "offload"}
+        return f"alone-{others.get(name, name.partition('-')[0])}"
 
 
 @pytest.fixture(scope="module")
 def trained(
     recipe_file: Path,
+    stories_folder: Path,
     poison: Callable[[Prepared, int], Poison],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trained:
@@ -119,6 +121,10 @@ def trained(
     spoiled = poison(prepare(load_recipe(recipe, [*COMMON, "training.max_steps=100"])), 2)
     content = yaml.safe_load(recipe.read_text()) | {"base_model": str(spoiled.folder)}
     recipe.with_name("poisoned.yaml").write_text(yaml.safe_dump(content))
+    (folder / "apart").mkdir()
+    apart(stories_folder, folder / "apart")
+    content["base_model"] = str(folder / "apart")
+    recipe.with_name("apart.yaml").write_text(yaml.safe_dump(content))
     worker = str(Path(__file__).with_name("distributed_worker.py"))
     processes = together(worker, str(recipe), str(folder))
     for name, overrides in ALONE.items():
@@ -307,6 +313,15 @@ def test_4_bit_bytes_are_released_between_the_passes(trained: Trained, engine: s
         assert len(found) == 3 * 2  # steps of two passes
         for one in found:
             assert one == {"gathered": 5, "in_memory": 0, "status": 0}
+
+
+def test_an_embedding_is_gathered_behind_the_pass_before(trained: Trained) -> None:
+    """Its gather would hide behind nothing at a pass's beginning; between the passes no weight is looked up."""
+    for found in json.loads((trained.folder / "embedded.json").read_text()):
+        # The last pass backward has gathered for the first without one.
+        assert found["when"] == ["forward 0", "backward 0", "backward 1", "without"]
+        assert found["same"] == [True, True]
+        assert found["sizes"] == [0, 0]
 
 
 @pytest.mark.parametrize("name", POISONED)
