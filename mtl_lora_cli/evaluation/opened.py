@@ -34,6 +34,7 @@ from mtl_lora_cli.models.load import (
 )
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.read_ahead import read_ahead
+from mtl_lora_cli.models.rehearsal import has_room
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.load import load_extensions_of, load_recipe
 from mtl_lora_cli.recipe.schema import Recipe
@@ -236,8 +237,10 @@ class Run:
             return self.instead
         with _as_usage():
             tensors = self.file.tensors
-        rehearsal_start.wait()
+        if not has_room(self.base, self.device):
+            rehearsal_start.wait()
         model = self.load()
+        rehearsal_start.wait()
         adapter = adapt(model, self.file.config, self.file.tasks)
         first = {name: tensor.detach().clone() for name, tensor in adapter.whole.items()}
         with _as_usage():

@@ -17,8 +17,9 @@ import torch
 
 from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.kernels.ahead import compiled_beside
-from mtl_lora_cli.machine.cards import release
+from mtl_lora_cli.machine.cards import free_memory
 from mtl_lora_cli.models.base import BaseModel
+from mtl_lora_cli.models.files import weight_files
 from mtl_lora_cli.models.load import BUILDING, adapt, load_config, model_class
 from mtl_lora_cli.models.noise import draw
 from mtl_lora_cli.models.packed import PackedModel
@@ -28,6 +29,8 @@ from mtl_lora_cli.models.small import small_of
 from mtl_lora_cli.models.stand_in import LONG, critical_lengths
 from mtl_lora_cli.models.trust import SHORT
 from mtl_lora_cli.runs.atomic import write_json
+
+_ROOM = 3  # times a model's files
 
 
 def rehearse(
@@ -39,8 +42,10 @@ def rehearse(
     dtype: torch.dtype,
     device: torch.device,
     kept: Path,
-) -> None:
+) -> bool:
     """Have the kernels of passes compiled; where that cannot be done, the pass itself will have it done.
+
+    It takes memory of the card, which `cards.release` gives back.
 
     Args:
         base: the run's base model; of its files only the configuration is read.
@@ -48,9 +53,12 @@ def rehearse(
         work: has a model of the same widths do what the command will do.
         dtype, device: in what and where it computes.
         kept: the file that is there once that is done (`rehearsal_start.kept_file`).
+
+    Returns:
+        Whether there was something to do.
     """
     if device.type != "cuda" or is_kept(kept):
-        return
+        return False
     with suppress(Exception), torch.random.fork_rng(devices=[device]):
         config = _shallow(load_config(base))
         with compiled_beside():
@@ -60,7 +68,13 @@ def rehearse(
     with suppress(OSError):  # what failed here would fail again
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, {})
-    release(device)
+    return True
+
+
+def has_room(base: BaseModel, device: torch.device) -> bool:
+    """Whether a card holds a model beside another process that compiles its kernels, which takes a few GiB."""
+    size = sum(path.stat().st_size for path in weight_files(base.folder))
+    return device.type != "cuda" or free_memory(device)[0] > _ROOM * size
 
 
 def _pass(

@@ -24,6 +24,7 @@ from mtl_lora_cli.engine.families import plan_of
 from mtl_lora_cli.engine.memory import keep_of
 from mtl_lora_cli.engine.plan import Plan
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.machine.cards import release
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.situation import Situation, longest_of, situation_of
 from mtl_lora_cli.models import rehearsal_start
@@ -138,7 +139,8 @@ class Prepared:
         rehearsal_start.wait()
         if self.objective is None and self.data.eyes is None:
             names = [task.name for task in self.data.tasks]
-            compile_kernels(self.recipe, self.base, names, self.dtype, self.device)
+            if compile_kernels(self.recipe, self.base, names, self.dtype, self.device):
+                release(self.device)
 
     def _learning(self, adapter: Adapter) -> Adapter:
         """A fresh adapter, all of which learns, or what is added to a run's."""

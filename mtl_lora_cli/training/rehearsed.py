@@ -29,16 +29,16 @@ _WORDS = 100  # that it is made of: any tokenizer has so many
 
 def compile_kernels(
     recipe: Recipe, base: BaseModel, tasks: Sequence[str], dtype: torch.dtype, device: torch.device
-) -> None:
-    """Compile them, unless that is done.
+) -> bool:
+    """Compile them, unless that is done; says whether it was not.
 
     Args:
         recipe, base, tasks: of the run.
         dtype, device: in what and where it computes.
     """
     if device.type != "cuda" or not compiles(recipe):
-        return
-    rehearse(
+        return False
+    return rehearse(
         base,
         recipe.adapter,
         tasks,
