@@ -28,6 +28,7 @@ _CARDS = (
     Path("/dev/nvidiactl"),
     Path("/dev/dxg"),
 )  # of which one is there where a card is
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "MTL_LORA_KERNELS")
 _LONGEST = 120.0  # seconds
 _begun: list[Popen[str]] = []
 
@@ -79,7 +80,7 @@ def kept_file(base: Path, **settings: Any) -> Path:
         "config": (base / CONFIG).read_text(encoding="utf-8"),
         "settings": settings,
         "driver": _DRIVER.read_text() if _DRIVER.is_file() else "",
-        "cards": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "environment": [os.environ.get(name) for name in _VARIABLES],
         "kept": str(_triton()),
         "versions": [_version(name) for name in ("torch", "transformers", "triton")],
         "code": code_fingerprint(),
