@@ -6,7 +6,11 @@ import json
 import os
 import shutil
 import stat
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,14 @@ from mtl_lora_cli.adapters.layer import MultiTaskLinear
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import opened as room
 from mtl_lora_cli.evaluation.opened import Run, open_run
+from mtl_lora_cli.export import quantised as quantised_room
 from mtl_lora_cli.export.merge import MergePlan, plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.order import Options
-from mtl_lora_cli.export.quantised import measure_rounding, quantised
+from mtl_lora_cli.export.quantised import Quantised, measure_rounding, quantised
 from mtl_lora_cli.export.write import write_tasks
 from mtl_lora_cli.kernels import int8, nf4
 from mtl_lora_cli.models.base import find_base_model
-from mtl_lora_cli.models.load import load_model
+from mtl_lora_cli.models.load import BUILDING, load_model
 from mtl_lora_cli.runs.folder import RunFolder
 
 from .conftest import exported
@@ -274,6 +279,40 @@ def test_rounding_is_the_loaded_models_to_the_last_bit(
         else:
             nf4.expand(weight, weight.quant_state, out)
         assert torch.equal(how.rounded(before[name]), out)
+
+
+class Asked:
+    """A lock that says when somebody wants it."""
+
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        self._lock, self.wanted = lock, threading.Event()
+
+    def __enter__(self) -> None:
+        self.wanted.set()
+        self._lock.__enter__()
+
+    def __exit__(self, *given: Any) -> None:
+        self._lock.__exit__(*given)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_rounding_waits_while_a_model_is_built(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' levels are numbers of torch's default dtype, which who builds a model sets for all threads."""
+    how = Quantised(kind, frozenset(), torch.float32, torch.device("cpu"))
+    weight = torch.randn(16, 96)  # rows of half a block: the levels are read from the state
+    expected, asked = how.rounded(weight), Asked(BUILDING)
+    monkeypatch.setattr(quantised_room, "BUILDING", asked)
+    before = torch.get_default_dtype()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with BUILDING:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                found = pool.submit(how.rounded, weight)
+                while not (asked.wanted.is_set() or found.done()):
+                    time.sleep(0.001)
+            finally:
+                torch.set_default_dtype(before)
+        assert torch.equal(found.result(), expected)
 
 
 def test_dequantized_weights_are_those_of_the_run_plus_the_update(
