@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_HEAD = "head"
+# How transformers names the classes that make one vector of a picture (SigLIP's, SigLIP 2's and AIMv2's `head`, the `pooler` of
+# ViT, DeiT, BEiT, Data2Vec, DPT): a tower gives it as `pooler_output`, beside the tokens that such models read.
+_POOLING = ("PoolingHead", "Pooler")
+_READ = ("Gemma4VisionPooler",)  # it averages neighbours: these are the tokens
 _NUMBER = re.compile(r"\.layers?\.(\d+)\.")
 
 
@@ -14,11 +17,19 @@ def unread_layers(model: Any, paths: Iterable[str]) -> list[str]:
     """Those of some modules whose output nobody reads: what learns there gets no gradient.
 
     `vision_feature_layer` of a configuration counts what the tower's layers give from 0 on, the embeddings; −1 is what
-    the last one gives. A tower's pooling head (SigLIP's `head`) makes one vector of a picture, which no such model reads.
+    the last one gives. A tower's pooling head makes one vector of a picture, which no such model reads.
     """
     inside = [path for path in paths if _in_tower(path)]
-    behind = set(_behind(model, inside))
-    return [path for path in inside if path in behind or _HEAD in path.split(".")]
+    behind, heads = set(_behind(model, inside)), _heads(model)
+    return [path for path in inside if path in behind or path.startswith(heads)]
+
+
+def _heads(model: Any) -> tuple[str, ...]:
+    """Where the pooling heads of towers are: how the paths of what is inside begin."""
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
+    return tuple(
+        f"{path}." for path, kind in kinds.items() if kind.endswith(_POOLING) and kind not in _READ
+    )
 
 
 def _behind(model: Any, paths: Iterable[str]) -> list[str]:
@@ -40,7 +51,9 @@ def unread_line(model: Any, paths: Iterable[str]) -> str | None:
     if not unread:
         return None
     read = getattr(model.config, "vision_feature_layer", None)
-    where = "of a pooling head, or " if any(_HEAD in path.split(".") for path in unread) else ""
+    where = (
+        "of a pooling head, or " if any(path.startswith(_heads(model)) for path in unread) else ""
+    )
     layer = "" if read is None else f" (vision_feature_layer: {read})"
     return (
         f"adapter.target_modules: {named(unread)} of the tower: {where}behind the last layer that the language part "
