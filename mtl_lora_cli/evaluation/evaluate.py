@@ -139,6 +139,8 @@ def asking(
     What it gives waits for them; None where there are none to be made ahead. Its errors are those of `evaluate`.
     Questions about pictures are not made ahead: an empty model is made for them, and while a model is made or loaded
     transformers sets torch's default dtype, which all threads share: the other model got weights of the wrong one.
+    `BUILDING` keeps the two apart, but then the empty one waits for the other, so nothing is gained; and a processor's numbers
+    may be of the default dtype, which no lock over models covers.
     """
     if opened.of_maps or setting.protocol == LM_EVAL or opened.vision is not None:
         yield lambda: None
