@@ -8,6 +8,7 @@ comes again. Before a graph is there a pass runs as it is, with the same kernels
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -118,14 +119,13 @@ class Graphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
             try:
                 values = self._launched(asked)
+                graph.capture_end()
+                self._graphs[sizes] = _Graph(graph, there, values, asked)
             except torch.OutOfMemoryError:
                 self._fits = False
-            finally:
-                graph.capture_end()
-        if self._fits:
-            self._graphs[sizes] = _Graph(graph, there, values, asked)
-        else:
-            torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # of a capture that came to nothing
+                    graph.capture_end()
+                torch.cuda.empty_cache()
 
 
 class _Graph(NamedTuple):
