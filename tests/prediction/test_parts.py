@@ -23,6 +23,7 @@ from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.prediction.course import Course
 from mtl_lora_cli.prediction.desks import How
 from mtl_lora_cli.prediction.inputs import plan
+from mtl_lora_cli.prediction.manifest import Output
 from mtl_lora_cli.prediction.order import Order, opened_work
 from mtl_lora_cli.prediction.reading import Chunk
 from mtl_lora_cli.prediction.writing import PartFile
@@ -233,6 +234,22 @@ def test_processes_prepare_the_same(
         UsageError, match=r"one\.jsonl:46: task 'warm': prompt: the row has no field"
     ):
         answer(replace(order, output=tmp_path / "bad"), lanes=2, processes=True)
+
+
+def test_a_part_that_cannot_be_noted_down_ends_the_work(
+    order: Order, answer: Answer, write_lines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is noted down beside the model's thread, which is told; the part is answered again, and the file is the same."""
+    write_lines("one.jsonl", rows_of(45))
+    with monkeypatch.context() as full:
+        full.setattr(Output, "add", lambda self, done: os.write(-1, b"x"))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            answer(order)
+    assert not Output(order.output).done()
+    found = answer(order)
+    assert len(found) == 5 and set(Output(order.output).done()) == {
+        name.removesuffix(".jsonl") for name in found
+    }
 
 
 def test_other_rows_runs_and_options_are_refused(
