@@ -21,7 +21,6 @@ from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.prediction.desks import ChoiceDesk, Desk, Fit, FreeDesk, How, MapDesk
-from mtl_lora_cli.prediction.graphs import Graphs
 from mtl_lora_cli.prediction.in_hand import Fail, Idle, Inbox, Job, Question, Rows
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.lanes import Processes, Threads
@@ -46,14 +45,11 @@ class Scorer:
 
     Args:
         opened: the run.
-        graphed: passes of a narrow model are replayed as graphs, see `graphs`.
     """
 
-    def __init__(self, opened: Run, *, graphed: bool = False) -> None:
+    def __init__(self, opened: Run) -> None:
         self._packed, self._device = opened.packed.eval(), opened.device
         self._running: deque[tuple[_Open, int, Readout]] = deque()
-        possible = graphed and Graphs.possible(self._packed, self._device)
-        self.graphs = Graphs(self._packed) if possible else None
         self._fills = self._packed.decoder is not None and self._device.type == "cuda"
 
     @property
@@ -74,12 +70,9 @@ class Scorer:
 
     def begin(self, batch: PackedBatch) -> Readout:
         """Have a pass computed."""
-        with torch.inference_mode():
-            if self.graphs is not None and self.graphs.serves(batch):
-                return Readout(self.graphs(batch))
-            moved = (filled(batch) if self._fills else batch).to(self._device)
-            with self._packed.routed(moved):
-                return Readout(self._packed(moved))
+        moved = (filled(batch) if self._fills else batch).to(self._device)
+        with torch.inference_mode(), self._packed.routed(moved):
+            return Readout(self._packed(moved))
 
     def read(self) -> None:
         """Wait for the oldest pass."""
@@ -104,6 +97,7 @@ class Course:
         self, opened: Run, job: Job, lanes: int | None = None, *, processes: bool | None = None
     ) -> None:
         self._inbox: Inbox = queue.SimpleQueue()
+        self._questions: deque[Question] = deque()
         self._scorer: Scorer | None = None
         self._lanes: Threads | Processes
         self._threads: int | None = None  # of torch, before
@@ -152,12 +146,20 @@ class Course:
                 idle += isinstance(message, Idle)
 
     def _next(self) -> Any:
-        """What comes next; while nothing does, passes that run are read."""
-        while self._scorer is not None and self._scorer.busy:
-            try:
-                return self._inbox.get_nowait()
-            except queue.Empty:
-                self._scorer.read()
+        """What comes next, questions last: what is done is noted down, and a fault is told, before their answers.
+
+        While nothing comes, passes that run are read.
+        """
+        while True:
+            with suppress(queue.Empty):
+                while isinstance(message := self._inbox.get_nowait(), Question):
+                    self._questions.append(message)
+                return message
+            if self._questions:
+                return self._questions.popleft()
+            if self._scorer is None or not self._scorer.busy:
+                break
+            self._scorer.read()
         return self._inbox.get()
 
     def _answer(self, question: Question) -> None:

@@ -45,14 +45,12 @@ from mtl_lora_cli.engine.plan import matrix_weights
 from mtl_lora_cli.evaluation.choices import Passes, shared_up_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
-from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.machine.rate import measure_rate
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.prediction.course import Course, Scorer
 from mtl_lora_cli.prediction.desks import How
-from mtl_lora_cli.prediction.graphs import Graphs
 from mtl_lora_cli.prediction.in_hand import Question
 from mtl_lora_cli.prediction.order import Order, opened_work
 from mtl_lora_cli.recipe.load import dump_recipe
@@ -168,9 +166,6 @@ def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, 
         if time.perf_counter() - warming > 3:
             break
     flush(scorer)
-    differ = differing(scorer, ready[0][1][0])
-    if differ:
-        told(differ)
     pure = pure_pass(scorer, ready)
     scorer.clear()
     done = sent = questions = passes = 0
@@ -186,24 +181,7 @@ def alone(opened: Run, rows: list[dict[str, Any]], seconds: float) -> dict[str, 
     took = time.perf_counter() - began
     return {"rows_s": done / took, "tokens_s": sent / took, "asked": questions / sent,
             "tokens_row": sent / done, "tokens_pass": sent / passes, "pure": pure,
-            "where": scorer.where(took), "graphs": len(scorer.graphs._graphs) if scorer.graphs else 0}  # fmt: skip
-
-
-def differing(scorer: Timed, batch: Any) -> str:
-    """How far a replayed pass lies from one that is launched, filled up as it is and as it comes."""
-    if scorer.graphs is None:
-        return ""
-    found = [scorer.begin(batch).numpy().copy() for _ in range(3)]
-    with torch.inference_mode():
-        launched = Readout(Graphs(scorer._packed, capture=False)(batch)).numpy()
-    graphs, scorer.graphs = scorer.graphs, None
-    plain = scorer.begin(batch).numpy()
-    scorer.graphs = graphs
-    return (
-        f"  replayed beside launched: {abs(found[2] - launched).max()}, beside the first time: {abs(found[2] - found[0]).max()}, "
-        f"beside the pass as it comes: {abs(found[2] - plain).max():.4f} at most, {abs(found[2] - plain).mean():.5f} on average, "
-        f"of {plain.mean():.2f}; {len(graphs._graphs)} graphs"
-    )
+            "where": scorer.where(took)}  # fmt: skip
 
 
 def pure_pass(scorer: Timed, ready: list[Any]) -> float:
@@ -222,10 +200,8 @@ def pure_pass(scorer: Timed, ready: list[Any]) -> float:
 class Timed(Scorer):
     """A scorer whose steps are timed."""
 
-    graphed = False  # passes are replayed as CUDA graphs where they can be
-
     def __init__(self, opened: Run) -> None:
-        super().__init__(opened, graphed=self.graphed)
+        super().__init__(opened)
         self.clear()
 
     def clear(self) -> None:
@@ -349,8 +325,7 @@ def parts(opened: Run, order: Order, lanes: int | None) -> dict[str, Any]:
     done = list(itertools.accumulate(written))
     tenth = next(place for place, rows in enumerate(done) if 10 * rows >= total)
     steady = (total - done[tenth]) / (times[-1] - times[tenth])
-    graphs = inbox.scorer.graphs if inbox.scorer else None
-    return {"rows_s": total / took, "steady": steady, "graphs": len(graphs._graphs) if graphs else 0, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
+    return {"rows_s": total / took, "steady": steady, "waited": inbox.waited / took, "plan_s": planned, "lanes": course._lanes.count,
             "first_s": inbox.began - started, "parts": work.totals.parts,
             "where": inbox.scorer.where(took) if inbox.scorer else "",
             "tail": times[-1] - inbox.scorer.last if inbox.scorer else 0.0}  # fmt: skip
@@ -393,7 +368,6 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--lanes", type=int)
-    parser.add_argument("--variants", nargs="+", default=["eager"], help="eager, graphs")
     parser.add_argument("--busy", type=int, default=0)
     parser.add_argument("--forms", nargs="+", default=["parquet", "jsonl"])
     wanted = parser.parse_args()
@@ -412,51 +386,50 @@ def main() -> None:
         write_rows(rows, place, 4)
         opened = Run(folder, instead=asked_model(shape, folder))
         layers, head = matrix_weights(opened.packed.model)
-        for variant in wanted.variants:
-            Timed.graphed = variant == "graphs"
-            told(f"{shape}, {variant}")
-            found = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
-            flop = 2 * layers + 2 * head * found["asked"]
-            share = found["tokens_s"] * flop / rate.measured
+        found = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
+        flop = 2 * layers + 2 * head * found["asked"]
+        share = found["tokens_s"] * flop / rate.measured
+        told(
+            f"{shape}: {layers / 1e6:,.0f} M weights; {opened.packed.engine_line()}; at "
+            f"{time.perf_counter() - began:.0f} s"
+        )
+        found_busy = ""
+        if wanted.busy:
+            beside = busy_beside(wanted.busy)
+            own = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
+            for process in beside:
+                process.kill()
+                process.wait()
+            found_busy = (
+                f"  beside {wanted.busy} busy processes {own['rows_s']:,.0f} rows/s; {own['where']}"
+            )
+        told(
+            f"  alone    {found['rows_s']:9,.0f} rows/s {found['tokens_s']:11,.0f} tokens/s, {share:.3f} of the floor "
+            f"({found['tokens_row']:.0f} tokens a row, {found['tokens_pass']:,.0f} a pass, asked {found['asked']:.3f}); "
+            f"a pass whose launches lie ready: {found['pure']:.1f} ms; {found['where']}"
+        )
+        if found_busy:
+            told(found_busy)
+        for form in wanted.forms:
+            how = How(task_column="task")
+            order = Order(place / form, place / f"{form}-out", how, {}, part_rows=part_rows)
+            try:
+                own = parts(opened, order, wanted.lanes)
+            except Exception as error:  # the other figures are wanted all the same
+                told(f"  {form}: {type(error).__name__}: {error}")
+                continue
+            ratio = own["rows_s"] / found["rows_s"]
             told(
-                f"{shape}: {layers / 1e6:,.0f} M weights; {opened.packed.engine_line()}; at "
+                f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor "
+                f"(behind the first tenth {own['steady']:,.0f} = {own['steady'] / found['rows_s']:.3f}); "
+                f"planned in {own['plan_s']:.2f} s, first question after {own['first_s']:.1f} s, {own['parts']} parts, "
+                f"{own['lanes']} lanes, the model waited {own['waited']:.1%}; last pass to last row {own['tail']:.2f} s; at "
                 f"{time.perf_counter() - began:.0f} s"
             )
-            found_busy = ""
-            if wanted.busy:
-                beside = busy_beside(wanted.busy)
-                own = alone(opened, rows[: wanted.alone_rows], wanted.seconds)
-                for process in beside:
-                    process.kill()
-                    process.wait()
-                found_busy = f"  beside {wanted.busy} busy processes {own['rows_s']:,.0f} rows/s; {own['where']}"
-            told(
-                f"  alone    {found['rows_s']:9,.0f} rows/s {found['tokens_s']:11,.0f} tokens/s, {share:.3f} of the floor "
-                f"({found['tokens_row']:.0f} tokens a row, {found['tokens_pass']:,.0f} a pass, asked {found['asked']:.3f}); "
-                f"a pass whose launches lie ready: {found['pure']:.1f} ms; {found['graphs']} graphs; {found['where']}"
-            )
-            if found_busy:
-                told(found_busy)
-            for form in wanted.forms:
-                how = How(task_column="task")
-                order = Order(place / form, place / f"{form}-out", how, {}, part_rows=part_rows)
-                try:
-                    own = parts(opened, order, wanted.lanes)
-                except Exception as error:  # the other figures are wanted all the same
-                    told(f"  {form}: {type(error).__name__}: {error}")
-                    continue
-                ratio = own["rows_s"] / found["rows_s"]
-                told(
-                    f"  {form:8s} {own['rows_s']:9,.0f} rows/s = {ratio:.3f} of alone, {share * ratio:.3f} of the floor "
-                    f"(behind the first tenth {own['steady']:,.0f} = {own['steady'] / found['rows_s']:.3f}); "
-                    f"planned in {own['plan_s']:.2f} s, first question after {own['first_s']:.1f} s, {own['parts']} parts, "
-                    f"{own['lanes']} lanes, {own['graphs']} graphs, the model waited {own['waited']:.1%}; last pass to last row {own['tail']:.2f} s; at "
-                    f"{time.perf_counter() - began:.0f} s"
-                )
-                told(f"           {own['where']}")
-            if not wanted.no_memory:
-                rate_of = memory(opened, rows, min(4.0, wanted.seconds))
-                told(f"  memory   {rate_of:9,.0f} rows/s, one thread")
+            told(f"           {own['where']}")
+        if not wanted.no_memory:
+            rate_of = memory(opened, rows, min(4.0, wanted.seconds))
+            told(f"  memory   {rate_of:9,.0f} rows/s, one thread")
         del opened
         if CUDA:
             torch.cuda.empty_cache()

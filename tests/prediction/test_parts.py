@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.prediction.course import Course
 from mtl_lora_cli.prediction.desks import How
+from mtl_lora_cli.prediction.in_hand import Fail, Question, Rows
 from mtl_lora_cli.prediction.inputs import plan
 from mtl_lora_cli.prediction.manifest import Output
 from mtl_lora_cli.prediction.order import Order, opened_work
@@ -234,6 +236,22 @@ def test_processes_prepare_the_same(
         UsageError, match=r"one\.jsonl:46: task 'warm': prompt: the row has no field"
     ):
         answer(replace(order, output=tmp_path / "bad"), lanes=2, processes=True)
+
+
+def test_what_is_done_is_told_before_further_questions_are_answered(
+    order: Order, write_lines: Any, run_folder: RunFolder, predictor: Predictor
+) -> None:
+    """Many may wait, a second each: parts would be noted down, and faults told, that much later."""
+    write_lines("one.jsonl", rows_of(3))
+    opened = Run(run_folder, instead=predictor._opened.packed)
+    with opened_work(opened, order) as work:
+        course = Course(opened, work.job)
+        questions = [Question([], Future()) for _ in range(3)]
+        fault = Fail(ValueError("a row"))
+        for message in (*questions[:2], Rows(7), questions[2], fault):
+            course._inbox.put(message)
+        assert [course._next() for _ in range(5)] == [Rows(7), fault, *questions]
+        course.close()
 
 
 def test_a_part_that_cannot_be_noted_down_ends_the_work(
