@@ -18,12 +18,15 @@ class CutEmbedding:
 
     Args:
         module: the embedding. It is called as often by all processes.
+        group: of them, in whose order all gathers run; None: the group of all. Gathers of two groups may meet in
+            another order on each card.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
         self._weight = next(module.parameters())
         self._shape = self._weight.shape
-        self._part = _part_of(self._weight.data.reshape(-1))
+        self._part = _part_of(self._weight.data.reshape(-1), group)
         self._whole: Tensor | None = None
         self._arriving: dist.Work | None = None
         module.register_forward_pre_hook(self._bring)
@@ -33,8 +36,12 @@ class CutEmbedding:
     def _fetch(self, _gradient: Tensor | None = None) -> None:
         """Begin to gather, unless that was done; all processes together."""
         if self._whole is None:
-            self._whole = self._part.new_empty(dist.get_world_size() * self._part.numel())
-            self._arriving = dist.all_gather_into_tensor(self._whole, self._part, async_op=True)
+            self._whole = self._part.new_empty(
+                dist.get_world_size(self._group) * self._part.numel()
+            )
+            self._arriving = dist.all_gather_into_tensor(
+                self._whole, self._part, group=self._group, async_op=True
+            )
 
     def fetch_behind(self, layer: nn.Module) -> None:
         """Begin to gather when the first layer's gradient comes."""
@@ -70,9 +77,9 @@ def is_ours_to_cut(embedding: nn.Module, head: nn.Module | None) -> bool:
     )
 
 
-def _part_of(values: Tensor) -> Tensor:
+def _part_of(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """This process's part of [n], filled up with zeros where n does not divide."""
-    count, rank = dist.get_world_size(), dist.get_rank()
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
     size = -(-values.numel() // count)
     own = values[rank * size :][:size]
     return nn.functional.pad(own, (0, size - own.numel())).clone()

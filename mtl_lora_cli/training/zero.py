@@ -395,6 +395,10 @@ def _cut(
     if small:  # what is not cut is not fetched by anybody: it has to be there
         cast(Any, small[0]).all_gather(small)
     model.engine = (engine,)
+    if isinstance(model, _CutModel):
+        for embedding in model.apart:
+            own = cast(Any, next(model.layers.parameters()))
+            CutEmbedding(embedding, own.ds_process_group).fetch_behind(model.layers[0])
     return model
 
 
@@ -563,8 +567,7 @@ class _CutModel(nn.Module):
         self.head = None if isinstance(head, MultiTaskLinear) else head
         ours = not offloaded and is_ours_to_cut(embedding, head)
         self.embedding = None if ours else embedding
-        if ours:
-            CutEmbedding(embedding).fetch_behind(self.layers[0])
+        self.apart = (embedding,) if ours else ()  # not a module of DeepSpeed's
         self.engine: tuple[Any, ...] = ()
         self._packed = (packed,)
 
