@@ -1,4 +1,4 @@
-"""Every relative link of the pages leads somewhere, to a heading where it names one."""
+"""Every relative link of the pages leads somewhere, to a heading where it names one; no page is half of two versions."""
 
 from __future__ import annotations
 
@@ -63,3 +63,10 @@ def test_files_that_contributors_are_sent_to_are_there() -> None:
 def test_pages_name_no_place_of_one_machine(page: Path) -> None:
     found = re.search(r"(?<![\w.$}])/(home|root|tmp|work)/\S*", page.read_text(encoding="utf-8"))
     assert found is None, f"{page.name}: {found and found[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_no_merge_was_left_undone(page: Path) -> None:
+    """Lines that git puts around what it could not merge; between two of them both versions would stand."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if re.match(r"(<{7}|>{7}|\|{7})( |$)", line)]
