@@ -4,8 +4,9 @@
     python data_templates/samples/make_shapes.py --check    exit 1 if a row or a pixel differs
 
 A picture has two to five shapes in six places, three columns and two rows; each follows from the number of its
-picture alone. Of every question each answer is equally frequent, whatever the question's words are, as far as the counts
-of pictures allow: who sees nothing does no better than by chance.
+picture alone. Of every question each answer is equally frequent, whatever the question's words are: who sees nothing
+does no better than by chance. Each answer to one question comes equally often with each answer to the others: who sees
+how many shapes there are knows no more of anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent / "shapes"
-COUNTS = {"train": 1152, "test": 144}
+COUNTS = {"train": 1152, "test": 192}
 CELL = 28  # pixels of a place
 COLOURS = {
     "red": (220, 40, 40),
@@ -71,7 +72,7 @@ def _compare(split: str) -> list[Path]:
 def scene(split: str, number: int) -> tuple[dict[str, str], np.ndarray]:
     """One row and its picture, uint8 [56, 84, 3]."""
     draw = np.random.default_rng([list(COUNTS).index(split), number])
-    count = 2 + number % 4
+    count = 2 + number // 6 % 4
     while True:
         places = draw.permutation(6)[:count]
         shapes = [(str(draw.choice(list(COLOURS))), str(draw.choice(FORMS))) for _ in places]
@@ -102,10 +103,10 @@ def _asked(
     if not lone or not pairs:
         return None
     left, right = pairs[int(draw.integers(len(pairs)))]
-    is_left = (number // 12) % 2 == 0  # neither colours nor counts say which
+    is_left = number // 24 % 2 == 0
     first, second = (left, right) if is_left else (right, left)
     named = [" ".join(shapes[index]) for index in np.argsort(places)]
-    there = (number // 2) % 2 == 0
+    there = number // 48 % 2 == 0
     others = [(c, f) for c in COLOURS for f in FORMS if ((c, f) in shapes) == there]
     exists = others[int(draw.integers(len(others)))]
     return {
