@@ -31,13 +31,15 @@ TASK = 1
 def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BaseModel]:
     """Tiny models in float64: of files in pieces, one for each expert, and of files with transposed stacks."""
 
-    def make(kind: str) -> BaseModel:
-        (model,) = (one for one in MODELS if str(one) == kind)
-        folder = build(model, tmp_path_factory.mktemp("base") / kind)
-        load_alone(folder, torch.float32).double().save_pretrained(folder)
-        return find_base_model(str(folder))
+    return lambda kind: tiny(kind, tmp_path_factory.mktemp("base"), torch.float64)
 
-    return make
+
+def tiny(kind: str, folder: Path, dtype: torch.dtype) -> BaseModel:
+    """A tiny model of a family, its files in a dtype."""
+    (model,) = (one for one in MODELS if str(one) == kind)
+    built = build(model, folder / kind)
+    load_alone(built, torch.float32).to(dtype).save_pretrained(built)
+    return find_base_model(str(built))
 
 
 def adapted(base: BaseModel, experts: str) -> Adapter:

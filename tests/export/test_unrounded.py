@@ -15,25 +15,17 @@ from mtl_lora_cli.export.alone import load_alone
 from mtl_lora_cli.export.merge import plan_merge, task_updates, write_merged
 from mtl_lora_cli.export.unrounded import take_rounding_back
 from mtl_lora_cli.export.weight_check import Meant
-from mtl_lora_cli.models.base import BaseModel, find_base_model
+from mtl_lora_cli.models.base import BaseModel
 
-from ..families.build import build
-from ..families.models import MODELS
 from .conftest import exported
-from .test_experts import TASK, adapted, expected
+from .test_experts import TASK, adapted, expected, tiny
 
 
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BaseModel]:
     """Tiny models in bfloat16."""
 
-    def make(kind: str) -> BaseModel:
-        (model,) = (one for one in MODELS if str(one) == kind)
-        folder = build(model, tmp_path_factory.mktemp("base") / kind)
-        load_alone(folder, torch.float32).bfloat16().save_pretrained(folder)
-        return find_base_model(str(folder))
-
-    return make
+    return lambda kind: tiny(kind, tmp_path_factory.mktemp("base"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

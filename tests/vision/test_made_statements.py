@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,21 @@ def _number(word: str) -> int:
     return WORDS[word] if word in WORDS else int(word)
 
 
+def _hold(
+    made: Iterable[tuple[str, bool]],
+    rules: Sequence[tuple[str, Callable[[Any, re.Match[str]], bool]]],
+    seen: Any,
+    asked: dict[str, int],
+) -> None:
+    """Statements are true of what is seen where they say so; `asked` counts those that each rule judged."""
+    for sentence, truth in made:
+        for pattern, rule in rules:
+            match = re.fullmatch(pattern, sentence)
+            if match is not None:
+                asked[pattern] += 1
+                assert rule(seen, match) == truth, (seen, sentence)
+
+
 RULES: list[tuple[str, Callable[[list[str], re.Match[str]], bool]]] = [
     (r"The tower has exactly (\w+) blocks?", lambda t, m: len(t) == _number(m[1])),
     (r"The tower has at least (\w+) blocks?", lambda t, m: len(t) >= _number(m[1])),
@@ -77,12 +93,7 @@ def test_statements_of_a_tower_are_what_its_pixels_say(script: ModuleType) -> No
             assert [script.COLOURS[one["color"]] for one in items] == seen
             made = script.statements_of([items], [crop], draw, 8)
             assert sum(truth for _, truth in made) <= 4
-            for sentence, truth in made:
-                for pattern, rule in RULES:
-                    match = re.fullmatch(pattern, sentence)
-                    if match is not None:
-                        asked[pattern] += 1
-                        assert rule(seen, match) == truth, (seen, sentence)
+            _hold(made, RULES, seen, asked)
     assert min(asked.values()) > 5, asked
 
 
@@ -134,12 +145,7 @@ def test_statements_of_three_towers_are_what_their_pixels_say(script: ModuleType
         seen = [_read(crop, script.PIXELS) for crop in crops]
         for crop, items, tower in zip(crops, boxes, seen, strict=True):
             assert script.described(items, crop) == f"a tower of {len(tower)}: {', '.join(tower)}"
-        for sentence, truth in script.statements_of(boxes, crops, draw, 12):
-            for pattern, rule in OF_THREE:
-                match = re.fullmatch(pattern, sentence)
-                if match is not None:
-                    asked[pattern] += 1
-                    assert rule(seen, match) == truth, (seen, sentence)
+        _hold(script.statements_of(boxes, crops, draw, 12), OF_THREE, seen, asked)
     assert min(asked.values()) > 2, asked
 
 
