@@ -14,19 +14,13 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import blinded
 from mtl_lora_cli.evaluation.asked import Sampling, Stopped, asks_of
-from mtl_lora_cli.evaluation.choices import (
-    Advance,
-    Request,
-    build_requests,
-    require_different,
-    room_for,
-    score,
-)
+from mtl_lora_cli.evaluation.choices import Advance, score
 from mtl_lora_cli.evaluation.conversing import Said
 from mtl_lora_cli.evaluation.generate import answer_all
 from mtl_lora_cli.evaluation.one_row import as_they_are, of_one_row, same_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, Setting
+from mtl_lora_cli.evaluation.requests import Request, build_requests, require_different, room_for
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import read_by

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.tasks.rendering import Example
 
 _REASONED = "</think>"

@@ -15,7 +15,7 @@ import torch
 from mtl_lora_cli.engine.rows import KeptRows, obstacle_to_rows
 from mtl_lora_cli.engine.step_group import ups_bytes
 from mtl_lora_cli.evaluation.asked import Ask, Sampling, Stopped, asks_of, pick
-from mtl_lora_cli.evaluation.choices import Advance, Request, fill_passes
+from mtl_lora_cli.evaluation.choices import Advance, fill_passes
 from mtl_lora_cli.evaluation.continuing import (
     ALONE_ANEW,
     ContinuedRows,
@@ -24,6 +24,7 @@ from mtl_lora_cli.evaluation.continuing import (
     fused_agrees,
 )
 from mtl_lora_cli.evaluation.refilled import answer_refilled, batches
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.models.stand_in import dtype_of

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_lora_cli.errors import LeftOutError, MtlLoraError, UsageError, did_you_mean
-from mtl_lora_cli.evaluation.choices import one_begins_another
+from mtl_lora_cli.evaluation.requests import one_begins_another
 from mtl_lora_cli.metrics.intervals import Measured, wilson
 from mtl_lora_cli.tasks.task import Task
 

@@ -18,8 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mtl_lora_cli.data.chat_variables import template_arguments
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.choices import Request, ask
+from mtl_lora_cli.evaluation.choices import ask
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.machine.processes import Processes
 
 if TYPE_CHECKING:

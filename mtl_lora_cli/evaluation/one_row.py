@@ -16,7 +16,7 @@ from itertools import takewhile
 import numpy as np
 
 from mtl_lora_cli.adapters.inject import Adapter
-from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.pictures.shown import Picture
 
 

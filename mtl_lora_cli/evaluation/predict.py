@@ -24,9 +24,9 @@ from mtl_lora_cli.evaluation.answers import (
 )
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.asked import Sampling
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.evaluation.router import Router, load_router, readable
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.chosen import AUTO, EVERY

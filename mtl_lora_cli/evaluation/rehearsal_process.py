@@ -39,7 +39,8 @@ def _compile(request: Any) -> None:
 
 def _ask(run: Run, packed: PackedModel) -> None:
     """Requests of no meaning, of all tasks."""
-    from mtl_lora_cli.evaluation.choices import Request, score
+    from mtl_lora_cli.evaluation.choices import score
+    from mtl_lora_cli.evaluation.requests import Request
 
     words = [number % _WORDS for number in range(_PROMPT)]
     choices = [[number, _WORDS - 1] for number in range(_CHOICES)]

@@ -22,7 +22,7 @@ from torch import nn
 from mtl_lora_cli.adapters.experts import STACKS, expert_modules
 from mtl_lora_cli.errors import CheckError
 from mtl_lora_cli.evaluation.asked import Stopped
-from mtl_lora_cli.evaluation.choices import Request
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import bits_and_bytes, compute_in, load_config, model_class

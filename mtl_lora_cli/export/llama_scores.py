@@ -13,7 +13,7 @@ import torch
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 
 if TYPE_CHECKING:
-    from mtl_lora_cli.evaluation.choices import Request
+    from mtl_lora_cli.evaluation.requests import Request
 
 
 GELU_TABLE = 2e-2  # in log-probabilities; up to 6.1e-3 was seen of Gemma 3 270M

@@ -20,10 +20,11 @@ from mtl_lora_cli.evaluation.answers import (
     stop_of,
 )
 from mtl_lora_cli.evaluation.asked import Stopped
-from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
+from mtl_lora_cli.evaluation.requests import Request, build_requests
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.models.packed import PackedModel

@@ -45,6 +45,7 @@ from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.trusted import settled
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.cut_layers import require_cuttable
 from mtl_lora_cli.training.diagnose import Diagnosis
 from mtl_lora_cli.training.gradient_start import require_gradients
 from mtl_lora_cli.training.observers import Observer
@@ -54,7 +55,7 @@ from mtl_lora_cli.training.validation import (
     HeldOut,
     Validation,
 )
-from mtl_lora_cli.training.zero import deepspeed_config, merged_config, require_cuttable
+from mtl_lora_cli.training.zero_config import deepspeed_config, merged_config
 
 
 @dataclass

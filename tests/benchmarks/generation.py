@@ -35,8 +35,8 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.bench.random_model import random_model
 from mtl_lora_cli.bench.shapes import find_config
 from mtl_lora_cli.engine.plan import matrix_weights
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.packed import PackedModel
 
 TASKS = ("one", "two", "three")

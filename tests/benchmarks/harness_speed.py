@@ -31,7 +31,8 @@ from harness_tasks import hflm, read_examples
 
 from mtl_lora_cli.cli.table import table
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.evaluation.choices import Request, build_requests, score
+from mtl_lora_cli.evaluation.choices import score
+from mtl_lora_cli.evaluation.requests import Request, build_requests
 from mtl_lora_cli.machine.cards import pick_device
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer

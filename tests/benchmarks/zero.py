@@ -44,7 +44,7 @@ from mtl_lora_cli.training.journal import Journal
 from mtl_lora_cli.training.loop import Trainer
 from mtl_lora_cli.training.prepared import ReadyRun
 from mtl_lora_cli.training.progress import TrainingProgress
-from mtl_lora_cli.training.zero import deepspeed_config
+from mtl_lora_cli.training.zero_config import deepspeed_config
 
 TASKS = 8
 WARM_UP = 3

@@ -15,8 +15,8 @@ from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.evaluation.choices import Request, build_requests
 from mtl_lora_cli.evaluation.opened import Run
+from mtl_lora_cli.evaluation.requests import Request, build_requests
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from mtl_lora_cli.adapters.files import load_adapter, read_adapter_file
 from mtl_lora_cli.adapters.inject import inject
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model

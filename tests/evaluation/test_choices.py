@@ -14,7 +14,9 @@ from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation import choices
-from mtl_lora_cli.evaluation.choices import Passes, Request, Tree, build_requests, score
+from mtl_lora_cli.evaluation.choices import Passes, score
+from mtl_lora_cli.evaluation.requests import Request, build_requests
+from mtl_lora_cli.evaluation.trees import Tree
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel

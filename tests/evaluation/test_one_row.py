@@ -13,10 +13,11 @@ import torch
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.one_row import as_they_are, of_one_row, same_to
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedModel

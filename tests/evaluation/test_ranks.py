@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from mtl_lora_cli.adapters.files import save_adapter
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.packed import PackedModel
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mtl_lora_cli.evaluation.asked import Sampling
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel

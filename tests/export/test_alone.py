@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mtl_lora_cli.errors import CheckError, ExitCode, UsageError
 from mtl_lora_cli.evaluation import opened
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import GENERATE, Setting
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.export import merge
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.export.comparison import largest_difference

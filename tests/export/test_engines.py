@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 import mtl_lora_cli
 from mtl_lora_cli.errors import CheckError, UsageError
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.opened import Run, open_run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.export.engine_check import check_by_engine, require_engine
 from mtl_lora_cli.export.engines import (
     llama_server_command,

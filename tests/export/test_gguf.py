@@ -22,10 +22,10 @@ from transformers import AutoConfig, MistralConfig
 
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.choices import score as our_scores
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.export import gguf_model
 from mtl_lora_cli.export.check import WrittenCheck
 from mtl_lora_cli.export.formats import Reference, find_format

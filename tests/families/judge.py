@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mtl_lora_cli.adapters.inject import Adapter
 from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.models.load import adapt, load_model

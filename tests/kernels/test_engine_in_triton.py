@@ -15,7 +15,8 @@ from mtl_lora_cli.adapters.methods import configure
 from mtl_lora_cli.engine.rows import KeptRows
 from mtl_lora_cli.engine.saved import Keep
 from mtl_lora_cli.engine.segments import Segments
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel

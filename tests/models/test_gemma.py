@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mtl_lora_cli.evaluation.choices import Request, score
+from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.export import llama_scores
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_model

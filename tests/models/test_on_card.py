@@ -19,8 +19,8 @@ from mtl_lora_cli.data.collate import training_batch
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.epoch_rows import Place
 from mtl_lora_cli.engine.saved import Keep
-from mtl_lora_cli.evaluation.choices import Request
 from mtl_lora_cli.evaluation.generate import generate
+from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models import registered
 from mtl_lora_cli.models.packed import PackedBatch, PackedModel
 from mtl_lora_cli.training.capacity import Fullest, PassSizes, padded
