@@ -208,14 +208,9 @@ def predict(
         from mtl_lora_cli.evaluation import glue_submission
         from mtl_lora_cli.evaluation.asked import Sampling
         from mtl_lora_cli.evaluation.opened import Run, open_run
-        from mtl_lora_cli.evaluation.predict import (
-            ROWS,
-            Predictor,
-            by_router,
-            require_task,
-            several_tasks,
-        )
+        from mtl_lora_cli.evaluation.predict import ROWS, Predictor
         from mtl_lora_cli.evaluation.router import load_router
+        from mtl_lora_cli.tasks.chosen import by_router, require_task, several_tasks
 
         auto = by_router(list(known), asked, task_column)
         several = None if auto else several_tasks(list(known), asked, task_column)

@@ -44,9 +44,9 @@ def predict_maps(
     """
     from mtl_lora_cli.evaluation.map_predictor import MapPredictor, encoded_map
     from mtl_lora_cli.evaluation.opened import open_run
-    from mtl_lora_cli.evaluation.predict import require_task, several_tasks
     from mtl_lora_cli.runs.atomic import write_bytes
     from mtl_lora_cli.runs.paths import require_writable
+    from mtl_lora_cli.tasks.chosen import require_task, several_tasks
 
     names = list(known)
     several = several_tasks(names, task, None)

@@ -31,7 +31,7 @@ from mtl_lora_cli.compare.maps import of_maps, require_possible, trained_values
 from mtl_lora_cli.compare.matching import alpha_at, common_target, count_at, match_rank
 from mtl_lora_cli.compare.results import PLAN, fixed_in, read_plan
 from mtl_lora_cli.compare.rows import cut_source, lacks_validation
-from mtl_lora_cli.data.prepare import bind_tasks
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.sources import split_fingerprint, without_test
 from mtl_lora_cli.errors import Problem, ProblemsError, UsageError
 from mtl_lora_cli.metrics.declare import direction

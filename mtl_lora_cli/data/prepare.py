@@ -1,4 +1,4 @@
-"""From a recipe's tasks to rendered and encoded examples."""
+"""Rows of tasks, rendered and encoded, from the cache where they have been there before."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data.across import across
 from mtl_lora_cli.data.audit import Audit, require_no_blank
 from mtl_lora_cli.data.beginnings import Beginnings
-from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.encode_task import MANY_ROWS, encode_task, encode_window
 from mtl_lora_cli.data.encoded import EncodedSplit
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.data.mixture import Mixture, all_positions, subset
+from mtl_lora_cli.data.mixed import mixture_over
+from mtl_lora_cli.data.mixture import Mixture, subset
 from mtl_lora_cli.data.picture_rows import map_print
 from mtl_lora_cli.data.pictured import (
     Eyes,
@@ -35,33 +33,26 @@ from mtl_lora_cli.data.pictured import (
 from mtl_lora_cli.data.sources import (
     Rows,
     read_split,
-    resolve,
     split_fingerprint,
-    tasks_in,
     untrained_in,
 )
-from mtl_lora_cli.data.stages import Part, StagedMixture
 from mtl_lora_cli.data.task_rows import TaskRows, held_out_rows, task_rows
 from mtl_lora_cli.data.windows import Windows, streaming
-from mtl_lora_cli.errors import MtlLoraError, ProblemsError, UsageError, did_you_mean
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.pool import in_pieces
-from mtl_lora_cli.recipe.load import LoadedRecipe
-from mtl_lora_cli.recipe.mixing import DynamicMixing, TemperatureMixing
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.recipe.source import SPLITS
 from mtl_lora_cli.recipe.training import Training
-from mtl_lora_cli.tasks.chosen import EVERY
 from mtl_lora_cli.tasks.maps import MAPS
-from mtl_lora_cli.tasks.registry import find_template
-from mtl_lora_cli.tasks.task import Task, measured_by, overlaid
+from mtl_lora_cli.tasks.task import Task
 
 if TYPE_CHECKING:
     from mtl_lora_cli.models.host import Dataset
 
+
 _LONG = (
     0.3  # seconds that a task's encoding takes: then processes for the others are worth their start
 )
-_MOST_DRAWN = 2**28  # examples an epoch: each takes 8 bytes, and 25 while rows are packed
 
 
 @dataclass(frozen=True)
@@ -117,74 +108,6 @@ class TrainingData:
             round(drawn[entry] * count / len(self.mixture.lengths[entry]))
             for entry, count in zip(self.entries, own, strict=True)
         ]
-
-
-def bind_tasks(loaded: LoadedRecipe) -> list[Task]:
-    """Find each task's template and source; a source with a task column becomes several tasks.
-
-    Raises:
-        ProblemsError: an unknown template, a fault in one, a task without a source, or a name that
-            stands twice or for all tasks.
-    """
-    tasks: list[Task] = []
-    for index, entry in enumerate(loaded.recipe.tasks):
-        try:
-            name, path, template = find_template(entry.template, loaded.base)
-        except ProblemsError:
-            raise
-        except UsageError as error:
-            raise loaded.problem(("tasks", index, "template"), str(error)) from None
-        if entry.objective not in (None, template.objective):
-            raise loaded.problem(
-                ("tasks", index, "objective"),
-                f"the template '{name}' is for {template.objective}, received {entry.objective}",
-            )
-        try:
-            template = measured_by(template, entry.metrics)
-        except ValueError as error:
-            raise loaded.problem(("tasks", index, "metrics"), str(error)) from None
-        try:
-            template = overlaid(template, entry.conversation)
-        except ValueError as error:
-            raise loaded.problem(("tasks", index, "conversation"), str(error)) from None
-        given = entry.source or template.source
-        if given is None:
-            raise loaded.problem(
-                ("tasks", index, "name"),
-                f"the template '{name}' has no source of its own; give the task '{entry.name}' one",
-            )
-        key = ("tasks", index, "source")
-        source = resolve(given, base=loaded.base_of(key) if entry.source else path.parent)
-        fans_out = source.task_column is not None and source.task is None
-        names = tasks_in(source, base=Path(), task=entry.name) if fans_out else (entry.name,)
-        for one in names:
-            if one == EVERY:
-                raise loaded.problem(
-                    ("tasks", index, "name"),
-                    f"a task cannot be called '{EVERY}': --task {EVERY} stands for every task of a run",
-                )
-            if any(task.name == one for task in tasks):
-                raise loaded.problem(("tasks", index), f"the task '{one}' stands twice")
-            tasks.append(
-                Task(
-                    name=one,
-                    id=len(tasks),
-                    # A path is kept whole: the run folder lies elsewhere than the recipe.
-                    template_name=str(path.resolve()) if name.endswith((".yaml", ".yml")) else name,
-                    template_text=path.read_text(encoding="utf-8"),
-                    template=template,
-                    source=source.model_copy(update={"task": one}) if fans_out else source,
-                    objective=template.objective,
-                    conversation=entry.conversation,
-                    metrics=None if entry.metrics is None else tuple(entry.metrics),
-                    tags=tuple(dict.fromkeys([*template.tags, *entry.tags])),
-                    loss_weight=entry.loss_weight,
-                    sampling_weight=entry.sampling_weight,
-                    max_examples=entry.max_examples,
-                    repeat=entry.repeat,
-                )
-            )
-    return tasks
 
 
 def read_rows(
@@ -312,112 +235,6 @@ def prepare_training(
 def _beginnings_of(split: EncodedSplit) -> Beginnings:
     taken = split.positions.tolist()
     return Beginnings([split.example(number)[:count] for number, count in enumerate(taken)])
-
-
-def mixture_of(recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray]) -> Mixture:
-    """The stream of rows that a recipe says.
-
-    Args:
-        recipe: its `mixing` and `training`.
-        tasks: in the order of their ids.
-        lengths: of each task the tokens of each of its examples.
-
-    Raises:
-        UsageError: an epoch would draw nothing, or more than a run can hold.
-    """
-    return mixture_over(recipe, tasks, [all_positions(tokens) for tokens in lengths])
-
-
-def mixture_over(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    lengths: Sequence[np.ndarray],
-    row_length: int | None = None,
-) -> Mixture:
-    """The same of examples of which it is known how much of a row each takes.
-
-    Args:
-        recipe, tasks: as of `mixture_of`.
-        lengths: of each task how much of a row each of its examples takes.
-        row_length: what a row holds; None: what the recipe says.
-
-    Raises:
-        UsageError: likewise; or an example is longer than a row.
-    """
-    row_length = row_length or recipe.training.row_length
-    for task, own in zip(tasks, lengths, strict=True):
-        if len(own) and not 1 <= own.min() <= own.max() <= row_length:
-            raise UsageError(
-                f"task '{task.name}': its examples take {own.min()} to {own.max()} of a row; expected 1 to "
-                f"training.row_length ({recipe.training.row_length})"
-            )
-    mixture = _mixture(recipe, tasks, lengths, row_length)
-    drawn = mixture.examples_an_epoch
-    if drawn == 0:
-        raise UsageError(
-            "tasks: an epoch would draw no example: 'repeat' times the examples of each task rounds to 0"
-        )
-    if drawn > _MOST_DRAWN:
-        raise UsageError(
-            f"tasks: an epoch would draw {drawn:,} examples, more than {_MOST_DRAWN:,}; lower 'repeat', "
-            "and say training.epochs for more passes"
-        )
-    return mixture
-
-
-def _mixture(
-    recipe: Recipe, tasks: Sequence[Task], lengths: Sequence[np.ndarray], row_length: int
-) -> Mixture:
-    """Of the kind that the recipe says."""
-    mixing, training = recipe.mixing, recipe.training
-    strategy, temperature = (
-        ("temperature", mixing.temperature)
-        if isinstance(mixing, TemperatureMixing)
-        else (mixing.start if isinstance(mixing, DynamicMixing) else mixing, 1.0)
-    )
-    settings: dict[str, Any] = {
-        "names": tuple(task.name for task in tasks),
-        "lengths": tuple(lengths),
-        "row_length": row_length,
-        "rows_per_step": training.rows_per_step,
-        "strategy": strategy,
-        "weights": tuple(task.sampling_weight for task in tasks),
-        "temperature": temperature,
-        "repeats": tuple(task.repeat for task in tasks),
-        "seed": training.seed,
-        "one_task": training.rows == "one_task",
-    }
-    if isinstance(mixing, DynamicMixing):
-        return DynamicMixture(**settings, every=mixing.every)
-    if training.stages:
-        return StagedMixture(**settings, parts=_parts(training, tasks))
-    return Mixture(**settings)
-
-
-def _parts(training: Training, tasks: Sequence[Task]) -> tuple[Part, ...]:
-    """The recipe's stages by the tasks' ids.
-
-    Raises:
-        UsageError: a stage names no task of the recipe, or no stage names a task.
-    """
-    ids = {task.name: number for number, task in enumerate(tasks)}
-    for number, stage in enumerate(training.stages):
-        for name in stage.tasks:
-            if name not in ids:
-                raise UsageError(
-                    f"training.stages[{number}].tasks: unknown task '{name}'{did_you_mean(name, ids)}; "
-                    f"tasks: {', '.join(ids)}"
-                )
-    named = {name for stage in training.stages for name in stage.tasks}
-    for name in ids:
-        if name not in named:
-            raise UsageError(
-                f"training.stages: task '{name}' is in no stage; it would not be learned"
-            )
-    return tuple(
-        Part(tuple(sorted(ids[name] for name in stage.tasks)), stage.epochs)
-        for stage in training.stages
-    )
 
 
 def with_rows(data: TrainingData, training: Training) -> TrainingData:

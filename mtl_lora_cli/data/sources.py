@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 
 from mtl_lora_cli.data.delimited import BY_ENDING, Layout
-from mtl_lora_cli.data.file_formats import Rows, ending, fingerprint, print_of, renamed
+from mtl_lora_cli.data.file_formats import Rows, ending, fingerprint, print_of
 from mtl_lora_cli.data.folders import Splits, matching, require_one_set, split_of, splits_of
-from mtl_lora_cli.data.large_files import LARGE, read_rows, rows_renamed
+from mtl_lora_cli.data.hub import hub_builder, read_hub
+from mtl_lora_cli.data.large_files import read_rows
 from mtl_lora_cli.data.layouts import layout_rows
 from mtl_lora_cli.data.lazy_rows import (
-    ArrowRows,
     JoinedRows,
     Lazy,
-    Places,
     SelectedPlaces,
     SelectedRows,
 )
@@ -48,8 +47,8 @@ __all__ = [
     "without_test",
 ]
 
+
 _WHOLE = re.compile(r"(-?[0-9]+)\.0+")
-HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 
 
 def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | None:
@@ -67,7 +66,7 @@ def read_split(source: Source, split: str, *, base: Path, task: str) -> Rows | N
             source.task or task
         )
     if source.hub is not None:
-        return _read_hub(source, split)
+        return read_hub(source, split)
     if source.layout is not None:
         return layout_rows(root_of(source, base, task), source.layout, split, task)
     if source.stream and split == "train":
@@ -143,7 +142,7 @@ def split_fingerprint(source: Source, split: str, *, base: Path, task: str) -> s
     if source.hub is not None:
         if split not in available_splits(source, base=base, task=task):
             return None
-        content = f"{_hub_builder(source).hash} {source.splits} {split}"
+        content = f"{hub_builder(source).hash} {source.splits} {split}"
     elif source.layout is not None:
         rows = read_split(source, split, base=base, task=task)
         return None if rows is None else rows.fingerprint
@@ -204,6 +203,8 @@ def untrained_in(source: Source, *, base: Path, task: str) -> dict[str, tuple[st
 
 
 _MOST_SPLITS = 4  # of files with a task column that are kept
+
+
 _split_rows: dict[tuple[str, str, Path], dict[str, Rows]] = {}
 
 
@@ -240,7 +241,7 @@ def available_splits(source: Source, *, base: Path, task: str) -> tuple[str, ...
             split for split in SPLITS if read_split(source, split, base=base, task=task) is not None
         )
     if source.hub is not None:
-        known = source.splits or _hub_builder(source).info.splits
+        known = source.splits or hub_builder(source).info.splits
     else:
         known = _split_files(source, base, task)
         if source.stream:
@@ -400,96 +401,3 @@ def _sample(name: str, task: str) -> Path:
         hint = did_you_mean(name, known) or f"; known samples: {', '.join(known) or 'none'}"
         raise UsageError(f"source of task '{task}': unknown sample '{name}'{hint}")
     return samples / name
-
-
-def _read_hub(source: Source, split: str) -> Rows | None:
-    if source.splits:
-        name = {str(ours): theirs for ours, theirs in source.splits.items()}.get(split)
-    else:
-        name = split if split in _hub_builder(source).info.splits else None
-    if name is None:
-        return None
-    builder = _hub_builder(source)
-    try:
-        dataset = builder.as_dataset(split=name)
-    except Exception as error:
-        raise UsageError(f"{_hub_name(source)}: {_first_line(error)}") from None
-    config = f"[{source.config}]" if source.config is not None else ""
-    content = f"{source.hub} {source.config} {builder.hash} {name}"
-    rows = _dataset_rows(dataset, f"hub:{source.hub}{config}/{name}", fingerprint(content.encode()))
-    if not isinstance(source.columns, Mapping):
-        return rows
-    names = source.columns
-    other = (
-        rows_renamed(rows.rows, names, rows.file)
-        if isinstance(rows.rows, Lazy)
-        else renamed(list(rows.rows), names, rows.file)
-    )
-    return replace(
-        rows, rows=other, fingerprint=fingerprint(f"{content} {source.columns}".encode())
-    )
-
-
-def _dataset_rows(dataset: Any, file: str, content: str) -> Rows:
-    """The rows of a `datasets.Dataset`; class labels stay the numbers that they are stored as."""
-    table = dataset.data.table
-    if table.nbytes > LARGE:
-        rows = ArrowRows(table, table.column_names)
-        return Rows(rows, file, content, Places(file, len(rows)))
-    rows = dataset.to_list()
-    if not rows:
-        raise file_problem(file, "has no rows, expected at least one")
-    return Rows(rows, file, content, [f"{file}, row {number + 1}" for number in range(len(rows))])
-
-
-def _hub_name(source: Source) -> str:
-    config = f" (config '{source.config}')" if source.config is not None else ""
-    return f"hub data set '{source.hub}'{config}"
-
-
-def _hub_builder(source: Source) -> Any:
-    """A `datasets` builder whose data lie in the local cache, fetched from the hub if need be."""
-    hub, name = str(source.hub), _hub_name(source)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub):
-        raise UsageError(f"{name}: expected owner/name")
-    if Path(hub).exists():  # `datasets` would read it in place of the hub's
-        raise UsageError(f"{name} is also a local path; use source: {{path: {hub}}}")
-    try:
-        return _fetched(hub, source.config, source.revision)
-    except ConnectionError as error:
-        advice = "download it elsewhere and use source: {path: FOLDER}"
-        raise UsageError(f"cannot reach {name}: {_first_line(error)}; {advice}") from None
-    except Exception as error:  # of several libraries, by no single base class
-        raise UsageError(f"cannot read {name}: {_first_line(error)}") from None
-
-
-@lru_cache
-def _fetched(hub: str, config: str | None, revision: str | None) -> Any:
-    """Raises ConnectionError where the hub does not answer and the cache cannot stand in."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    offline, reason = datasets.config.HF_HUB_OFFLINE, ""
-    try:
-        HfApi().dataset_info(hub, revision=revision, timeout=HUB_TIMEOUT)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise ValueError("no such data set or revision, or a token is needed") from None
-    except Exception as error:  # the HTTP library's own; which library, depends on the version
-        reason = _first_line(error)
-        # Else `datasets` tries again for half a minute before it looks into its cache.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        builder = datasets.load_dataset_builder(hub, config, revision=revision)
-        builder.download_and_prepare()
-    except Exception as error:
-        raise ConnectionError(reason) if reason else error from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    if reason and revision not in (None, builder.hash):  # the cache does not look at revisions
-        raise ConnectionError(f"{reason} and the copy in the cache is of revision {builder.hash}")
-    return builder
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

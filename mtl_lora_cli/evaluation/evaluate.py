@@ -18,13 +18,7 @@ from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import require_readable
 from mtl_lora_cli.data.prepare import held_out_examples
 from mtl_lora_cli.errors import LeftOutError
-from mtl_lora_cli.evaluation.answers import (
-    Answers,
-    Progress,
-    Questions,
-    outcome_of,
-    predict,
-)
+from mtl_lora_cli.evaluation.answers import Answers, Progress, Questions, predict
 from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
 from mtl_lora_cli.evaluation.maps import (
     HeldMaps,
@@ -43,6 +37,7 @@ from mtl_lora_cli.evaluation.results import (
     store,
     stored,
 )
+from mtl_lora_cli.evaluation.scored import outcome_of
 from mtl_lora_cli.evaluation.windows import Part, answered, questions_ahead, together
 from mtl_lora_cli.machine.processes import Processes
 from mtl_lora_cli.metrics import Outcome

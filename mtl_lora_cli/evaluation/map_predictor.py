@@ -13,9 +13,9 @@ from PIL import Image
 
 from mtl_lora_cli.evaluation.maps import Answering
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.evaluation.predict import require_task, several_tasks
 from mtl_lora_cli.pictures.decode import Site, read_picture
 from mtl_lora_cli.pictures.written import class_png, depth_codes, normal_bytes, npy, png
+from mtl_lora_cli.tasks.chosen import require_task, several_tasks
 from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 
 Picture = str | Path | np.ndarray | Image.Image

@@ -15,21 +15,16 @@ import numpy as np
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError, did_you_mean
-from mtl_lora_cli.evaluation.answers import (
-    Answers,
-    expected_value,
-    normalised,
-    probabilities,
-    requests_of,
-)
+from mtl_lora_cli.evaluation.answers import Answers, requests_of
 from mtl_lora_cli.evaluation.answers import answer as ask
 from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
 from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.evaluation.router import Router, load_router, readable
+from mtl_lora_cli.evaluation.scored import expected_value, normalised, probabilities
 from mtl_lora_cli.pictures.shown import Picture
-from mtl_lora_cli.tasks.chosen import AUTO, EVERY
+from mtl_lora_cli.tasks.chosen import by_router, known_task, require_task, several_tasks
 from mtl_lora_cli.tasks.messages import Message
 from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.reading import reading_of
@@ -289,7 +284,7 @@ class Predictor:
                 f"{where}: has no field '{column}'{did_you_mean(column, list(row))}; "
                 f"fields: {', '.join(row)}"
             )
-        return _known(str(row[column]), self.tasks, f"{where}: {column}: ")
+        return known_task(str(row[column]), self.tasks, f"{where}: {column}: ")
 
     def _answer(
         self, part: Sequence[tuple[Row, str]], names: Sequence[str], sampling: Sampling | None
@@ -410,81 +405,6 @@ def _generated(task: Task, examples: Examples, said: Answers) -> Iterator[Predic
 
 def _cut(request: Request) -> Prediction:
     return {"truncated": True} if request.truncated else {}
-
-
-def by_router(
-    names: Sequence[str], task: str | Sequence[str] | None, task_column: str | None
-) -> bool:
-    """Whether the run's router says which task a row is of: "auto", where no task is called so.
-
-    Raises:
-        UsageError: a column is given, too.
-    """
-    if task != AUTO or AUTO in names:
-        return False
-    if task_column is not None:
-        raise UsageError("give --task or --task-column, not both")
-    return True
-
-
-def several_tasks(
-    names: Sequence[str], task: str | Sequence[str] | None, task_column: str | None
-) -> list[str] | None:
-    """The tasks that answer each row, where several are asked for: a list, or "all"; else None.
-
-    Args:
-        names: of the run's tasks.
-        task, task_column: as the user gave them.
-
-    Raises:
-        UsageError: one of them is unknown or stands twice, the list is empty, or a column is given, too.
-    """
-    if task is None or (isinstance(task, str) and task != EVERY):
-        return None
-    if task_column is not None:
-        raise UsageError("give --task or --task-column, not both")
-    if isinstance(task, str):
-        return list(names)
-    if not task:
-        raise UsageError("--task: expected at least one task")
-    chosen = [_known(one, names, "") for one in task]
-    for place, one in enumerate(chosen):
-        if one in chosen[:place]:
-            raise UsageError(f"--task: '{one}' stands twice")
-    return chosen
-
-
-def require_task(names: Sequence[str], task: str | None, task_column: str | None) -> str:
-    """The task that all rows are of; "" where a column of theirs says.
-
-    Args:
-        names: of the run's tasks.
-        task, task_column: as the user gave them.
-
-    Raises:
-        UsageError: no such task, none where there are several, or both.
-    """
-    if task_column is not None:
-        if task is not None:
-            raise UsageError("give --task or --task-column, not both")
-        return ""
-    if task is not None:
-        return _known(task, names, "")
-    if len(names) != 1:
-        raise UsageError(
-            "give --task or --task-column: which task are the rows of? "
-            f"The run has: {', '.join(names)}"
-        )
-    return names[0]
-
-
-def _known(name: str, names: Sequence[str], where: str) -> str:
-    if name not in names:
-        raise UsageError(
-            f"{where}unknown task '{name}'{did_you_mean(name, names)}; "
-            f"tasks of this run: {', '.join(names)}"
-        )
-    return name
 
 
 def _with_room(task: Task) -> Task:

@@ -10,8 +10,9 @@ from typing import Any
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.answers import Answers, normalised
+from mtl_lora_cli.evaluation.answers import Answers
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, LM_EVAL, Setting
+from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.runs.atomic import write_text
 from mtl_lora_cli.runs.paths import require_writable as require_folder
 from mtl_lora_cli.tasks.pictured import unplaced

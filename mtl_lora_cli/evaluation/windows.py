@@ -10,9 +10,10 @@ import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.task_rows import MANY
-from mtl_lora_cli.evaluation.answers import Answers, Progress, Questions, answer, normalised
+from mtl_lora_cli.evaluation.answers import Answers, Progress, Questions, answer
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import Setting
+from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.outcome import OF_EACH_ROW
 from mtl_lora_cli.tasks.task import Task

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mtl_lora_cli.data.prepare import mixture_of
+from mtl_lora_cli.data.mixed import mixture_of
 from mtl_lora_cli.data.sources import read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run

@@ -12,19 +12,14 @@ import torch
 
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.evaluation.answers import (
-    answer,
-    answer_limits,
-    outcome_of,
-    read_generated,
-    stop_of,
-)
+from mtl_lora_cli.evaluation.answers import answer, answer_limits, read_generated, stop_of
 from mtl_lora_cli.evaluation.asked import Stopped
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.requests import Request, build_requests
+from mtl_lora_cli.evaluation.scored import outcome_of
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.models.packed import PackedModel

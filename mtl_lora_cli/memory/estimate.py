@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
+from mtl_lora_cli.data.bind import bind_tasks
+from mtl_lora_cli.data.prepare import prepare_training
 from mtl_lora_cli.dense.objective import DenseObjective
 from mtl_lora_cli.engine.memory import GIB, needed_bytes, peak_bytes, peak_parts
 from mtl_lora_cli.errors import MtlLoraError

@@ -16,7 +16,6 @@ import torch
 
 from mtl_lora_cli.evaluation.choices import filled
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.evaluation.predict import by_router, several_tasks
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.readout import Readout
 from mtl_lora_cli.models.batch import PackedBatch
@@ -25,6 +24,7 @@ from mtl_lora_cli.prediction.in_hand import Fail, Idle, Inbox, Job, Question, Ro
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.lanes import Processes, Threads
 from mtl_lora_cli.prediction.manifest import Done
+from mtl_lora_cli.tasks.chosen import by_router, several_tasks
 
 _THREADS = 2
 _MOST_PROCESSES = 32

@@ -21,7 +21,7 @@ from mtl_lora_cli.evaluation.choices import Passes, shared_up_to
 from mtl_lora_cli.evaluation.map_predictor import encoded_map
 from mtl_lora_cli.evaluation.maps import Answering, at_size
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.evaluation.predict import Predictor, by_router, require_task, several_tasks
+from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.models.batch import PackedBatch
 from mtl_lora_cli.pictures.decode import Site, read_picture
 from mtl_lora_cli.prediction.inputs import Part
@@ -29,6 +29,7 @@ from mtl_lora_cli.prediction.manifest import MAPS
 from mtl_lora_cli.prediction.reading import Chunk
 from mtl_lora_cli.prediction.types import answer_type, map_type
 from mtl_lora_cli.runs.atomic import write_bytes
+from mtl_lora_cli.tasks.chosen import by_router, require_task, several_tasks
 from mtl_lora_cli.tasks.maps import spec_of
 
 Prediction = dict[str, Any]

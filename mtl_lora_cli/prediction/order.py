@@ -13,7 +13,6 @@ from typing import Any
 
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
-from mtl_lora_cli.evaluation.predict import by_router, require_task, several_tasks
 from mtl_lora_cli.evaluation.router import load_router
 from mtl_lora_cli.prediction.desks import How
 from mtl_lora_cli.prediction.in_hand import Job
@@ -30,6 +29,7 @@ from mtl_lora_cli.runs.atomic import file_checksum, write_text
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.runs.paths import require_writable
+from mtl_lora_cli.tasks.chosen import by_router, require_task, several_tasks
 
 PART_ROWS = 16384
 COLUMN = "prediction"

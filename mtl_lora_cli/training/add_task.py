@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtl_lora_cli.adapters.inject import DECODER
-from mtl_lora_cli.data.prepare import bind_tasks
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run, other_base
 from mtl_lora_cli.models.base import find_base_model

@@ -9,20 +9,15 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.chat_variables import prints_date
 from mtl_lora_cli.data.collate import ChosenDataset
 from mtl_lora_cli.data.maps import MapDataset
+from mtl_lora_cli.data.mixed import mixture_over
 from mtl_lora_cli.data.mixture import subset
 from mtl_lora_cli.data.one_map import OneMapDataset
 from mtl_lora_cli.data.picture_rows import leaks
-from mtl_lora_cli.data.prepare import (
-    TrainingData,
-    bind_tasks,
-    mixture_over,
-    prepare_training,
-    with_fingerprints,
-    with_rows,
-)
+from mtl_lora_cli.data.prepare import TrainingData, prepare_training, with_fingerprints, with_rows
 from mtl_lora_cli.dense.objective import DenseObjective
 from mtl_lora_cli.errors import did_you_mean
 from mtl_lora_cli.machine.cards import pick_device, pick_dtype

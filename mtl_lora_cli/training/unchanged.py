@@ -1,6 +1,6 @@
 """What must be as it was when a run goes on: base model, tokenizer, templates and rows.
 
-The recipe is compared in `run.py`; here is what it names, which may have changed under its name.
+The recipe is compared in `going_on.py`; here is what it names, which may have changed under its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mtl_lora_cli.adapters.files import read_adapter_file
-from mtl_lora_cli.data.prepare import bind_tasks
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.environment import describe
 from mtl_lora_cli.models.base import find_base_model, is_complete

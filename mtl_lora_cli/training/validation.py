@@ -18,10 +18,10 @@ from mtl_lora_cli.data.encoded import EncodedSplit, encode_split
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.prepare import read_examples
-from mtl_lora_cli.evaluation.answers import outcome_of
 from mtl_lora_cli.evaluation.choices import ask, fill_passes
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.requests import Request, build_requests, require_different
+from mtl_lora_cli.evaluation.scored import outcome_of
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.metrics import Outcome

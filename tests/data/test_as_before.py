@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.dynamic import DynamicMixture
 from mtl_lora_cli.data.mixture import Mixture
-from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
+from mtl_lora_cli.data.prepare import TrainingData, prepare_training
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.recipe.load import load_recipe

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.control_tokens import ControlTokens
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
+from mtl_lora_cli.data.prepare import prepare_training
 from mtl_lora_cli.data.written import one_turn
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.load import load_recipe

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from mtl_lora_cli.data import encode_task, parts
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.parts import Parts
-from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
+from mtl_lora_cli.data.prepare import TrainingData, prepare_training
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.models.base import find_base_model

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mtl_lora_cli.data import large_files
-from mtl_lora_cli.data.prepare import bind_tasks, prepare_training
+from mtl_lora_cli.data.bind import bind_tasks
+from mtl_lora_cli.data.prepare import prepare_training
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
 from mtl_lora_cli.recipe.load import load_recipe

@@ -12,7 +12,8 @@ import pytest
 from mtl_lora_cli.data import cache
 from mtl_lora_cli.data import prepare as preparing
 from mtl_lora_cli.data.audit import Leak
-from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training, read_examples
+from mtl_lora_cli.data.bind import bind_tasks
+from mtl_lora_cli.data.prepare import TrainingData, prepare_training, read_examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine import pool
 from mtl_lora_cli.models.base import find_base_model

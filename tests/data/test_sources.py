@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtl_lora_cli.data import file_formats, sources
+from mtl_lora_cli.data import file_formats, hub, sources
 from mtl_lora_cli.data.sources import (
     Rows,
     available_splits,
@@ -546,9 +546,9 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             super().__init__(endpoint="http://127.0.0.1:9")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
-    sources._fetched.cache_clear()
+    hub._fetched.cache_clear()
     yield
-    sources._fetched.cache_clear()
+    hub._fetched.cache_clear()
 
 
 @pytest.mark.usefixtures("unreachable")
@@ -638,8 +638,8 @@ def test_rows_of_a_datasets_dataset(tmp_path: Path) -> None:
     dataset = datasets.load_dataset(
         "parquet", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert list(sources._dataset_rows(dataset, "hub:o/n/train", "f").rows) == rows
-    assert failure(lambda: sources._dataset_rows(dataset.select([]), "hub:o/n/train", "f")) == (
+    assert list(hub._dataset_rows(dataset, "hub:o/n/train", "f").rows) == rows
+    assert failure(lambda: hub._dataset_rows(dataset.select([]), "hub:o/n/train", "f")) == (
         "hub:o/n/train: has no rows, expected at least one"
     )
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mtl_lora_cli.data import remote
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.delimited import BY_ENDING
 from mtl_lora_cli.data.part_stream import PartStream, StreamPart, local_part
-from mtl_lora_cli.data.prepare import TrainingData, bind_tasks, prepare_training
+from mtl_lora_cli.data.prepare import TrainingData, prepare_training
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.models.base import find_base_model

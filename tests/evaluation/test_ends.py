@@ -13,12 +13,12 @@ import torch
 from mtl_lora_cli.cli.eval_table import as_table
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.predict import Predictor
 from mtl_lora_cli.evaluation.requests import Request, build_requests
+from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel

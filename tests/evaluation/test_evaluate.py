@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.evaluation.answers import answer, outcome_of, predict
+from mtl_lora_cli.evaluation.answers import answer, predict
 from mtl_lora_cli.evaluation.asked import Sampling
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import Setting, compare_with_base, evaluate, stored
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.requests import Request
+from mtl_lora_cli.evaluation.scored import outcome_of
 from mtl_lora_cli.metrics import intervals as metrics
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task

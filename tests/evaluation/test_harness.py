@@ -14,11 +14,11 @@ import torch
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import Setting, evaluate
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.requests import Request, build_requests
+from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.tasks.rendering import Example
 from mtl_lora_cli.tasks.task import Task

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mtl_lora_cli.data.encoding import Encoder
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.evaluation.answers import normalised
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.requests import build_requests, require_different
+from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.models.base import find_base_model
 from mtl_lora_cli.models.load import load_model, load_tokenizer
 from mtl_lora_cli.models.packed import PackedModel

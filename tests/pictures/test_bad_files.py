@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.map_audit import count_maps
 from mtl_lora_cli.data.picture_rows import read_map_rows
-from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.errors import ExitCode, UsageError
 from mtl_lora_cli.recipe.load import load_recipe
 from mtl_lora_cli.tasks.maps import spec_of

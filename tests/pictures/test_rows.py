@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from mtl_lora_cli.data.bind import bind_tasks
 from mtl_lora_cli.data.collate import ChosenDataset
 from mtl_lora_cli.data.map_batch import Normalisation, Room, SeenBatch
 from mtl_lora_cli.data.maps import MapDataset
 from mtl_lora_cli.data.mixture import Mixture
 from mtl_lora_cli.data.picture_rows import leaks, map_print
-from mtl_lora_cli.data.prepare import bind_tasks
 from mtl_lora_cli.data.sources import available_splits, read_split
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.recipe.load import load_recipe

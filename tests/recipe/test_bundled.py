@@ -90,7 +90,8 @@ def test_its_templates_are_there(path: Path) -> None:
 def test_its_rows_become_examples(
     path: Path, each_data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtl_lora_cli.data.prepare import bind_tasks, held_out_examples, read_examples
+    from mtl_lora_cli.data.bind import bind_tasks
+    from mtl_lora_cli.data.prepare import held_out_examples, read_examples
 
     monkeypatch.setenv("MTL_LORA_DATA", str(each_data_folder))
     for task in bind_tasks(load_recipe(path)):
@@ -106,7 +107,8 @@ def test_the_unbalanced_one_is_as_unbalanced_as_it_says(
 ) -> None:
     """And docs/mixtures.md says how a temperature evens it out."""
     from mtl_lora_cli.data import mixture
-    from mtl_lora_cli.data.prepare import bind_tasks, read_examples
+    from mtl_lora_cli.data.bind import bind_tasks
+    from mtl_lora_cli.data.prepare import read_examples
 
     monkeypatch.setenv("MTL_LORA_DATA", str(real_data_folder))
     counts = []

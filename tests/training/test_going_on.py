@@ -10,7 +10,7 @@ import pytest
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.runs.folder import RunFolder
-from mtl_lora_cli.training.run import _with_free
+from mtl_lora_cli.training.going_on import with_free
 
 
 def recipe(objective: str | None, **training: Any) -> Recipe:
@@ -21,9 +21,9 @@ def recipe(objective: str | None, **training: Any) -> Recipe:
 def test_the_templates_objective_is_no_change() -> None:
     run = RunFolder(Path("runs/old"))
     own = recipe("causal_lm", checkpoint_every=5)
-    found = _with_free(own, recipe(None, checkpoint_every=7), run)
+    found = with_free(own, recipe(None, checkpoint_every=7), run)
     assert found.tasks == own.tasks
     assert found.training.checkpoint_every == 7
     for other in (recipe("conversation"), recipe(None, learning_rate=1.0)):
         with pytest.raises(UsageError, match="the recipe differs from that of run 'old'"):
-            _with_free(own, other, run)
+            with_free(own, other, run)

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from mtl_lora_cli.data.prepare import bind_tasks, prepare_training, read_examples, with_fingerprints
+from mtl_lora_cli.data.bind import bind_tasks
+from mtl_lora_cli.data.prepare import prepare_training, read_examples, with_fingerprints
 from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.models.base import BaseModel, find_base_model
 from mtl_lora_cli.models.load import load_tokenizer
