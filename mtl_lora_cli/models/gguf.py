@@ -1,7 +1,8 @@
 """Turning a GGUF file into an ordinary transformers folder, once.
 
-transformers expands the quantised weights; what it does not carry over is how the tokenizer cuts
-text before the byte-level step. `tokenizer.ggml.pre` names that rule; SmolLM's splits digits.
+transformers expands the quantised weights; what it does not carry over is a part of what the file says of its
+model (`gguf_config.py`), and how the tokenizer cuts text before the byte-level step. `tokenizer.ggml.pre` names
+that rule; SmolLM's splits digits.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError
-from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading
+from mtl_lora_cli.models.gguf_config import require_all_read, take_over
+from mtl_lora_cli.models.quiet import quiet_deepspeed, quiet_loading, quiet_warnings
 from mtl_lora_cli.pointers import require_content
 from mtl_lora_cli.runs.atomic import new_folder
 from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
-CONVERSION = 1  # raise it when a conversion gives another result than before
+CONVERSION = 2  # raise it when a conversion gives another result than before
 
 
 def converted_folder(path: Path) -> Path:
@@ -53,22 +55,34 @@ def converted_folder(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     import gguf
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     quiet_deepspeed()
     try:
-        with _read_once(), quiet_loading():
-            pre = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
+        with _read_once(), quiet_loading(), quiet_warnings():
+            reader = gguf.GGUFReader(str(path))
+            pre = reader.fields.get("tokenizer.ggml.pre")
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            kind = config.model_type.removesuffix("_text")
+            take_over(reader, config, GGUF_CONFIG_MAPPING.get(kind, {}))
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
             )
+            require_all_read(reader, model, loading)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # The weights are ordinary numbers now; transformers would refuse to save a quantised model.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UsageError(f"{path}: cannot be converted: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever a file's keys make transformers raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"{path}: cannot be converted: {reason}") from None
     if (
         "local_files_only" in tokenizer.init_kwargs
     ):  # of this process: the folder is the same without a network
