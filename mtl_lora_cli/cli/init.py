@@ -111,8 +111,7 @@ def init(
         emit(str(output))
         if choice.hours is not None:
             say(
-                f"training takes about {max(1, round(60 * choice.hours))} minutes, as quick as this CPU is "
-                "now"
+                f"training takes about {max(1, round(60 * choice.hours))} minutes, with this CPU's cores for itself"
             )
         say(f"next: mtl-lora validate {output}; mtl-lora train {output}")
 
@@ -126,28 +125,35 @@ def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choi
     sources = [(task.name, task.rows()) for task in tasks]
     found = amount(sources)
     mixture = None if found is None else Mixture(*found)
-    return choose(
-        parameters_of(base_model),
-        mixture,
-        cores=cores() if on_cpu else None,
-        flops=_flops() if on_cpu else None,
-        held_out=held_out(sources),
-    )
+    size, looks = parameters_of(base_model), held_out(sources)
+    if not on_cpu:
+        return choose(size, mixture, held_out=looks)
+    halves, flops = _this_cpu()
+    count = cores()
+    return choose(size, mixture, cores=count, halves=halves, flops=count * flops, held_out=looks)
 
 
-def _flops() -> float:
-    """What this CPU's matrix products reach a second, from a try of some tens of milliseconds."""
+def _this_cpu() -> tuple[bool, float]:
+    """Whether it has instructions for bfloat16, and what products of one core in the wanted dtype reach a second.
+
+    By a thread's own time: what others do on the machine just now says nothing of the hours to come.
+    """
     import time
 
-    import numpy as np
+    import torch
 
-    size, times = 768, 8
-    a = np.ones((size, size), dtype=np.float32)
-    a @ a  # threads are started
-    began = time.perf_counter()
-    for _ in range(times):
-        a @ a
-    return 2 * size**3 * times / max(1e-6, time.perf_counter() - began)
+    from mtl_lora_cli.machine.cards import multiplies_halves
+
+    halves, size, best = multiplies_halves(), 1024, float("inf")
+    square = torch.ones(size, size, dtype=torch.bfloat16 if halves else torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(6):
+        began = time.thread_time()
+        torch.mm(square, square)
+        best = min(best, time.thread_time() - began)
+    torch.set_num_threads(threads)
+    return halves, 2 * size**3 / max(1e-6, best)
 
 
 def _asked(question: str, default: str, read: Callable[[str], T]) -> T:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtl_lora_cli.engine.half_attention import HalfAttention
 from mtl_lora_cli.engine.kernel_attention import attend_in_kernels, kernels_take
 from mtl_lora_cli.engine.segment_forms import EVERYTHING, Rule
 from mtl_lora_cli.engine.segments import Segments
@@ -73,6 +74,9 @@ def attend_segments(
         asked = {"scaling": scaling, "softcap": scores.softcap, "sinks": scores.sinks}
         return attend_in_kernels(q, k, v, segments, rule, **asked)
     if not q.is_cuda:
+        if q.dtype == torch.bfloat16 and scores.bare and scores.dropout == 0.0:
+            scaling = 1 / math.sqrt(q.shape[-1]) if scores.scaling is None else scores.scaling
+            return cast(Tensor, HalfAttention.apply(q, k, v, scaling, segments, rule))
         return _by_segment(q, k, v, scores, segments, rule)
     if _kernel_knows(q, v, scores, segments, rule):
         return _in_kernel(q, k, v, scores, segments, rule)

@@ -20,13 +20,20 @@ _EPOCHS = 3
 _SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
 _HOUR = 3600.0
 _FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
-# Of a CPU's core, operations a second: two thirds of what the recorded quickstart reached on an AMD EPYC.
-# What is written depends on this and never on how busy the machine is just now.
-_CORE = 60e9
+# The same as it was measured on an AMD EPYC, for what is told, and the seconds of a step that no core shares.
+_MEASURED, _FIXED = {"float32": 4.5, "bfloat16": 6.0}, 0.25
+# Of a CPU's core, operations a second, on an AMD EPYC: in float32 two thirds of what the recorded quickstart reached;
+# in bfloat16, where the core has instructions for it, five sixths of what a run with one thread did.
+# What is written depends on these and never on how busy the machine is just now.
+_CORE = {"float32": 60e9, "bfloat16": 450e9}
 _ROUND = 50  # steps that an hour allows are rounded down to a multiple
 # Tokens of a step that the rates are for, and those that a mixture may have instead.
 _MEASURED_AT = 8_192
-_TOKENS = {"cpu": (128, 256, 512), "small": (2_048, 4_096, 8_192), "large": (4_096, 8_192, 16_384)}
+_TOKENS = {
+    "cpu": (128, 256, 512, 1_024, 2_048),
+    "small": (2_048, 4_096, 8_192),
+    "large": (4_096, 8_192, 16_384),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,9 @@ class Choice:
         epochs: over the rows.
         max_steps: where the mixture is small; None: as many as the epochs have.
         why: of the steps, in words.
-        hours: that it takes on this CPU, about, as quick as it was just now; None where nothing says so.
+        hours: that it takes on this CPU, about, with its cores for itself; None where nothing says so.
         looked_at: held-out rows of each task at a look, at most; None: there are none.
+        dtype: of the base weights; None: as `auto` says.
     """
 
     rank: int
@@ -69,6 +77,7 @@ class Choice:
     why: str
     hours: float | None = None
     looked_at: int | None = None
+    dtype: str | None = None
 
 
 def choose(
@@ -76,6 +85,7 @@ def choose(
     mixture: Mixture | None,
     *,
     cores: int | None = None,
+    halves: bool = False,
     flops: float | None = None,
     held_out: bool = False,
 ) -> Choice:
@@ -85,16 +95,21 @@ def choose(
         parameters: of the base model; None: not known, and taken for large.
         mixture: None: its rows are not at hand.
         cores: of the CPU that learns; None: there is a card.
+        halves: that CPU has instructions for bfloat16.
         flops: that the CPU's matrix products reach a second; it says what is told, not what is written.
         held_out: some task has a validation split.
     """
     size = parameters or 7 * 10**9
     kind = "cpu" if cores else "small" if size < _SMALL else "large"
     sizes: tuple[int, ...] = _TOKENS[kind]
-    in_an_hour = {each: _affordable(size, each, mixture, cores) for each in sizes}
+    dtype = "bfloat16" if halves else "float32"
+    speed = (cores or 0) * _CORE[dtype]
+    in_an_hour = {each: _affordable(size, each, mixture, speed) for each in sizes}
     sizes = tuple(each for each in sizes if in_an_hour[each] >= STEPS) or sizes[:1]
     tokens, max_steps, epochs, why = _steps(sizes, mixture)
     row = _row(tokens, mixture)
+    if cores and tokens % row == 0:
+        row = tokens  # a CPU makes one pass of a step
     step = row * max(1, tokens // row)
     if mixture is not None and in_an_hour[tokens] < (max_steps or epochs * mixture.tokens / step):
         max_steps = max(FEW, int(in_an_hour[tokens]) // _ROUND * _ROUND)
@@ -103,7 +118,7 @@ def choose(
     hours = None
     if flops and mixture is not None:
         steps = max_steps or epochs * mixture.tokens / step
-        hours = _FLOP * size * step * steps / flops / _HOUR
+        hours = steps * (_FIXED + _MEASURED[dtype] * size * step / flops) / _HOUR
     rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens)
     return Choice(
         rank=16,
@@ -118,13 +133,14 @@ def choose(
         why=why,
         hours=hours,
         looked_at=(40 if cores else 200) if held_out else None,
+        dtype=dtype if cores and halves else None,
     )
 
 
-def _affordable(size: int, tokens: int, mixture: Mixture | None, cores: int | None) -> float:
-    """Steps of so many tokens, or of a whole row, that an hour of the cores allows."""
+def _affordable(size: int, tokens: int, mixture: Mixture | None, speed: float) -> float:
+    """Steps of so many tokens, or of a whole row, that an hour at so many operations a second allows; 0: a card's."""
     step = max(tokens, _row(tokens, mixture))
-    return _HOUR * cores * _CORE / (_FLOP * size * step) if cores else math.inf
+    return _HOUR * speed / (_FLOP * size * step) if speed else math.inf
 
 
 def _steps(sizes: tuple[int, ...], mixture: Mixture | None) -> tuple[int, int | None, int, str]:
@@ -156,18 +172,27 @@ def _row(tokens: int, mixture: Mixture | None) -> int:
 def parameters_of(base_model: str) -> int | None:
     """How many parameters a base model has, about, without fetching it; None where nothing says so.
 
-    A folder's configuration says it, a GGUF file's size, or a name such as `Llama-2-7b-hf`.
+    A folder's configuration says it, a GGUF file's tensors, or a name such as `Llama-2-7b-hf`.
     """
     path = Path(base_model).expanduser()
     if (path / "config.json").is_file():
         return _by_config(path / "config.json")
     if path.suffix == ".gguf" and path.is_file():
-        return path.stat().st_size  # about a byte a weight
+        return _by_gguf(path)
     found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z])", base_model.lower())
     if not found:
         return None
     number, unit = found[-1]
     return int(float(number) * (10**6 if unit == "m" else 10**9))
+
+
+def _by_gguf(path: Path) -> int:
+    from gguf import GGUFReader
+
+    try:
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(str(path)).tensors)
+    except (OSError, ValueError, KeyError, IndexError):  # `validate` says what is wrong with it
+        return path.stat().st_size  # about a byte a weight
 
 
 def _by_config(path: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -253,3 +254,45 @@ def test_segments_longer_than_a_limit() -> None:
     assert trees.longer_than(4).tolist() == [False] * 9
     deeper = Segments.build([5, 5], torch.tensor([5, 5, 4, 4, 5, *[10] * 5], dtype=torch.int32))
     assert deeper.longer_than(4).tolist() == [False] * 5 + [True] * 5
+
+
+@pytest.mark.parametrize("form", ["causal", "window", "trees", "trees in a window", "long"])
+def test_bfloat16_on_a_cpu_is_as_near_to_float64_as_torch_is(form: str) -> None:
+    """Beside the softmax written out over the whole row, and no further from it than torch's own attention."""
+    lengths = [400, 20] if form == "long" else [1, 40, 7, 90, 90, 3, 2, 60]
+    segments = Segments.build(lengths, forked(lengths) if "trees" in form else None)
+    rule = Rule(5) if "window" in form else EVERYTHING
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16).bfloat16() for heads in (6, 2, 2))
+    dout = torch.randn(1, sum(lengths), 6, 16).bfloat16()
+
+    def run(attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, Scores(0.3), segments, rule)
+        found = [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+        return [one.detach().double() for one in found]
+
+    def plainly(*given: Any) -> torch.Tensor:
+        queries, keys, values = given[:3]
+        own = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+        for part in segments.parts(rule):
+            allowed = part.seen
+            if allowed is None:
+                allowed = torch.ones(part.end - part.first, part.end - part.start).tril().bool()
+            seen[part.first : part.end, part.start : part.end] = allowed
+        assert not seen[own[:, None] != own].any()
+        keys, values = (x.repeat_interleave(3, dim=1) for x in (keys, values))
+        logits = (0.3 * queries @ keys.mT).masked_fill(~seen, float("-inf"))
+        return (logits.softmax(-1) @ values).transpose(1, 2)
+
+    exact = run(plainly, torch.float64)
+    ours, theirs = (
+        [(one - right).norm() / right.norm() for one, right in zip(found, exact, strict=True)]
+        for found in (
+            run(attention.attend_segments, torch.bfloat16),
+            run(attention._by_segment, torch.bfloat16),
+        )
+    )
+    for own, usual in zip(ours, theirs, strict=True):
+        assert own <= max(1.2 * float(usual), 4e-3)
