@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 @contextmanager
 def _as_bfloat16() -> Iterator[None]:
     """Inside the block a product of float32 on a CPU may round what it is given."""
-    settings = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

@@ -139,7 +139,7 @@ def test_what_is_stored_in_bfloat16_predicts_the_same(
         equal = (found.outcome.predicted == expected.outcome.predicted).mean()
         largest = largest_difference(found.scores, expected.scores)
         print(f"{form}, {kind}: {largest:.2e}, {equal:.1%}")
-        assert equal >= 0.995
+        assert equal >= 0.99, "of a hundred, one may be nearly a tie"
         assert largest <= (0.1 if kind == "merged" else 1e-3), "an adapter stays float32"
 
 
