@@ -18,6 +18,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine import collector
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.four_bit_experts import quantise_experts, quantising_stacks
+from mtl_lora_cli.models.left_out import left_out_lines, note_left_out
 from mtl_lora_cli.models.prequantised import expanding, method_of
 from mtl_lora_cli.models.quiet import quiet_loading
 from mtl_lora_cli.models.straight import straight_to
@@ -247,6 +248,7 @@ def load_model(
         raise UsageError(
             f"base_model: '{base.name}': {len(missing)} weights are missing, the first is {missing[0]}"
         )
+    note_left_out(model, loading["unexpected_keys"])
     quantise_experts(model, quantization, storage)
     if method_of(base) is not None:
         compute_in(model, dtype)
@@ -359,12 +361,14 @@ def adapt(model: Any, config: Settings, tasks: Sequence[str]) -> Adapter:
     within = language_part(model)
     named = in_tower(model, config.target_modules)
     if not config.whole_modules and not named:
-        return inject(model, config, tasks, within=within)
-    beside = beside_of(model)
-    places = dict.fromkeys(named, beside)
-    adapter = inject(model, config, tasks, within=within, whole_in=beside, places=places)
-    unread = unread_line(model, adapter.layers)
-    adapter.remarks += [] if unread is None else [unread]
+        adapter = inject(model, config, tasks, within=within)
+    else:
+        beside = beside_of(model)
+        places = dict.fromkeys(named, beside)
+        adapter = inject(model, config, tasks, within=within, whole_in=beside, places=places)
+        unread = unread_line(model, adapter.layers)
+        adapter.remarks += [] if unread is None else [unread]
+    adapter.remarks += left_out_lines(model)
     return adapter
 
 

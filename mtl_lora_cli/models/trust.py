@@ -129,6 +129,7 @@ def _settled(packed: PackedModel) -> Trust:
     lengths, small = affordable(model)
     examples = draw(lengths, model.config)
     expected = alone(packed, examples)
+    _require_finite(model, expected)
     limit = length_limit(config)
     ways: list[Way | None] = [None] if packed.decoder is not None else []
     bare = head_is_bare(packed, examples[-1])
@@ -158,6 +159,23 @@ def _settled(packed: PackedModel) -> Trust:
         f"base_model: a model of type '{model.config.model_type}' cannot be computed here as "
         f"transformers computes it ({last}{others}); take another base model"
     )
+
+
+def _require_finite(model: Any, expected: Sequence[Asked]) -> None:
+    """Refuse a model that transformers itself finds no numbers with.
+
+    Raises:
+        UsageError: what that may be.
+    """
+    if all(torch.isfinite(one.logprobs).all() for one in expected):
+        return
+    wrong = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
+    why = (
+        f"{len(wrong)} of its weights hold NaN or infinity, the first is {wrong[0].replace('.base_layer', '')}"
+        if wrong
+        else f"its sums leave {str(dtype_of(model)).removeprefix('torch.')}; another dtype may hold them"
+    )
+    raise UsageError(f"base_model: transformers itself finds no log-probabilities with it: {why}")
 
 
 def _beyond(packed: PackedModel, lengths: Sequence[int]) -> tuple[tuple[int, ...], str]:

@@ -166,3 +166,21 @@ def test_the_fused_engine_is_tested_like_the_other(
     model = loaded("qwen2-window", folder_of, engine="auto")
     assert trust.settle(model).way is not None
     assert "differ by" in str(model.not_fused)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("nan"), "1 of its weights hold NaN or infinity, the first is model.norm.weight"),
+        (3e38, "its sums leave float32; another dtype may hold them"),
+    ],
+)
+def test_a_model_without_numbers_is_told_from_one_that_differs(
+    stories_folder: Path, value: float, said: str
+) -> None:
+    model = load_model(
+        find_base_model(str(stories_folder)), dtype=torch.float32, device=torch.device("cpu")
+    )
+    model.get_parameter("model.norm.weight").data[3:9] = value
+    with pytest.raises(UsageError, match=f"transformers itself finds no log-.* with it: {said}"):
+        trust.settle(PackedModel(model).eval())
