@@ -168,12 +168,6 @@ class Routing:
         finally:
             self._current = previous
 
-    @contextmanager
-    def fan_out(self, tasks: Sequence[int]) -> Iterator[None]:
-        """Inside the block activations lead with one stream a task: [len(tasks), …, features]."""
-        with self.assign(torch.tensor(list(tasks), dtype=torch.long)):
-            yield
-
     def slots(self, shape: torch.Size, device: torch.device) -> Slots:
         """The routing of an activation of shape [*shape, features], flattened to N positions.
 

@@ -117,8 +117,3 @@ class _Rows:
         if room and len(rows):
             self._by_room.setdefault(room, []).append(rows)
             self._open |= 1 << room
-
-
-def padding_share(lengths: Sequence[int], rows: Sequence[Sequence[int]], row_length: int) -> float:
-    """Share of the rows' places that hold no token."""
-    return 1 - sum(lengths) / (len(rows) * row_length) if rows else 0.0

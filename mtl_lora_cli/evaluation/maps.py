@@ -27,7 +27,6 @@ from mtl_lora_cli.pictures.drawn import coloured, side_by_side
 from mtl_lora_cli.tasks.maps import MAPS, MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
 
-PROTOCOL = "maps"
 _ON_CARD, _ON_CPU = 32, 4  # pictures a pass
 _THREADS = 8
 _SHOWN, _SHOWN_HEIGHT = 3, 96  # pictures of each task, and their pixels

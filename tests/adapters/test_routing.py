@@ -116,17 +116,6 @@ def test_select_outside_of_the_ids_raises(index: list[int]) -> None:
         pass
 
 
-def test_fan_out_gives_one_stream_a_task(make_layer: MakeLayer) -> None:
-    layer = make_layer()
-    x = torch.randn(2, 3, 7, dtype=torch.float64)
-    streams = [1, 3, -1]
-    with torch.no_grad(), layer.routing.fan_out(streams):
-        outputs = layer(x.expand(3, 2, 3, 7))
-    for stream, task in enumerate(streams):
-        alone = per_token(layer, x, torch.full((2, 3), task))
-        torch.testing.assert_close(outputs[stream], alone)
-
-
 @pytest.mark.parametrize("middle", [(), (5,), (2, 3), (2, 1, 3)])
 def test_ids_of_examples_hold_for_all_axes_between(
     make_layer: MakeLayer, middle: tuple[int, ...]

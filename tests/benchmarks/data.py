@@ -27,7 +27,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from mtl_lora_cli.data.mixture import positions_of
-    from mtl_lora_cli.data.packing import padding_share
     from mtl_lora_cli.recipe.load import load_recipe
     from mtl_lora_cli.runs.paths import cache_folder
     from mtl_lora_cli.training.prepare import prepare
@@ -64,7 +63,7 @@ def main() -> None:
         rows = mixture.epoch(1)
         seconds = time.perf_counter() - started
         taken = [positions_of(n) for n in prepared.data.splits[0].lengths.tolist()]
-        share = padding_share(taken, rows, arguments.row_length)
+        share = 1 - sum(taken) / (len(rows) * arguments.row_length)
         print(f"packing an epoch: {seconds:.2f} s, {len(rows):,} rows, {share:.3%} padding")
 
 

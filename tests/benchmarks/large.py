@@ -43,6 +43,17 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+def existing(text: str) -> Path:
+    """A folder that is named as an option.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none.
+    """
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
+
+
 def write_rows(path: Path, count: int) -> None:
     """So many rows, no two alike."""
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -108,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--base-model", default=str(MODEL))
     parser.add_argument("--row-length", type=int, default=4096)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=existing)
     parser.add_argument("--together", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

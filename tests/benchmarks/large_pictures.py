@@ -26,7 +26,7 @@ from PIL import Image
 
 from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.resources import bundled
-from tests.benchmarks.large import MODEL, memory
+from tests.benchmarks.large import MODEL, existing, memory
 from tests.sights import COLOUR, COLOURS, tiny_llava
 
 _FOLDER = 1000  # files
@@ -107,7 +107,7 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=existing)
     parser.add_argument("--features", default="run")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--dense", action="store_true")

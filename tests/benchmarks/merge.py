@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from large import existing
 from safetensors.torch import save_file
 
 from mtl_lora_cli.export.merge import Update, plan_merge, write_merged
@@ -119,7 +120,9 @@ def main() -> None:
     parser.add_argument(
         "--cold", action="store_true", help="drop the page cache before each (root)"
     )
-    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to be measured")
+    parser.add_argument(
+        "--folder", type=existing, default=Path(), help="on the disk to be measured"
+    )
     arguments = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     preload = ["mtl_lora_cli.export.write", "transformers.models.llama.modeling_llama"]

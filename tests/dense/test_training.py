@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, SwinConfig
 
 from ..forks import Ended, Forks
+from ..kills import killed_and_left_alone
 from .conftest import TARGETS, WHOLE, Backbones
 
 pytestmark = pytest.mark.slow
@@ -144,23 +143,10 @@ def test_it_goes_on_as_if_never_stopped(forks: Forks, place: Path) -> None:
 def test_kills_change_no_bit(forks: Forks, place: Path) -> None:
     """Twenty times, at any instruction: the run goes on, decoders and what learns whole among it."""
     longer = ("training.max_steps=60", "training.keep_checkpoints=2")
-    done(forks.run("train", "recipe.yaml", "run.name=still", *longer, cwd=place))
-    generator, kills = random.Random(0), 0
-    call: tuple[str, ...] = ("train", "recipe.yaml", "run.name=killed", *longer)
-    while True:
-        patience = generator.uniform(1, 4) if kills < 20 else 300
-        ended = forks.run(*call, cwd=place, seconds=patience)
-        if ended.returncode == 0:
-            break
-        assert ended.returncode == -signal.SIGALRM, ended.stderr
-        kills += 1
-        if any((place / "runs" / "killed" / "checkpoints").glob("*/COMPLETE")):
-            call = ("train", "--resume", "--run", "killed")
-        else:
-            shutil.rmtree(place / "runs" / "killed", ignore_errors=True)
+    assert killed_and_left_alone(forks, place, *longer, kills=20) >= 10, "the run ended too soon"
     still, found = adapter_of(place, "still"), adapter_of(place, "killed")
+    assert still.keys() == found.keys()
     assert all(torch.equal(still[name], found[name]) for name in still)
-    assert kills >= 10, "the run ended too soon"
     for name in ("still", "killed"):
         shutil.rmtree(place / "runs" / name)
 

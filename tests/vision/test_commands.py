@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from mtl_lora_cli.models.base import BaseModel
 
 from ..forks import Call, Forks
+from ..kills import killed_and_left_alone
 from ..sights import CAPTION, COLOUR, SIDE
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]  # test_run.py has a run in one process
@@ -164,25 +163,7 @@ def test_models_that_read_no_pictures_and_formats_that_hold_none_say_so(
 def test_kills_change_no_bit(forks: Forks, place: Path) -> None:
     """Five times, at any instruction: the run goes on, its projector among what it goes on with."""
     longer = ("training.max_steps=150", "training.epochs=40", "training.checkpoint_every=1")
-    ended = forks.run("train", "recipe.yaml", "run.name=still", *longer, cwd=place)
-    assert ended.returncode == 0, ended.stderr
-    generator, kills, calls = random.Random(0), 0, 0
-    call: tuple[str, ...] = ("train", "recipe.yaml", "run.name=killed", *longer)
-    killed = place / "runs" / "killed"
-    while True:
-        # On a busy machine the first steps come later.
-        patience = generator.uniform(2, 5) + calls / 4 if kills < 5 else 300
-        ended = forks.run(*call, cwd=place, seconds=patience)
-        calls += 1
-        if ended.returncode == 0:
-            break
-        assert ended.returncode == -signal.SIGALRM, ended.stderr
-        if any((killed / "checkpoints").glob("*/COMPLETE")):
-            kills += 1
-            call = ("train", "--resume", "--run", "killed")
-        else:
-            shutil.rmtree(killed, ignore_errors=True)
-    assert kills == 5, "the run ended too soon"
+    assert killed_and_left_alone(forks, place, *longer, kills=5) == 5, "the run ended too soon"
     still, found = (
         load_file(place / "runs" / name / "adapter" / "mtl_lora.safetensors")
         for name in ("still", "killed")

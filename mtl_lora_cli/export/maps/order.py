@@ -18,15 +18,10 @@ from mtl_lora_cli.dense.opened import open_host
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.export.order import Say
-from mtl_lora_cli.tasks.maps import MAPS, MapSpec, spec_of
+from mtl_lora_cli.tasks.maps import MapSpec, spec_of
 from mtl_lora_cli.tasks.task import Task
 
 _TOGETHER = 8  # pictures
-
-
-def are_maps(tasks: Sequence[Task]) -> bool:
-    """Whether a run's tasks answer with maps."""
-    return any(task.objective in MAPS for task in tasks)
 
 
 @dataclass(frozen=True)
