@@ -20,6 +20,7 @@ from typing import Literal
 from mtl_lora_cli.errors import UsageError, file_problem
 
 _OTHERS = (",", ";", "\t", "|")  # delimiters that are guessed at in errors
+_MARK = "\ufeff"  # of byte order, at the start of a file
 _MOST_NAMES = 20  # of columns in an error
 
 
@@ -96,6 +97,7 @@ class Table:
         part = self.names is not None
         header, seen = self.names or self.layout.names, part
         dropped: list[int] = []
+        begun: list[int] = []
         spanning: list[tuple[int, int]] = []
         for record, first, last in self._records():
             if header is not None and not seen and self._is_header(record, first):
@@ -105,7 +107,11 @@ class Table:
                 header = self._header(record, first)
                 continue
             self.names = header
-            if len(record) == len(header):
+            if self._begins_another(record, header):
+                if self.layout.broken_rows != "drop":
+                    raise self._joined(first)
+                begun.append(first)
+            elif len(record) == len(header):
                 if last > first and self.layout.quoting is None:
                     spanning.append((first, last))
                 yield dict(zip(header, record, strict=True)), first
@@ -116,6 +122,7 @@ class Table:
         if part:
             return
         self._note(dropped, "rows left out for another number of fields", "")
+        self._note(begun, "lines left out with which another file begins", "")
         if self.layout.quoting is None:
             self._note(
                 self._several_rows(spanning, len(header or ())) if spanning else [],
@@ -127,6 +134,18 @@ class Table:
                 "fields that look quoted as in CSV, read as they stand",
                 "quoting: csv takes the marks away, quoting: none takes this note away",
             )
+
+    def _begins_another(self, record: list[str], header: list[str]) -> bool:
+        """Whether several files became one: the header of the second would be a row."""
+        again = record == header and len(header) > 1  # a list of words may hold any word
+        return again or record[0].startswith(_MARK)
+
+    def _joined(self, line: int) -> UsageError:
+        message = (
+            "another file begins here: its header or its byte order mark would be read as a row; take it "
+            "away, or say broken_rows: drop in the source, which leaves such lines out"
+        )
+        return file_problem(self.file, message, line=line)
 
     def _records(self) -> Iterator[tuple[list[str], int, int]]:
         """The fields of each line that is not empty, with its first and last line."""

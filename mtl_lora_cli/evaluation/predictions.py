@@ -23,7 +23,8 @@ def require_writable(path: Path, setting: Setting) -> None:
     """Refuse, before anything is scored, what would not be written.
 
     Raises:
-        UsageError: the harness keeps its own samples, or the file's folder is not there.
+        UsageError: the harness keeps its own samples, the file's folder is not there, or the file holds
+            something else than predictions.
     """
     if setting.protocol == LM_EVAL:
         raise UsageError(
@@ -34,6 +35,19 @@ def require_writable(path: Path, setting: Setting) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"--predictions {path}: the folder {path.parent} is not there")
     require_folder(path.parent, f"--predictions {path}")
+    if path.exists() and not _is_ours(path):
+        raise UsageError(
+            f"--predictions {path}: exists and holds no predictions; choose another file"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file may be replaced: it is empty, or begins with a line of predictions."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(2000)
+    return not begin.strip() or (begin.startswith(b'{"task": ') and b'"prompt_sha256": ' in begin)
 
 
 class Predictions:

@@ -108,6 +108,15 @@ def test_every_example_is_written_down(run: Path, invoke: Callable[..., Finished
             assert row["where"].endswith(f"test.jsonl:{row['row'] + 1}")
     prompts = {row["prompt_sha256"] for row in rows}
     assert hashlib.sha256(b"pink is a color?").hexdigest() in prompts
+    assert invoke("eval", "--task", "warm", "--predictions", "rows.jsonl").returncode == 0
+    data = run.parent.parent / "mine.jsonl"
+    data.write_text('{"task": "warm", "word": "crimson", "label": "yes"}\n', encoding="utf-8")
+    before = data.read_bytes()
+    refused = invoke("eval", "--task", "warm", "--predictions", "mine.jsonl")
+    assert (refused.returncode, data.read_bytes()) == (2, before)
+    assert refused.stderr == (
+        "error: --predictions mine.jsonl: exists and holds no predictions; choose another file\n"
+    )
 
 
 @pytest.mark.slow
