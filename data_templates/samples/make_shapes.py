@@ -3,10 +3,11 @@
     python data_templates/samples/make_shapes.py            rewrite the files
     python data_templates/samples/make_shapes.py --check    exit 1 if a row or a pixel differs
 
-A picture has two to five shapes in six places, three columns and two rows; each follows from the number of its
-picture alone. Of every question each answer is equally frequent, whatever the question's words are: who sees nothing
-does no better than by chance. Each answer to one question comes equally often with each answer to the others: who sees
-how many shapes there are knows no more of anything else.
+A picture has two to four shapes of at most three colours in four places, two columns and two rows; each follows from
+the number of its picture alone. Of every question each answer is equally frequent, whatever the question's words are: who
+sees nothing does no better than by chance. Each answer to one question comes equally often with each answer to the others:
+who sees how many shapes there are knows no more of anything else. Whether a colour is there is asked of pictures that are
+drawn without regard to the answer.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ COLOURS = {
     "green": (50, 170, 60),
     "blue": (50, 80, 220),
     "yellow": (240, 210, 40),
-    "purple": (150, 60, 180),
-    "orange": (245, 140, 30),
 }
 FORMS = ("circle", "square", "triangle")
 GROUND = (235, 235, 230)
@@ -70,16 +69,16 @@ def _compare(split: str) -> list[Path]:
 
 
 def scene(split: str, number: int) -> tuple[dict[str, str], np.ndarray]:
-    """One row and its picture, uint8 [56, 84, 3]."""
+    """One row and its picture, uint8 [56, 56, 3]."""
     draw = np.random.default_rng([list(COUNTS).index(split), number])
-    count = 2 + number // 6 % 4
+    count = 2 + number // 4 % 3
     while True:
-        places = draw.permutation(6)[:count]
+        places = draw.permutation(4)[:count]
         shapes = [(str(draw.choice(list(COLOURS))), str(draw.choice(FORMS))) for _ in places]
         row = _asked(number, places, shapes, draw)
         if row is not None:
             break
-    pixels = np.full((2 * CELL, 3 * CELL, 3), GROUND, np.uint8)
+    pixels = np.full((2 * CELL, 2 * CELL, 3), GROUND, np.uint8)
     for place, (colour, form) in zip(places, shapes, strict=True):
         _paint(pixels, int(place), colour, form, draw)
     return {"image": f"{split}/{number:04d}.png", "count": str(count), **row}, pixels
@@ -91,28 +90,28 @@ def _asked(
     """What is asked of a picture, and the answers; None where one of the questions has no answer in it."""
     forms = [form for _, form in shapes]
     alone = [index for index, form in enumerate(forms) if forms.count(form) == 1]
-    columns = places % 3
+    columns = places % 2
     pairs = [
         (a, b)
         for a in range(len(shapes))
         for b in range(len(shapes))
         if columns[a] < columns[b] and shapes.count(shapes[a]) == shapes.count(shapes[b]) == 1
     ]
-    wanted = list(COLOURS)[number % 6]
+    present = {colour for colour, _ in shapes}
+    wanted = list(COLOURS)[number % 4]
     lone = [index for index in alone if shapes[index][0] == wanted]
-    if not lone or not pairs:
+    if not lone or not pairs or len(present) == len(COLOURS):
         return None
     left, right = pairs[int(draw.integers(len(pairs)))]
-    is_left = number // 24 % 2 == 0
+    is_left = number // 12 % 2 == 0
     first, second = (left, right) if is_left else (right, left)
     named = [" ".join(shapes[index]) for index in np.argsort(places)]
-    there = number // 48 % 2 == 0
-    others = [(c, f) for c in COLOURS for f in FORMS if ((c, f) in shapes) == there]
-    exists = others[int(draw.integers(len(others)))]
+    there = number // 24 % 2 == 0
+    asked = [colour for colour in COLOURS if (colour in present) == there]
     return {
         "form": forms[lone[0]],
         "colour": wanted,
-        "thing": " ".join(exists),
+        "thing": asked[int(draw.integers(len(asked)))],
         "there": "yes" if there else "no",
         "one": " ".join(shapes[first]),
         "other": " ".join(shapes[second]),
@@ -125,7 +124,7 @@ def _paint(
     pixels: np.ndarray, place: int, colour: str, form: str, draw: np.random.Generator
 ) -> None:
     half = int(draw.integers(9, 12))
-    top, left = (place // 3) * CELL, (place % 3) * CELL
+    top, left = (place // 2) * CELL, (place % 2) * CELL
     y = top + CELL // 2 + int(draw.integers(-2, 3))
     x = left + CELL // 2 + int(draw.integers(-2, 3))
     rows, columns = np.mgrid[: pixels.shape[0], : pixels.shape[1]]

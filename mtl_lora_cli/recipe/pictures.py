@@ -40,6 +40,9 @@ class Images(StrictModel):
     # In prompts: a frozen tower runs once a picture, and what it gives is kept in the cache (keep), up to 10 GiB of it
     # (auto); or it runs in every pass (run).
     features: Literal["auto", "keep", "run"] = "auto"
+    # In prompts: a projector that learns whole begins as the base model has it, or where pictures' parts say the words of
+    # the training rows that show them (`training/word_start.py`).
+    projector_start: Literal["base", "words"] = "base"
     quantized: bool = False  # in prompts: `quantization` is for tower and projector, too
 
     @property

@@ -185,6 +185,11 @@ class Recipe(StrictModel):
                     "adapter.down_start: gradient does not go with zero_stage: 3: it differentiates outside "
                     "of DeepSpeed; use stage 2"
                 )
+            if self.images is not None and self.images.projector_start == "words":
+                raise ValueError(
+                    "images.projector_start: words does not go with zero_stage: 3: it reads the whole "
+                    "embedding on each card; use stage 2"
+                )
             if self.training.diagnose is not None:
                 raise ValueError(
                     "training.diagnose does not go with zero_stage: 3: it differentiates outside of "

@@ -217,6 +217,9 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> Non
         raise loaded.problem(("images", "augment"), of_maps)
     if images is not None and neither:
         raise loaded.problem(("images",), "is for pictures, and the base model reads none")
+    if images is not None and images.projector_start != "base" and not shows:
+        why = "is for prompts that show pictures, and no task's do"
+        raise loaded.problem(("images", "projector_start"), why)
     if shows and recipe.training.share_beginnings:
         why = "does not go with pictures in prompts: equal tokens show different pictures"
         raise loaded.problem(("training", "share_beginnings"), why)
@@ -262,6 +265,9 @@ def _prepare_others(
         key = tuple(path.split("."))
         if path not in kind.beyond and reduce(getattr, key, recipe) != plain:
             raise loaded.problem(key, f"is for text; tasks with objective {name} go without it")
+    if recipe.images is not None and recipe.images.projector_start != "base":
+        why = f"is for prompts that show pictures; tasks with objective {name} go without it"
+        raise loaded.problem(("images", "projector_start"), why)
     stage = "distributed.zero_stage"
     if recipe.distributed.zero_stage == 3 and stage not in kind.beyond:
         why = f"zero_stage 3 cuts a language model's layers; tasks with objective {name} go up to 2"

@@ -55,6 +55,7 @@ from mtl_lora_cli.training.validation import (
     HeldOut,
     Validation,
 )
+from mtl_lora_cli.training.word_start import require_projector
 from mtl_lora_cli.training.zero_config import deepspeed_config, merged_config
 
 
@@ -103,6 +104,21 @@ class Prepared:
         if self.validation is None:
             return []
         return [one.task.name for one in self.validation if not len(one.split)]
+
+    @property
+    def starts_by_words(self) -> bool:
+        """Whether the projector of this run begins at its rows' words; what begins at another run begins there."""
+        images, afresh = self.recipe.images, self.extends is None and self.begins is None
+        return afresh and images is not None and images.projector_start == "words"
+
+    def require_start(self, model: Any, adapter: Adapter) -> None:
+        """Refuse a start of the projector that this model cannot have.
+
+        Raises:
+            UsageError: as `require_projector`.
+        """
+        if self.starts_by_words and self.data.eyes is not None:
+            require_projector(model, adapter, self.data.eyes, self.data.splits)
 
     def situation(self) -> Situation | None:
         """What the memory of the run's steps depends on; None where tasks are no text."""
@@ -165,6 +181,7 @@ class Prepared:
         )
         names = [task.name for task in self.data.tasks]
         adapter = self._learning(adapt(model, self.recipe.adapter, names))
+        self.require_start(model, adapter)
         recompute = self.recipe.training.gradient_checkpointing
         packed = PackedModel(
             model,
@@ -378,6 +395,7 @@ def require_fit(prepared: Prepared) -> None:
     if prepared.extends is None:  # otherwise what learns is known when the run's adapter is read
         require_parts(adapter, recipe.training.parts)
     require_gradients(adapter)
+    prepared.require_start(model, adapter)
     reason = obstacle(model, adapter)
     if recipe.engine == "fused" and reason is not None:
         raise UsageError(f"engine: fused does not know this model: {reason}")

@@ -17,13 +17,11 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
+from mtl_lora_cli.models.packed import PackedModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
 from mtl_lora_cli.recipe.schema import RunSettings
 from mtl_lora_cli.recipe.training import Training
-from mtl_lora_cli.runs.folder import (
-    RunFolder,
-    require_new,
-)
+from mtl_lora_cli.runs.folder import RunFolder, require_new, save_json
 from mtl_lora_cli.runs.lock import only_writer
 from mtl_lora_cli.tasks.maps import MAPS
 from mtl_lora_cli.training.best import Best
@@ -46,6 +44,7 @@ from mtl_lora_cli.training.unchanged import (
     require_same_rows,
 )
 from mtl_lora_cli.training.warm_start import begin_there
+from mtl_lora_cli.training.word_start import WORD_START, start_by_words
 from mtl_lora_cli.training.written import create, write_adapter, write_zero
 from mtl_lora_cli.visible import tell
 
@@ -235,6 +234,25 @@ def _set_start(ready: ReadyRun) -> None:
             recipe.training.seed,
             prepared.processes,
         )
+    if prepared.starts_by_words:
+        _start_by_words(ready)
+
+
+def _start_by_words(ready: ReadyRun) -> None:
+    """The projector's start, found by the first process; what it was found to be is told and written."""
+    prepared, whole, processes = ready.prepared, ready.adapter.whole, ready.prepared.processes
+    eyes = prepared.data.eyes
+    assert eyes is not None and isinstance(ready.host, PackedModel), "required before"
+    found, values = None, None
+    if processes.main:
+        seed, splits = prepared.recipe.training.seed, prepared.data.splits
+        found = start_by_words(ready.host.model, ready.adapter, eyes, splits, seed)
+        tell(str(found))
+        save_json(ready.run.path / WORD_START, found.to_json())
+        values = {name: one.detach().cpu() for name, one in whole.items()}
+    if processes.count > 1:
+        for name, value in (processes.same(values) or {}).items():
+            whole[name].data.copy_(value)
 
 
 def _router(run: RunFolder) -> str:

@@ -251,6 +251,7 @@ def test_init_writes_a_recipe_that_trains(place: Path, call: Call) -> None:
         (("train", "recipe.yaml", "training.row_length=64"), "training.row_length: is for text"),
         (("train", "recipe.yaml", "mixing={dynamic: progress}"), "mixing: needs rows of one task alone, and tasks with objective segmentation learn from the same pictures; training.rows: one_task shows"),
         (("train", "recipe.yaml", "training.validation.best=macro"), "their average says nothing; name a task"),
+        (("train", "recipe.yaml", "images.projector_start=words"), "images.projector_start: is for prompts that show pictures; tasks with objective segmentation go without it"),
         (("train", "recipe.yaml", "images=null"), "images: is required with objective segmentation"),
         (("init", "--base-model", "x", "--task", "a=depth:nowhere", "--hardware", "cpu", "--output", "n.yaml"), "no such folder: nowhere"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 from mtl_lora_cli.models import joined
 from mtl_lora_cli.resources import bundled
 from mtl_lora_cli.tasks.registry import find_template
-from mtl_lora_cli.tasks.rendering import Renderer
+from mtl_lora_cli.tasks.rendering import Example, Renderer
 
 SAMPLES = bundled("data_templates") / "samples"
 
@@ -30,45 +30,62 @@ def _script() -> ModuleType:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_rows_are_drawn_balanced_and_every_answer_is_one_of_its_template_s(split: str) -> None:
+def test_rows_are_those_that_the_script_draws(split: str) -> None:
     made = _script()
     rows = [json.loads(line) for line in (SAMPLES / "shapes" / f"{split}.jsonl").open()]
     assert len(rows) == made.COUNTS[split]
-    for number in range(0, len(rows), 24):
+    for number in range(0, len(rows), 25):
         row, pixels = made.scene(split, number)
         assert rows[number] == row
         stored = Image.open(SAMPLES / "shapes" / row["image"]).convert("RGB")
         assert np.array_equal(np.asarray(stored), pixels)
-    # Each answer as often as another, and with each answer to the other questions: none is known by another one.
-    kinds = Counter(
-        tuple(row[field] for field in ("colour", "there", "count", "side")) for row in rows
-    )
-    assert len(kinds) == 6 * 2 * 4 * 2
-    assert len(set(kinds.values())) == 1, kinds
-    for name in ("colour", "exists", "count", "side"):
-        _, _, template = find_template(f"samples/shape_{name}", Path())
-        renderer = Renderer(template, name, SAMPLES / "shapes")
-        assert all(renderer.render(row, "row").gold >= 0 for row in rows)
     pictures = {(SAMPLES / "shapes" / row["image"]).read_bytes() for row in rows}
     assert len(pictures) == len(rows)
 
 
-def test_who_sees_nothing_cannot_tell_sides_by_a_word() -> None:
-    """The commonest answer to each word of a question is right as often on held-out rows as by chance."""
-    splits = [
-        [json.loads(line) for line in (SAMPLES / "shapes" / f"{split}.jsonl").open()]
-        for split in ("train", "test")
-    ]
-    for words, answer in ((("one", "other"), "side"), (("thing",), "there"), (("form",), "colour")):
-        seen: dict[str, Counter[str]] = {}
-        for row in splits[0]:
-            seen.setdefault(" ".join(row[w] for w in words[:1]), Counter())[row[answer]] += 1
-        right = [
-            seen.get(row[words[0]], Counter({"": 1})).most_common(1)[0][0] == row[answer]
-            for row in splits[1]
-        ]
-        chance = 1 / len({row[answer] for row in splits[1]})
-        assert np.mean(right) <= chance + 3 * (chance * (1 - chance) / len(right)) ** 0.5, answer
+def _asked() -> dict[str, dict[str, Renderer]]:
+    """Of every bundled sample whose rows show pictures, the tasks with choices; maps have none."""
+    found: dict[str, dict[str, Renderer]] = {}
+    for path in sorted(SAMPLES.glob("*.yaml")):
+        _, _, template = find_template(f"samples/{path.stem}", Path())
+        if template.images and template.choices and template.source is not None:
+            sample = str(template.source.sample)
+            renderer = Renderer(template, path.stem, SAMPLES / sample)
+            found.setdefault(sample, {})[path.stem] = renderer
+    return found
+
+
+def _examples(sample: str, split: str, task: Renderer) -> list[Example]:
+    rows = (SAMPLES / sample / f"{split}.jsonl").read_text().splitlines()
+    return [task.render(json.loads(row), "row") for row in rows]
+
+
+@pytest.mark.parametrize("sample", _asked())
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_no_answer_about_a_picture_tells_another_one(sample: str, split: str) -> None:
+    """Each answer as often as another, and with each combination of answers to the other questions."""
+    tasks = _asked()[sample]
+    answers = [[one.gold for one in _examples(sample, split, task)] for task in tasks.values()]
+    kinds = Counter(zip(*answers, strict=True))
+    assert min(min(some) for some in answers) >= 0
+    assert len(kinds) == np.prod([len(set(some)) for some in answers])
+    assert len(set(kinds.values())) == 1, kinds
+
+
+@pytest.mark.parametrize(("sample", "name"), [(s, n) for s, some in _asked().items() for n in some])
+def test_who_sees_nothing_cannot_tell_an_answer_by_the_question(sample: str, name: str) -> None:
+    """The commonest answer to a question, or to the word at one of its places, is right as often as by chance."""
+    train, test = (_examples(sample, split, _asked()[sample][name]) for split in ("train", "test"))
+    words = [one.prompt.split() for one in train + test]
+    chance = 1 / len({one.gold for one in test})
+    bound = chance + 3 * (chance * (1 - chance) / len(test)) ** 0.5
+    for place in range(max(map(len, words)) + 1):  # the last: all of it
+        keys = [" ".join(some if place >= len(some) else some[place : place + 1]) for some in words]
+        seen: dict[str, Counter[int]] = {}
+        for key, one in zip(keys, train, strict=False):
+            seen.setdefault(key, Counter())[one.gold] += 1
+        guesses = [seen.get(key, Counter([0])).most_common(1)[0][0] for key in keys[len(train) :]]
+        assert np.mean([g == one.gold for g, one in zip(guesses, test, strict=True)]) <= bound
 
 
 def test_a_joined_model_is_its_encoder_a_projector_and_its_language_model(
