@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gguf import (
@@ -44,6 +44,7 @@ _ARCHITECTURES = {
     "qwen3": (MODEL_ARCH.QWEN3, False),
 }
 _SUFFIXES = (".weight", ".bias")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TYPES = {
     torch.float32: GGMLQuantizationType.F32,
     torch.float16: GGMLQuantizationType.F16,
@@ -217,13 +218,27 @@ def _headers(folder: Path) -> list[Stored]:
 
 
 def _stored(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights in the order of their files, without those that follow from something else."""
+    """The weights in the order of their files, without those that follow from something else.
+
+    transformers ties an output layer to the embedding only where files do not hold two different ones.
+    """
     for shard in weight_files(folder):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tied = name == "lm_head.weight" and config.tie_word_embeddings
-                if not tied and not name.endswith(".rotary_emb.inv_freq"):
-                    yield name, file.get_tensor(name)
+                if name.endswith(".rotary_emb.inv_freq"):
+                    continue
+                tensor = file.get_tensor(name)
+                tied = name == _HEAD and config.tie_word_embeddings
+                if not (tied and torch.equal(tensor, _tensor(folder, _EMBEDDING))):
+                    yield name, tensor
+
+
+def _tensor(folder: Path, name: str) -> Tensor:
+    for shard in weight_files(folder):
+        with safe_open(shard, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                return cast(Tensor, file.get_tensor(name))
+    raise UsageError(f"{folder} holds no weight '{name}'")
 
 
 def _as_written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

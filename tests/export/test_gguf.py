@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.errors import CheckError, UsageError
@@ -173,6 +174,26 @@ def test_transformers_reads_a_written_model_back(
     for name, tensor in before.items():
         written = tensor if tensor.dim() == 1 else tensor.to(dtype)
         assert torch.equal(after[name], written.float()), name
+
+
+@pytest.mark.parametrize("another", [True, False])
+def test_an_output_layer_of_its_own_is_written(
+    stories_folder: Path, tmp_path: Path, another: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may hold one although config.json ties it to the embedding: transformers then takes the files' word."""
+    monkeypatch.setenv("MTL_LORA_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(stories_folder, tmp_path / "base"))
+    tensors = load_file(folder / "model.safetensors")
+    own = tensors["model.embed_tokens.weight"] * (2.0 if another else 1.0)
+    save_file(
+        {**tensors, "lm_head.weight": own}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    path, ids = tmp_path / "own.gguf", torch.arange(3, 20)[None]
+    write_model(folder, path, title="own", tokenizer=load_tokenizer(find_base_model(str(folder))))
+    assert ("output.weight" in {one.name for one in GGUFReader(path).tensors}) == another
+    both = (folder, find_base_model(str(path)).folder)
+    right, found = (AutoModelForCausalLM.from_pretrained(one)(ids).logits for one in both)
+    torch.testing.assert_close(found, right)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "mixtral", "gemma3_text"])
