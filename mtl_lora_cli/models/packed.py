@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -293,6 +293,18 @@ class PackedModel(nn.Module):
             return None
         more = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
         return f"base_compute: fp8: {stay[0]}{more} stay in memory beside their 8-bit copies"
+
+    def train(self, mode: bool = True) -> Self:
+        """The adapter's dropout is on. The base model is frozen and stays in evaluation mode: in training mode it
+        would draw (routers that try other experts, noise on what they see) and be another function than the one
+        that is evaluated. Only layers that are computed again in the backward pass have to know.
+        """
+        super().train(False)
+        again = (m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False))
+        learning = () if self._adapter is None else self._adapter.layers.values()
+        for module in (self, *again, *learning):
+            module.training = mode
+        return self
 
     @property
     def head(self) -> nn.Module:

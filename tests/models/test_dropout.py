@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedModel,
+)
 
 from mtl_lora_cli.adapters.inject import inject
 from mtl_lora_cli.adapters.methods import configure
@@ -38,19 +51,62 @@ def gpt_neo() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def experts(kind: str) -> PreTrainedModel:
+    """Routers that draw in training mode: which expert is the second one, or what they multiply with."""
+    sizes = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4,
+        "router_jitter_noise": 0.3,
+    }  # fmt: skip
+    if kind == "phimoe":
+        made: PreTrainedModel = PhimoeForCausalLM(PhimoeConfig(**sizes, input_jitter_noise=0.3))
+    elif kind == "mixtral":
+        made = MixtralForCausalLM(MixtralConfig(**sizes))
+    else:
+        of_layers = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_jitter_eps": 0.3}
+        heads = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+        config = DbrxConfig(
+            vocab_size=40,
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            attn_config=heads,
+            ffn_config=of_layers,
+        )
+        made = DbrxForCausalLM(config)
+    for parameter in made.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "mixtral", "dbrx"])
+def test_a_frozen_router_draws_nothing(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock = experts(kind)
+    target = "Wqkv" if kind == "dbrx" else "q_proj"
+    _is_evaluated_as_learned(stock, tmp_path, target)
+
+
 @pytest.mark.parametrize("make", [opt, gpt_neo])
 def test_what_is_learned_is_what_is_evaluated(
-    make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], PreTrainedModel], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    stock = make()  # type: ignore[operator]
-    stock.save_pretrained(tmp_path)
+    _is_evaluated_as_learned(make(), tmp_path, "q_proj")
+    config = load_config(find_base_model(str(tmp_path)))
+    drops = [name for name in vars(config) if "drop" in name]
+    assert len(drops) >= 3 and not any(getattr(config, name) for name in drops)
+
+
+def _is_evaluated_as_learned(stock: PreTrainedModel, folder: Path, target: str) -> None:
+    """In training mode, three times, it gives what transformers alone gives in evaluation mode."""
+    stock.save_pretrained(folder)
     with torch.no_grad():
         expected = stock.eval()(input_ids=IDS).logits.log_softmax(-1)[0, :-1]
         expected = expected.gather(1, IDS[0, 1:, None])[:, 0]
-    base = find_base_model(str(tmp_path))
+    base = find_base_model(str(folder))
     model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
-    adapter = inject(model, configure(rank=2, target_modules=("q_proj",)), ["a"])
+    adapter = inject(model, configure(rank=2, target_modules=(target,)), ["a"])
     packed = PackedModel(model, adapter).train()
     count = IDS.shape[1] - 1
     batch = PackedBatch(
@@ -65,5 +121,3 @@ def test_what_is_learned_is_what_is_evaluated(
     for _ in range(3):
         with packed.routed(batch):
             torch.testing.assert_close(packed(batch).detach(), expected, rtol=1e-5, atol=1e-5)
-    drops = [name for name in vars(load_config(base)) if "drop" in name]
-    assert len(drops) >= 3 and not any(getattr(load_config(base), name) for name in drops)
