@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.tasks.noticed import BLANK, FRACTION, LOST, WHOLE, WORD
 from mtl_lora_cli.tasks.rendering import Example
 
-_TELLING = 10  # held-out rows that all have one answer, from which on that is said
+_TELLING = 10  # rows that all have one answer, from which on that is said
+MOST_ANSWERS = 64  # that are kept; a task with more has answers of its own in nearly every row
 
 
 class Rows(Protocol):
@@ -23,17 +25,26 @@ class Rows(Protocol):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The first answer, and the first other one."""
+        """The first different ones, at most `MOST_ANSWERS`."""
 
 
-class Blank(NamedTuple):
-    """Rows of one split that print a field which is empty or blank."""
+_WHAT = {
+    BLANK: "have an empty or blank field in their prompt",
+    WORD: "print a word for what is missing, such as nan or None, in their prompt",
+    LOST: "print U+FFFD, which stands for characters that were lost, in their prompt",
+    WHOLE: "print a whole number as 3.0 in their prompt (NAME | int writes 3)",
+}
+
+
+class Odd(NamedTuple):
+    """Rows of one split that print a field which nobody may have meant so."""
 
     split: str
     found: int
     rows: int
     fields: str  # their names, the first row's first
     first: str  # file and line
+    kind: str = BLANK  # see `oddity`
 
     @property
     def name(self) -> str:
@@ -47,8 +58,8 @@ class Blank(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.found:,} of {self.rows:,} {self.name} rows have an empty or blank field in their "
-            f"prompt ({self.fields}), the first is {self.first}"
+            f"{self.found:,} of {self.rows:,} {self.name} rows {_WHAT[self.kind]} ({self.fields}), the "
+            f"first is {self.first}"
         )
 
 
@@ -79,8 +90,10 @@ class Audit:
         cut_prompts: prompts that lost their beginning for want of room.
         dropped: rows left out for want of room.
         turns: turns of conversations left out for want of room; then `cut_prompts` are conversations.
-        blank: rows whose prompt has a gap.
+        odd: what is odd in prompts, by split and kind.
         constant: the answer that all held-out rows have, where training rows have others.
+        only: the answer that all training rows have.
+        unlearned: answers of held-out rows that no training row has, where all have the same choices.
         notes: what may have been read wrongly.
     """
 
@@ -93,8 +106,10 @@ class Audit:
     cut_prompts: int = 0
     dropped: int = 0
     turns: int = 0
-    blank: tuple[Blank, ...] = ()
+    odd: tuple[Odd, ...] = ()
     constant: str | None = None
+    only: str | None = None
+    unlearned: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def findings(self, task: str) -> list[str]:
@@ -106,12 +121,19 @@ class Audit:
             (self.cut_prompts, f"{of} lose {self._lost}: longer than a row"),
             (self.repeated, f"{of} repeat an earlier one"),
         )
-        lines = [*self.notes, *map(str, self.leaks), *map(str, self.blank)]
+        lines = [*self.notes, *map(str, self.leaks), *map(str, self.odd)]
         lines += [f"{count:,} {text}" for count, text in counts if count]
         if self.constant is not None:
             lines.append(
                 f"all {self.held_out:,} {self.held_out_split} rows have the answer "
                 f"'{self.constant:.60}', as where labels are kept back"
+            )
+        if self.only is not None:
+            lines.append(f"all {self.rows:,} training rows have the answer '{self.only:.60}'")
+        elif self.unlearned:
+            listed = ", ".join(f"'{one:.60}'" for one in self.unlearned)
+            lines.append(
+                f"{self.held_out_split} rows have an answer that no training row has: {listed}"
             )
         if self.held_out_split is None:
             lines.append("there is no test or validation split to evaluate it on")
@@ -126,15 +148,15 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
             "leaks": [leak._asdict() for leak in self.leaks],
-            "blank": [blank._asdict() for blank in self.blank],
+            "odd": [one._asdict() for one in self.odd],
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Audit:
         leaks = tuple(Leak(**leak) for leak in content["leaks"])
-        blank = tuple(Blank(**blank) for blank in content["blank"])
-        notes = tuple(content["notes"])
-        return cls(**{**content, "leaks": leaks, "blank": blank, "notes": notes})
+        odd = tuple(Odd(**one) for one in content["odd"])
+        as_tuples = {name: tuple(content[name]) for name in ("unlearned", "notes")}
+        return cls(**{**content, "leaks": leaks, "odd": odd, **as_tuples})
 
 
 def audit(
@@ -145,7 +167,8 @@ def audit(
     held_out_split: str | None,
     *,
     leaks: Sequence[Leak],
-    blank: Sequence[Blank | None],
+    odd: Sequence[Odd],
+    same_choices: bool = False,
     cut_prompts: int,
     dropped: int,
     turns: int = 0,
@@ -158,7 +181,8 @@ def audit(
         asked, said: uint64 [rows], hashes of what each asks, 0 for nothing, and of that and its answer.
         held_out: the rows that evaluation will use.
         held_out_split: whose they are.
-        leaks, blank, cut_prompts, dropped, turns, notes: as of `Audit`.
+        same_choices: all rows have the same choices, each of which is to be learned.
+        leaks, odd, cut_prompts, dropped, turns, notes: as of `Audit`.
     """
     pairs, firsts = np.unique(said, return_index=True)
     prompts, answers = np.unique(asked[firsts], return_counts=True)
@@ -173,28 +197,47 @@ def audit(
         cut_prompts=cut_prompts,
         dropped=dropped,
         turns=turns,
-        blank=tuple(found for found in blank if found is not None),
+        odd=tuple(_told(odd)),
         constant=None if held_out is None else _constant(train, held_out),
+        only=train.answers[0] if train.rows >= _TELLING and len(train.answers) == 1 else None,
+        unlearned=_unlearned(train, held_out) if same_choices and held_out is not None else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def blank_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> Blank | None:
-    """The rows of a split whose prompt prints nothing where it means to print a field."""
-    found = [number for number, example in enumerate(examples) if example.blank]
-    if not found:
-        return None
-    names = dict.fromkeys(name for number in found for name in examples[number].blank)
-    return Blank(split, len(found), len(examples), ", ".join(names), wheres[found[0]])
+def odd_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> tuple[Odd, ...]:
+    """What is odd in what the prompts of a split print, each kind once."""
+    found: dict[str, list[int]] = {}
+    names: dict[str, dict[str, None]] = {}
+    for number, example in enumerate(examples):
+        for kind, name in example.odd:
+            names.setdefault(kind, {})[name] = None
+            if number not in found.setdefault(kind, [])[-1:]:
+                found[kind].append(number)
+    return tuple(
+        Odd(split, len(own), len(examples), ", ".join(names[kind]), wheres[own[0]], kind)
+        for kind, own in found.items()
+    )
 
 
-def require_no_blank(task: str, found: Sequence[Blank]) -> None:
+def _told(odd: Sequence[Odd]) -> Iterator[Odd]:
+    """Whole numbers with a point are none of a field's faults where other rows have fractions in it."""
+    parts = {name for one in odd if one.kind == FRACTION for name in one.fields.split(", ")}
+    for one in odd:
+        names = [name for name in one.fields.split(", ") if name not in parts]
+        if one.kind not in (WHOLE, FRACTION):
+            yield one
+        elif one.kind == WHOLE and names:
+            yield one._replace(fields=", ".join(names))
+
+
+def require_no_blank(task: str, found: Sequence[Odd]) -> None:
     """Refuse rows with an empty field where their prompt means to print a text.
 
     Raises:
         UsageError: naming the first of them and its field.
     """
-    for blank in found:
+    for blank in (one for one in found if one.kind == BLANK):
         raise UsageError(
             f"{blank.first}: task '{task}': {blank.field}: is empty or blank, expected a text "
             f"({blank.found:,} of {blank.rows:,} {blank.name} rows have such a field); blank_fields: note "
@@ -233,3 +276,9 @@ def _constant(train: Rows, held_out: Rows) -> str | None:
     if held_out.rows < _TELLING or len(held_out.answers) > 1 or len(train.answers) < 2:
         return None
     return held_out.answers[0]
+
+
+def _unlearned(train: Rows, held_out: Rows) -> tuple[str, ...]:
+    if max(len(train.answers), len(held_out.answers)) >= MOST_ANSWERS:
+        return ()
+    return tuple(answer for answer in held_out.answers if answer not in train.answers)

@@ -21,7 +21,7 @@ from mtl_lora_cli.runs.paths import ANOTHER_CACHE, cache_folder
 from mtl_lora_cli.visible import tell
 
 FORMAT = (
-    5  # raise it when encoding or auditing gives another result than before, or is kept otherwise
+    6  # raise it when encoding or auditing gives another result than before, or is kept otherwise
 )
 
 

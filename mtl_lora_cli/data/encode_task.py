@@ -34,6 +34,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.recipe.schema import Recipe
+from mtl_lora_cli.tasks.noticed import slips
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.visible import tell
 
@@ -164,13 +165,16 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
         held[1],
         None if held[0] is None else held[0].split,
         leaks=[leaked(split, seen.traces, known) for split, seen in read.items()],
-        blank=[whole.seen.blank, *(seen.blank for seen in read.values())],
+        odd=[*whole.seen.odd, *(one for seen in read.values() for one in seen.odd)],
+        same_choices=isinstance(task.template.choices, dict | list)
+        and task.template.scoring == "argmax",
         cut_prompts=whole.truncated,
         dropped=whole.dropped,
         turns=whole.turns,
         notes=[
             *left_out,
             *encoder.notes_on(task, whole.brought),
+            *slips(task.template, rows.found.some(rows.numbers[:1])[0]),
             *(note for one in (rows, held[0], beside[0]) if one for note in one.found.notes),
             *shown_twice(whole.seen.pictures, {split: one.pictures for split, one in read.items()}),
         ],

@@ -213,7 +213,7 @@ def prepare_training(
         if number == 0 and (time.monotonic() - began) * (len(tasks) - 1) > _LONG:
             _keep_beside(tasks[1:], recipe, encoder, limit)
         if recipe.blank_fields == "error":
-            require_no_blank(task.name, found.blank)
+            require_no_blank(task.name, found.odd)
         bound.append(known)
         splits.append(encoded)
         audits.append(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
-from mtl_lora_cli.data.audit import Blank, blank_fields
+from mtl_lora_cli.data.audit import MOST_ANSWERS, Odd, odd_fields
 from mtl_lora_cli.data.traces import traces
 from mtl_lora_cli.tasks.rendering import Example
 
@@ -22,8 +23,8 @@ class Seen:
         traces: uint64 [rows, 2], see `traces`.
         asked: uint64 [rows], of what each asks, to the letter; 0 where it has no prompt.
         said: uint64 [rows], of that and its answer.
-        answers: the first answer, and the first other one.
-        blank: rows whose prompt has a gap.
+        answers: the first different ones, at most `MOST_ANSWERS`.
+        odd: what is odd in the rows' prompts, each kind once.
         pictures: digests of those that are shown.
     """
 
@@ -32,7 +33,7 @@ class Seen:
     asked: np.ndarray
     said: np.ndarray
     answers: tuple[str, ...]
-    blank: Blank | None
+    odd: tuple[Odd, ...]
     pictures: frozenset[bytes]
 
 
@@ -45,8 +46,8 @@ def seen_of(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> S
         traces=traces(examples),
         asked=hashes[:, 0],
         said=hashes[:, 1],
-        answers=_first_two([example.answer for example in examples]),
-        blank=blank_fields(split, examples, wheres),
+        answers=_different(example.answer for example in examples),
+        odd=odd_fields(split, examples, wheres),
         pictures=frozenset(one.digest() for example in examples for one in example.images),
     )
 
@@ -69,30 +70,27 @@ def counted(one: Seen, other: Seen) -> Seen:
     return replace(
         one,
         rows=one.rows + other.rows,
-        answers=_first_two([*one.answers, *other.answers]),
-        blank=_both(one, other),
+        answers=_different([*one.answers, *other.answers]),
+        odd=tuple(_both(one, other)),
         pictures=one.pictures | other.pictures,
     )
 
 
-def _both(one: Seen, other: Seen) -> Blank | None:
-    """Rows with a gap among all of them."""
-    if one.blank is None or other.blank is None:
-        found = one.blank or other.blank
-        return None if found is None else found._replace(rows=one.rows + other.rows)
-    names = dict.fromkeys([*one.blank.fields.split(", "), *other.blank.fields.split(", ")])
-    return one.blank._replace(
-        found=one.blank.found + other.blank.found,
-        rows=one.rows + other.rows,
-        fields=", ".join(names),
-    )
+def _both(one: Seen, other: Seen) -> Iterator[Odd]:
+    """What is odd in the prompts of all of them."""
+    first, second = ({own.kind: own for own in seen.odd} for seen in (one, other))
+    for kind in dict.fromkeys([*first, *second]):
+        several = [own for own in (first.get(kind), second.get(kind)) if own is not None]
+        names = dict.fromkeys(name for own in several for name in own.fields.split(", "))
+        yield several[0]._replace(
+            found=sum(own.found for own in several),
+            rows=one.rows + other.rows,
+            fields=", ".join(names),
+        )
 
 
-def _first_two(answers: Sequence[str]) -> tuple[str, ...]:
-    if not answers:
-        return ()
-    other = next((answer for answer in answers if answer != answers[0]), None)
-    return (answers[0],) if other is None else (answers[0], other)
+def _different(answers: Iterable[str]) -> tuple[str, ...]:
+    return tuple(islice(dict.fromkeys(answers), MOST_ANSWERS))
 
 
 def _hashes(example: Example) -> tuple[int, int]:

@@ -117,6 +117,7 @@ class Text:
         names: of the variables that it reads.
         paths: the fields that it reads anywhere, `basket.items` as ("basket", "items").
         printed: those that it prints whatever the row is like.
+        plain: those of them that it prints as they stand, through no filter.
 
     Raises:
         ValueError: it is not valid Jinja, or reads no variable and fails all the same.
@@ -127,7 +128,9 @@ class Text:
             tree = _environment.parse(source)
             self.names = _names(tree)
             self.paths = tuple(dict.fromkeys(_paths(tree)))
-            self.printed = tuple(dict.fromkeys(_printed(tree)))
+            printed = list(_printed(tree))
+            self.printed = tuple(dict.fromkeys(path for path, _ in printed))
+            self.plain = frozenset(path for path, plain in printed if plain)
             self._template = _environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ValueError(_syntax(error, source)) from None
@@ -145,6 +148,9 @@ class Text:
 class Expression:
     """A compiled Jinja expression, `label - 1`; call it with the row's variables.
 
+    Attributes:
+        names, paths: of the variables and of the fields that it reads.
+
     Raises:
         ValueError: it is not valid Jinja.
     """
@@ -155,7 +161,9 @@ class Expression:
         except TemplateSyntaxError as error:
             raise ValueError(_syntax(error, source)) from None
         self._name = source if source.isidentifier() else ""
-        self.names = _names(_environment.parse("{{ (" + source + ") }}"))
+        tree = _environment.parse("{{ (" + source + ") }}")
+        self.names = _names(tree)
+        self.paths = tuple(dict.fromkeys(_paths(tree)))
 
     def __call__(self, variables: dict[str, Any]) -> Any:
         if self._name in variables:  # `label` is most of all expressions, and Jinja is slow
@@ -197,8 +205,8 @@ def _paths(node: nodes.Node) -> Iterator[Path]:
         yield from _paths(below.node if called and isinstance(below, nodes.Getattr) else below)
 
 
-def _printed(tree: nodes.Template) -> Iterator[Path]:
-    """The fields that are printed under no condition, as they stand or through filters."""
+def _printed(tree: nodes.Template) -> Iterator[tuple[Path, bool]]:
+    """The fields that are printed under no condition, and whether as they stand or through filters."""
     for output in tree.body:
         for shown in output.nodes if isinstance(output, nodes.Output) else ():
             node: nodes.Node | None = shown
@@ -206,7 +214,7 @@ def _printed(tree: nodes.Template) -> Iterator[Path]:
                 node = node.node
             path = None if node is None else _path(node)
             if path is not None:
-                yield path
+                yield path, node is shown
 
 
 def value_at(variables: Mapping[str, Any], path: Path) -> Any:

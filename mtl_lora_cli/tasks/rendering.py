@@ -13,13 +13,13 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_at
 from mtl_lora_cli.tasks.messages import Dialogue, plain_text, texts_of
+from mtl_lora_cli.tasks.noticed import oddity
 from mtl_lora_cli.tasks.pictured import Shows, placed
 from mtl_lora_cli.tasks.printing import NotPrintableError, printable
 from mtl_lora_cli.tasks.talk import Talk, with_pictures
 from mtl_lora_cli.tasks.template import Each, Template, index_in, index_of, number
 
 Result = TypeVar("Result")
-_UNSEEN = dict.fromkeys([0xAD, 0x180E, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
 Variables = dict[str, Any]
 
 
@@ -32,16 +32,16 @@ class Example:
     choices: tuple[str, ...]  # candidate answers in order; () for a free answer
     gold: int  # index into choices; -1 for a free answer or where there is no label
     value: float | None = None  # the label as a number, with `scoring: expectation`
-    # What the audit looks at: the row's texts that the prompt may read, and which that it prints are
-    # empty or blank.
     dialogue: Dialogue | None = None  # the whole conversation, where the task has such
     images: tuple[
         Picture, ...
     ] = ()  # in the order of their places in the prompt (`pictured.PLACE`)
     # All free answers that count as right, of which `answer` is learned; () where it alone does.
     answers: tuple[str, ...] = ()
+    # What the audit looks at: the row's texts that the prompt may read, and what is odd about those that
+    # it prints: what it is, and the field.
     texts: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    blank: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    odd: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
 
 class LabelError(UsageError):
@@ -78,7 +78,12 @@ class Renderer:
         # Most rows wrap the same few choices, and Jinja is the slowest thing here.
         printed = set(self._prompt.printed)
         self._looked_at = [
-            (str(path[0]) if len(path) == 1 else "", path, spelled(path) if path in printed else "")
+            (
+                str(path[0]) if len(path) == 1 else "",
+                path,
+                spelled(path) if path in printed else "",
+                path in self._prompt.plain,
+            )
             for path in self._prompt.paths
         ]
         names = [one.names for _, one in self._fields]
@@ -116,9 +121,9 @@ class Renderer:
             own = prompt
             prompt = self._get("prompt", lambda _: placed(own, len(images)), variables, where)
         answer, choices, gold, value = self._answered(variables, where, labelled)
-        texts, blank = self._noticed(variables)
+        texts, odd = self._noticed(variables)
         several = self._several(variables, where) if labelled else ()
-        return Example(prompt, answer, choices, gold, value, None, images, several, texts, blank)
+        return Example(prompt, answer, choices, gold, value, None, images, several, texts, odd)
 
     def pictures(
         self, row: Mapping[str, Any], where: str, variables: Variables | None = None
@@ -172,21 +177,20 @@ class Renderer:
         dialogue = self._get("conversation", given, {"row": {}}, where)
         return Example(plain_text(dialogue.messages), "", (), -1, None, dialogue)
 
-    def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The texts that the prompt may read, and the fields that it prints though they are blank."""
+    def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The texts that the prompt may read, and what is odd about what it prints."""
         texts: list[str] = []
-        blank: list[str] = []
-        for name, path, printed in self._looked_at:
+        odd: list[tuple[str, str]] = []
+        for name, path, printed, plain in self._looked_at:
             value = variables.get(name) if name else value_at(variables, path)
             if type(value) is str:
                 texts.append(value)
-                if printed and _is_blank(value):
-                    blank.append(printed)
             elif value is not None:
                 texts.extend(_texts(value))
-                if printed and isinstance(value, list | tuple) and all(map(_is_blank, value)):
-                    blank.append(printed)
-        return tuple(texts), tuple(blank)
+            kind = oddity(value, plain=plain) if printed else None
+            if kind is not None:
+                odd.append((kind, printed))
+        return tuple(texts), tuple(odd)
 
     def _answered(
         self, variables: Variables, where: str, labelled: bool
@@ -396,13 +400,6 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"expected a list, received {_short(value)}")
     return list(value)
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a text shows nothing: white space, and what only joins or parts the letters beside it."""
-    if not isinstance(value, str):
-        return False
-    return not value.strip() or (not value.isascii() and not value.translate(_UNSEEN).strip())
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_several_processes_and_pieces_give_what_one_gives(
     keys = "training: {row_length: 16, on_overflow: drop}\n"
     whole = prepare(folder, stories_folder, keys)
     found = whole.audits[0]
-    assert found.repeated and found.contradictory and found.leaks and found.blank and found.dropped
+    assert found.repeated and found.contradictory and found.leaks and found.odd and found.dropped
     assert any("control token" in note for note in found.notes)
     monkeypatch.setattr(encode_task, "_PIECE", 64)
     monkeypatch.setattr(encode_task, "MANY_ROWS", 1)

@@ -223,7 +223,7 @@ def test_a_list_of_nothing_and_what_nobody_sees_are_gaps(
     text = TEMPLATE.replace("{{ text }}", "Tags: {{ tags | join(', ') }}")
     (folder / "own.yaml").write_text(text, encoding="utf-8")
     data = prepare(folder, stories_folder, "- {name: own, template: own.yaml, source: d}\n")
-    (blank,) = data.audits[0].blank
+    (blank,) = data.audits[0].odd
     assert (blank.found, blank.fields, blank.first) == (3, "tags", f"{folder}/d/train.jsonl:2")
 
 
