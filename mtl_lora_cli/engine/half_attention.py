@@ -22,7 +22,7 @@ from mtl_lora_cli.engine.segment_forms import Rule, Stack, Stacks
 from mtl_lora_cli.engine.segments import Segments
 from mtl_lora_cli.kernels.wide_product import wide_product
 
-_SCORES = 2**19  # at once: 2 MiB in float32
+_SCORES = 2**19  # at once by each thread: 2 MiB in float32
 
 
 class HalfAttention(torch.autograd.Function):
@@ -85,8 +85,9 @@ class _Piece(NamedTuple):
 
 def _pieces(stack: Stack, heads: int) -> Iterator[_Piece]:
     length, every = stack.length, slice(None)
-    some = max(1, min(stack.height, _SCORES // (heads * length**2)))
-    rows = max(16, min(length, _SCORES // (heads * some * length)))
+    scores = _SCORES * torch.get_num_threads()
+    some = max(1, min(stack.height, scores // (heads * length**2)))
+    rows = max(16, min(length, scores // (heads * some * length)))
     for first in range(0, stack.height, some):
         segments = slice(first, first + some)
         for begin in range(0, length, rows):

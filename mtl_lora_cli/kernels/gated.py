@@ -66,7 +66,7 @@ def gated_gradient(
     gradient = roomy(both, both.shape[0], 2 * half, room)
     if both.dtype == torch.bfloat16:
         active = _active(gate, activation)
-        gradient[:, :half] = _through(da * up, gate, activation)
+        _through(da * up, gate, activation, gradient[:, :half])
     else:
         active, slope = _silu(gate) if activation == "silu" else _gelu(gate)
         torch.mul(da * up, slope, out=gradient[:, :half])
@@ -78,11 +78,12 @@ def _active(gate: Tensor, activation: Activation) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _through(gradient: Tensor, gate: Tensor, activation: Activation) -> Tensor:
-    """gradient ⊙ f′(g): torch's own is float32 inside, where the formula's steps would each be rounded."""
+def _through(gradient: Tensor, gate: Tensor, activation: Activation, out: Tensor) -> None:
+    """gradient ⊙ f′(g), rounded once: torch's own is float32 inside."""
     if activation == "silu":
-        return torch.ops.aten.silu_backward(gradient, gate)
-    return torch.ops.aten.gelu_backward(gradient, gate, approximate="tanh")
+        torch.ops.aten.silu_backward.grad_input(gradient, gate, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(gradient, gate, approximate="tanh", grad_input=out)
 
 
 def _silu(gate: Tensor) -> tuple[Tensor, Tensor]:

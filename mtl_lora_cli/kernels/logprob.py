@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mtl_lora_cli.kernels.backend import in_triton
 
 _LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+_ROWS = 8  # of 16-bit logits at once, in float32: what a core's own cache holds
 _ALIGNED = 8  # values of 16 bit in the 16 bytes at which a matrix product wants rows to start
 
 
@@ -107,11 +108,20 @@ class _TokenLogprobs(torch.autograd.Function):
 
             dlogits = triton_logprob.minus_softmax(logits, normaliser, weight)
         else:
-            wide = logits.to(normaliser.dtype)
-            dlogits = (wide - normaliser[:, None]).exp_().mul_(-weight[:, None]).to(logits.dtype)
+            dlogits = _minus_softmax(logits, normaliser, weight)
         # One question a row is the rule; several of one row and token add up.
         dlogits.index_put_((owner, targets), gradient.to(dlogits.dtype), accumulate=True)
         return dlogits, None, None
+
+
+def _minus_softmax(logits: Tensor, normaliser: Tensor, weight: Tensor) -> Tensor:
+    """−w_u softmax(L_u), some rows at once: of what is rounded, all in float32 is no longer in a core's cache."""
+    some = len(logits) if logits.dtype == normaliser.dtype else _ROWS
+    parts = [
+        (own.to(normaliser.dtype) - n[:, None]).exp_().mul_(-w[:, None]).to(logits.dtype)
+        for own, n, w in zip(*(x.split(some) for x in (logits, normaliser, weight)), strict=True)
+    ]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _normaliser(logits: Tensor) -> Tensor:
@@ -119,5 +129,6 @@ def _normaliser(logits: Tensor) -> Tensor:
         from mtl_lora_cli.kernels import triton_logprob
 
         return triton_logprob.normaliser(logits)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.logsumexp(logits.to(wide), dim=-1)
+    if logits.dtype in (torch.float32, torch.float64):
+        return torch.logsumexp(logits, dim=-1)
+    return torch.cat([torch.logsumexp(some.float(), dim=-1) for some in logits.split(_ROWS)])

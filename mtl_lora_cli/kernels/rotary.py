@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mtl_lora_cli.kernels.backend import in_triton
 
+_ROWS = 256  # at once: what a core's own cache holds
+
 
 class Turn(NamedTuple):
     """The rotation of each position.
@@ -49,13 +51,17 @@ def rotate_(qkv: Tensor, turn: Turn, *, heads: int, key_heads: int, back: bool =
     cos, sin = turn.cos, -turn.sin if back else turn.sin
     each = qkv.unflatten(1, (heads + 2 * key_heads, -1))[:, : heads + key_heads]
     each = each[..., : 2 * cos.shape[-1]]
-    wide = each.to(torch.promote_types(qkv.dtype, cos.dtype))
-    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    if turn.pairs:
+    for rows, c, s in zip(*(x.split(_ROWS) for x in (each, cos, sin)), strict=True):
+        _turn_(rows, c.unsqueeze(1), s.unsqueeze(1), pairs=turn.pairs)
+    return qkv
+
+
+def _turn_(each: Tensor, c: Tensor, s: Tensor, *, pairs: bool) -> None:
+    wide = each.to(torch.promote_types(each.dtype, c.dtype))
+    if pairs:
         first, second = wide[..., ::2], wide[..., 1::2]
         turned = torch.stack([first * c - second * s, second * c + first * s], dim=-1).flatten(-2)
     else:
         first, second = wide.chunk(2, dim=-1)
         turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
     each.copy_(turned)
-    return qkv

@@ -15,7 +15,7 @@ from mtl_lora_cli.adapters.inject import Adapter, inject
 from mtl_lora_cli.adapters.methods.base import Settings
 from mtl_lora_cli.engine.plan import text_body
 from mtl_lora_cli.errors import UsageError
-from mtl_lora_cli.machine import collector
+from mtl_lora_cli.machine import collector, heap
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.models.four_bit_experts import quantise_experts, quantising_stacks
 from mtl_lora_cli.models.left_out import left_out_lines, note_left_out
@@ -253,6 +253,7 @@ def load_model(
     if method_of(base) is not None:
         compute_in(model, dtype)
     collector.loaded()
+    heap.keep_freed(device)
     return model.requires_grad_(False).eval()
 
 
