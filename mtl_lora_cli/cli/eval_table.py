@@ -140,6 +140,13 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
     notes = [f"{examples}; protocol {protocols}"]
     for result, other in zip(results, beside, strict=True):
         task = result["task"]
+        if result.get("rows_changed"):
+            notes.append(
+                f"{task}: the {result['split']} rows are not those of when the run began, which were compared "
+                "with its training rows; these were not"
+            )
+        if result["split"] == "train" and result["model"] == "adapter" and not result.get("source"):
+            notes.append(f"{task}: the run learned from these rows: this says nothing of others")
         for metric, measured in result["metrics"].items():
             if measured["value"] is None:
                 title = title_in(result, metric)

@@ -271,6 +271,17 @@ def with_fingerprints(task: Task) -> Task:
     return replace(task, fingerprints=found)
 
 
+def rows_changed(task: Task, split: str) -> bool:
+    """Whether a split's rows are others than when the run began; False where that was not recorded.
+
+    Args:
+        task: of a run, with its own source.
+        split: one that it has now.
+    """
+    of = map_print if task.objective in MAPS else _row_print
+    return bool(task.fingerprints) and of(task, split) != task.fingerprints.get(split)
+
+
 def _row_print(task: Task, split: str) -> str | None:
     found = split_fingerprint(task.source, split, base=Path(), task=task.name)
     if found is None or not task.template.images:

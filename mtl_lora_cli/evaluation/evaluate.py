@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
 from mtl_lora_cli.data.pictured import require_readable
-from mtl_lora_cli.data.prepare import held_out_examples
+from mtl_lora_cli.data.prepare import held_out_examples, rows_changed
 from mtl_lora_cli.errors import LeftOutError
 from mtl_lora_cli.evaluation.answers import Answers, Progress, Questions, predict
 from mtl_lora_cli.evaluation.lm_eval_bridge import HarnessTask, harness_tasks, run_harness
@@ -241,6 +241,7 @@ def _by_ourselves(
         yield {
             "split": examples.split,
             "rows_fingerprint": examples.fingerprint,
+            "rows_changed": setting.source is None and rows_changed(task, examples.split),
             **_found(task, together(found[number])),
             "seconds_of_all_tasks": seconds,
         }
@@ -299,6 +300,7 @@ def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, A
         yield {
             "split": one.split,
             "rows_fingerprint": one.fingerprint,
+            "rows_changed": rows_changed(one.task, one.split),
             "examples": len(one.numbers),
             "truncated_prompts": None,
             "unparsable": None,

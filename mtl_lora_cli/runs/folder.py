@@ -11,6 +11,7 @@ from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.runs.atomic import new_folder, write_json, write_text
 
 FORMAT_VERSION = 1
+LATEST = "latest"  # the file beside runs that names the newest one
 
 
 class RunFolder:
@@ -93,8 +94,13 @@ def require_new(path: Path) -> None:
     """Refuse a run folder that exists.
 
     Raises:
-        UsageError: it exists.
+        UsageError: it exists, or has the name of the file that names the newest run.
     """
+    if path.name == LATEST:
+        raise UsageError(
+            f"a run cannot be called '{LATEST}': that file in {path.parent} names the newest run; choose "
+            "another run.name"
+        )
     if path.exists():
         raise UsageError(
             f"run folder {path} exists; choose another run.name, or go on with: "
@@ -124,7 +130,7 @@ def create_run(path: Path, fill: Callable[[RunFolder], None] = lambda run: None)
 
 def mark_latest(run: RunFolder) -> None:
     """Let `runs/latest` name this run."""
-    write_text(run.path.parent / "latest", run.name + "\n")
+    write_text(run.path.parent / LATEST, run.name + "\n")
 
 
 def run_names(directory: Path) -> list[str]:
@@ -143,7 +149,7 @@ def find_run(run: str | None, directory: Path) -> RunFolder:
     """
     known = run_names(directory)
     if run is None:
-        latest = directory / "latest"
+        latest = directory / LATEST
         if not known or not latest.is_file():
             raise UsageError(
                 f"no run yet in {directory}; start one with: mtl-lora train RECIPE, or name one with --run"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtl_lora_cli.errors import MtlLoraError, UsageError, did_you_mean
 from mtl_lora_cli.runs.atomic import sync
-from mtl_lora_cli.runs.folder import RunFolder, mark_latest, run_names
+from mtl_lora_cli.runs.folder import LATEST, RunFolder, mark_latest, run_names
 from mtl_lora_cli.runs.listing import activity_of, newest_first
 
 
@@ -68,7 +68,7 @@ def remove_run(run: RunFolder) -> None:
 
 
 def _repair_latest(directory: Path) -> None:
-    latest = directory / "latest"
+    latest = directory / LATEST
     if not latest.is_file():
         return
     named = latest.read_text(encoding="utf-8").strip()

@@ -141,9 +141,10 @@ def changes_around(run: RunFolder, prepared: Prepared) -> Iterator[str]:
         for name in _COUNTING
         if name in before.get("versions", {}) and before["versions"][name] != now["versions"][name]
     ]
+    sums = ("threads",) if now["device"] == "cpu" else ()  # their order is another
     changes += [
         f"{key} {before[key]} → {now[key]}"
-        for key in ("device", "dtype")
+        for key in ("device", "dtype", *sums)
         if key in before and before[key] != now[key]
     ]
     if changes:

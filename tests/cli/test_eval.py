@@ -249,6 +249,23 @@ def test_without_the_harness_its_protocol_says_how_to_get_it(
     assert "pip install 'mtl-lora[lm-eval]'" in refused.stderr
 
 
+def test_rows_that_are_not_those_of_when_the_run_began_are_told(
+    run: Path, invoke: Callable[..., Finished]
+) -> None:
+    asked = ("eval", "--task", "all", "--limit", "2")
+    assert "not those" not in invoke(*asked).stdout
+    path = run / "tasks.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["tasks"][0]["fingerprints"]["test"] = "another"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    told = invoke(*asked).stdout
+    assert "\nwarm: the test rows are not those of when the run began, which were compared" in told
+    assert "\ncold: the test rows" not in told
+    told = invoke(*asked, "--split", "train").stdout
+    assert "not those" not in told
+    assert "\nwarm: the run learned from these rows" in told
+
+
 def test_other_rows_of_a_known_task(
     run: Path, invoke: Callable[..., Finished], tmp_path: Path
 ) -> None:

@@ -138,11 +138,13 @@ def test_what_is_only_said_otherwise_goes_on(
     path.write_text("# colors\n" + path.read_text("utf-8"), encoding="utf-8")
     environment = json.loads((stopped / "environment.json").read_text("utf-8"))
     environment["versions"]["torch"] = "1.0"
-    _edit(stopped / "environment.json", versions=environment["versions"])
+    threads = environment["threads"]
+    _edit(stopped / "environment.json", versions=environment["versions"], threads=threads + 3)
     finished = invoke("train", "--resume")
     assert finished.returncode == 0, finished.stderr
     (note,) = [line for line in finished.stderr.splitlines() if line.startswith("note: ")]
     assert note.startswith("note: since run 'small' began: torch 1.0 → ")
+    assert f"threads {threads + 3} → {threads}" in note  # sums over them have another order
 
 
 def test_an_early_adapter_is_read_and_it_is_said(

@@ -30,6 +30,12 @@ def test_the_newest_run_is_found_without_a_name(tmp_path: Path) -> None:
     assert find_run(None, tmp_path / "runs").name == "a"
 
 
+def test_no_run_takes_the_place_of_the_file_that_names_the_newest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a run cannot be called 'latest'"):
+        make(tmp_path / "runs", "latest")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_is_found_by_name_or_path(tmp_path: Path) -> None:
     run = make(tmp_path / "runs", "mine")
     assert find_run("mine", tmp_path / "runs").path == run.path
