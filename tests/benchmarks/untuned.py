@@ -1,12 +1,13 @@
 """What a person gets who tunes nothing: what `init` writes, beside LoRA's best of three rates; by hand:
 
     python tests/benchmarks/untuned.py BASE_MODEL OUTPUT [--mixtures 5] [--seeds 0] [--limit 500] [--jobs 4]
-        [--arms A,…] [--minutes M] [--steps N] [--hardware gpu-80] [--data FOLDER] [--report-only]
+        [--arms A,…] [--drawn-by N] [--minutes M] [--steps N] [--hardware gpu-80] [--data FOLDER] [--report-only]
 
 Five mixtures of three tasks each are drawn from the seventeen of real-17 by `DRAWN_BY`, which was written down
 before the defaults of `init` were chosen; those were chosen by docs/study.md, on all seventeen together and on
 unbalanced-3. Each mixture is learned by the arms of `arms`; the best LoRA is chosen by the mean of the test scores,
-which favours it. Looks and checkpoints are left out: they change nothing that is learned.
+which favours it. Looks and checkpoints are left out: they change nothing that is learned. Other defaults are
+tried on other draws, `--drawn-by` and `--mixtures 3,4`, by the arms of `tried`.
 
 It is a queue: OUTPUT keeps a file a run, what is there is not done again, and each of `--jobs` processes takes the
 next run until `--minutes` are over. A run is begun only where the longest one so far would still end; whatever
@@ -30,9 +31,13 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtl_lora_cli.recipe.training import Training
 
 DRAWN_BY = 20261130
+OTHERS_DRAWN_BY = 20261201  # of mixtures that defaults are chosen on
 RATES = ("5e-4", "1e-3", "2e-3")
 WITHIN = 0.02
 COMMONSENSE = "commonsense/llm_adapters"
@@ -65,10 +70,12 @@ CLAIMED = ".claimed"
 SEEDS = 10  # of the second table, as many as there are
 
 
-def mixtures(count: int) -> list[tuple[str, ...]]:
-    """So many draws of three tasks, always the same."""
-    draw = random.Random(DRAWN_BY)
-    return [tuple(sorted(draw.sample(sorted(TASKS), 3))) for _ in range(count)]
+def mixtures(numbers: str, drawn_by: int = DRAWN_BY) -> dict[int, tuple[str, ...]]:
+    """Number → three tasks, always the same: the first N draws, or those of some numbers, `3,4,6`."""
+    wanted = [int(one) for one in numbers.split(",")] if "," in numbers else range(int(numbers))
+    draw = random.Random(drawn_by)
+    drawn = [tuple(sorted(draw.sample(sorted(TASKS), 3))) for _ in range(max(wanted) + 1)]
+    return {number: drawn[number] for number in wanted}
 
 
 def arms(rate: float) -> dict[str, tuple[str, ...]]:
@@ -101,6 +108,41 @@ def arms(rate: float) -> dict[str, tuple[str, ...]]:
     }
 
 
+def tried(written: Training) -> dict[str, tuple[str, ...]]:
+    """Arm → what it changes of what `init` writes, all with clipping by each tensor's own history.
+
+    hot, hotter   twice and 2.8 times the rates
+    wide          twice the rates, twice the tokens a step, as many steps
+    long          twice the rates, twice the steps
+    gradient      twice the rates, A from the gradient of the first steps
+    """
+
+    def at(times: float) -> tuple[str, ...]:
+        rate = times * written.learning_rate
+        parts = (
+            f"up: {{learning_rate: {4 * rate:.2g}}}, transform: {{learning_rate: {10 * rate:.2g}}}"
+        )
+        rates = (f"training.learning_rate={rate:.2g}", f"training.parts={{{parts}}}")
+        return (DIAGONAL, "training.clipping=true", *rates)
+
+    steps = written.max_steps
+    return {
+        "hot": at(2),
+        "hotter": at(2.8),
+        "wide": (
+            *at(2),
+            f"training.rows_per_step={2 * written.rows_per_step}",
+            f"training.epochs={2 * written.epochs}",
+        ),
+        "long": (
+            *at(2),
+            f"training.epochs={2 * written.epochs}",
+            f"training.max_steps={2 * steps if steps else 'null'}",
+        ),
+        "gradient": (*at(2), "adapter.down_start=gradient"),
+    }
+
+
 def family(task: str) -> str:
     """Its folder in the data."""
     return TASKS[task].partition("/")[0]
@@ -126,8 +168,9 @@ def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path, steps: in
     from mtl_lora_cli.training.spikes import spikes
 
     times = [time.monotonic()]
-    rate = load_recipe(recipe).recipe.training.learning_rate
-    changes = [*arms(rate)[arm], f"training.seed={seed}"]
+    written = load_recipe(recipe).recipe.training
+    every = arms(written.learning_rate) | tried(written)
+    changes = [*every[arm], f"training.seed={seed}"]
     changes += ["training.checkpoint_every=null", "training.validation=null"]
     changes += [] if steps is None else [f"training.max_steps={steps}"]
     prepared = prepare(load_recipe(recipe, changes))
@@ -203,43 +246,55 @@ COLUMNS = ("before", "diagonal", "diagonal-clipped", "lora", "lora-clipped")
 WRITTEN = "diagonal"  # what `init` writes
 
 
-def report(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
+def report(
+    folder: Path,
+    drawn: Mapping[int, Sequence[str]],
+    seeds: Sequence[int],
+    columns: Sequence[str] = COLUMNS,
+) -> Iterator[str]:
     """The table, of what is there: a row for each task of a mixture and seed that an arm has learned, and their mean.
 
     The last two columns are LoRA's best of three rates, by the mean, and what is so of what `init` writes: its interval
     lies above the majority answer's score or not; it is at most two points below that LoRA or not; and *apart*
     where none of the three rates left the majority answer either.
     """
-    yield f"| mixture, seed | task | majority | {' | '.join(COLUMNS)} | LoRA's best | {WRITTEN} |"
-    yield "| --- | --- | --- |" + " --- |" * (len(COLUMNS) + 2)
-    for number, tasks in enumerate(mixtures(count)):
+    yield f"| mixture, seed | task | majority | {' | '.join(columns)} | LoRA's best | {WRITTEN} |"
+    yield "| --- | --- | --- |" + " --- |" * (len(columns) + 2)
+    for number, tasks in drawn.items():
         for seed in seeds:
             there = {}
-            for arm in arms(1.0):
+            for arm in {*arms(1.0), *columns}:
                 file = result_file(folder, number, arm, seed)
                 if file.is_file():
                     there[arm] = json.loads(file.read_text(encoding="utf-8"))
             if there:
-                yield from _rows(f"{number}, {seed}", tasks, there)
+                yield from _rows(f"{number}, {seed}", tasks, there, columns)
 
 
-def _rows(head: str, tasks: Sequence[str], there: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _rows(
+    head: str,
+    tasks: Sequence[str],
+    there: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[str],
+) -> Iterator[str]:
     loras = {arm: one for arm, one in there.items() if arm.startswith("lora@")}
     best = max(loras, key=lambda arm: mean(loras[arm]), default=None)
     for task in tasks:
         own = {arm: one["tasks"][task] for arm, one in there.items()}
         any_ = next(iter(own.values()))
-        cells = [score_of(own[arm]) if arm in own else "" for arm in (*COLUMNS, best)]
+        cells = [score_of(own[arm]) if arm in own else "" for arm in (*columns, best)]
         searched = [own[arm] for arm in loras]
         said = verdict(own.get(WRITTEN), searched, None if best is None else own[best])
         majority = (own.get(WRITTEN) or any_)["majority"]
         yield f"| {head} | {task}, {any_['metric']} | {majority:.3f} | {' | '.join([*cells, said])} |"
-    means = [f"{mean(there[arm]):.3f}" if arm in there else "" for arm in (*COLUMNS, best)]
+    means = [f"{mean(there[arm]):.3f}" if arm in there else "" for arm in (*columns, best)]
     rate = "" if best is None else f" ({best.partition('@')[2]})"
     yield f"| {head} | mean | | {' | '.join(means)}{rate} | |"
 
 
-def over_seeds(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
+def over_seeds(
+    folder: Path, drawn: Mapping[int, Sequence[str]], seeds: Sequence[int]
+) -> Iterator[str]:
     """The table of what `init` writes over the seeds that are there: a row for each task of a mixture.
 
     A score is the mean over seeds, with its standard deviation; the last column says in how many of the
@@ -247,7 +302,7 @@ def over_seeds(folder: Path, count: int, seeds: Sequence[int]) -> Iterator[str]:
     """
     yield "| mixture | task | majority | mean (SD) | lowest | highest | above the majority |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for number, tasks in enumerate(mixtures(count)):
+    for number, tasks in drawn.items():
         files = [result_file(folder, number, WRITTEN, seed) for seed in seeds]
         there = [json.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
         for task in tasks if len(there) > 1 else ():
@@ -297,7 +352,7 @@ def queue(options: argparse.Namespace) -> list[Run]:
     return [
         (number, arm, int(seed))
         for seed in options.seeds.split(",")
-        for number in range(options.mixtures)
+        for number in mixtures(options.mixtures, options.drawn_by)
         for arm in options.arms.split(",")
     ]
 
@@ -336,7 +391,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base_model")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--mixtures", type=int, default=5)
+    parser.add_argument("--mixtures", default="5", help="so many, or those of some numbers: 3,4,6")
+    parser.add_argument("--drawn-by", type=int, default=DRAWN_BY)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=4)
@@ -355,8 +411,10 @@ def main() -> None:
     if not options.report_only:
         run_queue(options, time.time() + 60 * options.minutes)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    print("\n".join(report(options.output, options.mixtures, seeds)), end="\n\n")
-    print("\n".join(over_seeds(options.output, options.mixtures, range(SEEDS))))
+    drawn = mixtures(options.mixtures, options.drawn_by)
+    columns = options.arms.split(",") if options.drawn_by != DRAWN_BY else COLUMNS
+    print("\n".join(report(options.output, drawn, seeds, columns)), end="\n\n")
+    print("\n".join(over_seeds(options.output, drawn, range(SEEDS))))
 
 
 def run_queue(options: argparse.Namespace, until: float) -> None:
@@ -373,7 +431,7 @@ def run_queue(options: argparse.Namespace, until: float) -> None:
         for _ in range(options.jobs)
     ]
     try:
-        for number, tasks in enumerate(mixtures(options.mixtures)):
+        for number, tasks in mixtures(options.mixtures, options.drawn_by).items():
             if not (output / f"{number}.yaml").is_file():
                 write_recipe(tasks, output / f"{number}.yaml", options)
         from mtl_lora_cli.models.base import find_base_model

@@ -94,10 +94,10 @@ def test_a_later_stage_waits_for_the_one_before(plan: Any, tmp_path: Path) -> No
 def test_the_tables_of_who_tunes_nothing_are_made_of_its_result_files() -> None:
     untuned = benchmark("untuned")
     kept = ROOT / "docs" / "study" / "untuned"
-    lines = list(untuned.report(kept, 5, [0]))
+    lines = list(untuned.report(kept, untuned.mixtures("5"), [0]))
     assert len(lines) > 2
     assert "\n".join(lines) in PAGE
-    seeds = list(untuned.over_seeds(kept, 5, range(10)))
+    seeds = list(untuned.over_seeds(kept, untuned.mixtures("5"), range(10)))
     assert len(seeds) == 2 or "\n".join(seeds) in PAGE  # 2: no mixture has a second seed yet
 
 
