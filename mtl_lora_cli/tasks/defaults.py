@@ -2,8 +2,8 @@
 about weights and memory only: `starter`.
 
 Too few steps were the first reason why nothing was learned, too high a rate the second (docs/study.md). So a
-step takes fewer tokens where the mixture is small, until there are a thousand steps, and a smaller step gets
-a lower rate, by the square root of its share.
+step takes fewer tokens where the mixture is small, until there are a thousand steps, two thousand with a small model;
+and a smaller step gets a lower rate, by the square root of its share.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-STEPS = 1_000  # a small mixture has so many
 FEW = 500  # below so many `validate` warns
-_EPOCHS = 3
+# By where it is learned. A small model left hard tasks at one answer in three epochs of a small mixture and learned
+# them in six; and of as many tokens it learned more in twice the steps of half as many.
+_EPOCHS = {"cpu": 6, "small": 6, "large": 3}
+_STEPS = {
+    "cpu": 2_000,
+    "small": 2_000,
+    "large": 1_000,
+}  # a step is made smaller until there are so many
+_FEWEST = {
+    "cpu": 1_000,
+    "small": 2_000,
+    "large": 1_000,
+}  # the smallest step is taken so often, however few rows
 _SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
 _HOUR = 3600.0
 _FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
@@ -27,8 +38,9 @@ _MEASURED, _FIXED = {"float32": 4.5, "bfloat16": 6.0}, 0.25
 # What is written depends on these and never on how busy the machine is just now.
 _CORE = {"float32": 60e9, "bfloat16": 450e9}
 _ROUND = 50  # steps that an hour allows are rounded down to a multiple
-# Tokens of a step that the rates are for, and those that a mixture may have instead.
-_MEASURED_AT = 8_192
+# Tokens of a step that the rates are for, how far a larger step may raise them, and the tokens that a mixture may have.
+_MEASURED_AT = {"cpu": 2_048, "small": 2_048, "large": 8_192}
+_RAISED = {"cpu": 1.0, "small": math.sqrt(2), "large": 1.0}
 _TOKENS = {
     "cpu": (128, 256, 512, 1_024, 2_048),
     "small": (2_048, 4_096, 8_192),
@@ -56,6 +68,7 @@ class Choice:
     Attributes:
         rank, alpha: of the adapter; the update is scaled by 2.
         rate, up_rate, transform_rate: of A, of B and of the diagonals.
+        clipping: by each tensor's own history, which these rates need.
         row_length, rows_per_step: of packed rows.
         epochs: over the rows.
         max_steps: where the mixture is small; None: as many as the epochs have.
@@ -70,6 +83,7 @@ class Choice:
     rate: float
     up_rate: float
     transform_rate: float
+    clipping: bool
     row_length: int
     rows_per_step: int
     epochs: int
@@ -105,8 +119,8 @@ def choose(
     dtype = "bfloat16" if halves else "float32"
     speed = (cores or 0) * _CORE[dtype]
     in_an_hour = {each: _affordable(size, each, mixture, speed) for each in sizes}
-    sizes = tuple(each for each in sizes if in_an_hour[each] >= STEPS) or sizes[:1]
-    tokens, max_steps, epochs, why = _steps(sizes, mixture)
+    sizes = tuple(each for each in sizes if in_an_hour[each] >= _STEPS[kind]) or sizes[:1]
+    tokens, max_steps, epochs, why = _steps(sizes, mixture, kind)
     row = _row(tokens, mixture)
     if cores and tokens % row == 0:
         row = tokens  # a CPU makes one pass of a step
@@ -119,13 +133,14 @@ def choose(
     if flops and mixture is not None:
         steps = max_steps or epochs * mixture.tokens / step
         hours = steps * (_FIXED + _MEASURED[dtype] * size * step / flops) / _HOUR
-    rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens)
+    rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens, kind)
     return Choice(
         rank=16,
         alpha=32,
         rate=rate,
         up_rate=4 * rate,
         transform_rate=10 * rate,
+        clipping=size < _SMALL,
         row_length=row,
         rows_per_step=max(1, tokens // row),
         epochs=epochs,
@@ -143,22 +158,29 @@ def _affordable(size: int, tokens: int, mixture: Mixture | None, speed: float) -
     return _HOUR * speed / (_FLOP * size * step) if speed else math.inf
 
 
-def _steps(sizes: tuple[int, ...], mixture: Mixture | None) -> tuple[int, int | None, int, str]:
+def _steps(
+    sizes: tuple[int, ...], mixture: Mixture | None, kind: str
+) -> tuple[int, int | None, int, str]:
     """Tokens a step, the steps where they end the run, epochs, and why."""
+    epochs, fewest = _EPOCHS[kind], _FEWEST[kind]
+    why = "How often each task's rows are gone over."
     if mixture is None:
-        return sizes[-1], None, _EPOCHS, "How often each task's rows are gone over."
+        return sizes[-1], None, epochs, why
     for tokens in reversed(sizes):
-        if _EPOCHS * mixture.tokens >= STEPS * tokens:
-            return tokens, None, _EPOCHS, "How often each task's rows are gone over."
-    passes = STEPS * sizes[0] / max(1, mixture.tokens)
-    why = f"The mixture is small: {STEPS:,} steps go over it about {max(1, round(passes))} times."
+        if epochs * mixture.tokens >= _STEPS[kind] * tokens:
+            return tokens, None, epochs, why
+    if epochs * mixture.tokens >= fewest * sizes[0]:
+        return sizes[0], None, epochs, why
+    passes = fewest * sizes[0] / max(1, mixture.tokens)
+    why = f"The mixture is small: {fewest:,} steps go over it about {max(1, round(passes))} times."
     # Packed rows are never full, and tokens were estimated: `max_steps` is what ends it.
-    return sizes[0], STEPS, math.ceil(4 * passes) + _EPOCHS, why
+    return sizes[0], fewest, math.ceil(4 * passes) + epochs, why
 
 
-def _share(tokens: int) -> float:
+def _share(tokens: int, kind: str) -> float:
     """A smaller step is noisier: the rate falls with the square root, to a half at most."""
-    return float(f"{min(1.0, max(0.5, math.sqrt(tokens / _MEASURED_AT))):.2g}")
+    share = math.sqrt(tokens / _MEASURED_AT[kind])
+    return min(_RAISED[kind], max(0.5, share))
 
 
 def _row(tokens: int, mixture: Mixture | None) -> int:

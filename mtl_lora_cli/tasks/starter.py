@@ -216,6 +216,9 @@ def _training(choice: Choice, hardware: Hardware) -> Iterator[str]:
     yield f"    up: {{learning_rate: {choice.up_rate:.2g}}}"
     yield "    # Of the factors."
     yield f"    transform: {{learning_rate: {choice.transform_rate:.2g}}}"
+    if choice.clipping:
+        yield "  # A step whose gradient is many times the usual is made smaller, each tensor by its own history."
+        yield "  clipping: true"
     yield "  # Share of the steps in which the rate rises."
     yield "  warmup: 0.05"
     yield "  # Tokens in a packed row."

@@ -109,37 +109,38 @@ def arms(rate: float) -> dict[str, tuple[str, ...]]:
 
 
 def tried(written: Training) -> dict[str, tuple[str, ...]]:
-    """Arm → what it changes of what `init` writes, all with clipping by each tensor's own history.
+    """Arm → what it changes of what `init` writes for a small mixture, all with clipping by each tensor's own history.
 
-    hot, hotter   twice and 2.8 times the rates
-    wide          twice the rates, twice the tokens a step, as many steps
-    long          twice the rates, twice the steps
-    gradient      twice the rates, A from the gradient of the first steps
+    warm, hot, hotter  1.4, 2 and 2.8 times the rates
+    short              hot, half the epochs
+    wide               hot, twice the tokens a step and half the steps
+    half               hot, half the tokens a step and as many steps
     """
 
-    def at(times: float) -> tuple[str, ...]:
+    def at(times: float, *changes: str) -> tuple[str, ...]:
         rate = times * written.learning_rate
         parts = (
             f"up: {{learning_rate: {4 * rate:.2g}}}, transform: {{learning_rate: {10 * rate:.2g}}}"
         )
         rates = (f"training.learning_rate={rate:.2g}", f"training.parts={{{parts}}}")
-        return (DIAGONAL, "training.clipping=true", *rates)
+        return (DIAGONAL, "training.clipping=true", *rates, *changes)
 
-    steps = written.max_steps
+    half, steps = written.epochs // 2, written.max_steps
+    fewer = (
+        f"training.epochs={max(1, half)}",
+        f"training.max_steps={steps // 2 if steps else 'null'}",
+    )
     return {
+        "warm": at(1.4),
         "hot": at(2),
         "hotter": at(2.8),
-        "wide": (
-            *at(2),
+        "short": at(2, *fewer),
+        "wide": at(
+            2,
             f"training.rows_per_step={2 * written.rows_per_step}",
-            f"training.epochs={2 * written.epochs}",
+            f"training.max_steps={steps // 2 if steps else 'null'}",
         ),
-        "long": (
-            *at(2),
-            f"training.epochs={2 * written.epochs}",
-            f"training.max_steps={2 * steps if steps else 'null'}",
-        ),
-        "gradient": (*at(2), "adapter.down_start=gradient"),
+        "half": at(2, f"training.rows_per_step={max(1, written.rows_per_step // 2)}", *fewer),
     }
 
 

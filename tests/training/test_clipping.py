@@ -12,7 +12,7 @@ import torch
 
 from mtl_lora_cli.recipe.training import Clipping
 from mtl_lora_cli.training.checkpoints import newest_checkpoint
-from mtl_lora_cli.training.clipping import RelativeClipping
+from mtl_lora_cli.training.clipping import RelativeClipping, scale_alike
 from mtl_lora_cli.training.update import ParameterGroup, Update, make_optimizer
 
 
@@ -63,6 +63,19 @@ def test_the_rule_is_the_papers_formula() -> None:
         for found, one in zip(gradients, right, strict=True):
             np.testing.assert_allclose(found.numpy(), one, rtol=3e-6, atol=1e-12)
     assert np.linalg.norm(expected[20][1]) < np.linalg.norm(steps[20][1]) / 10
+
+
+def test_tensors_of_one_shape_are_scaled_together_each_by_its_own_factor() -> None:
+    """As the card does it; numpy on the other side, to the last bit."""
+    random = np.random.default_rng(1)
+    shapes = [(3, 4), (4, 3), (3, 4), (5,), (), (3, 4)]
+    given = [np.float32(random.normal(size=shape)) for shape in shapes]
+    factors = np.float32(random.uniform(size=len(shapes)))
+    tensors = [torch.tensor(one) for one in given]
+    tensors[1] = torch.tensor(given[1].T.copy()).T  # not in the order of its values
+    scale_alike(tensors, torch.from_numpy(factors))
+    for found, one, factor in zip(tensors, given, factors, strict=True):
+        np.testing.assert_array_equal(found.numpy(), one * factor)
 
 
 def test_a_gradient_of_zero_stops_no_tensor_for_ever() -> None:
