@@ -6,13 +6,13 @@
 Five mixtures of three tasks each are drawn from the seventeen of real-17 by `DRAWN_BY`, which was written down
 before the defaults of `init` were chosen; those were chosen by docs/study.md, on all seventeen together and on
 unbalanced-3. Each mixture is learned by the arms of `arms`; the best LoRA is chosen by the mean of the test scores,
-which favours it. Looks and checkpoints are left out: they change nothing that is learned. Other defaults are
-tried on other draws, `--drawn-by` and `--mixtures 3,4`, by the arms of `tried`.
+which favours it. Looks and checkpoints are left out: they change nothing that is learned. The rates, clipping and
+epochs of 2026-12 were chosen on four other draws, `--drawn-by 20261201 --mixtures 3,4,5,6`, by the arms of `tried`.
 
 It is a queue: OUTPUT keeps a file a run, what is there is not done again, and each of `--jobs` processes takes the
 next run until `--minutes` are over. A run is begun only where the longest one so far would still end; whatever
 goes on then is given up. On a card MPS lets small models compute side by side (docs/comparing.md). The tables
-are those of docs/study.md: the seeds asked for, and all seeds together. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
+are those of docs/study.md. `MTL_LORA_DATA`, or `--data`, names the folder of the data.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ TASKS = {
 }  # fmt: skip
 SEVEN = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 LORA = f"adapter={{method: lora, rank: 16, alpha: 32, target_modules: {SEVEN}}}"
-DIAGONAL = (
-    "adapter={method: mtl-lora, rank: 16, alpha: 32, up_projections: 1, transform: diagonal, "
-    f"target_modules: {SEVEN}}}"
-)
 BEFORE = (
     "adapter={method: mtl-lora, rank: 8, alpha: 16, up_projections: 3, dropout: 0.05}",
     "training.epochs=3",
@@ -67,7 +63,7 @@ BEFORE = (
 )
 READY = "ready"  # beside the results: the base model and the recipes are there
 CLAIMED = ".claimed"
-SEEDS = 10  # of the second table, as many as there are
+SEEDS = 10  # as many of them as are there
 
 
 def mixtures(numbers: str, drawn_by: int = DRAWN_BY) -> dict[int, tuple[str, ...]]:
@@ -78,70 +74,64 @@ def mixtures(numbers: str, drawn_by: int = DRAWN_BY) -> dict[int, tuple[str, ...
     return {number: drawn[number] for number in wanted}
 
 
-def arms(rate: float) -> dict[str, tuple[str, ...]]:
-    """Arm → what it changes of the recipe that `init` writes, whose rate is given.
+def arms(written: Training | None = None) -> dict[str, tuple[str, ...]]:
+    """Arm → what it changes of the recipe that `init` writes for a small mixture.
 
-    diagonal      MTL-LoRA with one up-projection and a vector of factors for each task, factors at ten times the rate
-    lora          plain LoRA, B at four times the rate
-    …-clipped     the same with clipping by each tensor's own history
-    lora@R        LoRA with one rate R for all parts, R of `RATES`
-    before        what `init` wrote for a card until 2026-11: attention only, rank 8, n = 3, 3e-4, 16,384 tokens a step
+    written       nothing: MTL-LoRA with one up-projection and a vector of factors for each task; the factors at ten
+                  times the rate, B at four times; clipping by each tensor's own history
+    lora          plain LoRA of as many values under the same settings
+    lora@R        LoRA with one rate R for all parts, R of `RATES`, without that clipping
+    first         what `init` wrote on 2026-11-30: half the epochs, half the rates, without that clipping
+    before        what `init` wrote until then: attention only, rank 8, n = 3, 3e-4, 16,384 tokens a step
     """
-    up = f"up: {{learning_rate: {4 * rate:.2g}}}"
-    plain = (LORA, f"training.parts={{{up}}}")
-    diagonal = (
-        DIAGONAL,
-        f"training.parts={{{up}, transform: {{learning_rate: {10 * rate:.2g}}}}}",
-    )
-    off, on = ("training.clipping=null",), ("training.clipping=true",)
+    off = "training.clipping=null"
     single = {
-        f"lora@{one}": (LORA, "training.parts={}", f"training.learning_rate={one}", *off)
+        f"lora@{one}": (LORA, "training.parts={}", f"training.learning_rate={one}", off)
         for one in RATES
     }
+    rate = 4 * (written.learning_rate if written else 1.0)
     return {
-        "lora": plain + off,
-        "lora-clipped": plain + on,
-        "diagonal": diagonal + off,
-        "diagonal-clipped": diagonal + on,
+        "written": (),
+        "lora": (LORA, f"training.parts={{up: {{learning_rate: {rate:.2g}}}}}"),
         **single,
+        "first": (*_at(written, 0.5), *_fewer(written), off),
         "before": BEFORE,
     }
 
 
-def tried(written: Training) -> dict[str, tuple[str, ...]]:
-    """Arm → what it changes of what `init` writes for a small mixture, all with clipping by each tensor's own history.
+def tried(written: Training | None = None) -> dict[str, tuple[str, ...]]:
+    """Arm → likewise, of what else was tried.
 
-    warm, hot, hotter  1.4, 2 and 2.8 times the rates
-    short              hot, half the epochs
-    wide               hot, twice the tokens a step and half the steps
-    half               hot, half the tokens a step and as many steps
+    cool   half the rates, without clipping by each tensor's own history
+    short  half the epochs
+    wide   twice the tokens a step and half the steps
+    half   half the tokens a step and as many steps
     """
-
-    def at(times: float, *changes: str) -> tuple[str, ...]:
-        rate = times * written.learning_rate
-        parts = (
-            f"up: {{learning_rate: {4 * rate:.2g}}}, transform: {{learning_rate: {10 * rate:.2g}}}"
-        )
-        rates = (f"training.learning_rate={rate:.2g}", f"training.parts={{{parts}}}")
-        return (DIAGONAL, "training.clipping=true", *rates, *changes)
-
-    half, steps = written.epochs // 2, written.max_steps
-    fewer = (
-        f"training.epochs={max(1, half)}",
-        f"training.max_steps={steps // 2 if steps else 'null'}",
-    )
+    rows = written.rows_per_step if written else 2
     return {
-        "warm": at(1.4),
-        "hot": at(2),
-        "hotter": at(2.8),
-        "short": at(2, *fewer),
-        "wide": at(
-            2,
-            f"training.rows_per_step={2 * written.rows_per_step}",
-            f"training.max_steps={steps // 2 if steps else 'null'}",
-        ),
-        "half": at(2, f"training.rows_per_step={max(1, written.rows_per_step // 2)}", *fewer),
+        "cool": (*_at(written, 0.5), "training.clipping=null"),
+        "short": _fewer(written),
+        "wide": (f"training.rows_per_step={2 * rows}", *_steps(written, 0.5)),
+        "half": (f"training.rows_per_step={max(1, rows // 2)}", *_fewer(written)),
     }
+
+
+def _at(written: Training | None, times: float) -> tuple[str, ...]:
+    rate = times * (written.learning_rate if written else 1.0)
+    parts = f"up: {{learning_rate: {4 * rate:.2g}}}, transform: {{learning_rate: {10 * rate:.2g}}}"
+    return (f"training.learning_rate={rate:.2g}", f"training.parts={{{parts}}}")
+
+
+def _fewer(written: Training | None) -> tuple[str, ...]:
+    """Half the epochs."""
+    epochs = written.epochs if written else 2
+    return (f"training.epochs={max(1, epochs // 2)}", *_steps(written, 0.5))
+
+
+def _steps(written: Training | None, times: float) -> tuple[str, ...]:
+    """So many times the steps, where they end the run."""
+    steps = written.max_steps if written else None
+    return () if steps is None else (f"training.max_steps={int(times * steps)}",)
 
 
 def family(task: str) -> str:
@@ -170,7 +160,7 @@ def learn(recipe: Path, arm: str, seed: int, limit: int, output: Path, steps: in
 
     times = [time.monotonic()]
     written = load_recipe(recipe).recipe.training
-    every = arms(written.learning_rate) | tried(written)
+    every = arms(written) | tried(written)
     changes = [*every[arm], f"training.seed={seed}"]
     changes += ["training.checkpoint_every=null", "training.validation=null"]
     changes += [] if steps is None else [f"training.max_steps={steps}"]
@@ -243,77 +233,82 @@ def result_file(folder: Path, mixture: int, arm: str, seed: int) -> Path:
     return folder / f"{mixture}-{arm.replace('@', '_')}-seed{seed}.json"
 
 
-COLUMNS = ("before", "diagonal", "diagonal-clipped", "lora", "lora-clipped")
-WRITTEN = "diagonal"  # what `init` writes
+WRITTEN, EARLIER = "written", ("before", "first")
 
 
-def report(
-    folder: Path,
-    drawn: Mapping[int, Sequence[str]],
-    seeds: Sequence[int],
-    columns: Sequence[str] = COLUMNS,
-) -> Iterator[str]:
-    """The table, of what is there: a row for each task of a mixture and seed that an arm has learned, and their mean.
+def report(folder: Path, drawn: Mapping[int, Sequence[str]]) -> Iterator[str]:
+    """The table, of what is there: a row for each task of a mixture, and their mean.
 
-    The last two columns are LoRA's best of three rates, by the mean, and what is so of what `init` writes: its interval
-    lies above the majority answer's score or not; it is at most two points below that LoRA or not; and *apart*
-    where none of the three rates left the majority answer either.
+    Of what `init` writes the mean over seeds with its standard deviation, the lowest, and in how many of the seeds the
+    interval lies above the majority answer's score; beside it LoRA's best of three rates, by the mean of the
+    tasks, of one seed. *Near* is at most two points below that LoRA, *apart* where none of the three rates left the
+    majority answer either.
     """
-    yield f"| mixture, seed | task | majority | {' | '.join(columns)} | LoRA's best | {WRITTEN} |"
-    yield "| --- | --- | --- |" + " --- |" * (len(columns) + 2)
+    yield "| mixture | task | majority | before | first | written: mean (SD) | lowest | above | LoRA's best | so |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for number, tasks in drawn.items():
-        for seed in seeds:
-            there = {}
-            for arm in {*arms(1.0), *columns}:
-                file = result_file(folder, number, arm, seed)
-                if file.is_file():
-                    there[arm] = json.loads(file.read_text(encoding="utf-8"))
-            if there:
-                yield from _rows(f"{number}, {seed}", tasks, there, columns)
+        runs = _results(folder, number, WRITTEN)
+        loras = {rate: _results(folder, number, f"lora@{rate}")[:1] for rate in RATES}
+        single = {rate: found[0] for rate, found in loras.items() if found}
+        if runs and single:
+            early = [(*_results(folder, number, arm), None)[0] for arm in EARLIER]
+            yield from _rows(number, tasks, runs, single, early)
+
+
+Result = Mapping[str, Any]
+
+
+def _results(folder: Path, mixture: int, arm: str) -> list[Result]:
+    files = (result_file(folder, mixture, arm, seed) for seed in range(SEEDS))
+    return [json.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
 
 
 def _rows(
-    head: str,
+    number: int,
     tasks: Sequence[str],
-    there: Mapping[str, Mapping[str, Any]],
-    columns: Sequence[str],
+    runs: Sequence[Result],
+    single: Mapping[str, Result],
+    early: Sequence[Result | None],
 ) -> Iterator[str]:
-    loras = {arm: one for arm, one in there.items() if arm.startswith("lora@")}
-    best = max(loras, key=lambda arm: mean(loras[arm]), default=None)
+    rate = max(single, key=lambda one: mean(single[one]))
     for task in tasks:
-        own = {arm: one["tasks"][task] for arm, one in there.items()}
-        any_ = next(iter(own.values()))
-        cells = [score_of(own[arm]) if arm in own else "" for arm in (*columns, best)]
-        searched = [own[arm] for arm in loras]
-        said = verdict(own.get(WRITTEN), searched, None if best is None else own[best])
-        majority = (own.get(WRITTEN) or any_)["majority"]
-        yield f"| {head} | {task}, {any_['metric']} | {majority:.3f} | {' | '.join([*cells, said])} |"
-    means = [f"{mean(there[arm]):.3f}" if arm in there else "" for arm in (*columns, best)]
-    rate = "" if best is None else f" ({best.partition('@')[2]})"
-    yield f"| {head} | mean | | {' | '.join(means)}{rate} | |"
+        own = [run["tasks"][task] for run in runs]
+        values = [one["value"] for one in own]
+        best = single[rate]["tasks"][task]
+        cells = ["" if one is None else f"{one['tasks'][task]['value']:.3f}" for one in early]
+        searched = [one["tasks"][task] for one in single.values()]
+        yield (
+            f"| {number} | {task}, {own[0]['metric']} | {own[0]['majority']:.3f} | {' | '.join(cells)} | "
+            f"{over(values)} | {min(values):.3f} | {sum(map(is_above, own))} of {len(own)} | "
+            f"{score_of(best)} | {verdict(fmean(values), searched, best)} |"
+        )
+    means = [mean(run) for run in runs]
+    cells = ["" if one is None else f"{mean(one):.3f}" for one in early]
+    yield (
+        f"| {number} | mean | | {' | '.join(cells)} | {over(means)} | {min(means):.3f} | | "
+        f"{mean(single[rate]):.3f} ({rate}) | |"
+    )
 
 
-def over_seeds(
-    folder: Path, drawn: Mapping[int, Sequence[str]], seeds: Sequence[int]
-) -> Iterator[str]:
-    """The table of what `init` writes over the seeds that are there: a row for each task of a mixture.
-
-    A score is the mean over seeds, with its standard deviation; the last column says in how many of the
-    seeds the interval lies above the majority answer's score.
-    """
-    yield "| mixture | task | majority | mean (SD) | lowest | highest | above the majority |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+def others(folder: Path, drawn: Mapping[int, Sequence[str]]) -> Iterator[str]:
+    """The table of what was tried on other mixtures: the mean of the tasks, in brackets those that left the majority."""
+    every = (WRITTEN, *tried())
+    yield f"| mixture | {' | '.join(every)} |"
+    yield "| --- |" + " --- |" * len(every)
     for number, tasks in drawn.items():
-        files = [result_file(folder, number, WRITTEN, seed) for seed in seeds]
-        there = [json.loads(one.read_text(encoding="utf-8")) for one in files if one.is_file()]
-        for task in tasks if len(there) > 1 else ():
-            own = [one["tasks"][task] for one in there]
-            values = [one["value"] for one in own]
-            yield (
-                f"| {number} | {task}, {own[0]['metric']} | {own[0]['majority']:.3f} | {fmean(values):.3f} "
-                f"({stdev(values):.3f}) | {min(values):.3f} | {max(values):.3f} | "
-                f"{sum(map(is_above, own))} of {len(own)} |"
-            )
+        cells = [(*_results(folder, number, arm), None)[0] for arm in every]
+        yield f"| {', '.join(tasks)} | {' | '.join(map(_left, cells))} |"
+
+
+def _left(result: Result | None) -> str:
+    if result is None:
+        return ""
+    return f"{mean(result):.3f} ({sum(map(is_above, result['tasks'].values()))})"
+
+
+def over(values: Sequence[float]) -> str:
+    """Mean over seeds with the standard deviation, where there are two."""
+    return f"{fmean(values):.3f}" + (f" ({stdev(values):.3f})" if len(values) > 1 else "")
 
 
 def mean(result: Mapping[str, Any]) -> float:
@@ -331,18 +326,11 @@ def is_above(own: Mapping[str, Any]) -> bool:
     return bool(own["low"] > own["majority"])
 
 
-def verdict(
-    own: Mapping[str, Any] | None,
-    searched: Sequence[Mapping[str, Any]],
-    best: Mapping[str, Any] | None,
-) -> str:
-    """What is so of a task's score beside those of LoRA's three rates."""
-    if own is None or best is None:
-        return ""
+def verdict(value: float, searched: Sequence[Result], best: Result) -> str:
+    """What is so of a task's mean score beside those of LoRA's three rates."""
     if not any(is_above(one) for one in searched):
-        return "apart" + (", above" if is_above(own) else "")
-    near = "near" if own["value"] >= best["value"] - WITHIN else "BELOW"
-    return f"{'above' if is_above(own) else 'NOT ABOVE'}, {near}"
+        return "apart"
+    return "near" if value >= best["value"] - WITHIN else f"{100 * (value - best['value']):+.1f}"
 
 
 Run = tuple[int, str, int]  # mixture, arm, seed
@@ -398,7 +386,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--arms", default=",".join(arms(1.0)))
+    parser.add_argument("--arms", default=",".join(arms()))
     parser.add_argument("--steps", type=int, help="only so many, to try this script")
     parser.add_argument("--hardware", default="gpu-80")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MTL_LORA_DATA", ".")))
@@ -411,11 +399,9 @@ def main() -> None:
         return
     if not options.report_only:
         run_queue(options, time.time() + 60 * options.minutes)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
     drawn = mixtures(options.mixtures, options.drawn_by)
-    columns = options.arms.split(",") if options.drawn_by != DRAWN_BY else COLUMNS
-    print("\n".join(report(options.output, drawn, seeds, columns)), end="\n\n")
-    print("\n".join(over_seeds(options.output, drawn, range(SEEDS))))
+    table = report if options.drawn_by == DRAWN_BY else others
+    print("\n".join(table(options.output, drawn)))
 
 
 def run_queue(options: argparse.Namespace, until: float) -> None:

@@ -119,9 +119,10 @@ NOT_RUN = {
     "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --report-only": (
         "reads the files of this repository; tests/docs/test_next_study.py does it"
     ),
-    "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --jobs 6": (
-        "trains for minutes on a card"
-    ),
+    "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned/others --drawn-by 20261201 "
+    "--mixtures 3,4,5,6 --report-only": "likewise",
+    "python tests/benchmarks/untuned.py smollm2-135m docs/study/untuned --arms written "
+    "--seeds 0,1,2,3,4,5,6,7,8,9 --jobs 12": "trains for minutes on a card",
     "git worktree add --detach ../frozen 7397dae853aba54341cc3d552909f06e94feb267": (
         "needs a clone with its history"
     ),

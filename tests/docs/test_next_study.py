@@ -93,12 +93,13 @@ def test_a_later_stage_waits_for_the_one_before(plan: Any, tmp_path: Path) -> No
 
 def test_the_tables_of_who_tunes_nothing_are_made_of_its_result_files() -> None:
     untuned = benchmark("untuned")
-    kept = ROOT / "docs" / "study" / "untuned"
-    lines = list(untuned.report(kept, untuned.mixtures("5"), [0]))
-    assert len(lines) > 2
+    runs = ROOT / "docs" / "study" / "untuned"
+    lines = list(untuned.report(runs, untuned.mixtures("5")))
+    assert len(lines) == 2 + 5 * 4
     assert "\n".join(lines) in PAGE
-    seeds = list(untuned.over_seeds(kept, untuned.mixtures("5"), range(10)))
-    assert len(seeds) == 2 or "\n".join(seeds) in PAGE  # 2: no mixture has a second seed yet
+    lines = list(untuned.others(runs / "others", untuned.mixtures("3,4,5,6", 20261201)))
+    assert len(lines) == 2 + 4
+    assert "\n".join(lines) in PAGE
 
 
 @pytest.fixture(scope="module")
