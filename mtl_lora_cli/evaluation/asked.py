@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.pictured import Eyes
+from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.evaluation.scored import NO_NUMBERS
 from mtl_lora_cli.pictures.shown import Picture
 
 Stopped = Callable[[list[int]], bool]
@@ -111,6 +113,20 @@ def asks_of(
         for number, ask in enumerate(likeliest)
         for answer in range(count)
     ]
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Refuse to answer by what is no number: the likeliest of NaN is any token.
+
+    Raises:
+        MtlLoraError: logits [B, V] of a row have NaN among them.
+    """
+    wrong = int(logits.amax(dim=-1).isnan().sum())
+    if wrong:
+        raise MtlLoraError(
+            f"the model finds no finite logits behind {wrong:,} of {len(logits):,} prompts that were asked together: "
+            f"{NO_NUMBERS}"
+        )
 
 
 def pick(logits: Tensor, asks: Sequence[Ask]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from mtl_lora_cli.engine.rows import KeptRows, obstacle_to_rows
 from mtl_lora_cli.engine.step_group import ups_bytes
-from mtl_lora_cli.evaluation.asked import Ask, Sampling, Stopped, asks_of, pick
+from mtl_lora_cli.evaluation.asked import Ask, Sampling, Stopped, asks_of, pick, require_numbers
 from mtl_lora_cli.evaluation.choices import Advance, fill_passes
 from mtl_lora_cli.evaluation.continuing import (
     ALONE_ANEW,
@@ -231,7 +231,9 @@ def _continued(rows: ContinuedRows, asks: Sequence[Ask], ends: Collection[int]) 
     answers: list[list[int]] = [[] for _ in asks]
     going = [ask.limit > 0 for ask in asks]
     while any(going):
-        picked = pick(rows.logits(), asks)
+        logits = rows.logits()
+        require_numbers(logits)
+        picked = pick(logits, asks)
         for row, (token, ask) in enumerate(zip(picked.tolist(), asks, strict=True)):
             if not going[row]:
                 continue

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.rows import KeptRows
-from mtl_lora_cli.evaluation.asked import Ask, pick
+from mtl_lora_cli.evaluation.asked import Ask, pick, require_numbers
 from mtl_lora_cli.evaluation.choices import Advance
 from mtl_lora_cli.machine import threads
 
@@ -164,6 +164,7 @@ class _Course:
         places = range(len(self._rows), len(self._rows) + count)
         asks = [row.ask for row in new]
         logits = self._kept.begin([a.prompt for a in asks], [a.task for a in asks], places)
+        require_numbers(logits)
         picked = pick(logits, asks)
         self._kept.feed(places, picked)
         self._rows += new

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
+from mtl_lora_cli.errors import MtlLoraError
 from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import read_by
 from mtl_lora_cli.tasks.task import Task
+
+NO_NUMBERS = "a sum left its dtype, or the adapter has grown without bound; a wider dtype (bfloat16, float32) may hold it"
 
 
 def outcome_of(
@@ -83,6 +86,20 @@ def expected_value(task: Task, likely: np.ndarray) -> float:
     return float(likely @ np.asarray([float(label) for label in task.template.labels or []]))
 
 
+def have_numbers(scores: Sequence[np.ndarray]) -> bool:
+    """Whether each example has a likeliest choice: none is NaN, and not all are impossible."""
+    return all(bool(np.isfinite(values.max())) for values in scores)
+
+
+def _require_numbers(scores: Sequence[np.ndarray], examples: Examples) -> None:
+    wrong = [number for number, values in enumerate(scores) if not have_numbers([values])]
+    if wrong:
+        raise MtlLoraError(
+            f"{examples.wheres[wrong[0]]}: the model finds no finite log-probability for an answer to this row "
+            f"({len(wrong):,} of {len(scores):,} rows that were asked together): {NO_NUMBERS}"
+        )
+
+
 def normalised(
     scores: Sequence[np.ndarray],
     examples: Examples,
@@ -103,7 +120,11 @@ def normalised(
 
     Returns:
         float64 [choices] of each example.
+
+    Raises:
+        MtlLoraError: the model found no numbers for one.
     """
+    _require_numbers(scores, examples)
     if normalisation == "sum":
         return list(scores)
     if normalisation == "character":

@@ -19,7 +19,7 @@ from mtl_lora_cli.evaluation.evaluate import held_out
 from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.evaluation.protocols import CHOICES, Setting
 from mtl_lora_cli.evaluation.requests import Request, build_requests
-from mtl_lora_cli.evaluation.scored import outcome_of
+from mtl_lora_cli.evaluation.scored import have_numbers, outcome_of
 from mtl_lora_cli.export.alone import generate_alone, load_alone, score_alone
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.models.packed import PackedModel
@@ -150,7 +150,7 @@ class Questions:
 
     def answers(self, scores: list[np.ndarray]) -> Scored:
         """What log-probabilities alone tell: the predictions, too, unless answers are free."""
-        if self.task.template.choices is None:
+        if self.task.template.choices is None or not have_numbers(scores):  # which never holds
             return Scored(scores, None)
         how = self.setting.normalisation_of(self.task)
         return Scored(scores, outcome_of(self.task, self.examples, scores, self.requests, how))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError
 from mtl_lora_cli.evaluation import glue_submission
 from mtl_lora_cli.evaluation.answers import answer
 from mtl_lora_cli.evaluation.opened import Run
@@ -133,3 +133,32 @@ def test_only_glue_s_tasks_have_its_form(tasks: list[Task]) -> None:
         glue_submission.require_glue(dataclasses.replace(tasks[0], template_name="ads/esci"))
     with pytest.raises(UsageError, match="no label '5'"):
         glue_submission.line("sst2", 0, {}, {"label": np.int64(5)})
+
+
+@pytest.mark.parametrize("protocol", ["choices", "generate"])
+def test_no_number_is_no_answer(
+    opened: Run,
+    tasks: list[Task],
+    held: list[Examples],
+    rows: dict[str, list[dict[str, Any]]],
+    protocol: str,
+) -> None:
+    """Sums beyond the dtype, as long rows have them in float16: nothing is the likeliest of NaN."""
+    adapter = opened.packed.adapter
+    assert adapter is not None
+    tensors = adapter.tensors()
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    said = "row 1: .* finds no finite log-probability for an answer to this row .6 of 6 rows"
+    if protocol == "generate":
+        said = "finds no finite logits behind [1-6] of [1-6] prompts"
+    try:
+        for tensor in tensors.values():
+            tensor.data.mul_(1e30)
+        with pytest.raises(MtlLoraError, match=said.replace("row 1", f"{tasks[0].name}:0")):
+            answer(opened, tasks[:1], held[:1], Setting(protocol=protocol))
+        if protocol == "choices":
+            with pytest.raises(MtlLoraError, match=said):
+                Predictor(opened).predict(rows["sst2"], task="sst2")
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data.copy_(before[name])
