@@ -6,6 +6,8 @@ Everything else that escapes a command is a bug and is shown as one (`--debug` g
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -102,3 +104,20 @@ def file_problem(
 ) -> ProblemsError:
     """A single fault in a single file, ready to raise."""
     return ProblemsError([Problem(str(file), line, key, message)])
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error (`errno`); None where it is none of the system's.
+
+    safetensors makes of it an error without a number, `I/O error: File too large (os error 27)`.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def strerror_of(error: BaseException) -> str:
+    """What the system says of an error, `File too large`; of any other its own text."""
+    number = errno_of(error)
+    return str(error) if number is None else os.strerror(number)

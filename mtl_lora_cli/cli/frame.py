@@ -21,7 +21,7 @@ from typing import Any
 import typer
 
 from mtl_lora_cli.cli import interrupts
-from mtl_lora_cli.errors import ExitCode, MtlLoraError
+from mtl_lora_cli.errors import ExitCode, MtlLoraError, errno_of, strerror_of
 from mtl_lora_cli.visible import tell, visible, visible_json
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -88,8 +88,8 @@ def _fail_unforeseen(error: Exception) -> None:
         _fail(["interrupted"], ExitCode.INTERRUPTED)
     if isinstance(error, OSError) and error.filename is not None:  # a disk or a folder, by its name
         text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, OSError) and error.errno in _FULL:  # a write knows no name
-        text = f"{error.strerror}: a disk that was written to"
+    elif errno_of(error) in _FULL:  # a write knows no name
+        text = f"{strerror_of(error)}: a disk that was written to"
     else:
         text = "internal error: " + " ".join(f"{type(error).__name__}: {error}".split())
     _fail([f"{text} (--debug shows where)"], ExitCode.FAILED)

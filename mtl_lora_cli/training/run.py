@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import SafetensorError
 
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.errors import MtlLoraError, UsageError, errno_of, strerror_of
 from mtl_lora_cli.machine import threads
 from mtl_lora_cli.machine.processes import ALONE, Processes
 from mtl_lora_cli.memory.explain import explained
@@ -323,13 +323,12 @@ def _disk(run: RunFolder) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", None) not in _FULL and "No space left" not in said:
+        if errno_of(error) not in _FULL:
             raise
         last = newest_checkpoint(run.checkpoints)
         free = shutil.disk_usage(run.path).free / 2**20
         raise MtlLoraError(
-            f"{run.path} cannot be written: {said} ({free:,.1f} MiB free); "
+            f"{run.path} cannot be written: {strerror_of(error)} ({free:,.1f} MiB free); "
             + (f"{last.name} is intact" if last is not None else "no checkpoint was written yet")
             + f"; when it can, go on with: mtl-lora train --resume --run {run.path}"
         ) from error

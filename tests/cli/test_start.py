@@ -130,6 +130,29 @@ def test_a_full_disk_is_no_internal_error(
     assert (finished.returncode, finished.stderr) == (1, expected)
 
 
+def test_nor_is_one_that_a_library_without_the_system_s_number_met(
+    invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A quota or a limit of a file's size: safetensors raises an error of its own."""
+    import resource
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def fail(*_: object) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            save_file({"a": np.zeros(1000)}, tmp_path / "a.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr("mtl_lora_cli.recipe.load.find_recipe", fail)
+    finished = invoke("train", "quickstart")
+    expected = "error: File too large: a disk that was written to (--debug shows where)\n"
+    assert (finished.returncode, finished.stderr) == (1, expected)
+
+
 def test_an_unforeseen_failure_is_one_line_and_code_1(
     invoke: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
 ) -> None:
