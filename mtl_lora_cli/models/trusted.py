@@ -6,7 +6,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from mtl_lora_cli.models.trust import Trust, settle
 from mtl_lora_cli.runs.atomic import write_json
 from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder
+
+# Whose code computes: transformers' own layers call some of these as soon as they are installed.
+_COMPUTING = (
+    *("torch", "transformers", "triton", "bitsandbytes", "kernels"),
+    *("mamba-ssm", "causal-conv1d", "flash-linear-attention", "mambapy", "xlstm"),
+)
 
 
 def settled(
@@ -62,10 +68,17 @@ def _key(packed: PackedModel, base: BaseModel, quantization: str, base_compute: 
         "base_compute": base_compute,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         **({} if packed.vision is None else {"vision": packed.vision.settings}),
-        "versions": [version(name) for name in ("torch", "transformers")],
+        "versions": [_version(name) for name in _COMPUTING],
         "code": code_fingerprint(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _read(path: Path) -> Trust | None:
