@@ -14,6 +14,7 @@ from mtl_lora_cli.evaluation.answers import Answers
 from mtl_lora_cli.evaluation.protocols import CHOICES, GENERATE, LM_EVAL, Setting
 from mtl_lora_cli.evaluation.scored import normalised
 from mtl_lora_cli.runs.atomic import write_text
+from mtl_lora_cli.runs.paths import require_replaceable
 from mtl_lora_cli.runs.paths import require_writable as require_folder
 from mtl_lora_cli.tasks.pictured import unplaced
 from mtl_lora_cli.tasks.task import Task
@@ -35,19 +36,9 @@ def require_writable(path: Path, setting: Setting) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"--predictions {path}: the folder {path.parent} is not there")
     require_folder(path.parent, f"--predictions {path}")
-    if path.exists() and not _is_ours(path):
-        raise UsageError(
-            f"--predictions {path}: exists and holds no predictions; choose another file"
-        )
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file may be replaced: it is empty, or begins with a line of predictions."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        begin = file.read(2000)
-    return not begin.strip() or (begin.startswith(b'{"task": ') and b'"prompt_sha256": ' in begin)
+    require_replaceable(
+        path, f"--predictions {path}", "predictions", (b'{"task": ', b'"prompt_sha256": ')
+    )
 
 
 class Predictions:

@@ -28,7 +28,7 @@ from mtl_lora_cli.prediction.reading import Reading, changed
 from mtl_lora_cli.runs.atomic import file_checksum, write_text
 from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.runs.lock import only_writer
-from mtl_lora_cli.runs.paths import require_writable
+from mtl_lora_cli.runs.paths import require_replaceable, require_writable
 from mtl_lora_cli.tasks.chosen import by_router, require_task, several_tasks
 
 PART_ROWS = 16384
@@ -100,6 +100,8 @@ def require_places(order: Order) -> None:
                     f"--errors {order.errors}: lies in {option} {place}, expected a file elsewhere"
                 )
         require_writable(order.errors.parent, f"--errors {order.errors}")
+        marks = (b'{"file": ', b'"row": ', b'"error": ')  # as `Fault.to_json`
+        require_replaceable(order.errors, f"--errors {order.errors}", "such errors", marks)
 
 
 def require_tasks(opened: Run, how: How) -> None:

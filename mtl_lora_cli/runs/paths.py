@@ -69,6 +69,28 @@ def require_writable(folder: Path, what: str) -> None:
         raise UsageError(f"{what}: {there} cannot be written: {error.strerror}") from None
 
 
+def require_replaceable(path: Path, what: str, holds: str, marks: tuple[bytes, ...]) -> None:
+    """Refuse to put a file in the place of one that this program did not write; an empty one may go.
+
+    Args:
+        path: what will be written.
+        what: for the error, such as `--predictions rows.jsonl`.
+        holds: what it should hold, in words.
+        marks: with the first its content begins, the others stand in its first 2,000 bytes.
+
+    Raises:
+        UsageError: it is no file, or holds something else.
+    """
+    if not path.exists():
+        return
+    begin = b"?"
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(2000)
+    if begin.strip() and not (begin.startswith(marks[0]) and all(one in begin for one in marks)):
+        raise UsageError(f"{what}: exists and holds no {holds}; choose another file")
+
+
 def require_cache(folder: Path) -> None:
     """Make a folder of the cache, before work that would be lost without it.
 

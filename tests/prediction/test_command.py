@@ -80,6 +80,7 @@ def test_a_folder_twice(call: Invoke, write_lines: Any, tmp_path: Path) -> None:
         (("--input", "rows", "--output", "out", "--task", "warn"), "did you mean 'warm'?"),
         ((*OUT, "--errors", "rows/bad.jsonl"), "--errors rows/bad.jsonl: lies in --input rows"),
         ((*OUT, "--errors", "out/bad.jsonl"), "--errors out/bad.jsonl: lies in --output out"),
+        ((*OUT, "--errors", "mine.jsonl"), "--errors mine.jsonl: exists and holds no such errors"),
         (
             ("--input", "rows/one.jsonl", "--output", "out", "--errors", "rows/one.jsonl"),
             "--errors rows/one.jsonl: lies in --input rows/one.jsonl",
@@ -90,6 +91,7 @@ def test_what_is_refused_before_a_model_is_loaded(
     arguments: tuple[str, ...], message: str, call: Invoke, write_lines: Any, tmp_path: Path
 ) -> None:
     write_lines("one.jsonl", rows_of(3))
+    (tmp_path / "mine.jsonl").write_text('{"file": "what I wrote down"}\n')
     which = () if "--task" in arguments else ("--task-column", "of")
     ended = call(*arguments, *which)
     assert ended.returncode == 2
@@ -111,6 +113,7 @@ def test_a_bad_row_ends_it_and_says_how_to_go_on(
         "error: rows/one.jsonl:40: of: unknown task 'wram'; did you mean 'warm'?; "
         "tasks of this run: warm, cold, free",
     ]
+    (tmp_path / "bad.jsonl").write_text('{"file": "a", "row": 1, "error": "of before"}\n')
     listed = call(*arguments, "--errors", "bad.jsonl")
     assert listed.returncode == 0
     assert listed.stderr.splitlines() == [
