@@ -1,10 +1,10 @@
-# make quickstart   train, evaluate and merge a three-task recipe in about ten minutes on two cores
+# make quickstart   train, evaluate and merge a three-task recipe: five minutes on two cores, once installed
 # make quick        the tests that need no training and no other process: under two minutes on two cores
 # make test         install what is needed and run every check
 # make kernels      the tests of Triton's kernels, in its interpreter, and of GGUF files
 # make soak         kill a training run twenty times, and compare its end with an untouched run
 # make families     every model type that is known, packed beside alone, and trained, merged and exported
-# make long         tests of ten seconds and more that a change is not held up for
+# make long         tests that a change is not held up for: under half an hour
 # make fuzz         ten thousand random recipes, data files and damaged adapters, new ones each time
 # make package      build the source archive and the wheel into dist/ and check them (needs the network)
 # make audit        ask for known vulnerabilities of the tested versions (needs the network)
