@@ -85,9 +85,9 @@ class _Piece(NamedTuple):
 
 def _pieces(stack: Stack, heads: int) -> Iterator[_Piece]:
     length, every = stack.length, slice(None)
-    scores = _SCORES * torch.get_num_threads()
-    some = max(1, min(stack.height, scores // (heads * length**2)))
-    rows = max(16, min(length, scores // (heads * some * length)))
+    each = heads * length**2
+    rows = length if each <= _SCORES else max(16, _SCORES // (heads * length))
+    some = max(1, _SCORES * torch.get_num_threads() // each)
     for first in range(0, stack.height, some):
         segments = slice(first, first + some)
         for begin in range(0, length, rows):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtl_lora_cli.kernels.backend import in_triton
+from mtl_lora_cli.kernels.wide_product import wide_product
 
 _LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 _ROWS = 8  # of 16-bit logits at once, in float32: what a core's own cache holds
@@ -81,6 +82,8 @@ def exact_logprobs(
     for rows in hidden.split(max(1, _LOGITS_AT_ONCE // len(weight))):
         if weight.is_cuda:
             logits = torch.mm(rows, wide.T, out_dtype=torch.float32)
+        elif weight.dtype == torch.bfloat16:
+            logits = wide_product(rows, wide.T)
         else:
             logits = rows.float() @ wide.T
         normalisers.append(_normaliser(logits))

@@ -32,7 +32,7 @@ _SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
 _HOUR = 3600.0
 _FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
 # The same as it was measured on an AMD EPYC, for what is told, and the seconds of a step that no core shares.
-_MEASURED, _FIXED = {"float32": 4.5, "bfloat16": 6.0}, 0.25
+_MEASURED, _FIXED = {"float32": 4.5, "bfloat16": 5.5}, 0.25
 # Of a CPU's core, operations a second, on an AMD EPYC: in float32 two thirds of what the recorded quickstart reached;
 # in bfloat16, where the core has instructions for it, five sixths of what a run with one thread did.
 # What is written depends on these and never on how busy the machine is just now.

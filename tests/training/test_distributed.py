@@ -12,7 +12,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .distributed_worker import (
     CLIPPED,
     COMMON,
     FOUR_BIT,
+    FURTHER,
     NO_GRADIENT,
     POISONED,
     RELEASED,
@@ -58,11 +59,13 @@ ALONE = {
     "float32": VALIDATED,
     "plain": ("engine=plain", *VALIDATED),
     "nf4": (*FOUR_BIT, *VALIDATED),
-    "fp4": ("quantization=fp4", *SHORT),
-    "int8": ("quantization=int8", *SHORT),
     "uneven": (*UNEVEN, *SHORT),
     "clipped": (*CLIPPED, *SHORT),
     "offload": SHORT,
+}
+ALONE_FURTHER = {
+    "fp4": ("quantization=fp4", *SHORT),
+    "int8": ("quantization=int8", *SHORT),
 }
 STAGES = [name for name in CASES if name.startswith(("float32", "nf4"))]
 
@@ -125,13 +128,26 @@ def trained(
     apart(stories_folder, folder / "apart")
     content["base_model"] = str(folder / "apart")
     recipe.with_name("apart.yaml").write_text(yaml.safe_dump(content))
+    return Trained(folder, recipe, spoiled, by_both_and_alone(recipe, folder, ALONE))
+
+
+def by_both_and_alone(
+    recipe: Path, folder: Path, alone: Mapping[str, tuple[str, ...]], *which: str
+) -> list[str]:
+    """Two processes train cases, and this one the same without others; what the two said."""
     worker = str(Path(__file__).with_name("distributed_worker.py"))
-    processes = together(worker, str(recipe), str(folder))
-    for name, overrides in ALONE.items():
+    processes = together(worker, str(recipe), str(folder), *which)
+    for name, overrides in alone.items():
         start(prepare(load_recipe(recipe, [*COMMON, *overrides])), folder / f"alone-{name}")
     said = [process.communicate(timeout=570)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    return Trained(folder, recipe, spoiled, said)
+    return said
+
+
+@pytest.fixture(scope="module")
+def further(trained: Trained) -> Trained:
+    by_both_and_alone(trained.recipe, trained.folder, ALONE_FURTHER, "further")
+    return trained
 
 
 def equal_to_rounding(some: Iterable[dict[str, Any]], others: Iterable[dict[str, Any]]) -> None:
@@ -150,6 +166,16 @@ def test_two_processes_learn_what_one_learns(trained: Trained, name: str) -> Non
     assert len(found) == (10 if name in STAGES else 4)
     assert found[-1]["loss"] < found[0]["loss"]
     equal_to_rounding(found, trained.events(trained.alone(name)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FURTHER)
+def test_so_they_do_where_nothing_of_the_base_is_cut(further: Trained, name: str) -> None:
+    equal_to_rounding(further.events(name), further.events(further.alone(name)))
+    looks, expected = (further.events(run, "validation") for run in (name, further.alone(name)))
+    for found, right in zip(looks, expected, strict=True):
+        assert found["loss"] == pytest.approx(right["loss"], rel=TOLERANCE)
+        assert found["metric"] == pytest.approx(right["metric"])
 
 
 def test_the_history_that_clips_is_the_same_in_any_stage(trained: Trained) -> None:
