@@ -14,7 +14,7 @@ from mtl_lora_cli.cli.frame import emit, framed, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mtl_lora_cli.tasks.defaults import Choice
+    from mtl_lora_cli.tasks.defaults import Choice, Halves
     from mtl_lora_cli.tasks.starter import StarterTask
 
 T = TypeVar("T")
@@ -133,8 +133,8 @@ def _choice(base_model: str, tasks: Sequence[StarterTask], on_cpu: bool) -> Choi
     return choose(size, mixture, cores=count, halves=halves, flops=count * flops, held_out=looks)
 
 
-def _this_cpu() -> tuple[bool, float]:
-    """Whether it has instructions for bfloat16, and what products of one core in the wanted dtype reach a second.
+def _this_cpu() -> tuple[Halves | None, float]:
+    """Its instructions for bfloat16, and what products of one core in the wanted dtype reach a second.
 
     By a thread's own time: what others do on the machine just now says nothing of the hours to come.
     """

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Literal
 
 import torch
+
+Halves = Literal["vectors", "tiles"]  # instructions for bfloat16: avx512_bf16, or those of AMX
 
 GIB = 2**30
 SHARING = "MTL_LORA_SHARING"  # among how many processes a device's memory is divided; see `sharing`
@@ -31,12 +34,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def multiplies_halves() -> bool:
-    """Whether this CPU has instructions for products of bfloat16, and torch the library that uses them: three to
-    four times as fast as float32."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    found = [getattr(torch.cpu, name, None) for name in asked]
-    return torch.backends.mkldnn.is_available() and any(one is not None and one() for one in found)
+def multiplies_halves() -> Halves | None:
+    """This CPU's instructions for products of bfloat16, where torch has the library that uses them; None: it has none,
+    and float32 is faster."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    kinds: dict[Halves, str] = {
+        "tiles": "_is_amx_tile_supported",
+        "vectors": "_is_avx512_bf16_supported",
+    }
+    for kind, name in kinds.items():
+        asked = getattr(torch.cpu, name, None)
+        if asked is not None and asked():
+            return kind
+    return None
 
 
 def sharing() -> int:

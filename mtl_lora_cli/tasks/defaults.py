@@ -13,6 +13,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
+
+# A CPU's instructions for bfloat16, as `multiplies_halves` names them.
+Halves = Literal["vectors", "tiles"]
 
 FEW = 500  # below so many `validate` warns
 # By where it is learned. A small model left hard tasks at one answer in three epochs of a small mixture and learned
@@ -31,12 +35,31 @@ _FEWEST = {
 _SMALL, _LARGE = 10**9, 5 * 10**9  # parameters of a base model
 _HOUR = 3600.0
 _FLOP = 8  # a token and parameter, forward and backward, at half of what a matrix product reaches
-# The same as it was measured on an AMD EPYC, for what is told, and the seconds of a step that no core shares.
-_MEASURED, _FIXED = {"float32": 4.5, "bfloat16": 5.5}, 0.25
-# Of a CPU's core, operations a second, on an AMD EPYC: in float32 two thirds of what the recorded quickstart reached;
-# in bfloat16, where the core has instructions for it, five sixths of what a run with one thread did.
-# What is written depends on these and never on how busy the machine is just now.
-_CORE = {"float32": 60e9, "bfloat16": 450e9}
+
+
+class _Core(NamedTuple):
+    """What a core of a CPU does, with smollm2-135m. What is written depends on this and never on how busy the machine is.
+
+    Attributes:
+        rate: operations a second of a step, as `_FLOP` counts them, with something to spare.
+        fixed: seconds of a step that no tokens take.
+        told: for what is told: operations of a step as those of its products, at the speed that they reach here.
+        told_fixed: for what is told, seconds likewise.
+    """
+
+    rate: float
+    fixed: float
+    told: float
+    told_fixed: float
+
+
+# Of float32 two thirds of what the recorded quickstart reached on an AMD EPYC, of vectors five sixths of what a run with
+# one thread did there. An Intel Xeon with tiles multiplies three times as fast and is no faster: the rest takes longer.
+_CORES: dict[Halves | None, _Core] = {
+    None: _Core(60e9, 0.0, 4.5, 0.25),
+    "vectors": _Core(450e9, 0.0, 5.5, 0.25),
+    "tiles": _Core(380e9, 0.6, 25.0, 0.6),
+}
 _ROUND = 50  # steps that an hour allows are rounded down to a multiple
 # Tokens of a step that the rates are for, how far a larger step may raise them, and the tokens that a mixture may have.
 _MEASURED_AT = {"cpu": 2_048, "small": 2_048, "large": 8_192}
@@ -99,7 +122,7 @@ def choose(
     mixture: Mixture | None,
     *,
     cores: int | None = None,
-    halves: bool = False,
+    halves: Halves | None = None,
     flops: float | None = None,
     held_out: bool = False,
 ) -> Choice:
@@ -109,7 +132,7 @@ def choose(
         parameters: of the base model; None: not known, and taken for large.
         mixture: None: its rows are not at hand.
         cores: of the CPU that learns; None: there is a card.
-        halves: that CPU has instructions for bfloat16.
+        halves: that CPU's instructions for bfloat16; None: it has none.
         flops: that the CPU's matrix products reach a second; it says what is told, not what is written.
         held_out: some task has a validation split.
     """
@@ -117,8 +140,8 @@ def choose(
     kind = "cpu" if cores else "small" if size < _SMALL else "large"
     sizes: tuple[int, ...] = _TOKENS[kind]
     dtype = "bfloat16" if halves else "float32"
-    speed = (cores or 0) * _CORE[dtype]
-    in_an_hour = {each: _affordable(size, each, mixture, speed) for each in sizes}
+    core = _CORES[halves]
+    in_an_hour = {each: _affordable(size, each, mixture, cores, core) for each in sizes}
     sizes = tuple(each for each in sizes if in_an_hour[each] >= _STEPS[kind]) or sizes[:1]
     tokens, max_steps, epochs, why = _steps(sizes, mixture, kind)
     row = _row(tokens, mixture)
@@ -132,7 +155,7 @@ def choose(
     hours = None
     if flops and mixture is not None:
         steps = max_steps or epochs * mixture.tokens / step
-        hours = steps * (_FIXED + _MEASURED[dtype] * size * step / flops) / _HOUR
+        hours = steps * (core.told_fixed + core.told * size * step / flops) / _HOUR
     rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens, kind)
     return Choice(
         rank=16,
@@ -152,10 +175,14 @@ def choose(
     )
 
 
-def _affordable(size: int, tokens: int, mixture: Mixture | None, speed: float) -> float:
-    """Steps of so many tokens, or of a whole row, that an hour at so many operations a second allows; 0: a card's."""
+def _affordable(
+    size: int, tokens: int, mixture: Mixture | None, cores: int | None, core: _Core
+) -> float:
+    """Steps of so many tokens, or of a whole row, that an hour of a CPU's cores allows; without cores any number."""
+    if not cores:
+        return math.inf
     step = max(tokens, _row(tokens, mixture))
-    return _HOUR * speed / (_FLOP * size * step) if speed else math.inf
+    return _HOUR / (core.fixed + _FLOP * size * step / (cores * core.rate))
 
 
 def _steps(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mtl_lora_cli.tasks.defaults import FEW, Mixture, choose, parameters_of
+from mtl_lora_cli.tasks.defaults import FEW, Halves, Mixture, choose, parameters_of
 
 SMOLL, LARGE = 135_000_000, 8 * 10**9
+CPUS: tuple[Halves | None, ...] = (None, "vectors", "tiles")
 
 
 @pytest.mark.parametrize("tokens", [5_000, 100_000, 700_000, 2_000_000])
@@ -43,9 +44,11 @@ def test_the_model_decides_the_rates_and_not_the_card() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "longest"), [(20_000, 60), (1_000_000, 400)])
-@pytest.mark.parametrize(("halves", "core"), [(False, 120e9), (True, 460e9)])
+@pytest.mark.parametrize(
+    ("halves", "core"), [(None, 120e9), ("vectors", 460e9), ("tiles", 1_200e9)]
+)
 def test_on_a_cpu_a_run_takes_an_hour_at_most(
-    tokens: int, longest: int, halves: bool, core: float
+    tokens: int, longest: int, halves: Halves | None, core: float
 ) -> None:
     mixture = Mixture(tokens, longest)
     for cores in (1, 2, 8):
@@ -62,7 +65,7 @@ def test_on_a_cpu_a_run_takes_an_hour_at_most(
 
 def test_two_cores_with_instructions_for_bfloat16_do_what_a_small_card_does() -> None:
     mixture = Mixture(1_200_000, 400)
-    plain, half = (choose(SMOLL, mixture, cores=2, halves=halves) for halves in (False, True))
+    plain, half = (choose(SMOLL, mixture, cores=2, halves=each) for each in CPUS[:2])
     assert (half.row_length, half.rows_per_step) == (1_024, 1)
     assert 2_000 <= (half.max_steps or 0) < 3_200
     assert plain.row_length * plain.rows_per_step * (plain.max_steps or 0) < 600_000
@@ -70,15 +73,22 @@ def test_two_cores_with_instructions_for_bfloat16_do_what_a_small_card_does() ->
 
 
 @pytest.mark.parametrize(
-    ("halves", "cores", "step", "seconds"),
-    [(False, 2, 128, 0.82), (False, 8, 512, 2.73), (True, 2, 1_024, 1.9), (True, 4, 2_048, 3.5)],
+    ("halves", "cores", "step", "flops", "seconds"),
+    [
+        (None, 2, 128, 108e9, 0.82),
+        (None, 8, 512, 108e9, 2.73),
+        ("vectors", 2, 1_024, 460e9, 1.9),
+        ("vectors", 4, 2_048, 460e9, 3.5),
+        ("tiles", 2, 512, 2_400e9, 1.2),
+        ("tiles", 4, 1_024, 2_400e9, 2.05),
+    ],
 )
-def test_what_is_told_is_what_a_core_was_seen_to_take(
-    halves: bool, cores: int, step: int, seconds: float
+def test_what_is_told_is_what_a_cpu_was_seen_to_take(
+    halves: Halves | None, cores: int, step: int, flops: float, seconds: float
 ) -> None:
-    """Processor time of a full step of smollm2-135m, one thread of an AMD EPYC whose products reach these rates."""
+    """A full step of smollm2-135m: processor time of one thread of an AMD EPYC whose products reach these rates, and of
+    two threads of an Intel Xeon with tiles."""
     mixture = Mixture(step * 2_000 // 6 + 1, 100)
-    flops = 460e9 if halves else 108e9
     choice = choose(SMOLL, mixture, cores=cores, halves=halves, flops=flops)
     assert choice.row_length * choice.rows_per_step == step
     steps = choice.max_steps or choice.epochs * mixture.tokens / step
