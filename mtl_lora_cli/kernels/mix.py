@@ -48,19 +48,13 @@ def mix(
         from mtl_lora_cli.kernels import triton_mix
 
         return triton_mix.mix(z, matrices, slot, width=width, out=out)
-    place = slot.clamp(min=0).long()
-    everywhere = torch.arange(len(slot), device=z.device)
-    active = (slot >= 0).unsqueeze(1)
-    parts = []
-    for own, part in zip(matrices.to(z.dtype), z.chunk(layers, dim=1), strict=True):
-        part = part[:, :columns]
-        if slots == 1:
-            chosen = part @ own[0].T
-        else:
-            every = (part @ own.reshape(-1, columns).T).view(-1, slots, rows)
-            chosen = every[everywhere, place]
-        parts.append(filled_up(torch.where(active, chosen, 0.0), width))
-    u = parts[0] if layers == 1 else torch.cat(parts, dim=1)
+    own = matrices.to(z.dtype).flatten(1, 2).mT  # [J, k, P·m]
+    every = z.unflatten(1, (layers, -1))[..., :columns].transpose(0, 1) @ own
+    first = slots * torch.arange(layers * len(z), device=z.device).view(layers, -1)
+    place = (first + slot.clamp(min=0)).T.flatten()  # of each position and layer, in [J, N, P]
+    chosen = every.view(-1, rows).index_select(0, place).view(len(z), layers, rows)
+    chosen = torch.where((slot >= 0).view(-1, 1, 1), chosen, 0.0)
+    u = filled_up(chosen, width).flatten(1)
     return u if out is None else out.copy_(u)
 
 
