@@ -131,6 +131,12 @@ def _digits(metric: str) -> int:
     return METRICS[metric].digits if metric in METRICS else 3
 
 
+_CHANGED = (
+    "are not those of when the run began; these were not compared with its training rows",
+    "are not those of when the run began; what it learned of them says nothing of others",
+)
+
+
 def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[str]:
     from mtl_lora_cli.evaluation.results import title_in
     from mtl_lora_cli.metrics.guessing import guessed, one_sided
@@ -142,10 +148,11 @@ def _notes(results: Sequence[Result], beside: Sequence[Result | None]) -> list[s
         task = result["task"]
         if result.get("rows_changed"):
             notes.append(
-                f"{task}: the {result['split']} rows are not those of when the run began, which were compared "
-                "with its training rows; these were not"
+                f"{task}: the {result['split']} rows {_CHANGED[result['split'] == 'train']}"
             )
-        if result["split"] == "train" and result["model"] == "adapter" and not result.get("source"):
+        elif (
+            result["split"] == "train" and result["model"] == "adapter" and not result.get("source")
+        ):
             notes.append(f"{task}: the run learned from these rows: this says nothing of others")
         for metric, measured in result["metrics"].items():
             if measured["value"] is None:

@@ -13,7 +13,8 @@ from mtl_lora_cli.tasks.noticed import BLANK, FRACTION, LOST, WHOLE, WORD
 from mtl_lora_cli.tasks.rendering import Example
 
 _TELLING = 10  # rows that all have one answer, from which on that is said
-MOST_ANSWERS = 64  # that are kept; a task with more has answers of its own in nearly every row
+MOST_ANSWERS = 1_000  # that are kept; a task with more has answers of its own in nearly every row
+_LISTED = 10  # of them, in a line
 
 
 class Rows(Protocol):
@@ -28,11 +29,12 @@ class Rows(Protocol):
         """The first different ones, at most `MOST_ANSWERS`."""
 
 
+_BY_FIELD = (WHOLE, FRACTION)  # a number's neighbours say whether it is odd
 _WHAT = {
     BLANK: "have an empty or blank field in their prompt",
-    WORD: "print a word for what is missing, such as nan or None, in their prompt",
-    LOST: "print U+FFFD, which stands for characters that were lost, in their prompt",
-    WHOLE: "print a whole number as 3.0 in their prompt (NAME | int writes 3)",
+    WORD: "print a word for what is missing, such as nan or None",
+    LOST: "print U+FFFD, which stands for characters that were lost",
+    WHOLE: "print a whole number as 3.0 (NAME | int writes 3)",
 }
 
 
@@ -45,6 +47,11 @@ class Odd(NamedTuple):
     fields: str  # their names, the first row's first
     first: str  # file and line
     kind: str = BLANK  # see `oddity`
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its kind, and of a number its field: what is counted together."""
+        return self.kind, self.fields if self.kind in _BY_FIELD else ""
 
     @property
     def name(self) -> str:
@@ -90,9 +97,9 @@ class Audit:
         cut_prompts: prompts that lost their beginning for want of room.
         dropped: rows left out for want of room.
         turns: turns of conversations left out for want of room; then `cut_prompts` are conversations.
-        odd: what is odd in prompts, by split and kind.
+        odd: what is odd in prompts and free answers, by split and kind.
         constant: the answer that all held-out rows have, where training rows have others.
-        only: the answer that all training rows have.
+        only: the answer that all training rows have, each the only one of its row.
         unlearned: answers of held-out rows that no training row has, where all have the same choices.
         notes: what may have been read wrongly.
     """
@@ -131,7 +138,9 @@ class Audit:
         if self.only is not None:
             lines.append(f"all {self.rows:,} training rows have the answer '{self.only:.60}'")
         elif self.unlearned:
-            listed = ", ".join(f"'{one:.60}'" for one in self.unlearned)
+            listed = ", ".join(f"'{one:.60}'" for one in self.unlearned[:_LISTED])
+            if len(self.unlearned) > _LISTED:
+                listed += f", and {len(self.unlearned) - _LISTED:,} others"
             lines.append(
                 f"{self.held_out_split} rows have an answer that no training row has: {listed}"
             )
@@ -169,6 +178,7 @@ def audit(
     leaks: Sequence[Leak],
     odd: Sequence[Odd],
     same_choices: bool = False,
+    whole: bool = True,
     cut_prompts: int,
     dropped: int,
     turns: int = 0,
@@ -182,6 +192,7 @@ def audit(
         held_out: the rows that evaluation will use.
         held_out_split: whose they are.
         same_choices: all rows have the same choices, each of which is to be learned.
+        whole: `train` are all that is learned, and each row teaches one answer.
         leaks, odd, cut_prompts, dropped, turns, notes: as of `Audit`.
     """
     pairs, firsts = np.unique(said, return_index=True)
@@ -199,36 +210,36 @@ def audit(
         turns=turns,
         odd=tuple(_told(odd)),
         constant=None if held_out is None else _constant(train, held_out),
-        only=train.answers[0] if train.rows >= _TELLING and len(train.answers) == 1 else None,
-        unlearned=_unlearned(train, held_out) if same_choices and held_out is not None else (),
+        only=_only(train) if whole else None,
+        unlearned=_unlearned(train, held_out)
+        if whole and same_choices and held_out is not None
+        else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
 def odd_fields(split: str, examples: Sequence[Example], wheres: Sequence[str]) -> tuple[Odd, ...]:
-    """What is odd in what the prompts of a split print, each kind once."""
-    found: dict[str, list[int]] = {}
-    names: dict[str, dict[str, None]] = {}
+    """What is odd in what a split prints, each kind once, and numbers by their field."""
+    found: dict[tuple[str, str], list[int]] = {}
+    names: dict[tuple[str, str], dict[str, None]] = {}
     for number, example in enumerate(examples):
         for kind, name in example.odd:
-            names.setdefault(kind, {})[name] = None
-            if number not in found.setdefault(kind, [])[-1:]:
-                found[kind].append(number)
+            key = (kind, name if kind in _BY_FIELD else "")
+            names.setdefault(key, {})[name] = None
+            if number not in found.setdefault(key, [])[-1:]:
+                found[key].append(number)
     return tuple(
-        Odd(split, len(own), len(examples), ", ".join(names[kind]), wheres[own[0]], kind)
-        for kind, own in found.items()
+        Odd(split, len(own), len(examples), ", ".join(names[key]), wheres[own[0]], key[0])
+        for key, own in found.items()
     )
 
 
 def _told(odd: Sequence[Odd]) -> Iterator[Odd]:
     """Whole numbers with a point are none of a field's faults where other rows have fractions in it."""
-    parts = {name for one in odd if one.kind == FRACTION for name in one.fields.split(", ")}
+    parts = {one.fields for one in odd if one.kind == FRACTION}
     for one in odd:
-        names = [name for name in one.fields.split(", ") if name not in parts]
-        if one.kind not in (WHOLE, FRACTION):
+        if one.kind not in _BY_FIELD or (one.kind == WHOLE and one.fields not in parts):
             yield one
-        elif one.kind == WHOLE and names:
-            yield one._replace(fields=", ".join(names))
 
 
 def require_no_blank(task: str, found: Sequence[Odd]) -> None:
@@ -276,6 +287,10 @@ def _constant(train: Rows, held_out: Rows) -> str | None:
     if held_out.rows < _TELLING or len(held_out.answers) > 1 or len(train.answers) < 2:
         return None
     return held_out.answers[0]
+
+
+def _only(train: Rows) -> str | None:
+    return train.answers[0] if train.rows >= _TELLING and len(train.answers) == 1 else None
 
 
 def _unlearned(train: Rows, held_out: Rows) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ class Table:
         header, seen = self.names or self.layout.names, part
         dropped: list[int] = []
         begun: list[int] = []
+        marked: list[int] = []
         spanning: list[tuple[int, int]] = []
         for record, first, last in self._records():
             if header is not None and not seen and self._is_header(record, first):
@@ -114,6 +115,8 @@ class Table:
             elif len(record) == len(header):
                 if last > first and self.layout.quoting is None:
                     spanning.append((first, last))
+                if record[0].startswith(_MARK):
+                    marked.append(first)
                 yield dict(zip(header, record, strict=True)), first
             elif self.layout.broken_rows == "drop":
                 dropped.append(first)
@@ -123,6 +126,7 @@ class Table:
             return
         self._note(dropped, "rows left out for another number of fields", "")
         self._note(begun, "lines left out with which another file begins", "")
+        self._note(marked, "rows that begin with a byte order mark, as where files were joined", "")
         if self.layout.quoting is None:
             self._note(
                 self._several_rows(spanning, len(header or ())) if spanning else [],
@@ -137,13 +141,14 @@ class Table:
 
     def _begins_another(self, record: list[str], header: list[str]) -> bool:
         """Whether several files became one: the header of the second would be a row."""
-        again = record == header and len(header) > 1  # a list of words may hold any word
-        return again or record[0].startswith(_MARK)
+        bare = [record[0].removeprefix(_MARK), *record[1:]]
+        # A list of words may hold any word; a text may begin with such a mark.
+        return bare == header and (len(header) > 1 or bare != record)
 
     def _joined(self, line: int) -> UsageError:
         message = (
-            "another file begins here: its header or its byte order mark would be read as a row; take it "
-            "away, or say broken_rows: drop in the source, which leaves such lines out"
+            "another file begins here: its header would be read as a row; take it away (broken_rows: drop in a "
+            "recipe's source leaves such lines out)"
         )
         return file_problem(self.file, message, line=line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +36,12 @@ from mtl_lora_cli.machine.pool import in_pieces
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.recipe.schema import Recipe
 from mtl_lora_cli.tasks.noticed import slips
+from mtl_lora_cli.tasks.rendering import same_choices
 from mtl_lora_cli.tasks.task import Task
 from mtl_lora_cli.visible import tell
 
 _PIECE = 2048  # rows
+_FIRST = 64  # rows whose fields are known for a template's slips
 MANY_ROWS = 8 * _PIECE  # rows from which on processes are started for them
 _SILENT = 10.0  # seconds between two lines about how far it is
 _HASHES = ("traces", "asked", "said")
@@ -166,21 +169,30 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
         None if held[0] is None else held[0].split,
         leaks=[leaked(split, seen.traces, known) for split, seen in read.items()],
         odd=[*whole.seen.odd, *(one for seen in read.values() for one in seen.odd)],
-        same_choices=isinstance(task.template.choices, dict | list)
-        and task.template.scoring == "argmax",
+        same_choices=task.template.scoring == "argmax" and same_choices(task.template),
+        whole=not task.source.stream and task.template.conversation is None,
         cut_prompts=whole.truncated,
         dropped=whole.dropped,
         turns=whole.turns,
         notes=[
             *left_out,
             *encoder.notes_on(task, whole.brought),
-            *slips(task.template, rows.found.some(rows.numbers[:1])[0]),
+            *slips(task.template, _fields(rows)),
             *(note for one in (rows, held[0], beside[0]) if one for note in one.found.notes),
             *shown_twice(whole.seen.pictures, {split: one.pictures for split, one in read.items()}),
         ],
     )
     encoded = whole.split(task, encoder, len(rows))
     return encoded, noticed, cache.Traces(known, {n: one.traces for n, one in read.items()})
+
+
+def _fields(rows: TaskRows) -> set[str]:
+    """What the first rows have, but for those that cannot be read, which a stream leaves out."""
+    found: set[str] = set()
+    for number in rows.numbers[:_FIRST].tolist():
+        with suppress(UsageError):
+            found.update(rows.found.some(np.asarray([number]))[0])
+    return found
 
 
 def encode_window(

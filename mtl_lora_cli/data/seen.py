@@ -78,9 +78,9 @@ def counted(one: Seen, other: Seen) -> Seen:
 
 def _both(one: Seen, other: Seen) -> Iterator[Odd]:
     """What is odd in the prompts of all of them."""
-    first, second = ({own.kind: own for own in seen.odd} for seen in (one, other))
-    for kind in dict.fromkeys([*first, *second]):
-        several = [own for own in (first.get(kind), second.get(kind)) if own is not None]
+    first, second = ({own.key: own for own in seen.odd} for seen in (one, other))
+    for key in dict.fromkeys([*first, *second]):
+        several = [own for own in (first.get(key), second.get(key)) if own is not None]
         names = dict.fromkeys(name for own in several for name in own.fields.split(", "))
         yield several[0]._replace(
             found=sum(own.found for own in several),

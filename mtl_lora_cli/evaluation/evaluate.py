@@ -172,7 +172,7 @@ def evaluate(
     """
     rows = find_rows(tasks, setting) if rows is None else rows
     if opened.of_maps:
-        found = _by_maps(opened, rows, advance)
+        found = _by_maps(opened, rows, setting, advance)
     elif setting.protocol == LM_EVAL:
         found = _by_harness(opened, tasks, rows, setting, advance)
     else:
@@ -289,7 +289,9 @@ def _passed(answers: Part) -> dict[str, Any] | None:
     return {str(k): dataclasses.asdict(one) for k, one in pass_at(answers.outcomes).items()}
 
 
-def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, Any]]:
+def _by_maps(
+    opened: Run, rows: Rows, setting: Setting, advance: Progress
+) -> Iterator[dict[str, Any]]:
     """What was found for each task whose answers are maps, and what one answer for all pixels comes to."""
     held = cast(Sequence[HeldMaps], rows)
     started = time.monotonic()
@@ -300,7 +302,7 @@ def _by_maps(opened: Run, rows: Rows, advance: Progress) -> Iterator[dict[str, A
         yield {
             "split": one.split,
             "rows_fingerprint": one.fingerprint,
-            "rows_changed": rows_changed(one.task, one.split),
+            "rows_changed": setting.source is None and rows_changed(one.task, one.split),
             "examples": len(one.numbers),
             "truncated_prompts": None,
             "unparsable": None,

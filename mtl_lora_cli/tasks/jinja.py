@@ -27,6 +27,8 @@ from mtl_lora_cli.tasks.printing import PRINTING_FILTERS, NotPrintableError, pri
 
 Path = tuple[str | int, ...]
 _MOST_FIELDS = 20  # named in an error
+_AS_IT_STANDS = frozenset({"trim", "string", "safe"})  # filters
+_WORDS_KEPT = _AS_IT_STANDS | {"lower", "upper", "title", "capitalize"}
 
 
 class _Generator(CodeGenerator):
@@ -117,7 +119,8 @@ class Text:
         names: of the variables that it reads.
         paths: the fields that it reads anywhere, `basket.items` as ("basket", "items").
         printed: those that it prints whatever the row is like.
-        plain: those of them that it prints as they stand, through no filter.
+        plain: those of them that it prints as they stand, but for white space around them.
+        kept: those of them whose words it prints, in capitals perhaps.
 
     Raises:
         ValueError: it is not valid Jinja, or reads no variable and fails all the same.
@@ -130,7 +133,8 @@ class Text:
             self.paths = tuple(dict.fromkeys(_paths(tree)))
             printed = list(_printed(tree))
             self.printed = tuple(dict.fromkeys(path for path, _ in printed))
-            self.plain = frozenset(path for path, plain in printed if plain)
+            self.plain = frozenset(path for path, through in printed if through <= _AS_IT_STANDS)
+            self.kept = frozenset(path for path, through in printed if through <= _WORDS_KEPT)
             self._template = _environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ValueError(_syntax(error, source)) from None
@@ -150,6 +154,7 @@ class Expression:
 
     Attributes:
         names, paths: of the variables and of the fields that it reads.
+        joined: those whose texts it is, one or several joined by `~`; (): it is something else.
 
     Raises:
         ValueError: it is not valid Jinja.
@@ -164,6 +169,7 @@ class Expression:
         tree = _environment.parse("{{ (" + source + ") }}")
         self.names = _names(tree)
         self.paths = tuple(dict.fromkeys(_paths(tree)))
+        self.joined = tuple(_joined(tree))
 
     def __call__(self, variables: dict[str, Any]) -> Any:
         if self._name in variables:  # `label` is most of all expressions, and Jinja is slow
@@ -205,16 +211,27 @@ def _paths(node: nodes.Node) -> Iterator[Path]:
         yield from _paths(below.node if called and isinstance(below, nodes.Getattr) else below)
 
 
-def _printed(tree: nodes.Template) -> Iterator[tuple[Path, bool]]:
-    """The fields that are printed under no condition, and whether as they stand or through filters."""
+def _printed(tree: nodes.Template) -> Iterator[tuple[Path, frozenset[str]]]:
+    """The fields that are printed under no condition, and through which filters."""
     for output in tree.body:
         for shown in output.nodes if isinstance(output, nodes.Output) else ():
             node: nodes.Node | None = shown
+            filters = []
             while isinstance(node, nodes.Filter) and node.name not in ("default", "d"):
+                filters.append(node.name)
                 node = node.node
             path = None if node is None else _path(node)
             if path is not None:
-                yield path, node is shown
+                yield path, frozenset(filters)
+
+
+def _joined(tree: nodes.Template) -> list[Path]:
+    """The fields that an expression joins; none where it does anything else."""
+    (output,) = tree.body
+    (node,) = output.nodes if isinstance(output, nodes.Output) else (output,)
+    parts = node.nodes if isinstance(node, nodes.Concat) else [node]
+    paths = [_path(part) for part in parts if not isinstance(part, nodes.Const)]
+    return [path for path in paths if path is not None] if None not in paths else []
 
 
 def value_at(variables: Mapping[str, Any], path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mtl_lora_cli.tasks.jinja import Expression, Path, Text, spelled
@@ -13,10 +13,20 @@ BLANK, WORD, LOST, WHOLE, FRACTION = "blank", "word", "lost", "whole", "fraction
 
 _UNSEEN = dict.fromkeys([0xAD, 0x180E, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
 _WORDS = frozenset({"nan", "NaN", "NaT", "<NA>", "None", "null", "NULL", "#N/A", "undefined"})
+_MISSING = frozenset({"nan", "NaN", "NaT", "<NA>", "#N/A"})  # of these, what nobody answers
 _LONGEST_NUMBER = 24
 _DECIMAL = re.compile(r"-?[0-9]+\.(0|[0-9]+)")
 _OF_JINJA = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 _BRACES = re.compile(r"\{\s*(\w+)\s*\}")
+
+
+def odd_answer(value: Any, *, plain: bool) -> str | None:
+    """The same of a value that is printed as the right answer: it may be a word such as None, and an empty one is an
+    error already."""
+    kind = oddity(value, plain=plain)
+    if kind == BLANK or (kind == WORD and str(value).strip() not in _MISSING):
+        return None
+    return kind
 
 
 def oddity(value: Any, *, plain: bool) -> str | None:
@@ -60,14 +70,14 @@ def _is_blank(value: Any) -> bool:
     return not value.strip() or (not value.isascii() and not value.translate(_UNSEEN).strip())
 
 
-def slips(template: Template, row: Mapping[str, Any]) -> Iterator[str]:
+def slips(template: Template, fields: Iterable[str]) -> Iterator[str]:
     """What a template says that it may not mean, a line each.
 
     Args:
         template: of texts.
-        row: one of its rows.
+        fields: what its rows have.
     """
-    known = {*row, *template.fields}
+    known = {*fields, *template.fields}
     texts = {"prompt": [template.prompt], "answer": [template.answer], "choices": _texts(template)}
     for key, several in texts.items():
         for name in dict.fromkeys(_in_single_braces(several)):
@@ -91,18 +101,23 @@ def _in_single_braces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _given_away(template: Template) -> list[str]:
-    """The fields of which the right answer is made, where the prompt prints them all."""
-    made_of = {name: Expression(text).paths for name, text in template.fields.items()}
+    """The fields whose words are the right answer, where the prompt prints them all.
+
+    An answer that is computed of what the prompt prints, as a sum is, is what the task asks for.
+    """
+    made_of = {name: Expression(text).joined for name, text in template.fields.items()}
 
     def sources(paths: Iterable[Path]) -> dict[Path, None]:
-        found = (one for path in paths for one in made_of.get(str(path[0]), (path,)))
+        found = (one for path in paths for one in made_of.get(str(path[0])) or (path,))
         return dict.fromkeys(
             path[1:] if path[0] == "row" and len(path) > 1 else path for path in found
         )
 
-    right = (
-        Text(template.answer) if template.choices is None else Expression(template.label or "none")
-    )
+    label = "{{ " + (template.label or "none") + " }}"
+    right = Text(template.answer if template.choices is None else label)
+    if not right.kept.issuperset(right.paths):
+        return []
     wanted = sources(right.paths)
-    printed = sources(Text(template.prompt).printed)
+    asked = Text(template.prompt)
+    printed = sources(path for path in asked.printed if path in asked.kept)
     return [spelled(path) for path in wanted] if wanted and printed.keys() >= wanted.keys() else []

@@ -13,7 +13,7 @@ from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.pictures.shown import Picture
 from mtl_lora_cli.tasks.jinja import Expression, Text, explain, spelled, value_at
 from mtl_lora_cli.tasks.messages import Dialogue, plain_text, texts_of
-from mtl_lora_cli.tasks.noticed import oddity
+from mtl_lora_cli.tasks.noticed import LOST, odd_answer, oddity
 from mtl_lora_cli.tasks.pictured import Shows, placed
 from mtl_lora_cli.tasks.printing import NotPrintableError, printable
 from mtl_lora_cli.tasks.talk import Talk, with_pictures
@@ -86,6 +86,8 @@ class Renderer:
             )
             for path in self._prompt.paths
         ]
+        free = self._answer.printed if template.choices is None else ()
+        self._answer_of = [(path, spelled(path), path in self._answer.plain) for path in free]
         names = [one.names for _, one in self._fields]
         names += [self._prompt.names, self._label.names, self._answer.names]
         if self._conversation is not None:
@@ -121,7 +123,7 @@ class Renderer:
             own = prompt
             prompt = self._get("prompt", lambda _: placed(own, len(images)), variables, where)
         answer, choices, gold, value = self._answered(variables, where, labelled)
-        texts, odd = self._noticed(variables)
+        texts, odd = self._noticed(variables, labelled)
         several = self._several(variables, where) if labelled else ()
         return Example(prompt, answer, choices, gold, value, None, images, several, texts, odd)
 
@@ -163,7 +165,10 @@ class Renderer:
         texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
         answer = dialogue.answer.strip() if labelled else ""
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
-        return Example(prompt, answer, (), -1, None, dialogue, images, texts=texts)
+        read = texts_of([one["content"] for one in dialogue.messages])
+        lost = any(text and "\ufffd" in text for text in read)
+        odd = ((LOST, "messages"),) if lost else ()
+        return Example(prompt, answer, (), -1, None, dialogue, images, texts=texts, odd=odd)
 
     def talk(self, messages: list[Any], tools: list[Any], where: str) -> Example:
         """Messages that stand in no row, to be answered.
@@ -177,8 +182,10 @@ class Renderer:
         dialogue = self._get("conversation", given, {"row": {}}, where)
         return Example(plain_text(dialogue.messages), "", (), -1, None, dialogue)
 
-    def _noticed(self, variables: Variables) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """The texts that the prompt may read, and what is odd about what it prints."""
+    def _noticed(
+        self, variables: Variables, labelled: bool
+    ) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The texts that the prompt may read, and what is odd about what it and a free answer print."""
         texts: list[str] = []
         odd: list[tuple[str, str]] = []
         for name, path, printed, plain in self._looked_at:
@@ -189,6 +196,10 @@ class Renderer:
                 texts.extend(_texts(value))
             kind = oddity(value, plain=plain) if printed else None
             if kind is not None:
+                odd.append((kind, printed))
+        for path, printed, plain in self._answer_of if labelled else ():
+            kind = odd_answer(value_at(variables, path), plain=plain)
+            if kind is not None and (kind, printed) not in odd:
                 odd.append((kind, printed))
         return tuple(texts), tuple(odd)
 
@@ -382,6 +393,13 @@ def _candidates(
     labels = template.labels or []
     texts = [Text(text) for text in (choices.values() if isinstance(choices, dict) else choices)]
     return lambda variables: ([text(variables) for text in texts], labels)
+
+
+def same_choices(template: Template) -> bool:
+    """Whether all rows are answered by the same few texts."""
+    if template.choices is None or _names_of_choices(template):
+        return False
+    return Text(template.answer).names <= {"choice"}
 
 
 def _names_of_choices(template: Template) -> frozenset[str]:

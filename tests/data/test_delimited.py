@@ -81,15 +81,20 @@ def test_a_csv_that_has_no_quoting_is_noticed(tmp_path: Path) -> None:
 def test_files_that_were_joined_bring_no_header_as_a_row(tmp_path: Path, mark: str) -> None:
     text = f"{mark}sentence,label\na,0\n{mark}sentence,label\nb,1\n"
     line = fault(tmp_path, "a.csv", text)
-    assert line.startswith("a.csv:3: another file begins here: its header or its byte order mark")
+    assert line.startswith("a.csv:3: another file begins here: its header would be read as a row")
     assert len(read(tmp_path, "b.csv", "word\nword\nother\n")) == 2
     rows, (note,) = read_all(tmp_path, "a.csv", text, broken_rows="drop")
     assert [row["sentence"] for row in rows] == ["a", "b"]
     assert note.endswith("lines left out with which another file begins: 1, the first in line 3")
 
 
-def test_a_byte_order_mark_within_a_file_is_no_text(tmp_path: Path) -> None:
-    assert fault(tmp_path, "a.tsv", "x\ty\na\t0\n\ufeffb\t1\n").startswith("a.tsv:3: another file")
+def test_a_byte_order_mark_within_a_file_is_told(tmp_path: Path) -> None:
+    """It may be the beginning of a file without a header, or of a text that was found somewhere."""
+    rows, (note,) = read_all(tmp_path, "a.tsv", "x\ty\na\t0\n\ufeffb\t1\n")
+    assert [row["y"] for row in rows] == ["0", "1"]
+    assert (
+        "begin with a byte order mark, as where files were joined: 1, the first in line 3" in note
+    )
 
 
 def test_texts_of_several_lines_are_no_rows(tmp_path: Path) -> None:

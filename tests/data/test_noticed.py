@@ -69,11 +69,11 @@ def test_what_pandas_makes_of_a_missing_cell(tmp_path: Path, findings: Findings)
         line = 2 if ending == "csv" else 1
         number, word, _ = findings(template)
         assert number == (
-            "3 of 3 training rows print a whole number as 3.0 in their prompt (NAME | int writes 3) "
+            "3 of 3 training rows print a whole number as 3.0 (NAME | int writes 3) "
             f"(year), the first is {place}{line}"
         )
         assert word == (
-            "1 of 3 training rows print a word for what is missing, such as nan or None, in their prompt "
+            "1 of 3 training rows print a word for what is missing, such as nan or None "
             f"(who), the first is {place}{line + 1}"
         )
         assert len(findings(template.replace("year", "year | int"))) == 2
@@ -96,7 +96,7 @@ def test_characters_that_were_lost(tmp_path: Path, findings: Findings) -> None:
     lost = "café".encode("latin-1").decode("utf-8", "replace")
     write(tmp_path, "test", ["caf", lost, "a long text in which one of them stands " + lost])
     assert findings(TEMPLATE) == [
-        "2 of 3 test rows print U+FFFD, which stands for characters that were lost, in their prompt "
+        "2 of 3 test rows print U+FFFD, which stands for characters that were lost "
         "(text), the first is d/test.jsonl:2"
     ]
 
@@ -150,6 +150,56 @@ def test_what_may_well_be_meant_is_not_told(
         findings(f"description: d\nprompt: {json.dumps(prompt)}\n{TEMPLATE.split(chr(10), 2)[2]}")
         == []
     )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        'prompt: "{{ text }} {{ label }}"\nanswer: "{{ text | length + label }}"\n',
+        'prompt: "{{ text }}"\nanswer: "{{ text | reverse }}"\n',
+        'prompt: "{{ p[0] }}"\nanswer: "{{ p[1] }}"\nfields: {p: "row.both.split(\'|\')"}\n',
+        'prompt: "{{ q }}"\nanswer: "{{ a }}"\nfields: {q: "row.both.split(\'|\')[0]", '
+        "a: \"row.both.split('|')[1]\"}\n",
+        "prompt: \"{{ options | join(', ') }}\"\nchoices: {each: options}\nlabel: both\n"
+        'fields: {options: "[both, text] | sort"}\n',
+    ],
+)
+def test_an_answer_made_of_what_is_asked_is_no_slip(
+    tmp_path: Path, findings: Findings, template: str
+) -> None:
+    for split, texts in (("train", "abc"), ("test", "de")):
+        rows = [{"text": one, "label": 1, "both": f"{one} asks|{one} says"} for one in texts]
+        content = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / "d" / f"{split}.jsonl").write_text(content, encoding="utf-8")
+    assert findings(f"description: d\n{template}") == []
+
+
+def test_what_is_learned_is_looked_at_as_what_is_asked(tmp_path: Path, findings: Findings) -> None:
+    write(tmp_path, "train", ["a", "b", "c"], [1990.0, 1991.0, 1992.0])
+    write(tmp_path, "test", ["d", "e"], ["nan", "None"])
+    whole, word = findings(FREE.replace("label", "label | trim"))
+    assert whole.startswith(
+        "3 of 3 training rows print a whole number as 3.0 (NAME | int writes 3) (label)"
+    )
+    assert word.startswith(
+        "1 of 2 test rows print a word for what is missing, such as nan or None (label)"
+    )
+
+
+def test_numbers_are_counted_by_their_field(tmp_path: Path, findings: Findings) -> None:
+    rows = [{"price": 3.0, "age": 41, "label": 0}, {"price": 19.5, "age": 40.0, "label": 1}]
+    content = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "d" / "train.jsonl").write_text(content, encoding="utf-8")
+    found, _ = findings(TEMPLATE.replace("{{ text }}", "{{ price }} {{ age }}"))
+    assert found.startswith("1 of 2 training rows print a whole number as 3.0")
+    assert found.endswith("(age), the first is d/train.jsonl:2")
+
+
+def test_choices_of_each_row_are_not_missing_elsewhere(tmp_path: Path, findings: Findings) -> None:
+    write(tmp_path, "train", [f"row {number}" for number in range(12)])
+    write(tmp_path, "test", ["new", "newer"])
+    own = 'choices: ["{{ text }} no", "{{ text }} yes"]'
+    assert findings(TEMPLATE.replace('choices: {0: "no", 1: "yes"}', own)) == []
 
 
 def test_answers_that_are_not_there_to_be_learned(tmp_path: Path, findings: Findings) -> None:

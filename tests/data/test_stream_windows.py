@@ -248,6 +248,19 @@ def test_a_row_that_cannot_be_learned_is_named_or_left_out(
     assert where in said
 
 
+def test_the_very_first_row_may_be_left_out(
+    store: Any, tmp_path: Path, stories_folder: Path
+) -> None:
+    name = "/stream/train-00000-of-00004.jsonl"
+    rows = store.cat_file(name).splitlines()
+    store.pipe_file(name, b"\n".join([b"{", *rows[1:], b""]))
+    keys = "training: {row_length: 24, rows_per_step: 2, max_steps: 40, on_overflow: drop}"
+    loaded = load_recipe(recipe_of(tmp_path, stories_folder, keys), DROP)
+    tokenizer = load_tokenizer(find_base_model(str(stories_folder)))
+    data = prepare_training(bind_tasks(loaded), loaded.recipe, tokenizer, 512)
+    assert len(data.splits[0]) == 19
+
+
 DROP = ["tasks.0.source.broken_rows=drop"]
 
 
