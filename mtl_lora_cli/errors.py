@@ -34,6 +34,10 @@ class MtlLoraError(Exception):
         return [" ".join(str(self).split())]
 
 
+class NoNumbersError(MtlLoraError):
+    """The model finds no number for a row (NaN), and nothing is the likeliest of such."""
+
+
 class UsageError(MtlLoraError):
     """The recipe, the data or the call is wrong: exit code 2, and nothing has been written."""
 
@@ -109,12 +113,13 @@ def file_problem(
 def errno_of(error: BaseException) -> int | None:
     """The system's number of an error (`errno`); None where it is none of the system's.
 
-    safetensors makes of it an error without a number, `I/O error: File too large (os error 27)`.
+    safetensors makes of it an error without a number, `I/O error: File too large (os error 27)`, in earlier versions
+    `IoError(Os { code: 28, … })`.
     """
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    found = re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def strerror_of(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.data.pictured import Eyes
-from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.errors import NoNumbersError
 from mtl_lora_cli.evaluation.scored import NO_NUMBERS
 from mtl_lora_cli.pictures.shown import Picture
 
@@ -119,14 +119,24 @@ def require_numbers(logits: Tensor) -> None:
     """Refuse to answer by what is no number: the likeliest of NaN is any token.
 
     Raises:
-        MtlLoraError: logits [B, V] of a row have NaN among them.
+        NoNumbersError: logits [B, V] of a row have NaN or ∞ among them, or nothing but −∞.
     """
-    wrong = int(logits.amax(dim=-1).isnan().sum())
+    wrong = int((~finite(logits)).sum())
     if wrong:
-        raise MtlLoraError(
-            f"the model finds no finite logits behind {wrong:,} of {len(logits):,} prompts that were asked together: "
-            f"{NO_NUMBERS}"
-        )
+        raise no_numbers(wrong, len(logits))
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Which rows of logits [B, V] have a likeliest token, bool [B]."""
+    return logits.amax(dim=-1).isfinite()
+
+
+def no_numbers(wrong: int, among: int) -> NoNumbersError:
+    """The error of so many prompts among those that were asked together."""
+    return NoNumbersError(
+        f"the model finds no finite logits behind {wrong:,} of {among:,} prompts that were asked together: "
+        f"{NO_NUMBERS}"
+    )
 
 
 def pick(logits: Tensor, asks: Sequence[Ask]) -> Tensor:

@@ -232,7 +232,7 @@ def _continued(rows: ContinuedRows, asks: Sequence[Ask], ends: Collection[int]) 
     going = [ask.limit > 0 for ask in asks]
     while any(going):
         logits = rows.logits()
-        require_numbers(logits)
+        require_numbers(logits if all(going) else logits[torch.tensor(going)])
         picked = pick(logits, asks)
         for row, (token, ask) in enumerate(zip(picked.tolist(), asks, strict=True)):
             if not going[row]:

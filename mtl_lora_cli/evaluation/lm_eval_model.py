@@ -17,10 +17,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mtl_lora_cli.data.chat_variables import template_arguments
 from mtl_lora_cli.data.encoding import Encoder
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import NoNumbersError, UsageError
 from mtl_lora_cli.evaluation.choices import ask
 from mtl_lora_cli.evaluation.generate import generate
 from mtl_lora_cli.evaluation.requests import Request
+from mtl_lora_cli.evaluation.scored import NO_NUMBERS
 from mtl_lora_cli.machine.processes import Processes
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ class AdaptedLM(TemplateLM):
         )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for numbers, sums in zip(places.values(), found, strict=True):
+            if bool(sums[:, 0].isnan().any()):
+                raise NoNumbersError(
+                    f"the model finds no finite log-probability for a continuation that the harness asks for: {NO_NUMBERS}"
+                )
             for number, (logprob, missed) in zip(numbers, sums.tolist(), strict=True):
                 results[number] = (logprob, missed == 0)
                 text = requests[number][0]

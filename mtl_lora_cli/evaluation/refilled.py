@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtl_lora_cli.engine.rows import KeptRows
-from mtl_lora_cli.evaluation.asked import Ask, pick, require_numbers
+from mtl_lora_cli.evaluation.asked import Ask, finite, no_numbers, pick, require_numbers
 from mtl_lora_cli.evaluation.choices import Advance
 from mtl_lora_cli.machine import threads
 
@@ -41,7 +41,7 @@ class _Told:
 
     Args:
         rows: whose they are.
-        picked: int64 [B], on the device.
+        picked: int64 [B], on the device; −1 where the model found no numbers.
     """
 
     def __init__(self, rows: Sequence[_Row], picked: Tensor) -> None:
@@ -154,7 +154,7 @@ class _Course:
         logits = self._kept.step(len(asked), often=self._often)
         picked = pick(logits, [row.ask for row in asked])
         self._kept.feed(range(len(asked)), picked)
-        return _Told(asked, picked)
+        return _Told(asked, torch.where(finite(logits), picked, -1))
 
     def _refill(self) -> None:
         """Read as many prompts as there are rows free, and begin their answers."""
@@ -172,7 +172,11 @@ class _Course:
 
     def _read(self, told: _Told) -> None:
         """Take a step's tokens into the answers."""
-        for row, token in zip(told.rows, told.tokens(), strict=True):
+        tokens = told.tokens()
+        wrong = sum(row.going and token < 0 for row, token in zip(told.rows, tokens, strict=True))
+        if wrong:
+            raise no_numbers(wrong, len(tokens))
+        for row, token in zip(told.rows, tokens, strict=True):
             if not row.going:
                 continue
             if token not in self._ends:

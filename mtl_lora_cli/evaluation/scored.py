@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.errors import NoNumbersError
 from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.metrics import Outcome
 from mtl_lora_cli.metrics.declare import read_by
@@ -94,7 +94,7 @@ def have_numbers(scores: Sequence[np.ndarray]) -> bool:
 def _require_numbers(scores: Sequence[np.ndarray], examples: Examples) -> None:
     wrong = [number for number, values in enumerate(scores) if not have_numbers([values])]
     if wrong:
-        raise MtlLoraError(
+        raise NoNumbersError(
             f"{examples.wheres[wrong[0]]}: the model finds no finite log-probability for an answer to this row "
             f"({len(wrong):,} of {len(scores):,} rows that were asked together): {NO_NUMBERS}"
         )

@@ -23,7 +23,7 @@ from mtl_lora_cli.runs.kept import mark_used
 from mtl_lora_cli.runs.paths import cache_folder, require_cache
 from mtl_lora_cli.visible import tell
 
-CONVERSION = 2  # raise it when a conversion gives another result than before
+CONVERSION = 3  # raise it when a conversion gives another result than before
 
 
 def converted_folder(path: Path) -> Path:
@@ -55,9 +55,14 @@ def converted_folder(path: Path) -> Path:
 def _convert(path: Path, folder: Path) -> None:
     import gguf
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+    kept = getattr(
+        transformers, "GgufConfig", None
+    )  # where it is not there, none is kept in few bits
+    dense = {} if kept is None else {"quantization_config": kept(dequantize=True)}
     quiet_deepspeed()
     try:
         with _read_once(), quiet_loading(), quiet_warnings():
@@ -71,6 +76,7 @@ def _convert(path: Path, folder: Path) -> None:
                 gguf_file=path.name,
                 config=config,
                 dtype=torch.float32,
+                **dense,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below
             )

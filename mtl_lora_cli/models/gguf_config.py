@@ -27,6 +27,9 @@ _NO_SUMS = (  # what shapes of tensors say, too, and what nothing is computed wi
     "tensor_data_layout",
     "vocab_size",
 )
+_OF_TENSORS = {
+    "stablelm": ("use_parallel_residual",)
+}  # transformers sees it, and a converter wrote it unasked
 _NONE_AT_0 = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _NOTHING = {
     "attention.head_count": (0,),
@@ -75,10 +78,16 @@ def take_over(reader: Any, config: Any, read: Mapping[str, str | None]) -> None:
         names = [name for name in _ATTRIBUTES.get(key, ()) if hasattr(config, name)]
         if read.get(key) or key in _NO_SUMS or key in _ROPE or key in _SCALED:
             continue
+        if key in _OF_TENSORS.get(config.model_type, ()):
+            continue
+        if key == "attention.sliding_window" and value and not _slides(config):
+            raise UsageError(f"its key '{key}' ({value!r:.40}) is not known here for this model")
         if names:
             setattr(config, names[0], value if value or key not in _NONE_AT_0 else None)
         elif value not in _NOTHING.get(key, ()) and not _same_heads(key, said):
             raise UsageError(f"its key '{key}' ({value!r:.40}) is not known here for this model")
+    if config.model_type == "gpt2":  # transformers gives them names that its own code does not read
+        config.n_positions, config.n_inner = said["context_length"], said["feed_forward_length"]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for flag, name in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_up")):
         if hasattr(config, flag):
@@ -108,10 +117,12 @@ def require_all_read(reader: Any, model: Any, loading: Mapping[str, Any]) -> Non
         raise UsageError(
             f"its weight '{name}' has shape {list(held)}, by its keys it would have {list(wanted)}"
         )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    passed = {_FREQUENCIES, *_copied_head(tensors, model.config)}
     held = sum(
         math.prod(int(size) for size in tensor.shape)
-        for tensor in reader.tensors
-        if tensor.name != _FREQUENCIES
+        for name, tensor in tensors.items()
+        if name not in passed
     )
     kept = {weight.data_ptr(): weight.numel() for weight in model.state_dict().values()}
     if held != sum(kept.values()):
@@ -119,6 +130,19 @@ def require_all_read(reader: Any, model: Any, loading: Mapping[str, Any]) -> Non
             f"its tensors have {held:,} values, and transformers' model of type "
             f"'{model.config.model_type}' has {sum(kept.values()):,}"
         )
+
+
+def _copied_head(tensors: Mapping[str, Any], config: Any) -> tuple[str, ...]:
+    """The output layer, where the model has none of its own and the file a copy of the embedding in its place."""
+    head, embedding = tensors.get("output.weight"), tensors.get("token_embd.weight")
+    if not config.tie_word_embeddings or head is None or embedding is None:
+        return ()
+    return ("output.weight",) if np.array_equal(head.data, embedding.data) else ()
+
+
+def _slides(config: Any) -> bool:
+    """Whether a window has an effect: in some families another key switches it on, which no file says."""
+    return hasattr(config, "sliding_window") and getattr(config, "use_sliding_window", True)
 
 
 def _said(reader: Any) -> dict[str, Any]:
@@ -173,8 +197,13 @@ def _take_over_rotary(said: Mapping[str, Any], config: Any) -> None:
     if "rope.dimension_count" in said:
         heads = getattr(config, "num_attention_heads", 1)
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if said["rope.dimension_count"] != width:
-            config.rope_parameters["partial_rotary_factor"] = said["rope.dimension_count"] / width
+        count, some = said["rope.dimension_count"], "partial_rotary_factor"
+        if some in parameters:
+            config.rope_parameters[some] = count / width
+        elif count != width:
+            raise UsageError(
+                f"its key 'rope.dimension_count' ({count} of {width}) is not known here for this model"
+            )
 
 
 def _take_over_frequencies(factors: Any, config: Any) -> None:

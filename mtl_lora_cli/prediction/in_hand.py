@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtl_lora_cli.errors import UsageError
+from mtl_lora_cli.errors import NoNumbersError, UsageError
 from mtl_lora_cli.prediction.desks import Asked, Desk, How, Payload, Prediction
 from mtl_lora_cli.prediction.inputs import Part
 from mtl_lora_cli.prediction.manifest import Done
@@ -138,8 +138,13 @@ def answer_parts(
 
     def finish() -> None:
         one = waiting.popleft()
-        predictions = one.asked.told(one.answer.result())
-        one.part.write(one.chunk, predictions)
+        try:
+            chunk, predictions = one.chunk, one.asked.told(one.answer.result())
+        except NoNumbersError:
+            if not job.reading.lenient:
+                raise
+            chunk, predictions = _one_by_one(job, desk, one, ask)
+        one.part.write(chunk, predictions)
         put(Rows(len(predictions)))
         if one.last:
             in_hand.remove(one.part)
@@ -193,6 +198,22 @@ def _asked(job: Job, desk: Desk, part: Part, chunk: Chunk) -> tuple[Chunk, Asked
             faults[place] = Fault(part.file, number, error.lines[0])
     good = chunk.without(faults)
     return good, desk.ask(good, part, root)
+
+
+def _one_by_one(
+    job: Job, desk: Desk, one: _Waiting, ask: Callable[[Payload], Future[Any]]
+) -> tuple[Chunk, list[Prediction]]:
+    """Rows without those that the model finds no numbers for, and the answers."""
+    part, root = one.part.part, (job.reading.root / one.part.part.file).parent
+    faults: dict[int, Fault] = {}
+    predictions: list[Prediction] = []
+    for place, number in enumerate(one.chunk.numbers):
+        asked = desk.ask(Chunk([one.chunk.rows[place]], [number], [], []), part, root)
+        try:
+            predictions += asked.told(ask(asked.payload).result())
+        except NoNumbersError as error:
+            faults[place] = Fault(part.file, number, error.lines[0])
+    return one.chunk.without(faults), predictions
 
 
 def _is_cut(prediction: Prediction) -> bool:

@@ -9,7 +9,7 @@
 
 What is wrong is one line, `{"error": "…"}`: 400 the body is no JSON of this form, or a row cannot be read; 401 no token; 404
 no such route or task; 405 another method; 413 too large, also a picture; 415 no JSON; 422 more rows than a request may have; 429
-too many rows wait; 503 it ends.
+too many rows wait; 500 the model finds no number for a row; 503 it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 
-from mtl_lora_cli.errors import UsageError, did_you_mean
+from mtl_lora_cli.errors import NoNumbersError, UsageError, did_you_mean
 from mtl_lora_cli.evaluation.predict import Predictor, Rendered
 from mtl_lora_cli.serving.batches import Batches, Full
 from mtl_lora_cli.serving.pictures import Gallery, TooLarge
@@ -174,6 +174,8 @@ class Service:
             answered = await asyncio.wrap_future(future)
         except UsageError as error:
             raise Wrong(400, str(error)) from None
+        except NoNumbersError as error:
+            raise Wrong(500, str(error)) from None
         for name in asked.names:
             self._counters.rows.labels(name).inc()
         self._counters.seconds.observe(time.monotonic() - came)

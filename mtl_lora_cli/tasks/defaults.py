@@ -141,20 +141,23 @@ def choose(
     sizes: tuple[int, ...] = _TOKENS[kind]
     dtype = "bfloat16" if halves else "float32"
     core = _CORES[halves]
-    in_an_hour = {each: _affordable(size, each, mixture, cores, core) for each in sizes}
+    if cores:  # a step holds a whole row, and a CPU makes one pass of it
+        sizes = tuple(dict.fromkeys(max(each, _row(each, mixture)) for each in sizes))
+    in_an_hour = {each: _affordable(size, each, cores, core) for each in sizes}
     sizes = tuple(each for each in sizes if in_an_hour[each] >= _STEPS[kind]) or sizes[:1]
     tokens, max_steps, epochs, why = _steps(sizes, mixture, kind)
     row = _row(tokens, mixture)
-    if cores and tokens % row == 0:
-        row = tokens  # a CPU makes one pass of a step
+    if cores:
+        row = tokens
     step = row * max(1, tokens // row)
-    if mixture is not None and in_an_hour[tokens] < (max_steps or epochs * mixture.tokens / step):
+    wanted = max_steps or (math.inf if mixture is None else epochs * mixture.tokens / step)
+    if in_an_hour[tokens] < wanted:
         max_steps = max(FEW, int(in_an_hour[tokens]) // _ROUND * _ROUND)
         most = "as many as an hour allows" if max_steps <= in_an_hour[tokens] else "the fewest"
         why = f"{max_steps:,} steps: {most} on {cores} CPU core{'s' * (cores != 1)}."
     hours = None
-    if flops and mixture is not None:
-        steps = max_steps or epochs * mixture.tokens / step
+    steps = max_steps or wanted
+    if flops and steps < math.inf:
         hours = steps * (core.told_fixed + core.told * size * step / flops) / _HOUR
     rate = (1e-3 if size < _SMALL else 4e-4 if size < _LARGE else 2e-4) * _share(tokens, kind)
     return Choice(
@@ -175,14 +178,11 @@ def choose(
     )
 
 
-def _affordable(
-    size: int, tokens: int, mixture: Mixture | None, cores: int | None, core: _Core
-) -> float:
-    """Steps of so many tokens, or of a whole row, that an hour of a CPU's cores allows; without cores any number."""
+def _affordable(size: int, tokens: int, cores: int | None, core: _Core) -> float:
+    """Steps of so many tokens that an hour of a CPU's cores allows; without cores any number."""
     if not cores:
         return math.inf
-    step = max(tokens, _row(tokens, mixture))
-    return _HOUR / (core.fixed + _FLOP * size * step / (cores * core.rate))
+    return _HOUR / (core.fixed + _FLOP * size * tokens / (cores * core.rate))
 
 
 def _steps(

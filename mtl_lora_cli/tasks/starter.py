@@ -161,7 +161,7 @@ def _lines(
         yield "# nf4 holds the base weights in a quarter of the memory of bfloat16; none leaves them as they are."
         yield "quantization: nf4"
     if choice.dtype is not None:
-        yield "# This CPU multiplies bfloat16 three to four times as fast as float32, which auto would be here."
+        yield "# This CPU multiplies bfloat16 several times as fast as float32, which auto would be here."
         yield f"dtype: {choice.dtype}"
     if any(task.talks for task in tasks):
         yield "# Conversations, and the other tasks' questions, as the tokenizer's chat template writes them."

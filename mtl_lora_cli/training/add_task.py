@@ -70,6 +70,9 @@ def require_agreement(loaded: LoadedRecipe, run: Run, what: str) -> None:
     changed = base.changes_since(file.base_model)
     before, after = ({name: getattr(one, name) for name in INHERITED} for one in (own, given))
     before["adapter"], after["adapter"] = file.config.model_dump(), given.adapter.model_dump()
+    if given.images is not None and own.images is not None:  # that run has its projector
+        start = {"projector_start": own.images.projector_start}
+        after["images"] = given.images.model_copy(update=start)
     if not changed:  # two names of one model
         after["base_model"] = before["base_model"]
     changes = describe_changes(before, after)

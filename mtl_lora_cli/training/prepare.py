@@ -84,7 +84,8 @@ def prepare(
     loaded = with_reference(loaded)
     now = processes.same(datetime.now().isoformat(timespec="seconds"))
     with processes.one_after_another():
-        prepared = replace(_prepare(loaded, processes, now), extends=extends, begins=begins)
+        fresh = extends is None and begins is None
+        prepared = replace(_prepare(loaded, processes, now, fresh), extends=extends, begins=begins)
     if prepared.recipe.training.memory != "auto":
         return prepared
     if isinstance(prepared.objective, DenseObjective):
@@ -116,7 +117,7 @@ def _require_nothing_shared(loaded: LoadedRecipe) -> None:
         raise loaded.problem(("training", "balance"), f"{training.balance.method} {why}")
 
 
-def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
+def _prepare(loaded: LoadedRecipe, processes: Processes, now: str, fresh: bool) -> Prepared:
     deepspeed = _own_deepspeed(loaded)
     tasks = bind_tasks(loaded)
     base = find_base_model(loaded.recipe.base_model, beside=loaded.base)
@@ -125,7 +126,7 @@ def _prepare(loaded: LoadedRecipe, processes: Processes, now: str) -> Prepared:
         return _prepare_others(loaded, kind, base, tasks, processes, deepspeed)
     shows = any(task.template.images for task in tasks)
     sees = vision_class(load_config(base))
-    _require_text_keys(loaded, shows=shows, reads=sees is not None)
+    _require_text_keys(loaded, shows=shows, reads=sees is not None, fresh=fresh)
     if shows and sees is not None and sees.whole_prompt:
         _require_prompts(loaded, tasks)
     _require_streams(loaded, tasks)
@@ -194,13 +195,14 @@ def _require_streams(loaded: LoadedRecipe, tasks: Sequence[Task]) -> None:
             raise loaded.problem(("tasks", number, "source"), f"a stream does not go with {what}")
 
 
-def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> None:
+def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool, fresh: bool) -> None:
     """Refuse what only maps of pictures are learned with, or prompts that show some.
 
     Args:
         loaded: the recipe.
         shows: a task's prompts show pictures.
         reads: the base model reads some.
+        fresh: the run begins at no other one, which has its projector.
 
     Raises:
         ProblemsError: naming the key.
@@ -217,7 +219,7 @@ def _require_text_keys(loaded: LoadedRecipe, *, shows: bool, reads: bool) -> Non
         raise loaded.problem(("images", "augment"), of_maps)
     if images is not None and neither:
         raise loaded.problem(("images",), "is for pictures, and the base model reads none")
-    if images is not None and images.projector_start != "base" and not shows:
+    if images is not None and images.projector_start != "base" and fresh and not shows:
         why = "is for prompts that show pictures, and no task's do"
         raise loaded.problem(("images", "projector_start"), why)
     if shows and recipe.training.share_beginnings:

@@ -217,9 +217,11 @@ def _learn(ready: ReadyRun, *, resume: bool) -> None:
 
 
 def _set_start(ready: ReadyRun) -> None:
-    """What of a fresh adapter's start depends on more than chance."""
+    """What of a fresh adapter's start depends on more than chance: gradients come through the projector's."""
     prepared = ready.prepared
     recipe = prepared.recipe
+    if prepared.starts_by_words:
+        _start_by_words(ready)
     if prepared.begins is not None:
         for line in begin_there(ready):
             if prepared.processes.main:
@@ -234,8 +236,6 @@ def _set_start(ready: ReadyRun) -> None:
             recipe.training.seed,
             prepared.processes,
         )
-    if prepared.starts_by_words:
-        _start_by_words(ready)
 
 
 def _start_by_words(ready: ReadyRun) -> None:

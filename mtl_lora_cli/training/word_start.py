@@ -16,7 +16,7 @@ as far as a row of the embedding does on average. The words of single parts are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,6 +87,9 @@ def require_projector(
         UsageError: the projector has not two layers with biases or does not learn whole, the tower learns, or there are
             fewer than 20 different pictures.
     """
+    reason = why_not(eyes.vision, adapter, model)
+    if reason is not None:
+        raise UsageError(f"{_KEY}: {reason}; leave the key out")
     kind, path = eyes.vision.config.model_type, eyes.vision.connector
     projector = None if path is None else getattr(around(model), path, None)
     layers = [getattr(projector, name, None) for name in ("linear_1", "linear_2")]
@@ -99,9 +102,6 @@ def require_projector(
         raise UsageError(
             f"{_KEY}: {path} is to learn whole, and adapter.whole_modules does not name all of it"
         )
-    reason = why_not(eyes.vision, adapter, model)
-    if reason is not None:
-        raise UsageError(f"{_KEY}: {reason}; leave the key out")
     different = {shown for split in splits for shown in split.pictures or () if shown}
     if len(different) < LEAST:
         raise UsageError(
@@ -149,21 +149,32 @@ def start_by_words(
 
 def _words(splits: Sequence[EncodedSplit], embedding: Tensor) -> dict[Shown, Tensor]:
     """Of pictures that are shown together, the mean over their examples of y, float64 [d]."""
-    sums: dict[Shown, list[Tensor]] = {}
-    every = sum(len(split) for split in splits if split.pictures is not None)
-    stride = max(1, -(-every // (4 * MOST)))
+    units = list(dict.fromkeys(one for split in splits for one in split.pictures or () if one))
+    chosen = units[:: max(1, -(-len(units) // MOST))]
+    each = -(-4 * MOST // max(1, len(chosen)))  # examples of each in a task
+    sums: dict[Shown, list[Tensor]] = {one: [] for one in chosen}
     for split in splits:
         if split.pictures is None:
             continue
-        numbers = [n for n in range(0, len(split), stride) if split.pictures[n]]
+        numbers = _some_of_each(split.pictures, sums, each)
         bags = [_bag(split, number, embedding) for number in numbers]
         if not bags:
             continue
         mean = torch.stack(bags).mean(0)
         for number, bag in zip(numbers, bags, strict=True):
-            sums.setdefault(split.pictures[number], []).append(bag - mean)
-    chosen = list(sums)[:: max(1, -(-len(sums) // MOST))]
+            sums[split.pictures[number]].append(bag - mean)
     return {shown: torch.stack(sums[shown]).mean(0) for shown in chosen}
+
+
+def _some_of_each(pictures: Sequence[Shown], wanted: Collection[Shown], most: int) -> list[int]:
+    """The first examples that show each of the wanted pictures, so many at most."""
+    left = dict.fromkeys(wanted, most)
+    numbers = []
+    for number, shown in enumerate(pictures):
+        if left.get(shown, 0):
+            left[shown] -= 1
+            numbers.append(number)
+    return numbers
 
 
 def _bag(split: EncodedSplit, number: int, embedding: Tensor) -> Tensor:

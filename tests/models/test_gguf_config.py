@@ -155,10 +155,11 @@ def test_what_the_file_says_is_what_the_folder_computes(
             "",
             "rotary positions of type 'longrope' .* are not known here",
         ),
+        ({"llama.rope.dimension_count": 4}, "", r"its key 'rope.dimension_count' \(4 of 8\)"),
         ({}, "blk.1.ffn_up", "1 weights are not in it, the first is .*layers.1.mlp.up_proj"),
         ({"split.count": 2}, "", "it is one of 2 parts; .*llama-gguf-split --merge"),
     ],
-    ids=["experts", "scale", "window", "longrope", "missing", "split"],
+    ids=["experts", "scale", "window", "longrope", "part", "missing", "split"],
 )
 def test_what_is_not_taken_over_is_refused(
     model: Make, keys: dict[str, Any], without: str, said: str

@@ -43,7 +43,9 @@ def test_the_model_decides_the_rates_and_not_the_card() -> None:
     assert rates == [pytest.approx(1.41e-3, abs=1e-5), 4e-4, 2e-4, 2e-4]
 
 
-@pytest.mark.parametrize(("tokens", "longest"), [(20_000, 60), (1_000_000, 400)])
+@pytest.mark.parametrize(
+    ("tokens", "longest"), [(20_000, 60), (30_000, 300), (30_000, 1_500), (1_000_000, 400)]
+)
 @pytest.mark.parametrize(
     ("halves", "core"), [(None, 120e9), ("vectors", 460e9), ("tiles", 1_200e9)]
 )
@@ -61,6 +63,13 @@ def test_on_a_cpu_a_run_takes_an_hour_at_most(
         if steps > FEW:
             assert choice.hours is not None
             assert choice.hours <= 1
+
+
+@pytest.mark.parametrize("halves", CPUS)
+def test_on_a_cpu_so_does_one_of_rows_that_are_not_at_hand(halves: Halves | None) -> None:
+    choice = choose(SMOLL, None, cores=2, halves=halves, flops=4e11)
+    assert (choice.max_steps is not None and "hour" in choice.why) or "fewest" in choice.why
+    assert choice.hours is not None
 
 
 def test_two_cores_with_instructions_for_bfloat16_do_what_a_small_card_does() -> None:

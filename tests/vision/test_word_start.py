@@ -15,13 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mtl_lora_cli.errors import MtlLoraError
+from mtl_lora_cli.evaluation.opened import Run
 from mtl_lora_cli.models.base import BaseModel
 from mtl_lora_cli.recipe.load import LoadedRecipe, load_recipe
 from mtl_lora_cli.runs.folder import RunFolder
+from mtl_lora_cli.training.add_task import require_agreement
 from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import require_fit
 from mtl_lora_cli.training.run import resume, start
-from mtl_lora_cli.training.word_start import WORD_START, ridge, start_by_words
+from mtl_lora_cli.training.word_start import WORD_START, _some_of_each, ridge, start_by_words
 
 from ..sights import write_squares
 from .test_run import ADAPTER, TEMPLATE
@@ -176,3 +178,23 @@ def test_rows_of_text_alone_have_no_such_start(load: Load, tmp_path: Path) -> No
     (tmp_path / "colour.yaml").write_text(text)
     with pytest.raises(MtlLoraError, match="projector_start: is for prompts that show pictures"):
         prepare(load(START, "adapter.whole_modules=[]"))
+
+
+def test_pictures_that_many_rows_show_are_all_looked_at() -> None:
+    """Rows stand question by question: every so-manieth of them would show the same pictures again."""
+    pictures = [((number,),) for number in range(4)] * 1_000
+    assert _some_of_each(pictures, set(pictures), 2) == list(range(8))  # type: ignore[arg-type]
+    assert _some_of_each(pictures, set(pictures[:1]), 3) == [0, 4, 8]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start_of", ["words", "base"])
+def test_a_run_that_begins_at_such_a_run_has_its_projector(
+    load: Load, tmp_path: Path, start_of: str
+) -> None:
+    first = start(prepare(load(START)), tmp_path / "first")
+    template = {key: value for key, value in TEMPLATE.items() if key != "images"}
+    text = yaml.safe_dump(template | {"prompt": "The colour is"})
+    (tmp_path / "colour.yaml").write_text(text)
+    loaded = load(f"images.projector_start={start_of}")
+    require_agreement(loaded, Run(first), "at which it begins")
+    assert not prepare(loaded, begins=first).starts_by_words
