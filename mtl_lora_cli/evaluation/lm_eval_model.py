@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
@@ -130,7 +131,7 @@ class AdaptedLM(TemplateLM):
         )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for numbers, sums in zip(places.values(), found, strict=True):
-            if bool(sums[:, 0].isnan().any()):
+            if np.isnan(sums[:, 0]).any():
                 raise NoNumbersError(
                     f"the model finds no finite log-probability for a continuation that the harness asks for: {NO_NUMBERS}"
                 )

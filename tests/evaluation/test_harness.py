@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mtl_lora_cli.data.examples import Examples
-from mtl_lora_cli.errors import MtlLoraError, UsageError
+from mtl_lora_cli.errors import MtlLoraError, NoNumbersError, UsageError
 from mtl_lora_cli.evaluation.choices import score
 from mtl_lora_cli.evaluation.evaluate import Setting, evaluate
 from mtl_lora_cli.evaluation.opened import Run
@@ -193,6 +193,24 @@ def test_the_harness_runs_its_task_with_our_model(
     assert (result["split"], result["examples"], result["template"]) == ("test", 6, None)
     (base,) = evaluate(opened, [task], replace(setting, base_only=True))
     assert base["rows_fingerprint"] == result["rows_fingerprint"]
+
+
+def test_no_number_is_no_answer_of_the_harness_either(
+    opened: Run, tasks: list[Task], harness_file: Path
+) -> None:
+    adapter = opened.packed.adapter
+    assert adapter is not None
+    tensors = adapter.tensors()
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    setting = Setting(protocol="lm-eval", harness_task=str(harness_file))
+    try:
+        for tensor in tensors.values():
+            tensor.data.mul_(1e30)
+        with pytest.raises(NoNumbersError, match="finds no finite log-probability"):
+            evaluate(opened, [tasks[1]], setting)
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data.copy_(before[name])
 
 
 def test_both_figures_where_one_choice_begins_another(

@@ -38,8 +38,14 @@ WORDS = ("red", "blue", "dog", "cup", "tree", "old boat", "a king of birds", "ü
 
 @pytest.fixture(scope="session")
 def run_folder(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Two tasks with choices and one with free answers, as files alone."""
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "mixed")
+    return written_run(tmp_path_factory.mktemp("runs") / "mixed", small_model)
+
+
+def written_run(
+    path: Path, small_model: Path, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+) -> RunFolder:
+    """Two tasks with choices and one with free answers, as files alone; its adapter is changed if that is wanted."""
+    folder = RunFolder(path)
     folder.adapter.mkdir(parents=True)
     base = find_base_model(str(small_model))
     torch.manual_seed(0)
@@ -48,6 +54,8 @@ def run_folder(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     with torch.no_grad():
         for tensor in adapter.tensors().values():
             tensor.add_(0.05 * torch.randn_like(tensor))
+        if change is not None:
+            change(adapter.tensors())
     save_adapter(adapter, folder.adapter, base.identity())
     tasks = []
     for number, (name, text) in enumerate(TEMPLATES.items()):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 
 from mtl_lora_cli.cli.predict import _asked
@@ -24,7 +25,7 @@ from mtl_lora_cli.runs.folder import RunFolder
 from mtl_lora_cli.tasks.chosen import read_tasks
 
 from ..forks import Ended, Forks
-from .conftest import Finished, rows_of
+from .conftest import Finished, rows_of, written_run
 from .test_parts import contents
 
 Call = Callable[..., Ended]
@@ -125,6 +126,42 @@ def test_a_bad_row_ends_it_and_says_how_to_go_on(
         "going on: 4 of 4 parts are answered, 40 of 40 rows",
         "note: 1 of 40 rows could not be answered: --errors FILE lists them",
     ]
+
+
+def answers_in(output: Path) -> list[dict[str, Any]]:
+    text = b"".join(content for _, content in sorted(contents(output).items()))
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_rows_for_which_the_model_finds_no_number_are_listed(
+    small_model: Path, call: Invoke, write_lines: Any, tmp_path: Path
+) -> None:
+    """Sums of one task leave float32; those of the others are what they were."""
+    write_lines("one.jsonl", rows_of(40))
+    usual = ("--input", "rows", "--output", "out", "--task-column", "of", "--part-rows", "10")
+    assert call(*usual).returncode == 0
+    right = answers_in(tmp_path / "out")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("task_transform"):
+                tensor[1] *= 1e38
+
+    run = written_run(tmp_path / "run", small_model, change)
+    again = (*usual[:3], "new", *usual[4:], "--run", str(run.path))
+    ended = call(*again)
+    assert ended.returncode == 1
+    assert "the model finds no finite log-probability for an answer to this row" in ended.stderr
+    listed = call(*again, "--errors", "bad.jsonl")
+    assert listed.returncode == 0, listed.stderr
+    cold = [row["id"] for row in rows_of(40) if row["of"] == "cold"]
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [row["row"] - 1 for row in bad] == cold
+    expected = [one for one in right if one["id"] not in cold]
+    for one, wanted in zip(answers_in(tmp_path / "new"), expected, strict=True):
+        likely = wanted["prediction"].pop("probabilities")
+        assert one["prediction"].pop("probabilities") == pytest.approx(likely, abs=1e-6)
+        assert one == wanted
 
 
 def test_fields_of_other_names_whoever_answers(run_folder: RunFolder) -> None:
