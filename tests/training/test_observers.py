@@ -66,10 +66,12 @@ def test_looking_leaves_modes_gradients_and_random_state(small: Callable[..., An
     trainer.stepper.accumulate(trainer.stepper.prepare(0))
     gradients = {name: t.grad.clone() for name, t in trainer.adapter.tensors().items()}
     state = torch.get_rng_state()
+    modes = [module.training for module in trainer.host.modules()]
+    assert any(modes) and not all(modes)  # what is frozen stays in evaluation mode
     for observer in trainer._observers:
         observer.look(1)
     assert torch.equal(state, torch.get_rng_state())
-    assert all(module.training for module in trainer.host.modules())
+    assert [module.training for module in trainer.host.modules()] == modes
     for name, tensor in trainer.adapter.tensors().items():
         assert torch.equal(tensor.grad, gradients[name])
 
