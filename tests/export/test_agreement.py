@@ -22,6 +22,7 @@ from mtl_lora_cli.export.formats import find_format
 from mtl_lora_cli.export.questions import Questions
 from mtl_lora_cli.tasks.task import Task
 
+from ..often import often
 from .conftest import exported, itself
 
 pytestmark = pytest.mark.slow
@@ -45,10 +46,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dora": {},  # no LoRA, but merged, and exported as PEFT's own
 }
 # In 16 bits the same sums are written by the same lines as those of the others.
-LONG = [
-    pytest.param(form, marks=pytest.mark.long) if form in ("pissa", "dora") else form
-    for form in FORMS
-]
+OFTEN = ("mtl-lora", "mtl-lora-fine", "mtlora", "moelora")
 MODULES = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 
@@ -121,7 +119,7 @@ def test_an_answers_log_probabilities_are_the_same_three_times(
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", LONG)
+@pytest.mark.parametrize("form", often(list(FORMS), OFTEN))
 def test_what_is_stored_in_bfloat16_predicts_the_same(
     train: Callable[..., Run], half: Path, tmp_path: Path, form: str
 ) -> None:

@@ -58,7 +58,9 @@ def learned(packed: PackedModel, tensors: dict[str, Tensor]) -> tuple[Tensor, di
     [
         ({"rank": 5, "rank_pattern": {"v_proj": 9}}, "none", Keep()),
         pytest.param({}, "nf4", Keep(False, False, False), marks=pytest.mark.long),
-        ({"method": "lora", "rank": 6}, "none", Keep(attended=False)),
+        pytest.param(
+            {"method": "lora", "rank": 6}, "none", Keep(attended=False), marks=pytest.mark.long
+        ),
     ],
     ids=["mtl-lora", "nf4", "lora"],
 )

@@ -23,10 +23,10 @@ KINDS = {f"{kind} {variant}".strip(): (kind, changes) for kind, variant, changes
 @pytest.mark.parametrize(
     ("name", "keep"),
     [
-        ("qwen3 window", Keep()),
+        pytest.param("qwen3 window", Keep(), marks=pytest.mark.long),
         ("gemma2 caps", Keep(False, False, False)),
         pytest.param("olmo3 window", Keep(attended=False), marks=pytest.mark.long),
-        ("phi3 part", Keep()),
+        pytest.param("phi3 part", Keep(), marks=pytest.mark.long),
         pytest.param("gpt_oss", Keep(), marks=pytest.mark.long),
     ],
 )

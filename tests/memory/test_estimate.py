@@ -89,15 +89,19 @@ def test_a_configuration_alone_is_enough(eight_b: Path, examined: Examined) -> N
     ("overrides", "free", "settings", "enough"),
     [
         ((), 24, ["quantization: nf4"], True),
-        (("quantization=nf4",), 24, [], True),
-        ((), 10, ["quantization: nf4", "dtype: bfloat16"], True),
+        pytest.param(("quantization=nf4",), 24, [], True, marks=pytest.mark.long),
+        pytest.param(
+            (), 10, ["quantization: nf4", "dtype: bfloat16"], True, marks=pytest.mark.long
+        ),
         (
             ("training.rows_per_pass=8", "training.loss_on=all"),
             20,
             ["dtype: bfloat16", "training.gradient_checkpointing: true", "quantization: nf4"],
             True,
         ),
-        (("training.memory=auto",), 24, ["quantization: nf4"], True),
+        pytest.param(
+            ("training.memory=auto",), 24, ["quantization: nf4"], True, marks=pytest.mark.long
+        ),
         (("training.memory=auto",), 2, ["quantization: nf4", "dtype: bfloat16"], False),
     ],
     ids=str,

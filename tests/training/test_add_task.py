@@ -36,6 +36,8 @@ from mtl_lora_cli.training.prepare import prepare
 from mtl_lora_cli.training.prepared import Prepared
 from mtl_lora_cli.training.run import resume, start
 
+from ..often import often
+
 pytestmark = pytest.mark.slow
 
 OLD, NEW = ("sst2", "home_depot"), "cola"
@@ -180,9 +182,7 @@ def held_out_loss(run: RunFolder, task: str, *, base_only: bool = False) -> floa
     return -float(sum(right)) / len(right)
 
 
-@pytest.mark.parametrize(
-    "kind", [*(k for k in KINDS if k != "fine"), pytest.param("fine", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kind", often(list(KINDS), ("weights", "diagonal", "mtlora")))
 def test_the_old_tasks_stay_to_the_last_bit_and_the_new_one_learns(
     kind: str, place: Place, runs: Callable[[str], tuple[RunFolder, RunFolder]]
 ) -> None:

@@ -15,6 +15,8 @@ from mtl_lora_cli.recipe.training import Diagnose
 from mtl_lora_cli.training.diagnose import cosines
 from mtl_lora_cli.training.gradients import TaskGradients, shared_parameters
 
+from ..often import often
+
 
 def naive(run: Any, step: int) -> tuple[list[str], list[Tensor]]:
     """Example by example: the gradient of each task's mean loss in one step's rows."""
@@ -48,11 +50,14 @@ def naive(run: Any, step: int) -> tuple[list[str], list[Tensor]]:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        {"gate": "weights"},
-        {"gate": "embedding"},
-        *({"method": method} for method in METHODS if method != "mtl-lora"),
-    ],
+    often(
+        [
+            {"gate": "weights"},
+            {"gate": "embedding"},
+            *({"method": method} for method in METHODS if method != "mtl-lora"),
+        ],
+        [{"gate": "embedding"}, {"method": "mtlora"}, {"method": "dora"}, {"method": "lora"}],
+    ),
     ids=lambda kind: next(iter(kind.values())),
 )
 def test_it_is_the_naive_cosine(small: Callable[..., Any], kind: dict[str, Any]) -> None:

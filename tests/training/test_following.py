@@ -27,6 +27,7 @@ from mtl_lora_cli.training.prepared import ReadyRun
 from mtl_lora_cli.training.reference import losses_of
 from mtl_lora_cli.training.surgery import projected
 
+from ..often import often
 from .conftest import Small
 
 STEPS = 8
@@ -75,7 +76,7 @@ def told(run: Small) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["excess_loss", pytest.param("progress", marks=pytest.mark.long), "stages"],
+    often(["excess_loss", "progress", "stages"], ["stages"]),
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(built: Callable[..., Small], kind: str) -> None:
     """Stopped inside a block and behind a decision that no row was drawn by yet."""

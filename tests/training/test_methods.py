@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 from mtl_lora_cli.adapters.methods import METHODS
 from mtl_lora_cli.cli.app import app
 
+from ..often import often
+
 pytestmark = pytest.mark.slow
 
 
@@ -18,7 +20,13 @@ def cli(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "mtl-lora"])
+@pytest.mark.parametrize(
+    "method",
+    often(
+        [name for name in METHODS if name != "mtl-lora"],
+        ("lora", "dora", "mtlora", "mtl-lora-fine"),
+    ),
+)
 def test_trains_evaluates_and_merges(method: str, recipe_file: Path, tmp_path: Path) -> None:
     runs = f"run.directory={tmp_path}"
     trained = cli(

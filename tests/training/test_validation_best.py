@@ -180,7 +180,14 @@ def test_a_run_that_ends_early_is_finished(
 
 
 @pytest.mark.parametrize(
-    ("stop", "rate", "patience"), [(1, 1e-12, 1), (3, 1e-12, 1), (4, 1e-12, 2), (2, 0.1, None)]
+    ("stop", "rate", "patience"),
+    [
+        (3, 1e-12, 1),
+        *(
+            pytest.param(*one, marks=pytest.mark.long)
+            for one in ((1, 1e-12, 1), (4, 1e-12, 2), (2, 0.1, None))
+        ),
+    ],
 )
 def test_a_resumed_run_has_the_same_best_and_the_same_end(
     small: Callable[..., Any], stop: int, rate: float, patience: int | None
