@@ -177,8 +177,8 @@ def audit(
     *,
     leaks: Sequence[Leak],
     odd: Sequence[Odd],
-    same_choices: bool = False,
-    whole: bool = True,
+    same_answers: bool = False,
+    one_answer: bool = True,
     cut_prompts: int,
     dropped: int,
     turns: int = 0,
@@ -191,8 +191,8 @@ def audit(
         asked, said: uint64 [rows], hashes of what each asks, 0 for nothing, and of that and its answer.
         held_out: the rows that evaluation will use.
         held_out_split: whose they are.
-        same_choices: all rows have the same choices, each of which is to be learned.
-        whole: `train` are all that is learned, and each row teaches one answer.
+        same_answers: all rows have the same choices, each of which is to be learned, and `train` is all of them.
+        one_answer: each row teaches one answer, and likewise.
         leaks, odd, cut_prompts, dropped, turns, notes: as of `Audit`.
     """
     pairs, firsts = np.unique(said, return_index=True)
@@ -210,10 +210,8 @@ def audit(
         turns=turns,
         odd=tuple(_told(odd)),
         constant=None if held_out is None else _constant(train, held_out),
-        only=_only(train) if whole else None,
-        unlearned=_unlearned(train, held_out)
-        if whole and same_choices and held_out is not None
-        else (),
+        only=_only(train) if one_answer else None,
+        unlearned=_unlearned(train, held_out) if same_answers and held_out is not None else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 

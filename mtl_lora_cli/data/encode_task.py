@@ -161,6 +161,7 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
     traces = whole.parts.array("traces").reshape(-1, 2)
     known = (_known(traces[:, 0]), _known(traces[:, 1]))
     read = {one.split: seen for one, seen in (held, beside) if one is not None and seen is not None}
+    whole_set = not task.source.stream  # of a stream this is the first window
     noticed = audit(
         whole.seen,
         whole.parts.array("asked"),
@@ -169,8 +170,10 @@ def encode_task(task: Task, recipe: Recipe, encoder: Encoder, limit: int) -> cac
         None if held[0] is None else held[0].split,
         leaks=[leaked(split, seen.traces, known) for split, seen in read.items()],
         odd=[*whole.seen.odd, *(one for seen in read.values() for one in seen.odd)],
-        same_choices=task.template.scoring == "argmax" and same_choices(task.template),
-        whole=not task.source.stream and task.template.conversation is None,
+        same_answers=whole_set
+        and task.template.scoring == "argmax"
+        and same_choices(task.template),
+        one_answer=whole_set and task.template.conversation is None,
         cut_prompts=whole.truncated,
         dropped=whole.dropped,
         turns=whole.turns,

@@ -191,9 +191,8 @@ def _asked(job: Job, desk: Desk, part: Part, chunk: Chunk) -> tuple[Chunk, Asked
             raise
     faults: dict[int, Fault] = {}
     for place, number in enumerate(chunk.numbers):
-        alone = Chunk([chunk.rows[place]], [number], [], [])
         try:
-            desk.ask(alone, part, root)
+            desk.ask(chunk.alone(place), part, root)
         except UsageError as error:
             faults[place] = Fault(part.file, number, error.lines[0])
     good = chunk.without(faults)
@@ -204,11 +203,12 @@ def _one_by_one(
     job: Job, desk: Desk, one: _Waiting, ask: Callable[[Payload], Future[Any]]
 ) -> tuple[Chunk, list[Prediction]]:
     """Rows without those that the model finds no numbers for, and the answers."""
-    part, root = one.part.part, (job.reading.root / one.part.part.file).parent
+    part = one.part.part
+    root = (job.reading.root / part.file).parent
     faults: dict[int, Fault] = {}
     predictions: list[Prediction] = []
     for place, number in enumerate(one.chunk.numbers):
-        asked = desk.ask(Chunk([one.chunk.rows[place]], [number], [], []), part, root)
+        asked = desk.ask(one.chunk.alone(place), part, root)
         try:
             predictions += asked.told(ask(asked.payload).result())
         except NoNumbersError as error:

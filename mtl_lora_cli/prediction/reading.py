@@ -50,6 +50,10 @@ class Chunk:
     raw: Any
     faults: list[Fault]
 
+    def alone(self, place: int) -> Chunk:
+        """One of the rows, to be asked by itself."""
+        return Chunk([self.rows[place]], [self.numbers[place]], [], [])
+
     def without(self, faults: Mapping[int, Fault]) -> Chunk:
         """The same but for some rows, by their places among `rows`."""
         kept = [place for place in range(len(self.rows)) if place not in faults]

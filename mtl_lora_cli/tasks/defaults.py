@@ -54,7 +54,7 @@ class _Core(NamedTuple):
 
 
 # Of float32 two thirds of what the recorded quickstart reached on an AMD EPYC, of vectors five sixths of what a run with
-# one thread did there. An Intel Xeon with tiles multiplies three times as fast and is no faster: the rest takes longer.
+# one thread did there. An Intel Xeon with tiles multiplies 2.6 times as fast and is no faster: the rest takes longer.
 _CORES: dict[Halves | None, _Core] = {
     None: _Core(60e9, 0.0, 4.5, 0.25),
     "vectors": _Core(450e9, 0.0, 5.5, 0.25),
@@ -146,9 +146,7 @@ def choose(
     in_an_hour = {each: _affordable(size, each, cores, core) for each in sizes}
     sizes = tuple(each for each in sizes if in_an_hour[each] >= _STEPS[kind]) or sizes[:1]
     tokens, max_steps, epochs, why = _steps(sizes, mixture, kind)
-    row = _row(tokens, mixture)
-    if cores:
-        row = tokens
+    row = tokens if cores else _row(tokens, mixture)
     step = row * max(1, tokens // row)
     wanted = max_steps or (math.inf if mixture is None else epochs * mixture.tokens / step)
     if in_an_hour[tokens] < wanted:

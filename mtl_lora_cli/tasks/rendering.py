@@ -165,8 +165,7 @@ class Renderer:
         texts = tuple(text for text in texts_of([one["content"] for one in said]) if text)
         answer = dialogue.answer.strip() if labelled else ""
         prompt = dialogue.prompt if labelled else plain_text(dialogue.messages)
-        read = texts_of([one["content"] for one in dialogue.messages])
-        lost = any(text and "\ufffd" in text for text in read)
+        lost = any("\ufffd" in text for text in (*texts, answer))
         odd = ((LOST, "messages"),) if lost else ()
         return Example(prompt, answer, (), -1, None, dialogue, images, texts=texts, odd=odd)
 

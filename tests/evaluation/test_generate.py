@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_lora_cli.errors import NoNumbersError
 from mtl_lora_cli.evaluation.generate import Reading, generate
 from mtl_lora_cli.evaluation.requests import Request
 from mtl_lora_cli.models.base import find_base_model
@@ -56,6 +57,33 @@ def test_greedy_answers_equal_those_of_transformers(
             torch.tensor([prompt]), max_new_tokens=max(1, count), do_sample=False, pad_token_id=0
         )[0, len(prompt) :].tolist()
         assert answer == [token for token in theirs if token != tokenizer.eos_token_id][:count]
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_no_number_behind_the_first_token_is_no_answer(
+    stories_folder: Path, tokenizer: Any, engine: Any
+) -> None:
+    base = find_base_model(str(stories_folder))
+    model = load_model(base, dtype=torch.float32, device=CPU)
+    packed = PackedModel(model, engine=engine)
+    seen: list[list[int]] = []
+
+    def stopped(answer: list[int]) -> bool:
+        seen.append(list(answer))
+        model.model.norm.weight.data.fill_(torch.nan)
+        return False
+
+    with pytest.raises(NoNumbersError, match="finds no finite logits behind 1 of 1 prompts"):
+        generate(
+            packed,
+            [Request(-1, tokenizer(TEXTS[0])["input_ids"], [[]])],
+            ends=[],
+            new_tokens=[4],
+            device=CPU,
+            tokens_per_pass=100,
+            stopped=stopped,
+        )
+    assert [len(answer) for answer in seen] == [1]
 
 
 def naive(packed: PackedModel, request: Request, limit: int, end: int) -> list[int]:

@@ -119,7 +119,7 @@ def test_an_answers_log_probabilities_are_the_same_three_times(
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", often(list(FORMS), OFTEN))
+@pytest.mark.parametrize("form", often(FORMS, OFTEN))
 def test_what_is_stored_in_bfloat16_predicts_the_same(
     train: Callable[..., Run], half: Path, tmp_path: Path, form: str
 ) -> None:

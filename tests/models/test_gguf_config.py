@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mtl_lora_cli.errors import UsageError
 from mtl_lora_cli.export.gguf_model import write_model
 from mtl_lora_cli.models.gguf import converted_folder
+from mtl_lora_cli.models.gguf_config import require_all_read
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -167,6 +168,20 @@ def test_what_is_not_taken_over_is_refused(
     path = edited(written(model()), keys, without=without)
     with pytest.raises(UsageError, match=f"edited.gguf: cannot be converted: {said}"):
         converted_folder(path)
+
+
+def test_an_output_layer_that_copies_the_embedding_is_none_of_its_own(model: Make) -> None:
+    """As a converter writes it for families whose output layer is always the embedding."""
+    folder = model(tie_word_embeddings=True)
+    tied = AutoModelForCausalLM.from_pretrained(folder)
+    nothing: dict[str, Any] = {"missing_keys": (), "mismatched_keys": ()}
+    path = written(folder)
+    (embedding,) = (one for one in gguf.GGUFReader(path).tensors if one.name == "token_embd.weight")
+    copied = edited(path, {}, {"output.weight": embedding.data})
+    require_all_read(gguf.GGUFReader(copied), tied, nothing)
+    other = edited(path, {}, {"output.weight": 2 * embedding.data})
+    with pytest.raises(UsageError, match=r"its tensors have [\d,]+ values"):
+        require_all_read(gguf.GGUFReader(other), tied, nothing)
 
 
 def test_a_tensor_that_nobody_reads_is_refused(model: Make) -> None:

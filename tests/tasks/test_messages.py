@@ -203,3 +203,19 @@ def test_a_conversation_about_pictures_is_refused(field: str, value: Any) -> Non
     with pytest.raises(UsageError, match=rf"^rows:1: task 't': .*shows pictures \('{field}'\)"):
         read("sharegpt", {**row, field: value})
     assert said(read("sharegpt", {**row, field: type(value)()}))[1] == ("assistant", "A cat.")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("place", [0, 1, None])
+def test_characters_that_were_lost_are_noticed_in_any_message(
+    place: int | None, labelled: bool
+) -> None:
+    texts = ["Where?", "There."]
+    if place is not None:
+        texts[place] += " caf\ufffd"
+    turns = [
+        {"from": who, "value": text} for who, text in zip(("human", "gpt"), texts, strict=True)
+    ]
+    renderer = Renderer(find_template("instruct/sharegpt", None)[2], "t")
+    example = renderer.render({"conversations": turns}, "f:1", labelled=labelled)
+    assert bool(example.odd) == (place is not None)

@@ -182,7 +182,7 @@ def held_out_loss(run: RunFolder, task: str, *, base_only: bool = False) -> floa
     return -float(sum(right)) / len(right)
 
 
-@pytest.mark.parametrize("kind", often(list(KINDS), ("weights", "diagonal", "mtlora")))
+@pytest.mark.parametrize("kind", often(KINDS, ("weights", "diagonal", "mtlora")))
 def test_the_old_tasks_stay_to_the_last_bit_and_the_new_one_learns(
     kind: str, place: Place, runs: Callable[[str], tuple[RunFolder, RunFolder]]
 ) -> None:

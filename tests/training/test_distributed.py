@@ -52,7 +52,7 @@ from .distributed_worker import (
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 3e-6
+TOLERANCE = 2e-6
 TIMES = ("seconds", "tokens_per_second")
 # The same runs by one process.
 ALONE = {
@@ -278,7 +278,7 @@ def test_the_adapter_of_any_stage_loads_without_deepspeed_and_says_the_same(
         if not name.startswith(weights):
             continue
         logprobs, losses = logprobs_of(RunFolder(trained.folder / name), prepared)
-        torch.testing.assert_close(logprobs, expected, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(logprobs, expected, rtol=5e-4, atol=1e-4)
         (live,) = trained.events(name, "validation")
         assert losses == pytest.approx(live["loss"], rel=TOLERANCE)  # the model that was trained
 

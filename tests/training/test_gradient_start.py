@@ -21,6 +21,7 @@ from mtl_lora_cli.training.prepared import Prepared
 
 from ..families.build import build
 from ..families.models import MODELS
+from ..often import often
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,7 @@ def captured(down: Tensor, gram: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", pytest.param("mtl-lora", marks=pytest.mark.long), "mtl-lora-fine"]
+    "method", often(["lora", "mtl-lora", "mtl-lora-fine"], ["lora", "mtl-lora-fine"])
 )
 def test_a_holds_the_strongest_directions_of_the_gradient(prepared: Prepared, method: str) -> None:
     config = configure(method, rank=4, down_start="gradient")
